@@ -1,6 +1,6 @@
 """Read files that a user gives: only regular ones, and nothing larger or deeper than anything real.
 
-To open a FIFO waits for whoever writes to it, and a device may have no end: both are refused before they are opened.
+To open a FIFO waits for a writer, and a device may have no end: both are refused before they are opened.
 """
 
 import json

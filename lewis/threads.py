@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ContextPool(ThreadPoolExecutor):
-    """A `ThreadPoolExecutor` whose calls run in a copy of the context variables of whoever submits them.
+    """A `ThreadPoolExecutor` whose calls run in a copy of the context variables of the thread that submits them.
 
     Prefect keeps there to which run a message of the log belongs.
     """

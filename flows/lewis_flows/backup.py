@@ -39,7 +39,7 @@ class Copied(NamedTuple):
         folder: of the copy.
         files: how many.
         bytes: of all of them.
-        elsewhere: what a server that the environment names has, and is to be copied there: part -> its address.
+        elsewhere: parts that are on servers of your own and are not in this copy: part -> the server's address.
     """
 
     folder: Path
@@ -85,14 +85,14 @@ def restore(folder: Path) -> Copied:
         LewisError: if the disk fails.
     """
     try:
-        found = manifest.check(folder, anew=True)
+        found = manifest.check(folder, again=True)
     except manifest.DamagedError as error:
         raise InputError(f"{folder}: expected a whole copy that `lewis backup` made: {error}") from error
     home = found.get("backup")
     if home != str(store.home()):
         raise InputError(
-            f"{folder}: it is a copy of the store {home or '(it is none of a store)'}, and MLflow's database names "
-            f"files by their whole path; set LEWIS_HOME to that, not {store.home()}"
+            f"{folder}: expected a copy of the store {store.home()}, got {f'one of {home}' if home else 'another'}; "
+            "MLflow's database names files by their whole path, so set LEWIS_HOME to the folder that was copied"
         )
     try:
         with store.lock("up").acquire(timeout=0):

@@ -42,6 +42,6 @@ def prepare() -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if "PREFECT_API_URL" not in os.environ:
-        with suppress(OSError, InputError):  # whoever needs the store tells what is wrong with it
+        with suppress(OSError, InputError):  # the command that needs the store reports what is wrong with it
             store.make_folder(store.home())  # before Prefect makes it, open to others
         os.environ.setdefault("PREFECT_HOME", str(store.home() / "prefect"))

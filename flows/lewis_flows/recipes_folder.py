@@ -57,7 +57,7 @@ def make() -> None:
     """Make the folder in the store, if that is where the recipes are and it is missing.
 
     It gets an example of a recipe, which is not taken for one, and the evaluation tasks that come with the project. A
-    folder that `LEWIS_RECIPES` names is not made, so that a wrong path is told.
+    folder that `LEWIS_RECIPES` names is not made, so that a wrong path is an error.
     """
     path = location()
     if settings.RECIPES.given() or path.exists():

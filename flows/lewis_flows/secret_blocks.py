@@ -27,8 +27,8 @@ def load_for_run(recipe: str | None) -> None:
     """Set what a run needs and the environment of its process does not have.
 
     Args:
-        recipe: its name. A token of the recipe's own counts before `HF_TOKEN`: whoever made it wants this recipe to
-            have no other. None for a run that looks at all recipes.
+        recipe: its name. A token that was made for this recipe is used in place of `HF_TOKEN`. None for a run that
+            looks at all recipes.
     """
     own = f"{HUB_TOKEN}-{_slug(recipe)}" if recipe else ""
     found = _read([own, HUB_TOKEN, MLFLOW_PASSWORD, JUDGE_KEY])

@@ -36,8 +36,8 @@ def turn(recipe: Path, run: str) -> Iterator[None]:
     """Hold a recipe's turn; another run waits for it.
 
     Its note is left if the block raises: perhaps the server is not there to learn that the run ended, as when all of
-    `lewis up` is killed and its worker's run gets SIGTERM. Whoever tells the server removes it: `HOOKS` at the end of
-    this run, or else `crash_dead_runs` of a later process.
+    `lewis up` is killed and its worker's run gets SIGTERM. The note is removed when the run's end is reported to the
+    server: by `HOOKS` at the end of this run, or else by `crash_dead_runs` of a later process.
 
     Args:
         recipe: the recipe's file.

@@ -16,7 +16,7 @@ def verify_flow() -> int | State[int]:
     """Read everything again, whatever is remembered of it; gives how many entries and versions are whole.
 
     Raises:
-        LewisError: if something is damaged: the run fails, and whoever is told of failures is told of this.
+        LewisError: if something is damaged: the run fails, and notifications of failures report it.
     """
     run_tags.tag(trigger=run_tags.trigger(run_tags.this_run()))
     checked = int(result_of(submit(verify)))

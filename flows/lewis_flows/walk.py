@@ -27,7 +27,7 @@ Futures = dict[str, PrefectFuture[Any]]
 Scores = dict[str, list[PrefectFuture[Any]]]
 """Label of a model -> futures of its scores, one for each task."""
 
-# Whoever waits in the flow for what a task needs, and gives it quoted, draws no edge in Prefect's UI. So the graph of a
+# A flow that waits for what a task needs, and passes it quoted, draws no edge in Prefect's UI. So the graph of a
 # run has only the edges of `Graph.edges`, and reads from left to right. And no task is submitted before all that it
 # waits for has ended well: Prefect would leave it `NotReady` for ever, and draw it as a bar that grows.
 

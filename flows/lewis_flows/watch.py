@@ -191,7 +191,7 @@ def _looked_since(run: FlowRun, announced: datetime) -> bool:
 
 
 def _tell_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: datetime) -> None:
-    """Tell of a release that was announced and whose runs keep failing."""
+    """Report a release that was announced and whose runs keep failing."""
     failed = _runs(client, recipe, ("FAILED", "CRASHED"), end_time={"after_": since})
     if len(failed) >= STUCK_AFTER:
         why = (failed[0].state.message if failed[0].state else None) or "it says not why"

@@ -59,7 +59,7 @@ class InResult:
 def in_result(
     config: MergeConfig, base: Model, experts: Mapping[str, Model], covered: Sequence[Covered]
 ) -> dict[str, InResult]:
-    """Each expert as the result has its layers: as it is, unless slices put layers together anew.
+    """Each expert as the result has its layers: as it is, unless slices put layers together in another order.
 
     Args:
         config: the merge, whose slices are asked for.

@@ -85,7 +85,7 @@ class AllocationEntry(JsonReference):
     Attributes:
         measured: expert -> the measurement whose activations its task vector is pruned by; empty if by magnitude.
         base: the base's measurements, if the merged delta is held back by them (`lewis.aim`).
-        stacked: whether slices put layers together anew, so that densities are of other layers than the base's.
+        stacked: whether slices put layers together in another order, so that densities are not of the base's layers.
     """
 
     holds: ClassVar[str] = "experts"

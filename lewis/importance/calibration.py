@@ -196,7 +196,7 @@ def _filled_up(
 def _rows(where: str, spec: CalibrationSet, root: Path) -> Iterator[Any]:
     """The rows of a set.
 
-    What `datasets` builds of local files has no checksums, so it is built anew each time and removed afterwards: a set
+    What `datasets` builds of local files has no checksums, so it is built again each time and removed afterwards: a set
     that was made is found in the store.
     """
     if spec.texts is not None:
@@ -249,7 +249,10 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
     if repo not in ("json", "parquet"):
         from lewis.models.hub.repository import resolve_dataset
 
-        arguments["revision"] = resolve_dataset(repo, revision or None)
+        try:
+            arguments["revision"] = resolve_dataset(repo, revision or None)
+        except LewisError as error:
+            raise type(error)(f"{where}: {error}") from error
     return arguments
 
 

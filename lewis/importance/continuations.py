@@ -1,7 +1,7 @@
 """Rows that an expert writes: for each prompt of a calibration set, the expert samples continuations.
 
 A fit asks what the expert does, so its own words are as good as labels, and there can be more of them than of rows.
-They are drawn from the expert's own distribution (temperature 1), which is what the merged model shall have.
+They are drawn from the expert's own distribution (temperature 1), which is what the merged model is to have.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Collected:
         """
         Args:
             size: number of inputs.
-            expected: tokens that can come in at most; of a very wide layer an even share of so many is kept.
+            expected: tokens that can come in at most. Of a very wide layer only some are kept, evenly spaced.
         """
         self.tokens, self.size, self._expected = 0, size, expected
         self._rows: list[torch.Tensor] = []
@@ -228,6 +228,4 @@ class Grams:
     def _damaged(self, name: str) -> LewisError:
         """The error for a damaged file; the entry is set aside, so that another run measures it again."""
         store.set_aside([self.folder], f"{name} is not as it was written")
-        return LewisError(
-            f"{self.folder / name} is damaged: it is not as it was written; run again, which measures anew"
-        )
+        return LewisError(f"{self.folder / name} is damaged: it is not as it was written; run again to measure it")

@@ -162,10 +162,13 @@ class _Walk:
         self._workers.in_place([each.go_on if id(each) in chosen else _nothing for each in self._passes], beside)
 
     def _through(self, waiting: Sequence[Pass]) -> tuple[dict[str, Collected], dict[str, str]]:
-        """Take passes through a block, a few at a time; gives the inputs, and which projection got which.
+        """Run the passes through a block, a few at a time.
 
-        What a pass has left is summed up while the next ones run, by the thread whose pass ends first: the last sums of
-        a block beside the first passes through the next.
+        The inputs that a pass has left are summed while the next passes run, by the thread whose pass ends first. The
+        last sums of a block are done during the first passes through the next block.
+
+        Returns:
+            the inputs of the block by name, and for each projection the name of its input.
         """
         inputs, sources = dict[str, Collected](), dict[str, str]()
         for start in range(0, len(waiting), self._workers.count):

@@ -79,7 +79,7 @@ def read_moments(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = moments_path(path).read_bytes()
     except OSError as error:
-        raise LewisError(f"{moments_path(path)}: {error.strerror}; run again, which makes it anew") from error
+        raise LewisError(f"{moments_path(path)}: {error.strerror}; run again to measure it") from error
     if hashlib.sha256(content).hexdigest() != (store.entry(path, "moments") or {}).get("sha256"):
-        raise LewisError(f"{moments_path(path)} is damaged; run again, which makes it anew")
+        raise LewisError(f"{moments_path(path)} is damaged; run again to measure it")
     return load(content)

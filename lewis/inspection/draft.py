@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -42,6 +42,9 @@ class Topic:
         task: of lm-eval; empty if it has none that runs without a permission.
         score: of the task, `metric,filter`.
         note: what to know about it; empty if there is nothing.
+        files: of `dataset: json` or `parquet`; empty for a set of the Hub.
+        messages: the column of a chat, in place of prompt and answer; empty if there is none.
+        samples: how many rows to take.
     """
 
     name: str
@@ -53,6 +56,9 @@ class Topic:
     task: str = ""
     score: str = ""
     note: str = ""
+    files: str = ""
+    messages: str = ""
+    samples: int = SAMPLES
 
 
 GENERAL = Topic(
@@ -122,7 +128,7 @@ class Draft:
         text: YAML with comments.
         topics: expert -> what its calibration set and task were chosen by.
         tasks: of lm-eval.
-        findings: what configs and headers tell of models that do not belong together.
+        findings: what configs and headers show of models that do not belong together.
     """
 
     text: str
@@ -131,13 +137,16 @@ class Draft:
     findings: tuple[Finding, ...]
 
 
-def draft(base: str, experts: Sequence[str], file: Path) -> Draft:
+def draft(
+    base: str, experts: Sequence[str], file: Path, choose: Callable[[str, Topic], Topic] = lambda _, found: found
+) -> Draft:
     """Look at the models' configs, headers and cards, and compose a recipe for them.
 
     Args:
         base: reference of the base.
         experts: references of the experts.
         file: where the recipe will be; references of folders are written so that they lead there.
+        choose: called with each expert and the topic that its name or card suggests; gives the one to take.
 
     Raises:
         InputError: if a model does not exist, or does not fit the base.
@@ -147,7 +156,12 @@ def draft(base: str, experts: Sequence[str], file: Path) -> Draft:
     refs = [_placed(each, root) for each in (base, *experts)]
     first = pin(refs[0], root)
     others = [pin(ref, root, first) for ref in refs[1:]]
-    topics = {source.ref: topic_of(*_told(source, root)) for source in others}
+    topics = dict[str, Topic]()
+    for source in others:
+        topic = choose(source.ref, topic_of(*_told(source, root)))
+        while any(each.name == topic.name and each != topic for each in topics.values()):
+            topic = replace(topic, name=f"{topic.name}_2")
+        topics[source.ref] = topic
     tasks = tuple(dict.fromkeys(topic.task for topic in topics.values() if topic.task)) or (GENERAL.task,)
     text = _compose(first, topics, tasks, file.stem)
     recipe = Recipe.parse(text, root=root, name=file.stem)
@@ -166,7 +180,7 @@ def _placed(ref: str, root: Path) -> str:
 
 
 def _told(source: Source, root: Path) -> list[str]:
-    """What tells an expert's topic: its name, then the datasets and tags of its model card, where that is here."""
+    """The texts that may name an expert's topic: its name, then datasets and tags of its card, if it is here."""
     pinned = source.adapter or source.model
     try:
         found = FRONT_MATTER.match(read_text(repository.fetch(pinned, weights=False) / NAME, yaml_text.MAX_BYTES))
@@ -216,8 +230,10 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], nam
     lines += ["    # Better than these public rows: rows of each expert's own training, in its own format."]
     for topic in sets.values():
         source: dict[str, str | int] = {"dataset": topic.dataset, **({"config": topic.config} if topic.config else {})}
+        source |= {"data_files": topic.files} if topic.files else {}
         answer = {("answer" if topic.prompt else "text"): topic.answer + end}
-        source |= {**({"prompt": topic.prompt} if topic.prompt else {}), **answer, "samples": SAMPLES}
+        answer = {"messages": topic.messages} if topic.messages else answer
+        source |= {**({"prompt": topic.prompt} if topic.prompt else {}), **answer, "samples": topic.samples}
         lines += [f"    # {topic.note}"] if topic.note else []
         lines += [f"    {topic.name}: {json.dumps(source, ensure_ascii=False)}"]
     scores = {each.task: each.score for each in (*topics.values(), GENERAL)}

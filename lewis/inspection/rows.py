@@ -8,7 +8,6 @@ from contextlib import suppress
 from lewis.errors import LewisError
 from lewis.importance.calibration import Calibration
 from lewis.inspection.kinds import Finding
-from lewis.merging.fitting.losses import mean_loss, predicts_next_token, row_losses
 from lewis.merging.step import MergeInput
 from lewis.models.source import ModelFiles
 
@@ -22,7 +21,11 @@ def row_findings(given: MergeInput) -> list[Finding]:
     Args:
         given: of a merge. Nothing is checked if it fits no rows, or its models do not predict the next token.
     """
-    if given.base is None or not given.sets or not predicts_next_token(given.base.open()):
+    if given.base is None or not given.sets:
+        return []
+    from lewis.merging.fitting.losses import predicts_next_token  # brings torch with it
+
+    if not predicts_next_token(given.base.open()):
         return []
     rows = {ref: _few(Calibration.load(entry.path)) for ref, entry in given.sets.items()}
     experts = [each for each in given.experts if rows.get(each.ref) and each.key != given.base.key]
@@ -50,4 +53,6 @@ def _few(rows: Calibration) -> Calibration:
 
 def _losses(files: ModelFiles, sets: list[Calibration]) -> list[float]:
     """Nats per answer token of each set."""
+    from lewis.merging.fitting.losses import mean_loss, row_losses
+
     return [mean_loss([each]) for each in row_losses(files.open(), sets)]

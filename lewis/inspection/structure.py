@@ -78,7 +78,7 @@ def _swapped_in_stack(
     if not suspects or len(every) < 2:
         return []
     chosen = {layer: min(own, key=lambda name: (len(name), name)) for layer, own in every.items()}
-    kind = _NUMBER.sub(".", chosen[suspects[0]], count=1)  # a layer of another shape has none that compares
+    kind = _NUMBER.sub(".", chosen[suspects[0]], count=1)  # only tensors of one kind can be compared
     chosen = {layer: name for layer, name in chosen.items() if _NUMBER.sub(".", name, count=1) == kind}
     ours = {layer: _sample(base, name) for layer, name in chosen.items()}
     source: dict[int, int] = {}

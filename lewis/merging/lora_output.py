@@ -63,7 +63,7 @@ class AdapterWriter:
         names = [name for name in merge.layout if merge.merges(name) and merge.base.tensors[name].elements]
         places = self._network.unconverted
         self._places = {name: places.get(name) for name in names}
-        # Of its own: a merge in torch takes from the merge's, and would wait for what its delta holds.
+        # Not the merge's budget: a merge in torch would wait there for the memory that this delta holds.
         self._budget = MemoryBudget(max((merge.base.tensors[name].elements for name in names), default=0))
         self._found, self._lock = Found(), Lock()
 

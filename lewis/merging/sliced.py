@@ -52,7 +52,7 @@ def placed(settings: MergeSettings, models: Mapping[str, Model]) -> MergeSetting
 
 
 def _check_stackable(settings: MergeSettings) -> None:
-    what = "layers are put together anew"
+    what = "layers are put together in another order"
     if settings.output.kind != "full":
         raise InputError(f"output.kind: {what}, so the result is no adapter on the base; use full")
     if settings.method.fits:

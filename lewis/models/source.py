@@ -205,7 +205,7 @@ def _once(identity: tuple[object, ...], make: Callable[..., _T], *arguments: Any
 
 
 def _matched(base: Model, model: Model) -> Matched | Model:
-    """What the model has of the base's tensors under other names; the model itself if its names are the base's."""
+    """The model under the base's names for its tensors; the model itself if its names are the same."""
     return match(base.home, with_tied(base), with_tied(model)) or model
 
 

@@ -304,7 +304,7 @@ def _check_fit(data: dict[str, Any], method: Method) -> list[str]:
 
 
 def _check_anchor(data: dict[str, Any], own: Method, guided: bool) -> list[str]:
-    """The parameters of the anchor's method, and how many models it merges."""
+    """Check the parameters of the anchor's method, and that it merges so many models; gives the problems."""
     block = data["anchor"]
     given = block.get("parameters") or {}
     inner = {**data, "parameters": given, "lewis": data.get("lewis") if guided else None}
@@ -321,7 +321,7 @@ def _check_anchor(data: dict[str, Any], own: Method, guided: bool) -> list[str]:
 
 
 def _allocator(block: dict[str, Any] | None) -> Allocator:
-    """The allocator of a `lewis` block: the default's, if it names none or one that there is not."""
+    """The allocator of a `lewis` block; the default one if the block names none, or an unknown one."""
     density = (block or {}).get("density") or {}
     return ALLOCATORS.get(str(density.get("strategy")), ALLOCATORS[DEFAULT])
 

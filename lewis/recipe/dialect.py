@@ -68,7 +68,7 @@ def _of_module(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _before(own: Any, common: Any) -> Any:
-    """A setting that holds where its filters match, and the common one elsewhere."""
+    """Join a list of filters with the common setting, which holds where no filter matches."""
     if common is None or not (isinstance(own, list) and own and all(isinstance(rule, dict) for rule in own)):
         return own
     rules = common if isinstance(common, list) and all(isinstance(rule, dict) for rule in common) else None

@@ -18,7 +18,7 @@ from lewis.registry import lineage, logged_model, repair, traces, tracking, vers
 from lewis.registry.history import TEAM
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
-from lewis.reports.card import FRONT_MATTER
+from lewis.reports.card import FRONT_MATTER, RECIPE
 from lewis.store import manifest
 
 if TYPE_CHECKING:
@@ -30,7 +30,12 @@ MAX_DESCRIPTION = 5000  # characters
 _ROW = re.compile(r"^\| (?!---).*\|$", re.MULTILINE)  # of a table, but the line below its head
 _ROOM = "\u2007\u2007\u200b"  # two wide spaces without a break; the last one keeps them, as Markdown trims cells
 _ARROW = re.compile(" (?=[↑↓])")  # which stays with its metric when a cell has too little room for all
-_CODE = re.compile(r"^(`{3,})yaml$", re.MULTILINE)  # where the recipe begins, which ends the card
+_ABOUT = (
+    "Versions that LEWIS merged. The alias `champion` is the version in use, `previous` the one before it, "
+    "`challenger` the last one that the gate refused. Each version's page shows its scores and inputs. "
+    "`lewis history {name}` prints which version replaced which and why, and `lewis pull {name} -o DIR` writes the "
+    "champion into a folder."
+)
 _OF_RUN = "lewis.prefect."  # tags that lead to the flow run
 
 
@@ -128,24 +133,23 @@ def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registrati
 def description(text: str, pictures: Iterable[str], run_id: str) -> str:
     """A card for MLflow's pages: without front matter, which they show as text, and with pictures that they find.
 
-    They have tables without room between columns: each cell gets some. A card that is too long is cut after a whole
-    line, and outside of the code block that the recipe is in.
+    They have tables without room between columns: each cell gets some. The recipe, which ends a card, is a link to its
+    file. A card that is too long all the same is cut after a whole line.
 
     Args:
         text: the card.
         pictures: names of the files that it shows.
         run_id: of the MLflow run that has them.
     """
-    text = FRONT_MATTER.sub("", text)
+    text, _, recipe = FRONT_MATTER.sub("", text).partition(RECIPE)
     for picture in pictures:
         text = text.replace(f"]({picture})", f"](get-artifact?path={quote(picture)}&run_uuid={run_id})")
     text = _ROW.sub(lambda row: _ARROW.sub("\u00a0", row[0]).replace(" |", f"{_ROOM} |"), text)
-    if len(text) <= MAX_DESCRIPTION:
-        return text
-    fence = found[1] if (found := _CODE.search(text)) else ""
-    note = "\n\n... (cut, all of it is in card.md)"
-    kept = text[: MAX_DESCRIPTION - len(f"\n{fence}{note}")].rpartition("\n")[0]
-    return f"{kept}\n{fence}{note}" if _CODE.search(kept) else f"{kept}{note}"
+    link = f"\n\nThe recipe: [recipe.yaml](get-artifact?path=recipe.yaml&run_uuid={run_id})" if recipe else ""
+    if len(text) + len(link) > MAX_DESCRIPTION:
+        link = f"\n\n... (cut, all of it is in card.md){link}"
+        text = text[: MAX_DESCRIPTION - len(link)].rpartition("\n")[0]
+    return text + link
 
 
 def _tags_of(new: Registration) -> dict[str, str]:
@@ -161,7 +165,7 @@ def _create_registered_model(client: "MlflowClient", name: str, team: str) -> No
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(name, tags={TEAM: team} if team else None)
+        client.create_registered_model(name, tags={TEAM: team} if team else None, description=_ABOUT.format(name=name))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -171,7 +175,7 @@ def _clear_leftovers(client: "MlflowClient", name: str, new: Registration) -> No
     """Clear what earlier attempts left: half-made runs of killed processes, and versions whose files are damaged."""
     digest = new.digest
     for version in versions.of_digest(client, name, digest):
-        logger.warning("version %s of %s: files are lost or damaged; registering it anew", version.version, name)
+        logger.warning("version %s of %s: files are lost or damaged; registering it again", version.version, name)
         repair.give_up(client, version, digest)
     _close_runs(client, name, new, finished=None)
     for model in client.search_logged_models([tracking.experiment(client, new.team)], _made_by(name, digest)):

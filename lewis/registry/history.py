@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import RegisteredModel
 
-TAG = "lewis.registry.history."
+TAG = "mlflow.lewis.history."  # MLflow's pages hide tags that begin with its own name
+_SHOWN = "lewis.registry.history."  # what they began with before, long JSON in sight
 TEAM = "lewis.team"  # tag of a registered model, and of its versions: `register.team`
 REFUSED = ("rejected", "refused", "waits", "lapsed")
 """What records say that left the champion where it was."""
@@ -124,7 +125,8 @@ def _beside(record: Record) -> str:
 def read(client: "MlflowClient", name: str) -> list[Record]:
     """`history`, with a client that is open already."""
     tags = registered_model(client, name).tags
-    return [Record(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(TAG)]
+    texts = {key.removeprefix(TAG).removeprefix(_SHOWN): tags[key] for key in tags if key.startswith((TAG, _SHOWN))}
+    return [Record(**json.loads(texts[time])) for time in sorted(texts)]
 
 
 def registered_model(client: "MlflowClient", name: str) -> "RegisteredModel":

@@ -84,13 +84,13 @@ def facts(client: "MlflowClient", model: "LoggedModel") -> dict[str, Any]:
     return found
 
 
-def check(client: "MlflowClient", model: "LoggedModel", *, anew: bool = False) -> None:
+def check(client: "MlflowClient", model: "LoggedModel", *, again: bool = False) -> None:
     """Check that the artifact store still has every file as it was written.
 
     On a file system of this machine that means the content. Of remote files only the sizes can be asked for.
 
     Args:
-        anew: read every file, whatever is remembered.
+        again: read every file, whatever is remembered.
 
     Raises:
         DamagedError: naming the file.
@@ -102,7 +102,7 @@ def check(client: "MlflowClient", model: "LoggedModel", *, anew: bool = False) -
     if not files:
         raise DamagedError("the version does not say which files it has")
     if (folder := local_folder(model)) is not None:
-        manifest.check_files(folder, files, anew=anew)
+        manifest.check_files(folder, files, again=again)
         return
     for parent, names in groupby(sorted(files, key=_parent), _parent):
         listed = client.list_logged_model_artifacts(model.model_id, parent or None)

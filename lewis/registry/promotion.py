@@ -71,7 +71,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         if verdict.passed:
             _check_still_champion(current, verdict)
             if not versions.is_whole(client, version.name, version.version):
-                raise LewisError(f"{version.uri}: its files are lost or damaged; run again, which registers it anew")
+                raise LewisError(f"{version.uri}: its files are lost or damaged; run again to register it")
         tags = {
             "lewis.verdict": WAITING if verdict.waits else "passed" if verdict.passed else "failed",
             **({history.METRIC: verdict.metric} if verdict.metric else {}),
@@ -269,7 +269,7 @@ def _tags_of_waiting(client: "MlflowClient", name: str, version: str) -> dict[st
 def _check_waits(client: "MlflowClient", name: str, version: str, champion: str | None) -> None:
     """Check that a version waits, and that what the gate found still holds."""
     uri, tags = f"models:/{name}/{version}", _tags_of_waiting(client, name, version)
-    again = "run its recipe again, which judges it anew"
+    again = "run its recipe again, which judges it again"
     until = datetime.fromisoformat(tags[_UNTIL])
     if until < datetime.now(UTC):
         raise InputError(f"{uri}: it waited for approval until {until:%Y-%m-%d %H:%M} UTC; {again}")

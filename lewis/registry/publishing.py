@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _NO_XET = re.compile(r"\b404\b.*/xet-write-token/")
 
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|gguf)$|\.index\.json$")
-# Of these, what a model does not have says something: a full model or an adapter; scores of an earlier one.
+# Removed from the repo if the new model lacks them: they would belong to an earlier one.
 KINDS = ("config.json", "adapter_config.json", EVAL_RESULTS)
 
 

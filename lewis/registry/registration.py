@@ -1,4 +1,4 @@
-"""What MLflow is told about a merged model."""
+"""What is registered in MLflow about a merged model."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ DIGEST = 32  # characters of a dataset's digest; MLflow takes 36
 
 @dataclass(frozen=True)
 class Registration:
-    """What MLflow is told about a merged model.
+    """What is registered in MLflow about a merged model.
 
     Attributes:
         name: of the registered model.

@@ -46,7 +46,7 @@ def verify() -> Verified:
                     continue
                 checked += 1
                 try:
-                    versions.check_model(client, version, anew=True)
+                    versions.check_model(client, version, again=True)
                 except DamagedError as error:
                     damaged.append(Damage("version", f"models:/{version.name}/{version.version}", str(error)))
                     mark(client, version, digest)

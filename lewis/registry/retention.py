@@ -40,7 +40,7 @@ class _Versions:
     means: list[dict[str, float]]
 
     def is_merge(self, path: Path) -> bool:
-        """Whether a checkpoint is registered."""
+        """Whether the merged checkpoint at a path belongs to a registered version."""
         return path.stem in self.merges
 
     def is_calibration(self, path: Path) -> bool:

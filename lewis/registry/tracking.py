@@ -57,7 +57,7 @@ class AwayError(TransientError):
 def without_tables() -> None:
     """Have MLflow do without pandas, pyarrow and scipy, as it can where they are not installed.
 
-    They take 50 MB and a second, and this process, which has not imported them yet, shall only read the registry.
+    They take 50 MB and a second, and this process, which has not imported them yet, will only read the registry.
     """
     for name in ("pandas", "pyarrow", "scipy"):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # so that an import of it fails
@@ -134,7 +134,7 @@ def experiment_name(team: str = "") -> str:
 
 
 def artifacts_folder() -> Path:
-    """Where files of experiments go that are not made through a server of the user's own."""
+    """The folder for the artifacts of experiments, unless a server of the user's own keeps them."""
     return _folder() / "artifacts"
 
 

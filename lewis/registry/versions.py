@@ -244,12 +244,12 @@ def model_of(client: "MlflowClient", version: "ModelVersion") -> "LoggedModel | 
         return None
 
 
-def check_model(client: "MlflowClient", version: "ModelVersion", *, anew: bool = False) -> "LoggedModel":
+def check_model(client: "MlflowClient", version: "ModelVersion", *, again: bool = False) -> "LoggedModel":
     """The LoggedModel of a version, whose files are checked.
 
     Args:
         version: of a registered model.
-        anew: read every file, whatever is remembered.
+        again: read every file, whatever is remembered.
 
     Raises:
         DamagedError: naming a file that is missing or damaged.
@@ -258,7 +258,7 @@ def check_model(client: "MlflowClient", version: "ModelVersion", *, anew: bool =
 
     try:
         model = client.get_logged_model((version.source or "").removeprefix("models:/"))
-        logged_model.check(client, model, anew=anew)
+        logged_model.check(client, model, again=again)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise DamagedError("its LoggedModel was deleted") from error

@@ -19,6 +19,7 @@ from lewis.reports.markdown import block, markdown_table
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*", re.DOTALL)  # YAML that the Hub reads
+RECIPE = "\n\n## Recipe\n\n"  # begins the last part of a card
 NAME, HEAT_MAP, EVAL_RESULTS = "README.md", "density.png", ".eval_results/lewis.yaml"
 
 
@@ -93,9 +94,8 @@ def model_card(
         "## Density per layer\n\n![Fraction of each task vector that is kept](density.png)" if mean_density else "",
         "## Inputs\n\n" + markdown_table(_inputs(parents, lineage, mean_density)),
         _licences(licences or {}),
-        f"## Recipe\n\n{block(recipe.strip(), 'yaml')}",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in parts if part) + f"{RECIPE}{block(recipe.strip(), 'yaml')}\n"
 
 
 def _adapter(told: str, base: str, lineage: Mapping[str, str]) -> str:

@@ -332,7 +332,7 @@ def _right(answer: str) -> str:
 
 
 def _lineage(facts: RunFacts, more: PageFacts) -> str:
-    """The inputs left, each with its commit and a line to the merge, which leads to what came of it."""
+    """A drawing: the inputs with their commits, lines from each to the merge, and the version that came of it."""
     order = {"base": 0, "expert": 1, "rows": 2}
     inputs = sorted((c for c in facts.changes if c.now), key=lambda c: order.get(more.roles.get(c.ref, "rows"), 2))
     if not inputs:

@@ -95,7 +95,7 @@ def _folder(digest: str, size: int, *, in_memory: bool = True) -> Iterator[Path]
 
 
 def _own_memory() -> Path | None:
-    """The folder of this user in memory; None, which is told, if somebody else could have put models there."""
+    """The folder of this user in memory; None, with a warning, if somebody else could have put models there."""
     try:
         return store.private_folder(MEMORY / f"lewis-{os.getuid()}")
     except InputError as error:

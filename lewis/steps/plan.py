@@ -71,7 +71,7 @@ class Plan:
 
     Attributes:
         inputs: ref, commit and bytes of each model.
-        findings: what configs, tokenizers and headers tell of models that do not belong together.
+        findings: what configs, tokenizers and headers show of models that do not belong together.
         warning: what is perhaps wrong with the calibration sets of a fit, as a sentence; else empty.
         renamed: which models have other names for the base's tensors, and how they are read.
         layers: the covered layers; empty without a lewis block.

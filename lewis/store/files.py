@@ -165,7 +165,7 @@ def _can_resume(leftover: Path) -> bool:
 
 
 def _target(leftover: Path) -> str:
-    """The name of the folder that was to be written."""
+    """The name of the folder that a scratch folder was to become."""
     return leftover.name.removesuffix(RESUMABLE).rpartition(".")[0].removeprefix(".")
 
 

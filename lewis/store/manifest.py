@@ -36,7 +36,7 @@ def read_manifest(folder: Path, *, content: bool = True) -> dict[str, Any] | Non
         return None
 
 
-def check(folder: Path, *, anew: bool = False, content: bool = True) -> dict[str, Any]:
+def check(folder: Path, *, again: bool = False, content: bool = True) -> dict[str, Any]:
     """Check the content of every file of a published folder against its manifest, and mark the folder as used.
 
     A folder that only the remote half of the store has is fetched. A checksum is remembered for as long as the
@@ -44,7 +44,7 @@ def check(folder: Path, *, anew: bool = False, content: bool = True) -> dict[str
 
     Args:
         folder: as `publish` wrote it. Files that the manifest does not name are not looked at.
-        anew: read every file, whatever is remembered.
+        again: read every file, whatever is remembered.
         content: False compares the sizes only.
 
     Returns:
@@ -61,7 +61,7 @@ def check(folder: Path, *, anew: bool = False, content: bool = True) -> dict[str
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST}: {getattr(error, 'strerror', None) or error}") from error
     sizes = {name: (size, None) for name, (size, _) in expected.items()}
-    check_files(folder, expected if content else sizes, anew=anew)
+    check_files(folder, expected if content else sizes, again=again)
     return manifest
 
 
@@ -74,13 +74,13 @@ def set_damaged_aside(folder: Path) -> None:
             set_aside([folder], str(error))
 
 
-def check_files(folder: Path, expected: Mapping[str, tuple[int, str | None]], *, anew: bool = False) -> None:
+def check_files(folder: Path, expected: Mapping[str, tuple[int, str | None]], *, again: bool = False) -> None:
     """Check the content of files.
 
     Args:
         folder: where they are.
         expected: name -> size in bytes and SHA-256; None: only the size is known.
-        anew: read every file, whatever is remembered.
+        again: read every file, whatever is remembered.
 
     Raises:
         DamagedError: naming the first file that is missing or has another size or content.
@@ -91,7 +91,7 @@ def check_files(folder: Path, expected: Mapping[str, tuple[int, str | None]], *,
         try:
             if (found := (folder / name).stat().st_size) != size:
                 return f"{name}: expected {size} bytes, it has {found}"
-            if sha256 and (is_now := remembered_sha256(folder / name, anew=anew)) != sha256:
+            if sha256 and (is_now := remembered_sha256(folder / name, again=again)) != sha256:
                 return f"{name}: expected SHA-256 {sha256}, it is {is_now}"
         except OSError as error:
             return f"{name}: {error.strerror}"
@@ -108,16 +108,16 @@ def place_of(facts: Any) -> Path:
     return kinds.DIGESTS.path(files.digest(facts)[:40])
 
 
-def remembered_sha256(path: Path, *, anew: bool = False) -> str:
+def remembered_sha256(path: Path, *, again: bool = False) -> str:
     """SHA-256 (64 hex digits) of a file, read again only when its place, size, times or inode changed.
 
     Args:
         path: of the file.
-        anew: read it in any case; what was remembered is replaced.
+        again: read it in any case; what was remembered is replaced.
     """
     path = path.resolve()
     entry, stamp, start = place_of(str(path)), _stamp(path), time.time_ns()
-    known = None if anew else read_entry(entry)
+    known = None if again else read_entry(entry)
     if known and known.get("stamp") == stamp:
         return str(known["sha256"])
     sha256 = files.file_sha256(path)
@@ -125,7 +125,7 @@ def remembered_sha256(path: Path, *, anew: bool = False) -> str:
     with suppress(OSError):  # the store is full or read-only: the checksum is computed again next time
         if _stamp(path) == stamp and start - changed_at > _TIMESTAMP_TICK:
             write_entry(entry, {"stamp": stamp, "sha256": sha256})
-        elif anew:
+        elif again:
             entry.unlink(missing_ok=True)
     return sha256
 

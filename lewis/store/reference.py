@@ -36,5 +36,5 @@ class JsonReference(Reference):
         """
         found = entries.entry(self.path, key)
         if found is None:
-            raise LewisError(f"{self.path} is gone or damaged; run again, which makes it anew")
+            raise LewisError(f"{self.path} is gone or damaged; run again to make it")
         return found

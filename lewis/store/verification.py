@@ -47,7 +47,7 @@ class Verified:
         first = self.damaged[0]
         return (
             f"{len(self.damaged)} of {self.checked} entries and versions are damaged; the first: {first.entry}: "
-            f"{first.why}; run their recipes again (`lewis run`), which makes them anew"
+            f"{first.why}; run their recipes again (`lewis run`), which makes them again"
         )
 
 
@@ -70,7 +70,7 @@ def _problem(kind: Kind, path: Path) -> str | None:
         return None
     try:
         with kind.lock(path.stem).acquire(timeout=0) if kind.locks else nullcontext():
-            manifest.check_files(head.parent, kind.parts(path, head.read_bytes()), anew=True)
+            manifest.check_files(head.parent, kind.parts(path, head.read_bytes()), again=True)
     except Timeout:
         return None
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Check everything in the store and the registry anew."""
+"""Check everything in the store and the registry again."""
 
 from prefect import task
 from prefect.artifacts import create_table_artifact

@@ -157,7 +157,9 @@ def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], te
         "\u00a0", " "
     )  # columns with room between them
     own_links = re.sub(r"\(get-artifact\?path=([^&)]*)&run_uuid=\w+\)", r"(\1)", shown)
-    assert version.description != shown != own_links and own_links in card  # its pages find pictures through the run
+    own_links, _, recipe = own_links.partition("\n\nThe recipe: ")
+    assert recipe == "[recipe.yaml](recipe.yaml)" and "```" not in own_links
+    assert version.description != shown and own_links in card  # its pages find pictures through the run
 
 
 def _check_kept(client: Any, own: Path, home: Path, second: dict[str, Any], text: str, terminal: str) -> None:

@@ -23,7 +23,7 @@ from tests.production.s3_server import program
 from tests.support.models import write_expert
 from tests.support.service import REPO
 
-PAGE = (REPO / "deployments" / "README.md").read_text()
+PAGE = (REPO / "deployments" / "INSTALL.md").read_text()
 PASSWORD = "what the platform team chose"
 FOLLOWED = {
     "Step by step": "here",

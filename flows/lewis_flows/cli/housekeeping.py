@@ -80,7 +80,9 @@ def backup(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(done._asdict(), indent=2, default=str))
         return
-    print(f"{done.folder}: {done.files} files, {done.bytes / 1e6:.1f} MB; whoever has it has the secrets")
+    print(
+        f"{done.folder}: {done.files} files, {done.bytes / 1e6:.1f} MB; it holds the secrets: keep it as you keep them"
+    )
     for part, url in done.elsewhere.items():
         print(f"{part} is at {url}: copy its database{' and artifacts' if part == 'mlflow' else ''} there")
 
@@ -97,7 +99,7 @@ def restore(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Check everything anew, and print what is damaged.
+    """Read and check everything, and print what is damaged.
 
     Raises:
         LewisError: if something is.

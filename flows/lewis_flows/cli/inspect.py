@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis_flows.cli import arguments, bars
+from lewis_flows.cli import arguments, ask, bars
 from lewis_flows.cli.terminal import print_table, show_log
 
 
@@ -33,7 +34,8 @@ def new(options: argparse.Namespace) -> None:
     if file.exists() and not options.force:
         raise InputError(f"-o {options.output}: there is a file already; choose another name, or say --force")
     show_log()
-    made = draft(options.base, options.experts, file)
+    asks = sys.stdin.isatty() and sys.stdout.isatty() and not options.json
+    made = draft(options.base, options.experts, file, *([ask.rows_of] if asks else []))
     store.write_text(file, made.text)
     if options.json:
         findings = [each.to_json() for each in made.findings]
@@ -43,7 +45,28 @@ def new(options: argparse.Namespace) -> None:
     for expert, topic in made.topics.items():
         print(f"{expert}: calibrated on {topic}")
     print("".join(f"{each.to_text()}\n" for each in made.findings), end="")
-    print(f"{options.output}: scored by {', '.join(made.tasks)}; read it, then `lewis plan {options.output}`")
+    then = "" if asks else f"; read it, then `lewis plan {options.output}`"
+    print(f"{options.output}: scored by {', '.join(made.tasks)}{then}")
+    if asks:
+        _look_and_run(file)
+
+
+def _look_and_run(file: Path) -> None:
+    """Show the plan of a new recipe and, if its models are here, what an inspection finds; offer to run it."""
+    from lewis import library
+    from lewis.steps.table import DOWNLOAD
+    from lewis_flows.cli.run import run_merge
+
+    plan = library.plan(file)
+    print(f"\n{plan.to_text()}\n")
+    missing = [each for each in plan.steps if each.name.startswith(DOWNLOAD.name) and each.state != "cached"]
+    if not missing:
+        with bars.progress() as report:
+            found = library.inspect(file, report=report)
+        print("".join(f"{each.to_text()}\n" for each in found.findings) + found.verdict)
+    size = sum(each.cost.written for each in missing)
+    if ask.yes(f"run it now, which downloads {size / 1e9:.1f} GB?" if missing else "run it now?"):
+        run_merge(str(file), [], as_json=False)
 
 
 def inspect_options(command: argparse.ArgumentParser) -> None:

@@ -89,16 +89,21 @@ COMMANDS = (
     Command(
         "importance",
         merge.importance,
-        "measure the importance of every covered layer",
+        "measure the importance of every covered layer; for methods with densities",
         (recipe, json_file, as_json),
     ),
     Command(
         "allocate",
         merge.allocate,
-        "allocate a density to every tensor of every expert; draws FILE.png too",
+        "allocate a density to every tensor of every expert; draws FILE.png too; for methods with densities",
         (recipe, json_file, as_json),
     ),
-    Command("export", merge.export, "print a mergekit config with the LEWIS densities as filters", (recipe, as_json)),
+    Command(
+        "export",
+        merge.export,
+        "print a recipe as a mergekit config, with its LEWIS densities as filters; for methods that mergekit has",
+        (recipe, merge.export_file, as_json),
+    ),
     Command("demo", run.demo, "train a family of tiny models and run the whole DAG on it", (as_json,)),
     Command(
         "up",

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from lewis.recipe.recipe import Recipe
 
 
+_FOR = (
+    "`importance` and `allocate` are for methods with densities, such as ties, and a `lewis` block; for any recipe "
+    "`lewis inspect --plot FILE.png` shows where the experts moved"
+)
+
+
 def plan(options: argparse.Namespace) -> None:
     """Print what a run would do."""
     from lewis.steps.plan import make_plan
@@ -122,19 +128,32 @@ def allocate(options: argparse.Namespace) -> None:
     _print_densities(found)
 
 
+def export_file(command: argparse.ArgumentParser) -> None:
+    """`-o FILE.yaml`."""
+    about = "file to write; a shell's `>` leaves an empty one if the recipe is refused"
+    command.add_argument("-o", "--output", metavar="FILE.yaml", type=Path, help=about)
+
+
 def export(options: argparse.Namespace) -> None:
-    """Print a config of mergekit."""
+    """Print a config of mergekit, or write it into a file."""
     import yaml
 
+    from lewis import store
     from lewis.merging.export import check_exportable, to_mergekit
     from lewis.models.source import pin_all
+    from lewis.store.writable import check_output_file
 
     recipe = arguments.load(options)
+    file = check_output_file(options.output) if options.output else None
     check_exportable(recipe.config, recipe.lewis)  # before anything is measured
     base, experts = pin_all(recipe)
     allocations = _allocate(options).allocated.experts() if recipe.allocator else {}
     made = to_mergekit(recipe.text, recipe.config, recipe.lewis, base, experts, allocations)
-    print(json.dumps(yaml.safe_load(made), indent=2) + "\n" if options.json else made, end="")
+    text = json.dumps(yaml.safe_load(made), indent=2) + "\n" if options.json else made
+    if file:
+        store.write_text(file, text)
+    else:
+        print(text, end="")
 
 
 class _Allocated(NamedTuple):
@@ -172,9 +191,9 @@ def _allocate(options: argparse.Namespace) -> _Allocated:
 
     recipe = arguments.load(options)
     if recipe.fits and recipe.allocator is None:
-        raise RecipeError(f"merge_method: {recipe.merge_method} takes no densities; there is nothing to allocate")
+        raise RecipeError(f"merge_method: {recipe.merge_method} fits to rows and takes no densities; {_FOR}")
     if recipe.lewis is None or recipe.base_model is None:
-        raise RecipeError("lewis: missing; there is nothing to measure or allocate without this block")
+        raise RecipeError(f"lewis: missing, or no base_model; {_FOR}")
     show_log()
     walked = graph(recipe)
     passes = set[str]()

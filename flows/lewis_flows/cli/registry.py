@@ -149,7 +149,7 @@ def rollback(options: argparse.Namespace) -> None:
 
 
 def _tell(answered: str = "", why: str = "", *, approve: bool = True) -> None:
-    """Report the new champion to the Prefect server if there is one; without one, the next to start is told.
+    """Report the new champion to the Prefect server; if none runs, the next that starts gets the report.
 
     Args:
         answered: the version that waited for this answer; the run that waits for it goes on.

@@ -47,7 +47,7 @@ class Output:
         self._console = Console()
         self._shown: dict[str, bool] = {}
         self._tracing: dict[str, bool] = {}
-        self._away = float("-inf")  # when Prefect was told to have ended
+        self._away = float("-inf")  # when Prefect got the signal to end
         self._failed: dict[str, bool] = {}  # whether the last event of a part was that a run failed
 
     def say(self, part: str, line: str) -> None:
@@ -65,7 +65,9 @@ class Output:
             print(json.dumps(told, ensure_ascii=False), flush=True)
         else:
             name = Text(f"{part:<8}", _COLOURS.get(part, "magenta"))
-            line = f"{datetime.now():%H:%M:%S} {line}" if part == "lewis" else line  # those of others have theirs
+            line = (
+                f"{datetime.now():%H:%M:%S} {line}" if part == "lewis" else line
+            )  # lines of other parts begin with a time already
             self._console.print(name, Text.from_ansi(line), soft_wrap=True)
 
     def _is_worth_it(self, part: str, line: str) -> bool:

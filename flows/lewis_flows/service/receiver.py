@@ -105,7 +105,7 @@ class Receiver:
         self._one_at_a_time = threading.Lock()  # of two deliveries of one release at once, only one is the first
 
     def take(self, body: bytes) -> Answer:
-        """Announce the release that a delivery tells of; the answer says what was done.
+        """Announce the release that a delivery reports; the answer says what was done.
 
         Args:
             body: of the request, JSON as the Hub sends it.

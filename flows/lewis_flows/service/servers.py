@@ -1,7 +1,7 @@
 """The servers of Prefect and MLflow on loopback; for one command, a Prefect server that ends with it.
 
 Both answer only requests that call them by an address of this machine and come from no page of another site. Prefect's
-asks for a key too, because whoever may start its runs may run code.
+asks for a key too, because someone who may start its runs may run code.
 """
 
 import os
@@ -38,7 +38,7 @@ def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
 
     Args:
         died: called from a thread, with a sentence, if the server that was started ends before the block does. It
-            shall end this process: Prefect's client would go on for minutes, and end in errors of its own.
+            must end this process: Prefect's client would go on for minutes, and end in errors of its own.
 
     A server that is started keeps its database in the store, so the next one shows all runs. It ends with this process,
     even if this process is killed.
@@ -64,7 +64,7 @@ def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
     try:
         yield url
     finally:
-        time.sleep(1)  # so that it stores the last events; if the block failed since it died, that is told instead
+        time.sleep(1)  # so that it stores the last events; if the block failed since it died, that is the error instead
         over.set()
         watcher.join()
         server.stop()

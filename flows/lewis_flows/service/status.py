@@ -139,7 +139,7 @@ def _ask_registry(found: Watched, mlflow: Part, *, scores: bool) -> list[Held]:
 
 PATIENCE = 10.0  # seconds for one request
 _FLOWS = FlowFilter(name=FlowFilterName(any_=list(prefect_runs.ALL)))
-LAST = 5  # runs that are told of one recipe
+LAST = 5  # runs of one recipe that are shown
 
 
 def _ask_prefect(found: Status, api: str, only: str) -> None:

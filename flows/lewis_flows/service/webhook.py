@@ -44,7 +44,7 @@ MAX_BODY = 1 << 20  # bytes; a delivery of the Hub has about two thousand
 
 
 def create_app(secret: str, key: str = "", page: Page | None = None) -> FastAPI:
-    """The receiver as a web application: `POST /webhook` for the Hub, and for whoever watches it:
+    """The receiver as a web application: `POST /webhook` for the Hub, and for monitoring:
 
     `GET /health/live`, or `/health`, answers 200 while the process does; `GET /health/ready` answers 200 if a delivery
     can be handed on, else 503 with what is `missing`. `GET /metrics` has numbers for Prometheus.
@@ -179,7 +179,7 @@ def _poll() -> None:
 
 
 def serve(host: str, port: int, secret: str) -> None:
-    """Run the receiver until it is told to stop.
+    """Run the receiver until it gets the signal to stop.
 
     Args:
         host, port: where to listen.
@@ -271,7 +271,7 @@ def _check_server() -> None:
     from prefect.settings import PREFECT_API_URL
 
     if not PREFECT_API_URL.value():
-        raise InputError("PREFECT_API_URL is not set: there is no server to tell of a release; start `lewis up`")
+        raise InputError("PREFECT_API_URL is not set: there is no server to report a release to; start `lewis up`")
 
 
 def main() -> int:

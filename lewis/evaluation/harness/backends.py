@@ -36,7 +36,7 @@ class Asked:
 
 
 def identity(backend: Backend, model_args: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a backend decides the scores, for their digest; nothing for `hf` without arguments."""
+    """The settings of a backend that go into the digest of the scores; none for `hf` without arguments."""
     if backend == "hf" and not model_args:
         return {}
     found: dict[str, Any] = {"backend": backend, "model_args": dict(model_args)}

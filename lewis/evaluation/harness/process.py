@@ -302,7 +302,7 @@ def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool, sh
             output = _current.output()
             _current.close()
             _current = None
-    raise LewisError(f"the process that loads lm-eval does not live\nThe end of its output:\n{output}")
+    raise LewisError(f"the process that loads lm-eval has died\nThe end of its output:\n{output}")
 
 
 def _start(environment: Mapping[str, str], network: bool, shown: Sequence[Path]) -> tuple[object, ...]:

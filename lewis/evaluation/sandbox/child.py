@@ -95,7 +95,7 @@ class _Program:
 
 
 class _Remote:
-    """An object of the program that is no plain data, such as a function. What is done with it is done there.
+    """A stand-in for an object in the sandboxed program, such as a function; calls are sent to that program.
 
     Comparing it raises TypeError: the program could answer as it likes.
     """

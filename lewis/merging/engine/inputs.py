@@ -79,7 +79,7 @@ class ScaleLayouts:
     """
 
     def __init__(self, scales: Sequence[torch.Tensor | None], shape: tuple[int, ...]) -> None:
-        """Lay out scales.
+        """Write each scale in the order in which the compiled loops read it.
 
         Args:
             scales: fp32, each broadcasts to the tensor; None for no factors.

@@ -2,7 +2,7 @@
 
 The calibration rows of expert t go through two models in step: through expert t itself, and through the model merged
 so far. Where all passes have come to a projection, its weight is fitted (`lewis.methods.arithmetic.regression`): given
-the inputs that the merged model has there, it shall give what the expert gives for its own inputs. Then all passes go
+the inputs that the merged model has there, it has to give what the expert gives for its own inputs. Then all passes go
 on with their own weights. So each layer makes up for the errors of those before it.
 
 The stacked experts of a mixture are fitted where their module is reached (`lewis.merging.fitting.stacked_fit`).
@@ -175,7 +175,7 @@ def extra_disk_bytes(merge: Prepared, network: Network, held: int) -> int:
 def _spill(merge: Prepared, network: Network, tokens: int, folder: Path) -> Spill:
     held = paused_bytes(merge, network, tokens)
     needed = merge.size + extra_disk_bytes(merge, network, held) - store.bytes_on_disk(folder)
-    store.check_space(folder, needed, "the fit, with what rests between two projections or with the output,")
+    store.check_space(folder, needed, "the fit, with the inputs kept between two projections or with the output,")
     if held <= IN_MEMORY:
         return Spill()
     logger.info("paused passes hold up to %.2f GB, in files in %s", held / 1e9, folder)

@@ -104,9 +104,9 @@ class Solver:
         return prior_rows(self._inputs[1].experts, moved, strength)
 
     def _additions(self, place: str, residual: float, whole: bool) -> Sequence[list[torch.Tensor] | None]:
-        """What the projection shall give in addition: what the merged model's residual stream lacks, and its bias.
+        """What the projection has to give in addition: what the merged model's residual stream lacks, and its bias.
 
-        With `whole` all that it shall give: what the expert gives, too, whose passes compute it here and not again.
+        With `whole` all that it has to give: what the expert gives, too, whose passes compute it here and not again.
         """
         nothing = [None] * len(self._experts)
         stream = self._streams.get(place) if residual else None

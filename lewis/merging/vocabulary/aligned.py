@@ -139,13 +139,13 @@ class Lenders:
         self.models, self.origins = models, origins
 
     def of(self, name: str, rows: np.ndarray) -> LentRows:
-        """These rows of one tensor: int64, numbers in the common vocabulary."""
+        """The rows of tensor `name` with these numbers in the common vocabulary (int64)."""
         models = {model for row in rows.tolist() for model, _ in self.origins[row]}
         return LentRows({i: _matrix(self.models[i], name) for i in sorted(models)}, self.origins, rows)
 
 
 class LentRows:
-    """Rows of one tensor that a model does not have itself.
+    """Rows of one tensor that a model lacks, taken from the models that have them.
 
     Attributes:
         dtypes: of the lenders' tensors, as safetensors names them; F32 if a row is a mean.

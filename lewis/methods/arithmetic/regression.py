@@ -7,7 +7,7 @@ of the layer in the merged model and Z_t its inputs in expert t, one row per cal
     S = sum_t c_t X_t^T X_t                                                          (in, in)
     R = sum_t c_t [ (W_t - W_a) X_t^T X_t + W_t (Z_t - X_t)^T X_t + B_t^T X_t ]        (out, in)
 
-B_t, one row per token, is what the layer shall give besides: what the merged model's residual stream lacks there, or
+B_t, one row per token, is what the layer has to give besides: what the merged model's residual stream lacks there, or
 the difference of the biases. It may be 0.
 
 If what the experts give is there already, Y_t = Z_t W_t^T + B_t, less is to be multiplied for the same
@@ -125,7 +125,7 @@ class Inputs:
 
     @property
     def takes_outputs(self) -> bool:
-        """Whether `solve` takes what the experts give; one that counts alone shall come out as it is, bit by bit."""
+        """Whether `solve` takes what the experts give; one that counts alone must come out as it is, bit by bit."""
         several = sum(rows.weight > 0 for rows in self.experts) > 1
         return several and not self.is_dual and self.alpha == 1 and self.ridge >= COARSE
 

@@ -103,11 +103,13 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
 def _follow_layers(
     block: dict[str, Any], own: Sequence[Sequence[tuple[Origin, Mapping[str, Any]]]], listed: Sequence[str]
 ) -> None:
-    """Write the lists that have an item for each layer, and those of layers' numbers, for the result's layers.
+    """Fill in the lists of the result's config that depend on its layers.
+
+    Two kinds: lists with an item for each layer, such as `layer_types`, and lists of layer numbers.
 
     Args:
-        block: of the result's config; changed.
-        own: for each layer, what it is merged from, with what the config there says of its layers.
+        block: of the result's config; changed in place.
+        own: for each layer of the result: the layers that it is merged from, each with its config.
         listed: keys of the lists with an item for each layer.
     """
     for key in listed:

@@ -300,7 +300,7 @@ class Targets:
         return Layout(self._network, {t.name: t.change.shape for t in self._targets if t.name not in known})
 
     def _called(self, name: str) -> str | None:
-        """The base's tensor that a weight is; None if there is none."""
+        """The name in the base of a weight that the adapter changes; None if the base has no such tensor."""
         if name in self._base.tensors:
             return name
         if name in self._base.tied or known_network(self._base.home) is None:
@@ -351,7 +351,10 @@ class Targets:
         for each in (run for runs in found for run in runs or ()):
             whole = each.size == prod(change.shape) == self._base.tensors[each.name].elements
             if not whole and (isinstance(change, NewRows) or getattr(change, "needs_whole", False)):
-                raise InputError(f"{self._where}: {target.key!r} changes all of a weight that the base has in parts")
+                raise InputError(
+                    f"{self._where}: {target.key!r} changes a whole weight, which the base stores in several tensors; "
+                    "merge this adapter with PEFT first"
+                )
             yield each.name, Part(each.start, each.stop, change, place, whole)
             place += each.size
 

@@ -56,7 +56,7 @@ class Matched:
 
     @property
     def summary(self) -> str:
-        """What is read otherwise than it is stored, as a sentence."""
+        """Which tensors are renamed, cut or joined when they are read, as a sentence."""
         whole = {name: runs[0] for name, runs in self.runs.items() if len(runs) == 1 and self._is_whole(name)}
         moved = [f"{run.name} as {name}" for name, run in whole.items() if run.name != name]
         cut = [name for name, runs in self.runs.items() if len(runs) == 1 and name not in whole]

@@ -72,7 +72,7 @@ class Settings:
             numbers = inputs or (groups * group if group else columns * 32 // bits)
             if -(-numbers // (32 // bits)) == columns and groups == (-(-numbers // group) if group else 1):
                 return bits, numbers, group
-        raise ValueError(f"{columns} words and {groups} scales to the row are of no group in config_groups")
+        raise ValueError(f"no group in config_groups has {columns} words and {groups} scales to the row")
 
 
 def settings_of(where: object, config: Mapping[str, Any]) -> Settings | None:

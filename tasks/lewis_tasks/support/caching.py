@@ -108,7 +108,7 @@ RESULTS = kinds.add(Kind("results", "*", check=_content, notes_use=False, refers
 
 
 def raise_if_stopping(what: str) -> None:
-    """End a task if the process was told to stop.
+    """End a task if the process got the signal to stop.
 
     Raises:
         LewisError: if it was; the message begins with `what`.
@@ -133,7 +133,7 @@ class Progress:
         """Report `done` of `total` units.
 
         Raises:
-            LewisError: if the process was told to stop.
+            LewisError: if the process got the signal to stop.
         """
         raise_if_stopping(self._about)
         if time.monotonic() - self._last < 2 and (done < total or self._artifact is None):
@@ -165,7 +165,7 @@ def quieten() -> None:
     # Prefect's client of events connects again by itself.
     logging.getLogger("websockets.client").addFilter(lambda record: record.msg != "keepalive ping failed")
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each attempt to reach MLflow
-    logging.getLogger("mlflow.store.db.utils").addFilter(without_traceback)  # the error goes on, and we tell it
+    logging.getLogger("mlflow.store.db.utils").addFilter(without_traceback)  # the error is raised again, and we log it
 
 
 def worth_reading(record: logging.LogRecord) -> bool:

@@ -57,7 +57,7 @@ def device_slot(*, gives_way: bool = False, gpus: int = 1) -> Iterator[str]:
 
     Raises:
         InputError: if this machine has not so many GPUs, or the server's limit is smaller.
-        LewisError: if the process was told to stop while it waited.
+        LewisError: if the process got the signal to stop while it waited.
     """
     usable = list(dict.fromkeys(_names()))
     if gpus > len(usable) or (gpus > 1 and usable == ["cpu"]):

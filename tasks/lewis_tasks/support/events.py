@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WAITING = "lewis.run.waiting"
-LONG = timedelta(minutes=15)  # of a wait that is told
+LONG = timedelta(minutes=15)  # of a wait that is reported
 _AGREES = timedelta(seconds=5)
 _PATIENCE = 10.0  # seconds for one request; the caller tries again, so the client does not
 
@@ -54,7 +54,7 @@ def post(event: Mapping[str, Any]) -> None:
 
     url = PREFECT_API_URL.value()
     if not url:
-        raise InputError("PREFECT_API_URL is not set: there is no server to tell of a release; start `lewis up`")
+        raise InputError("PREFECT_API_URL is not set: there is no server to report a release to; start `lewis up`")
     try:
         with (
             temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
@@ -75,14 +75,14 @@ def post(event: Mapping[str, Any]) -> None:
 
 
 class Wait:
-    """A wait that is told once, when it is long."""
+    """A wait that is reported once, when it is long."""
 
     def __init__(self) -> None:
         """It begins now."""
         self._began, self._told = datetime.now(UTC), False
 
     def look(self, name: str, what: str) -> None:
-        """Tell of the wait if it has become long. A failure is logged, not raised.
+        """Report the wait if it has become long. A failure is logged, not raised.
 
         Args:
             name: of who waits.
@@ -106,4 +106,4 @@ class Wait:
         try:
             post(event)
         except LewisError as error:
-            logger.warning("Prefect was not told of the wait: %s", error)
+            logger.warning("Prefect did not take the event of the wait: %s", error)

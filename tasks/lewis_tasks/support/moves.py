@@ -1,9 +1,9 @@
-"""Tell Prefect of new champions, by the event `lewis.model.promoted`, until it is sure that Prefect knows.
+"""Report new champions to Prefect, as the event `lewis.model.promoted`, until Prefect certainly has it.
 
 A server that has taken an event keeps it in memory for some seconds. If it dies then, the event is lost, and with it
 the notification. So a move stays in the outbox until the server gives its event back, and the automations have acted
 that notify of it or put the champion into service, where there are any. Until then the event is sent again, with the
-same id: a server that has seen it ignores it, so whoever reacts to events by their id reacts once.
+same id: a server that has seen it ignores it, so a program that reacts to events by their id reacts once.
 """
 
 import itertools

@@ -96,7 +96,7 @@ class _Outage:
         """Log, from time to time, that a request waits.
 
         Raises:
-            httpx.TransportError: if it has waited long enough, or the process shall stop. Prefect's client does not
+            httpx.TransportError: if it has waited long enough, or the process must stop. Prefect's client does not
                 send it again for that.
         """
         now, limit = time.monotonic(), settings.SERVER_WAIT.get()

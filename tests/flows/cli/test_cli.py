@@ -240,8 +240,8 @@ def test_importance_allocate_and_export(
     ]
     assert len(experts) == 2 and min(covered) == 0.3 and max(covered) == 0.7
 
-    assert main(["export", str(recipe)]) == 0
-    exported = yaml.safe_load(capsys.readouterr().out)
+    assert main(["export", str(recipe), "-o", str(home / "mergekit.yaml")]) == 0
+    exported = yaml.safe_load((home / "mergekit.yaml").read_text())
     assert "lewis" not in exported and "register" not in exported
     assert len(exported["models"][0]["parameters"]["density"]) == 20
 
@@ -251,6 +251,10 @@ def test_what_mergekit_cannot_do_is_told_before_any_work(
 ) -> None:
     assert main(["export", str(recipe), "--set", "lewis.prune_by=activation"]) == 2
     assert "lewis.prune_by: mergekit keeps elements by magnitude" in capsys.readouterr().err
+    file = home / "mergekit.yaml"
+    assert main(["export", str(recipe), "--set", "merge_method=pcb", "-o", str(file)]) == 2
+    assert main(["allocate", str(recipe), "-o", str(file), "--set", "merge_method=regmean"]) == 2
+    assert "are for methods with densities, such as ties" in capsys.readouterr().err and not file.exists()
     assert not (home / "importance").exists()
 
 

@@ -14,7 +14,7 @@ from lewis_flows.service import status_data
 
 DEPLOYMENTS = Path(__file__).resolve().parents[3] / "deployments"
 RUNBOOK = (DEPLOYMENTS / "RUNBOOK.md").read_text()
-METRICS = set(re.findall(r"`(lewis_\w+)`", (DEPLOYMENTS / "README.md").read_text()))
+METRICS = set(re.findall(r"`(lewis_\w+)`", "".join(page.read_text() for page in DEPLOYMENTS.glob("*.md"))))
 ALERTS = yaml.safe_load((DEPLOYMENTS / "prometheus-alerts.yaml").read_text())
 RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 BOARD: dict[str, Any] = json.loads((DEPLOYMENTS / "grafana-dashboard.json").read_text())

@@ -94,9 +94,9 @@ def entry(home: Path, tiny_model: Path) -> Registration:
         pictures={"density.png": b"\x89PNG"},
         tables={"scores": [{"task": "addition", "base": 0.5, "merged": 0.9}]},
         card="---\nbase_model: [org/base]\n---\n# Tiny\n![x](density.png) ![y](elsewhere.png)\n\n"
-        + "| a | b ↑ |\n| --- | --- |\n| 1 | 2 |\n\n```yaml\n"
-        + "long: 1\n" * 1000
-        + "```\n",
+        + "| a | b ↑ |\n| --- | --- |\n| 1 | 2 |\n\n"
+        + "* a long line\n" * 1000
+        + "\n\n## Recipe\n\n```yaml\nmerge_method: ties\n```\n",
         source="tiny.yaml",
         began=time.time() - 120,
         documents=dict.fromkeys(("merged/addition/acc,none", "base/addition/acc,none"), ("addition", "d" * 32)),
@@ -149,7 +149,10 @@ def test_a_registered_model_says_what_it_was_made_of(entry: Registration, home: 
     sources = {tag for tag in version.tags if tag.startswith("lewis.source.")}
     assert version.tags.keys() - sources == {"lewis.digest", "lewis.recipe"} and version.tags["lewis.recipe"] == "tiny"
     assert version.description.startswith("# Tiny")  # without the front matter, which MLflow would show as text
-    assert version.description.endswith("long: 1\n```\n\n... (cut, all of it is in card.md)")
+    recipe = f"[recipe.yaml](get-artifact?path=recipe.yaml&run_uuid={made.run_id})"
+    assert version.description.endswith(f"long line\n\n... (cut, all of it is in card.md)\n\nThe recipe: {recipe}")
+    assert "```" not in version.description
+    assert "`lewis history tiny`" in client().get_registered_model("tiny").description
     assert 4980 < len(version.description) <= 5000  # MLflow takes no more
     room = "\u2007\u2007\u200b"
     assert f"| a{room} | b\u00a0↑{room} |\n| --- | --- |\n| 1{room} | 2{room} |" in version.description

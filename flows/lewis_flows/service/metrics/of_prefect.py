@@ -1,6 +1,6 @@
 """Numbers that Prefect's server knows: runs by outcome, steps by outcome and seconds, releases.
 
-They are of the last day, by the server's clock of each run: a counter in this process would begin anew with it, and
+They are of the last day, by the server's clock of each run: a counter in this process would begin at zero with it, and
 would know nothing of what other workers did.
 """
 

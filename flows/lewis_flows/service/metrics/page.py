@@ -49,7 +49,7 @@ class Source:
         return not self._wrong if self._wrong or self._time > float("-inf") else None
 
     def ask(self) -> None:
-        """Begin to ask it anew, unless its answer is young or it is being asked."""
+        """Begin to ask it again, unless its answer is young or it is being asked."""
         with self._lock:
             if self._running is None and time.monotonic() >= self._tried + self._kept:
                 self._tried = time.monotonic()

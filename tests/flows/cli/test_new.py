@@ -1,0 +1,63 @@
+"""`lewis new` in a terminal: it asks for rows, shows the plan and what an inspection finds, and offers to run."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lewis.recipe.recipe import Recipe
+from tests.conftest import Family
+
+
+def typed(command: list[str], asked: list[tuple[str, str]], folder: Path) -> tuple[int, str]:
+    """Run a command in a terminal of its own, and answer each question by its end; gives what it shows."""
+    ours, its = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "200", "TERM": "dumb"}
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, cwd=folder, env=environment)
+    os.close(its)
+    shown, left = "", list(asked)
+    while True:
+        try:
+            part = os.read(ours, 4096).decode(errors="replace")
+        except OSError:  # the other end is closed
+            break
+        shown += part
+        if left and shown.rstrip().endswith(left[0][0]):
+            os.write(ours, left.pop(0)[1].encode() + b"\n")
+    os.close(ours)
+    assert not left, shown
+    return process.wait(60), shown
+
+
+@pytest.mark.slow
+def test_it_asks_for_rows_and_shows_what_it_found(home: Path, family: Family, tmp_path: Path) -> None:
+    rows = [{"question": f"w{i} w{i + 1}", "answer": f"w{i + 2}", "level": "1"} for i in range(20)]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = [
+        ("[gsm8k, by its name or card]:", "gone.jsonl"),
+        ("[gsm8k, by its name or card]:", "one/train.jsonl"),
+        ("[{question}]:", "Q: {question}\\nA:"),
+        ("[{answer}]:", "{wrong}"),
+        ("[{answer}]:", ""),
+        ("[mbpp, by its name or card]:", "two/train.jsonl"),
+        ("[{question}]:", ""),
+        ("[{answer}]:", ""),
+        ("run it now? [y/N]", "n"),
+    ]
+    program = [sys.executable, "-m", "lewis_flows.cli.main", "new"]
+    code, shown = typed([*program, str(family.base), *map(str, family.experts), "-o", "r.yaml"], asked, tmp_path)
+    assert code == 0, shown
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    assert recipe.lewis
+    first, second = recipe.lewis.calibrations.values()
+    assert first.prompt == "Q: {question}\nA:" and first.answer == "{answer}<eos>" and second.prompt == "{question}"
+    assert first.data_files == str(tmp_path / "one" / "train.jsonl") and len(recipe.lewis.calibrations) == 2
+    assert "columns: question, answer, level" in shown and "memory  about" in shown
+    assert re.search("no findings|warnings?: ", shown)  # of an inspection, as the models are here
