@@ -128,7 +128,7 @@ def check(api: str, model: str, kept: Mapping[str, Sequence[Mapping[str, Any]]],
     share = max(1, block.documents // max(1, len(kept)))
     sample = [(task, each) for task, of_task in kept.items() for each in of_task[:share]]
     with ThreadPoolExecutor(8) as pool:
-        answers = pool.map(lambda pair: _ask(api, model, *pair, block), sample)
+        answers = pool.map(lambda pair: _ask(api, model, pair[0], pair[1], block), sample)
         return Checked(tuple(answers), block.agree)
 
 

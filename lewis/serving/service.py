@@ -13,7 +13,7 @@ from lewis.recipe.serve import Target
 from lewis.registry import tracking, versions
 from lewis.registry.tracking import AwayError
 from lewis.registry.versions import Champion
-from lewis.serving import command, model, openai, records, server_gate, vllm, webhook
+from lewis.serving import command, hub, model, openai, records, server_gate, vllm, webhook
 from lewis.serving.records import Served
 from lewis.store.kinds import SERVED
 
@@ -43,6 +43,7 @@ KINDS: Mapping[str, Kind] = {
     "command": Kind(command.put),
     "vllm": Kind(vllm.put, vllm.holds, vllm.offer, vllm.api),
     "openai": Kind(openai.put, api=openai.api),
+    "hub": Kind(hub.put),
 }
 """Kind of a target -> what it does."""
 

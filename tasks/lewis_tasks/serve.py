@@ -8,7 +8,7 @@ from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.recipe.recipe import Recipe
 from lewis.registry.versions import Champion
 from lewis.reports.markdown import code, markdown_table
-from lewis.serving import service
+from lewis.serving import hub, service
 from lewis.serving.records import Served
 from lewis.serving.server_gate import Answer, RefusedError
 from lewis_tasks.support import flow_run
@@ -20,7 +20,7 @@ from lewis_tasks.support.caching import RETRIES
 @task(name="serve", task_run_name="serve {label}", cache_policy=NO_CACHE, timeout_seconds=24 * 3600, **RETRIES)
 def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[Served, bool]:
     """As `service.serve`; `label` names one of the recipe's targets. Of a refusal, an artifact has all answers."""
-    [target] = [each for each in recipe.serve if each.label == label]
+    [target] = [each for each in hub.targets(recipe) if each.label == label]
     settings = EvalSettings.of(recipe.evaluate, recipe.root) if recipe.evaluate else None
     try:
         done = service.serve(target, champion, settings, again=again)
