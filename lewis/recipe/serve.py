@@ -35,13 +35,15 @@ class Check(Block):
 
     Attributes:
         documents: how many, at most those that an evaluation keeps.
-        tolerance: nats per token by which a likelihood may differ.
-        agree: the share of the documents that has to agree.
+        agree: the share of their greedy answers that has to be the same.
+        likelihoods: whether log-likelihoods of choices are compared too; the server has to give those of a prompt.
+        tolerance: nats per token by which they may differ.
     """
 
     documents: int = Field(default=32, ge=1)
-    tolerance: float = Field(default=0.15, gt=0)
     agree: float = Field(default=0.8, gt=0, le=1)
+    likelihoods: bool = False
+    tolerance: float = Field(default=0.15, gt=0)
 
 
 class WebhookTarget(Target):

@@ -30,7 +30,7 @@ from lewis import private_names
 from lewis.evaluation.harness import loaded_model
 from lewis.evaluation.harness.answer_texts import texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
-from lewis.evaluation.harness.kept_requests import requests_of
+from lewis.evaluation.harness.kept_requests import add_answers, requests_of
 from lewis.store import write_json
 
 HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
@@ -229,6 +229,7 @@ def evaluate(
     kept["sources"] = {name: source for name, source in sources.items() if source}
     kept["groups"] = {name: _weights(group, found["results"]) for name, group in loaded["groups"].items()}
     kept["ends"] = loaded_model.ends(lm, rows, loaded["tasks"])
+    add_answers(lm, kept["requests"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return plain
 

@@ -7,6 +7,7 @@ from lewis.evaluation.harness.answer_texts import texts_in
 from lewis.redact import redacted
 
 DOCUMENTS = 32  # of one evaluation; its tasks have equal shares
+TOKENS = 16  # of the greedy answers that are made for documents with choices
 LONGEST = 20_000  # characters of a prompt
 
 
@@ -21,9 +22,9 @@ def requests_of(
         chats: prompt -> the messages that the chat template made it of.
 
     Returns:
-        `document`, its hash; `prompt`, and `messages` where a chat template was applied; then either `choices` and
-        their `likelihoods` (natural logarithms), or the greedy `answer` with the texts that end it, `until`, and the
-        most tokens that it may have, `tokens`. Documents with passwords in them are left out.
+        `document`, its hash; `prompt`, and `messages` where a chat template was applied; the greedy `answer` with the
+        texts that end it, `until`, and the most tokens that it may have, `tokens`; or `choices` and their `likelihoods`
+        (natural logarithms), whose answer `add_answers` makes. Documents with passwords in them are left out.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for name, of_task in rows.items():
@@ -39,6 +40,17 @@ def requests_of(
         if kept:
             found[name] = kept
     return found
+
+
+def add_answers(lm: Any, requests: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Let lm-eval's model go on from the prompts that have no greedy answer yet, those of choices."""
+    from lm_eval.api.instance import Instance
+
+    missing = [each for of_task in requests.values() for each in of_task if "answer" not in each]
+    settings = {"until": [], "max_gen_toks": TOKENS, "do_sample": False}
+    asked = [Instance("generate_until", {}, (each["prompt"], dict(settings)), n) for n, each in enumerate(missing)]
+    for each, answer in zip(missing, lm.generate_until(asked, disable_tqdm=True) if asked else [], strict=True):
+        each |= {"answer": answer, "until": [], "tokens": TOKENS}
 
 
 def _can_be_kept(request: Mapping[str, Any]) -> bool:

@@ -65,13 +65,13 @@ def test_the_model_that_was_scored_passes_and_another_one_does_not(
 
     def checked(model: Path) -> server_gate.Checked:
         with serving(model) as (url, _):
-            return server_gate.check(url, str(model), kept, Check(tolerance=1e-3, agree=1))
+            return server_gate.check(url, str(model), kept, Check(tolerance=1e-3, agree=1, likelihoods=True))
 
     own, other = checked(family.base), checked(family.math)
-    assert own.passed and own.line().startswith("16 of 16 answers are those of the model that was scored, likelihoods")
+    assert own.passed and own.line().startswith("24 of 24 answers are those of the model that was scored, likelihoods")
     server_gate.judge(own)
     assert not other.passed and len(other.differing) >= 8
-    with pytest.raises(RefusedError, match=r"only \d of 16 answers .* scored '.*', served '") as error:
+    with pytest.raises(RefusedError, match=r"only \d+ of 24 answers .* scored '.*', served '") as error:
         server_gate.judge(other)
     again = pickle.loads(pickle.dumps(error.value))
     assert str(again) == str(error.value) and again.differing == error.value.differing
@@ -94,10 +94,10 @@ def test_a_chat_is_asked_as_a_chat_so_that_the_servers_own_template_answers(home
 
 
 def test_a_server_without_likelihoods_cannot_be_checked(home: Path) -> None:
-    kept = {"t": [{"prompt": "a", "choices": [" b"], "likelihoods": [-1.0]}]}
+    asked = {"prompt": "a", "choices": [" b"], "likelihoods": [-1.0], "answer": "b", "until": [], "tokens": 1}
     sink = HttpSink(lambda _: {"choices": [{"text": "a b"}]})
     with sink, pytest.raises(LewisError, match="no log-probabilities of a prompt"):
-        server_gate.check(sink.url, "m", kept, Check())
+        server_gate.check(sink.url, "m", {"t": [asked]}, Check(likelihoods=True))
 
 
 def test_a_server_that_answers_wrongly_gets_the_model_back_that_it_had(
