@@ -10,7 +10,7 @@ from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
 from lewis.errors import InputError
-from lewis.serving import service
+from lewis.serving import hub, service
 from lewis_flows import prefect_runs, secret_blocks
 from lewis_flows.merge import begin, load
 from lewis_flows.turn import HOOKS, turn
@@ -43,7 +43,9 @@ def _run_name() -> str:
 @flow(name=prefect_runs.SERVE, flow_run_name=_run_name, **HOOKS)
 @says_why
 def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeReport]:
-    """Bring each target of the recipe's block `serve` to the champion, in their order; the first that fails ends it.
+    """Bring each target of the recipe to the champion, in their order; the first that fails ends it.
+
+    The targets are the Hub's branch `champion`, if the recipe publishes, and those of the block `serve`.
 
     The run ends as `Served`; as `Cached` if all targets have the champion; as `Completed` if there is no champion.
 
@@ -57,14 +59,17 @@ def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeRep
     run_tags.tag(recipe=path.stem, trigger="promotion" if trigger == "release" else trigger)
     with turn(path.with_suffix(".serve"), str(flow_run.id)):
         plan = load(path, [])
-        if not plan.serve or plan.register_as is None:
-            raise InputError(f"{path.stem}: its recipe has no block `serve`; add one that says where to serve")
+        targets = hub.targets(plan)
+        if not targets:
+            raise InputError(
+                f"{path.stem}: its recipe has no block `serve` or `publish`; add one that says where to serve"
+            )
         champion = service.champion_of(plan)
         if champion is None:
             report, name, line = ServeReport(recipe=path.stem), "Completed", "there is no champion to serve yet"
         else:
-            done = [result_of(submit(serve, quote(plan), each.label, quote(champion), again)) for each in plan.serve]
-            service.tidy(champion.version.name, plan.serve)
+            done = [result_of(submit(serve, quote(plan), each.label, quote(champion), again)) for each in targets]
+            service.tidy(champion.version.name, targets)
             served, uri = [asdict(each) for each, _ in done], champion.version.uri
             report = ServeReport(recipe=path.stem, version=uri, served=served)
             report.changed = [each.target for each, new in done if new]

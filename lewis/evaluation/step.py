@@ -205,7 +205,7 @@ def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"samples": [], "results": {}}
     for key in ("higher_is_better", "n-shot", "documents", "groups"):
         found[key] = {name: value for each in contents for name, value in each[key].items()}
-    for key in ("sources", "texts", "pools"):  # which older entries do not have
+    for key in ("sources", "texts", "requests", "pools"):  # which older entries do not have
         found[key] = {name: value for each in contents for name, value in each.get(key, {}).items()}
     groups = found["groups"]
     for last in (False, True):  # lm-eval has tasks first, then groups

@@ -30,6 +30,22 @@ class Target(Block):
         return self.name or self.kind
 
 
+class Check(Block):
+    """The gate after the gate: the server answers what the model was asked that was scored.
+
+    Attributes:
+        documents: how many, at most those that an evaluation keeps.
+        agree: the share of their greedy answers that has to be the same.
+        likelihoods: whether log-likelihoods of choices are compared too; the server has to give those of a prompt.
+        tolerance: nats per token by which they may differ.
+    """
+
+    documents: int = Field(default=32, ge=1)
+    agree: float = Field(default=0.8, gt=0, le=1)
+    likelihoods: bool = False
+    tolerance: float = Field(default=0.15, gt=0)
+
+
 class WebhookTarget(Target):
     """A signed POST, in the form of MLflow's webhooks.
 
@@ -70,12 +86,14 @@ class VllmTarget(Target):
         url: of the server, without /v1.
         alias: the name that clients ask for; by default that of the registered model.
         timeout_seconds: for one load.
+        check: what must hold before clients get it; None: nothing is asked.
     """
 
     kind: Literal["vllm"]
     url: str = Field(pattern=_URL)
     alias: str = Field(default="", pattern=r"^[^/\s]*$", max_length=200)
     timeout_seconds: float = Field(default=300, gt=0)
+    check: Check | None = Check()
 
 
 class OpenaiTarget(Target):
@@ -89,6 +107,7 @@ class OpenaiTarget(Target):
         api: of the OpenAI API of the server, with /v1; empty: nothing is asked of it.
         model: the name that this API knows the model by, a template as `body`.
         timeout_seconds: for the call.
+        check: what must hold after the call, if the server has an `api`; None: nothing is asked.
     """
 
     kind: Literal["openai"]
@@ -99,6 +118,7 @@ class OpenaiTarget(Target):
     api: str = Field(default="", pattern=rf"^$|{_URL}")
     model: str = Field(default="{served_as}", min_length=1)
     timeout_seconds: float = Field(default=600, gt=0)
+    check: Check | None = Check()
 
 
 TARGETS: Mapping[str, type[Target]] = {

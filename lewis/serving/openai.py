@@ -38,6 +38,11 @@ def put(target: OpenaiTarget, model: Model, before: Served) -> str:
     return model.alias
 
 
+def api(target: OpenaiTarget, model: Model) -> tuple[str, str] | None:
+    """Where the model answers, and under which name; None if that is not known."""
+    return (target.api.rstrip("/"), asked_for(target, model)) if target.api else None
+
+
 def asked_for(target: OpenaiTarget, model: Model) -> str:
     """The name that the server knows the model by."""
     return str(filled(target.model, model))

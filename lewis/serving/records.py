@@ -46,6 +46,7 @@ class Served:
         block: digest of the target's block in the recipe, which was in force then.
         previous: `uri` of the version before; empty if there was none.
         previous_alias: the name of that one.
+        checked: what the check of the server found; empty if none was made.
         failure: the newest attempt, if that failed.
     """
 
@@ -59,13 +60,14 @@ class Served:
     block: str = ""
     previous: str = ""
     previous_alias: str = ""
+    checked: str = ""
     failure: Failure | None = None
 
-    def took(self, uri: str, digest: str, alias: str, block: str) -> "Served":
+    def took(self, uri: str, digest: str, alias: str, block: str, checked: str = "") -> "Served":
         """The record once the target has taken a version, which may be the one that it had."""
         other = uri != self.uri
         before = (self.uri, self.alias) if other else (self.previous, self.previous_alias)
-        new = replace(self, uri=uri, digest=digest, alias=alias, block=block, failure=None)
+        new = replace(self, uri=uri, digest=digest, alias=alias, block=block, checked=checked, failure=None)
         return replace(new, previous=before[0], previous_alias=before[1], since=_now() if other else self.since)
 
     def refused(self, uri: str, why: str) -> "Served":

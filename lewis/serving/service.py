@@ -7,13 +7,15 @@ from typing import Any
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
+from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.serve import Target
 from lewis.registry import tracking, versions
 from lewis.registry.tracking import AwayError
 from lewis.registry.versions import Champion
-from lewis.serving import command, model, openai, records, vllm, webhook
+from lewis.serving import command, hub, model, openai, records, server_gate, vllm, webhook
 from lewis.serving.records import Served
+from lewis.store.kinds import SERVED
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +28,22 @@ class Kind:
         offer: makes the server answer for a model under its own name, while clients have another one; None: it cannot.
         put: puts a model into service, and returns the name that the server knows it by; what it raises means that the
             target has what it had.
+        api: the URL of the OpenAI API and the name by which that knows the model, for the check; None: there is none.
         holds: whether the target still has what its record says; None: nothing can be asked.
     """
 
     put: Callable[[Any, model.Model, Served], str]
     holds: Callable[[Any, Served], bool] | None = None
     offer: Callable[[Any, model.Model], None] | None = None
+    api: Callable[[Any, model.Model], tuple[str, str] | None] | None = None
 
 
 KINDS: Mapping[str, Kind] = {
     "webhook": Kind(webhook.put),
     "command": Kind(command.put),
-    "vllm": Kind(vllm.put, vllm.holds, vllm.offer),
-    "openai": Kind(openai.put),
+    "vllm": Kind(vllm.put, vllm.holds, vllm.offer, vllm.api),
+    "openai": Kind(openai.put, api=openai.api),
+    "hub": Kind(hub.put),
 }
 """Kind of a target -> what it does."""
 
@@ -48,12 +53,15 @@ def champion_of(recipe: Recipe) -> Champion | None:
     return versions.champion(recipe.register_as.model) if recipe.register_as else None
 
 
-def serve(target: Target, champion: Champion, *, again: bool = False) -> tuple[Served, bool]:
+def serve(
+    target: Target, champion: Champion, settings: EvalSettings | None = None, *, again: bool = False
+) -> tuple[Served, bool]:
     """Bring a target to the champion, unless it has it.
 
     Args:
         target: of the recipe.
         champion: the version.
+        settings: of the evaluation that scored it, whose answers the server has to give; None: it was not scored.
         again: put it into service even if it is.
 
     Returns:
@@ -74,20 +82,58 @@ def serve(target: Target, champion: Champion, *, again: bool = False) -> tuple[S
         previous = before.previous if before.uri == uri else before.uri
         try:
             ready = model.prepare(champion, previous or None, before.since)
-            if kind.offer:
-                kind.offer(target, ready)
-            alias = kind.put(target, ready, before)
+            checked, alias = _bring(kind, target, ready, before, settings)
         except AwayError:  # MLflow, not the target
             raise
         except LewisError as error:
             _write(before.refused(uri, str(error)))
             stays = f"{before.uri} stays in service" if before.uri else "nothing is in service there"
-            of = next(each for each in (InputError, TransientError, LewisError) if isinstance(error, each))
-            raise of(f"{uri} is not in service at {target.label}, {stays}: {error}") from error
-        now = before.took(uri, champion.digest, alias, block)
+            raise _alike(error, f"{uri} is not in service at {target.label}, {stays}: {error}") from error
+        now = before.took(uri, champion.digest, alias, block, checked)
         _write(now)
     logger.info("%s: %s is in service as %s", target.label, now.uri, now.alias)
     return now, True
+
+
+def _bring(
+    kind: Kind, target: Target, ready: model.Model, before: Served, settings: EvalSettings | None
+) -> tuple[str, str]:
+    """Put a model into service if the server answers as it should; what was found, and the model's name there."""
+    if kind.offer:
+        kind.offer(target, ready)
+        checked = _check(kind, target, ready, settings)
+        return checked, kind.put(target, ready, before)
+    alias = kind.put(target, ready, before)
+    try:
+        return _check(kind, target, ready, settings), alias
+    except server_gate.RefusedError:
+        folder = SERVED.path(before.alias) if before.alias else None
+        if folder and folder.is_dir():  # it answers already, so clients get the one before again
+            version = before.uri.rpartition("/")[2]
+            kind.put(target, model.Model(before.name, version, before.digest, folder, ready.output), before)
+        raise
+
+
+def _check(kind: Kind, target: Target, ready: model.Model, settings: EvalSettings | None) -> str:
+    """Ask the server what the model was asked that was scored, if the target says so; what was found, in a sentence."""
+    block, place = getattr(target, "check", None), kind.api(target, ready) if kind.api else None
+    if block is None or place is None:
+        return ""
+    kept = server_gate.requests(ready.digest, settings)
+    if not kept:
+        logger.warning("%s: %s is not checked: its evaluation has kept no answers", target.label, ready.uri)
+        return "not checked: its evaluation has kept no answers"
+    checked = server_gate.check(*place, kept, block)
+    server_gate.judge(checked)
+    logger.info("%s: %s: %s", target.label, ready.uri, checked.line())
+    return checked.line()
+
+
+def _alike(error: LewisError, message: str) -> LewisError:
+    """An error of the same kind, with another message."""
+    if isinstance(error, server_gate.RefusedError):
+        return server_gate.RefusedError(message, error.differing)
+    return next(each for each in (InputError, TransientError, LewisError) if isinstance(error, each))(message)
 
 
 def record_of(name: str, target: Target) -> Served:

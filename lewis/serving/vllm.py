@@ -58,6 +58,11 @@ def holds(target: VllmTarget, record: Served) -> bool:
     return own is not None and own == found.get(asked_for(target, record.name))
 
 
+def api(target: VllmTarget, model: Model) -> tuple[str, str]:
+    """Where the model answers once it is offered, and under which name."""
+    return f"{target.url.rstrip('/')}/v1", model.alias
+
+
 def asked_for(target: VllmTarget, name: str) -> str:
     """The name that clients ask for."""
     return target.alias or name

@@ -1,4 +1,4 @@
-"""The deployments of the recipes: `merge/<recipe>` of each file; `search/` and `serve/<recipe>` of one with that block.
+"""The deployments of the recipes: `merge/<recipe>` of each file; `search/` and `serve/<recipe>` where it asks for them.
 
 A deployment is what an operator sees and steers: its page has the recipe's runs, a pause switch, the nightly schedule,
 and *Quick Run*. A file that is added, edited, renamed, broken or removed leads to the deployments that the folder asks
@@ -32,6 +32,7 @@ from lewis.recipe import yaml_text
 from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
+from lewis.serving import hub
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
 from lewis_tasks.support import events
@@ -160,7 +161,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
         Sentences: what an operator changed and is kept, and what an edit leads to.
     """
     recipe = file.recipe
-    further = {prefect_runs.SEARCH: recipe.search, prefect_runs.SERVE: recipe.serve} if recipe else {}
+    further = {prefect_runs.SEARCH: recipe.search, prefect_runs.SERVE: hub.targets(recipe)} if recipe else {}
     for flow in (prefect_runs.MERGE, *(flow for flow, block in further.items() if block)):
         before = _read(client, f"{flow}/{file.name}")
         fields = _fields(flow, file, before)

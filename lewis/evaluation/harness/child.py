@@ -31,6 +31,7 @@ from lewis import private_names
 from lewis.evaluation.harness import loaded_model
 from lewis.evaluation.harness.answer_texts import texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
+from lewis.evaluation.harness.kept_requests import add_answers, requests_of
 from lewis.store import write_json
 
 HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
@@ -199,6 +200,7 @@ def evaluate(
         plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
         `lewis.evaluation.statistics.scores.read` takes them; `ends` as `lewis.evaluation.statistics.scores.Ends`;
         `texts` as `lewis.evaluation.harness.answer_texts.texts_of`;
+        `requests` as `lewis.evaluation.harness.kept_requests.requests_of`;
         `sources`, task -> repo (`path`), `config_name`, `split` and `revision` of documents from the Hub; with a look,
         `pools`, task -> how many documents it would have without.
     """
@@ -209,6 +211,7 @@ def evaluate(
     loaded = _load(manager, tasks)
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again
     lm = loaded_model.opened(model, model_args, batch_size, device)
+    chats = loaded_model.noted_chats(lm)
     drawn: dict[str, list[int]] = {}
     pools: dict[str, int] = {}
     for name, task in loaded["tasks"].items() if documents != "all" or look else ():
@@ -239,10 +242,12 @@ def evaluate(
     kept["documents"] = {name: documents for name, documents, _ in sampled}
     kept["samples"] = [metric for _, _, metrics in sampled for metric in metrics]
     kept["texts"] = texts_of(rows, loaded["tasks"])
+    kept["requests"] = requests_of(rows, loaded["tasks"], chats)
     sources = {name: _source(task) for name, task in loaded["tasks"].items()}
     kept["sources"] = {name: source for name, source in sources.items() if source}
     kept["groups"] = {name: _weights(group, found["results"]) for name, group in loaded["groups"].items()}
     kept |= {"ends": ends} | ({"pools": pools} if look else {})
+    add_answers(lm, kept["requests"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return plain
 

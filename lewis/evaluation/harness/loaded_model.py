@@ -43,6 +43,22 @@ def opened(name: str, arguments: dict[str, Any], batch_size: int | str, device: 
     return lm
 
 
+def noted_chats(lm: Any) -> dict[str, list[dict[str, str]]]:
+    """A mapping that gets each prompt that the chat template makes from now on, and the messages that it is made of."""
+    found, apply = dict[str, list[dict[str, str]]](), getattr(lm, "apply_chat_template", None)
+    if apply is None:
+        return found
+
+    def noting(messages: Any, *arguments: Any, **options: Any) -> Any:
+        prompt = apply(messages, *arguments, **options)
+        if isinstance(prompt, str) and isinstance(messages, list):
+            found[prompt] = [{key: str(value) for key, value in each.items()} for each in messages]
+        return prompt
+
+    lm.apply_chat_template = noting
+    return found
+
+
 def _max_length(folder: str) -> int:
     """The longest input of the model in tokens, as lm-eval finds it for `hf`."""
     import transformers

@@ -38,6 +38,7 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "CommandTarget": ("serve", ""),
     "VllmTarget": ("serve", ""),
     "OpenaiTarget": ("serve", ""),
+    "Check": ("serve", "check."),
     "Search": ("search", ""),
     "SearchRange": ("search", ""),
 }

@@ -1,12 +1,16 @@
 """A running server takes the champion: adapters by vLLM's protocol, other models by a call that the recipe writes."""
 
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.serve import OpenaiTarget, VllmTarget
-from lewis.serving import service
+from lewis.serving import service, vllm
 from lewis.serving.records import served
 from lewis.store.kinds import SERVED
 from tests.conftest import Family
@@ -101,3 +105,40 @@ def test_any_server_takes_a_model_by_a_call_of_the_recipe(home: Path, family: Fa
         other = target.model_copy(update={"expect": {}, "model": "{served_as}"})
         with pytest.raises(LewisError, match="the server lists no model 'tiny-2-bbbbbbbb', but tiny-2"):
             service.serve(other, second)
+
+
+def test_wherever_it_is_killed_clients_have_the_old_or_the_new_model_and_the_next_run_ends_it(
+    home: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = with_tokenizer(family.lora, tmp_path / "adapter")
+    first, second = (crowned(adapter, digit, base=family.base) for digit in "ab")
+    with LoraServer("tiny") as server:
+        target = VllmTarget(kind="vllm", url=server.url)
+        old = service.serve(target, first)[0]
+        point, ended = 0, False
+        send, write = vllm.send, service.records.write
+
+        def counted(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            if (left := left - 1) == 0 and not after:
+                raise SystemExit
+            made = make(*arguments, **options)
+            if left == 0:
+                raise SystemExit
+            return made
+
+        monkeypatch.setattr(vllm, "send", partial(counted, send))
+        monkeypatch.setattr(service.records, "write", partial(counted, write))
+        while not ended:
+            point += 1  # before the first request, after it, before the second, ...
+            left, after = (point + 1) // 2, point % 2 == 0
+            with suppress(SystemExit):
+                service.serve(target, second)
+                ended = True
+            assert server.models["tiny"] in (str(SERVED.path(old.alias)), str(SERVED.path(f"tiny-2-{'b' * 8}")))
+            left = 0
+            new = service.serve(target, second)[0]
+            assert server.models["tiny"] == str(SERVED.path(new.alias)) and new.uri == second.version.uri
+            service.serve(target, first)
+            assert served()[0].uri == first.version.uri
+        assert point > 10
