@@ -241,7 +241,7 @@ def _check_traces(client: Any, run: str, rows: list[dict[str, str]]) -> None:
     differ = [row for row in rows if row["answer of champion"][2:] != row["answer of merged"][2:]]
     mlflow.set_tracking_uri(client.tracking_uri)
     for label, version in (("champion", "1"), ("merged", "2")):
-        model = client.get_model_version("tiny", version).model_id
+        model = client.get_model_version("tiny", version).source.removeprefix("models:/")
         found = client.search_traces(locations=[experiment], model_id=model)
         own = [each for each in found if each.info.request_metadata["mlflow.sourceRun"] == run]
         answers = sorted((each.data.spans[0].inputs["end of the prompt"], each.data.spans[0].outputs) for each in own)
