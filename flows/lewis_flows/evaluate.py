@@ -22,6 +22,7 @@ from lewis.reports.run_report import short
 from lewis.steps.graph import CHAMPION, LOOK, evaluations, labels, resolved, short_refs
 from lewis.steps.table import DOWNLOAD, EVALUATE
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
+from lewis_flows.evaluate_elsewhere import run_name
 from lewis_flows.runners import choose
 from lewis_flows.walk import Futures, Walk, finish, known, submit
 from lewis_tasks.evaluate import check_tasks
@@ -35,7 +36,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def _run_name() -> str:
-    return f"evaluate {flow_run.parameters['recipe']}"
+    return run_name(flow_run.parameters["recipe"], flow_run.parameters.get("task"))
 
 
 @flow(name=prefect_runs.EVALUATE, flow_run_name=_run_name, task_runner=choose.task_runner(), **run_tags.HOOKS)
@@ -47,6 +48,7 @@ def evaluate_flow(
     base: str | None = None,
     overrides: list[str] | None = None,
     look: int | None = None,
+    task: str | None = None,
 ) -> list[str] | State[list[str]]:
     """Score models of a recipe; gives the digests of their scores in the store.
 
@@ -57,6 +59,7 @@ def evaluate_flow(
         base: key of the recipe's base, if it has one.
         overrides: as of the flow `merge`.
         look: how many documents of each task are scored; None: all.
+        task: of the recipe; None: all of its tasks.
     """
     choose.check()
     if deployment.id is not None:  # so this process belongs to this run
@@ -77,7 +80,9 @@ def evaluate_flow(
         )
     walk, results = _models(plan, models, base)
     names = evaluations(plan)
-    walk.go((walk.graph[name] for label in models for name in names[label]), {**results, LOOK: look})
+    listed = list(dict.fromkeys(plan.evaluate.tasks))
+    places = range(len(listed)) if task is None else [listed.index(task)]  # the digest of the tasks is the same here
+    walk.go((walk.graph[names[label][place]] for label in models for place in places), {**results, LOOK: look})
     scores = walk.of(EVALUATE)
     finish(*scores)
     entries: list[ScoresEntry] = [each.result() for each in scores]

@@ -47,8 +47,10 @@ class MLflowLogger:
             from mlflow import MlflowClient
         except ImportError as error:
             raise ImportError("mlflow is not installed; install it with `pip install mlflow`") from error
-        pairs = (each.partition("=") for each in init_args.split(",") if each) if isinstance(init_args, str) else None
-        given = dict(init_args or {}) if pairs is None else {key.strip(): value for key, _, value in pairs}
+        if isinstance(init_args, str):
+            pairs = [each.partition("=") for each in init_args.split(",") if each]
+            init_args = {key.strip(): value for key, _, value in pairs}
+        given = dict(init_args or {})
         known = ("tracking_uri", "experiment", "run_name", "run_id", "step")
         if unknown := sorted(given.keys() - set(known)):
             raise ValueError(f"mlflow_args: expected some of {', '.join(known)}, got {', '.join(unknown)}")

@@ -87,7 +87,7 @@ def _asked(url: str, model: str, prompt: str, target: str, first: str, second: s
     import requests
 
     question = _QUESTION.format(fence=_FENCE, prompt=prompt, target=target, first=first, second=second)
-    body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0}
+    body: Any = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0}
     secret = settings.JUDGE_KEY.get()
     headers = {"Authorization": f"Bearer {secret}"} if secret else {}
     about = f"LEWIS_JUDGE: {redacted(url)}"

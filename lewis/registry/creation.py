@@ -112,7 +112,8 @@ def _model_of_champion(client: "MlflowClient", name: str) -> dict[str, str]:
     """Its label in tables -> the id of its logged model; empty if there is no champion."""
     current = versions.champion_of(client, name)
     version = client.get_model_version(name, current.version.version) if current else None
-    return {"champion": version.model_id} if version and version.model_id else {}
+    model = versions.model_of(client, version) if version else None
+    return {"champion": model.model_id} if model else {}
 
 
 def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registration) -> None:

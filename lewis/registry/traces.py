@@ -4,6 +4,9 @@ Each answer is a trace of its own, linked with the run that compared the models 
 of one document are a session.
 """
 
+import logging
+import os
+import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,6 +14,8 @@ from lewis.evaluation.documents import SideBySide
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
 
 MOST = 20  # documents
 _MODEL, _RUN, _SESSION = "mlflow.modelId", "mlflow.sourceRun", "mlflow.trace.session"  # MLflow's metadata of traces
@@ -26,7 +31,10 @@ def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, m
         models: label -> id of the logged model, where there is one.
     """
     import mlflow
+    from mlflow.exceptions import MlflowException
 
+    os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"  # else a trace is not there yet when it is annotated
+    random.seed()  # ids of traces are drawn from this generator, which lm-eval seeds where it runs in this process
     shown = [each for each in beside.shown(MOST) if each.texts and each.texts[0].answer != each.texts[1].answer]
     for number, each in enumerate(shown):
         assert each.texts is not None
@@ -46,6 +54,8 @@ def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, m
             )
             span.set_outputs(texts.answer)
             span.end()
-            mlflow.log_expectation(trace_id=span.trace_id, name="expected", value=texts.target)
-    if shown:
-        mlflow.flush_trace_async_logging()
+            try:
+                mlflow.log_expectation(trace_id=span.trace_id, name="expected", value=texts.target)
+            except MlflowException as error:  # such as of a server without traces: what else is registered is whole
+                logger.warning("the answers of %s are not in MLflow's traces: %s", label, error)
+                return

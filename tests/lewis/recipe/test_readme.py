@@ -33,6 +33,7 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "Evaluate": ("evaluate", ""),
     "Register": ("register", ""),
     "Gate": ("register", ""),
+    "Judge": ("register", "judge."),
     "Publish": ("publish", ""),
     "WebhookTarget": ("serve", ""),
     "CommandTarget": ("serve", ""),
