@@ -1,8 +1,10 @@
 """The DAG: merge the models of a recipe, score the result, register it, and promote it if it is better."""
 
 from pathlib import Path
+from typing import Any
 
 from prefect import State, flow
+from prefect.futures import PrefectFuture
 from prefect.runtime import deployment, flow_run
 from prefect.utilities.annotations import quote
 
@@ -19,7 +21,7 @@ from lewis_flows.runners import choose
 from lewis_flows.scoring import score
 from lewis_flows.service import recipes_page
 from lewis_flows.turn import HOOKS, absorb, turn
-from lewis_flows.walk import Walk, finish, known, known_scores, pin, submit
+from lewis_flows.walk import Scores, Walk, finish, known, known_scores, pin, submit
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.publish import check_publish
 from lewis_tasks.register import find_champion
@@ -115,16 +117,7 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
         finish(table)
         report = report.model_copy(update=table.result())
     ended = register_merge(plan, walk, report, champion, scores, documents) if plan.register_as else Ended()
-    facts = [known(merged), known(champion), known_scores(scores), known(ended.verdict)]
-    work = tally(**{step.name: walk.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
-    about = (known(ended.version), work, quote(report.comparison), ended.there.url if ended.there else None)
-    after = [ended.promoted or merged]
-    for future in walk.of(DIAGNOSE):  # the UI shows its error, and the report what it measured
-        future.wait()
-    written = submit(report_run, quote(plan), *walk.inputs(plan), *facts, *about, wait_for=after)
-    written.wait()  # the UI shows its error: the version is registered all the same
-    if written.state.is_completed():
-        report.page = Path(written.result())
+    _write_report(plan, walk, report, champion, scores, ended)
     if ended.published:
         try:
             report.published = getattr(result_of(ended.published), "url", None)
@@ -133,3 +126,20 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     # Not the downloads: on a machine that lost its store, models are loaded again, and nothing new comes of it.
     computed = any(future.state.name != "Cached" for future in walk.of(MEASURE, ALLOCATE, MERGE, EVALUATE))
     return report, computed or report.created or ended.moved or bool(ended.there and ended.there.new), ended.line
+
+
+def _write_report(
+    plan: Recipe, walk: Walk, report: MergeReport, champion: PrefectFuture[Any] | None, scores: Scores, ended: Ended
+) -> None:
+    """Write the report of the run, whose error the UI shows: the version is registered all the same."""
+    merged = walk.futures["merge experts"]
+    facts = [known(merged), known(champion), known_scores(scores), known(ended.verdict)]
+    work = tally(**{step.name: walk.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
+    about = (known(ended.version), work, quote(report.comparison), ended.there.url if ended.there else None)
+    after = [ended.promoted or merged]
+    for future in walk.of(DIAGNOSE):  # the UI shows its error, and the report what it measured
+        future.wait()
+    written = submit(report_run, quote(plan), *walk.inputs(plan), *facts, *about, wait_for=after)
+    written.wait()
+    if written.state.is_completed():
+        report.page = Path(written.result())

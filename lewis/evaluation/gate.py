@@ -121,20 +121,15 @@ def judge(
     Raises:
         InputError, PairingError: as `decide`.
     """
-    in_use = champion.uri if champion else "nothing"
+    if found := _without_scores(gate, digest, champion, standing):
+        return found
+    assert gate is not None
     mark = standing.mark.uri if standing.mark else ""
-    if champion and champion.digest == digest:
-        return Verdict(True, ("this very model is the champion already",), in_use, mark=mark)
-    if standing.withdrawn is not None:
-        why = f"({standing.withdrawn}); only `lewis promote` brings it back"
-        return Verdict(False, (f"this very model was rolled back by hand {why}: fail",), in_use)
-    if gate is None:
-        return Verdict(True, ("no gate in the recipe",), in_use)
     ours, others = models[-1], {model.label: model for model in models[:-1]}
     base = others.get("base")
     if champion and "champion" not in others:
         lost = f"{champion.uri} must be scored again: its files or base are gone or damaged; see `lewis promote`: fail"
-        return Verdict(False, (lost,), in_use)
+        return Verdict(False, (lost,), champion.uri)
     reference = reference_of(gate.metric, others)
     compared_with = champion.uri if champion else reference.label
     behind = standing.mark if champion and standing.mark != champion else None
@@ -148,16 +143,23 @@ def judge(
         notes.append(f"{NOTE}no gain in {gate.metric} over {compared_with} is shown")
     if behind and not known:
         notes.append(f"{NOTE}{behind.uri} has no scores on these documents; losses are counted from here on")
-    if look.documents:
-        part = f"{look.passing:.1%}" if look.passing else "none"
-        notes.append(
-            f"{NOTE}{look.documents} of {look.of} documents of each task were scored, which was enough to know; "
-            f"a pass may spend {part} of each test's error here"
-        )
+    notes += _note_of(look)
     stays = champion and not leads and (known or not behind)
     reasons = (*found.reasons, *filter(None, notes))
     # A first version differs from its base on more documents than from the next version.
     return replace(found, reasons=reasons, mark=mark if stays else "", luck=found.luck if champion else None)
+
+
+def _without_scores(gate: Gate | None, digest: str, champion: Incumbent | None, standing: Standing) -> Verdict | None:
+    """The verdict where it depends on no score; None where it does."""
+    in_use = champion.uri if champion else "nothing"
+    if champion and champion.digest == digest:
+        mark = standing.mark.uri if standing.mark else ""
+        return Verdict(True, ("this very model is the champion already",), in_use, mark=mark)
+    if standing.withdrawn is not None:
+        why = f"({standing.withdrawn}); only `lewis promote` brings it back"
+        return Verdict(False, (f"this very model was rolled back by hand {why}: fail",), in_use)
+    return None if gate else Verdict(True, ("no gate in the recipe",), in_use)
 
 
 def decide(
@@ -332,6 +334,17 @@ def _on_documents_of(candidate: Scored, other: Scored) -> Scored | None:
             return None
         found.append(replace(each, parts=tuple(parts)))
     return replace(other, samples=tuple(found))
+
+
+def _note_of(look: Look) -> list[str]:
+    """That a part of the documents was scored, if it was."""
+    if not look.documents:
+        return []
+    part = f"{look.passing:.1%}" if look.passing else "none"
+    return [
+        f"{NOTE}{look.documents} of {look.of} documents of each task were scored, which was enough to know; "
+        f"a pass may spend {part} of each test's error here"
+    ]
 
 
 def _lost(metric: str, candidate: Scored, other: Scored) -> str:

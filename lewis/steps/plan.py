@@ -220,19 +220,25 @@ def make_plan(recipe: Recipe) -> Plan:
     _add_steps(plan, recipe, pinned(base, experts))
     plan.output = _adapter_of(recipe) if recipe.output.kind == "lora" else ""
     plan.disk_free = store.free_space(store.home())
+    _add_merges(plan, recipe, headers, len(experts))
+    plan.steps += [PlannedStep(f"register {recipe.register_as.model}", "to do")] if recipe.register_as else []
+    plan.steps += [PlannedStep(f"publish {recipe.publish.repo}", "to do")] if recipe.publish else []
+    return plan
+
+
+def _add_merges(plan: Plan, recipe: Recipe, headers: Headers, experts: int) -> None:
+    """Add what the merges take; from the headers of their result, where models are missing that a forecast opens."""
     merges = [each for each in plan.steps if each.name.startswith(f"{MERGE.name} ") and each.state == "to do"]
     if any(each.cost.seconds is None for each in merges):
+        largest = max(math.prod(shape) for _, shape in headers.values())
         written = len(merges) * _bytes_of_output(recipe, headers)
         plan.disk += written
         plan.to_push += written if plan.remote and remote.shares_merged() else 0
-        plan.memory = max(plan.memory, without_models(find(recipe.guided_method), max(count.values()), len(experts)))
+        plan.memory = max(plan.memory, without_models(find(recipe.guided_method), largest, experts))
         plan.seconds = None
     else:
         plan.seconds = sum((each.cost.seconds or 0) - each.cost.passes for each in merges)
     plan.memory += mapped_bytes() if plan.memory else 0  # forecasts are of anonymous memory
-    plan.steps += [PlannedStep(f"register {recipe.register_as.model}", "to do")] if recipe.register_as else []
-    plan.steps += [PlannedStep(f"publish {recipe.publish.repo}", "to do")] if recipe.publish else []
-    return plan
 
 
 def _bytes_of_output(recipe: Recipe, headers: Headers) -> int:

@@ -212,12 +212,7 @@ def evaluate(
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again
     lm = loaded_model.opened(model, model_args, batch_size, device)
     chats = loaded_model.noted_chats(lm)
-    drawn: dict[str, list[int]] = {}
-    pools: dict[str, int] = {}
-    for name, task in loaded["tasks"].items() if documents != "all" or look else ():
-        hashes = [_hash(doc) for doc in task.eval_docs]
-        pool = _pool(name, hashes, documents, limit, seed)
-        drawn[name], pools[name] = _drawn(hashes, pool, "", look) if look else pool, len(pool)
+    drawn, pools = _part(loaded["tasks"], documents, limit, seed, look) if documents != "all" or look else ({}, {})
     private_names.LM_EVAL_ENVIRONMENT.put(lambda _: None)  # it lists all packages with pip, which nobody reads
     kept_answers = KeptAnswers(Path(answers)) if answers else None
     with kept_answers.of(lm) if kept_answers else nullcontext():
@@ -232,10 +227,8 @@ def evaluate(
         )
         assert found is not None  # None only on the other ranks of a distributed run
         rows = found["samples"]
-        for name, indices in drawn.items():  # the first ones, of which more is asked, are the same at every look
-            places = {index: place for place, index in enumerate(indices)}
-            ordered = sorted((places[row["doc_id"]], number) for number, row in enumerate(rows[name]))
-            rows[name] = [rows[name][number] for _, number in ordered]
+        for name, indices in drawn.items():
+            rows[name] = _as_drawn(rows[name], indices)
         ends = loaded_model.ends(lm, rows, loaded["tasks"], kept_answers)
     kept = {key: value for key, value in found.items() if key in ("results", "higher_is_better", "n-shot")}
     sampled = [_samples(name, rows[name], task) for name, task in loaded["tasks"].items()]
@@ -250,6 +243,24 @@ def evaluate(
     add_answers(lm, kept["requests"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return plain
+
+
+def _part(
+    tasks: dict[str, Any], documents: str, limit: int | float | None, seed: str, look: int | None
+) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """The documents that are scored of each task, in the order in which they are drawn; and how many there are."""
+    drawn, pools = dict[str, list[int]](), dict[str, int]()
+    for name, task in tasks.items():
+        hashes = [_hash(doc) for doc in task.eval_docs]
+        pool = _pool(name, hashes, documents, limit, seed)
+        drawn[name], pools[name] = _drawn(hashes, pool, "", look) if look else pool, len(pool)
+    return drawn, pools
+
+
+def _as_drawn(rows: list[Any], indices: list[int]) -> list[Any]:
+    """The rows in the order of the drawn documents: the first ones, of which more is asked, are those of each look."""
+    places = {index: place for place, index in enumerate(indices)}
+    return sorted(rows, key=lambda row: places[row["doc_id"]])
 
 
 def _load(manager: Any, tasks: list[str]) -> Any:
