@@ -18,12 +18,18 @@ from tests.support.tiny_architectures import tiny
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "deployments" / "examples"
 PAGE = (ROOT / "deployments" / "COOKBOOK.md").read_text()
+WHOLE = "every-block"
 NAMES = re.findall(r"^\| .*?\(examples/([\w-]+)\.yaml\)", PAGE, re.MULTILINE)
 
 
 def test_the_page_has_all_recipes() -> None:
     assert len(NAMES) == 10
-    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*NAMES, "qwen2.5", "smollm2"}
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*NAMES, WHOLE, "qwen2.5", "smollm2"}
+
+
+def test_the_reference_begins_with_a_whole_recipe() -> None:
+    reference = (ROOT / "lewis" / "recipe" / "README.md").read_text()
+    assert reference.partition("```yaml\n")[2].partition("```")[0] == (EXAMPLES / f"{WHOLE}.yaml").read_text()
 
 
 def llamas(folder: Path, refs: list[str], hidden: int = 16) -> dict[str, str]:
@@ -31,12 +37,23 @@ def llamas(folder: Path, refs: list[str], hidden: int = 16) -> dict[str, str]:
     return {ref: str(write_expert(base, folder / f"m{i}", seed=i) if i else base) for i, ref in enumerate(refs)}
 
 
+def chats(folder: Path, refs: list[str]) -> dict[str, str]:
+    """Models with a head of their own, and a chat template."""
+    base = write_llama(folder / "base", tied=False)
+    add_template(base)
+    return {ref: str(write_expert(base, folder / f"m{i}", seed=i) if i else base) for i, ref in enumerate(refs)}
+
+
 def adapters(folder: Path, refs: list[str]) -> dict[str, str]:
     base = write_llama(folder / "base")
+    add_template(base)
+    return {ref: str(write_lora(base, folder / f"m{i}", seed=i) if i else base) for i, ref in enumerate(refs)}
+
+
+def add_template(base: Path) -> None:
     template = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
     config = base / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | template))
-    return {ref: str(write_lora(base, folder / f"m{i}", seed=i) if i else base) for i, ref in enumerate(refs)}
 
 
 def mixtures(folder: Path, refs: list[str]) -> dict[str, str]:
@@ -73,6 +90,7 @@ def saved(model: Any, folder: Path, seed: int) -> str:
 
 MODELS: dict[str, Callable[[Path, list[str]], dict[str, str]]] = {
     "loras-into-one": adapters,
+    WHOLE: chats,
     "mixture-of-experts": mixtures,
     "vision-and-text": towers,
     "gguf": ggufs,
@@ -83,7 +101,7 @@ ROW |= {"messages": [{"role": "user", "content": "w1 w2"}, {"role": "assistant",
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("home")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, WHOLE])
 def test_it_is_planned(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     refs = list(dict.fromkeys([recipe["base_model"], *(each["model"] for each in recipe["models"])]))

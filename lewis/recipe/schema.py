@@ -21,7 +21,7 @@ OFFICIAL: dict[str, dict[str, Any]] = {
         **{"scale": "minmax", "decimals": 5, "uncovered": "expert"},
     },
 }
-RECOMMENDED = "regmean_forward"  # what `merge_method: recommended` stands for: see tests/benchmarks/results.md
+RECOMMENDED = "regmean_forward"  # what `merge_method: recommended` stands for: see tests/benchmarks/methods.md
 PRESETS = {"lewis_official": OFFICIAL}  # of the `lewis` block: several settings under one name
 GUIDES = ("preset", "importance", "prune_by", "aim", "density")  # keys of the `lewis` block that decide densities
 FREE = ("samples", "max_tokens", "seed", "min", "max", "prune_ratio")

@@ -151,7 +151,8 @@ def experiment(client: "MlflowClient", team: str = "") -> str:
     if found is None:
         # A server knows where its artifacts go. Without a server, MLflow would put them into the current folder.
         location = None if client.tracking_uri.startswith("http") else artifacts.as_uri()
-        return str(client.create_experiment(name, artifact_location=location))
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # else its page is that of traces
+        return str(client.create_experiment(name, artifact_location=location, tags=kind))
     if found.lifecycle_stage != "active":
         restore = f"mlflow experiments restore -x {found.experiment_id}"
         raise InputError(f"MLflow's experiment {name!r} is deleted: run `{restore}`, or set MLFLOW_EXPERIMENT_NAME")

@@ -25,6 +25,7 @@ from lewis.store.manifest import DamagedError
 
 logger = logging.getLogger(__name__)
 DAMAGED = "lewis.damaged"  # tag of a version whose files are lost or damaged; its value is the digest of its merge
+MODE = "?workflowType=machine_learning"  # of MLflow's pages; by default they are those for traces and prompts
 PAGE = "report.html"  # artifact of the run that made a version: its scores, pictures and steps
 
 if TYPE_CHECKING:
@@ -169,12 +170,12 @@ def link(version: Version) -> str:
 
 def page(name: str, version: str) -> str:
     """`link`, of a version by its name and number."""
-    return f"{model_page(name)}/versions/{version}"
+    return f"{_server()}/#/models/{quote(name)}/versions/{version}{MODE}"
 
 
 def model_page(name: str) -> str:
     """The page in MLflow's UI of a registered model, which names its champion."""
-    return f"{_server()}/#/models/{quote(name)}"
+    return f"{_server()}/#/models/{quote(name)}{MODE}"
 
 
 def public_page(name: str) -> str:
@@ -185,12 +186,19 @@ def public_page(name: str) -> str:
 
 def run_link(version: Version) -> str:
     """The page in MLflow's UI of the run that made the version."""
-    return f"{_server()}/#/runs/{version.run_id}"
+    return f"{_server()}/#/runs/{version.run_id}{MODE}"
 
 
-def page_link(version: Version) -> str:
-    """The page in MLflow's UI that shows the `PAGE` of the run that made the version."""
-    return f"{run_link(version)}/artifacts/{PAGE}"
+def run_pages(version: Version) -> tuple[str, str]:
+    """Pages in MLflow's UI: the `PAGE` of the run that made the version, and the charts of all runs beside it.
+
+    Raises:
+        TransientError: if the server does not answer.
+    """
+    with tracking.client(f"reading the run of {version.uri}") as client:
+        experiment = client.get_run(version.run_id).info.experiment_id
+    runs = f"{_server()}/#/experiments/{experiment}/runs"
+    return f"{runs}/{version.run_id}/artifacts/{PAGE}{MODE}", f"{runs}{MODE}&compareRunsMode=CHART"
 
 
 def attach(version: Version, files: Mapping[str, str]) -> None:

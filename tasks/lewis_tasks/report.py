@@ -122,7 +122,9 @@ def report_run(
     run = flow_run.this_run()
     links = {"Prefect run": flow_run.url()}
     if version:
+        report, charts_of_all = versions.run_pages(version)
         links |= {"MLflow version": versions.link(version), "MLflow run": versions.run_link(version)}
+        links["MLflow charts of all versions"] = charts_of_all
     if published:
         links["Hub"] = published
     inputs, in_use = lineage_of(base, experts, calibrations), champion.version.uri if champion else None
@@ -158,7 +160,7 @@ def report_run(
     if version and version.created:
         versions.attach(version, {"run_report.md": text, versions.PAGE: html})
     if version:
-        link = f"[the run with pictures]({versions.page_link(version)})"
+        link = f"[the run with pictures]({report})"
         shown["report-page"] = ("markdown", f"{link}; here: `lewis report {recipe.name} --open`", "The run as a page")
     with get_client(sync_client=True) as client:
         for what, (kind, data, about) in shown.items():

@@ -53,7 +53,7 @@ class Tally:
             print(f"{self.what} {where}: {'; '.join(bad) or 'all well'} [{self.points}, {seconds:.0f} s]", flush=True)
 
     def end(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """Print the line for results.md, and fail unless every count is 0."""
+        """Print the line for tests/benchmarks/robustness.md, and fail unless every count is 0."""
         counts = " | ".join(str(len(self.found[kind])) for kind in KINDS)
         landed = ", ".join(f"{step} {count}" for step, count in self.landed.items())
         with capsys.disabled():

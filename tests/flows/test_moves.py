@@ -53,7 +53,7 @@ def test_a_move_stays_until_the_server_gives_its_event_back(client: SyncPrefectC
     assert outbox.moves() == []
     (payload,) = stored(client, told)
     assert payload["uri"] == told.uri and payload["recipe"] == "nightly" and payload["reasons"] == ["better"]
-    assert payload["previous"] is None and payload["url"].endswith(f"/#/models/{told.name}/versions/2")
+    assert payload["previous"] is None and f"/#/models/{told.name}/versions/2" in payload["url"]
 
 
 def test_a_server_that_dies_with_an_event_is_told_again(client: SyncPrefectClient, prefect_url: str) -> None:
@@ -92,7 +92,7 @@ def test_it_stays_until_the_user_is_notified_and_he_is_notified_once(
         assert outbox.moves() == []
         words = f"{told.uri} is the champion now, the first one: better (recipe nightly)"
         assert [each["body"].partition("\n")[0] for each in sink.received] == [words]
-        assert sink.received[0]["body"].endswith(f"/#/models/{told.name}/versions/2")
+        assert f"/#/models/{told.name}/versions/2?" in sink.received[0]["body"]
 
         outbox.write(told)  # its sender died before it had read that the server knows
         again = replace(told, id=str(uuid.uuid4()), version="3", about={})

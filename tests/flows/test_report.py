@@ -203,7 +203,7 @@ def _check_assets(client: Any, name: str, base: Path, math: Path, code: Path, se
 
     done = "prefect.asset.materialization.succeeded"
     merged = eventually(lambda: events(client, done, f"lewis://merged/{name}"))[0]
-    assert merged.resource["prefect.asset.url"].endswith(f"/#/models/{name}")
+    assert merged.resource["prefect.asset.url"].endswith(f"/#/models/{name}?workflowType=machine_learning")
     parents = {resource.id for resource in merged.related if resource.role == "asset"}
     models = {str(math), str(base), str(code)}
     assert parents == {assets.asset(kind, ref).key for ref in models for kind in ("model", "importance")}

@@ -107,6 +107,6 @@ def test_an_asset_has_its_page_and_its_team(monkeypatch: pytest.MonkeyPatch) -> 
     }
     urls = [each.url if each else "" for each in found.values()]
     assert urls[:2] == [f"https://***@hub/org/math/tree/{'1' * 40}", None] and str(urls[2]).endswith(
-        "/#/models/ops.tiny"
+        "/#/models/ops.tiny?workflowType=machine_learning"
     )
     assert all(each and each.owners == ["ops"] for each in found.values())

@@ -68,7 +68,7 @@ def pages() -> Pages:
         found = {"deployments": f"{ui}/deployments", "runs": f"{ui}/runs", "recipes": f"{ui}/artifacts/key/{KEY}"}
     mlflow = os.environ.get("MLFLOW_TRACKING_URI") or str(note.read().get("mlflow") or "")
     if mlflow.startswith("http"):
-        found["models"] = f"{mlflow.rstrip('/')}/#/models"
+        found["models"] = f"{mlflow.rstrip('/')}/#/models{versions.MODE}"
     return Pages(pages=found, sign_in=_sign_in())
 
 

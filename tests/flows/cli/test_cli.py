@@ -140,7 +140,12 @@ def test_the_settings_are_printed_without_secrets(
     assert main(["gc"]) == 2 and "LEWIS_QUOTA: expected a size" in capsys.readouterr().err  # before any work
 
 
-def test_plan_tells_inputs_steps_and_layers(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_tells_inputs_steps_and_layers(
+    recipe: Path, home: Path, family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(recipe), "--set", f"models[1].model={family.lora}"]) == 0
+    digests = re.findall(r"^input .*  (sha256:\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert len({*digests}) == 3  # of the adapter its own, not that of its base
     assert main(["plan", str(recipe), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [len(row["commit"]) for row in plan["inputs"]] == [71, 71, 71]

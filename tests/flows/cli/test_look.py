@@ -97,7 +97,7 @@ def test_the_pages_and_the_log_of_the_last_run(
     assert found["run"] == f"{ui}/runs/flow-run/{run}"
     assert found["artifacts"]["looked-at-run-report"].startswith(f"{ui}/artifacts/artifact/")
     assert (found["version"], found["champion"]) == (second.uri, first.uri)
-    assert found["champion_page"].endswith("/#/models/looked/versions/1") and found["published"] == "org/looked@1"
+    assert "/#/models/looked/versions/1?" in found["champion_page"] and found["published"] == "org/looked@1"
     assert main(["open", "looked at"]) == 0
     told = capsys.readouterr().out
     assert f"run                   Promoted: {found['message']}\n                      {found['run']}\n" in told
@@ -108,7 +108,10 @@ def test_the_pages_and_the_log_of_the_last_run(
     note.write({"prefect": prefect_url, "mlflow": "http://127.0.0.1:5001", "mlflow_user": "lewis"})
     assert main(["open", "looked at"]) == 0
     told = capsys.readouterr().out
-    assert "http://127.0.0.1:5001/#/models/looked/versions/2\n" in told and password not in told
+    assert (
+        "http://127.0.0.1:5001/#/models/looked/versions/2?workflowType=machine_learning\n" in told
+        and password not in told
+    )
     assert f"sign in               MLflow asks for user lewis and the password in {MLFLOW_PASSWORD.path()}\n" in told
 
     assert main(["logs", "looked at", "--level", "WARNING", "--json"]) == 0
@@ -161,7 +164,7 @@ def test_the_pages_of_the_service(
     assert found["pages"] == {
         **{name: f"{ui}/{name}" for name in ("deployments", "runs")},
         "recipes": f"{ui}/artifacts/key/recipes",
-        "models": "http://127.0.0.1:5001/#/models",
+        "models": "http://127.0.0.1:5001/#/models?workflowType=machine_learning",
     }
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
