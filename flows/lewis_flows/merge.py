@@ -108,12 +108,13 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     report = MergeReport.of(plan.name, merged.result(), allocated.result() if allocated else None)
 
     scored = score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else None
-    scores, documents = scored or ({}, None)
+    judged, documents = scored or ({}, None)
+    scores = {label: each for label, each in judged.items() if label != "mark"}
     if scores:
         table = submit(report_scores, quote(plan), known_scores(scores), wait_for=scores[plan.label])
         finish(table)
         report = report.model_copy(update=table.result())
-    ended = register_merge(plan, walk, report, champion, scores, documents) if plan.register_as else Ended()
+    ended = register_merge(plan, walk, report, champion, judged, documents) if plan.register_as else Ended()
     facts = [known(merged), known(champion), known_scores(scores), known(ended.verdict)]
     work = tally(**{step.name: walk.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
     about = (known(ended.version), work, quote(report.comparison), ended.there.url if ended.there else None)

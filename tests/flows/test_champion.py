@@ -329,11 +329,19 @@ def test_documents_are_drawn_for_each_release(run: Callable[..., Any], recipe: P
 
     write_words(recipe.parent, 300)
     drawn = "evaluate.documents=by_release", "evaluate.limit=64"
-    assert run("half", *drawn).promoted and run("good", *drawn).promoted
+    assert run("half", *drawn).promoted
+    rewrite(recipe.parent / "half", recipe.parent / "moved", lambda _, tensor: tensor * 1.01)
+    assert run("moved", *drawn, "register.gate.policy=not_worse").promoted
+    good = run(
+        "good", *drawn, "register.gate.policy=not_worse"
+    )  # the mark is the first version, the champion the second
+    assert good.promoted and any("must not be worse than models:/tiny/1" in rule for rule in good.verdict)
+    assert not any(rule.startswith("note: models") for rule in good.verdict)
+    assert [row["model"] for row in good.comparison] == ["base", "champion", "merged"]
     client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
     runs = [client.get_run(each.run_id) for each in client.search_model_versions("name='tiny'")]
     digests = {each.dataset.digest for run in runs for each in run.inputs.dataset_inputs}
-    assert len(digests) == 2
+    assert len(digests) == 3
     of_champion = [run.data.metrics.get("champion/words/acc") for run in runs]
     assert None in of_champion and any(score and 0 < score < 1 for score in of_champion)
 
