@@ -126,8 +126,9 @@ def registration_of(
     metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in named.items() for s in each}
     metrics |= _gains(models) | _kept(kept)
     sources = scores[recipe.label].sources if recipe.label in scores else {}
+    part = scores[recipe.label].part if recipe.label in scores else ""
     documents = _documents(models, metrics)
-    own, adapter = dict(tags or {}), merged.adapter
+    own, adapter = dict(tags or {}) | ({"lewis.documents": part} if part else {}), merged.adapter
     if adapter:
         metrics |= {"adapter/error": adapter.error, "adapter/worst error": adapter.worst_error}
         own["lewis.adapter"] = adapter.to_text()
@@ -157,6 +158,7 @@ def registration_of(
             found.get(recipe.label, ()),
             {task: str(each["revision"]) for task, each in sources.items()},
             versions.public_page(recipe.register_as.model),
+            part,
         ),
         team=recipe.register_as.team,
         beside=beside,

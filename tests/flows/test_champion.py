@@ -304,6 +304,10 @@ def test_scoring_ends_once_the_verdict_is_known(
 
     worse = run("noise", "evaluate.stop=known", "register.gate.policy=not_worse")
     assert not worse.promoted and {row["documents"] for row in worse.comparison} == {"32"}
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    assert client.get_model_version("tiny", "2").tags["lewis.documents"] == "32 of 300"
     assert worse.verdict[-1].startswith("note: 32 of 300 documents of each task were scored, which was enough to know")
     message = newest_ended(prefect_url)["state"]["message"]
     assert message.startswith("v2: words/acc,none ") and " on 32 of 300 documents" in message
@@ -313,6 +317,7 @@ def test_scoring_ends_once_the_verdict_is_known(
     rewrite(recipe.parent / "half", recipe.parent / "moved", lambda _, tensor: tensor * 1.01)
     equal = run("moved", "evaluate.stop=known", "register.gate.policy=not_worse")
     assert equal.promoted and {row["documents"] for row in equal.comparison} == {"300"}
+    assert "lewis.documents" not in client.get_model_version("tiny", "3").tags
     assert states(prefect_url, "look at 64 documents: not certain yet") == {"Completed"}
 
     better = run("good", "evaluate.stop=worse")
