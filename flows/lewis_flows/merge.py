@@ -111,12 +111,13 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     report = MergeReport.of(plan.name, merged.result(), allocated.result() if allocated else None)
 
     scored = score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else None
-    scores, documents = scored or ({}, None)
+    judged, documents = scored or ({}, None)
+    scores = {label: each for label, each in judged.items() if label != "mark"}
     if scores:
         table = submit(report_scores, quote(plan), known_scores(scores), wait_for=scores[MERGED])
         finish(table)
         report = report.model_copy(update=table.result())
-    ended = register_merge(plan, walk, report, champion, scores, documents) if plan.register_as else Ended()
+    ended = register_merge(plan, walk, report, champion, judged, documents) if plan.register_as else Ended()
     _write_report(plan, walk, report, champion, scores, ended)
     if ended.published:
         try:

@@ -13,10 +13,10 @@ from lewis.evaluation.statistics import looks
 from lewis.evaluation.statistics.scored import MERGED
 from lewis.evaluation.step import furthest_look
 from lewis.recipe.recipe import Recipe
-from lewis.steps.graph import CHAMPION, LOOK, evaluations
+from lewis.steps.graph import CHAMPION, LOOK, MARK, evaluations, labels
 from lewis_flows import evaluate_elsewhere
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, submit
-from lewis_tasks.register import look
+from lewis_tasks.register import find_mark, look
 
 
 def score(
@@ -31,11 +31,16 @@ def score(
     """Score the merged model, its parents and the champion, here or by workers of a queue.
 
     Returns:
-        label -> scores; and on how many documents of each task, None: on all.
+        label -> scores, those of `mark` for the gate alone; and on how many documents of each task, None: on all.
     """
     current = champion.result() if champion else None
     walk.futures |= {CHAMPION: champion} if champion else {}
     results = {CHAMPION: current.files("champion") if current else None}
+    if plan.register_as and MARK in labels(plan).values():
+        walk.futures[MARK] = mark = submit(find_mark, plan.register_as.model)
+        finish(mark)
+        marked = mark.result()
+        results[MARK] = marked.files("mark") if marked else None
     names = evaluations(plan)
 
     def score_on(documents: int | None, labels: Sequence[str]) -> Scores:
@@ -49,7 +54,7 @@ def score(
         finish(*(each for of_model in scores.values() for each in of_model))
         return scores
 
-    first = [label for label in names if label in ("base", "champion", MERGED)]
+    first = [label for label in names if label in ("base", "champion", "mark", MERGED)]
     if "base" not in names and not current:  # the gate compares with the best expert
         first = list(names)
     documents = _first_look(plan, walk, current)

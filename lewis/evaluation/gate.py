@@ -256,8 +256,11 @@ def _gain(gate: Gate, candidate: Scored, reference: Scored, number: int, look: L
     passed = (new - old if ours.higher_is_better else old - new) >= gate.min_gain - ROUNDING  # NaN compares false
     direction, found = "gain" if ours.higher_is_better else "drop", gain(candidate, reference, gate.metric)
     lost = found is not None and found.p_superior(gate.min_gain) < CHANCE * look.failing
-    yield RuleResult(f"{gate.metric} must {direction} at least {gate.min_gain:g}: {new:.4f} vs {old:.4f}", passed, lost)
-    error = _error_of_gain(number, look)
+    error, values = _error_of_gain(number, look), f"{new:.4f} vs {old:.4f}"
+    if look.documents and gate.min_gain:  # the gain that ends an evaluation is one that was lucky: it must be shown
+        p = 1.0 if found is None else 1 - found.p_superior(gate.min_gain)
+        passed, values = p <= error / 2, f"{values}, p {p:.3g}"
+    yield RuleResult(f"{gate.metric} must {direction} at least {gate.min_gain:g}: {values}", passed, lost)
     text = f"{gate.metric} must be better with p at most {error:.2g}"
     text += f" (comparison {number})" if number > 1 else ""
     numbers = f"gain {found.delta:+.4f}, from {found.low:+.4f}, p {found.p:.3g}" if found else NO_DOCUMENTS

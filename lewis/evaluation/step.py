@@ -72,6 +72,14 @@ class ModelScores(Reference):
         return {task: len(hashes) for task, hashes in content["documents"].items()} | content.get("pools", {})
 
     @property
+    def part(self) -> str:
+        """Of which part of the documents of the largest task they are, such as `64 of 1319`; empty if of all."""
+        content, pools = self.evaluated.content, self.pools
+        largest = max(pools, key=lambda task: pools[task])
+        count = len(content["documents"][largest])
+        return f"{count} of {pools[largest]}" if count < pools[largest] else ""
+
+    @property
     def sources(self) -> dict[str, dict[str, Any]]:
         """Task -> the dataset of the Hub that its documents come from, as `child.evaluate` gives it, where known."""
         return dict(self.evaluated.content.get("sources", {}))

@@ -124,8 +124,9 @@ def registration_of(
     metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in found.items() for s in each}
     metrics |= _gains(models) | _kept(kept)
     sources = scores[MERGED].sources if MERGED in scores else {}
+    part = scores[MERGED].part if MERGED in scores else ""
     documents = _documents(models, metrics)
-    own, adapter = dict(tags or {}), merged.adapter
+    own, adapter = dict(tags or {}) | ({"lewis.documents": part} if part else {}), merged.adapter
     if adapter:
         metrics |= {"adapter/error": adapter.error, "adapter/worst error": adapter.worst_error}
         own["lewis.adapter"] = adapter.to_text()
@@ -155,6 +156,7 @@ def registration_of(
             found.get(MERGED, ()),
             {task: str(each["revision"]) for task, each in sources.items()},
             versions.public_page(recipe.register_as.model),
+            part,
         ),
         team=recipe.register_as.team,
         beside=beside,

@@ -45,6 +45,7 @@ Results = Mapping[str, Any]
 """Name of a node, or of a task by hand -> its result."""
 
 CHAMPION = "find champion"  # the name under which the caller gives the champion's files, or None
+MARK = "find mark"  # likewise, of the gate's mark
 LOOK = "look"  # the name under which the caller says how many documents are scored; left out: all
 PREFLIGHT = "preflight"
 
@@ -332,13 +333,15 @@ def _scores(recipe: Recipe) -> Iterator[Node]:
     merges = tuple(f"merge {which}" for which in ("experts", *(("uniform",) if recipe.wants_uniform else ())))
     for label, source in labels(recipe).items():
 
-        def differs(results: Results) -> bool:
-            champion = results.get(CHAMPION)
-            return champion is not None and champion.key != results["merge experts"].key
+        def differs(results: Results, source: str = source) -> bool:
+            known = {results["merge experts"].key}
+            if source == MARK and results.get(CHAMPION) is not None:
+                known.add(results[CHAMPION].key)
+            return results.get(source) is not None and results[source].key not in known
 
         last = source if source in merges else merges[0]
-        when = differs if label == "champion" else None
-        needs = (source, *(("merge experts",) if label == "champion" or drawn else ()))
+        when = differs if source in (CHAMPION, MARK) else None
+        needs = (source, *(("merge experts",) if when or drawn else ()))
         for name, task in zip(names[label], settings, strict=True):
 
             def to_score(
@@ -372,6 +375,8 @@ def labels(recipe: Recipe) -> dict[str, str]:
         found["uniform"] = "merge uniform"
     if recipe.register_as:
         found["champion"] = CHAMPION
+        if recipe.evaluate and recipe.evaluate.documents == "by_release":
+            found["mark"] = MARK  # which has no scores on documents that nobody has seen
     return {**found, MERGED: "merge experts"}
 
 

@@ -37,6 +37,13 @@ def find_champion(name: str, to_score: bool) -> Champion | None:
     return versions.fetch(current) if current and to_score else current
 
 
+@task(name="find-mark", task_run_name="find mark", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
+def find_mark(name: str) -> Champion | None:
+    """The version that no later one may fall behind, brought to this disk to be scored."""
+    current = promotion.mark(name)
+    return versions.fetch(current) if current else None
+
+
 @task(name="look", task_run_name="look at {documents} documents", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def look(
     recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ModelScores], documents: int
@@ -63,7 +70,7 @@ def gate(
     found, rule = _judged(recipe, champion, merged, scores, documents), recipe.gate
     if not (rule and rule.judge and found.passed and found.metric):
         return found
-    models = scored(recipe.score_weights, scores)
+    models = scored(recipe.score_weights, {label: each for label, each in scores.items() if label != "mark"})
     told = pairwise_judge.opinion(rule.judge, side_by_side(recipe.gate_metric, models))
     return replace(found, passed=told.passed, reasons=(str(told), *found.reasons))
 
@@ -78,13 +85,15 @@ def _judged(
     assert recipe.register_as is not None
     rule = recipe.register_as.gate
     standing = promotion.standing(recipe.register_as.model, merged.digest)
+    models = {model.label: model for model in scored(recipe.score_weights, scores)} if rule else {}
+    marked = models.pop("mark", None) or (_scores_of_mark(recipe, standing.mark, merged, documents) if rule else None)
     return judge(
         rule,
-        scored(recipe.score_weights, scores) if rule else (),
+        list(models.values()),
         merged.digest,
         champion=Incumbent(champion.version.uri, champion.digest) if champion else None,
         standing=standing,
-        marked=_scores_of_mark(recipe, standing.mark, merged, documents) if rule else None,
+        marked=marked,
         limit=recipe.evaluate.limit if recipe.evaluate and recipe.evaluate.documents != "by_release" else None,
         look=_look(recipe, scores, documents),
     )

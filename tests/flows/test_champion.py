@@ -304,6 +304,10 @@ def test_scoring_ends_once_the_verdict_is_known(
 
     worse = run("noise", "evaluate.stop=known", "register.gate.policy=not_worse")
     assert not worse.promoted and {row["documents"] for row in worse.comparison} == {"32"}
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    assert client.get_model_version("tiny", "2").tags["lewis.documents"] == "32 of 300"
     assert worse.verdict[-1].startswith("note: 32 of 300 documents of each task were scored, which was enough to know")
     message = newest_ended(prefect_url)["state"]["message"]
     assert message.startswith("v2: words/acc,none ") and " on 32 of 300 documents" in message
@@ -313,6 +317,7 @@ def test_scoring_ends_once_the_verdict_is_known(
     rewrite(recipe.parent / "half", recipe.parent / "moved", lambda _, tensor: tensor * 1.01)
     equal = run("moved", "evaluate.stop=known", "register.gate.policy=not_worse")
     assert equal.promoted and {row["documents"] for row in equal.comparison} == {"300"}
+    assert "lewis.documents" not in client.get_model_version("tiny", "3").tags
     assert states(prefect_url, "look at 64 documents: not certain yet") == {"Completed"}
 
     better = run("good", "evaluate.stop=worse")
@@ -329,11 +334,19 @@ def test_documents_are_drawn_for_each_release(run: Callable[..., Any], recipe: P
 
     write_words(recipe.parent, 300)
     drawn = "evaluate.documents=by_release", "evaluate.limit=64"
-    assert run("half", *drawn).promoted and run("good", *drawn).promoted
+    assert run("half", *drawn).promoted
+    rewrite(recipe.parent / "half", recipe.parent / "moved", lambda _, tensor: tensor * 1.01)
+    assert run("moved", *drawn, "register.gate.policy=not_worse").promoted
+    good = run(
+        "good", *drawn, "register.gate.policy=not_worse"
+    )  # the mark is the first version, the champion the second
+    assert good.promoted and any("must not be worse than models:/tiny/1" in rule for rule in good.verdict)
+    assert not any(rule.startswith("note: models") for rule in good.verdict)
+    assert [row["model"] for row in good.comparison] == ["base", "champion", "merged"]
     client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
     runs = [client.get_run(each.run_id) for each in client.search_model_versions("name='tiny'")]
     digests = {each.dataset.digest for run in runs for each in run.inputs.dataset_inputs}
-    assert len(digests) == 2
+    assert len(digests) == 3
     of_champion = [run.data.metrics.get("champion/words/acc") for run in runs]
     assert None in of_champion and any(score and 0 < score < 1 for score in of_champion)
 

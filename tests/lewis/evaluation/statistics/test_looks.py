@@ -44,6 +44,14 @@ def test_what_is_no_better_passes_in_no_more_than_the_stated_share(policy: str, 
     assert 0 < passed <= 400 * allowed + 2 * (400 * allowed * (1 - allowed)) ** 0.5
 
 
+def test_scoring_ends_for_a_gain_only_if_it_is_shown_to_be_as_large_as_is_asked_for() -> None:
+    gate = Gate(metric=KEY, policy="better", min_gain=0.1)
+    found = [judged(gate, "known", drawn(np.random.default_rng(seed), 0.1, DOCUMENTS)) for seed in range(150)]
+    assert sum(each.passed for each, number in found if number < DOCUMENTS) <= 3  # 0.75 are allowed
+    sure, number = judged(gate, "known", drawn(np.random.default_rng(1), 0.4, DOCUMENTS))
+    assert sure.passed and number < DOCUMENTS and "must gain at least 0.1:" in sure.reasons[0]
+
+
 @pytest.mark.parametrize(
     ("policy", "gain", "passes", "documents"),
     [
