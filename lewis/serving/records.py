@@ -24,11 +24,13 @@ class Failure:
         uri: of the version.
         why: what went wrong.
         time: UTC, ISO 8601.
+        passes: whether it may pass by itself, as when a server is away.
     """
 
     uri: str
     why: str
     time: str
+    passes: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,16 @@ class Served:
         new = replace(self, uri=uri, digest=digest, alias=alias, block=block, checked=checked, failure=None)
         return replace(new, previous=before[0], previous_alias=before[1], since=_now() if other else self.since)
 
-    def refused(self, uri: str, why: str) -> "Served":
+    def line(self) -> str:
+        """Where it is, and since when, and what the target did not take, for people."""
+        has = f"v{_number(self.uri)} since {_minute(self.since)}, as {self.alias}" if self.uri else "nothing yet"
+        failure = self.failure
+        failed = f"; v{_number(failure.uri)} failed {_minute(failure.time)}: {failure.why}" if failure else ""
+        return f"{self.target}: {has}{failed}"
+
+    def refused(self, uri: str, why: str, *, passes: bool = False) -> "Served":
         """The record once an attempt has failed; what was in service stays."""
-        return replace(self, failure=Failure(uri, why[:MAX_WHY], _now()))
+        return replace(self, failure=Failure(uri, why[:MAX_WHY], _now(), passes))
 
 
 def served(name: str = "") -> list[Served]:
@@ -105,6 +114,14 @@ def write(client: "MlflowClient", record: Served) -> None:
 def remove(client: "MlflowClient", record: Served) -> None:
     """Forget a target that the recipe has no more."""
     client.delete_registered_model_tag(record.name, f"{TAG}{record.target}")
+
+
+def _number(uri: str) -> str:
+    return uri.rpartition("/")[2]
+
+
+def _minute(time: str) -> str:
+    return time[:16].replace("T", " ")
 
 
 def _now() -> str:

@@ -128,9 +128,9 @@ def check(api: str, model: str, kept: Mapping[str, Sequence[Mapping[str, Any]]],
     share = max(1, block.documents // max(1, len(kept)))
     sample = [(task, each) for task, of_task in kept.items() for each in of_task[:share]]
     with ThreadPoolExecutor(8) as pool:
-        asked = list(pool.map(lambda pair: _text(api, model, *pair), sample))
+        asked = list(pool.map(lambda pair: _text(api, model, pair[0], pair[1]), sample))
         choices = [pair for pair in sample if block.likelihoods and "choices" in pair[1]]
-        asked += pool.map(lambda pair: _likelihoods(api, model, *pair, block.tolerance), choices)
+        asked += pool.map(lambda pair: _likelihoods(api, model, pair[0], pair[1], block.tolerance), choices)
         return Checked(tuple(asked), block.agree)
 
 

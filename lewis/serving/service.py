@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from lewis import store
@@ -18,6 +19,7 @@ from lewis.serving.records import Served
 from lewis.store.kinds import SERVED
 
 logger = logging.getLogger(__name__)
+AGAIN = timedelta(minutes=5)  # after an attempt that failed because a server was away
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def serve(
     with store.shared_lock(f"serve-{name}-{target.label}"):
         before = record_of(name, target)
         if (before.uri, before.digest, before.block) == (uri, champion.digest, block) and not again:
-            if kind.holds is None or kind.holds(target, before):
+            if _still_holds(kind, target, before):
                 return before, False
             logger.warning("%s: %s is not there any more; putting it there again", target.label, uri)
         previous = before.previous if before.uri == uri else before.uri
@@ -86,13 +88,39 @@ def serve(
         except AwayError:  # MLflow, not the target
             raise
         except LewisError as error:
-            _write(before.refused(uri, str(error)))
+            _write(before.refused(uri, str(error), passes=isinstance(error, TransientError)))
             stays = f"{before.uri} stays in service" if before.uri else "nothing is in service there"
             raise _alike(error, f"{uri} is not in service at {target.label}, {stays}: {error}") from error
         now = before.took(uri, champion.digest, alias, block, checked)
         _write(now)
     logger.info("%s: %s is in service as %s", target.label, now.uri, now.alias)
     return now, True
+
+
+def is_due(target: Target, champion: Champion) -> bool:
+    """Whether a target that has not the champion may get it now.
+
+    Not if it has refused that version, or if the server is away; nor soon after an attempt that failed.
+    """
+    record, block = record_of(champion.version.name, target), store.digest(target.model_dump(mode="json"))
+    failure = record.failure
+    if failure and failure.uri == champion.version.uri:
+        age = datetime.now(UTC) - datetime.fromisoformat(failure.time)
+        return failure.passes and age > AGAIN
+    if (record.uri, record.block) != (champion.version.uri, block):
+        return True
+    holds = KINDS[target.kind].holds
+    try:
+        return holds is not None and not holds(target, record)
+    except LewisError:  # when it answers again, it may have lost the model
+        return False
+
+
+def _still_holds(kind: Kind, target: Target, record: Served) -> bool:
+    try:
+        return kind.holds is None or kind.holds(target, record)
+    except LewisError:  # the attempt to put it there says why
+        return False
 
 
 def _bring(

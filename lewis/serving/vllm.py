@@ -49,11 +49,12 @@ def put(target: VllmTarget, model: Model, before: Served) -> str:
 
 
 def holds(target: VllmTarget, record: Served) -> bool:
-    """Whether the server, which may have started again, still has the version under both names."""
-    try:
-        found = models(target)
-    except LewisError:
-        return False
+    """Whether the server, which may have started again, still has the version under both names.
+
+    Raises:
+        TransientError, LewisError: as `send`.
+    """
+    found = models(target)
     own = found.get(record.alias)
     return own is not None and own == found.get(asked_for(target, record.name))
 

@@ -18,13 +18,14 @@ from lewis.serving.records import served
 from lewis_flows import secret_blocks
 from lewis_flows.cli.main import main
 from lewis_flows.serve import serve_flow
-from lewis_flows.service import deploy, recipe_deployments
+from lewis_flows.service import deploy, keep_served, recipe_deployments
 from lewis_flows.service.deploy import Follower
 from lewis_tasks.support import moves
 from lewis_tasks.support.flow_run import result_of_run
 from tests.conftest import Family
 from tests.support.http_sink import HttpSink
-from tests.support.lineage import crowned
+from tests.support.lineage import crowned, with_tokenizer
+from tests.support.lora_server import LoraServer
 
 RECIPE = """
 merge_method: ties
@@ -89,7 +90,7 @@ def test_the_targets_get_the_champion_in_their_order(
         assert len(sink.received) == 1, "the receiver is not told of what is not in service"
         assert main(["served"]) == 0
         shown = capsys.readouterr().out
-        assert "tiny command  v1 since " in shown and "v2 failed " in shown and "no room" in shown
+        assert "tiny command: v1 since " in shown and "; v2 failed " in shown and "no room" in shown
         fails.unlink()
         assert run()[0] == "Served" and [each.uri for each in served("tiny")] == [second, second]
         promotion.rollback("tiny", "it was rude")
@@ -138,6 +139,48 @@ def test_a_promotion_starts_the_deployment_and_is_sent_until_it_has(
     follower.deploy()
     assert recipe_deployments._read(client, "serve/nightly") is None
     assert not [each for each in client.read_automations() if each.name.startswith("service of ")]
+
+
+def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_left_alone(
+    folder: Path, home: Path, family: Family, client: SyncPrefectClient, tmp_path: Path
+) -> None:
+    def runs() -> list[Any]:
+        made = recipe_deployments._read(client, "serve/nightly")
+        found = [run for run in client.read_flow_runs() if made and run.deployment_id == made.id]
+        return [run for run in found if run.state.is_scheduled()]
+
+    def looks() -> bool:
+        started = keep_served.look() == ["nightly"]
+        assert len(runs()) == started and not keep_served.look(), "one is enough"
+        for run in runs():
+            client.set_flow_run_state(run.id, Completed(), force=True)
+        return started
+
+    assert keep_served.look() == []
+    adapter = with_tokenizer(family.lora, tmp_path / "adapter")
+    with LoraServer("tiny") as server:
+        text = (RECIPE % ("[x]", "http://x")).partition("serve:")[0]
+        text += f"output: {{kind: lora, rank: 4}}\nserve: {{kind: vllm, url: '{server.url}'}}\n"
+        (folder / "nightly.yaml").write_text(text)
+        Follower(lambda line: None).deploy()
+        for run in runs():
+            client.set_flow_run_state(run.id, Completed(), force=True)
+        assert not looks(), "there is no champion"
+        crowned(adapter, "a", base=family.base)
+        assert looks(), "a move that nobody was told of"
+        assert serve_flow("nightly", return_state=True).name == "Served" and not looks()
+        server.models = {"base": "base"}
+        assert looks(), "it was started again"
+        serve_flow("nightly", return_state=True)
+        crowned(adapter, "b", base=family.base)
+        server.statuses = [200, 400]
+        with pytest.raises(LewisError, match="answered 400"):
+            result_of_run(serve_flow("nightly", return_state=True))
+        assert not looks(), "it would be refused again"
+        client.pause_deployment(client.read_deployment_by_name("serve/nightly").id)
+        crowned(adapter, "c", base=family.base)
+        assert not looks()
+    assert not keep_served.look(), "the server is away"
 
 
 def test_overrides_cannot_say_what_is_served_where(folder: Path) -> None:

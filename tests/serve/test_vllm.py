@@ -12,12 +12,17 @@ import pytest
 
 from lewis.errors import LewisError
 from lewis.evaluation.harness import child, process
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.step import score
+from lewis.models.source import ModelFiles
+from lewis.recipe.recipe import Recipe
 from lewis.registry import promotion
+from lewis.serving import service
 from lewis.serving.records import served
 from tests.flows.conftest import TASK, write_words
 from tests.lewis.serving.test_server_gate import WRITES
 from tests.serve.conftest import Vllm
-from tests.support.lineage import make_home
+from tests.support.lineage import crowned, make_home, with_tokenizer
 from tests.support.models import WORDS
 
 RECIPE = """
@@ -71,6 +76,11 @@ def run(
     return start
 
 
+def said(vllm: Vllm, model: str) -> list[str]:
+    """What a model answers to some prompts."""
+    return [vllm.ask(model, " ".join(WORDS[i : i + 4])) for i in range(0, 48, 6)]
+
+
 @contextmanager
 def load(vllm: Vllm) -> Iterator[list[str]]:
     """Meanwhile, four clients ask for the champion all the time; gives the errors that they saw, and `answers`."""
@@ -98,56 +108,50 @@ def load(vllm: Vllm) -> Iterator[list[str]]:
 
 
 def test_a_champion_is_checked_and_served_and_no_request_is_lost(
-    run: Callable[..., Any], vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], vllm: Vllm, tmp_path: Path
 ) -> None:
     run("one")
     assert run().changed == ["vllm"]
     (record,) = served("tiny")
     assert record.checked.startswith("32 of 32 answers are those of the model that was scored")
-    of_one = vllm.ask("tiny")
-    assert of_one == vllm.ask(record.alias) != vllm.ask("base")
+    of_one = said(vllm, "tiny")
+    assert of_one == said(vllm, record.alias) != said(vllm, "base")
 
     with load(vllm) as errors:
         run("two")
         began = time.monotonic()
         run()
-        of_two = vllm.ask("tiny")
+        vllm.ask("tiny")
         print(f"champion to first token: {time.monotonic() - began:.1f} s")
-        assert served()[0].uri == "models:/tiny/2" and of_two == vllm.ask(served()[0].alias) != of_one
+        of_two = said(vllm, "tiny")
+        assert served()[0].uri == "models:/tiny/2" and of_two == said(vllm, served()[0].alias) != of_one
         promotion.rollback("tiny", "it was rude")
         run()
-        assert vllm.ask("tiny") == of_one
+        assert said(vllm, "tiny") == of_one
     assert errors == []
 
     vllm.kill()
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    [target], champion = recipe.serve, service.champion_of(recipe)
+    assert champion is not None
     with pytest.raises(LewisError, match="does not answer"):
-        monkeypatch.setattr("lewis_tasks.serve.serve.retries", 0)
-        run()
+        service.serve(target, champion)
     began = time.monotonic()
     vllm.start()
     vllm.ask("base")
     print(f"server restart to first token: {time.monotonic() - began:.1f} s")
-    assert run().changed == ["vllm"] and vllm.ask("tiny") == of_one, "the server had lost its adapters"
+    assert run().changed == ["vllm"] and said(vllm, "tiny") == of_one, "the server had lost its adapters"
 
 
 def test_a_server_with_other_weights_than_were_scored_is_refused(
-    run: Callable[..., Any], vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], vllm: Vllm, tiny: Path, tmp_path: Path
 ) -> None:
     run("one")
     run()
-    before = vllm.ask("tiny")
-    run("two")
-    import lewis.serving.vllm as target
-
-    wrong = served()[0].alias
-    load_it = target._post
-
-    def misled(of: Any, call: str, body: dict[str, Any], *more: Any, **options: Any) -> None:
-        path = str(Path(str(body["lora_path"])).with_name(wrong)) if "lora_path" in body else ""
-        load_it(of, call, {**body, **({"lora_path": path} if path else {})}, *more, **options)
-
-    monkeypatch.setattr(target, "_post", misled)
-    monkeypatch.setattr(target, "models", lambda of: {served()[0].alias: "", "tiny-2": ""})
-    with pytest.raises(LewisError):
+    before, recipe = said(vllm, "tiny"), Recipe.load(tmp_path / "recipe.yaml")
+    assert recipe.evaluate is not None
+    score(ModelFiles.at("merged", "c" * 64, tiny / "base", tiny / "one"), EvalSettings.of(recipe.evaluate, recipe.root))
+    crowned(with_tokenizer(tiny / "two", tmp_path / "adapter"), "c", base=tiny / "base")
+    with pytest.raises(LewisError, match=r"tiny/1 stays in service: only \d+ of 32 answers"):
         run()
-    assert vllm.ask("tiny") == before
+    assert said(vllm, "tiny") == before and served()[0].uri == "models:/tiny/1"

@@ -49,15 +49,8 @@ def served(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([asdict(each) for each in found], indent=2, ensure_ascii=False))
         return
-    width = max((len(f"{each.name} {each.target}") for each in found), default=0)
     for each in found:
-        where, since = f"{each.name} {each.target}", each.since[:16].replace("T", " ")
-        number = each.uri.rpartition("/")[2]
-        has = f"v{number} since {since}, as {each.alias}" if each.uri else "nothing yet"
-        print(f"{where:<{width}}  {has}")
-        if each.failure:
-            failed = each.failure.uri.rpartition("/")[2]
-            print(f"{'':<{width}}  v{failed} failed {each.failure.time[:16].replace('T', ' ')}: {each.failure.why}")
+        print(f"{each.name} {each.line()}")
     if not found:
         print("nothing is in service")
 

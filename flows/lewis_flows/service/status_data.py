@@ -60,6 +60,7 @@ class Watched(BaseModel):
         champion: version of the champion; None if there is none, or it is unknown.
         waiting: version that passed its gate and waits for a person; None if there is none.
         inputs: base and experts.
+        served: what its targets have in service, a line each, as `lewis served`.
         settled: whether a version with a verdict holds the newest commits of all of them; None if unknown.
         behind_since: when a poll first saw a commit that the champion misses; None if there is none, or no poll saw it.
         next_attempt: when a release whose merge failed is tried again; None if nothing failed.
@@ -73,6 +74,7 @@ class Watched(BaseModel):
     champion: str | None = None
     waiting: str | None = None
     inputs: list[Input] = []
+    served: list[str] = []
     settled: bool | None = None
     behind_since: datetime | None = None
     next_attempt: datetime | None = None
