@@ -8,6 +8,8 @@
 # make real   runs the DAG on the real SmolLM2-135M, its experts and data, where they are in ../shared: minutes
 # make test-production  runs the service on real servers: PostgreSQL, S3, Prefect and MLflow with passwords, workers without
 #             a shared disk; and kills them. Minutes; PostgreSQL is Debian's: apt install postgresql
+# make test-serve  puts champions into service at a real vLLM, from the merge to the client: minutes. LEWIS_SERVE_VLLM is the
+#             path of its program, in an environment of its own; without it, the one on the path
 # make drill  two hours of operations of the service in fast motion, with what breaks in them
 # make setup  only installs: a venv in .venv and this package, editable
 
@@ -21,7 +23,7 @@ SLOW := datasets, lm_eval.evaluator, lm_eval.models.huggingface, matplotlib.pypl
 	prefect.cli, prefect.engine, prefect.server.api.server, prefect.workers.process, \
 	transformers.models.auto.modeling_auto, transformers.models.auto.processing_auto, transformers.models.llama.modeling_llama
 
-.PHONY: setup demo test types suite coverage real faults test-production drill clean
+.PHONY: setup demo test types suite coverage real faults test-production test-serve drill clean
 
 setup: .venv/.installed
 
@@ -60,6 +62,9 @@ drill: setup
 
 faults: setup
 	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults tests/flows/test_run.py tests/flows/test_search.py tests/flows/service/test_up.py tests/flows/runners tests/flows/service/test_browser.py
+
+test-serve: setup
+	LEWIS_SERVE=1 $(BIN)/pytest -s --timeout 1800 tests/serve
 
 test-production: setup
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev,kubernetes,postgres,s3,production]'

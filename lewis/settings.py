@@ -194,6 +194,10 @@ RAY_ADDRESS = Setting("LEWIS_RAY_ADDRESS", _matching("an address such as host:63
 EVALUATION_SERVER = Setting("LEWIS_EVALUATION_SERVER",
     Kind(f"a command with {{model}} in it, and {{port}}, such as {_EXAMPLE}, or the URL of a server", _server), "",
     "What answers for `evaluate.backend: openai`: the command that starts a server, or the URL of one that runs.")
+JUDGE = Setting("LEWIS_JUDGE", _URL, "",
+    "The server with the protocol of OpenAI that `register.gate.judge` asks, such as http://127.0.0.1:8000/v1.")
+JUDGE_KEY = Setting("LEWIS_JUDGE_KEY", ONE_LINE, "",
+    "The key of that server.", secret=True)
 EVALUATE_QUEUE = Setting("LEWIS_EVALUATE_QUEUE",
     _matching("the name of a work queue, such as gpu", r"[^/%&<>\s]+"), "",
     "The work queue whose workers score models; without it, models are scored where they are merged.")
@@ -227,6 +231,12 @@ WEBHOOK_SECRET = Setting("LEWIS_WEBHOOK_SECRET", ONE_LINE, "",
     secret=True)
 METRICS_KEY = Setting("LEWIS_METRICS_KEY", ONE_LINE, "",
     "What Prometheus must send; without it, metrics-key in the store, made when missing.", secret=True)
+SERVE_PROGRAMS = Setting("LEWIS_SERVE_PROGRAMS", _optional("a folder", _path), "",
+    "The folder of the programs that targets of the kind `command` may run; without it, they run none.")
+SERVE_SECRET = Setting("LEWIS_SERVE_SECRET", ONE_LINE, "",
+    "What signs the webhooks of `serve`; without it, serve-secret in the store, made when missing.", secret=True)
+SERVE_KEY = Setting("LEWIS_SERVE_KEY", ONE_LINE, "",
+    "What the servers of `serve` ask for: sent as `Authorization: Bearer`; without it, nothing is sent.", secret=True)
 # fmt: on
 
 ALL: tuple[Setting[Any], ...] = tuple(each for each in list(vars().values()) if isinstance(each, Setting))

@@ -19,13 +19,14 @@ from lewis.merging.step import MergedModel, find_merged
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import short
-from lewis.steps.graph import CHAMPION, evaluations, labels, resolved, short_refs
+from lewis.steps.graph import CHAMPION, LOOK, MARK, evaluations, labels, resolved, short_refs
 from lewis.steps.table import DOWNLOAD, EVALUATE
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
+from lewis_flows.evaluate_elsewhere import run_name
 from lewis_flows.runners import choose
 from lewis_flows.walk import Futures, Walk, finish, known, submit
 from lewis_tasks.evaluate import check_tasks
-from lewis_tasks.register import find_champion
+from lewis_tasks.register import find_champion, find_mark
 from lewis_tasks.resolve import resolve_at
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import patience
@@ -35,13 +36,19 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def _run_name() -> str:
-    return f"evaluate {flow_run.parameters['recipe']}"
+    return run_name(flow_run.parameters["recipe"], flow_run.parameters.get("task"))
 
 
 @flow(name=prefect_runs.EVALUATE, flow_run_name=_run_name, task_runner=choose.task_runner(), **run_tags.HOOKS)
 @says_why
 def evaluate_flow(
-    recipe: str, models: dict[str, str], tasks: str, base: str | None = None, overrides: list[str] | None = None
+    recipe: str,
+    models: dict[str, str],
+    tasks: str,
+    base: str | None = None,
+    overrides: list[str] | None = None,
+    look: int | None = None,
+    task: str | None = None,
 ) -> list[str] | State[list[str]]:
     """Score models of a recipe; gives the digests of their scores in the store.
 
@@ -51,6 +58,8 @@ def evaluate_flow(
         tasks: the digest of the evaluation tasks where the merge runs. Here it must be the same.
         base: key of the recipe's base, if it has one.
         overrides: as of the flow `merge`.
+        look: how many documents of each task are scored; None: all.
+        task: of the recipe; None: all of its tasks.
     """
     choose.check()
     if deployment.id is not None:  # so this process belongs to this run
@@ -71,7 +80,9 @@ def evaluate_flow(
         )
     walk, results = _models(plan, models, base)
     names = evaluations(plan)
-    walk.go((walk.graph[name] for label in models for name in names[label]), results)
+    listed = list(dict.fromkeys(plan.evaluate.tasks))
+    places = range(len(listed)) if task is None else [listed.index(task)]  # the digest of the tasks is the same here
+    walk.go((walk.graph[names[label][place]] for label in models for place in places), {**results, LOOK: look})
     scores = walk.of(EVALUATE)
     finish(*scores)
     entries: list[ScoresEntry] = [each.result() for each in scores]
@@ -103,6 +114,8 @@ def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Wal
     walk.go(walk.graph.towards(*wanted, *([of_base] if on_base else [])))
     if CHAMPION in sources.values() and plan.register_as:
         walk.futures[CHAMPION] = submit(find_champion, plan.register_as.model, True)
+    if MARK in sources.values() and plan.register_as:
+        walk.futures[MARK] = submit(find_mark, plan.register_as.model)
     finish(*walk.futures.values())
     results = dict[str, Any]()
     for label, name in sources.items():
@@ -117,9 +130,9 @@ def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Wal
 
 def _found(source: str, key: str, begun: Futures) -> ModelFiles | MergedModel | None:
     """The model that a node, or the search for the champion, gives on this machine; None if it is not here."""
-    if source == CHAMPION:
-        champion = begun[source].result()
-        return champion.files("champion") if champion else None
+    if source in (CHAMPION, MARK):
+        version = begun[source].result()
+        return version.files("champion" if source == CHAMPION else "mark") if version else None
     if source in begun:
         files: ModelFiles = begun[source].result()
         return files
@@ -127,8 +140,8 @@ def _found(source: str, key: str, begun: Futures) -> ModelFiles | MergedModel | 
 
 
 def _missing(label: str, key: str) -> LewisError:
-    if label == "champion":
-        return LewisError(f"champion: expected {short(key)}, but it is another one by now, or its files are gone")
+    if label in ("champion", "mark"):
+        return LewisError(f"{label}: expected {short(key)}, but it is another one by now, or its files are gone")
     return LewisError(
         f"{label}: this worker does not have the model {short(key)}; the workers must share the disk of the store "
         f"({store.home()}), or LEWIS_STORE must be the same on all of them, and LEWIS_STORE_MERGED=1"

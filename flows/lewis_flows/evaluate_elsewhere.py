@@ -1,4 +1,4 @@
-"""Have models scored by workers of another queue or pool: one run of the deployment `evaluate` for all of a merge."""
+"""Have models scored by workers of another queue or pool: a run of the deployment `evaluate` for each task."""
 
 import logging
 import time
@@ -9,15 +9,17 @@ from typing import Any
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
+from lewis.evaluation.statistics.scored import MERGED
 from lewis.evaluation.step import ScoresEntry, find_all_scores
 from lewis.recipe.recipe import Recipe
+from lewis.steps.graph import LOOK, Node
 from lewis.steps.table import DOWNLOAD, EVALUATE, ScoreInput, by_task
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.walk import Walk, submit
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 DEPLOYMENT = f"{prefect_runs.EVALUATE}/evaluate"
 POLL = 2.0  # seconds
 ATTEMPTS = 3
-"""How many runs one merge starts, if each before the last has died with its worker."""
+"""How many runs one merge starts for a task, if each before the last has died with its worker."""
 
 
 def queue_for(recipe: Path) -> str:
@@ -54,10 +56,13 @@ def score(
     name: str,
     overrides: Sequence[str],
     tasks: str,
+    nodes: Sequence[Node],
 ) -> None:
-    """Give a walk the scores of its models: found in the store, or made by a run in the queue, which is waited for.
+    """Give a walk the scores of its models: found in the store, or made by runs in the queue, which are waited for.
 
-    If what waits here is interrupted, by a cancellation or Ctrl-C, that run is cancelled.
+    There is a run for each task of which a score is missing, so that several workers share the work; it scores all
+    models on its task, in one number format. If what waits here is interrupted, by a cancellation or Ctrl-C, the runs
+    are cancelled.
 
     Args:
         walk: with the models; it gets a task for each of its scores.
@@ -66,28 +71,42 @@ def score(
         plan: the recipe, whose name in the folder of recipes is `name`.
         overrides: of the merge.
         tasks: digest of the evaluation tasks.
+        nodes: of the scores that are wanted.
 
     Raises:
-        LewisError: saying what has become of the run, if it has not made the scores.
+        LewisError: saying what has become of a run that has not made its scores.
     """
     found = dict(results)
-    nodes = [node for node in walk.graph.of(EVALUATE) if walk.wants(node, found)]
-    given: dict[str, ScoreInput] = {node.name: node.given(found) for node in nodes}
-    entries = _find(given)
-    made = entries is None
-    if entries is None:
+    given: dict[str, ScoreInput] = {node.name: node.given(found) for node in nodes if walk.wants(node, found)}
+    missing = [of_task for of_task in by_task(given) if _find(of_task) is None]
+    if missing:
         base = walk.futures[f"{DOWNLOAD.name} {plan.base_model}"].result().key if plan.base_model else None
-        models = {each.label: each.key for each in given.values()}
-        parameters = {"recipe": name, "models": models, "tasks": tasks, "base": base, "overrides": list(overrides)}
-        _run(queue, parameters)
-        entries = _find(given)
+        common = {"recipe": name, "tasks": tasks, "base": base, "overrides": list(overrides), "look": found.get(LOOK)}
+        merged = {MERGED: walk.futures["merge experts"].result().key}  # whose digest may draw the documents
+        _run(
+            queue,
+            [
+                {
+                    **common,
+                    "models": {each.label: each.key for each in of_task.values()} | merged,
+                    "task": next(iter(of_task.values())).settings.tasks[0],
+                }
+                for of_task in missing
+            ],
+        )
+    entries = _find(given)
     if entries is None:
         raise LewisError(
-            f"evaluate: the run in the {work_queue.place(queue)} has scored the models, but the store here does not "
+            f"evaluate: the runs in the {work_queue.place(queue)} have scored the models, but the store here does not "
             "have the scores; the workers must share its disk (LEWIS_HOME), or all must have the same LEWIS_STORE"
         )
     what = {node: node.removeprefix(f"{EVALUATE.name} ") for node in given}
-    walk.futures |= {node: submit(take_scores, entries[node], what[node], not made) for node in given}
+    walk.futures |= {node: submit(take_scores, entries[node], what[node], not missing) for node in given}
+
+
+def run_name(recipe: str, task: str | None) -> str:
+    """The name of a run."""
+    return f"evaluate {recipe}: {Path(task).stem}" if task else f"evaluate {recipe}"
 
 
 def _find(given: Mapping[str, ScoreInput]) -> dict[str, ScoresEntry] | None:
@@ -102,38 +121,43 @@ def _find(given: Mapping[str, ScoreInput]) -> dict[str, ScoresEntry] | None:
     return entries
 
 
-def _run(queue: str, parameters: dict[str, Any]) -> None:
-    """Start a run in the queue, and wait until it has ended well; if it dies, another one takes its place.
+def _run(queue: str, parameters: Sequence[dict[str, Any]]) -> None:
+    """Start runs in the queue, and wait until all have ended well; if one dies, another one takes its place.
 
     What the dead run had scored is in the store, where the next one finds it.
     """
-    place = work_queue.place(queue)
+    place, runs = work_queue.place(queue), list[FlowRun]()
     with get_client(sync_client=True) as client:
-        name, state = _ended(client, queue, parameters)
-        for _ in range(ATTEMPTS - 1):
-            if not state.is_crashed():
-                break
-            logger.warning("the run %s in the %s died; starting it again: %s", name, place, state.message)
-            name, state = _ended(client, queue, parameters)
+        try:
+            runs += [_start(client, queue, each) for each in parameters]
+            for number, each in enumerate(parameters):
+                for attempt in range(ATTEMPTS):
+                    runs[number] = run = _wait(client, runs[number], queue)
+                    assert run.state is not None
+                    if not run.state.is_crashed() or attempt == ATTEMPTS - 1:
+                        break
+                    logger.warning(
+                        "the run %s in the %s died; starting it again: %s", run.name, place, run.state.message
+                    )
+                    runs[number] = _start(client, queue, each)
+                _check_ended_well(run, place)
+        except BaseException:  # also what ends a run that is cancelled
+            for run in runs:
+                if not (run.state and run.state.is_final()):
+                    with suppress(Exception):
+                        client.set_flow_run_state(run.id, Cancelling(message="The merge that waited for it has ended."))
+            raise
+
+
+def _check_ended_well(run: FlowRun, place: str) -> None:
+    state = run.state
+    assert state is not None
     if not state.is_completed():
         how = "failed" if state.is_failed() else "was cancelled" if state.is_cancelled() else f"died {ATTEMPTS} times"
         raise LewisError(
-            f"evaluate: the run {name} in the {place} {how}: "
+            f"evaluate: the run {run.name} in the {place} {how}: "
             f"{state.message or state.name}; what was scored is kept, run the merge again to go on"
         )
-
-
-def _ended(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) -> tuple[str, State]:
-    """Start a run and wait for its end; gives its name and last state."""
-    run = _start(client, queue, parameters)
-    try:
-        run = _wait(client, run, queue)
-    except BaseException:  # also what ends a run that is cancelled
-        with suppress(Exception):
-            client.set_flow_run_state(run.id, Cancelling(message="The merge that waited for it has ended."))
-        raise
-    assert run.state is not None
-    return run.name, run.state
 
 
 def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) -> FlowRun:
@@ -147,7 +171,7 @@ def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) ->
         run = run_deployment(
             DEPLOYMENT,
             parameters=parameters,
-            flow_run_name=f"evaluate {parameters['recipe']}",
+            flow_run_name=run_name(parameters["recipe"], parameters["task"]),
             timeout=0,
             work_queue_name=queue,
         )
@@ -160,7 +184,7 @@ def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) ->
     except httpx.HTTPError as error:
         raise LewisError(f"evaluate: the Prefect server takes no run for the {place}: {error}") from error
     assert isinstance(run, FlowRun)  # not awaitable, as there is no event loop here
-    logger.info("%s is scored by the run %s in the %s", parameters["recipe"], run.name, place)
+    logger.info("%s of %s is scored by the run %s in the %s", parameters["task"], parameters["recipe"], run.name, place)
     return run
 
 

@@ -12,12 +12,13 @@ from lewis.errors import LewisError
 from lewis.evaluation.statistics.scored import MERGED
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import AWAITS
-from lewis.steps.graph import CHAMPION, PREFLIGHT
+from lewis.steps.graph import PREFLIGHT
 from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
 from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.merge_report import MergeReport
 from lewis_flows.registration import Ended, register_merge
 from lewis_flows.runners import choose
+from lewis_flows.scoring import score
 from lewis_flows.service import recipes_page
 from lewis_flows.turn import HOOKS, absorb, turn
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, pin, submit
@@ -109,22 +110,15 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     finish(drawn, *walk.of(MERGE))
     report = MergeReport.of(plan.name, merged.result(), allocated.result() if allocated else None)
 
-    scores = _score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else {}
+    scored = score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else None
+    judged, documents = scored or ({}, None)
+    scores = {label: each for label, each in judged.items() if label != "mark"}
     if scores:
         table = submit(report_scores, quote(plan), known_scores(scores), wait_for=scores[MERGED])
         finish(table)
         report = report.model_copy(update=table.result())
-    ended = register_merge(plan, walk, report, champion, scores) if plan.register_as else Ended()
-    facts = [known(merged), known(champion), known_scores(scores), known(ended.verdict)]
-    work = tally(**{step.name: walk.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
-    about = (known(ended.version), work, quote(report.comparison), ended.there.url if ended.there else None)
-    after = [ended.promoted or merged]
-    for future in walk.of(DIAGNOSE):  # the UI shows its error, and the report what it measured
-        future.wait()
-    written = submit(report_run, quote(plan), *walk.inputs(plan), *facts, *about, wait_for=after)
-    written.wait()  # the UI shows its error: the version is registered all the same
-    if written.state.is_completed():
-        report.page = Path(written.result())
+    ended = register_merge(plan, walk, report, champion, judged, documents) if plan.register_as else Ended()
+    _write_report(plan, walk, report, champion, scores, ended)
     if ended.published:
         try:
             report.published = getattr(result_of(ended.published), "url", None)
@@ -135,23 +129,18 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     return report, computed or report.created or ended.moved or bool(ended.there and ended.there.new), ended.line
 
 
-def _score(
-    walk: Walk,
-    plan: Recipe,
-    path: Path,
-    overrides: list[str],
-    queue: str,
-    champion: PrefectFuture[Any] | None,
-    tasks: str,
-) -> Scores:
-    """Label -> scores of the merged model, its parents and the champion; computed here, or by workers of a queue."""
-    current = champion.result() if champion else None
-    walk.futures |= {CHAMPION: champion} if champion else {}
-    results = {CHAMPION: current.files("champion") if current else None}
-    if queue:
-        evaluate_elsewhere.score(walk, results, queue, plan, path.stem, overrides, tasks)
-    else:
-        walk.go(walk.graph.of(EVALUATE), results)
-    scores = walk.scores()
-    finish(*(each for of_model in scores.values() for each in of_model))
-    return scores
+def _write_report(
+    plan: Recipe, walk: Walk, report: MergeReport, champion: PrefectFuture[Any] | None, scores: Scores, ended: Ended
+) -> None:
+    """Write the report of the run, whose error the UI shows: the version is registered all the same."""
+    merged = walk.futures["merge experts"]
+    facts = [known(merged), known(champion), known_scores(scores), known(ended.verdict)]
+    work = tally(**{step.name: walk.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})
+    about = (known(ended.version), work, quote(report.comparison), ended.there.url if ended.there else None)
+    after = [ended.promoted or merged]
+    for future in walk.of(DIAGNOSE):  # the UI shows its error, and the report what it measured
+        future.wait()
+    written = submit(report_run, quote(plan), *walk.inputs(plan), *facts, *about, wait_for=after)
+    written.wait()
+    if written.state.is_completed():
+        report.page = Path(written.result())

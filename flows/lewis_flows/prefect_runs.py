@@ -16,11 +16,14 @@ from lewis_flows import recipes_folder
 from lewis_tasks.support import flow_run as run_tags
 
 MERGE, SEARCH, EVALUATE = "merge", "search", "evaluate"
-VERIFY, RETENTION = "verify", "retention"
+SERVE, VERIFY, RETENTION = "serve", "verify", "retention"
 """Names of our flows, as their decorators give them to Prefect."""
 
-ALL = (MERGE, SEARCH, EVALUATE, VERIFY, RETENTION)
+ALL = (MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION)
 """All of them."""
+
+OF_RECIPES = (MERGE, SEARCH, EVALUATE, SERVE)
+"""Those whose runs are of one recipe."""
 
 PAGE = 200
 """How many runs, or artifacts, the server gives at most for one request."""

@@ -206,7 +206,7 @@ def load_for_deployment(path: Path, overrides: Sequence[str]) -> Recipe:
     """Read a recipe whose overrides come from Prefect's API, an event or a webhook.
 
     Raises:
-        InputError: if the recipe is wrong, or the overrides change which code runs or where the result is published.
+        InputError: if the recipe is wrong, or the overrides change which code runs, or where the result goes.
     """
     recipe = Recipe.load(path, overrides)
     if not overrides:
@@ -220,6 +220,8 @@ def load_for_deployment(path: Path, overrides: Sequence[str]) -> Recipe:
         changed = "evaluate.model_args.trust_remote_code"
     elif recipe.publish and recipe.publish != written.publish:
         changed = "publish"
+    elif recipe.serve != written.serve:
+        changed = "serve"
     else:
         return recipe
     raise InputError(

@@ -35,16 +35,26 @@ class Ended:
 
 
 def register_merge(
-    plan: Recipe, walk: Walk, report: MergeReport, champion: PrefectFuture[Any] | None, scores: Scores
+    plan: Recipe,
+    walk: Walk,
+    report: MergeReport,
+    champion: PrefectFuture[Any] | None,
+    scores: Scores,
+    documents: int | None = None,
 ) -> Ended:
-    """Judge, register, promote and publish, and write into the report what came of it."""
+    """Judge, register, promote and publish, and write into the report what came of it.
+
+    Args:
+        documents: of each task, if not all were scored.
+    """
     merged = walk.futures["merge experts"]
     after = [each for of_model in scores.values() for each in of_model] or [merged]
     known_of_models = known_scores(scores)
-    verdict = submit(gate, quote(plan), known(champion), known(merged), known_of_models, wait_for=after)
+    verdict = submit(gate, quote(plan), known(champion), known(merged), known_of_models, documents, wait_for=after)
     finish(verdict)
+    shown = known_scores({label: each for label, each in scores.items() if label != "mark"})
     inputs = walk.inputs(plan)
-    version = submit(register, quote(plan), *inputs, known(merged), known_of_models, wait_for=[verdict])
+    version = submit(register, quote(plan), *inputs, known(merged), shown, wait_for=[verdict])
     finish(version)
     promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
     finish(promoted)

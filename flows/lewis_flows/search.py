@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pydantic import BaseModel
 from lewis.errors import InputError, LewisError, nearest
 from lewis.evaluation import step
 from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scored import Scored, gain
 from lewis.evaluation.step import ModelScores
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -36,6 +36,7 @@ from lewis_tasks.support.failures import result_of, says_why
 
 logger = logging.getLogger(__name__)
 SEARCH, CONFIRM = "evaluate.documents=search", "evaluate.documents=confirm"  # disjoint halves
+PART = "a quarter"
 FEWEST = 8  # documents in the first quarter; with fewer, no trial is given up early
 
 
@@ -118,7 +119,7 @@ class _Trials:
         assert plan.search is not None
         self.search, self.settings = plan.search, _settings(plan, SEARCH)
         # Score the recipe as it is first: its scores tell whether higher is better, and how many documents there are.
-        first = _by_name(plan, result_of(self.submit(plan, 0, "all", self.settings)))
+        first = _scored(plan, result_of(self.submit(plan, 0, "all", self.settings))).by_name
         unknown = [metric for metric in metrics if metric not in first]
         if unknown:
             raise InputError(f"search.metrics: there is no score {unknown[0]!r}{nearest(unknown[0], first)}")
@@ -127,7 +128,7 @@ class _Trials:
         self.log = Log(plan, self.objectives, inputs, tasks)
         part = first[metrics[0]].samples // 4
         prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
-        self.part = replace(self.settings, limit=part) if prune else None
+        self.part = replace(self.settings, look=part) if prune else None
 
     def submit(self, recipe: Recipe, number: int, part: str, settings: EvalSettings) -> PrefectFuture[ModelScores]:
         """Score a recipe in a task."""
@@ -155,27 +156,41 @@ class _Trials:
             except LewisError as error:
                 self._fail(trial, error)
         if self.part is not None:
-            live = [each for each, score in self._score(live, "a quarter", self.part) if not self._give_up(each, score)]
-        for (trial, _), scores in self._score(live, "all", self.settings):
+            best = self._best(self.part)
+            live = [each for each, found in self._score(live, PART, self.part) if not self._give_up(each, found, best)]
+        for (trial, _), found in self._score(live, "all", self.settings):
+            scores = [found.by_name[objective.metric].value for objective in self.objectives]
             self.log.done(trial, scores)
             logger.info("trial %d: %s", trial.number, ", ".join(f"{score:.4g}" for score in scores))
 
-    def _give_up(self, each: tuple[Trial, Recipe], scores: list[float]) -> bool:
-        behind = self.log.behind(each[0], scores[0])
-        if behind:
-            self.log.pruned(each[0])
-            logger.info("trial %d: given up, %.4g after a quarter of the documents", each[0].number, scores[0])
+    def _best(self, part: EvalSettings) -> Scored | None:
+        """The best trial so far on a part of the documents, which it was scored on in its turn."""
+        if not (best := self.log.front[:1]):
+            return None
+        live = [(best[0], space.with_values(self.plan, best[0].values, SEARCH))]
+        return next((found for _, found in self._score(live, PART, part)), None)
+
+    def _give_up(self, each: tuple[Trial, Recipe], found: Scored, best: Scored | None) -> bool:
+        metric, trial = self.objectives[0].metric, each[0]
+        compared = gain(found, best, metric) if best else None
+        score, documents = found.by_name[metric].value, found.by_name[metric].samples
+        behind = self.log.behind(trial, score, documents, compared.p_superior(0) if compared else 1.0)
+        if behind and compared:
+            self.log.pruned(trial)
+            logger.info(
+                "trial %d: given up after %d documents, %.4g is worse than the best, p %.2g",
+                *(trial.number, documents, score, compared.p_superior(0)),
+            )
         return behind
 
     def _score(
         self, live: list[tuple[Trial, Recipe]], part: str, settings: EvalSettings
-    ) -> list[tuple[tuple[Trial, Recipe], list[float]]]:
+    ) -> list[tuple[tuple[Trial, Recipe], Scored]]:
         futures = [self.submit(recipe, trial.number, part, settings) for trial, recipe in live]
         scored = []
         for each, future in zip(live, futures, strict=True):
             try:
-                found = _by_name(self.plan, result_of(future))
-                scored.append((each, [found[objective.metric].value for objective in self.objectives]))
+                scored.append((each, _scored(self.plan, result_of(future))))
             except LewisError as error:
                 if STOPPING.is_set():
                     raise
@@ -243,5 +258,5 @@ def _settings(plan: Recipe, documents: str) -> EvalSettings:
     return EvalSettings.of(varied.evaluate, varied.root)
 
 
-def _by_name(plan: Recipe, entry: ModelScores) -> Mapping[str, Any]:
-    return step.scored(plan.score_weights, {"trial": entry})[0].by_name
+def _scored(plan: Recipe, entry: ModelScores) -> Scored:
+    return step.scored(plan.score_weights, {"trial": entry})[0]

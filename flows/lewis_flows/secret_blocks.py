@@ -4,7 +4,9 @@
 | --- | --- | --- |
 | `lewis-hub-token-RECIPE`, else `lewis-hub-token` | `HF_TOKEN` | runs of that recipe; of all recipes |
 | `lewis-mlflow-password` | `MLFLOW_TRACKING_PASSWORD` | runs |
+| `lewis-judge-key` | `LEWIS_JUDGE_KEY` | runs |
 | `lewis-webhook-secret` | `LEWIS_WEBHOOK_SECRET` | the receiver |
+| `lewis-serve-secret`, `lewis-serve-key` | `LEWIS_SERVE_SECRET`, `LEWIS_SERVE_KEY` | runs that serve |
 
 Prefect encrypts them in its database. They are asked for by the process that needs them, and are then in its memory:
 in no parameter, log, state or command line.
@@ -18,6 +20,7 @@ from prefect.client.orchestration import get_client
 from lewis import settings
 
 HUB_TOKEN, MLFLOW_PASSWORD, WEBHOOK_SECRET = "lewis-hub-token", "lewis-mlflow-password", "lewis-webhook-secret"
+JUDGE_KEY, SERVE_SECRET, SERVE_KEY = "lewis-judge-key", "lewis-serve-secret", "lewis-serve-key"
 
 
 def load_for_run(recipe: str | None) -> None:
@@ -28,10 +31,17 @@ def load_for_run(recipe: str | None) -> None:
             looks at all recipes.
     """
     own = f"{HUB_TOKEN}-{_slug(recipe)}" if recipe else ""
-    found = _read([own, HUB_TOKEN, MLFLOW_PASSWORD])
+    found = _read([own, HUB_TOKEN, MLFLOW_PASSWORD, JUDGE_KEY])
     _set({"HF_TOKEN": found.get(HUB_TOKEN), "MLFLOW_TRACKING_PASSWORD": found.get(MLFLOW_PASSWORD)})
+    _set({settings.JUDGE_KEY.name: found.get(JUDGE_KEY)})
     if own in found:
         os.environ["HF_TOKEN"] = found[own]
+
+
+def load_for_serving() -> None:
+    """Set what signs webhooks, and what servers ask for, as far as there are blocks of it."""
+    found = _read([SERVE_SECRET, SERVE_KEY])
+    _set({settings.SERVE_SECRET.name: found.get(SERVE_SECRET), settings.SERVE_KEY.name: found.get(SERVE_KEY)})
 
 
 def load_for_receiver() -> None:

@@ -132,7 +132,7 @@ def crash_dead_runs() -> None:
 
     The locks tell only of runs on this store's file system; the server learns of others by their missing heartbeats.
     """
-    flows, running = (prefect_runs.MERGE, prefect_runs.SEARCH), {"type": {"any_": ["RUNNING"]}}
+    flows, running = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE), {"type": {"any_": ["RUNNING"]}}
     with get_client(sync_client=True) as client:
         runs = prefect_runs.of_flows(client, flows, running)
         for run in filter(_died, runs):
@@ -152,7 +152,7 @@ def mark_crashed(client: SyncPrefectClient, run: FlowRun) -> None:
 
 def tag_crashed_runs() -> None:
     """Give the runs that the server marked as Crashed their verdict: it changes a state, and no tags."""
-    flows, crashed = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.EVALUATE), {"type": {"any_": ["CRASHED"]}}
+    flows, crashed = prefect_runs.OF_RECIPES, {"type": {"any_": ["CRASHED"]}}
     try:
         with get_client(sync_client=True) as client:
             runs = prefect_runs.of_flows(client, flows, crashed, FlowRunSort.END_TIME_DESC)

@@ -47,14 +47,16 @@ class Walk:
             begun: as `pin` gives it.
         """
         self.graph, self.futures, self._prefix = graph(plan), dict(begun), artifact_prefix(plan)
+        self._before = list[tuple[Node, PrefectFuture[Any]]]()
         self._registered, self._evaluations = plan.register_as, evaluations(plan)
 
-    def go(self, nodes: Iterable[Node], results: Mapping[str, Any] | None = None) -> None:
+    def go(self, nodes: Iterable[Node], results: Mapping[str, Any] | None = None, note: str = "") -> None:
         """Submit the tasks of nodes, in their order, each when the results that it needs are there.
 
         Args:
             nodes: of the graph.
             results: what is taken for the result of a name, instead of what its task returned.
+            note: ends the names of the tasks.
 
         Raises:
             LewisError: what the first failed task raised that a node needs.
@@ -62,11 +64,13 @@ class Walk:
         found = dict(results or {})
         for node in nodes:
             if self.wants(node, found):
+                if node.name in self.futures:  # with other results
+                    self._before.append((node, self.futures[node.name]))
                 after = [self.futures[name] for name in self.graph.edges(node.name) if name in self.futures]
                 finish(*after)
                 given = quote(node.given(found))
                 self.futures[node.name] = submit(
-                    task_of(node, self._asset), given, node.label, self._prefix, wait_for=after
+                    task_of(node, self._asset), given, node.label + note, self._prefix, wait_for=after
                 )
 
     def _asset(self, kind: str, name: str) -> Asset:
@@ -89,8 +93,9 @@ class Walk:
         return node.when is None or node.when(found)
 
     def of(self, *steps: Step[Any, Any]) -> list[PrefectFuture[Any]]:
-        """The futures of the nodes of some steps, in the order of the graph."""
-        return [self.futures[each.name] for each in self.graph if each.step in steps and each.name in self.futures]
+        """The futures of the nodes of some steps, in the order of the graph; of those that were done again, too."""
+        now = [self.futures[each.name] for each in self.graph if each.step in steps and each.name in self.futures]
+        return [future for node, future in self._before if node.step in steps] + now
 
     def scores(self) -> Scores:
         """Label of a model -> futures of its scores on each task, in the order of the table."""

@@ -11,6 +11,9 @@ Two things keep a long row of versions right. The *mark* is the last version tha
 it, or that a person chose: each version must be not worse than the champion and than the mark, so that many small
 losses do not add up. And of the error of finding a version better, each that is compared with one mark spends a part
 only (`statistics.power.spent`).
+
+An evaluation may end before all documents are scored (`statistics.looks`). Then the gate looks at a part of them, with
+a part of each test's error: the verdict is certain once all rules pass, or a test shows that one cannot.
 """
 
 import math
@@ -20,8 +23,9 @@ from dataclasses import dataclass, replace
 from lewis.errors import InputError, nearest
 from lewis.evaluation.statistics import power
 from lewis.evaluation.statistics.comparison import Comparison
+from lewis.evaluation.statistics.looks import Look
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored, gain, grouped_tasks
-from lewis.evaluation.statistics.scores import Samples, by_key
+from lewis.evaluation.statistics.scores import Part, Samples, by_key, places_of
 from lewis.recipe.schema import Gate
 
 CHANCE = 0.05  # the largest p at which a test of one version counts as passed
@@ -29,6 +33,7 @@ ROUNDING = 1e-9  # 0.57 - 0.55 is a little less than 0.02 in floating point
 MORE_PERPLEXITY = 1.1  # the largest perplexity allowed, as a multiple of the base's
 TOLERANCE = 0.05  # of a task for which the recipe gives none, where its score is no share: relative
 NO_DOCUMENTS = "it has no value per document"
+WHOLE = Look()
 NOTE = "note: "  # begins a line of a verdict that is no rule
 
 
@@ -45,6 +50,7 @@ class Verdict:
         approve_hours: how long a person has to approve what passed; None: it is promoted at once.
         luck: the standard error of the score, from the spread of the gain, below 0 if lower is better; None if unknown.
         mark: `uri` of the version that stays the mark if this one is promoted; empty: this one is the mark then.
+        certain: whether further documents would change nothing.
     """
 
     passed: bool
@@ -55,6 +61,7 @@ class Verdict:
     approve_hours: float | None = None
     luck: float | None = None
     mark: str = ""
+    certain: bool = True
 
     @property
     def waits(self) -> bool:
@@ -95,6 +102,7 @@ def judge(
     standing: Standing = Standing(),
     marked: Scored | None = None,
     limit: float | None = None,
+    look: Look = WHOLE,
 ) -> Verdict:
     """Choose what a merged model is compared with, and apply the gate.
 
@@ -108,39 +116,50 @@ def judge(
         standing: what the history says.
         marked: scores of the mark; None if there are none.
         limit: documents per task, if `evaluate.limit` is set.
+        look: which part of the documents was scored; by default all.
 
     Raises:
         InputError, PairingError: as `decide`.
     """
-    in_use = champion.uri if champion else "nothing"
+    if found := _without_scores(gate, digest, champion, standing):
+        return found
+    assert gate is not None
     mark = standing.mark.uri if standing.mark else ""
-    if champion and champion.digest == digest:
-        return Verdict(True, ("this very model is the champion already",), in_use, mark=mark)
-    if standing.withdrawn is not None:
-        why = f"({standing.withdrawn}); only `lewis promote` brings it back"
-        return Verdict(False, (f"this very model was rolled back by hand {why}: fail",), in_use)
-    if gate is None:
-        return Verdict(True, ("no gate in the recipe",), in_use)
     ours, others = models[-1], {model.label: model for model in models[:-1]}
     base = others.get("base")
     if champion and "champion" not in others:
         lost = f"{champion.uri} must be scored again: its files or base are gone or damaged; see `lewis promote`: fail"
-        return Verdict(False, (lost,), in_use)
+        return Verdict(False, (lost,), champion.uri)
     reference = reference_of(gate.metric, others)
     compared_with = champion.uri if champion else reference.label
     behind = standing.mark if champion and standing.mark != champion else None
-    known = replace(marked, label=behind.uri) if behind and marked and _same_documents(ours, marked) else None
-    found = decide(gate, ours, reference, compared_with, base=base, limit=limit, mark=known, number=standing.number)
-    leads = _better(gain(ours, known or reference, gate.metric), standing.number)
+    known = _on_documents_of(ours, replace(marked, label=behind.uri)) if behind and marked else None
+    found = decide(
+        gate, ours, reference, compared_with, base=base, limit=limit, mark=known, number=standing.number, look=look
+    )
+    leads = _better(gain(ours, known or reference, gate.metric), _error_of_gain(standing.number, look))
     notes = [_lost(gate.metric, ours, model) for model in others.values() if model is not reference]
     if not champion and not leads:
         notes.append(f"{NOTE}no gain in {gate.metric} over {compared_with} is shown")
     if behind and not known:
         notes.append(f"{NOTE}{behind.uri} has no scores on these documents; losses are counted from here on")
+    notes += _note_of(look)
     stays = champion and not leads and (known or not behind)
     reasons = (*found.reasons, *filter(None, notes))
     # A first version differs from its base on more documents than from the next version.
     return replace(found, reasons=reasons, mark=mark if stays else "", luck=found.luck if champion else None)
+
+
+def _without_scores(gate: Gate | None, digest: str, champion: Incumbent | None, standing: Standing) -> Verdict | None:
+    """The verdict where it depends on no score; None where it does."""
+    in_use = champion.uri if champion else "nothing"
+    if champion and champion.digest == digest:
+        mark = standing.mark.uri if standing.mark else ""
+        return Verdict(True, ("this very model is the champion already",), in_use, mark=mark)
+    if standing.withdrawn is not None:
+        why = f"({standing.withdrawn}); only `lewis promote` brings it back"
+        return Verdict(False, (f"this very model was rolled back by hand {why}: fail",), in_use)
+    return None if gate else Verdict(True, ("no gate in the recipe",), in_use)
 
 
 def decide(
@@ -153,6 +172,7 @@ def decide(
     limit: float | None = None,
     mark: Scored | None = None,
     number: int = 1,
+    look: Look = WHOLE,
 ) -> Verdict:
     """Apply the recipe's gate to a candidate.
 
@@ -165,6 +185,7 @@ def decide(
         limit: documents per task, if `evaluate.limit` is set.
         mark: an earlier champion that the candidate may not fall behind either.
         number: as `Standing.number`.
+        look: as of `judge`.
 
     Raises:
         InputError: if one of the two lacks the gate's metric, or a tolerance is for a task that does not exist.
@@ -175,20 +196,22 @@ def decide(
             hint = nearest(gate.metric, model.by_name) if model.by_name else "; there are no scores"
             raise InputError(f"register.gate.metric: expected a score of {who}, got {gate.metric!r}{hint}")
     found = [
-        *(_gain(gate, candidate, reference, number) if gate.policy == "better" else ()),
-        *_not_worse(gate, candidate, reference),
-        *(_not_worse(gate, candidate, mark, f" than {mark.label}") if mark else ()),
+        *(_gain(gate, candidate, reference, number, look) if gate.policy == "better" else ()),
+        *_not_worse(gate, candidate, reference, look),
+        *(_not_worse(gate, candidate, mark, look, f" than {mark.label}") if mark else ()),
         *_guards(candidate, reference, base),
         *_whole(gate, limit),
     ]
     ours, theirs = candidate.by_name[gate.metric].value, reference.by_name[gate.metric].value
     numbers = f"{gate.metric} {ours:.4g} vs {theirs:.4g}"
+    numbers += "" if look.documents is None else f" on {look.documents} of {look.of} documents"
     hours = gate.approve_hours if gate.approve else None
-    passed = all(rule.passed for rule in found)
+    passed = look.passing > 0 and all(rule.passed for rule in found)
     compared = gain(candidate, reference, gate.metric)
     luck = compared.spread / math.sqrt(2) if compared and math.isfinite(compared.spread) else None
     luck = -luck if luck and not candidate.by_name[gate.metric].higher_is_better else luck
-    return Verdict(passed, tuple(map(str, found)), compared_with, numbers, gate.metric, hours, luck)
+    certain = look.documents is None or passed or any(rule.lost for rule in found)
+    return Verdict(passed, tuple(map(str, found)), compared_with, numbers, gate.metric, hours, luck, certain=certain)
 
 
 def reference_of(metric: str | None, others: Mapping[str, Scored]) -> Scored:
@@ -207,43 +230,56 @@ def _best(metric: str | None, parents: Mapping[str, Scored]) -> Scored:
 
 @dataclass(frozen=True)
 class RuleResult:
-    """One rule: what it asks for and what was found, and whether that passes."""
+    """One rule: what it asks for and what was found, whether that passes, and whether it is certain never to."""
 
     text: str
     passed: bool
+    lost: bool = False
 
     def __str__(self) -> str:
         return f"{self.text}: {'pass' if self.passed else 'fail'}"
 
 
-def _better(found: Comparison | None, number: int) -> bool:
-    """Whether a gain is significant for the `number`-th version that is compared with one mark."""
-    return found is not None and found.delta > 0 and found.p <= 2 * power.spent(number)
+def _better(found: Comparison | None, error: float) -> bool:
+    """Whether a gain is significant."""
+    return found is not None and found.delta > 0 and found.p <= error
 
 
-def _gain(gate: Gate, candidate: Scored, reference: Scored, number: int) -> Iterator[RuleResult]:
+def _error_of_gain(number: int, look: Look) -> float:
+    """The largest two-sided p of a gain, for the `number`-th version that is compared with one mark."""
+    return 2 * power.spent(number) * look.passing
+
+
+def _gain(gate: Gate, candidate: Scored, reference: Scored, number: int, look: Look) -> Iterator[RuleResult]:
     ours, theirs = candidate.by_name[gate.metric], reference.by_name[gate.metric]
     new, old = ours.value, theirs.value
     passed = (new - old if ours.higher_is_better else old - new) >= gate.min_gain - ROUNDING  # NaN compares false
-    direction = "gain" if ours.higher_is_better else "drop"
-    yield RuleResult(f"{gate.metric} must {direction} at least {gate.min_gain:g}: {new:.4f} vs {old:.4f}", passed)
-    found = gain(candidate, reference, gate.metric)
-    text = f"{gate.metric} must be better with p at most {2 * power.spent(number):.2g}"
+    direction, found = "gain" if ours.higher_is_better else "drop", gain(candidate, reference, gate.metric)
+    lost = found is not None and found.p_superior(gate.min_gain) < CHANCE * look.failing
+    error, values = _error_of_gain(number, look), f"{new:.4f} vs {old:.4f}"
+    if look.documents and gate.min_gain:  # the gain that ends an evaluation is one that was lucky: it must be shown
+        p = 1.0 if found is None else 1 - found.p_superior(gate.min_gain)
+        passed, values = p <= error / 2, f"{values}, p {p:.3g}"
+    yield RuleResult(f"{gate.metric} must {direction} at least {gate.min_gain:g}: {values}", passed, lost)
+    text = f"{gate.metric} must be better with p at most {error:.2g}"
     text += f" (comparison {number})" if number > 1 else ""
     numbers = f"gain {found.delta:+.4f}, from {found.low:+.4f}, p {found.p:.3g}" if found else NO_DOCUMENTS
-    yield RuleResult(f"{text}: {numbers}", _better(found, number))
+    yield RuleResult(f"{text}: {numbers}", _better(found, error))
 
 
-def _not_worse(gate: Gate, candidate: Scored, reference: Scored, than: str = "") -> Iterator[RuleResult]:
+def _not_worse(gate: Gate, candidate: Scored, reference: Scored, look: Look, than: str = "") -> Iterator[RuleResult]:
     """Tests that each task is worse by no more than its margin."""
     judged = _judged(gate, candidate)
     for key, samples in judged.items():
         found = gain(candidate, reference, key)
         if found is not None:
-            margin = _margin(gate, samples, reference, len(judged))
+            margin = _margin(gate, samples, reference, len(judged), look)
             p = found.p_inferior(margin)
+            lost = 1 - p < CHANCE * look.failing
+            p = p if look.documents is None else max(p, found.p_unseen(margin))
             numbers = f"gain {found.delta:+.4f}, from {found.low:+.4f}, p {p:.3g}"
-            yield RuleResult(f"{key} must not be worse{than} by {margin:.4g}: {numbers}", p <= CHANCE)
+            text = f"{key} must not be worse{than} by {margin:.4g}: {numbers}"
+            yield RuleResult(text, p <= CHANCE * look.passing, lost)
     if gate.policy == "not_worse" and gate.metric not in judged:
         yield RuleResult(f"{gate.metric} must not be worse{than}: {NO_DOCUMENTS}", False)
 
@@ -275,24 +311,43 @@ def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
     return {gate.metric: own, **chosen} if own and gate.policy == "not_worse" else chosen
 
 
-def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int) -> float:
+def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int, look: Look) -> float:
     """In the metric's unit: absolute for a score from 0 to 1 that is better high, else relative to the reference."""
     score, given = reference.by_name[samples.key], gate.tolerance
     share = score.higher_is_better and 0 <= score.value <= 1
     if isinstance(given, Mapping):
         given = given.get(samples.key, given.get(samples.task))
     if given is None and share:
-        return power.margin(power.spread((part.weight, len(part.documents)) for part in samples.parts), tests)
+        counts = ((part.weight, look.pools.get(part.task, len(part.documents))) for part in samples.parts)
+        return power.margin(power.spread(counts), tests)
     return (TOLERANCE if given is None else given) * (1.0 if share else abs(score.value))
 
 
-def _same_documents(candidate: Scored, other: Scored) -> bool:
-    """Whether two models have values of the same metrics on the same documents."""
-    ours, theirs = (
-        {each.key: [sorted(part.documents) for part in each.parts] for each in model.samples}
-        for model in (candidate, other)
-    )
-    return ours == theirs
+def _on_documents_of(candidate: Scored, other: Scored) -> Scored | None:
+    """The other model's values on the documents of the candidate; None if it lacks a metric or a document."""
+    theirs, found = by_key(other.samples), list[Samples]()
+    for each in candidate.samples:
+        parts = list[Part]()
+        for ours, part in zip(each.parts, theirs[each.key].parts if each.key in theirs else (), strict=False):
+            place, wanted = places_of(part.documents), places_of(ours.documents)
+            if not wanted.keys() <= place.keys():
+                return None
+            parts.append(replace(ours, values=tuple(part.values[place[name]] for name in wanted)))
+        if [part.task for part in parts] != [part.task for part in each.parts]:
+            return None
+        found.append(replace(each, parts=tuple(parts)))
+    return replace(other, samples=tuple(found))
+
+
+def _note_of(look: Look) -> list[str]:
+    """That a part of the documents was scored, if it was."""
+    if not look.documents:
+        return []
+    part = f"{look.passing:.1%}" if look.passing else "none"
+    return [
+        f"{NOTE}{look.documents} of {look.of} documents of each task were scored, which was enough to know; "
+        f"a pass may spend {part} of each test's error here"
+    ]
 
 
 def _lost(metric: str, candidate: Scored, other: Scored) -> str:

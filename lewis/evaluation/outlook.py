@@ -8,7 +8,7 @@ from typing import Any
 
 from lewis.evaluation.harness.task_files import FoundTasks, find_tasks
 from lewis.evaluation.harness.task_metrics import read
-from lewis.evaluation.statistics import power
+from lewis.evaluation.statistics import looks, power
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY
 from lewis.recipe.schema import Evaluate, Gate
 
@@ -28,10 +28,11 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
         InputError: if a task's files cannot be read.
     """
     lines: list[str] = [gate.policy]
-    if evaluate.limit is not None and not gate.allow_limit:
+    if evaluate.limit is not None and evaluate.documents != "by_release" and not gate.allow_limit:
         lines.append(f"evaluate.limit is {evaluate.limit:g}: no run can promote; set register.gate.allow_limit: true")
     tasks = find_tasks(evaluate.tasks, root)
     counted = _documents(evaluate, tasks, root)
+    last = looks.look_at(evaluate.stop, None, counted)
     spreads = {task: power.spread([(1.0, count)]) for task, count in counted.items()}
     parts = {
         name.partition("/")[0]: weight / sum(evaluate.weights.values()) for name, weight in evaluate.weights.items()
@@ -49,11 +50,14 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
             )
             continue
         margin = _margin(gate, name, spread, tests)
-        equal = NormalDist().cdf(margin / spread - NormalDist().inv_cdf(1 - power.ERROR))
+        equal = NormalDist().cdf(margin / spread - NormalDist().inv_cdf(1 - power.ERROR * last.passing))
         lines.append(
             f"{about}, margin {margin:.2g}: an equal version passes {equal:.0%}, "
             f"a loss of {power.loss_seen(margin, spread):.2g} is refused 8 times in 10"
         )
+    if evaluate.stop != "never" and (sizes := looks.sizes(last.of)):
+        what = "is certain" if evaluate.stop == "known" else "is certain to be no"
+        lines.append(f"scoring ends after {', '.join(map(str, sizes))} documents of each task, if the verdict {what}")
     return lines
 
 
@@ -72,7 +76,7 @@ def _documents(evaluate: Evaluate, found: FoundTasks, root: Path) -> dict[str, i
 
 def _documents_of(name: str, found: FoundTasks, root: Path, evaluate: Evaluate) -> int | None:
     config, members = read(name, found)
-    if members is not None or evaluate.documents != "all" or not _is_share(config):
+    if members is not None or evaluate.documents not in ("all", "by_release") or not _is_share(config):
         return None
     whole = None if "process_docs" in config else _rows(config, root)
     limit = evaluate.limit

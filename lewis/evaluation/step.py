@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from lewis.evaluation import work_queue
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.harness.model_folder import loadable
+from lewis.evaluation.statistics import looks
 from lewis.evaluation.statistics.scored import Scored
 from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.models.source import ModelFiles
@@ -64,6 +66,20 @@ class ModelScores(Reference):
         return self.evaluated.scores
 
     @property
+    def pools(self) -> dict[str, int]:
+        """Task -> how many documents there are, of which these scores may be of a part only."""
+        content = self.evaluated.content
+        return {task: len(hashes) for task, hashes in content["documents"].items()} | content.get("pools", {})
+
+    @property
+    def part(self) -> str:
+        """Of which part of the documents of the largest task they are, such as `64 of 1319`; empty if of all."""
+        content, pools = self.evaluated.content, self.pools
+        largest = max(pools, key=lambda task: pools[task])
+        count = len(content["documents"][largest])
+        return f"{count} of {pools[largest]}" if count < pools[largest] else ""
+
+    @property
     def sources(self) -> dict[str, dict[str, Any]]:
         """Task -> the dataset of the Hub that its documents come from, as `child.evaluate` gives it, where known."""
         return dict(self.evaluated.content.get("sources", {}))
@@ -95,7 +111,8 @@ def score_task(
     with store.turn(kinds.SCORES, digest):
         if store.entry(path, "results") is None:
             files.check()
-            answers = kinds.ANSWERS.path(f"{digest}-{settings.batch_size}")
+            whole = digest if settings.whole == settings else scores_digest(files.key, settings.whole, device)
+            answers = kinds.ANSWERS.path(f"{whole}-{settings.batch_size}")
             store.make_folder(answers.parent)
             with loadable(files, whole=settings.backend != "hf") as (folder, adapter):
                 found = lm_eval.evaluate(
@@ -109,7 +126,8 @@ def score_task(
                 )
             about = {"model": files.key, "ref": files.ref, "scored_as": scored_as(settings, device)}
             store.write_entry(path, {**about, **found.content})
-            answers.unlink(missing_ok=True)
+            if settings.whole == settings:
+                answers.unlink(missing_ok=True)
     return ScoresEntry(ref=files.ref, digest=digest, path=path)
 
 
@@ -118,6 +136,23 @@ def find_scores(ref: str, key: str, settings: EvalSettings, device: str = "cpu")
     found = [find_score(ref, key, each, device) for each in settings.by_task()]
     entries = tuple(entry for entry in found if entry)
     return ModelScores(entries=entries) if len(entries) == len(found) else None
+
+
+def furthest_look(ref: str, key: str, settings: EvalSettings) -> int | None:
+    """The documents of the largest look at which the store has scores of a model.
+
+    It is None if the store has scores on all documents, or none. A run goes from look to look, so that the store has
+    all looks before the last one.
+    """
+    for device in scoring_devices():
+        if find_scores(ref, key, settings, device):
+            return None
+        size = looks.FIRST
+        while find_scores(ref, key, replace(settings, look=size), device):
+            size *= 2
+        if size > looks.FIRST:
+            return size // 2
+    return None
 
 
 def find_score(ref: str, key: str, settings: EvalSettings, device: str = "cpu") -> ScoresEntry | None:
@@ -178,7 +213,7 @@ def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"samples": [], "results": {}}
     for key in ("higher_is_better", "n-shot", "documents", "groups"):
         found[key] = {name: value for each in contents for name, value in each[key].items()}
-    for key in ("sources", "texts"):  # which older entries do not have
+    for key in ("sources", "texts", "requests", "pools"):  # which older entries do not have
         found[key] = {name: value for each in contents for name, value in each.get(key, {}).items()}
     groups = found["groups"]
     for last in (False, True):  # lm-eval has tasks first, then groups

@@ -121,14 +121,14 @@ def _of_fit(merge: Merge) -> Forecast:
 
 
 def _seconds_of_judging(merge: Merge) -> float:
-    """What held-back rows take: each expert runs its own, the anchor and the fit run those of all."""
+    """What held-back rows take: each expert runs its own; base, anchor and fit run those of all."""
     from lewis.merging.fitting.held_back import is_needed
 
     if not is_needed(merge):
         return 0.0
     tokens = sum(expert.held_back.tokens for expert in merge.experts if expert.held_back)
     weights = sum(info.elements for info in merge.base.tensors.values())
-    return 3 * 2 * tokens * weights / (operations_per_second() * merge.threads)
+    return 4 * 2 * tokens * weights / (operations_per_second() * merge.threads)
 
 
 def _of_static_fit(merge: Merge) -> Forecast:

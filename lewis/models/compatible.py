@@ -7,11 +7,13 @@ from pathlib import Path
 
 from lewis.errors import InputError
 from lewis.models.config import check_config, read_config
-from lewis.models.files.folder import weight_files
+from lewis.models.files.folder import INDEX, weight_files
 from lewis.models.files.safetensors_file import Headers
 from lewis.models.hub import repository
 from lewis.models.layers.slices import check_ranges, in_place, slices_of
 from lewis.models.layers.stack import layers_of, same_tensor
+from lewis.models.lora.config import read_settings
+from lewis.models.lora.modules import CONFIG
 from lewis.models.model import Model
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
 from lewis.models.network.renamed import differ, match
@@ -72,11 +74,17 @@ def preflight(config: MergeConfig, base: Source | None, experts: Sequence[Source
             weight_files(Path(source.model.source))
         elif not source.model.source.endswith(".gguf"):
             home = repository.fetch(source.model, weights=False)
+            with repository.blaming(source.model, INDEX):
+                weight_files(home, repository.file_names(source.model))
             with repository.blaming(source.model, "config.json"):
                 own = read_config(home)
             shapes = _shapes(source)
             with repository.blaming(source.model, "config.json"):
                 check_config(home, own, shapes)
+        for adapter in source.adapters:
+            folder = repository.fetch(adapter, weights=False)
+            with repository.blaming(adapter, CONFIG, "unusable"):
+                read_settings(folder)
     first = base or experts[0]
     if config.slices and _preflight_slices(config, first, experts):
         return []

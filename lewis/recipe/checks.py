@@ -81,9 +81,22 @@ def _check_blocks(data: dict[str, Any]) -> list[str]:
         problems.append("output.kind: an adapter sits on a base; set base_model, or use full")
     if register and register.get("gate") and not data.get("evaluate"):
         problems.append("register.gate: there is nothing to compare; add an evaluate block")
+    if (data.get("evaluate") or {}).get("stop", "never") != "never" and not (register and register.get("gate")):
+        problems.append("evaluate.stop: it ends once the gate's verdict is known; add register.gate, or leave it out")
     if data.get("publish") and not register:
         problems.append("publish: what is published is the champion of a registered model; add a register block")
+    if data.get("serve") and not register:
+        problems.append("serve: what is served is the champion of a registered model; add a register block")
+    full = output.get("kind") != "lora"
+    problems += [f"serve[{i}].kind: vllm loads adapters; set output.kind to lora" for i in _of_vllm(data) if full]
     return problems
+
+
+def _of_vllm(data: dict[str, Any]) -> list[int]:
+    """Which targets are of the kind `vllm`."""
+    block = data.get("serve")
+    targets = block if isinstance(block, list) else [block]
+    return [i for i, each in enumerate(targets) if isinstance(each, dict) and each.get("kind") == "vllm"]
 
 
 def _check_parameters(data: dict[str, Any], models: list[dict[str, Any]], name: str) -> list[str]:

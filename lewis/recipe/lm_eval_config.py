@@ -69,36 +69,47 @@ def _block(content: Mapping[str, Any], name: str, own: Mapping[str, Any]) -> dic
     def wrong(key: str, what: str) -> RecipeError:
         return RecipeError(f"evaluate.config: {name}: {key}: {what}")
 
+    _check(content, own, wrong)
+    arguments, gpus = _model_args(content, wrong)
+    backend = BACKENDS[content.get("model", "hf")]
+    found = {key: content[key] for key in _SAME if key in content}
+    found |= {"tasks": _tasks(content.get("tasks"), wrong)} if "tasks" not in own else {}
+    found |= {"backend": backend} if backend != "hf" else {}
+    return found | ({"model_args": arguments} if arguments else {}) | ({"gpus": gpus[0]} if gpus else {})
+
+
+def _check(content: Mapping[str, Any], own: Mapping[str, Any], wrong: Any) -> None:
+    """Refuse what a recipe does not take over."""
     for key in content:
         if key not in _KEYS:
             raise wrong(str(key), f"lm-eval has no such key{nearest(str(key), _KEYS)}")
         if key in _REFUSED and content[key]:
             raise wrong(key, f"a recipe does not take it; {_REFUSED[key]}")
-    model = content.get("model", "hf")
-    if model not in BACKENDS:
+    if (model := content.get("model", "hf")) not in BACKENDS:
         raise wrong("model", f"expected {', '.join(BACKENDS)}, got {model!r}; other models are not of a recipe")
-    arguments = _arguments(content.get("model_args") or {}, wrong)
-    gpus = [arguments.pop(key) for key in _GPUS if key in arguments]
-    arguments = {key: value for key, value in arguments.items() if key not in _OF_THE_MODEL}
-    if model == "local-chat-completions":
-        arguments["chat"] = True
-    if content.get("max_batch_size"):
-        arguments["max_batch_size"] = content["max_batch_size"]
     for key in ("trust_remote_code", "confirm_run_unsafe_code"):
         if content.get(key) and own.get("allow_code_execution") is not True:
             raise wrong(key, "it runs code; if you trust it, say `allow_code_execution: true` in the block `evaluate`")
-    if content.get("trust_remote_code"):
-        arguments["trust_remote_code"] = True
     if content.get("seed") not in _SEEDS:
         raise wrong("seed", f"expected lm-eval's own {_SEEDS[1]}, got {content['seed']!r}; remove it")
     if content.get("fewshot_as_multiturn") is False and content.get("apply_chat_template"):
         raise wrong("fewshot_as_multiturn", "expected true, as lm-eval has it for chats; remove it")
     if (include := content.get("include_path")) and str(Path(str(include))) not in (".", "tasks"):
         raise wrong("include_path", f"expected . or tasks, got {include!r}; name the tasks by the paths of their files")
-    found = {key: content[key] for key in _SAME if key in content}
-    found |= {"tasks": _tasks(content.get("tasks"), wrong)} if "tasks" not in own else {}
-    found |= {"backend": BACKENDS[model]} if BACKENDS[model] != "hf" else {}
-    return found | ({"model_args": arguments} if arguments else {}) | ({"gpus": gpus[0]} if gpus else {})
+
+
+def _model_args(content: Mapping[str, Any], wrong: Any) -> tuple[dict[str, Any], list[Any]]:
+    """The block's `model_args`; and the number of GPUs, if the file gives one."""
+    arguments = _arguments(content.get("model_args") or {}, wrong)
+    gpus = [arguments.pop(key) for key in _GPUS if key in arguments]
+    arguments = {key: value for key, value in arguments.items() if key not in _OF_THE_MODEL}
+    if content.get("model") == "local-chat-completions":
+        arguments["chat"] = True
+    if content.get("max_batch_size"):
+        arguments["max_batch_size"] = content["max_batch_size"]
+    if content.get("trust_remote_code"):
+        arguments["trust_remote_code"] = True
+    return arguments, gpus
 
 
 def _tasks(given: Any, wrong: Any) -> list[str]:

@@ -26,6 +26,7 @@ from lewis.recipe.schema import (
     Register,
     Search,
 )
+from lewis.recipe.serve import TARGETS, Serve
 from lewis.recipe.slices import listed_models
 
 MAX_TOLD = 50  # problems of one recipe that an error lists
@@ -39,6 +40,7 @@ class Recipe(MergeConfig):
     evaluate: Evaluate | None = None
     register_as: Register | None = Field(default=None, alias="register")
     publish: Publish | None = None
+    serve: Serve = ()
     search: Search | None = None
     _name: str = PrivateAttr(default="recipe")
     _text: str = PrivateAttr(default="")
@@ -59,6 +61,11 @@ class Recipe(MergeConfig):
     def text(self) -> str:
         """The recipe as YAML, overrides included."""
         return self._text
+
+    @property
+    def public_text(self) -> str:
+        """`text` without the block `serve`, which names machines of yours; for the model's card and files."""
+        return yaml_text.without(self._text, "serve") if self.serve else self._text
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -196,7 +203,7 @@ class Recipe(MergeConfig):
 
         `output` is in it if the merge writes an adapter.
         """
-        left_out = {"inspect", "evaluate", "register_as", "publish", "search"}
+        left_out = {"inspect", "evaluate", "register_as", "publish", "serve", "search"}
         # so that what was cached without them is found
         left_out |= {key for key in ("anchor", "slices", "chat_template") if getattr(self, key) is None}
         left_out |= {"output"} if self.output.kind == "full" else set()
@@ -210,6 +217,7 @@ MAX_GIVEN = 300  # characters of a wrong value that are shown
 # pydantic puts the kind of value that it tried into the location of a problem; these are not keys of the recipe.
 _KIND = re.compile(
     r"bool|int|float|str|a range|a list|TokenRow|ModelName|constrained-\w+|(dict|list|tuple|union|literal)\[.*\]"
+    rf"|{'|'.join(TARGETS)}"
 )
 
 
@@ -240,6 +248,9 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
                 lines.append(f"{where}: {UNSUPPORTED[key]} is not supported yet; remove it (models and parameters are)")
             else:
                 lines.append(f"{where}: unknown key{nearest(key, _keys(root, location[:-1]))}")
+        elif kind in ("union_tag_invalid", "union_tag_not_found"):
+            tag = given.get("kind") if isinstance(given, dict) else given
+            lines.append(f"{where}.kind: expected one of {', '.join(TARGETS)}, got {_short(tag)}")
         elif kind == "missing":
             lines.append(f"{where}: missing; it is required")
         elif kind == "value_error":
@@ -264,7 +275,7 @@ def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         annotations: list[Any] = []
         if isinstance(current, type) and issubclass(current, BaseModel):
             annotations = [f.annotation for name, f in current.model_fields.items() if part in (name, f.alias)]
-        current = next(iter(_models_in(annotations)), current)
+        current = TARGETS.get(part, next(iter(_models_in(annotations)), current))
     if not (isinstance(current, type) and issubclass(current, BaseModel)):
         return []
     return [field.alias or name for name, field in current.model_fields.items()]

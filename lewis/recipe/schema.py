@@ -284,6 +284,9 @@ class Inspect(Block):
         return {"on" if key is True else key: "off" if value is False else value for key, value in data.items()}
 
 
+Documents = Literal["all", "search", "confirm", "by_release"]
+
+
 class Evaluate(Block):
     """What lm-eval scores.
 
@@ -291,7 +294,9 @@ class Evaluate(Block):
         tasks: names of its own tasks or groups, or YAML files beside the recipe.
         limit: documents per task: a number, or below 1 a share; None: all.
         documents: `all`, or one of two disjoint halves of every task's documents (`search`, `confirm`); `limit` counts
-            within the half.
+            within the half. `by_release`: `limit` of all documents, others for each merge.
+        stop: `never` before all documents are scored; `worse`: as soon as it is certain that the gate refuses the
+            merge; `known`: as soon as the verdict is certain.
         weights: task, or `task/metric,filter` -> its weight in the score `weighted/mean,none`; a task stands for its
             first metric. Empty: there is no such score.
         allow_code_execution: whether task files beside the recipe may run code: functions of their own (`!function`),
@@ -304,7 +309,8 @@ class Evaluate(Block):
 
     tasks: tuple[str, ...] = Field(min_length=1)
     limit: int | float | None = Field(default=None, gt=0)
-    documents: Literal["all", "search", "confirm"] = "all"
+    documents: Documents = "all"
+    stop: Literal["never", "worse", "known"] = "never"
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
@@ -316,10 +322,28 @@ class Evaluate(Block):
     model_args: dict[str, Any] = Field(default_factory=dict)
     gpus: int = Field(default=1, ge=1)
 
+    @model_validator(mode="after")
+    def _drawn(self) -> "Evaluate":
+        if self.documents == "by_release" and self.limit is None:
+            raise ValueError("`documents: by_release` draws `limit` documents for each merge: set `limit`")
+        return self
+
     @property
     def runs_model_code(self) -> bool:
         """Whether code that comes with a model is run."""
         return self.model_args.get("trust_remote_code") is True
+
+
+class Judge(Block):
+    """A language model that must not prefer the reference's answers.
+
+    Attributes:
+        model: its name on the server that `LEWIS_JUDGE` names.
+        documents: how many of those on which the answers differ are asked about, at most.
+    """
+
+    model: str = Field(min_length=1)
+    documents: int = Field(default=20, ge=1, le=200)
 
 
 class Gate(Block):
@@ -337,6 +361,7 @@ class Gate(Block):
         allow_limit: whether a run with `evaluate.limit` may promote.
         approve: whether a person has to approve what passes, before it becomes the champion (`lewis approve`).
         approve_hours: for how long; then it has to be judged again.
+        judge: asked about what passes all other rules; None: nobody is.
     """
 
     metric: str
@@ -346,6 +371,7 @@ class Gate(Block):
     allow_limit: bool = False
     approve: bool = False
     approve_hours: float = Field(default=168, gt=0)
+    judge: Judge | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -425,7 +451,7 @@ class Search(Block):
         metrics: one or two of `task/metric,filter`; by default the gate's metric. With two, a Pareto front is searched,
             and the first metric decides among the trials on it.
         parallel: number of trials that run at the same time.
-        prune: stop a trial that is behind after the first quarter of the documents; only with one metric.
+        prune: stop a trial that is shown to be worse after a quarter of the documents; only with one metric.
         seed: of the sampler.
     """
 

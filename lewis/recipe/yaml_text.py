@@ -208,6 +208,17 @@ def write(data: dict[str, Any]) -> str:
     return text
 
 
+def without(text: str, key: str) -> str:
+    """A recipe's text without one of its keys, with the comments of the others where the key has lines of its own."""
+    data = read(text, "recipe")
+    data.pop(key, None)
+    cut = re.sub(rf"^{key}:.*\n?(?:(?:[ \t#-].*)?\n|[ \t#-].*\Z)*", "", text, flags=re.MULTILINE)
+    with suppress(RecipeError):
+        if read(cut, "recipe") == data:
+            return cut
+    return write(data)
+
+
 def override(data: dict[str, Any], setting: str) -> None:
     """Change `data` by one `--set key.path=value`; blocks that are missing on the way are added.
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from lewis import store
 from lewis.errors import LewisError
-from lewis.registry import lineage, logged_model, repair, tracking, versions
+from lewis.registry import lineage, logged_model, repair, traces, tracking, versions
 from lewis.registry.history import TEAM
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
@@ -86,6 +86,9 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
         logged_model.write(client, model, new.folder, new.card, new.base, {"metrics": merged})
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         _log_run(client, run_id, model.model_id, new)
+        if new.beside:
+            own = {new.beside.ours: model.model_id}
+            traces.log(client, experiment, run_id, new.beside, own | _model_of_champion(client, name))
         _create_registered_model(client, name, new.team)
         version = client.create_model_version(
             name,
@@ -103,6 +106,14 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
     client.set_terminated(run_id)
     logger.info("registered %s as version %s", name, version.version)
     return Version.of(version, created=True)
+
+
+def _model_of_champion(client: "MlflowClient", name: str) -> dict[str, str]:
+    """Its label in tables -> the id of its logged model; empty if there is no champion."""
+    current = versions.champion_of(client, name)
+    version = client.get_model_version(name, current.version.version) if current else None
+    model = versions.model_of(client, version) if version else None
+    return {"champion": model.model_id} if model else {}
 
 
 def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registration) -> None:

@@ -233,8 +233,9 @@ def scores(name: str, most: int = 20) -> dict[int, float]:
 def picture(name: str) -> bytes:
     """The score that the gate looks at, of every version and of the champion; a PNG file.
 
-    Versions that were scored on other documents than the newest are left out. A line shows what the best of so many
-    versions would score by luck, if all were as good as the first.
+    The documents are those that most versions were scored on; versions of other documents are left out, such as those
+    whose evaluation ended early. A line shows what the best of so many versions would score by luck, if all were as
+    good as the first.
 
     Raises:
         InputError: if there is no such model, or nothing was scored.
@@ -246,8 +247,8 @@ def picture(name: str) -> bytes:
             raise InputError(f"{name}: no version of it has a score; there is nothing to plot")
         versions = client.search_model_versions(f"name='{name}'")
         documents = {int(each.version): _documents(client, each.run_id, metric) for each in versions}
-    newest = documents[max(number for number, each in scores.items() if metric in each)]
-    scores = {number: each for number, each in scores.items() if documents[number] == newest}
+    common = statistics.mode(documents[number] for number in sorted(scores, reverse=True) if metric in scores[number])
+    scores = {number: each for number, each in scores.items() if documents[number] == common}
     drawn = [
         (each.step, each.version, each.what, each.scores.get(metric), (each.champion or {}).get(metric))
         for each in points(records, scores)

@@ -216,6 +216,17 @@ def standing(name: str, digest: str) -> Standing:
     return Standing(mark, number, withdrawn(name, digest))
 
 
+def mark(name: str) -> Champion | None:
+    """The version that no later one may fall behind, as a model to score; None before the first promotion."""
+    name = tracking.model_name(name)
+    with tracking.client(f"reading the mark of {name}") as client:
+        if (current := versions.champion_of(client, name)) is None:
+            return None
+        number = _mark(client, current).uri.rpartition("/")[2]
+        found = versions.lookup(client, name, number=number)
+        return versions.as_model(client, found, versions.model_of(client, found)) if found else current
+
+
 def _mark(client: "MlflowClient", champion: Champion) -> Incumbent:
     """The mark of a champion: the version that its tag names, if that still exists, else the champion."""
     own, name = champion.version, champion.version.name

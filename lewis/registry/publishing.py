@@ -20,6 +20,7 @@ from lewis.models.hub import client
 from lewis.models.hub.pin import find_folder
 from lewis.redact import redacted
 from lewis.reports.card import EVAL_RESULTS
+from lewis.reports.card import NAME as CARD
 from lewis.store.manifest import DamagedError
 from lewis.store.manifest import check as check_folder
 
@@ -88,7 +89,9 @@ def check_base(base: str | None, root: Path, *, adapter: bool) -> None:
         )
 
 
-def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
+def publish(
+    folder: Path, repo: str, private: bool, title: str, branch: str = "main", card: str | None = None
+) -> Published:
     """Push a merged folder, unless the repo has it already. Other files in the repo stay, except weights and configs.
 
     Args:
@@ -97,6 +100,8 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
         private: whether a new repo is private. If it is true, an existing public repo is refused. An existing private
             repo stays private.
         title: of the commit.
+        branch: made from `main` if it does not exist.
+        card: the model card, instead of that of the folder.
 
     Raises:
         InputError: as `check`, or if the token has no right to write to the repo.
@@ -113,29 +118,34 @@ def publish(folder: Path, repo: str, private: bool, title: str) -> Published:
             with _errors(repo):
                 client.api().create_repo(repo, private=private, exist_ok=True)
             there = _look(repo, private)
-            assert there is not None
+        if branch != "main":
+            with _errors(repo):
+                client.api().create_branch(repo, branch=branch, exist_ok=True)
+            there = _look(repo, private, branch)
+        assert there is not None
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         # Weights that the repo has are left out: the client would hash gigabytes to find that out.
         wanted = [name for name in names if there.digest != manifest["digest"] or not WEIGHTS.search(name)]
         stale = [name for name in sorted(there.files - set(names)) if WEIGHTS.search(name) or name in KINDS]
-        added = [CommitOperationAdd(name, str(folder / name)) for name in wanted]
+        added = [CommitOperationAdd(name, str(folder / name)) for name in wanted if card is None or name != CARD]
+        added += [CommitOperationAdd(CARD, card.encode())] if card is not None else []
         removed = [CommitOperationDelete(name) for name in stale]
         with _errors(repo):
-            made = _commit(repo, [*added, *removed], title, there.head)
+            made = _commit(repo, [*added, *removed], title, there.head, branch)
     new = made.oid != there.head
     logger.info("%s %s", redacted(made.commit_url), "is new" if new else "has this model already")
     return Published(repo, made.oid, f"{redacted(client.endpoint())}/{repo}/tree/{made.oid}", new)
 
 
-def _look(repo: str, private: bool) -> _Remote | None:
-    """What the repo has; None if there is no repo."""
+def _look(repo: str, private: bool, branch: str = "main") -> _Remote | None:
+    """What a branch of the repo has; None if there is no repo."""
     if client.offline():
         raise InputError("publish: HF_HUB_OFFLINE is set; unset it, or leave the publish block out")
     if not get_token():
         raise InputError(f"publish: HF_TOKEN is needed to push to {repo}; set one that may write")
     with _errors(repo):
         try:
-            info = client.api().model_info(repo)
+            info = client.api().model_info(repo, revision=None if branch == "main" else branch)
         except HfHubHTTPError as error:
             if error.response.status_code == 404:
                 return None
@@ -154,11 +164,13 @@ def _look(repo: str, private: bool) -> _Remote | None:
     return _Remote(str(info.sha), files, digest)
 
 
-def _commit(repo: str, operations: list[CommitOperationAdd | CommitOperationDelete], title: str, parent: str) -> Any:
+def _commit(
+    repo: str, operations: list[CommitOperationAdd | CommitOperationDelete], title: str, parent: str, branch: str
+) -> Any:
     """Make the commit; on a Hub without Xet, which new files of the Hub are kept in, upload by the LFS protocol."""
 
     def make() -> Any:
-        return client.api().create_commit(repo, operations, commit_message=title, parent_commit=parent)
+        return client.api().create_commit(repo, operations, commit_message=title, parent_commit=parent, revision=branch)
 
     try:
         return make()

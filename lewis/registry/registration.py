@@ -8,7 +8,7 @@ from typing import Any
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
-from lewis.evaluation.documents import side_by_side
+from lewis.evaluation.documents import SideBySide, side_by_side
 from lewis.evaluation.harness.task_metrics import hub_results
 from lewis.evaluation.statistics.retained_gain import Kept, kept_gains, kept_rows
 from lewis.evaluation.statistics.scored import MERGED, Scored, comparison_rows, gain, scores_of
@@ -53,6 +53,7 @@ class Registration:
         began: when the work on the merge began, as Unix time in seconds; by default when it is registered.
         eval_results: the scores as YAML for the Hub; empty if it would compare none of them.
         team: `register.team` of the recipe.
+        beside: the answers of the merged model and of what the gate compares it with; None if there are none.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Registration:
     began: float | None = None
     eval_results: str = ""
     team: str = ""
+    beside: SideBySide | None = None
 
 
 def registration_of(
@@ -107,6 +109,7 @@ def registration_of(
     means = dict(allocated.means) if allocated else {}
     drawn: dict[str, bytes] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
+    beside = side_by_side(recipe.gate_metric, models)
     if allocated:
         drawn[card.HEAT_MAP] = charts.densities(allocated)
         tables["densities"] = [
@@ -117,13 +120,13 @@ def registration_of(
     if found:
         drawn["scores.png"] = charts.scores(recipe.evaluate.weights if recipe.evaluate else {}, scores)
         tables |= {"scores": rows, "comparison": comparison, **({"kept": kept_rows(kept)} if kept else {})}
-        beside = side_by_side(recipe.gate_metric, models)
         tables |= {"answers": answers} if beside and (answers := answer_rows(beside)) else {}
     metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in found.items() for s in each}
     metrics |= _gains(models) | _kept(kept)
     sources = scores[MERGED].sources if MERGED in scores else {}
+    part = scores[MERGED].part if MERGED in scores else ""
     documents = _documents(models, metrics)
-    own, adapter = dict(tags or {}), merged.adapter
+    own, adapter = dict(tags or {}) | ({"lewis.documents": part} if part else {}), merged.adapter
     if adapter:
         metrics |= {"adapter/error": adapter.error, "adapter/worst error": adapter.worst_error}
         own["lewis.adapter"] = adapter.to_text()
@@ -134,7 +137,7 @@ def registration_of(
         params=flat_parameters(recipe) | {f"mean_density/{ref}": f"{mean:.6f}" for ref, mean in means.items()},
         metrics=metrics,
         lineage=lineage,
-        recipe=recipe.text,
+        recipe=recipe.public_text,
         pictures=drawn,
         tables=tables,
         card=model_card(
@@ -153,8 +156,10 @@ def registration_of(
             found.get(MERGED, ()),
             {task: str(each["revision"]) for task, each in sources.items()},
             versions.public_page(recipe.register_as.model),
+            part,
         ),
         team=recipe.register_as.team,
+        beside=beside,
     )
 
 
@@ -226,7 +231,7 @@ def model_card(
         method=recipe.merge_method,
         base=base.ref if base else None,
         experts=[files.ref for files in experts],
-        recipe=recipe.text,
+        recipe=recipe.public_text,
         lineage=lineage,
         mean_density=means,
         strategy=recipe.allocator.density.strategy if recipe.allocator else "",
@@ -284,7 +289,7 @@ def _kept(kept: Sequence[Kept]) -> dict[str, float]:
 
 
 def flat_parameters(recipe: Recipe) -> dict[str, str]:
-    """The recipe as `a.b.0.c` -> value."""
+    """The recipe as `a.b.0.c` -> value, without the block `serve`."""
 
     def walk(value: Any, path: str) -> dict[str, str]:
         if isinstance(value, dict):
@@ -295,4 +300,4 @@ def flat_parameters(recipe: Recipe) -> dict[str, str]:
             return {} if value is None else {path: str(value)}
         return {key: text for name, each in items for key, text in walk(each, f"{path}.{name}".strip(".")).items()}
 
-    return walk(recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True), "")
+    return walk(recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude={"serve"}), "")

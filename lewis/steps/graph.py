@@ -20,7 +20,7 @@ order has sets but measures nothing. This module is the only one that reads a re
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ Results = Mapping[str, Any]
 """Name of a node, or of a task by hand -> its result."""
 
 CHAMPION = "find champion"  # the name under which the caller gives the champion's files, or None
+MARK = "find mark"  # likewise, of the gate's mark
+LOOK = "look"  # the name under which the caller says how many documents are scored; left out: all
 PREFLIGHT = "preflight"
 
 
@@ -293,7 +295,7 @@ def _merges(recipe: Recipe) -> Iterator[Node]:
 
 def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], MergeInput]:
     """What makes the input of a merge. Without densities and calibration sets among the results, it has none."""
-    config, text, sets = recipe.config, recipe.text, _sets_of_fit(recipe)
+    config, text, sets = recipe.config, recipe.public_text, _sets_of_fit(recipe)
     block = recipe.allocator if recipe.base_model else None
     aim = recipe.lewis.aim if recipe.lewis else None
     measured, uncovered = recipe.measures, block.density.uncovered if block else None
@@ -327,24 +329,28 @@ def _scores(recipe: Recipe) -> Iterator[Node]:
     if recipe.evaluate is None:
         return
     settings = EvalSettings.of(recipe.evaluate, recipe.root).by_task()
-    names = evaluations(recipe)
+    names, drawn = evaluations(recipe), recipe.evaluate.documents == "by_release"
     merges = tuple(f"merge {which}" for which in ("experts", *(("uniform",) if recipe.wants_uniform else ())))
     for label, source in labels(recipe).items():
 
-        def differs(results: Results) -> bool:
-            champion = results.get(CHAMPION)
-            return champion is not None and champion.key != results["merge experts"].key
+        def differs(results: Results, source: str = source) -> bool:
+            known = {results["merge experts"].key}
+            if source == MARK and results.get(CHAMPION) is not None:
+                known.add(results[CHAMPION].key)
+            return results.get(source) is not None and results[source].key not in known
 
         last = source if source in merges else merges[0]
-        when = differs if label == "champion" else None
-        needs = (source, "merge experts") if label == "champion" else (source,)
+        when = differs if source in (CHAMPION, MARK) else None
+        needs = (source, *(("merge experts",) if when or drawn else ()))
         for name, task in zip(names[label], settings, strict=True):
 
             def to_score(
                 results: Results, label: str = label, source: str = source, task: EvalSettings = task
             ) -> ScoreInput:
-                model = results[source]
-                return ScoreInput(label, model.key, model.files(label), task)
+                model, seed = results[source], results["merge experts"].key if drawn else ""
+                return ScoreInput(
+                    label, model.key, model.files(label), replace(task, look=results.get(LOOK), seed=seed)
+                )
 
             yield Node(name, table.EVALUATE, to_score, needs, after=(last,), when=when)
 
@@ -369,6 +375,8 @@ def labels(recipe: Recipe) -> dict[str, str]:
         found["uniform"] = "merge uniform"
     if recipe.register_as:
         found["champion"] = CHAMPION
+        if recipe.evaluate and recipe.evaluate.documents == "by_release":
+            found["mark"] = MARK  # which has no scores on documents that nobody has seen
     return {**found, MERGED: "merge experts"}
 
 

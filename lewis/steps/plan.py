@@ -13,8 +13,10 @@ from typing import Any
 
 from lewis import store
 from lewis.errors import LewisError
+from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.outlook import outlook
-from lewis.evaluation.step import find_score, scoring_devices
+from lewis.evaluation.statistics.scored import MERGED
+from lewis.evaluation.step import find_score, furthest_look, scoring_devices
 from lewis.importance.coverage import covered_tensors
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
@@ -34,7 +36,7 @@ from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.registry import tracking, versions
-from lewis.steps.graph import CHAMPION, Graph, Node, graph, inspection_settings, warning_of_shared_set
+from lewis.steps.graph import CHAMPION, LOOK, Graph, Node, graph, inspection_settings, warning_of_shared_set
 from lewis.steps.run import check_tasks, pinned
 from lewis.steps.step import Cost
 from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, EVALUATE, MERGE, ScoreInput, by_task
@@ -218,19 +220,25 @@ def make_plan(recipe: Recipe) -> Plan:
     _add_steps(plan, recipe, pinned(base, experts))
     plan.output = _adapter_of(recipe) if recipe.output.kind == "lora" else ""
     plan.disk_free = store.free_space(store.home())
+    _add_merges(plan, recipe, headers, len(experts))
+    plan.steps += [PlannedStep(f"register {recipe.register_as.model}", "to do")] if recipe.register_as else []
+    plan.steps += [PlannedStep(f"publish {recipe.publish.repo}", "to do")] if recipe.publish else []
+    return plan
+
+
+def _add_merges(plan: Plan, recipe: Recipe, headers: Headers, experts: int) -> None:
+    """Add what the merges take; from the headers of their result, where models are missing that a forecast opens."""
     merges = [each for each in plan.steps if each.name.startswith(f"{MERGE.name} ") and each.state == "to do"]
     if any(each.cost.seconds is None for each in merges):
+        largest = max(math.prod(shape) for _, shape in headers.values())
         written = len(merges) * _bytes_of_output(recipe, headers)
         plan.disk += written
         plan.to_push += written if plan.remote and remote.shares_merged() else 0
-        plan.memory = max(plan.memory, without_models(find(recipe.guided_method), max(count.values()), len(experts)))
+        plan.memory = max(plan.memory, without_models(find(recipe.guided_method), largest, experts))
         plan.seconds = None
     else:
         plan.seconds = sum((each.cost.seconds or 0) - each.cost.passes for each in merges)
     plan.memory += mapped_bytes() if plan.memory else 0  # forecasts are of anonymous memory
-    plan.steps += [PlannedStep(f"register {recipe.register_as.model}", "to do")] if recipe.register_as else []
-    plan.steps += [PlannedStep(f"publish {recipe.publish.repo}", "to do")] if recipe.publish else []
-    return plan
 
 
 def _bytes_of_output(recipe: Recipe, headers: Headers) -> int:
@@ -252,6 +260,9 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
         for node in walked:
             if node.name not in scores:
                 plan.steps.append(_look(node, results, asked))
+        block, merged = recipe.evaluate, results.get("merge experts")
+        if block and block.stop != "never" and merged and merged.key:  # else nothing is known of where it will end
+            results[LOOK] = furthest_look(MERGED, merged.key, EvalSettings.of(block, recipe.root))
         plan.steps += _look_at_scores(walked, results, asked)
     for files in results.values():
         if isinstance(files, ModelFiles) and not isinstance(files, _NotHere) and files.adapter:

@@ -146,13 +146,14 @@ REPORTS = Kind("reports", "*.html", check=None, notes_use=False)  # pages of run
 LOGS = Kind("logs", "*.log", check=None, writer=r"-([0-9a-z]+-\d+)\.log$")  # of the servers: <server>-<writer>.log
 SEARCHES = Kind("search", "*.log", check=sealed_json.check_lines, removable=False)  # Optuna's journals
 OUTBOX = Kind("outbox", removable=False, backed_up=True)  # moves of the alias `champion` to report
+SERVED = Kind("served", "*", "served-", manifest=True, removable=False)  # versions in service
 QUARANTINE = Kind("quarantine", "*", check=None, notes_use=False)  # damaged entries that were set aside
 
 TABLE = {
     kind.name: kind
     for kind in (
         *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
-        *(ANSWERS, DIGESTS, PICTURES, REPORTS, LOGS, SEARCHES, OUTBOX, QUARANTINE),
+        *(ANSWERS, DIGESTS, PICTURES, REPORTS, LOGS, SEARCHES, OUTBOX, SERVED, QUARANTINE),
     )
 }
 """Name -> kind. Kinds that refer to entries of others are last."""

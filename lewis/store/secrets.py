@@ -73,9 +73,10 @@ WEBHOOK_SECRET = Secret(
     "webhook-secret", settings.WEBHOOK_SECRET, "remove it, and enter the new secret at the webhook on the Hub"
 )
 METRICS_KEY = Secret("metrics-key", settings.METRICS_KEY, "remove it, and give Prometheus the new key")
+SERVE_SECRET = Secret("serve-secret", settings.SERVE_SECRET, "remove it, and give the new one to the receiver")
 
 
 def files() -> list[Path]:
     """The files of secrets that the store has."""
-    paths = [each.path() for each in (PREFECT_KEY, MLFLOW_PASSWORD, WEBHOOK_SECRET, METRICS_KEY)]
+    paths = [each.path() for each in (PREFECT_KEY, MLFLOW_PASSWORD, WEBHOOK_SECRET, METRICS_KEY, SERVE_SECRET)]
     return [path for path in paths if path.exists()]

@@ -1,16 +1,20 @@
 """The tasks around the registry: find the champion, compare with it, register, promote."""
 
 import logging
+from dataclasses import replace
 
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis.allocation.step import AllocationEntry
+from lewis.evaluation import pairwise_judge
+from lewis.evaluation.documents import side_by_side
 from lewis.evaluation.gate import Incumbent, Verdict, judge
 from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.looks import Look, look_at
 from lewis.evaluation.statistics.scored import MERGED, Scored
-from lewis.evaluation.step import ModelScores, find_all_scores, scored
+from lewis.evaluation.step import ModelScores, find_scores, scored, scoring_devices
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
@@ -33,33 +37,91 @@ def find_champion(name: str, to_score: bool) -> Champion | None:
     return versions.fetch(current) if current and to_score else current
 
 
+@task(name="find-mark", task_run_name="find mark", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
+def find_mark(name: str) -> Champion | None:
+    """The version that no later one may fall behind, brought to this disk to be scored."""
+    current = promotion.mark(name)
+    return versions.fetch(current) if current else None
+
+
+@task(name="look", task_run_name="look at {documents} documents", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def look(
+    recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ModelScores], documents: int
+) -> tuple[bool, int | None]:
+    """Whether the verdict is certain already; and the documents of the next look if it is not, None: all."""
+    found = _judged(recipe, champion, merged, scores, documents)
+    flow_run.name_task(f"look at {documents} documents: {'certain' if found.certain else 'not certain yet'}")
+    return found.certain, _look(recipe, scores, documents).after
+
+
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
-def gate(recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ModelScores]) -> Verdict:
-    """Whether the merged model may be promoted, compared with the champion, or with a parent before there is one."""
+def gate(
+    recipe: Recipe,
+    champion: Champion | None,
+    merged: MergedModel,
+    scores: dict[str, ModelScores],
+    documents: int | None = None,
+) -> Verdict:
+    """Whether the merged model may be promoted, compared with the champion, or with a parent before there is one.
+
+    Args:
+        documents: of each task, if not all were scored.
+    """
+    found, rule = _judged(recipe, champion, merged, scores, documents), recipe.gate
+    if not (rule and rule.judge and found.passed and found.metric):
+        return found
+    models = scored(recipe.score_weights, {label: each for label, each in scores.items() if label != "mark"})
+    told = pairwise_judge.opinion(rule.judge, side_by_side(recipe.gate_metric, models))
+    return replace(found, passed=told.passed, reasons=(str(told), *found.reasons))
+
+
+def _judged(
+    recipe: Recipe,
+    champion: Champion | None,
+    merged: MergedModel,
+    scores: dict[str, ModelScores],
+    documents: int | None,
+) -> Verdict:
     assert recipe.register_as is not None
     rule = recipe.register_as.gate
     standing = promotion.standing(recipe.register_as.model, merged.digest)
+    models = {model.label: model for model in scored(recipe.score_weights, scores)} if rule else {}
+    marked = models.pop("mark", None) or (_scores_of_mark(recipe, standing.mark, merged, documents) if rule else None)
     return judge(
         rule,
-        scored(recipe.score_weights, scores) if rule else (),
+        list(models.values()),
         merged.digest,
         champion=Incumbent(champion.version.uri, champion.digest) if champion else None,
         standing=standing,
-        marked=_scores_of_mark(recipe, standing.mark, merged) if rule else None,
-        limit=recipe.evaluate.limit if recipe.evaluate else None,
+        marked=marked,
+        limit=recipe.evaluate.limit if recipe.evaluate and recipe.evaluate.documents != "by_release" else None,
+        look=_look(recipe, scores, documents),
     )
 
 
-def _scores_of_mark(recipe: Recipe, mark: Incumbent | None, merged: MergedModel) -> Scored | None:
-    """The scores of the mark, if the store has them from the time when it was judged; in the merged model's format."""
+def _look(recipe: Recipe, scores: dict[str, ModelScores], documents: int | None) -> Look:
+    if recipe.evaluate is None or recipe.evaluate.stop == "never":
+        return Look()
+    return look_at(recipe.evaluate.stop, documents, scores[MERGED].pools)
+
+
+def _scores_of_mark(
+    recipe: Recipe, mark: Incumbent | None, merged: MergedModel, documents: int | None
+) -> Scored | None:
+    """The scores of the mark, if the store has them from the time when it was judged; in the merged model's format.
+
+    They are of the documents that were scored now, or of all.
+    """
     if mark is None or recipe.evaluate is None:
         return None
-    models = {"merged": (MERGED, merged.digest), "mark": (mark.uri, mark.digest)}
-    by_task = EvalSettings.of(recipe.evaluate, recipe.root).by_task()
-    found = [each for task in by_task if (each := find_all_scores(models, task))]
-    if len(found) < len(by_task):
-        return None
-    return scored(recipe.score_weights, {"mark": ModelScores(entries=tuple(each["mark"] for each in found))})[0]
+    seed = merged.digest if recipe.evaluate.documents == "by_release" else ""
+    settings = replace(EvalSettings.of(recipe.evaluate, recipe.root), seed=seed, look=documents)
+    for device in scoring_devices():
+        if find_scores(MERGED, merged.digest, settings, device):
+            for each in (settings, replace(settings, look=None)):
+                if found := find_scores(mark.uri, mark.digest, each, device):
+                    return scored(recipe.score_weights, {"mark": found})[0]
+    return None
 
 
 # Not cached: MLflow itself knows whether this merge is registered already.

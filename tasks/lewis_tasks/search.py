@@ -53,7 +53,10 @@ def record_search(
     create_table_artifact(table, key=f"{key}-table", description="What the search has tried")
     if not ended:
         return runs.record(*about)
-    files = {"search_history.png": search_report.history(trials, objectives), "recipe.yaml": recipe.text.encode()}
+    files = {
+        "search_history.png": search_report.history(trials, objectives),
+        "recipe.yaml": recipe.public_text.encode(),
+    }
     if len(objectives) > 1:
         files["search_pareto.png"] = search_report.pareto(trials, front, objectives)
     pictures = "\n\n".join(picture(name, data) for name, data in files.items() if name.endswith(".png"))

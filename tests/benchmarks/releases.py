@@ -21,7 +21,7 @@ from tests.support.releases import KEY, Releases, releases
 KINDS = ("equal", "a quarter of a margin less each time", "a margin less each time", "one gain, the last")
 
 
-def one(policy: str, kind: str, documents: int, versions: int, gained: float, seed: int) -> Releases:
+def one(policy: str, kind: str, documents: int, versions: int, gained: float, fresh: bool, seed: int) -> Releases:
     """One row of versions."""
     comparison.RESAMPLES = 50  # bootstraps decide nothing where answers are right or wrong
     margin = power.margin(power.spread([(1.0, documents)]))
@@ -33,7 +33,7 @@ def one(policy: str, kind: str, documents: int, versions: int, gained: float, se
             return gained if number == versions else 0.0
         return champion - margin / (4 if "quarter" in kind else 1)
 
-    return releases(Gate(metric=KEY, policy=policy), seed, documents, versions, gain)
+    return releases(Gate(metric=KEY, policy=policy), seed, documents, versions, gain, fresh)
 
 
 def enough(gain: float, number: int) -> int:
@@ -59,22 +59,25 @@ def main() -> None:
             versions: int = options.versions,
             gained: float = 0.0,
             documents: int = options.documents,
+            fresh: bool = False,
         ) -> list[Releases]:
-            task = partial(one, policy, kind, documents, versions, gained)
+            task = partial(one, policy, kind, documents, versions, gained, fresh)
             return list(pool.map(task, range(options.rows), chunksize=5))
 
         found = run("better", "equal")
         print(f"better, equal versions: {np.mean([bool(row.promoted) for row in found]):.1%} of rows promote one ever")
-        for policy, kind in (("not_worse", each) for each in KINDS[:3]):
-            found = run(policy, kind)
+        for fresh, kind in ((fresh, each) for fresh in (False, True) for each in KINDS[:3]):
+            policy = "not_worse"
+            found = run(policy, kind, fresh=fresh)
             share = [len(row.promoted) / options.versions for row in found]
             ends = [row.quality[-1] / margin for row in found]
+            kind += ", fresh documents for each" if fresh else ""
             print(
                 f"{policy}, {kind}: {np.mean(share):.0%} of versions promoted "
                 f"({np.quantile(share, 0.1):.0%} in the worst tenth of rows); the champion's true loss at the end in "
                 f"margins: mean {-np.mean(ends) + 0:.2f}, worst {-np.min(ends) + 0:.2f}"
             )
-            if kind == "equal":
+            if kind == "equal" and not fresh:
                 for after in (1, 10, 50, options.versions):
                     drift = np.mean([row.score[after - 1] - row.first for row in found])
                     print(

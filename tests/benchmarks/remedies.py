@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.remedies rows DIR --shared DIR
     python -m tests.benchmarks.remedies run FILE.jsonl NAME --rows DIR --base DIR --expert TASK=DIR ... [--set K=V]
+    python -m tests.benchmarks.remedies others FILE.jsonl NAME --rows DIR --base DIR --expert TASK=DIR ...
     python -m tests.benchmarks.remedies table FILE.jsonl
 
 `rows` writes `TASK-train.jsonl` and `TASK-test.jsonl`, rows of `prompt` and `answer`, for the tasks math, code and sql
@@ -14,6 +15,9 @@ folder (LoRA of rank 16, alpha 32, all linear layers, 140 steps of 4 rows, lr 4e
 does; the recipe is the recommended one, with `prompt` and `answer` and 64 calibration rows of each task. The distance
 is the mean over the tasks of the loss, in nats per answer token and mean over the rows, minus that of the expert on
 its own task, with the 95 % bootstrap interval over all rows; beside it that of each task, and of its worst row.
+
+`others` does so for every other method, at the values of `OTHERS` that are best on test rows 1 to `--tune`. Models are
+scored in bf16, which adds noise of a hundredth of their distances.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import json
 import re
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +33,25 @@ import numpy as np
 import torch
 import yaml
 
+from lewis.methods import find
 from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from tests.benchmarks.quality import MEMORY, TOKENS, Scorer, interval, lines
 from tests.support import pipeline
 
 Pair = tuple[str, str]
+_SCALES = (1.0, 0.7, 0.5, 0.35, 0.25)
+OTHERS: dict[str, list[dict[str, float]]] = {  # method -> the values that are tried
+    "task_arithmetic": [{"lambda": scale} for scale in _SCALES],
+    "ties": [{"density": share, "lambda": scale} for share in (0.6, 0.3) for scale in _SCALES],
+    **{method: [{"density": 0.6, "lambda": scale} for scale in _SCALES[:4]] for method in ("dare_ties", "della")},
+    "dare_linear": [{"density": 0.6, "lambda": scale} for scale in _SCALES],
+    "della_linear": [{"density": 0.6, "lambda": scale} for scale in _SCALES],
+    "breadcrumbs": [{"density": 0.9, "lambda": scale} for scale in _SCALES],
+    **{method: [{"lambda": scale} for scale in _SCALES] for method in ("consensus", "pcb")},
+    "regmean": [{"ridge": ridge} for ridge in (1e-2, 1e-1, 1.0)],
+    **{method: [{}] for method in ("linear", "sce", "model_stock", "ram", "ramplus_tl", "multislerp", "karcher")},
+}
 
 
 def shared_rows(task: str, data: Path, part: str) -> list[Pair]:
@@ -57,46 +75,102 @@ def write_rows(folder: Path, shared: Path) -> None:
             (folder / f"{task}-{part}.jsonl").write_text("\n".join(rows))
 
 
-def recipe_of(options: argparse.Namespace, experts: dict[str, str], overrides: list[str]) -> Recipe:
-    sets = {
+def sets_of(options: argparse.Namespace, tasks: Iterable[str]) -> dict[str, dict[str, Any]]:
+    return {
         task: {
             "dataset": "json", "data_files": str(options.rows / f"{task}-train.jsonl"), "samples": 64,
             "prompt": "{prompt}", "answer": "{answer}",
         }
-        for task in experts
+        for task in tasks
     }  # fmt: skip
+
+
+def recipe_of(options: argparse.Namespace, experts: dict[str, str], overrides: list[str]) -> Recipe:
     content: dict[str, Any] = {
         "merge_method": "recommended",
         "base_model": str(options.base.resolve()),
         "models": [{"model": str(Path(path).resolve()), "calibration": task} for task, path in experts.items()],
         "dtype": "float32",
-        "lewis": {"calibrations": sets},
+        "lewis": {"calibrations": sets_of(options, experts)},
     }
     return Recipe.parse(yaml.safe_dump(content), root=options.rows.resolve(), overrides=overrides)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Merge, and score the merged model and the experts."""
-    experts = dict(each.split("=", 1) for each in options.expert)
+def other_recipe(options: argparse.Namespace, experts: dict[str, str], method: str, values: dict[str, float]) -> Recipe:
+    base = options.base.resolve()
+    models = [{"model": str(Path(path).resolve())} for path in experts.values()]
+    content: dict[str, Any] = {"merge_method": method, "dtype": "float32", "parameters": {**values}, "models": models}
+    if not find(method).base_is_a_model:
+        content["base_model"] = str(base)
+    else:  # the base would take part in the mean of the experts
+        adapted = [(Path(each["model"]) / "adapter_config.json").exists() for each in models]
+        content["models"] = [
+            {"model": f"{base}+{each['model']}" if put else each["model"]}
+            for each, put in zip(models, adapted, strict=True)
+        ]
+        content["parameters"] |= {"weight": 1.0} if method == "linear" else {}
+    if method == "regmean":
+        content["lewis"] = {"calibrations": sets_of(options, experts)}
+        content["models"] = [{**each, "calibration": task} for each, task in zip(models, experts, strict=True)]
+    return Recipe.parse(yaml.safe_dump(content), root=options.rows.resolve())
+
+
+def test_rows(options: argparse.Namespace, tasks: Iterable[str], skip: int, count: int) -> dict[str, list[Pair]]:
     rows = {}
-    for task in experts:
+    for task in tasks:
         found = [(row["prompt"], row["answer"]) for row in lines(options.rows / f"{task}-test.jsonl")]
-        fitting = [pair for pair in found if len("".join(pair)) < 3 * TOKENS]
-        rows[task] = fitting[options.skip : options.skip + options.count]
-    scorer = Scorer(options.base, rows, torch.float32)
-    recipe = recipe_of(options, experts, options.set or [])
+        rows[task] = [pair for pair in found if len("".join(pair)) < 3 * TOKENS][skip : skip + count]
+    return rows
+
+
+def merge(recipe: Recipe, scorer: Scorer) -> dict[str, Any]:
+    """Merge, and score the merged model."""
     base, sources = pipeline.pin_all(recipe)
-    assert base is not None
-    files = [pipeline.download(source) for source in sources]
+    files, of_base = [pipeline.download(source) for source in sources], base and pipeline.download(base)
     begun = time.perf_counter()
-    merge = pipeline.prepare_merge(recipe, pipeline.download(base), files)
+    prepared = pipeline.prepare_merge(recipe, of_base, files)
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        written = merge.run(Path(folder) / "merged")
-        seconds = time.perf_counter() - begun
-        merged = scorer.losses(Checkpoint(Path(folder) / "merged", merge.digest))
-    own = {task: scorer.losses(model.open(), task)[task] for task, model in zip(experts, files, strict=True)}
-    gaps = {task: [a - b for a, b in zip(merged[task], own[task], strict=True)] for task in experts}
-    return {"name": options.name, "skip": options.skip, "gaps": gaps, "fit": written.fit, "seconds": round(seconds)}
+        written = prepared.run(Path(folder) / "merged")
+        seconds = round(time.perf_counter() - begun)
+        losses = scorer.losses(Checkpoint(Path(folder) / "merged", prepared.digest))
+    return {"losses": losses, "fit": written.fit, "seconds": seconds}
+
+
+Losses = dict[str, list[float]]
+
+
+def of_experts(experts: dict[str, str], recipe: Recipe, scorer: Scorer) -> Losses:
+    """The loss of each expert on the rows of its task."""
+    files = [pipeline.download(source) for source in pipeline.pin_all(recipe)[1]]
+    return {task: scorer.losses(model.open(), task)[task] for task, model in zip(experts, files, strict=True)}
+
+
+def line(name: str, options: argparse.Namespace, found: dict[str, Any], own: Losses) -> dict[str, Any]:
+    gaps = {task: [a - b for a, b in zip(found["losses"][task], own[task], strict=True)] for task in own}
+    return {"name": name, "skip": options.skip, "gaps": gaps, "fit": found["fit"], "seconds": found["seconds"]}
+
+
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Merge with the recommended recipe."""
+    experts = dict(each.split("=", 1) for each in options.expert)
+    scorer = Scorer(options.base, test_rows(options, experts, options.skip, options.count), torch.float32)
+    recipe = recipe_of(options, experts, options.set or [])
+    yield line(options.name, options, merge(recipe, scorer), of_experts(experts, recipe, scorer))
+
+
+def others(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Merge with each other method, at its best values."""
+    experts = dict(each.split("=", 1) for each in options.expert)
+    tuning = Scorer(options.base, test_rows(options, experts, 0, options.tune))
+    judging = Scorer(options.base, test_rows(options, experts, options.skip, options.count))
+    own = of_experts(experts, recipe_of(options, experts, []), judging)
+    for method, tried in OTHERS.items():
+        recipes = [other_recipe(options, experts, method, values) for values in tried]
+        losses = [merge(each, tuning)["losses"] if len(recipes) > 1 else {"": [0.0]} for each in recipes]
+        means = [np.mean([np.mean(rows) for rows in each.values()]) for each in losses]
+        best = int(np.argmin(means))
+        label = ", ".join([options.name, method, *(f"{name} {value:g}" for name, value in tried[best].items())])
+        yield line(label, options, merge(recipes[best], judging), own)
 
 
 def print_table(found: list[dict[str, Any]]) -> None:
@@ -112,28 +186,36 @@ def print_table(found: list[dict[str, Any]]) -> None:
         print(f"| {each['name']} | {first} to {last} | {cells} |")
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The models and rows."""
+    parser.add_argument("--rows", type=Path, required=True, help="what `rows` wrote")
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--expert", action="append", required=True, help="TASK=DIR")
+    parser.add_argument("--skip", type=int, default=100, help="test rows that are left out")
+    parser.add_argument("--count", type=int, default=100, help="test rows of each task")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    rows, one, table = (commands.add_parser(name) for name in ("rows", "run", "table"))
+    rows, one, all_others, table = (commands.add_parser(name) for name in ("rows", "run", "others", "table"))
     rows.add_argument("folder", type=Path)
     rows.add_argument("--shared", type=Path, required=True)
-    for each in (one, table):
+    for each in (one, all_others, table):
         each.add_argument("file", type=Path)
-    one.add_argument("name")
-    one.add_argument("--rows", type=Path, required=True, help="what `rows` wrote")
-    one.add_argument("--base", type=Path, required=True)
-    one.add_argument("--expert", action="append", required=True, help="TASK=DIR")
+    for each in (one, all_others):
+        each.add_argument("name")
+        add_options(each)
     one.add_argument("--set", action="append", help="a key of the recipe, as of lewis merge")
-    one.add_argument("--skip", type=int, default=100, help="test rows that are left out")
-    one.add_argument("--count", type=int, default=100, help="test rows of each task")
+    all_others.add_argument("--tune", type=int, default=20, help="test rows of each task that values are chosen on")
     options = parser.parse_args()
     if options.command == "rows":
         write_rows(options.folder, options.shared)
-    elif options.command == "run":
-        with options.file.open("a") as file:
-            file.write(json.dumps(run(options)) + "\n")
-        print_table(lines(options.file)[-1:])
+    elif options.command in ("run", "others"):
+        for found in (run if options.command == "run" else others)(options):
+            with options.file.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print_table([found])
     else:
         print_table(lines(options.file))
 

@@ -70,10 +70,10 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Itera
             APILogWorker.drain_all(timeout=10)  # else a flow of this process is waited for at exit: for a minute
 
 
-def write_words(folder: Path) -> None:
+def write_words(folder: Path, count: int = 40) -> None:
     """The data of the tests' calibration set and lm-eval task."""
     draw = random.Random(0)
-    rows = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(40)]
+    rows = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(count)]
     (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 

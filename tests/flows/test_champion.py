@@ -19,6 +19,7 @@ from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
 from tests.flows.conftest import TASK, Command, write_words
 from tests.support.damage import damage
+from tests.support.judge_server import by_reference, judging
 from tests.support.models import WORDS, rewrite, write_expert, write_llama
 from tests.support.prefect_key import credentials
 
@@ -224,11 +225,30 @@ def _check_why_it_is_worse(home: Path, worse: Any) -> None:
     assert all("\n".join(f"* {name}: `{cell}`" for name, cell in each.items()) in sides for each in rows)
     differ = [each["answer of champion"][0] != each["answer of merged"][0] for each in rows]
     assert differ == sorted(differ, reverse=True) and sum(differ) == min(20, int(row["losses"]) + int(row["wins"]))
+    _check_traces(client, run, rows)
     assert all(
         (each[f"answer of {label}"] == "✓ w1") == each[f"answer of {label}"].startswith("✓")
         for each in rows
         for label in ("champion", "merged")
     )
+
+
+def _check_traces(client: Any, run: str, rows: list[dict[str, str]]) -> None:
+    """The answers that differ are traces of both models, with what is expected of them; a person's feedback is kept."""
+    import mlflow
+
+    experiment = client.get_run(run).info.experiment_id
+    differ = [row for row in rows if row["answer of champion"][2:] != row["answer of merged"][2:]]
+    mlflow.set_tracking_uri(client.tracking_uri)
+    for label, version in (("champion", "1"), ("merged", "2")):
+        model = client.get_model_version("tiny", version).source.removeprefix("models:/")
+        found = client.search_traces(locations=[experiment], model_id=model)
+        own = [each for each in found if each.info.request_metadata["mlflow.sourceRun"] == run]
+        answers = sorted((each.data.spans[0].inputs["end of the prompt"], each.data.spans[0].outputs) for each in own)
+        assert answers == sorted((row["end of the prompt"], row[f"answer of {label}"][2:]) for row in differ) and own
+        assert {each.info.assessments[0].expectation.value for each in own} == {"w1"}
+    mlflow.log_feedback(trace_id=own[0].info.trace_id, name="polite", value=False)
+    assert [each.name for each in client.get_trace(own[0].info.trace_id).info.assessments] == ["expected", "polite"]
 
 
 def test_a_release_with_equal_scores_becomes_champion_where_no_gain_is_asked_for(
@@ -250,6 +270,103 @@ def test_a_release_with_equal_scores_becomes_champion_where_no_gain_is_asked_for
     rules = [rule.split(":")[0] for rule in worse.verdict if rule.endswith("fail")]
     assert not worse.promoted and aliases(home)["champion"] == "2"
     assert rules[:2] == ["words/acc,none must not be worse by 0.1", "words/acc,none must not be worse than models"]
+
+
+def test_what_passes_is_shown_to_a_judge_and_without_its_answer_nothing_is_promoted(
+    run: Callable[..., Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asks = "register.gate.judge={model: wise, documents: 12}"
+    with judging(by_reference) as (url, asked):
+        monkeypatch.setenv("LEWIS_JUDGE", url)
+        first = run("half", asks)
+        assert first.promoted and first.verdict[0].startswith(
+            "judge wise must not prefer base: it prefers merged on 12"
+        )
+        assert len(asked) == 24
+    with judging(lambda _: "hm", 401) as (url, _):
+        monkeypatch.setenv("LEWIS_JUDGE", url)
+        with pytest.raises(LewisError, match="refuses the model wise: it answers 401"):
+            run("good", asks)
+        assert versions(home) == {"1": "passed"} and aliases(home)["champion"] == "1"
+    with judging(lambda text: "[[B]]" if "answer of A\nw1\n" in text else "[[A]]") as (url, _):  # it is perverse
+        monkeypatch.setenv("LEWIS_JUDGE", url)
+        worse = run("good", asks)
+        assert not worse.promoted and worse.verdict[0].endswith(": fail") and aliases(home)["champion"] == "1"
+
+
+def test_scoring_ends_once_the_verdict_is_known(
+    run: Callable[..., Any], recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clear loser and a clear winner on the first 32 of 300 documents, and what is equal on all of them."""
+    write_words(recipe.parent, 300)
+    first = run("half", "evaluate.stop=known")
+    assert first.promoted and {row["documents"] for row in first.comparison} == {"32"}
+
+    worse = run("noise", "evaluate.stop=known", "register.gate.policy=not_worse")
+    assert not worse.promoted and {row["documents"] for row in worse.comparison} == {"32"}
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    assert client.get_model_version("tiny", "2").tags["lewis.documents"] == "32 of 300"
+    assert worse.verdict[-1].startswith("note: 32 of 300 documents of each task were scored, which was enough to know")
+    message = newest_ended(prefect_url)["state"]["message"]
+    assert message.startswith("v2: words/acc,none ") and " on 32 of 300 documents" in message
+    assert states(prefect_url, "look at 32 documents: certain") == {"Completed"}
+    assert states(prefect_url, "evaluate champion words, 32 documents") == {"Cached"}
+
+    rewrite(recipe.parent / "half", recipe.parent / "moved", lambda _, tensor: tensor * 1.01)
+    equal = run("moved", "evaluate.stop=known", "register.gate.policy=not_worse")
+    assert equal.promoted and {row["documents"] for row in equal.comparison} == {"300"}
+    assert "lewis.documents" not in client.get_model_version("tiny", "3").tags
+    assert states(prefect_url, "look at 64 documents: not certain yet") == {"Completed"}
+
+    better = run("good", "evaluate.stop=worse")
+    assert better.promoted and {row["documents"] for row in better.comparison} == {"300"}
+    again = run("good", "evaluate.stop=known")
+    assert newest_run(prefect_url) == "Cached" and again.comparison[-1] == better.comparison[-1]
+    run("noise", "evaluate.stop=known", "register.gate.policy=not_worse")
+    assert newest_run(prefect_url) == "Cached"
+
+
+def test_documents_are_drawn_for_each_release(run: Callable[..., Any], recipe: Path, home: Path) -> None:
+    """Other documents for the second version, on which the champion is scored, too."""
+    from mlflow import MlflowClient
+
+    write_words(recipe.parent, 300)
+    drawn = "evaluate.documents=by_release", "evaluate.limit=64"
+    assert run("half", *drawn).promoted
+    rewrite(recipe.parent / "half", recipe.parent / "moved", lambda _, tensor: tensor * 1.01)
+    assert run("moved", *drawn, "register.gate.policy=not_worse").promoted
+    good = run(
+        "good", *drawn, "register.gate.policy=not_worse"
+    )  # the mark is the first version, the champion the second
+    assert good.promoted and any("must not be worse than models:/tiny/1" in rule for rule in good.verdict)
+    assert not any(rule.startswith("note: models") for rule in good.verdict)
+    assert [row["model"] for row in good.comparison] == ["base", "champion", "merged"]
+    client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    runs = [client.get_run(each.run_id) for each in client.search_model_versions("name='tiny'")]
+    digests = {each.dataset.digest for run in runs for each in run.inputs.dataset_inputs}
+    assert len(digests) == 3
+    of_champion = [run.data.metrics.get("champion/words/acc") for run in runs]
+    assert None in of_champion and any(score and 0 < score < 1 for score in of_champion)
+
+
+def test_a_search_gives_up_trials_that_are_worse_than_the_best(
+    recipe: Path, run: Callable[..., Any], prefect_url: str
+) -> None:
+    """With a lambda of 0 the merge is the base, which has nothing right; 80 of 300 documents show it."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from lewis_flows.search import search_flow
+    from lewis_tasks.support.flow_run import result_of_run
+
+    write_words(recipe.parent, 300)
+    space = "search: {trials: 5, space: {parameters.lambda: [0.0, 1.0]}}\n"
+    recipe.write_text(f"{RECIPE.replace('half', 'good')}parameters: {{lambda: 1.0}}\n{space}")
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        found = result_of_run(search_flow(str(recipe), return_state=True))
+    states = {(trial["values"]["parameters.lambda"], trial["state"]) for trial in found.trials}
+    assert states == {(1.0, "done"), (0.0, "pruned")} and found.best == {"parameters.lambda": 1.0}
 
 
 def test_a_flipped_bit_never_becomes_champion(

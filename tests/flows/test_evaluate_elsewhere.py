@@ -17,14 +17,17 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Sched
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import step, work_queue
 from lewis.recipe import Recipe
+from lewis.steps.table import EVALUATE
 from lewis_flows import evaluate_elsewhere as elsewhere
 from lewis_flows import recipes_folder, walk
 from lewis_flows.evaluate import evaluate_flow
 from lewis_flows.service import up
 from tests.conftest import Family
+from tests.flows.conftest import TASK
 from tests.support import pipeline
 
 LORA = ["output={kind: lora, rank: 4}", "exclude=[norm]"]  # it saves the embedding whole, to which the head is tied
+TINY = {"recipe": "tiny", "task": "words.yaml"}
 LATE = Scheduled().model_copy(update={"name": "Late"})
 
 
@@ -81,7 +84,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Server]:
 def test_how_a_run_has_ended_is_told(started: Callable[..., Server], end: Any, told: str) -> None:
     started(Scheduled(), Running(), httpx.ConnectError("away"), Running(), end)
     with pytest.raises(LewisError, match=f"the run evaluate tiny in the work queue gpu {told}"):
-        elsewhere._run("gpu", {"recipe": "tiny"})
+        elsewhere._run("gpu", [TINY])
 
 
 def test_a_run_that_dies_is_started_again_twice(
@@ -89,12 +92,33 @@ def test_a_run_that_dies_is_started_again_twice(
 ) -> None:
     dead = Crashed(message="Its heartbeats stopped")
     server = started(Running(), dead, Running(), dead, Scheduled(), Completed())
-    elsewhere._run("gpu", {"recipe": "tiny"})
+    elsewhere._run("gpu", [TINY])
     assert not server.answers and caplog.text.count("died; starting it again: Its heartbeats stopped") == 2
     server = started(dead, dead, dead, Completed())
     with pytest.raises(LewisError, match="in the work queue gpu died 3 times: Its heartbeats stopped"):
-        elsewhere._run("gpu", {"recipe": "tiny"})
+        elsewhere._run("gpu", [TINY])
     assert len(server.answers) == 1
+
+
+def test_each_task_has_a_run_and_all_are_started_before_one_is_waited_for(
+    started: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, names = started(Running(), Completed(), Completed()), list[tuple[str, int]]()
+
+    def start(*_: Any, flow_run_name: str, **__: Any) -> FlowRun:
+        names.append((flow_run_name, len(server.answers)))
+        return server.run
+
+    monkeypatch.setattr(elsewhere, "run_deployment", start)
+    elsewhere._run("gpu", [TINY, {**TINY, "task": "gsm8k"}])
+    assert names == [("evaluate tiny: words", 3), ("evaluate tiny: gsm8k", 3)] and not server.answers
+    server = started(Completed(), Failed(message="no"))
+    with pytest.raises(LewisError, match="failed: no"):
+        elsewhere._run("gpu", [TINY, {**TINY, "task": "gsm8k"}])
+    server = started(Running(), KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        elsewhere._run("gpu", [TINY, {**TINY, "task": "gsm8k"}])
+    assert server.set == ["CANCELLING", "CANCELLING"]
 
 
 def test_a_run_that_no_worker_takes_is_told_once(
@@ -102,7 +126,7 @@ def test_a_run_that_no_worker_takes_is_told_once(
 ) -> None:
     server = started(Scheduled(), LATE, LATE, Running(), Completed())
     with caplog.at_level(logging.WARNING):
-        elsewhere._run("gpu", {"recipe": "tiny"})
+        elsewhere._run("gpu", [TINY])
     (line,) = [each.getMessage() for each in caplog.records if "worker" in each.getMessage()]
     assert "`--work-queue gpu`" in line and server.set == []
 
@@ -111,7 +135,7 @@ def test_a_run_that_no_worker_takes_is_told_once(
 def test_who_is_interrupted_cancels_the_run(started: Callable[..., Server], interruption: BaseException) -> None:
     server = started(Running(), interruption)
     with pytest.raises(type(interruption)):
-        elsewhere._run("gpu", {"recipe": "tiny"})
+        elsewhere._run("gpu", [TINY])
     assert server.set == ["CANCELLING"]
 
 
@@ -123,7 +147,7 @@ def test_a_server_without_the_deployment_is_told(
 
     monkeypatch.setattr(started(), "read_deployment_by_name", missing)
     with pytest.raises(LewisError, match=r"no deployment evaluate/evaluate.*`lewis deploy`"):
-        elsewhere._run("gpu", {"recipe": "tiny"})
+        elsewhere._run("gpu", [TINY])
 
 
 def test_a_deployment_in_another_pool_is_told(started: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,12 +157,12 @@ def test_a_deployment_in_another_pool_is_told(started: Callable[..., Server], mo
     with pytest.raises(
         LewisError, match=r"expected .* in the work pool scoring, but it is in lewis; run `lewis deploy`"
     ):
-        elsewhere._run("default", {"recipe": "tiny"})
+        elsewhere._run("default", [TINY])
     server.pool = "scoring"
     with pytest.raises(
         LewisError, match="the run evaluate tiny in the work queue default of the work pool scoring failed"
     ):
-        elsewhere._run("default", {"recipe": "tiny"})
+        elsewhere._run("default", [TINY])
 
 
 def test_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -182,7 +206,9 @@ def test_the_run_scores_what_the_merge_names_and_only_then(
     """The flow in this process, for a base, a merged model or adapter, and a worker that lacks something."""
     monkeypatch.setenv("LEWIS_RECIPES", str(recipe.parent))
     monkeypatch.setenv("LEWIS_EVALUATE_QUEUE", "gpu")
+    (recipe.parent / "again.yaml").write_text(TASK.replace("task: words", "task: again"))
     overrides = ["lewis=null", "register=null", "evaluate.baselines=[base]", *output]
+    overrides += ["evaluate.tasks=[words.yaml, again.yaml]"]
     plan = Recipe.load(recipe, overrides)
     base, experts = pipeline.fetch(plan)
     assert base is not None
@@ -191,9 +217,10 @@ def test_the_run_scores_what_the_merge_names_and_only_then(
     tasks = step.lm_eval.tasks_digest(step.EvalSettings.of(plan.evaluate, plan.root))
     runs: list[dict[str, Any]] = []
 
-    def run(queue: str, parameters: dict[str, Any]) -> None:
-        runs.append(parameters)
-        evaluate_flow(**parameters)
+    def run(queue: str, parameters: list[dict[str, Any]]) -> None:
+        for each in parameters:
+            runs.append(each)
+            evaluate_flow(**each)
 
     monkeypatch.setattr(elsewhere, "_run", run)
     monkeypatch.setattr(elsewhere, "submit", lambda _, entry, what, found: (entry.ref, what, found))
@@ -203,11 +230,13 @@ def test_the_run_scores_what_the_merge_names_and_only_then(
     with temporary_settings({PREFECT_API_URL: prefect_url}):
         for found in (False, True):
             walked = walk.Walk(plan, begun)
-            elsewhere.score(walked, {}, "gpu", plan, "tiny", overrides, tasks)
+            elsewhere.score(walked, {}, "gpu", plan, "tiny", overrides, tasks, walked.graph.of(EVALUATE))
             assert walked.scores() == {
-                label: [(ref, f"{label} words", found)] for label, ref in (("base", base.ref), ("merged", "merged"))
+                label: [(ref, f"{label} {task}", found) for task in ("words", "again")]
+                for label, ref in (("base", base.ref), ("merged", "merged"))
             }
-        assert len(runs) == 1 and runs[0]["models"] == {"base": base.key, "merged": merged.digest}
+        assert [each["task"] for each in runs] == ["words.yaml", "again.yaml"]
+        assert all(each["models"] == {"base": base.key, "merged": merged.digest} for each in runs)
         wrong: dict[str, dict[str, Any]] = {
             "not the same on this worker": {"tasks": "another"},
             "does not have the model 00000000": {"models": {"merged": "0" * 64}},

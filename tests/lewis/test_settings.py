@@ -26,6 +26,8 @@ CASES = {  # the value by default; a text and its value; a wrong text
     "LEWIS_DASK_ADDRESS": ("", "tcp://host:8786", "tcp://host:8786", "two words"),
     "LEWIS_RAY_ADDRESS": ("", "auto", "auto", "two words"),
     "LEWIS_EVALUATION_SERVER": ("", SERVER, SERVER, "serve --port {port}"),
+    "LEWIS_JUDGE": ("", "http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1", "127.0.0.1:8000"),
+    "LEWIS_JUDGE_KEY": ("", "key", "key", "a\nb"),
     "LEWIS_EVALUATE_QUEUE": ("", " gpu ", "gpu", "a/b"),
     "LEWIS_EVALUATE_POOL": ("lewis", "evaluate", "evaluate", "a b"),
     "LEWIS_MLFLOW_AUTH": (True, "0", False, "off"),
@@ -40,6 +42,9 @@ CASES = {  # the value by default; a text and its value; a wrong text
     "LEWIS_WEBHOOK_URL": ("", "http://127.0.0.1:4300/webhook", "http://127.0.0.1:4300/webhook", "4300"),
     "LEWIS_WEBHOOK_SECRET": ("", " s3cret word ", "s3cret word", "two\nlines"),
     "LEWIS_METRICS_KEY": ("", "k", "k", "a\tb"),
+    "LEWIS_SERVE_PROGRAMS": (None, "/x", Path("/x"), "~nobody-of-that-name/x"),
+    "LEWIS_SERVE_SECRET": ("", "s", "s", "two\nlines"),
+    "LEWIS_SERVE_KEY": ("", "k", "k", "a\tb"),
 }
 BY_NAME = {each.name: each for each in settings.ALL}
 

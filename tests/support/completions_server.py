@@ -47,8 +47,9 @@ class Answers:
         logs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         ids = [*ids, int(logs[-1].argmax())]
         own = [None, *(logs[i - 1, ids[i]].item() for i in range(1, len(ids)))]
+        starts = [len(self.tokenizer.decode(ids[:i])) + bool(i) for i in range(len(ids))]  # words, and spaces between
         best = [None, *({str(int(row.argmax())): row.max().item()} for row in logs)]
-        return {"text": "", "logprobs": {"token_logprobs": own, "top_logprobs": best}}
+        return {"text": "", "logprobs": {"token_logprobs": own, "top_logprobs": best, "text_offset": starts}}
 
     @torch.no_grad()
     def _written(self, ids: list[int], body: dict[str, Any]) -> str:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from lewis import store
-from lewis.registry import creation, tracking
+from lewis.evaluation.gate import Verdict
+from lewis.registry import creation, promotion, tracking, versions
 from lewis.registry.registration import Registration
-from lewis.registry.versions import Version
+from lewis.registry.versions import Champion, Version
+from tests.support.models import write_tokenizer
 
 
 def make_home(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -21,15 +23,40 @@ def make_home(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def registered(
-    folder: Path, digit: str, lineage: Mapping[str, str], name: str, verdict: str | None = "failed"
+    folder: Path,
+    digit: str,
+    lineage: Mapping[str, str],
+    name: str,
+    verdict: str | None = "failed",
+    base: Path | None = None,
 ) -> Version:
-    """A version of the model in `folder` that claims a lineage and a verdict; its digest is the digit, 64 times."""
+    """A version of the model in `folder` that claims a lineage and a verdict; its digest is the digit, 64 times.
+
+    An adapter needs the folder of its `base`.
+    """
     digest = digit * 64
     checkpoint = store.home() / "merged" / digest
     with store.publish(checkpoint, {"digest": digest}) as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True)
-    version = creation.register(Registration(name, checkpoint, digest, {}, {}, lineage, "", {}, {}, ""))
+    version = creation.register(Registration(name, checkpoint, digest, {}, {}, lineage, "", {}, {}, "", base=base))
     if verdict:
         with tracking.client("setting a verdict") as client:
             client.set_model_version_tag(version.name, version.version, "lewis.verdict", verdict)
     return version
+
+
+def crowned(folder: Path, digit: str, name: str = "tiny", base: Path | None = None) -> Champion:
+    """As `registered`, and the champion."""
+    version, current = registered(folder, digit, {"x": digit}, name, None, base), versions.champion(name)
+    beside = current.version.uri if current else "base"
+    assert promotion.promote(version, Verdict(True, ("a rule: pass",), beside, "acc 1 vs 0", "acc")).moved
+    found = versions.champion(name)
+    assert found is not None
+    return found
+
+
+def with_tokenizer(adapter: Path, folder: Path) -> Path:
+    """A copy of an adapter with a tokenizer, as merged adapters have it."""
+    shutil.copytree(adapter, folder)
+    write_tokenizer(folder)
+    return folder

@@ -53,19 +53,27 @@ def scored(label: str, values: np.ndarray) -> Scored:
     return Scored.of(label, label, Evaluated([score], [samples], ENDS, {}))
 
 
-def releases(gate: Gate, seed: int, documents: int, versions: int, gain: Callable[[int, float], float]) -> Releases:
-    """Let `versions` models come before a gate one after another, on the same documents, the first as the champion.
+def releases(
+    gate: Gate, seed: int, documents: int, versions: int, gain: Callable[[int, float], float], fresh: bool = False
+) -> Releases:
+    """Let `versions` models come before a gate one after another, the first as the champion.
 
     Args:
         gain: the true gain of a version over the first champion, by its number and that of the champion.
+        fresh: whether each has documents of its own, on which champion and mark are scored too; else all have the same.
     """
     rng, found = np.random.default_rng(seed), Releases()
     common = rng.random(documents) < RIGHT
     drawn = {0: scored("0", answers(rng, common, 0.0))}
-    champion, mark, quality, judged = 0, 0, 0.0, 0
+    champion, mark, quality, judged, true_of_mark = 0, 0, 0.0, 0, 0.0
     found.first = drawn[0].scores[0].value
     for number in range(1, versions + 1):
         true = gain(number, quality)
+        if fresh:
+            common = rng.random(documents) < RIGHT
+            drawn[champion] = scored(str(champion), answers(rng, common, quality))
+            if mark != champion:
+                drawn[mark] = scored(str(mark), answers(rng, common, true_of_mark))
         drawn[number] = scored(str(number), answers(rng, common, true))
         verdict = judge(
             gate,
@@ -80,7 +88,7 @@ def releases(gate: Gate, seed: int, documents: int, versions: int, gain: Callabl
             champion, quality = number, true
             found.promoted.append(number)
             if not verdict.mark:
-                mark, judged = number, 0
+                mark, judged, true_of_mark = number, 0, true
         found.quality.append(quality)
         found.score.append(drawn[champion].scores[0].value)
     return found

@@ -55,6 +55,19 @@ COMMANDS = (
         (recipe, run.search_limits, as_json),
     ),
     Command(
+        "serve",
+        run.serve,
+        "put the champion into service where the recipe's `serve` block says, as a promotion does",
+        (runs.known_recipe, run.serve_options, as_json),
+    ),
+    Command(
+        "served",
+        registry.served,
+        "print what is in service at each target, since when, and what a target did not take",
+        (registry.served_options, as_json),
+        writes=False,
+    ),
+    Command(
         "plan",
         merge.plan,
         "tell what a run would do: inputs, cached steps, disk, memory, time, covered layers",

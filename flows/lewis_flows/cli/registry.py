@@ -1,4 +1,4 @@
-"""`lewis history`, `pull`, `approve`, `promote` and `rollback`: the versions and champions of the registry."""
+"""`lewis history`, `served`, `pull`, `approve`, `promote` and `rollback`: the versions of the registry."""
 
 import argparse
 import json
@@ -33,6 +33,26 @@ def history(options: argparse.Namespace) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in history.lines(records, verbose=options.verbose):
         print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")
+
+
+def served_options(command: argparse.ArgumentParser) -> None:
+    """`NAME`, which may be left out."""
+    chosen = command.add_argument("name", metavar="NAME", nargs="?", default="", help="by default all models")
+    completion.completes(chosen, completion.models)
+
+
+def served(options: argparse.Namespace) -> None:
+    """Print what is in service, a line a target, and what a target did not take."""
+    from lewis.serving.records import served
+
+    found = served(options.name)
+    if options.json:
+        print(json.dumps([asdict(each) for each in found], indent=2, ensure_ascii=False))
+        return
+    for each in found:
+        print(f"{each.name} {each.line()}")
+    if not found:
+        print("nothing is in service")
 
 
 def pull_options(command: argparse.ArgumentParser) -> None:

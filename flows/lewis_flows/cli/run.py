@@ -1,4 +1,4 @@
-"""`lewis run`, `lewis search` and `lewis demo`: the flows in this process, on a Prefect server."""
+"""`lewis run`, `search`, `serve` and `demo`: the flows in this process, on a Prefect server."""
 
 import argparse
 import os
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lewis.recipe.recipe import Recipe
     from lewis_flows.merge import MergeReport
     from lewis_flows.search import SearchReport
+    from lewis_flows.serve import ServeReport
 
 R = TypeVar("R")
 _NEXT = """
@@ -102,6 +103,35 @@ def search(options: argparse.Namespace) -> None:
     print(f"MLflow run of the search: {report.mlflow_run}")
     if report.merge:
         print_merge(report.merge)
+
+
+def serve_options(command: argparse.ArgumentParser) -> None:
+    """`--again`."""
+    command.add_argument("--again", action="store_true", help="also where the champion is in service already")
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Put the champion into service at the targets of a recipe."""
+    from lewis_flows import recipes_folder
+
+    path = str(recipes_folder.find(options.recipe))
+
+    def flow() -> "ServeReport":
+        from lewis_flows.serve import serve_flow
+        from lewis_tasks.support.flow_run import result_of_run
+
+        report: ServeReport = result_of_run(serve_flow(path, options.again, return_state=True))
+        return report
+
+    report = _with_prefect(flow, as_json=options.json)
+    if options.json:
+        print(report.model_dump_json(indent=2))
+        return
+    for each in report.served:
+        what = "is in service now" if each["target"] in report.changed else "was in service already"
+        print(f"{each['target']}: {each['uri']} {what}, as {each['alias']}")
+    if not report.version:
+        print("there is no champion to serve yet")
 
 
 def print_merge(report: "MergeReport") -> None:

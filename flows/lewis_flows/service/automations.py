@@ -15,7 +15,7 @@ from prefect.exceptions import ObjectNotFound
 from lewis import settings
 from lewis.errors import InputError
 from lewis_flows import prefect_runs, release_event
-from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, VERIFY
+from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, SERVE, VERIFY
 from lewis_flows.service.prefect_app import DEAD_AFTER, DEAD_RUNS
 from lewis_tasks.support.events import LONG, WAITING
 from lewis_tasks.support.moves import NOTIFIES, PROMOTED
@@ -101,7 +101,7 @@ def _event(name: str) -> EventTrigger:
 def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
     """Of each notification: its name, what triggers it, subject, body, description."""
     failing = tuple(each for each in prefect_runs.ALL if each != EVALUATE)  # its merge fails too
-    failed, died = _runs("Failed", flows=failing), _runs("Crashed", flows=(MERGE, SEARCH, VERIFY))
+    failed, died = _runs("Failed", flows=failing), _runs("Crashed", flows=(MERGE, SEARCH, SERVE, VERIFY))
     yield "lewis-notify-failure", failed, "a run failed", _RUN, "A run failed; its message says why."
     yield "lewis-notify-crash", died, "a run died", _RUN, "The process or machine of a run died."
     about = "The gate let a merge not pass."
@@ -122,7 +122,7 @@ def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
     yield "lewis-notify-stuck", _event(release_event.STUCK), "a release is not merged", _EVENT, about
     about = "A recipe cannot be watched."
     yield "lewis-notify-watch", _event(release_event.UNWATCHED), "releases cannot be watched", _EVENT, about
-    late = _runs("Pending", "Running", "Cancelled", flows=(MERGE, SEARCH, EVALUATE), after="Late", within=LONG)
+    late = _runs("Pending", "Running", "Cancelled", flows=(MERGE, SEARCH, EVALUATE, SERVE), after="Late", within=LONG)
     yield "lewis-notify-late", late, "a run is late", _RUN_LATE, "No worker takes a run."
     yield NOTIFIES, _event(PROMOTED), "a new champion", _PROMOTED, "The alias champion has moved."
 

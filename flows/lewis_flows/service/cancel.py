@@ -14,7 +14,7 @@ from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.service.links import server
 
 PATIENCE = 90.0  # seconds for all runs to end; a process has 30 after SIGTERM
-_FLOWS = (prefect_runs.MERGE, prefect_runs.SEARCH)
+_FLOWS = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE)
 
 
 class Cancelled(BaseModel):

@@ -1,4 +1,4 @@
-"""The deployments of the recipes: `merge/<recipe>` for each file of the folder, `search/<recipe>` if it has a search.
+"""The deployments of the recipes: `merge/<recipe>` of each file; `search/` and `serve/<recipe>` where it asks for them.
 
 A deployment is what an operator sees and steers: its page has the recipe's runs, a pause switch, the nightly schedule,
 and *Quick Run*. A file that is added, edited, renamed, broken or removed leads to the deployments that the folder asks
@@ -32,11 +32,13 @@ from lewis.recipe import yaml_text
 from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
+from lewis.serving import hub
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
 from lewis_tasks.support import events
 from lewis_tasks.support.caching import slug
 from lewis_tasks.support.flow_run import EDITED
+from lewis_tasks.support.moves import PROMOTED, serves
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ _EARLIER = ("merge-nightly", "merge-on-release", "watch-releases", "search", "ap
 _ENTRYPOINTS = {
     prefect_runs.MERGE: "lewis_flows.merge.merge_flow",
     prefect_runs.SEARCH: "lewis_flows.search.search_flow",
+    prefect_runs.SERVE: "lewis_flows.serve.serve_flow",
 }
 _OVERRIDES = {
     "type": "array",
@@ -61,6 +64,8 @@ _LIMITS = {
     "trials": {"type": "integer", "title": "trials", "description": "how many in all, instead of the recipe's number"},
     "minutes": {"type": "number", "title": "minutes", "description": "begin no further trial after this time"},
 }
+
+_AGAIN = {"type": "boolean", "title": "again", "default": False, "description": "also where the champion is in service"}
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,8 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
         Sentences: what an operator changed and is kept, and what an edit leads to.
     """
     recipe = file.recipe
-    wanted = [prefect_runs.MERGE, *([prefect_runs.SEARCH] if recipe and recipe.search else [])]
-    for flow in wanted:
+    further = {prefect_runs.SEARCH: recipe.search, prefect_runs.SERVE: hub.targets(recipe)} if recipe else {}
+    for flow in (prefect_runs.MERGE, *(flow for flow, block in further.items() if block)):
         before = _read(client, f"{flow}/{file.name}")
         fields = _fields(flow, file, before)
         if before is None:
@@ -165,6 +170,8 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
         else:
             made = before.id
             client.update_deployment(made, DeploymentUpdate(**fields))
+        if flow == prefect_runs.SERVE:
+            _follow_champion(client, file, made, before)
         if flow != prefect_runs.MERGE:
             continue
         trigger = _on_release(file.name, made)
@@ -182,8 +189,20 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
             yield f"{file.name} was edited: it is merged now"
             start: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client) + SETTLE)
             client.create_flow_run_from_deployment(before.id, state=start, tags=[EDITED])
-    if recipe and not recipe.search:
-        remove(client, f"{prefect_runs.SEARCH}/{file.name}")
+    for flow in (flow for flow, block in further.items() if not block):
+        remove(client, f"{flow}/{file.name}")
+
+
+def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, before: DeploymentResponse | None) -> None:
+    """Start the deployment `serve/<recipe>` when the champion moves, and now if the recipe is new or was edited."""
+    trigger = _on_promotion(file, made)
+    if not client.read_automations_by_name(trigger.name):
+        client.delete_resource_owned_automations(f"prefect.deployment.{made}")  # that of the model it registered before
+        client.create_automation(trigger)
+    new = before is None or (before.version != file.version and not before.paused)
+    if new and not file.why:
+        start: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client))
+        client.create_flow_run_from_deployment(made, state=start, tags=[EDITED])
 
 
 def remove_stale(client: SyncPrefectClient, names: set[str]) -> None:
@@ -225,8 +244,11 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
     elif by_us:
         paused = {"paused": False}
     name = {"type": "string", "title": "recipe", "enum": [file.name], "default": file.name, "position": 0}
-    limits = _LIMITS if flow == prefect_runs.SEARCH else {}
-    properties = {"recipe": name, "overrides": {**_OVERRIDES, "position": 1}, **limits}
+    further: dict[str, Any] = (
+        {"again": _AGAIN} if flow == prefect_runs.SERVE else {"overrides": {**_OVERRIDES, "position": 1}}
+    )
+    further |= _LIMITS if flow == prefect_runs.SEARCH else {}
+    properties = {"recipe": name, **further}
     return {
         # Of a file that cannot run it stays: mended, it counts as edited only if it is another than before.
         "version": before.version if before and file.why else file.version,
@@ -263,6 +285,21 @@ def _on_release(name: str, deployment: Any) -> Any:
         threshold=1,
         within=SETTLE - timedelta(seconds=1),
         schedule_after=SETTLE,
+    )
+    trigger.set_deployment_id(deployment)
+    return trigger.as_automation()
+
+
+def _on_promotion(file: RecipeFile, deployment: Any) -> Any:
+    """The automation that serves a recipe's model when its champion has moved, by whatever way."""
+    assert file.recipe is not None and file.recipe.register_as is not None
+    model = file.recipe.register_as.model
+    trigger = DeploymentEventTrigger(
+        name=f"{serves(model)}{file.name}",
+        description=f"Puts the champion of {model} into service when it has moved.",
+        expect={PROMOTED},
+        match=cast(Any, {"prefect.resource.id": f"lewis.model.{model}"}),
+        threshold=1,
     )
     trigger.set_deployment_id(deployment)
     return trigger.as_automation()

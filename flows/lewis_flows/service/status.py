@@ -20,6 +20,7 @@ from lewis.models.source import pin_all
 from lewis.redact import redacted
 from lewis.registry import history, releases
 from lewis.registry.releases import Held
+from lewis.serving import records
 from lewis_flows import behind, polls, prefect_runs, recipes_folder, turn
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, recipe_of
 from lewis_flows.service import note
@@ -127,6 +128,7 @@ def _ask_registry(found: Watched, mlflow: Part, *, scores: bool) -> list[Held]:
         if found.registered and not mlflow.up:  # MLflow's client would try again for minutes
             raise LewisError(f"MLflow {mlflow.state}")
         held = releases.merged(found.registered) if found.registered else []
+        found.served = [each.line() for each in records.served(found.registered)] if held else []
         found.scores = history.scores(found.registered) if scores and held else {}
     except (LewisError, OSError) as error:
         found.unknown.append(f"the champion: {error}")

@@ -60,6 +60,7 @@ class Watched(BaseModel):
         champion: version of the champion; None if there is none, or it is unknown.
         waiting: version that passed its gate and waits for a person; None if there is none.
         inputs: base and experts.
+        served: what its targets have in service, a line each, as `lewis served`.
         settled: whether a version with a verdict holds the newest commits of all of them; None if unknown.
         behind_since: when a poll first saw a commit that the champion misses; None if there is none, or no poll saw it.
         next_attempt: when a release whose merge failed is tried again; None if nothing failed.
@@ -73,6 +74,7 @@ class Watched(BaseModel):
     champion: str | None = None
     waiting: str | None = None
     inputs: list[Input] = []
+    served: list[str] = []
     settled: bool | None = None
     behind_since: datetime | None = None
     next_attempt: datetime | None = None
@@ -145,9 +147,13 @@ def problems(status: Status, now: datetime) -> list[Problem]:
 
 
 def _problems(status: Status, now: datetime) -> Iterator[Problem]:
-    for part in status.parts:
-        if not part.up:
-            yield Problem(code=DOWN, about=part.name, text=part.state)
+    yield from (Problem(code=DOWN, about=part.name, text=part.state) for part in status.parts if not part.up)
+    yield from _unknown(status)
+    yield from _of_runs(status)
+    yield from _of_champions(status, now)
+
+
+def _unknown(status: Status) -> Iterator[Problem]:
     for section, why in status.unknown.items():
         yield Problem(code=UNKNOWN, about=section, text=why)
     if status.polled and (none := status.polled.problems.get("")):
@@ -155,16 +161,22 @@ def _problems(status: Status, now: datetime) -> Iterator[Problem]:
     for recipe in status.recipes or []:
         for why in recipe.unknown:
             yield Problem(code=BROKEN if recipe.broken else UNKNOWN, about=recipe.recipe, text=why)
+
+
+def _of_runs(status: Status) -> Iterator[Problem]:
     attempts = {each.recipe: each.next_attempt for each in status.recipes or [] if each.next_attempt}
     suspended = {(run.flow, run.recipe) for run in status.running or [] if run.state == "Suspended"}  # it did its work
     for run in status.last_runs():
         if run.state in FAILURES and (run.flow, run.recipe) not in suspended:
             attempt = attempts.get(run.recipe) if run.flow == MERGE else None
             again = f" (tried again at {attempt.astimezone():%Y-%m-%d %H:%M})" if attempt else ""
-            yield Problem(code=FAILED, about=run.recipe, text=f"{_told(run)}{again}")
+            yield Problem(code=FAILED, about=run.recipe, text=f"{_described(run)}{again}")
     for run in status.scheduled or []:
         if run.state == "Late":
-            yield Problem(code=LATE, about=run.recipe or run.name, text=_told(run))
+            yield Problem(code=LATE, about=run.recipe or run.name, text=_described(run))
+
+
+def _of_champions(status: Status, now: datetime) -> Iterator[Problem]:
     busy = {run.recipe for run in status.running or []}
     for recipe in status.recipes or []:
         since = recipe.behind_since
@@ -176,6 +188,6 @@ def _problems(status: Status, now: datetime) -> Iterator[Problem]:
             yield Problem(code=WAITS, about=recipe.recipe, text=f"{name} waits for `lewis approve {name} --why TEXT`")
 
 
-def _told(run: Run) -> str:
+def _described(run: Run) -> str:
     message = run.message.partition("\n")[0]
     return f"{run.name}: {run.state}" + (f": {message}" if message else "")

@@ -86,6 +86,8 @@ def _recipe(recipe: Watched, now: datetime) -> Table:
         (first, *_), (last, value) = recipe.scores, list(recipe.scores.items())[-1]
         line = f"{sparkline(list(recipe.scores.values()))}  versions {first} to {last}, the last {value:.4g}"
         table.add_row(Text("scores"), Text(""), Text(line))
+    for line in recipe.served:
+        table.add_row(Text("in service"), Text(""), Text(line))
     for line in recipe.unknown:
         table.add_row(*(Text(cell) for cell in ("unknown", "", line)))
     return table

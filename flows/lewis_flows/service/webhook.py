@@ -31,7 +31,7 @@ from lewis.redact import printable
 from lewis.registry import tracking
 from lewis.store.secrets import METRICS_KEY, WEBHOOK_SECRET
 from lewis_flows import environment, json_logs, secret_blocks, watch
-from lewis_flows.service import credentials, recipes_page
+from lewis_flows.service import credentials, keep_served, recipes_page
 from lewis_flows.service.deploy import Follower
 from lewis_flows.service.metrics.page import Page, default_sources
 from lewis_flows.service.receiver import Readiness, Receiver
@@ -206,6 +206,7 @@ def serve(host: str, port: int, secret: str) -> None:
     loops = [
         Loop("recipes", Follower(logger.info).follow, FOLLOW),
         Loop("poll", _poll, settings.POLL_SECONDS.get()),
+        Loop("served", keep_served.look, keep_served.EVERY),
     ]
     logger.info("listening on http://%s:%d/webhook", *listening.getsockname()[:2])
     try:
@@ -218,7 +219,7 @@ def serve(host: str, port: int, secret: str) -> None:
 class Loop:
     """Does something again and again in a thread, until it is stopped."""
 
-    def __init__(self, name: str, do: Callable[[], None], pause: float) -> None:
+    def __init__(self, name: str, do: Callable[[], object], pause: float) -> None:
         """Begin.
 
         Args:

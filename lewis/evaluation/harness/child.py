@@ -6,6 +6,7 @@ request is one line of JSON on the standard input, which stays open: when it end
 """
 
 import datetime
+import hashlib
 import importlib
 import json
 import math
@@ -30,6 +31,7 @@ from lewis import private_names
 from lewis.evaluation.harness import loaded_model
 from lewis.evaluation.harness.answer_texts import texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
+from lewis.evaluation.harness.kept_requests import add_answers, requests_of
 from lewis.store import write_json
 
 HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
@@ -40,6 +42,7 @@ LIBRARIES = (
     "accelerate",
     "transformers.models.llama.modeling_llama",
 )
+_HALVES = ("search", "confirm")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _PLAIN = (str, bytes, int, float, complex, list, tuple, set, frozenset, dict, datetime.date, datetime.time, type(None))
 _JINJA = (runtime.LoopContext, runtime.Macro, runtime.TemplateReference, runtime.Undefined, Cycler, Joiner, Namespace)
@@ -171,6 +174,8 @@ def evaluate(
     model_args: dict[str, Any],
     tasks: list[str],
     documents: str,
+    seed: str,
+    look: int | None,
     limit: int | float | None,
     batch_size: int | str,
     device: str | None,
@@ -184,8 +189,10 @@ def evaluate(
         defaults: whether lm-eval's own tasks are needed.
         model, model_args, device: as `lewis.evaluation.harness.backends.Asked`.
         tasks: names.
-        documents: `all`, or one half of every task's documents: `search` or `confirm`.
+        documents: `all`; one half of every task's documents, `search` or `confirm`; or those that `seed` draws,
+            `by_release`.
         limit: documents per task, within that half.
+        look: how many of these are scored, drawn at random; None: all.
         answers: the file of `KeptAnswers`; None: nothing is kept.
         options: further arguments of `simple_evaluate`.
 
@@ -193,7 +200,9 @@ def evaluate(
         plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
         `lewis.evaluation.statistics.scores.read` takes them; `ends` as `lewis.evaluation.statistics.scores.Ends`;
         `texts` as `lewis.evaluation.harness.answer_texts.texts_of`;
-        `sources`, task -> repo (`path`), `config_name`, `split` and `revision` of documents from the Hub.
+        `requests` as `lewis.evaluation.harness.kept_requests.requests_of`;
+        `sources`, task -> repo (`path`), `config_name`, `split` and `revision` of documents from the Hub; with a look,
+        `pools`, task -> how many documents it would have without.
     """
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
@@ -202,31 +211,56 @@ def evaluate(
     loaded = _load(manager, tasks)
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again
     lm = loaded_model.opened(model, model_args, batch_size, device)
-    chosen = None if documents == "all" else {n: _half(task, documents, limit) for n, task in loaded["tasks"].items()}
+    chats = loaded_model.noted_chats(lm)
+    drawn, pools = _part(loaded["tasks"], documents, limit, seed, look) if documents != "all" or look else ({}, {})
     private_names.LM_EVAL_ENVIRONMENT.put(lambda _: None)  # it lists all packages with pip, which nobody reads
-    with KeptAnswers(Path(answers)).of(lm) if answers else nullcontext():
+    kept_answers = KeptAnswers(Path(answers)) if answers else None
+    with kept_answers.of(lm) if kept_answers else nullcontext():
         found: Any = evaluator.simple_evaluate(
             model=lm,
             tasks=tasks,
             task_manager=manager,
             log_samples=True,
-            samples=chosen,
-            limit=limit if chosen is None else None,
+            samples={name: sorted(indices) for name, indices in drawn.items()} or None,
+            limit=None if drawn else limit,
             **options,
         )
-    assert found is not None  # None only on the other ranks of a distributed run
+        assert found is not None  # None only on the other ranks of a distributed run
+        rows = found["samples"]
+        for name, indices in drawn.items():
+            rows[name] = _as_drawn(rows[name], indices)
+        ends = loaded_model.ends(lm, rows, loaded["tasks"], kept_answers)
     kept = {key: value for key, value in found.items() if key in ("results", "higher_is_better", "n-shot")}
-    rows = found["samples"]
     sampled = [_samples(name, rows[name], task) for name, task in loaded["tasks"].items()]
     kept["documents"] = {name: documents for name, documents, _ in sampled}
     kept["samples"] = [metric for _, _, metrics in sampled for metric in metrics]
     kept["texts"] = texts_of(rows, loaded["tasks"])
+    kept["requests"] = requests_of(rows, loaded["tasks"], chats)
     sources = {name: _source(task) for name, task in loaded["tasks"].items()}
     kept["sources"] = {name: source for name, source in sources.items() if source}
     kept["groups"] = {name: _weights(group, found["results"]) for name, group in loaded["groups"].items()}
-    kept["ends"] = loaded_model.ends(lm, rows, loaded["tasks"])
+    kept |= {"ends": ends} | ({"pools": pools} if look else {})
+    add_answers(lm, kept["requests"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return plain
+
+
+def _part(
+    tasks: dict[str, Any], documents: str, limit: int | float | None, seed: str, look: int | None
+) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """The documents that are scored of each task, in the order in which they are drawn; and how many there are."""
+    drawn, pools = dict[str, list[int]](), dict[str, int]()
+    for name, task in tasks.items():
+        hashes = [_hash(doc) for doc in task.eval_docs]
+        pool = _pool(name, hashes, documents, limit, seed)
+        drawn[name], pools[name] = _drawn(hashes, pool, "", look) if look else pool, len(pool)
+    return drawn, pools
+
+
+def _as_drawn(rows: list[Any], indices: list[int]) -> list[Any]:
+    """The rows in the order of the drawn documents: the first ones, of which more is asked, are those of each look."""
+    places = {index: place for place, index in enumerate(indices)}
+    return sorted(rows, key=lambda row: places[row["doc_id"]])
 
 
 def _load(manager: Any, tasks: list[str]) -> Any:
@@ -256,15 +290,23 @@ def _source(task: Any) -> dict[str, str | None] | None:
     return None
 
 
-def _half(task: Any, documents: str, limit: int | float | None) -> list[int]:
-    """Indices of the documents in one of two halves; a document's hash decides its half."""
-    wanted = ("search", "confirm").index(documents)
-    indices = [i for i, doc in enumerate(task.eval_docs) if int(_hash(doc), 16) % 2 == wanted]
-    if limit is not None:
-        indices = indices[: math.ceil(len(indices) * limit) if limit < 1 else int(limit)]
+def _pool(name: str, hashes: list[str], documents: str, limit: int | float | None, seed: str) -> list[int]:
+    """Indices of the documents of a task, of whose hashes one list is given."""
+    indices = list(range(len(hashes)))
+    if documents in _HALVES:
+        wanted = _HALVES.index(documents)
+        indices = [i for i in indices if int(hashes[i], 16) % 2 == wanted]
+    count = len(indices) if limit is None else math.ceil(len(indices) * limit) if limit < 1 else int(limit)
+    indices = _drawn(hashes, indices, seed, count) if documents == "by_release" else indices[:count]
     if not indices:
-        raise ValueError(f"{task.task_name}: too few documents to split: the half `{documents}` is empty")
+        raise ValueError(f"{name}: too few documents to split: the half `{documents}` is empty")
     return indices
+
+
+def _drawn(hashes: list[str], indices: list[int], seed: str, count: int) -> list[int]:
+    """The first of the indices in the order that a seed draws: by the documents' hashes, hashed again with it."""
+    places = {i: (hashlib.sha256(f"{seed} {hashes[i]}".encode()).hexdigest(), i) for i in indices}
+    return sorted(indices, key=places.__getitem__)[:count]
 
 
 def _hash(doc: Any) -> str:

@@ -60,6 +60,16 @@ class KeptAnswers:
             replaced.enter_context(self._ends_of_batches(lm))
             yield
 
+    def once(self, name: str, of: Any, compute: Callable[[], Any]) -> Any:
+        """What was computed of plain data before, in this process or an earlier one; else it is computed, and kept."""
+        key = self._key(name, of)
+        if self._kept[key]:
+            return self._kept[key].popleft()
+        found = compute()
+        self._batch.append((key, found))
+        self._flush()
+        return found
+
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
         """Take one answer, as lm-eval's `CacheHook` does."""
         if self._asked is not None and attr != "loglikelihood_rolling" and res is not None:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.harness import backends, process, server
@@ -14,7 +14,7 @@ from lewis.evaluation.harness.permission import check_code, runs_code
 from lewis.evaluation.harness.task_files import FoundTasks, check_builtin, data_files, find_tasks, reads_hub
 from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.progress import Report, silent
-from lewis.recipe.schema import Backend, Evaluate
+from lewis.recipe.schema import Backend, Documents, Evaluate
 from lewis.store import digest, file_sha256
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,14 @@ class EvalSettings:
         batch_size: requests per forward pass, or "auto".
         timeout_s: seconds for one task of one model.
         documents: `all`, or one of two disjoint halves of every task's documents. A document's hash decides its half;
-            the limit applies within the half.
+            the limit applies within the half. Or `by_release`: `limit` of all documents, drawn by the seed.
         allow_code_execution: whether task files may run code: functions of their own, and what the model writes.
         backend: `hf`, `vllm`, `sglang` or `openai`, as in the recipe.
         model_args: further arguments of the backend, which `lewis.recipe.model_args` has checked.
         gpus: how many GPUs one evaluation takes.
+        seed: of `by_release`: the digest of the merge.
+        look: how many of these documents are scored, drawn at random; None: all. A larger look has those of a smaller
+            one.
         among: the tasks of the recipe, if these are some of them: their files are looked up as if all were asked for.
     """
 
@@ -50,17 +53,26 @@ class EvalSettings:
     batch_size: int | str = 16
     timeout_s: float = 3600
     apply_chat_template: bool = False
-    documents: Literal["all", "search", "confirm"] = "all"
+    documents: Documents = "all"
     allow_code_execution: bool = False
     backend: Backend = "hf"
     model_args: Mapping[str, Any] = field(default_factory=dict)
     gpus: int = 1
+    seed: str = ""
+    look: int | None = None
     among: tuple[str, ...] = ()
 
     def by_task(self) -> "list[EvalSettings]":
         """The same settings for each task alone."""
         among = self.among or self.tasks
         return [replace(self, tasks=(task,), among=among) for task in dict.fromkeys(self.tasks)]
+
+    @property
+    def whole(self) -> "EvalSettings":
+        """The settings of all documents that these are a part of: answers to any of them are kept together."""
+        if self.documents != "by_release":
+            return replace(self, look=None)
+        return replace(self, look=None, documents="all", limit=None, seed="")
 
     def found(self) -> FoundTasks:
         """Where the tasks are defined.
@@ -73,7 +85,7 @@ class EvalSettings:
     @classmethod
     def of(cls, block: Evaluate, root: Path) -> "EvalSettings":
         """The settings of a recipe's `evaluate` block."""
-        others = block.model_dump(exclude={"weights", "baselines", "timeout_minutes"})
+        others = block.model_dump(exclude={"weights", "baselines", "timeout_minutes", "stop"})
         return cls(root=root, timeout_s=60 * block.timeout_minutes, **others)
 
 
@@ -112,6 +124,8 @@ def tasks_digest(settings: EvalSettings) -> str:
             "apply_chat_template": settings.apply_chat_template,
             "documents": settings.documents,
             "allow_code_execution": settings.allow_code_execution,
+            **({"seed": settings.seed} if settings.seed else {}),
+            **({"look": settings.look} if settings.look else {}),
             **backends.identity(settings.backend, settings.model_args),
         }
     )
@@ -180,6 +194,8 @@ def evaluate(
             "num_fewshot": settings.num_fewshot,
             "apply_chat_template": settings.apply_chat_template,
             "documents": settings.documents,
+            "seed": settings.seed,
+            "look": settings.look,
             "answers": str(answers) if answers else None,
             "bootstrap_iters": BOOTSTRAPS,
             "confirm_run_unsafe_code": settings.allow_code_execution,

@@ -12,6 +12,7 @@ from typing import Any
 
 from lewis import private_names
 from lewis.evaluation.harness.answer_texts import texts_in
+from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.models.files.safetensors_file import file_headers
 from lewis.models.lora.expert import WEIGHTS
 from lewis.models.names import PER_TOKEN
@@ -40,6 +41,22 @@ def opened(name: str, arguments: dict[str, Any], batch_size: int | str, device: 
         lm.add_bos_token = arguments.get("add_bos_token")  # None: what the tokenizer does by itself, as for `hf`
         lm.tok_encode = _encoder(lm)
     return lm
+
+
+def noted_chats(lm: Any) -> dict[str, list[dict[str, str]]]:
+    """A mapping that gets each prompt that the chat template makes from now on, and the messages that it is made of."""
+    found, apply = dict[str, list[dict[str, str]]](), getattr(lm, "apply_chat_template", None)
+    if apply is None:
+        return found
+
+    def noting(messages: Any, *arguments: Any, **options: Any) -> Any:
+        prompt = apply(messages, *arguments, **options)
+        if isinstance(prompt, str) and isinstance(messages, list):
+            found[prompt] = [{key: str(value) for key, value in each.items()} for each in messages]
+        return prompt
+
+    lm.apply_chat_template = noting
+    return found
 
 
 def _max_length(folder: str) -> int:
@@ -102,13 +119,16 @@ def _rows(adapter: Path) -> int | None:
     return None
 
 
-def ends(lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any]) -> dict[str, Any]:
+def ends(
+    lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any], kept: KeptAnswers | None = None
+) -> dict[str, Any]:
     """The fields of `lewis.evaluation.statistics.scores.Ends`.
 
     Args:
         lm: lm-eval's model.
         rows: task -> lm-eval's sample of each document and filter.
         tasks: task -> lm-eval's task.
+        kept: in which the generations are kept.
     """
     if getattr(lm, "batch_size_per_gpu", None) == "auto":  # else it searches again, for these few requests
         lm.batch_size_per_gpu = PROMPTS
@@ -117,7 +137,8 @@ def ends(lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, 
     pairs = ([(tasks[name], row) for row in each] for name, each in of_task.items())
     mixed = [pair for each in zip_longest(*pairs) for pair in each if pair is not None]
     prompts = dict.fromkeys(row["arguments"][0][0] for _, row in mixed if len(row["arguments"][0]) > 1)
-    ended = _ended(lm, list(islice(filter(None, prompts), PROMPTS)))
+    first = list(islice(filter(None, prompts), PROMPTS))
+    ended = kept.once("ends", first, lambda: _ended(lm, first)) if kept else _ended(lm, first)
     return {
         "empty": {
             name: sum(not any(text.strip() for text in texts_in(row["resps"])) for row in each) / len(each)

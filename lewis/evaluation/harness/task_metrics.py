@@ -126,6 +126,7 @@ def hub_results(
     scores: Sequence[Score],
     revisions: Mapping[str, str] = MappingProxyType({}),
     page: str = "",
+    part: str = "",
 ) -> str:
     """YAML of one score for each task whose documents are a dataset of the Hub; empty if there is none.
 
@@ -140,8 +141,9 @@ def hub_results(
         scores: of the merged model.
         revisions: task -> commit of its dataset, where that is known.
         page: with the scores, for readers of the Hub; empty if there is none.
+        part: of which part of the documents the scores are, if the evaluation ended early.
     """
-    if evaluate is None or evaluate.limit is not None or evaluate.documents != "all":
+    if evaluate is None or part or evaluate.limit is not None or evaluate.documents != "all":
         return ""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 

@@ -20,6 +20,7 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 CELLS = 4_000_000  # numbers drawn at once: 32 MB
 ROUNDING = 1e-12
+FEW = 20  # documents that differ, from which on resamples show how much the gain varies
 
 
 class PairingError(LewisError):
@@ -66,6 +67,25 @@ class Comparison:
         if self.binary and 0 < tolerance < 1:
             return tango(self.wins, self.losses, self.documents, tolerance)
         return float((1 + np.count_nonzero(~(self.draws > -tolerance))) / (1 + len(self.draws)))
+
+    def p_superior(self, gain: float) -> float:
+        """One-sided p of the hypothesis that the candidate is better by `gain`, which is 0 or more, or by more.
+
+        Exact if every value is 0 or 1 and `gain` is 0, else as `p_inferior`.
+        """
+        if not gain:
+            return self.p / 2 if self.delta < 0 else 1.0
+        if self.binary and gain < 1:
+            return tango(self.losses, self.wins, self.documents, gain)
+        return float((1 + np.count_nonzero(~(self.draws < gain))) / (1 + len(self.draws)))
+
+    def p_unseen(self, tolerance: float) -> float:
+        """The chance that no document shows a loss of `tolerance` in a score from 0 to 1; 0 if more than a few differ.
+
+        Resamples know nothing of a loss that no document has.
+        """
+        few = not self.binary and self.wins + self.losses < FEW
+        return max(1 - tolerance, 0.0) ** self.documents if few else 0.0
 
 
 @functools.lru_cache(256)  # the gate, the tables and the reports ask for the same comparisons

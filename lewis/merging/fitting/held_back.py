@@ -7,6 +7,8 @@ unless its rows lose even more.
 
 The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts; with it
 says nothing that the anchor is better, since no expert was trained to predict prompts: then only broken rows count.
+
+The base's loss on the same rows shows what each expert brings.
 """
 
 from __future__ import annotations
@@ -56,6 +58,8 @@ class Verdict:
         fits: of the fit, and of the second if there was one.
         taken: the index of the fit that was taken; None: the anchor was.
         of_answers: whether it is known which tokens are answers.
+        gains: reference of each expert -> nats per token that it is below the base on its rows; empty for a merge of an
+            older version.
     """
 
     rows: int
@@ -63,6 +67,7 @@ class Verdict:
     fits: tuple[Distance, ...]
     taken: int | None
     of_answers: bool = True
+    gains: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data, for the manifest of the merged model."""
@@ -72,7 +77,7 @@ class Verdict:
     def from_json(cls, data: dict[str, Any]) -> Verdict:
         """What `to_json` gave."""
         anchor, fits = Distance(**data["anchor"]), tuple(Distance(**each) for each in data["fits"])
-        return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"])
+        return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"], data.get("gains") or {})
 
     def to_text(self) -> str:
         """A sentence."""
@@ -82,7 +87,12 @@ class Verdict:
             f"experts, the worst row "
             f"{taken.worst:+.2f}; without the fit {self.anchor.mean:+.4f}, the worst row {self.anchor.worst:+.2f}"
         )
-        text += "".join(f"; {ref} {mean:+.4f}" for ref, mean in taken.experts.items())
+        each = [
+            f"{ref} {mean:+.4f}" + (f" ({self.gains[ref]:.2f})" if ref in self.gains else "")
+            for ref, mean in taken.experts.items()
+        ]
+        about = " (in brackets: by how much it beats the base)" * bool(self.gains)
+        text += f"; by expert{about}: {', '.join(each)}" if each else ""
         first = f"{self.fits[0].mean:+.4f}, the worst row {self.fits[0].worst:+.2f}"
         if self.taken is None:
             return f"the fit did not hold and is left out, the anchor is taken ({first}); {text}"
@@ -117,6 +127,7 @@ def fit_and_judge(
     of_answers = all(each.weights is not None for each in sets.values())
     models = {expert.ref: expert.model for expert in merge.experts}
     experts = {ref: row_losses(models[ref], [rows], threads)[0] for ref, rows in sets.items()}
+    gains = _gains(row_losses(merge.base, list(sets.values()), threads), experts)
 
     def distance(model: Unwritten) -> Distance:
         return _distance(dict(zip(sets, row_losses(model, list(sets.values()), threads), strict=True)), experts)
@@ -132,7 +143,7 @@ def fit_and_judge(
             break
     better = [i for i, each in enumerate(fits) if each.mean <= anchor.mean and each.worst <= anchor.worst]
     taken = len(fits) - 1 if holds(fits[-1]) else min(better, key=lambda i: fits[i].mean, default=None)
-    verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken, of_answers)
+    verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken, of_answers, gains)
     logger.log(logging.INFO if holds(fits[-1]) else logging.WARNING, "%s", verdict.to_text())
     return Fitted(folder / "anchor") if taken is None else fitted[taken], verdict
 
@@ -142,6 +153,11 @@ def _distance(merged: Mapping[str, Sequence[RowLoss]], experts: Mapping[str, Seq
     worst = max((own.nats / own.weight - expert.nats / expert.weight for own, expert in pairs), default=0.0)
     each = {ref: mean_loss([merged[ref]]) - mean_loss([experts[ref]]) for ref in experts}
     return Distance(sum(each.values()) / len(each), worst, each)
+
+
+def _gains(base: Sequence[Sequence[RowLoss]], experts: Mapping[str, Sequence[RowLoss]]) -> dict[str, float]:
+    pairs = zip(experts.items(), base, strict=True)
+    return {ref: mean_loss([of_base]) - mean_loss([own]) for (ref, own), of_base in pairs}
 
 
 def _larger(parameter: Parameter, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -66,8 +66,12 @@ def refuse_pickled(ref: str, names: Iterable[str]) -> None:
         )
 
 
-def weight_files(folder: Path) -> dict[str, set[str] | None]:
+def weight_files(folder: Path, listed: Collection[str] = ()) -> dict[str, set[str] | None]:
     """The safetensors files of a model folder.
+
+    Args:
+        folder: of the model.
+        listed: names of further files of the model, which are not downloaded yet.
 
     Returns:
         File name -> the tensors that the index places in it, by their `names.unwrapped` names; None: all that the file
@@ -80,7 +84,7 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
     if (folder / GGUF_TABLE).is_file():
         return {}
     check_regular(folder / SINGLE)
-    if (folder / SINGLE).is_file():
+    if SINGLE in listed or (folder / SINGLE).is_file():
         return {SINGLE: None}
     index = folder / INDEX
     check_regular(index)
@@ -99,7 +103,7 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
         if Path(file).name != file or file in ("", ".", ".."):
             raise InputError(f"{index}: {file!r} is not a plain file name; an index must not lead out of its folder")
         check_regular(folder / file)
-        if not os.path.isfile(folder / file):  # False also for a name that is too long for the system
+        if file not in listed and not os.path.isfile(folder / file):  # also False for a name that is too long
             raise InputError(f"{folder}: the shard {file} is missing, which {INDEX} names; download it again")
     for name, file in weight_map.items():
         placed[file].add(unwrapped(name))

@@ -220,12 +220,13 @@ def tensor_headers(pinned: Pinned) -> Headers:
 
 
 @contextmanager
-def blaming(pinned: Pinned, what: str) -> Iterator[None]:
+def blaming(pinned: Pinned, what: str, how: str = "broken") -> Iterator[None]:
     """An error about what is in the files of a model, which were checked, says that they are broken on the Hub.
 
     Args:
         pinned: the model. Of a local folder, errors stay as they are.
         what: is read, for the message.
+        how: it is, for the message.
 
     Raises:
         BrokenModelError: instead of an `InputError`.
@@ -235,12 +236,12 @@ def blaming(pinned: Pinned, what: str) -> Iterator[None]:
     except InputError as error:
         if pinned.is_local or isinstance(error.__cause__, OSError):  # which says nothing about the content
             raise
-        raise _broken(pinned, what, error) from error
+        raise _broken(pinned, what, error, how) from error
 
 
-def _broken(pinned: Pinned, what: str, why: object) -> BrokenModelError:
+def _broken(pinned: Pinned, what: str, why: object, how: str = "broken") -> BrokenModelError:
     return BrokenModelError(
-        f"{pinned.ref}: {what} is broken on the Hub itself, in commit {pinned.commit[:8]}: {why}; name another "
+        f"{pinned.ref}: {what} is {how} on the Hub itself, in commit {pinned.commit[:8]}: {why}; name another "
         "revision, or wait until its authors upload it again",
         pinned.commit,
     )

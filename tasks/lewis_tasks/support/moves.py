@@ -1,13 +1,15 @@
 """Report new champions to Prefect, as the event `lewis.model.promoted`, until Prefect certainly has it.
 
 A server that has taken an event keeps it in memory for some seconds. If it dies then, the event is lost, and with it
-the notification. So a move stays in the outbox until the server gives its event back, and, if there is an automation
-that notifies, until that has done so. Until then the event is sent again, with the same id: a server that has seen it
-ignores it, so a program that reacts to events by their id reacts once.
+the notification. So a move stays in the outbox until the server gives its event back, and the automations have acted
+that notify of it or put the champion into service, where there are any. Until then the event is sent again, with the
+same id: a server that has seen it ignores it, so a program that reacts to events by their id reacts once.
 """
 
+import itertools
 import logging
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -28,6 +30,8 @@ PROMOTED = "lewis.model.promoted"
 
 NOTIFIES = "lewis-notify-promotion"
 """The automation that does so, if the user wants it."""
+
+_SERVES, _PAGE = "service of ", 200
 
 _ENDED = ["prefect.automation.action.executed", "prefect.automation.action.failed"]
 _GIVEN_UP = timedelta(days=7)  # as long as Prefect keeps events
@@ -77,9 +81,28 @@ def _forget_known() -> None:
 def _is_known(client: SyncPrefectClient, move: Move) -> bool:
     if not _found(client, id={"id": [move.id]}):
         return False
-    if not any(automation.enabled for automation in client.read_automations_by_name(NOTIFIES)):
-        return True
-    return _found(client, event={"name": _ENDED}, related={"id": [f"prefect.event.{move.id}"]})
+    return all(_acted(client, each, move) for each in _awaited(client, move))
+
+
+def _awaited(client: SyncPrefectClient, move: Move) -> Iterator[str]:
+    """The ids of the automations that have to act on a move."""
+    for offset in itertools.count(0, _PAGE):
+        page = client.request("POST", "/automations/filter", json={"limit": _PAGE, "offset": offset}).json()
+        for each in page:
+            if each["enabled"] and (each["name"] == NOTIFIES or each["name"].startswith(serves(move.name))):
+                yield str(each["id"])
+        if len(page) < _PAGE:
+            return
+
+
+def _acted(client: SyncPrefectClient, automation: str, move: Move) -> bool:
+    resource, cause = f"prefect.automation.{automation}", {"id": [f"prefect.event.{move.id}"]}
+    return _found(client, event={"name": _ENDED}, resource={"id": [resource]}, related=cause)
+
+
+def serves(name: str) -> str:
+    """What the names of the automations begin with that put a registered model into service; a recipe's follows."""
+    return f"{_SERVES}{name} by "
 
 
 def _found(client: SyncPrefectClient, **wanted: Any) -> bool:

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from lewis.registry.history import Record
+from lewis.serving.records import Served
 from lewis.steps.plan import Plan
 from lewis.store.verification import Verified
 from lewis_flows.cli.main import COMMANDS, Command, _parser
 from lewis_flows.merge import MergeReport
 from lewis_flows.search import SearchReport
+from lewis_flows.serve import ServeReport
 from lewis_flows.service.cancel import Cancelled
 from lewis_flows.service.links import Links, Pages
 from lewis_flows.service.status_data import Status
@@ -27,6 +29,8 @@ SECTIONS = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | 
 KEYS = {
     "run": set(MergeReport.model_fields),
     "search": set(SearchReport.model_fields),
+    "serve": set(ServeReport.model_fields),
+    "served": {each.name for each in dataclasses.fields(Served)},
     "status": set(Status.model_fields),
     "open": set(Links.model_fields) | set(Pages.model_fields),
     "cancel": set(Cancelled.model_fields),

@@ -9,14 +9,19 @@ import time
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
 from lewis import store
-from lewis.registry import creation
+from lewis.evaluation.documents import Document, SideBySide
+from lewis.evaluation.gate import Verdict
+from lewis.evaluation.statistics.scores import Texts
+from lewis.registry import creation, history, promotion
 from lewis.registry.registration import Registration
+from lewis.reports.side_by_side import answer_rows
 from lewis.store.secrets import MLFLOW_PASSWORD
 from lewis_flows.service import credentials
 from lewis_flows.service.processes import free_port
@@ -57,12 +62,18 @@ def test_mlflow_shows_the_pictures_the_source_and_how_long_it_took(
             (scratch / path.name).write_bytes(path.read_bytes())
     card = "# Tiny\n\n## Density per layer\n\n![Density](density.png)\n"
     drawn = {"density.png": picture.getvalue()}
-    made = creation.register(
-        Registration(
-            "tiny", folder, "a" * 64, {}, {}, {}, "", drawn, {}, card, source="tiny.yaml", began=time.time() - 120
-        )
-    )
-    MlflowClient(f"sqlite:///{home / 'mlflow' / 'mlflow.db'}").set_registered_model_alias("tiny", "kept", "1")
+    words = [Texts(f"what is {n}?", "a", answer) for n in range(3) for answer in ("an answer", "another answer")]
+    pairs = [(words[2 * n], words[2 * n + 1]) for n in range(3)]
+    documents = (Document(("sums", f"{n}", 0), "sums/acc,none", True, 1, 0, (), pair) for n, pair in enumerate(pairs))
+    beside = SideBySide("merged", "champion", (), tuple(documents))
+    about: dict[str, Any] = {"source": "tiny.yaml", "began": time.time() - 120, "beside": beside}
+    score, tables = {"merged/sums/acc,none": 0.75}, {"answers": answer_rows(beside)}
+    made = creation.register(Registration("tiny", folder, "a" * 64, {}, score, {}, "", drawn, tables, card, **about))
+    promotion.promote(made, Verdict(True, (), "nothing", metric="sums/acc,none"))
+    client = MlflowClient(f"sqlite:///{home / 'mlflow' / 'mlflow.db'}")
+    client.set_registered_model_alias("tiny", "kept", "1")
+    experiment = client.get_run(made.run_id).info.experiment_id
+    [chart] = client.search_runs([experiment], f"tags.`{history.CHART}` = 'tiny'")
     server, url = mlflow_process(free_port(), f"sqlite:///{home / 'mlflow' / 'mlflow.db'}")
     server.start()
     try:
@@ -75,10 +86,25 @@ def test_mlflow_shows_the_pictures_the_source_and_how_long_it_took(
         browser.open(f"{url}/#/runs/{made.run_id}", "Duration", width=1200, height=900)
         shown = browser.run("document.body.innerText")
         assert "tiny.yaml" in shown and re.search(r"\b2\.\d ?min", shown), shown
+        browser.open(f"{url}/#/experiments/{experiment}/traces", "what is 1?", width=1500, height=900)
+        assert "another answer" in browser.run("document.body.innerText")
+        model = client.get_model_version("tiny", "1").source.removeprefix("models:/")
+        browser.open(f"{url}/#/experiments/{experiment}/models/{model}/traces", "what is 2?", width=1500, height=900)
+        assert "another answer" not in browser.run("document.body.innerText")  # which is the champion's
+        browser.open(
+            f"{url}/#/experiments/{experiment}/runs/{made.run_id}/artifacts/answers.json",
+            "another answer",
+            width=1500,
+            height=900,
+        )
+        browser.open(
+            f"{url}/#/experiments/{experiment}/runs/{chart.info.run_id}/model-metrics",
+            "champion/sums/acc",
+            width=1500,
+            height=900,
+        )
         misused(browser, url, tmp_path / "other")
-        assert [*MlflowClient(f"sqlite:///{home / 'mlflow' / 'mlflow.db'}").get_registered_model("tiny").aliases] == [
-            "kept"
-        ]
+        assert set(client.get_registered_model("tiny").aliases) == {"champion", "kept"}
     finally:
         server.stop()
     assert browser.outside == []

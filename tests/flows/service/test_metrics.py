@@ -20,6 +20,8 @@ from starlette.testclient import TestClient
 from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion, tracking
 from lewis.registry.releases import Held
+from lewis.serving import records
+from lewis.serving.records import Served
 from lewis.store import size
 from lewis.store.secrets import METRICS_KEY
 from lewis_flows.release_event import announce
@@ -86,6 +88,10 @@ def test_what_happened_is_on_the_page(
     (home / "scores").mkdir()
     (home / "scores" / "x.json").write_bytes(b"x" * 5000)
 
+    with tracking.client("a target") as mlflow:
+        record = Served("model", "vllm", "vllm").took(version.uri, "a" * 64, "model-1", "")
+        records.write(mlflow, record.refused("models:/model/2", "no room"))
+
     deadline, found = time.monotonic() + 120, dict[str, float]()
     lag = f"lewis_release_to_champion_seconds{{model,{name}}}"
     shown = page.Page(page.default_sources())
@@ -101,6 +107,7 @@ def test_what_happened_is_on_the_page(
     assert 0 <= found[f"lewis_step_seconds{{{name},{name}}}"] < 60
     assert found[f"lewis_releases{{{name}}}"] == 1
     assert found[f"lewis_champion_version{{model,{name}}}"] == 1
+    assert found[f"lewis_served_version{{model,{name},vllm}}"] == found[f"lewis_serve_failed{{model,{name},vllm}}"] == 1
     assert found[f"lewis_versions_waiting{{model,{name}}}"] == 0
     assert found[f"lewis_champion_score{{acc,model,{name}}}"] == found[f"lewis_last_score{{acc,model,{name}}}"] == 0.5
     assert 50 < found[f"lewis_champion_behind_seconds{{{name}}}"] < 300

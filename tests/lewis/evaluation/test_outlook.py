@@ -55,6 +55,16 @@ def test_where_the_number_is_not_known_nothing_is_said_but_by_the_limit(root: Pa
     assert line.startswith("sums: 20 documents")
 
 
+def test_where_scoring_may_end_early_and_which_documents_are_drawn(root: Path) -> None:
+    _, line, ends = said(root, {"metric": "sums/acc,none"}, "sums", stop="known")
+    assert "an equal version passes 88%" in line  # four fifths of the error are left for all documents
+    assert ends == "scoring ends after 32, 64, 128 documents of each task, if the verdict is certain"
+    _, line, ends = said(root, {"metric": "sums/acc,none"}, "sums", stop="worse")
+    assert "an equal version passes 90%" in line and ends.endswith("if the verdict is certain to be no")
+    _, line = said(root, {"metric": "sums/acc,none"}, "sums", documents="by_release", limit=50)
+    assert line.startswith("sums: 50 documents")  # no word of allow_limit
+
+
 def test_a_gain_needs_more_the_more_versions_were_compared_before(root: Path) -> None:
     line = "sums: 200 documents, a gain of 0.085 is seen 8 times in 10, of 0.15 by the 10th version in a row"
     assert said(root, {"metric": "sums/acc,none", "policy": "better"}, "sums") == ["better", line]

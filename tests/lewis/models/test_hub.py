@@ -470,6 +470,30 @@ def test_a_config_that_no_network_can_have_and_a_shard_that_is_missing_are_broke
         BrokenModelError, match=r"org/x: model.safetensors.index.json is broken .*-2.safetensors is mis"
     ):
         download(pin("org/x", tmp_path))
+    with pytest.raises(
+        BrokenModelError, match=r"org/x: model.safetensors.index.json is broken .*-2.safetensors is mis"
+    ):
+        preflight(config, *pin_all(config))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "not readable as JSON"),
+        ('{"peft_type": "IA3"}', "scales activations"),
+        ('{"peft_type": "LORA", "r": -1}', "r"),
+    ],
+)
+def test_an_adapter_whose_config_cannot_be_used_waits_for_another_commit(
+    hub: LocalHub, tmp_path: Path, text: str, expected: str
+) -> None:
+    recipe = "merge_method: ties\nbase_model: org/base\nmodels: [{model: org/x}]"
+    config = Recipe.load(write(tmp_path, {"r.yaml": recipe}) / "r.yaml")
+    model = write_llama(tmp_path / "m", hidden=64, layers=1)
+    hub.commit("org/base", {path.name: path.read_bytes() for path in model.iterdir()})
+    hub.commit("org/x", {"adapter_config.json": text, "adapter_model.safetensors": WEIGHTS})
+    with pytest.raises(BrokenModelError, match=rf"org/x: adapter_config.json is unusable on the Hub .*{expected}"):
+        preflight(config, *pin_all(config))
 
 
 # Local folders

@@ -41,7 +41,7 @@ def test_values_are_the_anchors_then_for_weight_the_recipes_then_the_default() -
 
 def test_the_lewis_block_guides_an_anchor_if_it_says_how() -> None:
     plain, guided = parse(), parse(lewis=lewis(density={"budget": 0.5}))
-    assert plain.allocator is None and plain.label == "merged" and not plain.measures
+    assert plain.allocator is None and not plain.measures
     assert guided.allocator is guided.lewis and guided.guided and guided.measures and guided.guided_method == "ties"
 
 

@@ -33,7 +33,13 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "Evaluate": ("evaluate", ""),
     "Register": ("register", ""),
     "Gate": ("register", ""),
+    "Judge": ("register", "judge."),
     "Publish": ("publish", ""),
+    "WebhookTarget": ("serve", ""),
+    "CommandTarget": ("serve", ""),
+    "VllmTarget": ("serve", ""),
+    "OpenaiTarget": ("serve", ""),
+    "Check": ("serve", "check."),
     "Search": ("search", ""),
     "SearchRange": ("search", ""),
 }

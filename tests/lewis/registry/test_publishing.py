@@ -184,3 +184,19 @@ def test_a_damaged_folder_is_not_published(hub: LocalHub, tmp_path: Path) -> Non
 def test_a_wrong_block_is_named(block: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         Recipe.parse(f"merge_method: linear\nmodels: [{{model: a}}, {{model: b}}]\n{block}", root=tmp_path)
+
+
+def test_a_branch_follows_the_champion_also_back_and_main_stays(hub: LocalHub, tmp_path: Path) -> None:
+    first, second = merged(tmp_path), merged(tmp_path, "b", **{"model.safetensors": "others " * 100})
+    publishing.publish(first, "org/new", True, "version 1")
+    publishing.publish(second, "org/new", True, "version 2")
+    moved = [
+        publishing.publish(each, "org/new", True, "v", "champion", "# Card") for each in (first, first, second, first)
+    ]
+    assert [each.new for each in moved] == [True, False, True, True]
+    held = hub.repos["model", "org/new"]
+    there = {name: blob.path.read_bytes() for name, blob in held.commits[held.branches["champion"]].items()}
+    assert there["README.md"] == b"# Card" and there["model.safetensors"] == (first / "model.safetensors").read_bytes()
+    assert tree(hub)["model.safetensors"] == (second / "model.safetensors").read_bytes()
+    uploads = [request.path for request in hub.log if request.path.startswith("/lfs") or "/blobs/" in request.path]
+    assert len(uploads) == len(set(uploads)), "weights that the repo has are not uploaded again"

@@ -15,6 +15,7 @@ from prometheus_client.core import Metric
 from lewis.errors import LewisError
 from lewis.models.source import commits_of
 from lewis.registry import history, releases, tracking
+from lewis.serving import records
 from lewis_flows import recipes_folder, release_event
 from lewis_flows.service.metrics import of_prefect
 from lewis_flows.service.processes import answers
@@ -54,12 +55,17 @@ class Registry:
             for event, told in ((event, event.payload) for event in events)
         ]
         version, waiting, took = (dict[tuple[str, ...], float]() for _ in range(3))
+        served, failed = (dict[tuple[str, ...], float]() for _ in range(2))
         scores = {"champion": dict[tuple[str, ...], float](), "newest version": dict[tuple[str, ...], float]()}
         for recipe in recipes_folder.names():
             if not (model := recipes_folder.registered_name(recipe)):
                 continue
             held = releases.merged(model) if tracking.exists() else []  # a look should not create a database
             champion = releases.champion(held)
+            for record in records.served(model) if held else ():
+                at = recipe, model, record.target
+                served[at] = float(record.uri.rpartition("/")[2] or 0)
+                failed[at] = float(record.failure is not None)
             waiting[recipe, model] = float(releases.waiting(held) is not None)
             for which, each in {"champion": champion, "newest version": held[0] if held else None}.items():
                 if each and (score := self._score(model, each.version)):
@@ -71,6 +77,10 @@ class Registry:
                     took[recipe, model] = seconds
         labels = ["recipe", "model"]
         yield of_prefect.gauge("lewis_champion_version", "The version in use.", labels, version)
+        about = "The version that a target has in service; 0 if it has none."
+        yield of_prefect.gauge("lewis_served_version", about, [*labels, "target"], served)
+        about = "1 if a target did not take the version that it was given last."
+        yield of_prefect.gauge("lewis_serve_failed", about, [*labels, "target"], failed)
         about = "Versions that passed their gate and wait for a person, `lewis approve`."
         yield of_prefect.gauge("lewis_versions_waiting", about, labels, waiting)
         for which, values in scores.items():

@@ -54,6 +54,7 @@ def test_an_entry_names_the_commit_of_its_documents_and_the_page_of_the_scores(t
         (entry,) = yaml.safe_load(text)
         assert entry["dataset"] == {"id": "org/data", "task_id": "own", **wanted}
         assert entry.get("source") == ({"url": page} if page else None)
+        assert hub_results(recipe.evaluate, recipe.root, None, [SCORES[2]], part="64 of 100") == ""
 
 
 def test_tasks_of_the_recipe_do_not_read_those_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

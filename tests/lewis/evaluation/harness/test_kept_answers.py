@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from lewis.evaluation import step
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scores import places_of
 from lewis.models.source import ModelFiles
 from lewis.store import kinds, sealed_json
 from tests.conftest import POINTS, Family
@@ -175,3 +177,47 @@ def test_equal_prompts_with_other_settings_and_drawn_answers(tmp_path: Path) -> 
         ask = requests("d", n=1, **drawn)
         for _ in range(2):
             assert answered(path, lambda lm, ask=ask: lm.generate_until(ask)) == (["D1"], ["d"])
+
+
+def test_a_larger_look_has_the_documents_of_the_smaller_one_and_asks_for_the_others_only(
+    root: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by a server: two looks and all documents ask for as much as all documents."""
+    with serving(family.math) as (url, answers):
+        monkeypatch.setenv("LEWIS_EVALUATION_SERVER", url)
+        settings = EvalSettings(("choice", "written"), root, batch_size=BATCH, backend="openai")
+        seen, scores = list[set[tuple[str, int]]](), []
+        for key, looks in (("whole", [None]), ("looked", [24, 72, None])):
+            answers.asked.clear()
+            for look in looks:
+                found = step.score(ModelFiles.at("math", key, family.math), replace(settings, look=look))
+                places = [set(places_of(part.documents)) for each in found.evaluated.samples for part in each.parts]
+                assert {len(each) for each in places} == {look or DOCUMENTS}
+                assert found.pools == {"choice": DOCUMENTS, "written": DOCUMENTS}
+                assert not seen or key == "whole" or all(map(set.issubset, seen, places))
+                seen = [] if key == "whole" else places
+                assert len(kinds.ANSWERS.entries()) == (2 if look else 0)  # what is whole needs them no more
+            scores.append((asked(answers.asked), found.scores))
+    (once, whole), (looked, again) = scores
+    of_guards = 2 * (4 + 64)  # generations and answers of other documents
+    assert once <= looked <= once + of_guards < once + (24 + 72) * 4
+    assert [each.value for each in again] == pytest.approx([each.value for each in whole], rel=1e-5)
+
+
+def test_documents_by_release_are_drawn_by_the_seed_and_a_look_is_a_part_of_them(root: Path, family: Family) -> None:
+    settings = EvalSettings(("choice",), root, limit=30, documents="by_release", seed="a")
+
+    def documents(**changes: Any) -> set[tuple[str, int]]:
+        found = step.score(ModelFiles.at("math", "key", family.math), replace(settings, **changes))
+        return set(places_of(found.evaluated.samples[0].parts[0].documents))
+
+    first, second, part = documents(), documents(seed="b"), documents(look=10)
+    assert len(first) == len(second) == 30 and len(part) == 10 and part < first
+    assert first != second and first & second  # 30 of 60 that differ
+    [answers] = kinds.ANSWERS.entries()  # of all documents, whichever are drawn
+    before = len(lines(answers))
+    assert documents(seed="c") and before < len(lines(answers))
+    # What an earlier version kept is found: nothing of this is in the digest unless it is used.
+    plain = EvalSettings(("choice",), root)
+    assert lm_eval.tasks_digest(plain) != lm_eval.tasks_digest(replace(plain, look=10))
+    assert replace(settings, look=10).whole == plain

@@ -62,18 +62,21 @@ def test_the_numbers_are_those_of_the_written_model_and_the_experts(tmp_path: Pa
             each = [model(torch.tensor([row]), labels=torch.tensor([row])).loss for row in rows.samples]
         return torch.stack(each)
 
-    means, rows = [], []
+    means, rows, gains = [], [], {}
     for expert in merge.experts:
         assert expert.held_back and len(expert.held_back.samples) == 2 and len(expert.calibration.samples) == 7
         own, there = losses(expert.model.folder, expert.held_back), losses(tmp_path / "out", expert.held_back)
         counts = torch.tensor([len(row) - 1 for row in expert.held_back.samples])
         means.append(float(((there - own) * counts).sum() / counts.sum()))
         rows += (there - own).tolist()
+        gains[expert.ref] = float(((losses(base, expert.held_back) - own) * counts).sum() / counts.sum())
     taken = verdict.anchor if verdict.taken is None else verdict.fits[verdict.taken]
     assert taken.mean == pytest.approx(sum(means) / 2, abs=1e-5)
     assert list(taken.experts) == [expert.ref for expert in merge.experts]
     assert list(taken.experts.values()) == pytest.approx(means, abs=1e-5)
     assert taken.worst == pytest.approx(max(rows), abs=1e-5)
+    assert verdict.gains == pytest.approx(gains, abs=1e-5)
+    assert all(f"{ref} {taken.experts[ref]:+.4f} ({gain:.2f})" in written.fit for ref, gain in gains.items())
 
 
 @pytest.mark.parametrize(

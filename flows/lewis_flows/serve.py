@@ -1,0 +1,79 @@
+"""Into service: bring the targets of a recipe to the champion, one after the other."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prefect import State, flow
+from prefect.runtime import flow_run
+from prefect.utilities.annotations import quote
+from pydantic import BaseModel
+
+from lewis.errors import InputError
+from lewis.serving import hub, service
+from lewis_flows import prefect_runs, secret_blocks
+from lewis_flows.merge import begin, load
+from lewis_flows.turn import HOOKS, turn
+from lewis_flows.walk import submit
+from lewis_tasks.serve import serve
+from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support.failures import result_of, says_why
+
+
+class ServeReport(BaseModel):
+    """What a run gives back.
+
+    Attributes:
+        recipe: its name.
+        version: the champion, `models:/<name>/<number>`; None if there is none.
+        served: what each target has now, as `lewis.serving.records.Served`.
+        changed: the targets that did not have it before.
+    """
+
+    recipe: str
+    version: str | None = None
+    served: list[dict[str, Any]] = []
+    changed: list[str] = []
+
+
+def _run_name() -> str:
+    return f"serve {Path(str(flow_run.parameters['recipe'])).stem}"
+
+
+@flow(name=prefect_runs.SERVE, flow_run_name=_run_name, **HOOKS)
+@says_why
+def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeReport]:
+    """Bring each target of the recipe to the champion, in their order; the first that fails ends it.
+
+    The targets are the Hub's branch `champion`, if the recipe publishes, and those of the block `serve`.
+
+    The run ends as `Served`; as `Cached` if all targets have the champion; as `Completed` if there is no champion.
+
+    Args:
+        recipe: the name of a recipe in the recipes folder. From the command line, a YAML file's path too.
+        again: also if a target has the champion already.
+    """
+    path = begin(recipe)
+    secret_blocks.load_for_serving()
+    trigger = run_tags.trigger(run_tags.this_run())
+    run_tags.tag(recipe=path.stem, trigger="promotion" if trigger == "release" else trigger)
+    with turn(path.with_suffix(".serve"), str(flow_run.id)):
+        plan = load(path, [])
+        targets = hub.targets(plan)
+        if not targets:
+            raise InputError(
+                f"{path.stem}: its recipe has no block `serve` or `publish`; add one that says where to serve"
+            )
+        champion = service.champion_of(plan)
+        if champion is None:
+            report, name, line = ServeReport(recipe=path.stem), "Completed", "there is no champion to serve yet"
+        else:
+            done = [result_of(submit(serve, quote(plan), each.label, quote(champion), again)) for each in targets]
+            service.tidy(champion.version.name, targets)
+            served, uri = [asdict(each) for each, _ in done], champion.version.uri
+            report = ServeReport(recipe=path.stem, version=uri, served=served)
+            report.changed = [each.target for each, new in done if new]
+            name = "Served" if report.changed else "Cached"
+            line = f"{uri} is in service: {', '.join(each.target for each, _ in done)}"
+    run_tags.tag(verdict=name.lower())
+    return run_tags.ending(name, line, report)

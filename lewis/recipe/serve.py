@@ -1,0 +1,149 @@
+"""The block `serve` of a recipe: where the champion goes into service, in this order."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, field_validator
+
+from lewis.recipe.block import Block
+
+_NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
+_URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"  # without user, password and query: recipes are read by many
+
+
+class Target(Block):
+    """A target: what puts the champion into service.
+
+    Attributes:
+        kind: how it does that.
+        name: of the target, for `lewis served`; by default its kind.
+    """
+
+    kind: str
+    name: str = Field(default="", pattern=rf"^$|{_NAME}", max_length=40)
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return self.name or self.kind
+
+
+class Check(Block):
+    """The gate after the gate: the server answers what the model was asked that was scored.
+
+    Attributes:
+        documents: how many, at most those that an evaluation keeps.
+        agree: the share of their greedy answers that has to be the same.
+        likelihoods: whether log-likelihoods of choices are compared too; the server has to give those of a prompt.
+        tolerance: nats per token by which they may differ.
+    """
+
+    documents: int = Field(default=32, ge=1)
+    agree: float = Field(default=0.8, gt=0, le=1)
+    likelihoods: bool = False
+    tolerance: float = Field(default=0.15, gt=0)
+
+
+class WebhookTarget(Target):
+    """A signed POST, in the form of MLflow's webhooks.
+
+    Attributes:
+        url: where it goes.
+        timeout_seconds: for one attempt.
+    """
+
+    kind: Literal["webhook"]
+    url: str = Field(pattern=_URL)
+    timeout_seconds: float = Field(default=30, gt=0, le=600)
+
+
+class CommandTarget(Target):
+    """A program on the worker's machine, which gets the facts of the model by its environment.
+
+    Attributes:
+        run: name of the program in the folder `LEWIS_SERVE_PROGRAMS`, then its arguments; no shell reads them.
+        timeout_minutes: how long it may take.
+    """
+
+    kind: Literal["command"]
+    run: tuple[str, ...] = Field(min_length=1)
+    timeout_minutes: float = Field(default=60, gt=0)
+
+    @field_validator("run")
+    @classmethod
+    def _check_program(cls, run: tuple[str, ...]) -> tuple[str, ...]:
+        if not re.fullmatch(r"\w[\w.-]*", run[0], re.ASCII):
+            raise ValueError(f"expected the name of a program in LEWIS_SERVE_PROGRAMS, without a path, got {run[0]!r}")
+        return run
+
+
+class VllmTarget(Target):
+    """A running vLLM server that loads the adapter.
+
+    Attributes:
+        url: of the server, without /v1.
+        alias: the name that clients ask for; by default that of the registered model.
+        timeout_seconds: for one load.
+        check: what must hold before clients get it; None: nothing is asked.
+    """
+
+    kind: Literal["vllm"]
+    url: str = Field(pattern=_URL)
+    alias: str = Field(default="", pattern=r"^[^/\s]*$", max_length=200)
+    timeout_seconds: float = Field(default=300, gt=0)
+    check: Check | None = Check()
+
+
+class OpenaiTarget(Target):
+    """A server that takes the model by an HTTP call.
+
+    Attributes:
+        url: of the call.
+        method: of the call.
+        body: sent as JSON, with the facts of the model in place of `{path}`, `{served_as}`, `{version}`, ...
+        expect: key -> value that the JSON of the answer must have.
+        api: of the OpenAI API of the server, with /v1; empty: nothing is asked of it.
+        model: the name that this API knows the model by, a template as `body`.
+        timeout_seconds: for the call.
+        check: what must hold after the call, if the server has an `api`; None: nothing is asked.
+    """
+
+    kind: Literal["openai"]
+    url: str = Field(pattern=_URL)
+    method: Literal["post", "put", "patch"] = "post"
+    body: dict[str, Any] = Field(min_length=1)
+    expect: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    api: str = Field(default="", pattern=rf"^$|{_URL}")
+    model: str = Field(default="{served_as}", min_length=1)
+    timeout_seconds: float = Field(default=600, gt=0)
+    check: Check | None = Check()
+
+
+TARGETS: Mapping[str, type[Target]] = {
+    "webhook": WebhookTarget,
+    "command": CommandTarget,
+    "vllm": VllmTarget,
+    "openai": OpenaiTarget,
+}
+"""Kind -> its block."""
+
+
+def _as_list(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, Mapping) else value
+
+
+def _check_names(targets: tuple[Target, ...]) -> tuple[Target, ...]:
+    for label, count in Counter(each.label for each in targets).items():
+        if count > 1:
+            raise ValueError(f"{count} targets are called {label!r}; give each a `name` of its own")
+    return targets
+
+
+Serve = Annotated[
+    tuple[Annotated[WebhookTarget | CommandTarget | VllmTarget | OpenaiTarget, Discriminator("kind")], ...],
+    BeforeValidator(_as_list),
+    AfterValidator(_check_names),
+]
+"""One target or a list of them."""

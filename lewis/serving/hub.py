@@ -1,0 +1,52 @@
+"""The branch `champion` of the Hub repo that a recipe publishes to: who pins `org/name@champion` gets what is in use.
+
+It is a target like others, and the first one: with `publish`, each move of the champion, also back to an earlier
+version, is a commit of that version's files on the branch. Nothing is deleted and made again, so that the name always
+leads somewhere, and weights that the repo has are not uploaded again.
+"""
+
+from typing import Literal
+
+from lewis.recipe.recipe import Recipe
+from lewis.recipe.schema import Publish
+from lewis.recipe.serve import Target
+from lewis.registry import publishing, tracking
+from lewis.serving.model import Model
+from lewis.serving.records import Served
+
+BRANCH = "champion"
+
+
+class HubTarget(Target):
+    """The branch `champion`, where the recipe publishes.
+
+    Attributes:
+        publish: the recipe's block.
+    """
+
+    kind: Literal["hub"] = "hub"
+    publish: Publish
+
+
+def targets(recipe: Recipe) -> list[Target]:
+    """Where a recipe's champion goes into service, in this order: the Hub, then the block `serve`."""
+    return [*([HubTarget(publish=recipe.publish)] if recipe.publish else []), *recipe.serve]
+
+
+def put(target: HubTarget, model: Model, before: Served) -> str:
+    """Commit the model to the branch.
+
+    Raises:
+        InputError, TransientError, LewisError: as `publishing.publish`.
+    """
+    title = f"{model.name} version {model.version}, merge {model.digest[:8]}"
+    block = target.publish
+    made = publishing.publish(model.folder, block.repo, block.private, title, BRANCH, _card(model))
+    return f"{made.repo}@{BRANCH} ({made.commit[:8]})"
+
+
+def _card(model: Model) -> str:
+    """The version's model card, which MLflow keeps."""
+    with tracking.client(f"reading the card of {model.uri}") as client:
+        run = client.get_model_version(model.name, model.version).run_id or ""
+        return tracking.file_of(client, run, "card.md").decode()

@@ -1,0 +1,102 @@
+"""A version that is to be served: its files, verified, in a folder of the store that is never written to again."""
+
+import re
+import shutil
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from lewis import store
+from lewis.errors import LewisError
+from lewis.models.lora.expert import is_adapter
+from lewis.registry.pull import pull
+from lewis.registry.versions import Champion
+from lewis.store import manifest
+from lewis.store.kinds import SERVED
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a target is told of the model that it is to serve.
+
+    Attributes:
+        name: of the registered model.
+        version: its number.
+        digest: of its merge, 64 hex digits.
+        folder: its files, which are those of the merge.
+        output: `full`, a checkpoint, or `lora`, an adapter.
+        previous: `uri` of the version that the target had before; None if it had none.
+        delivery: a UUID, the same in every attempt to put this version into service once.
+    """
+
+    name: str
+    version: str
+    digest: str
+    folder: Path
+    output: str
+    previous: str | None = None
+    delivery: str = ""
+
+    @property
+    def uri(self) -> str:
+        """`models:/name/version`."""
+        return f"models:/{self.name}/{self.version}"
+
+    @property
+    def alias(self) -> str:
+        """A name that no other content ever has, for servers and their caches: NAME-<version>-<digest8>."""
+        return served_name(self.name, self.version, self.digest)
+
+
+def served_name(name: str, version: str, digest: str) -> str:
+    """`Model.alias` of a version."""
+    return f"{_plain(name)}-{version}-{digest[:8]}"
+
+
+def name_pattern(name: str) -> re.Pattern[str]:
+    """Matches the aliases of all versions of a registered model."""
+    return re.compile(rf"{re.escape(_plain(name))}-\d+-[0-9a-f]{{8}}")
+
+
+def _plain(name: str) -> str:
+    """A registered name as part of a file's name and of a model's name in an URL."""
+    return re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip(".-") or "model"
+
+
+def prepare(champion: Champion, previous: str | None = None, since: str = "") -> Model:
+    """Fetch a version into the folder that it is served from, and verify every file by the checksums of its merge.
+
+    Args:
+        champion: the version.
+        previous: as of `Model`.
+        since: since when the target has that; it makes the delivery's id.
+
+    Raises:
+        LewisError: if its files are lost or damaged, or LEWIS did not register it.
+        TransientError: if MLflow does not answer.
+    """
+    version = champion.version
+    if not champion.digest:
+        raise LewisError(f"{version.uri}: LEWIS did not register it, so its files cannot be verified; promote another")
+    key = served_name(version.name, version.version, champion.digest)
+    folder = SERVED.path(key)
+    with SERVED.lock(key):
+        manifest.set_damaged_aside(folder)
+        if (store.read_manifest(folder) or {}).get("digest") != champion.digest:
+            pull(f"{version.name}/{version.version}", folder)
+    delivery = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{version.uri} {champion.digest} {previous} {since}"))
+    output = "lora" if is_adapter(folder) else "full"
+    return Model(version.name, version.version, champion.digest, folder, output, previous, delivery)
+
+
+def remove_others(name: str, kept: Collection[str]) -> None:
+    """Remove the folders of a registered model's versions that are served nowhere.
+
+    Args:
+        name: of the model.
+        kept: names as `served_name`.
+    """
+    for path in SERVED.entries():
+        if name_pattern(name).fullmatch(path.name) and path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)

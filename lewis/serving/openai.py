@@ -1,0 +1,59 @@
+"""Targets of the kind `openai`: any server that takes a model by an HTTP call, which the recipe gives as a template.
+
+With SGLang, for example, `POST /update_weights_from_disk` with `{model_path: "{path}"}` and the answer
+`{success: true}`.
+"""
+
+from typing import Any
+
+from lewis.errors import LewisError
+from lewis.recipe.serve import OpenaiTarget
+from lewis.serving.command import facts
+from lewis.serving.model import Model
+from lewis.serving.records import Served
+from lewis.serving.requests_to import send, with_key
+
+
+def put(target: OpenaiTarget, model: Model, before: Served) -> str:
+    """Make the call, and look for the model in the server's list, if the target has an `api`.
+
+    Raises:
+        TransientError, LewisError: as `send`, or if the answer is not the expected one, or the list lacks the model.
+    """
+    body = filled(target.body, model)
+    answer = send(target.method.upper(), target.url, body=body, headers=with_key(), timeout_s=target.timeout_seconds)
+    try:
+        found = answer.json() if target.expect else {}
+    except ValueError as error:
+        raise LewisError("the server's answer is no JSON, so `expect` cannot be checked") from error
+    for key, value in target.expect.items():
+        given = found.get(key) if isinstance(found, dict) else None
+        if given != value:
+            raise LewisError(f"the server's answer: expected {key}={value!r}, got {given!r}: {answer.text[:500]}")
+    if target.api:
+        name, listed = asked_for(target, model), send("GET", f"{target.api}/models", headers=with_key()).json()
+        names = [str(each.get("id")) for each in listed.get("data", [])]
+        if name not in names:
+            raise LewisError(f"the server lists no model {name!r}, but {', '.join(names) or 'none'}")
+    return model.alias
+
+
+def api(target: OpenaiTarget, model: Model) -> tuple[str, str] | None:
+    """Where the model answers, and under which name; None if that is not known."""
+    return (target.api.rstrip("/"), asked_for(target, model)) if target.api else None
+
+
+def asked_for(target: OpenaiTarget, model: Model) -> str:
+    """The name that the server knows the model by."""
+    return str(filled(target.model, model))
+
+
+def filled(template: Any, model: Model) -> Any:
+    """A template with the facts of the model in place of `{path}`, `{version}` and so on."""
+    if isinstance(template, str):
+        for name, value in facts(model).items():
+            template = template.replace(f"{{{name.removeprefix('MODEL_').lower()}}}", value)
+        return template
+    if isinstance(template, dict):
+        return {key: filled(value, model) for key, value in template.items()}
+    return [filled(each, model) for each in template] if isinstance(template, list | tuple) else template

@@ -1,0 +1,128 @@
+"""What is in service: a tag of the registered model for each target, so that every machine sees the same."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from lewis.registry import tracking
+from lewis.registry.history import registered_model
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+TAG = "lewis.served."
+MAX_WHY = 1500  # characters; MLflow keeps 5,000 of a tag
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A version that a target did not take.
+
+    Attributes:
+        uri: of the version.
+        why: what went wrong.
+        time: UTC, ISO 8601.
+        passes: whether it may pass by itself, as when a server is away.
+    """
+
+    uri: str
+    why: str
+    time: str
+    passes: bool = False
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a target has in service.
+
+    Attributes:
+        name: of the registered model.
+        target: the target's label.
+        kind: of the target.
+        uri: of the version in service; empty if there is none yet.
+        digest: of its merge.
+        alias: the name that the server knows it by.
+        since: when the target took it; UTC, ISO 8601.
+        block: digest of the target's block in the recipe, which was in force then.
+        previous: `uri` of the version before; empty if there was none.
+        previous_alias: the name of that one.
+        checked: what the check of the server found; empty if none was made.
+        failure: the newest attempt, if that failed.
+    """
+
+    name: str
+    target: str
+    kind: str
+    uri: str = ""
+    digest: str = ""
+    alias: str = ""
+    since: str = ""
+    block: str = ""
+    previous: str = ""
+    previous_alias: str = ""
+    checked: str = ""
+    failure: Failure | None = None
+
+    def took(self, uri: str, digest: str, alias: str, block: str, checked: str = "") -> "Served":
+        """The record once the target has taken a version, which may be the one that it had."""
+        other = uri != self.uri
+        before = (self.uri, self.alias) if other else (self.previous, self.previous_alias)
+        new = replace(self, uri=uri, digest=digest, alias=alias, block=block, checked=checked, failure=None)
+        return replace(new, previous=before[0], previous_alias=before[1], since=_now() if other else self.since)
+
+    def line(self) -> str:
+        """Where it is, and since when, and what the target did not take, for people."""
+        has = f"v{_number(self.uri)} since {_minute(self.since)}, as {self.alias}" if self.uri else "nothing yet"
+        failure = self.failure
+        failed = f"; v{_number(failure.uri)} failed {_minute(failure.time)}: {failure.why}" if failure else ""
+        return f"{self.target}: {has}{failed}"
+
+    def refused(self, uri: str, why: str, *, passes: bool = False) -> "Served":
+        """The record once an attempt has failed; what was in service stays."""
+        return replace(self, failure=Failure(uri, why[:MAX_WHY], _now(), passes))
+
+
+def served(name: str = "") -> list[Served]:
+    """What all targets have in service, of one registered model or of all.
+
+    Raises:
+        InputError: if there is no such model.
+    """
+    if not tracking.exists():
+        return []
+    with tracking.client("reading what is in service") as client:
+        names = [tracking.model_name(name)] if name else [each.name for each in client.search_registered_models()]
+        return [each for of in names for each in read(client, of)]
+
+
+def read(client: "MlflowClient", name: str) -> Iterator[Served]:
+    """What the targets of a registered model have in service."""
+    tags = registered_model(client, name).tags
+    for key in sorted(each for each in tags if each.startswith(TAG)):
+        content = json.loads(tags[key])
+        failure = content.pop("failure", None)
+        yield Served(**content, failure=Failure(**failure) if failure else None)
+
+
+def write(client: "MlflowClient", record: Served) -> None:
+    """Write a record in place of the target's last."""
+    client.set_registered_model_tag(record.name, f"{TAG}{record.target}", json.dumps(asdict(record)))
+
+
+def remove(client: "MlflowClient", record: Served) -> None:
+    """Forget a target that the recipe has no more."""
+    client.delete_registered_model_tag(record.name, f"{TAG}{record.target}")
+
+
+def _number(uri: str) -> str:
+    return uri.rpartition("/")[2]
+
+
+def _minute(time: str) -> str:
+    return time[:16].replace("T", " ")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

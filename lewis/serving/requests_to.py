@@ -1,0 +1,63 @@
+"""Requests to the servers of targets: no redirects, errors that say what to do, no secret in a message."""
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from lewis import settings
+from lewis.errors import LewisError, TransientError
+
+_SHOWN = 500  # characters of an answer that an error message shows
+_PASSES = (408, 425, 429)  # of the statuses below 500, those that can pass by themselves
+
+
+def place(url: str) -> str:
+    """A URL for people: the path may be what lets one post."""
+    return "{0.scheme}://{0.netloc}".format(urlsplit(url))
+
+
+def send(
+    method: str,
+    url: str,
+    *,
+    body: Any = None,
+    data: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout_s: float = 30,
+    accepted: tuple[int, ...] = (),
+) -> Any:
+    """Send a request and return the `requests.Response`.
+
+    Args:
+        method: such as POST.
+        url: where to.
+        body: sent as JSON.
+        data: sent as it is.
+        headers: further ones.
+        timeout_s: for the connection, and for the answer.
+        accepted: statuses that are no error, beside those below 300.
+
+    Raises:
+        TransientError: if the server does not answer, or is busy.
+        LewisError: if it refuses.
+    """
+    import requests
+
+    try:
+        answer = requests.request(
+            method, url, json=body, data=data, headers=headers, timeout=timeout_s, allow_redirects=False
+        )
+    except requests.RequestException as error:
+        why = f"does not answer ({type(error).__name__}); see that it is up"
+        raise TransientError(f"{place(url)} {why}") from None
+    status = answer.status_code
+    if status < 300 or status in accepted:
+        return answer
+    kind = TransientError if status >= 500 or status in _PASSES else LewisError
+    raise kind(f"{place(url)} answered {status}: {' '.join(answer.text.split())[:_SHOWN] or 'nothing'}")
+
+
+def with_key() -> dict[str, str]:
+    """The header with the key of `LEWIS_SERVE_KEY`, if there is one."""
+    key = settings.SERVE_KEY.get()
+    return {"Authorization": f"Bearer {key}"} if key else {}

@@ -1,0 +1,200 @@
+"""A gate after the gate: does the server answer as the model did that was scored?
+
+The evaluation of a merge keeps what the model was asked and answered about some documents. The server is asked the same
+by its OpenAI API. What a server can get wrong shows there: another chat template, dtype, quantisation, tokenizer,
+maximum length or RoPE scaling, or another model.
+
+Greedy answers are compared as texts. Between two number formats a few part at a near tie, and a wrong model or template
+changes most. Log-likelihoods are compared per token, where the recipe says so: the server has to give those of a prompt
+(`echo`), and the engine of vLLM 0.32 for CPUs ends when it is asked for those of several adapters at once.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from lewis.errors import LewisError
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.step import find_score, scoring_devices
+from lewis.recipe.serve import Check
+from lewis.serving.requests_to import send, with_key
+from lewis.store import read_entry
+
+_TOKENS = 64  # of a greedy answer that are compared
+_SHOWN = 3  # differing documents that an error message shows
+_SECONDS = 300.0  # for one request
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request in the eyes of both.
+
+    Attributes:
+        task: of lm-eval.
+        prompt: its end.
+        scored: the answer of the model that was scored, or its log-likelihoods.
+        served: those of the server.
+        difference: nats per token, the largest of all choices; None of a greedy answer.
+        agrees: whether the two are the same, within the tolerance.
+    """
+
+    task: str
+    prompt: str
+    scored: str
+    served: str
+    difference: float | None
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check found.
+
+    Attributes:
+        answers: all requests.
+        agree: the share that has to agree.
+    """
+
+    answers: tuple[Answer, ...]
+    agree: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether enough answers agree."""
+        return len(self.differing) <= (1 - self.agree) * len(self.answers)
+
+    @property
+    def differing(self) -> list[Answer]:
+        """Those that do not agree, the worst first."""
+        return sorted((each for each in self.answers if not each.agrees), key=lambda each: -(each.difference or 0))
+
+    def line(self) -> str:
+        """The result in a sentence."""
+        same = len(self.answers) - len(self.differing)
+        found = [each.difference for each in self.answers if each.difference is not None]
+        mean = f", likelihoods differ by {sum(found) / len(found):.2g} nats per token" if found else ""
+        return f"{same} of {len(self.answers)} answers are those of the model that was scored{mean}"
+
+
+class RefusedError(LewisError):
+    """The server does not answer as the model did that was scored.
+
+    Attributes:
+        differing: the answers that differ.
+    """
+
+    def __init__(self, message: str, differing: Sequence[Answer] = ()) -> None:
+        """
+        Args:
+            differing: the answers.
+        """
+        super().__init__(message)
+        self.differing = tuple(differing)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[Answer, ...]]]:
+        return type(self), (str(self), self.differing)
+
+
+def requests(digest: str, settings: EvalSettings | None) -> dict[str, list[dict[str, Any]]]:
+    """What the evaluation of a merge has kept, task -> requests; empty if it has kept nothing.
+
+    Args:
+        digest: of the merge.
+        settings: of the recipe's evaluation; None: it has none.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for each in settings.by_task() if settings else ():
+        entries = (find_score("champion", digest, each, device) for device in scoring_devices())
+        entry = next(filter(None, entries), None)
+        found |= ((read_entry(entry.path) or {}).get("requests") or {}) if entry else {}
+    return found
+
+
+def check(api: str, model: str, kept: Mapping[str, Sequence[Mapping[str, Any]]], block: Check) -> Checked:
+    """Ask a server.
+
+    Args:
+        api: of its OpenAI API, with /v1.
+        model: the name that it knows the model by.
+        kept: as `requests`.
+        block: of the recipe.
+
+    Raises:
+        TransientError: if the server does not answer, or is busy.
+        LewisError: if it refuses a request, or its answer has not what is compared.
+    """
+    share = max(1, block.documents // max(1, len(kept)))
+    sample = [(task, each) for task, of_task in kept.items() for each in of_task[:share]]
+    with ThreadPoolExecutor(8) as pool:
+        asked = list(pool.map(lambda pair: _text(api, model, pair[0], pair[1]), sample))
+        choices = [pair for pair in sample if block.likelihoods and "choices" in pair[1]]
+        asked += pool.map(lambda pair: _likelihoods(api, model, pair[0], pair[1], block.tolerance), choices)
+        return Checked(tuple(asked), block.agree)
+
+
+def judge(checked: Checked) -> None:
+    """Raise RefusedError if a check has failed; the message has the first answers side by side."""
+    if checked.passed:
+        return
+    shown = [
+        f"{each.task}: ...{each.prompt[-80:]!r}: scored {each.scored[:120]!r}, served {each.served[:120]!r}"
+        for each in checked.differing[:_SHOWN]
+    ]
+    fix = "look at the server's chat template, dtype, quantisation, tokenizer and maximum length"
+    raise RefusedError("; ".join([f"only {checked.line()}; {fix}", *shown]), checked.differing)
+
+
+def _likelihoods(api: str, model: str, task: str, kept: Mapping[str, Any], tolerance: float) -> Answer:
+    prompt, differences, values = str(kept["prompt"]), list[float](), list[float]()
+    for choice, expected in zip(kept["choices"], kept["likelihoods"], strict=True):
+        body = {"prompt": prompt + choice, "max_tokens": 1, "echo": True, "logprobs": 1}
+        body |= {"add_special_tokens": False} if kept.get("messages") else {}  # the chat template has added them
+        found = _post(f"{api}/completions", {"model": model, **body})
+        own = _of_continuation(found, len(prompt.rstrip()), len(prompt + choice))
+        values.append(sum(own))
+        differences.append(abs(sum(own) - expected) / max(1, len(own)))
+    worst = max(differences, default=0.0)
+    scored, served = (", ".join(f"{value:.2f}" for value in each) for each in (kept["likelihoods"], values))
+    agrees = math.isfinite(worst) and worst <= tolerance
+    return Answer(task, prompt[-200:], scored, served, worst, agrees)
+
+
+def _of_continuation(choice: Mapping[str, Any], start: int, end: int) -> list[float]:
+    """The log-probabilities of the tokens of a text that was echoed which begin between two characters."""
+    try:
+        known = choice["logprobs"]
+        pairs = list(zip(known["text_offset"], known["token_logprobs"], strict=True))
+        own = [float(value) for offset, value in pairs if value is not None and start <= offset < end]
+    except (KeyError, TypeError, ValueError) as error:
+        raise LewisError(
+            "the server gives no log-probabilities of a prompt (`echo`), so it cannot be checked"
+        ) from error
+    return own or [math.nan]
+
+
+def _text(api: str, model: str, task: str, kept: Mapping[str, Any]) -> Answer:
+    tokens = min(_TOKENS, int(kept["tokens"]))
+    body = {"model": model, "max_tokens": tokens, "temperature": 0, "stop": list(kept["until"])[:4]}
+    if kept.get("messages"):
+        found = _post(f"{api}/chat/completions", {**body, "messages": kept["messages"]})
+        text = str((found.get("message") or {}).get("content") or "")
+    else:
+        found = _post(f"{api}/completions", {**body, "prompt": kept["prompt"]})
+        text = str(found.get("text") or "")
+    for stop in filter(None, kept["until"]):
+        text = text.partition(stop)[0]
+    scored, served = str(kept["answer"]).strip(), text.strip()
+    cut = found.get("finish_reason") == "length" or len(served) < len(scored)
+    agrees = scored == served or (cut and bool(served) and scored.startswith(served))
+    return Answer(task, str(kept["prompt"])[-200:], scored, served, None, agrees)
+
+
+def _post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The first choice of the answer."""
+    answer = send("POST", url, body=body, headers=with_key(), timeout_s=_SECONDS)
+    try:
+        return dict(answer.json()["choices"][0])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise LewisError(f"the server's answer has no choices: {answer.text[:300]}") from error

@@ -1,0 +1,192 @@
+"""Bring a target to the champion: verify the files, put them into service, record it."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from lewis import store
+from lewis.errors import InputError, LewisError, TransientError
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.recipe.recipe import Recipe
+from lewis.recipe.serve import Target
+from lewis.registry import tracking, versions
+from lewis.registry.tracking import AwayError
+from lewis.registry.versions import Champion
+from lewis.serving import command, hub, model, openai, records, server_gate, vllm, webhook
+from lewis.serving.records import Served
+from lewis.store.kinds import SERVED
+
+logger = logging.getLogger(__name__)
+AGAIN = timedelta(minutes=5)  # after an attempt that failed because a server was away
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of targets does.
+
+    Attributes:
+        offer: makes the server answer for a model under its own name, while clients have another one; None: it cannot.
+        put: puts a model into service, and returns the name that the server knows it by; what it raises means that the
+            target has what it had.
+        api: the URL of the OpenAI API and the name by which that knows the model, for the check; None: there is none.
+        holds: whether the target still has what its record says; None: nothing can be asked.
+    """
+
+    put: Callable[[Any, model.Model, Served], str]
+    holds: Callable[[Any, Served], bool] | None = None
+    offer: Callable[[Any, model.Model], None] | None = None
+    api: Callable[[Any, model.Model], tuple[str, str] | None] | None = None
+
+
+KINDS: Mapping[str, Kind] = {
+    "webhook": Kind(webhook.put),
+    "command": Kind(command.put),
+    "vllm": Kind(vllm.put, vllm.holds, vllm.offer, vllm.api),
+    "openai": Kind(openai.put, api=openai.api),
+    "hub": Kind(hub.put),
+}
+"""Kind of a target -> what it does."""
+
+
+def champion_of(recipe: Recipe) -> Champion | None:
+    """The version that the targets of a recipe are to have; None if there is no champion yet."""
+    return versions.champion(recipe.register_as.model) if recipe.register_as else None
+
+
+def serve(
+    target: Target, champion: Champion, settings: EvalSettings | None = None, *, again: bool = False
+) -> tuple[Served, bool]:
+    """Bring a target to the champion, unless it has it.
+
+    Args:
+        target: of the recipe.
+        champion: the version.
+        settings: of the evaluation that scored it, whose answers the server has to give; None: it was not scored.
+        again: put it into service even if it is.
+
+    Returns:
+        What the target has now, and whether this call put it there.
+
+    Raises:
+        InputError, TransientError, LewisError: as the kind says; what the target had stays in service, and the record
+            has the reason.
+    """
+    name, uri, block = champion.version.name, champion.version.uri, store.digest(target.model_dump(mode="json"))
+    kind = KINDS[target.kind]
+    with store.shared_lock(f"serve-{name}-{target.label}"):
+        before = record_of(name, target)
+        if (before.uri, before.digest, before.block) == (uri, champion.digest, block) and not again:
+            if _still_holds(kind, target, before):
+                return before, False
+            logger.warning("%s: %s is not there any more; putting it there again", target.label, uri)
+        previous = before.previous if before.uri == uri else before.uri
+        try:
+            ready = model.prepare(champion, previous or None, before.since)
+            checked, alias = _bring(kind, target, ready, before, settings)
+        except AwayError:  # MLflow, not the target
+            raise
+        except LewisError as error:
+            _write(before.refused(uri, str(error), passes=isinstance(error, TransientError)))
+            stays = f"{before.uri} stays in service" if before.uri else "nothing is in service there"
+            raise _alike(error, f"{uri} is not in service at {target.label}, {stays}: {error}") from error
+        now = before.took(uri, champion.digest, alias, block, checked)
+        _write(now)
+    logger.info("%s: %s is in service as %s", target.label, now.uri, now.alias)
+    return now, True
+
+
+def is_due(target: Target, champion: Champion) -> bool:
+    """Whether a target that has not the champion may get it now.
+
+    Not if it has refused that version, or if the server is away; nor soon after an attempt that failed.
+    """
+    record, block = record_of(champion.version.name, target), store.digest(target.model_dump(mode="json"))
+    failure = record.failure
+    if failure and failure.uri == champion.version.uri:
+        age = datetime.now(UTC) - datetime.fromisoformat(failure.time)
+        return failure.passes and age > AGAIN
+    if (record.uri, record.block) != (champion.version.uri, block):
+        return True
+    holds = KINDS[target.kind].holds
+    try:
+        return holds is not None and not holds(target, record)
+    except LewisError:  # when it answers again, it may have lost the model
+        return False
+
+
+def _still_holds(kind: Kind, target: Target, record: Served) -> bool:
+    try:
+        return kind.holds is None or kind.holds(target, record)
+    except LewisError:  # the attempt to put it there says why
+        return False
+
+
+def _bring(
+    kind: Kind, target: Target, ready: model.Model, before: Served, settings: EvalSettings | None
+) -> tuple[str, str]:
+    """Put a model into service if the server answers as it should; what was found, and the model's name there."""
+    if kind.offer:
+        kind.offer(target, ready)
+        checked = _check(kind, target, ready, settings)
+        return checked, kind.put(target, ready, before)
+    alias = kind.put(target, ready, before)
+    try:
+        return _check(kind, target, ready, settings), alias
+    except server_gate.RefusedError:
+        folder = SERVED.path(before.alias) if before.alias else None
+        if folder and folder.is_dir():  # it answers already, so clients get the one before again
+            version = before.uri.rpartition("/")[2]
+            kind.put(target, model.Model(before.name, version, before.digest, folder, ready.output), before)
+        raise
+
+
+def _check(kind: Kind, target: Target, ready: model.Model, settings: EvalSettings | None) -> str:
+    """Ask the server what the model was asked that was scored, if the target says so; what was found, in a sentence."""
+    block, place = getattr(target, "check", None), kind.api(target, ready) if kind.api else None
+    if block is None or place is None:
+        return ""
+    kept = server_gate.requests(ready.digest, settings)
+    if not kept:
+        logger.warning("%s: %s is not checked: its evaluation has kept no answers", target.label, ready.uri)
+        return "not checked: its evaluation has kept no answers"
+    checked = server_gate.check(*place, kept, block)
+    server_gate.judge(checked)
+    logger.info("%s: %s: %s", target.label, ready.uri, checked.line())
+    return checked.line()
+
+
+def _alike(error: LewisError, message: str) -> LewisError:
+    """An error of the same kind, with another message."""
+    if isinstance(error, server_gate.RefusedError):
+        return server_gate.RefusedError(message, error.differing)
+    return next(each for each in (InputError, TransientError, LewisError) if isinstance(error, each))(message)
+
+
+def record_of(name: str, target: Target) -> Served:
+    """What a target of a registered model has in service; a record without a version if it has nothing."""
+    with tracking.client(f"reading what is in service of {name}") as client:
+        known = {each.target: each for each in records.read(client, name)}
+    found = known.get(target.label)
+    return found if found and found.kind == target.kind else Served(name, target.label, target.kind)
+
+
+def _write(record: Served) -> None:
+    with tracking.client(f"recording what is in service of {record.name}") as client:
+        records.write(client, record)
+
+
+def tidy(name: str, targets: Sequence[Target]) -> None:
+    """Forget targets that the recipe has no more, and remove the files of versions that are served nowhere.
+
+    What was in service before stays on the disk, to go back to.
+    """
+    labels = {each.label for each in targets}
+    with tracking.client(f"reading what is in service of {name}") as client:
+        known = list(records.read(client, name))
+        for each in known:
+            if each.target not in labels:
+                records.remove(client, each)
+    kept = {alias for each in known if each.target in labels for alias in (each.alias, each.previous_alias)}
+    model.remove_others(name, kept)

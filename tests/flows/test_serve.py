@@ -1,0 +1,206 @@
+"""The champion goes into service by a run of its own, which its promotion starts."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed
+
+from lewis.errors import LewisError
+from lewis.registry import outbox, promotion
+from lewis.serving.records import served
+from lewis_flows import secret_blocks
+from lewis_flows.cli.main import main
+from lewis_flows.serve import serve_flow
+from lewis_flows.service import deploy, keep_served, recipe_deployments
+from lewis_flows.service.deploy import Follower
+from lewis_tasks.support import moves
+from lewis_tasks.support.flow_run import result_of_run
+from tests.conftest import Family
+from tests.support.http_sink import HttpSink
+from tests.support.lineage import crowned, with_tokenizer
+from tests.support.lora_server import LoraServer
+
+RECIPE = """
+merge_method: ties
+base_model: org/base
+models: [{model: org/math}]
+register: {name: tiny}
+serve:
+  - {kind: command, run: %s}
+  - {kind: webhook, url: "%s/hook"}
+"""
+FAILS = "import pathlib, sys; sys.exit('no room' if pathlib.Path(%r).exists() else 0)"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "recipes"
+    path.mkdir()
+    monkeypatch.setenv("LEWIS_RECIPES", str(path))
+    return path
+
+
+@pytest.fixture
+def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
+    """Of the tests' server; without our deployments at the end."""
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        deploy._put_pool(client, deploy.POOL)
+        yield client
+        recipe_deployments.remove_stale(client, set())
+        client.delete_work_pool(deploy.POOL)
+
+
+def test_the_targets_get_the_champion_in_their_order(
+    folder: Path,
+    home: Path,
+    family: Family,
+    client: SyncPrefectClient,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fails, program = tmp_path / "fails", tmp_path / "program"
+    program.write_text(f"#!{sys.executable}\n{FAILS % str(fails)}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("LEWIS_SERVE_PROGRAMS", str(tmp_path))
+    with HttpSink() as sink:
+        (folder / "nightly.yaml").write_text(RECIPE % ("[program]", sink.url))
+
+        def run(again: bool = False) -> Any:
+            state = serve_flow("nightly", again, return_state=True)
+            return state.name, result_of_run(state)
+
+        assert run()[0] == "Completed" and sink.received == []  # no champion yet
+        first = crowned(family.base, "a").version.uri
+        name, report = run()
+        assert (name, report.version, report.changed) == ("Served", first, ["command", "webhook"])
+        assert run()[0] == "Cached" and len(sink.received) == 1
+
+        fails.touch()
+        second = crowned(family.base, "b").version.uri
+        with pytest.raises(LewisError, match=r"tiny/2 is not in service at command, models:/tiny/1 stays .*no room"):
+            run()
+        assert len(sink.received) == 1, "the receiver is not told of what is not in service"
+        assert main(["served"]) == 0
+        shown = capsys.readouterr().out
+        assert "tiny command: v1 since " in shown and "; v2 failed " in shown and "no room" in shown
+        fails.unlink()
+        assert run()[0] == "Served" and [each.uri for each in served("tiny")] == [second, second]
+        promotion.rollback("tiny", "it was rude")
+        assert run()[1].version == first and len(sink.received) == 3
+        assert [each.json["data"]["version"] for each in sink.received] == ["1", "2", "1"]
+        assert len({each.headers["x-mlflow-delivery-id"] for each in sink.received}) == 3
+        assert main(["served", "--json"]) == 0
+        (_, hook) = json.loads(capsys.readouterr().out)
+        assert (hook["uri"], hook["previous"], hook["failure"]) == (first, second, None)
+
+
+def test_a_promotion_starts_the_deployment_and_is_sent_until_it_has(
+    folder: Path, home: Path, family: Family, client: SyncPrefectClient
+) -> None:
+    recipe = folder / "nightly.yaml"
+    recipe.write_text(RECIPE % ("[x]", "http://127.0.0.1:9"))
+    follower = Follower(lambda line: None)
+    follower.deploy()
+    made = client.read_deployment_by_name("serve/nightly")
+    assert made.parameters == {"recipe": "nightly"} and made.global_concurrency_limit.limit == 1
+    assert made.entrypoint == "lewis_flows.serve.serve_flow"
+
+    def runs() -> list[Any]:
+        return [run for run in client.read_flow_runs() if run.deployment_id == made.id]
+
+    def wait(until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not until():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    assert len(runs()) == 1, "a recipe that is new may have a champion already"
+    follower.deploy()
+    client.set_flow_run_state(runs()[0].id, Completed(), force=True)
+    time.sleep(3)  # the server's triggers learn of the automation
+    crowned(family.base, "a")
+    moves.tell(patience=60)
+    assert outbox.moves() == []
+    wait(lambda: len(runs()) == 2)
+
+    recipe.write_text(recipe.read_text().replace("tiny", "other"))
+    follower.deploy()
+    (automation,) = [each for each in client.read_automations() if each.name.startswith("service of ")]
+    assert "other" in automation.name
+    recipe.write_text(recipe.read_text().partition("serve:")[0])
+    follower.deploy()
+    assert recipe_deployments._read(client, "serve/nightly") is None
+    assert not [each for each in client.read_automations() if each.name.startswith("service of ")]
+
+
+def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_left_alone(
+    folder: Path, home: Path, family: Family, client: SyncPrefectClient, tmp_path: Path
+) -> None:
+    def runs() -> list[Any]:
+        made = recipe_deployments._read(client, "serve/nightly")
+        found = [run for run in client.read_flow_runs() if made and run.deployment_id == made.id]
+        return [run for run in found if run.state.is_scheduled()]
+
+    def looks() -> bool:
+        started = keep_served.look() == ["nightly"]
+        assert len(runs()) == started and not keep_served.look(), "one is enough"
+        for run in runs():
+            client.set_flow_run_state(run.id, Completed(), force=True)
+        return started
+
+    assert keep_served.look() == []
+    adapter = with_tokenizer(family.lora, tmp_path / "adapter")
+    with LoraServer("tiny") as server:
+        text = (RECIPE % ("[x]", "http://x")).partition("serve:")[0]
+        text += f"output: {{kind: lora, rank: 4}}\nserve: {{kind: vllm, url: '{server.url}'}}\n"
+        (folder / "nightly.yaml").write_text(text)
+        Follower(lambda line: None).deploy()
+        for run in runs():
+            client.set_flow_run_state(run.id, Completed(), force=True)
+        assert not looks(), "there is no champion"
+        crowned(adapter, "a", base=family.base)
+        assert looks(), "a move that nobody was told of"
+        assert serve_flow("nightly", return_state=True).name == "Served" and not looks()
+        server.models = {"base": "base"}
+        assert looks(), "it was started again"
+        serve_flow("nightly", return_state=True)
+        crowned(adapter, "b", base=family.base)
+        server.statuses = [200, 400]
+        with pytest.raises(LewisError, match="answered 400"):
+            result_of_run(serve_flow("nightly", return_state=True))
+        assert not looks(), "it would be refused again"
+        client.pause_deployment(client.read_deployment_by_name("serve/nightly").id)
+        crowned(adapter, "c", base=family.base)
+        assert not looks()
+    assert not keep_served.look(), "the server is away"
+
+
+def test_overrides_cannot_say_what_is_served_where(folder: Path) -> None:
+    from lewis_flows.recipes_folder import load_for_deployment
+
+    path = folder / "nightly.yaml"
+    path.write_text(RECIPE % ("[x]", "http://127.0.0.1:9"))
+    with pytest.raises(LewisError, match="a run of a deployment cannot change serve"):
+        load_for_deployment(path, ["serve[0].run=[reboot]"])
+
+
+def test_secrets_may_be_blocks(client: SyncPrefectClient, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.blocks.system import Secret
+
+    from lewis import settings
+
+    for name in ("LEWIS_SERVE_SECRET", "LEWIS_SERVE_KEY"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    saved = Secret(value="signs").save("lewis-serve-secret", overwrite=True)
+    secret_blocks.load_for_serving()
+    assert (settings.SERVE_SECRET.get(), settings.SERVE_KEY.get()) == ("signs", "")
+    client.delete_block_document(saved)

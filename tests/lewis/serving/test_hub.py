@@ -1,0 +1,52 @@
+"""The Hub's branch `champion` is a target: what is promoted or rolled back is what `org/name@champion` gives."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants, hf_hub_download
+
+from lewis.recipe.schema import Publish
+from lewis.registry import promotion, versions
+from lewis.serving import service
+from lewis.serving.hub import HubTarget
+from lewis.serving.records import served
+from tests.conftest import Family
+from tests.support.lineage import crowned, make_home
+from tests.support.local_hub import LocalHub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    make_home(tmp_path / "home", empty_database, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    with LocalHub(tmp_path / "server") as hub:
+        for name, value in hub.environment(tmp_path / "hub").items():
+            monkeypatch.setenv(name, value)
+        yield hub
+
+
+def test_a_rollback_reaches_who_pins_the_champion(hub: LocalHub, family: Family, tmp_path: Path) -> None:
+    target = HubTarget(publish=Publish(repo="org/served"))
+
+    def pinned() -> bytes:
+        file = hf_hub_download(
+            "org/served", "model.safetensors", revision="champion", endpoint=hub.url, cache_dir=tmp_path / "cache"
+        )
+        return Path(file).read_bytes()
+
+    def serve() -> bool:
+        champion = versions.champion("tiny")
+        assert champion is not None
+        return service.serve(target, champion)[1]
+
+    for digit, model in (("a", family.base), ("b", family.math)):
+        crowned(model, digit)
+        assert serve() and not serve()
+        assert pinned() == (model / "model.safetensors").read_bytes()
+    promotion.rollback("tiny", "it was rude")
+    assert serve() and pinned() == (family.base / "model.safetensors").read_bytes()
+    (record,) = served("tiny")
+    assert record.uri == "models:/tiny/1" and record.alias.startswith("org/served@champion (")

@@ -1,0 +1,128 @@
+"""A server is asked what the model was asked that was scored: by lm-eval, of a real model, at a real server."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lewis.errors import LewisError
+from lewis.evaluation.harness import child, process
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.step import score
+from lewis.models.source import ModelFiles
+from lewis.recipe.serve import Check, OpenaiTarget
+from lewis.serving import server_gate, service
+from lewis.serving.records import served
+from lewis.serving.server_gate import RefusedError
+from tests.conftest import Family
+from tests.flows.conftest import TASK, write_words
+from tests.support.completions_server import serving
+from tests.support.http_sink import HttpSink, Request
+from tests.support.lineage import crowned, make_home
+
+WRITES = """
+task: writes
+dataset_path: json
+dataset_kwargs: {data_files: words.jsonl}
+test_split: train
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["w7"], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return make_home(tmp_path / "home", empty_database, monkeypatch)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalSettings:
+    """Two tasks, evaluated in this process."""
+
+    def evaluate_here(request: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return child.evaluate(**json.loads(json.dumps(request)))
+
+    monkeypatch.setattr(process, "run", evaluate_here)
+    monkeypatch.chdir(tmp_path)
+    write_words(tmp_path)
+    for name, text in (("words", TASK), ("writes", WRITES)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return EvalSettings(("words.yaml", "writes.yaml"), tmp_path, limit=8)
+
+
+def test_the_model_that_was_scored_passes_and_another_one_does_not(
+    home: Path, family: Family, settings: EvalSettings
+) -> None:
+    score(ModelFiles.at("merged", "a" * 64, family.base), settings)
+    kept = server_gate.requests("a" * 64, settings)
+    assert {task: len(of) for task, of in kept.items()} == {"words": 8, "writes": 8}
+    assert server_gate.requests("b" * 64, settings) == {} == server_gate.requests("a" * 64, None)
+
+    def checked(model: Path) -> server_gate.Checked:
+        with serving(model) as (url, _):
+            return server_gate.check(url, str(model), kept, Check(tolerance=1e-3, agree=1, likelihoods=True))
+
+    own, other = checked(family.base), checked(family.math)
+    assert own.passed and own.line().startswith("24 of 24 answers are those of the model that was scored, likelihoods")
+    server_gate.judge(own)
+    assert not other.passed and len(other.differing) >= 8
+    with pytest.raises(RefusedError, match=r"only \d+ of 24 answers .* scored '.*', served '") as error:
+        server_gate.judge(other)
+    again = pickle.loads(pickle.dumps(error.value))
+    assert str(again) == str(error.value) and again.differing == error.value.differing
+
+
+def test_a_chat_is_asked_as_a_chat_so_that_the_servers_own_template_answers(home: Path) -> None:
+    messages = [{"role": "user", "content": "12 + 7?"}]
+    kept = {"t": [{"prompt": "<u>12 + 7?</u>", "messages": messages, "answer": "19 it is", "until": [], "tokens": 9}]}
+
+    said = [""]
+
+    def answer(request: Request) -> Any:
+        assert request.path == "/v1/chat/completions" and request.json["messages"] == messages
+        return {"choices": [{"message": {"content": said[0]}, "finish_reason": "length"}]}
+
+    with HttpSink(answer) as sink:
+        for text, passes in (("19 it is", True), ("19 it", True), ("20", False), ("", False)):
+            said[0] = text
+            assert server_gate.check(f"{sink.url}/v1", "m", kept, Check(documents=1)).passed is passes
+
+
+def test_a_server_without_likelihoods_cannot_be_checked(home: Path) -> None:
+    asked = {"prompt": "a", "choices": [" b"], "likelihoods": [-1.0], "answer": "b", "until": [], "tokens": 1}
+    sink = HttpSink(lambda _: {"choices": [{"text": "a b"}]})
+    with sink, pytest.raises(LewisError, match="no log-probabilities of a prompt"):
+        server_gate.check(sink.url, "m", {"t": [asked]}, Check(likelihoods=True))
+
+
+def test_a_server_that_answers_wrongly_gets_the_model_back_that_it_had(
+    home: Path, family: Family, settings: EvalSettings
+) -> None:
+    calls = list[str]()
+
+    def call(request: Request) -> Any:
+        calls.append(request.json["path"])
+        return {}
+
+    def lists(url: str) -> OpenaiTarget:
+        return OpenaiTarget(
+            kind="openai", url=sink.url, body={"path": "{path}"}, api=url, model=str(family.base), check=Check(agree=1)
+        )
+
+    with serving(family.base) as (url, _), HttpSink(call) as sink:
+        first, second = (crowned(folder, digit) for folder, digit in ((family.base, "a"), (family.math, "b")))
+        service.serve(lists(url), first, settings)
+        assert served()[0].checked == "not checked: its evaluation has kept no answers"
+        for digit, folder in (("a", family.base), ("b", family.math)):
+            score(ModelFiles.at("merged", digit * 64, folder), settings)
+        assert service.serve(lists(url), first, settings, again=True)[0].checked.startswith("16 of 16 answers")
+        with pytest.raises(RefusedError, match="tiny/1 stays in service: only"):
+            service.serve(lists(url), second, settings)  # the server answers as the first
+        assert [path[-10:] for path in calls] == ["1-aaaaaaaa", "1-aaaaaaaa", "2-bbbbbbbb", "1-aaaaaaaa"]
+    (record,) = served()
+    assert record.uri == first.version.uri and record.failure and "served '" in record.failure.why

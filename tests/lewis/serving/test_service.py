@@ -1,0 +1,171 @@
+"""A champion is put into service at real receivers and by real programs; what fails leaves what was there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.webhooks.delivery import _generate_hmac_signature
+
+from lewis.errors import InputError, LewisError, TransientError
+from lewis.recipe.serve import CommandTarget, WebhookTarget
+from lewis.serving import service
+from lewis.serving.records import served
+from lewis.store.kinds import SERVED
+from lewis.store.secrets import SERVE_SECRET
+from tests.conftest import Family
+from tests.support.damage import damage
+from tests.support.http_sink import HttpSink
+from tests.support.lineage import crowned, make_home, with_tokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+WRITES = "import json, os, sys; json.dump({k: v for k, v in os.environ.items()}, open(sys.argv[1], 'w')); print('done')"
+
+
+@pytest.fixture
+def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return make_home(tmp_path / "home", empty_database, monkeypatch)
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CommandTarget]:
+    """Put a program of some Python code into the folder of programs; gives a target that runs it."""
+    monkeypatch.setenv("LEWIS_SERVE_PROGRAMS", str(tmp_path))
+
+    def make(code: str, *arguments: str, **fields: Any) -> CommandTarget:
+        path = tmp_path / "program"
+        path.write_text(f"#!{sys.executable}\n{code}\n")
+        path.chmod(0o755)
+        return CommandTarget(kind="command", run=(path.name, *arguments), **fields)
+
+    return make
+
+
+def test_a_webhook_is_signed_as_mlflow_signs_and_sent_until_it_is_taken(
+    home: Path, family: Family, tmp_path: Path
+) -> None:
+    with HttpSink() as sink:
+        target = WebhookTarget(kind="webhook", url=f"{sink.url}/secret-path")
+        first = crowned(family.base, "a", "a team.tiny")
+        sink.statuses = [503]
+        with pytest.raises(TransientError, match=r"nothing is in service there: .*answered 503") as busy:
+            service.serve(target, first)
+        assert "secret-path" not in str(busy.value)
+        record, new = service.serve(target, first)
+        assert new and record.uri == "models:/a team.tiny/1" and record.failure is None
+        attempt, delivery = sink.received
+        stamp, own = delivery.headers["x-mlflow-timestamp"], delivery.headers["x-mlflow-delivery-id"]
+        assert own == attempt.headers["x-mlflow-delivery-id"] and abs(int(stamp) - time.time()) < 60
+        signed = _generate_hmac_signature(SERVE_SECRET.read(), own, stamp, delivery.body)
+        assert delivery.headers["x-mlflow-signature"] == signed
+        data = delivery.json["data"]
+        assert (delivery.json["entity"], data["alias"], data["version"]) == ("model_version_alias", "champion", "1")
+        assert data["previous"] is None and data["output"] == "full" and data["served_as"] == "a-team.tiny-1-aaaaaaaa"
+        assert {path.name for path in Path(data["path"]).iterdir()} >= {"config.json", "model.safetensors"}
+
+        assert service.serve(target, first) == (record, False) and len(sink.received) == 2
+        again, new = service.serve(target, first, again=True)
+        assert new and again.since == record.since and sink.received[-1].json["data"]["previous"] is None
+
+        second = crowned(with_tokenizer(family.lora, tmp_path / "adapter"), "b", "a team.tiny", family.base)
+        sink.statuses = [404]
+        with pytest.raises(LewisError, match=r"tiny/1 stays in service: .*answered 404") as refused:
+            service.serve(target, second)
+        assert not isinstance(refused.value, TransientError)
+        (known,) = served("a team.tiny")
+        assert known.uri == first.version.uri and known.failure and known.failure.uri == second.version.uri
+        now, _ = service.serve(target, second)
+        data = sink.received[-1].json["data"]
+        assert (data["previous"], data["output"]) == (first.version.uri, "lora")
+        assert (now.previous, now.previous_alias) == (first.version.uri, "a-team.tiny-1-aaaaaaaa")
+        assert served() == [now]
+
+
+def test_a_program_gets_the_facts_and_no_secret(
+    home: Path,
+    family: Family,
+    tmp_path: Path,
+    program: Callable[..., CommandTarget],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in ("LEWIS_SERVE_SECRET", "HF_TOKEN", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "hidden")
+    monkeypatch.setenv("KUBECONFIG", "/etc/kube")
+    target = program(WRITES, str(tmp_path / "facts"))
+    model = crowned(family.base, "a", "a team.tiny")
+    caplog.set_level("INFO")
+    service.serve(target, model)
+    facts = json.loads((tmp_path / "facts").read_text())
+    assert (facts["MODEL_NAME"], facts["MODEL_VERSION"], facts["MODEL_OUTPUT"]) == ("a team.tiny", "1", "full")
+    assert facts["MODEL_DIGEST"] == "a" * 64 and facts["MODEL_PREVIOUS"] == "" and facts["KUBECONFIG"] == "/etc/kube"
+    assert "hidden" not in facts.values() and "command: done" in caplog.text
+
+    failing = program("print('no room'); raise SystemExit(3)")
+    with pytest.raises(LewisError, match=r"tiny/1 stays in service: .*exit code 3; the end of its output: no room"):
+        service.serve(failing, model, again=True)
+    slow = program("import time; time.sleep(60)", timeout_minutes=0.01)
+    with pytest.raises(LewisError, match=r"did not end within 0.01 minutes"):
+        service.serve(slow, model)
+    with pytest.raises(InputError, match="missing: expected a program, which is missing or not executable"):
+        service.serve(CommandTarget(kind="command", run=("missing",)), model)
+    monkeypatch.delenv("LEWIS_SERVE_PROGRAMS")
+    with pytest.raises(InputError, match="LEWIS_SERVE_PROGRAMS: not set"):
+        service.serve(slow, model)
+    (known,) = served()
+    assert known.uri == model.version.uri and known.failure is not None
+
+
+def test_files_are_verified_before_they_are_served_and_kept_while_they_are(
+    home: Path, family: Family, program: Callable[..., CommandTarget]
+) -> None:
+    target = program("")
+    models = [crowned(family.base, "a", "a team.tiny")]
+    service.serve(target, models[0])
+    folder = SERVED.path("a-team.tiny-1-aaaaaaaa")
+    damage(folder / "model.safetensors", "flipped")
+    with pytest.raises(LewisError, match="damaged"):  # a link of MLflow's file, so that is damaged too
+        service.serve(target, models[0], again=True)
+    for digit in "bcd":
+        models.append(crowned(family.base, digit, "a team.tiny"))
+        service.serve(target, models[-1])
+        service.tidy("a team.tiny", [target])
+    kept = [path.name for path in SERVED.entries()]
+    assert kept == ["a-team.tiny-3-cccccccc", "a-team.tiny-4-dddddddd"]
+    service.tidy("a team.tiny", [])
+    assert served() == [] and SERVED.entries() == []
+
+
+def test_a_process_that_is_killed_leaves_what_was_there_and_the_next_ends_it(
+    home: Path, family: Family, tmp_path: Path, program: Callable[..., CommandTarget]
+) -> None:
+    began, marks = tmp_path / "began", tmp_path / "marks"
+    waits = f"import os, time, pathlib; pathlib.Path({str(began)!r}).touch(); "
+    target = program(f"{waits}time.sleep(0 if os.path.exists({str(marks)!r}) else 600)")
+    marks.touch()
+    first = crowned(family.base, "a", "a team.tiny")
+    service.serve(target, first)
+    second = crowned(family.base, "b", "a team.tiny")
+    marks.unlink()
+    began.unlink()
+    code = (
+        "import sys; from lewis.recipe.serve import CommandTarget; from lewis.serving import service;"
+        "from lewis.registry import versions;"
+        "service.serve(CommandTarget.model_validate_json(sys.argv[1]), versions.champion('a team.tiny'))"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", code, target.model_dump_json()], cwd=ROOT, env=os.environ)
+    while not began.exists():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert [each.uri for each in served()] == [first.version.uri]
+    marks.touch()
+    record, new = service.serve(target, second)
+    assert new and record.uri == second.version.uri and record.previous == first.version.uri

@@ -1,0 +1,99 @@
+"""A family of tiny models that vLLM can run, and a vLLM server on the base."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+import requests
+
+from tests.flows.conftest import _impatient, prefect_url, warm  # noqa: F401
+from tests.support.models import write_llama, write_lora
+from tests.support.service import free_port
+
+COMMAND = os.environ.get("LEWIS_SERVE_VLLM", "vllm")
+SETTINGS = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the tests of this folder out unless `make test-serve` asks for them."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and not os.environ.get("LEWIS_SERVE"):
+            item.add_marker(pytest.mark.skip(reason="make test-serve"))
+
+
+class Vllm:
+    """A server that loads adapters while it runs; use as a context manager.
+
+    Attributes:
+        url: of the server, without /v1.
+    """
+
+    def __init__(self, base: Path, log: Path) -> None:
+        port = free_port()
+        self.url, self._log, self._process = f"http://127.0.0.1:{port}", log, None
+        options = "--dtype float32 --max-model-len 64 --enable-lora --max-lora-rank 16 --max-loras 4 --enforce-eager"
+        self._command = [COMMAND, "serve", str(base), "--served-model-name", "base", "--host", "127.0.0.1"]
+        self._command += ["--port", str(port), *options.split()]
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=log,
+                cwd=self._log.parent,
+                env={**os.environ, **SETTINGS},
+                start_new_session=True,
+            )
+        while not self.answers():
+            assert self._process.poll() is None, self._log.read_text()[-3000:]
+            time.sleep(0.2)
+
+    def answers(self) -> bool:
+        """Whether it answers."""
+        try:
+            return requests.get(f"{self.url}/health", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    def kill(self) -> None:
+        """End it and all its processes as if the machine had died."""
+        if self._process:
+            os.killpg(self._process.pid, 9)
+            self._process.wait()
+
+    def ask(self, model: str, prompt: str = "w1 w2 w3") -> str:
+        """A greedy answer; raises an error for every status that is none."""
+        body = {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0}
+        answer = requests.post(f"{self.url}/v1/completions", json=body, timeout=300)
+        answer.raise_for_status()
+        return str(answer.json()["choices"][0]["text"])
+
+    def __enter__(self) -> "Vllm":
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind:
+            sys.stderr.write(self._log.read_text()[-3000:])
+        self.kill()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base whose heads have the 64 channels that vLLM needs, and the adapters `one` and `two` on it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    base = write_llama(folder / "base", hidden=256)
+    for seed, name in enumerate(("one", "two"), 1):
+        write_lora(base, folder / name, seed=seed)
+    return folder

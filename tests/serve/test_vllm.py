@@ -1,0 +1,157 @@
+"""From a release to what clients are answered: merged, scored, registered, checked and served by a real vLLM."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lewis.errors import LewisError
+from lewis.evaluation.harness import child, process
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.step import score
+from lewis.models.source import ModelFiles
+from lewis.recipe.recipe import Recipe
+from lewis.registry import promotion
+from lewis.serving import service
+from lewis.serving.records import served
+from tests.flows.conftest import TASK, write_words
+from tests.lewis.serving.test_server_gate import WRITES
+from tests.serve.conftest import Vllm
+from tests.support.lineage import crowned, make_home, with_tokenizer
+from tests.support.models import WORDS
+
+RECIPE = """
+merge_method: task_arithmetic
+base_model: base
+models: [{model: base+one, parameters: {weight: 1.0}}]
+output: {kind: lora, rank: 8}
+inspect: {on: warn}
+evaluate: {tasks: [words.yaml, writes.yaml], baselines: [], limit: 16}
+register: {name: tiny}
+serve: {kind: vllm, url: "%s", check: {agree: 1}}
+"""
+
+
+@pytest.fixture
+def vllm(tiny: Path, tmp_path: Path) -> Iterator[Vllm]:
+    with Vllm(tiny / "base", tmp_path / "vllm.log") as server:
+        yield server
+
+
+@pytest.fixture
+def run(
+    vllm: Vllm, tiny: Path, tmp_path: Path, empty_database: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Merge an expert, or serve the champion, in this process."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from lewis_flows.merge import merge_flow
+    from lewis_flows.serve import serve_flow
+    from lewis_tasks.support.flow_run import result_of_run
+
+    def evaluate_here(request: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return child.evaluate(**json.loads(json.dumps(request)))
+
+    make_home(tmp_path / "home", empty_database, monkeypatch)
+    monkeypatch.setattr(process, "run", evaluate_here)
+    for name in ("base", "one", "two"):
+        (tmp_path / name).symlink_to(tiny / name)
+    write_words(tmp_path)
+    for name, text in (("words", TASK), ("writes", WRITES), ("recipe", RECIPE % vllm.url)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+
+    def start(expert: str = "") -> Any:
+        with temporary_settings({PREFECT_API_URL: prefect_url}):
+            path = str(tmp_path / "recipe.yaml")
+            if expert:
+                return result_of_run(merge_flow(path, [f"models[0].model=base+{expert}"], return_state=True))
+            return result_of_run(serve_flow(path, return_state=True))
+
+    return start
+
+
+def said(vllm: Vllm, model: str) -> list[str]:
+    """What a model answers to some prompts."""
+    return [vllm.ask(model, " ".join(WORDS[i : i + 4])) for i in range(0, 48, 6)]
+
+
+@contextmanager
+def load(vllm: Vllm) -> Iterator[list[str]]:
+    """Meanwhile, four clients ask for the champion all the time; gives the errors that they saw, and `answers`."""
+    errors, answers, over = list[str](), list[str](), threading.Event()
+
+    def ask(client: int) -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            try:
+                answers.append(vllm.ask("tiny", " ".join(WORDS[(client * 7 + number + i) % 60] for i in range(4))))
+            except Exception as error:
+                errors.append(str(error))
+
+    threads = [threading.Thread(target=ask, args=(client,)) for client in range(4)]
+    for each in threads:
+        each.start()
+    try:
+        yield errors
+    finally:
+        over.set()
+        for each in threads:
+            each.join()
+        print(f"asked {len(answers) + len(errors)} times, {len(errors)} failed")
+
+
+def test_a_champion_is_checked_and_served_and_no_request_is_lost(
+    run: Callable[..., Any], vllm: Vllm, tmp_path: Path
+) -> None:
+    run("one")
+    assert run().changed == ["vllm"]
+    (record,) = served("tiny")
+    assert record.checked.startswith("32 of 32 answers are those of the model that was scored")
+    of_one = said(vllm, "tiny")
+    assert of_one == said(vllm, record.alias) != said(vllm, "base")
+
+    with load(vllm) as errors:
+        run("two")
+        began = time.monotonic()
+        run()
+        vllm.ask("tiny")
+        print(f"champion to first token: {time.monotonic() - began:.1f} s")
+        of_two = said(vllm, "tiny")
+        assert served()[0].uri == "models:/tiny/2" and of_two == said(vllm, served()[0].alias) != of_one
+        promotion.rollback("tiny", "it was rude")
+        run()
+        assert said(vllm, "tiny") == of_one
+    assert errors == []
+
+    vllm.kill()
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    [target], champion = recipe.serve, service.champion_of(recipe)
+    assert champion is not None
+    with pytest.raises(LewisError, match="does not answer"):
+        service.serve(target, champion)
+    began = time.monotonic()
+    vllm.start()
+    vllm.ask("base")
+    print(f"server restart to first token: {time.monotonic() - began:.1f} s")
+    assert run().changed == ["vllm"] and said(vllm, "tiny") == of_one, "the server had lost its adapters"
+
+
+def test_a_server_with_other_weights_than_were_scored_is_refused(
+    run: Callable[..., Any], vllm: Vllm, tiny: Path, tmp_path: Path
+) -> None:
+    run("one")
+    run()
+    before, recipe = said(vllm, "tiny"), Recipe.load(tmp_path / "recipe.yaml")
+    assert recipe.evaluate is not None
+    score(ModelFiles.at("merged", "c" * 64, tiny / "base", tiny / "one"), EvalSettings.of(recipe.evaluate, recipe.root))
+    crowned(with_tokenizer(tiny / "two", tmp_path / "adapter"), "c", base=tiny / "base")
+    with pytest.raises(LewisError, match=r"tiny/1 stays in service: only \d+ of 32 answers"):
+        run()
+    assert said(vllm, "tiny") == before and served()[0].uri == "models:/tiny/1"
