@@ -18,7 +18,7 @@ from lewis.store.kinds import SERVED
 
 @dataclass(frozen=True)
 class Model:
-    """What a target is told of the model that it is to serve.
+    """The model that a target is to serve, as it is described to the target.
 
     Attributes:
         name: of the registered model.
