@@ -70,7 +70,7 @@ class UpdatedRef(_Part):
 
 
 class Delivery(_Part):
-    """One payload."""
+    """What a webhook of the Hub delivers, as far as it is read here."""
 
     event: Event
     repo: Repo

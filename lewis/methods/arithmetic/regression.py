@@ -125,7 +125,7 @@ class Inputs:
 
     @property
     def takes_outputs(self) -> bool:
-        """Whether `solve` takes what the experts give; one that counts alone must come out as it is, bit by bit."""
+        """Whether `solve` takes the experts' outputs; not if one expert counts alone: it must come out bit by bit."""
         several = sum(rows.weight > 0 for rows in self.experts) > 1
         return several and not self.is_dual and self.alpha == 1 and self.ridge >= COARSE
 
