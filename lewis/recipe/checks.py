@@ -88,15 +88,15 @@ def _check_blocks(data: dict[str, Any]) -> list[str]:
     if data.get("serve") and not register:
         problems.append("serve: what is served is the champion of a registered model; add a register block")
     full = output.get("kind") != "lora"
-    problems += [f"serve[{i}].kind: vllm loads adapters; set output.kind to lora" for i in _of_vllm(data) if full]
+    problems += [f"serve[{i}].kind: vLLM loads adapters; set output.kind to lora" for i in _of_vllm(data) if full]
     return problems
 
 
 def _of_vllm(data: dict[str, Any]) -> list[int]:
-    """Which targets are of the kind `vllm`."""
+    """Which targets are servers of vLLM."""
     block = data.get("serve")
     targets = block if isinstance(block, list) else [block]
-    return [i for i, each in enumerate(targets) if isinstance(each, dict) and each.get("kind") == "vllm"]
+    return [i for i, each in enumerate(targets) if isinstance(each, dict) and each.get("kind") in ("vllm", "haproxy")]
 
 
 def _check_parameters(data: dict[str, Any], models: list[dict[str, Any]], name: str) -> list[str]:

@@ -35,13 +35,13 @@ class Check(Block):
 
     Attributes:
         documents: how many, at most those that an evaluation keeps.
-        agree: the share of their greedy answers that has to be the same.
+        agree: the share of their greedy answers that has to be the same, up to where they part.
         likelihoods: whether log-likelihoods of choices are compared too; the server has to give those of a prompt.
         tolerance: nats per token by which they may differ.
     """
 
     documents: int = Field(default=32, ge=1)
-    agree: float = Field(default=0.8, gt=0, le=1)
+    agree: float = Field(default=0.6, gt=0, le=1)
     likelihoods: bool = False
     tolerance: float = Field(default=0.15, gt=0)
 
@@ -121,11 +121,83 @@ class OpenaiTarget(Target):
     check: Check | None = Check()
 
 
+_OF_SERVER = 'haproxy_server_http_responses_total{proxy="{backend}",server="{server}"'
+_BUSY = 'haproxy_server_current_sessions{proxy="{backend}",server="{server}"}'
+
+
+class Rule(Block):
+    """What a query of Prometheus may say about the new server, relative to the old one in the same time.
+
+    Attributes:
+        name: for people.
+        query: PromQL of one number, in which `{server}`, `{backend}` and `{window}` are filled in.
+        times: the new one may have so many times what the old one has,
+        plus: and so much more.
+    """
+
+    name: str = Field(min_length=1)
+    query: str = Field(min_length=1)
+    times: float = Field(default=1.0, ge=0)
+    plus: float = Field(default=0.0, ge=0)
+
+
+_RULES = (
+    Rule(
+        name="share of errors",
+        query=f'sum(increase({_OF_SERVER},code="5xx"}}[{{window}}])) / sum(increase({_OF_SERVER}}}[{{window}}]))',
+        plus=0.01,
+    ),
+    Rule(
+        name="seconds per request",
+        # By Little's law: HAProxy's own mean is of its last 1024 requests, however old they are.
+        query=f"sum(avg_over_time({_BUSY}[{{window}}])) / sum(rate({_OF_SERVER}}}[{{window}}]))",
+        times=1.5,
+        plus=0.2,
+    ),
+)
+
+
+class HaproxyTarget(Target):
+    """Two vLLM servers behind HAProxy, between which the traffic moves step by step.
+
+    Attributes:
+        socket: path of HAProxy's runtime socket, with the level `admin`.
+        backend: of HAProxy, which has the two servers.
+        servers: their names in HAProxy, and the URL of each without /v1.
+        alias, timeout_seconds, check: as of `vllm`.
+        prometheus: URL of Prometheus, which scrapes HAProxy's exporter.
+        steps: percents of the requests that the new version gets, one after the other, before it gets all.
+        minutes: how long a step lasts at least.
+        requests: how many the new version must have had in a step, by `count`, before it is judged.
+        patience_minutes: how long a step may last; then all traffic is returned.
+        count: PromQL of the number of requests, with the same places as in a rule.
+        rules: what must hold at the end of each step.
+    """
+
+    kind: Literal["haproxy"]
+    socket: str = Field(pattern=r"^/")
+    backend: str = Field(pattern=r"^[\w.:-]+$")
+    servers: dict[Annotated[str, Field(pattern=r"^[\w.:-]+$")], Annotated[str, Field(pattern=_URL)]] = Field(
+        min_length=2, max_length=2
+    )
+    prometheus: str = Field(pattern=_URL)
+    alias: str = Field(default="", pattern=r"^[^/\s]*$", max_length=200)
+    timeout_seconds: float = Field(default=300, gt=0)
+    check: Check | None = Check()
+    steps: tuple[Annotated[int, Field(ge=1, le=99)], ...] = (10, 50)
+    minutes: float = Field(default=5, gt=0)
+    requests: int = Field(default=50, ge=1)
+    patience_minutes: float = Field(default=1440, gt=0)
+    count: str = Field(default=f"sum(increase({_OF_SERVER}}}[{{window}}]))", min_length=1)
+    rules: tuple[Rule, ...] = Field(default=_RULES, min_length=1)
+
+
 TARGETS: Mapping[str, type[Target]] = {
     "webhook": WebhookTarget,
     "command": CommandTarget,
     "vllm": VllmTarget,
     "openai": OpenaiTarget,
+    "haproxy": HaproxyTarget,
 }
 """Kind -> its block."""
 
@@ -142,7 +214,9 @@ def _check_names(targets: tuple[Target, ...]) -> tuple[Target, ...]:
 
 
 Serve = Annotated[
-    tuple[Annotated[WebhookTarget | CommandTarget | VllmTarget | OpenaiTarget, Discriminator("kind")], ...],
+    tuple[
+        Annotated[WebhookTarget | CommandTarget | VllmTarget | OpenaiTarget | HaproxyTarget, Discriminator("kind")], ...
+    ],
     BeforeValidator(_as_list),
     AfterValidator(_check_names),
 ]

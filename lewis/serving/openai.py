@@ -38,7 +38,7 @@ def put(target: OpenaiTarget, model: Model, before: Served) -> str:
     return model.alias
 
 
-def api(target: OpenaiTarget, model: Model) -> tuple[str, str] | None:
+def api(target: OpenaiTarget, model: Model, before: Served) -> tuple[str, str] | None:
     """Where the model answers, and under which name; None if that is not known."""
     return (target.api.rstrip("/"), asked_for(target, model)) if target.api else None
 

@@ -22,6 +22,7 @@ def send(
     *,
     body: Any = None,
     data: bytes | None = None,
+    form: Mapping[str, str] | None = None,
     headers: Mapping[str, str] | None = None,
     timeout_s: float = 30,
     accepted: tuple[int, ...] = (),
@@ -33,6 +34,7 @@ def send(
         url: where to.
         body: sent as JSON.
         data: sent as it is.
+        form: sent as that of a page.
         headers: further ones.
         timeout_s: for the connection, and for the answer.
         accepted: statuses that are no error, beside those below 300.
@@ -45,7 +47,7 @@ def send(
 
     try:
         answer = requests.request(
-            method, url, json=body, data=data, headers=headers, timeout=timeout_s, allow_redirects=False
+            method, url, json=body, data=data or form, headers=headers, timeout=timeout_s, allow_redirects=False
         )
     except requests.RequestException as error:
         why = f"does not answer ({type(error).__name__}); see that it is up"

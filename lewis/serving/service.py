@@ -14,7 +14,7 @@ from lewis.recipe.serve import Target
 from lewis.registry import tracking, versions
 from lewis.registry.tracking import AwayError
 from lewis.registry.versions import Champion
-from lewis.serving import command, hub, model, openai, records, server_gate, vllm, webhook
+from lewis.serving import command, haproxy, hub, model, openai, records, server_gate, vllm, webhook
 from lewis.serving.records import Served
 from lewis.store.kinds import SERVED
 
@@ -36,8 +36,8 @@ class Kind:
 
     put: Callable[[Any, model.Model, Served], str]
     holds: Callable[[Any, Served], bool] | None = None
-    offer: Callable[[Any, model.Model], None] | None = None
-    api: Callable[[Any, model.Model], tuple[str, str] | None] | None = None
+    offer: Callable[[Any, model.Model, Served], None] | None = None
+    api: Callable[[Any, model.Model, Served], tuple[str, str] | None] | None = None
 
 
 KINDS: Mapping[str, Kind] = {
@@ -45,6 +45,7 @@ KINDS: Mapping[str, Kind] = {
     "command": Kind(command.put),
     "vllm": Kind(vllm.put, vllm.holds, vllm.offer, vllm.api),
     "openai": Kind(openai.put, api=openai.api),
+    "haproxy": Kind(haproxy.put, haproxy.holds, haproxy.offer, haproxy.api),
     "hub": Kind(hub.put),
 }
 """Kind of a target -> what it does."""
@@ -128,12 +129,12 @@ def _bring(
 ) -> tuple[str, str]:
     """Put a model into service if the server answers as it should; what was found, and the model's name there."""
     if kind.offer:
-        kind.offer(target, ready)
-        checked = _check(kind, target, ready, settings)
+        kind.offer(target, ready, before)
+        checked = _check(kind, target, ready, before, settings)
         return checked, kind.put(target, ready, before)
     alias = kind.put(target, ready, before)
     try:
-        return _check(kind, target, ready, settings), alias
+        return _check(kind, target, ready, before, settings), alias
     except server_gate.RefusedError:
         folder = SERVED.path(before.alias) if before.alias else None
         if folder and folder.is_dir():  # it answers already, so clients get the one before again
@@ -142,9 +143,9 @@ def _bring(
         raise
 
 
-def _check(kind: Kind, target: Target, ready: model.Model, settings: EvalSettings | None) -> str:
+def _check(kind: Kind, target: Target, ready: model.Model, before: Served, settings: EvalSettings | None) -> str:
     """Ask the server what the model was asked that was scored, if the target says so; what was found, in a sentence."""
-    block, place = getattr(target, "check", None), kind.api(target, ready) if kind.api else None
+    block, place = getattr(target, "check", None), kind.api(target, ready, before) if kind.api else None
     if block is None or place is None:
         return ""
     kept = server_gate.requests(ready.digest, settings)
@@ -161,7 +162,9 @@ def _alike(error: LewisError, message: str) -> LewisError:
     """An error of the same kind, with another message."""
     if isinstance(error, server_gate.RefusedError):
         return server_gate.RefusedError(message, error.differing)
-    return next(each for each in (InputError, TransientError, LewisError) if isinstance(error, each))(message)
+    return next(
+        each for each in (haproxy.WorseError, InputError, TransientError, LewisError) if isinstance(error, each)
+    )(message)
 
 
 def record_of(name: str, target: Target) -> Served:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _SECONDS = 30  # for a request that loads nothing
 
 
-def offer(target: VllmTarget, model: Model) -> None:
+def offer(target: VllmTarget, model: Model, before: Served | None = None) -> None:
     """Load the model under its own name.
 
     Raises:
@@ -59,7 +59,7 @@ def holds(target: VllmTarget, record: Served) -> bool:
     return own is not None and own == found.get(asked_for(target, record.name))
 
 
-def api(target: VllmTarget, model: Model) -> tuple[str, str]:
+def api(target: VllmTarget, model: Model, before: Served | None = None) -> tuple[str, str]:
     """Where the model answers once it is offered, and under which name."""
     return f"{target.url.rstrip('/')}/v1", model.alias
 

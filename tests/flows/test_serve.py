@@ -1,6 +1,7 @@
 """The champion goes into service by a run of its own, which its promotion starts."""
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
 
 from lewis.errors import LewisError
-from lewis.registry import outbox, promotion
+from lewis.registry import history, outbox
+from lewis.serving import haproxy
 from lewis.serving.records import served
 from lewis_flows import secret_blocks
 from lewis_flows.cli.main import main
@@ -26,6 +29,7 @@ from tests.conftest import Family
 from tests.support.http_sink import HttpSink
 from tests.support.lineage import crowned, with_tokenizer
 from tests.support.lora_server import LoraServer
+from tests.support.routed import routed
 
 RECIPE = """
 merge_method: ties
@@ -93,7 +97,12 @@ def test_the_targets_get_the_champion_in_their_order(
         assert "tiny command: v1 since " in shown and "; v2 failed " in shown and "no room" in shown
         fails.unlink()
         assert run()[0] == "Served" and [each.uri for each in served("tiny")] == [second, second]
-        promotion.rollback("tiny", "it was rude")
+        monkeypatch.delenv("PREFECT_API_URL", raising=False)
+        assert main(["rollback", "tiny", "--why", "it was rude"]) == 0
+        told = capsys.readouterr().err
+        assert (
+            "command still has models:/tiny/2: no service runs here; `lewis serve`" in told and "webhook still" in told
+        )
         assert run()[1].version == first and len(sink.received) == 3
         assert [each.json["data"]["version"] for each in sink.received] == ["1", "2", "1"]
         assert len({each.headers["x-mlflow-delivery-id"] for each in sink.received}) == 3
@@ -181,6 +190,29 @@ def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_le
         crowned(adapter, "c", base=family.base)
         assert not looks()
     assert not keep_served.look(), "the server is away"
+
+
+@pytest.mark.skipif(not shutil.which("haproxy"), reason="there is no haproxy; Debian has it in the package haproxy")
+def test_a_version_that_fails_a_canary_is_rolled_back_with_its_numbers(
+    folder: Path, home: Path, family: Family, client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(haproxy, "sleep", lambda _: time.sleep(0.05))
+    adapter = with_tokenizer(family.lora, tmp_path / "adapter")
+    with routed() as place:
+        recipe = yaml.safe_load((RECIPE % ("[x]", "http://x")).partition("serve:")[0])
+        target = place.target.model_dump(mode="json", exclude_defaults=True)
+        recipe |= {"output": {"kind": "lora", "rank": 4}, "serve": target}
+        (folder / "nightly.yaml").write_text(yaml.safe_dump(recipe))
+        first = crowned(adapter, "a", base=family.base).version.uri
+        assert serve_flow("nightly", return_state=True).name == "Served"
+        crowned(adapter, "b", base=family.base)
+        place.values = {"blue": 0.3, "green": 0.001}
+        with pytest.raises(LewisError, match=r"canary at 10 %, 99 requests .* errors 0.3 vs 0.001, FAIL"):
+            result_of_run(serve_flow("nightly", return_state=True))
+        newest = history.history("tiny")[-1]
+        assert (newest.what, newest.version) == ("rolled back", first) and "errors 0.3 vs 0.001, FAIL" in newest.why
+        assert haproxy.weights(place.target) == {"blue": 0, "green": 100}
+        assert serve_flow("nightly", return_state=True).name == "Cached" and served("tiny")[0].uri == first
 
 
 def test_overrides_cannot_say_what_is_served_where(folder: Path) -> None:

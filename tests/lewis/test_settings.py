@@ -120,5 +120,5 @@ def test_the_page_has_the_table() -> None:
         for each in settings.ALL
     ]
     assert re.findall(r"^\| `LEWIS_.*$", page, re.MULTILINE) == table
-    secrets = re.search(r"^Secrets.*?: (.*)\.$", page, re.MULTILINE)
+    secrets = re.search(r"^Secrets.*?: (.*?)\.$", page, re.MULTILINE | re.DOTALL)
     assert secrets and re.findall(r"`(\w+)`", secrets[1]) == [each.name for each in settings.ALL if each.secret]

@@ -20,10 +20,10 @@ from lewis.registry import promotion
 from lewis.serving import service
 from lewis.serving.records import served
 from tests.flows.conftest import TASK, write_words
-from tests.lewis.serving.test_server_gate import WRITES
 from tests.serve.conftest import Vllm
 from tests.support.lineage import crowned, make_home, with_tokenizer
 from tests.support.models import WORDS
+from tests.support.word_tasks import WRITES
 
 RECIPE = """
 merge_method: task_arithmetic

@@ -1,5 +1,6 @@
 """A server that loads and unloads adapters with vLLM's protocol, and runs none of them."""
 
+import time
 from typing import Any
 
 from tests.support.http_sink import HttpSink, Request
@@ -10,6 +11,7 @@ class LoraServer(HttpSink):
 
     Attributes:
         models: name -> path of what is loaded.
+        delay: seconds before each answer.
         enabled: whether it loads adapters while it runs.
         seen: path that clients get under the name that they ask for, after each request that changed it.
     """
@@ -17,10 +19,11 @@ class LoraServer(HttpSink):
     def __init__(self, asked_for: str, enabled: bool = True) -> None:
         super().__init__(self._answered)
         self.models = {"base": "base"}
-        self.enabled, self._asked_for = enabled, asked_for
+        self.enabled, self._asked_for, self.delay = enabled, asked_for, 0.0
         self.seen: list[str | None] = []
 
     def _answered(self, request: Request) -> Any:
+        time.sleep(self.delay)
         if request.path == "/v1/models":
             return {"data": [{"id": name, "root": path} for name, path in self.models.items()]}
         name = request.json["lora_name"]

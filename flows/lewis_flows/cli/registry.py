@@ -123,9 +123,10 @@ def _named(version: str) -> tuple[str, str]:
 
 def _champion(options: argparse.Namespace, name: str, number: str, before: str, *, waited: bool = False) -> None:
     uri = f"models:/{name}/{number}"
-    _tell(uri if waited else "", options.why)
+    told = _tell(uri if waited else "", options.why)
     text = f"{uri} is the champion" + (f" in place of {before}" if before else "")
     _say(options, {"champion": uri, "before": before or None}, text)
+    _warn_of_targets(name, uri, told)
 
 
 def _say(options: argparse.Namespace, facts: dict[str, str | None], text: str) -> None:
@@ -137,12 +138,24 @@ def rollback(options: argparse.Namespace) -> None:
     from lewis.registry import promotion
 
     champion = promotion.rollback(options.name, options.why)
-    _tell()
+    told = _tell()
     _say(options, {"champion": champion}, f"{champion} is the champion again")
+    _warn_of_targets(options.name, champion, told)
 
 
-def _tell(answered: str = "", why: str = "", *, approve: bool = True) -> None:
-    """Report the new champion to the Prefect server; if none runs, the next that starts gets the report.
+def _warn_of_targets(name: str, champion: str, told: bool) -> None:
+    """Say what still has another version in service, where no service runs that would move it."""
+    from lewis.serving.records import served
+    from lewis_flows.cli.terminal import say_error
+
+    others = [] if told else [each for each in served(name) if each.uri != champion]
+    for each in others:
+        has = each.uri or "nothing"
+        say_error(f"{each.target} still has {has}: no service runs here; `lewis serve` of its recipe moves it")
+
+
+def _tell(answered: str = "", why: str = "", *, approve: bool = True) -> bool:
+    """Report the new champion to the Prefect server; False if none runs: then the next that starts gets it.
 
     Args:
         answered: the version that waited for this answer; the run that waits for it goes on.
@@ -159,3 +172,4 @@ def _tell(answered: str = "", why: str = "", *, approve: bool = True) -> None:
             if answered:
                 approval.resume(answered, why, approve=approve)
             moves.tell()
+    return bool(url)

@@ -49,13 +49,14 @@ def test_scores_settings_and_samples_of_an_evaluation(
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{shutil.copy(empty_database, tmp_path / 'mlflow.db')}"
+    client = MlflowClient(uri)
+    client.create_experiment("evals", artifact_location=(tmp_path / "artifacts").as_uri())
     logger = MLflowLogger(f"tracking_uri={uri},experiment=evals,run_name=tiny,step=3")
     logger.post_init(results)
     logger.log_eval_result()
     logger.log_eval_samples(results["samples"])
     logger.finish()
 
-    client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("evals")
     assert experiment is not None
     [run] = client.search_runs([experiment.experiment_id])

@@ -40,6 +40,8 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "VllmTarget": ("serve", ""),
     "OpenaiTarget": ("serve", ""),
     "Check": ("serve", "check."),
+    "HaproxyTarget": ("serve", ""),
+    "Rule": ("serve", "rules.*."),
     "Search": ("search", ""),
     "SearchRange": ("search", ""),
 }

@@ -48,11 +48,11 @@ def test_no_card_and_no_file_of_the_model_names_the_targets() -> None:
 @pytest.mark.parametrize(
     ("block", "problem"),
     [
-        ("{kind: sagemaker}", "serve[0].kind: expected one of webhook, command, vllm, openai"),
-        ("[{url: x}]", "serve[0].kind: expected one of webhook, command, vllm, openai"),
+        ("{kind: sagemaker}", "serve[0].kind: expected one of webhook, command, vllm, openai, haproxy"),
+        ("[{url: x}]", "serve[0].kind: expected one of webhook, command, vllm, openai, haproxy"),
         ("[{kind: webhook, url: ftp://x}]", "serve[0].url: string should match pattern"),
         ("[{kind: webhook, url: 'https://user:word@x/'}]", "serve[0].url: string should match pattern"),
-        ("[{kind: vllm, url: 'http://x'}]", "serve[0].kind: vllm loads adapters; set output.kind to lora"),
+        ("[{kind: vllm, url: 'http://x'}]", "serve[0].kind: vLLM loads adapters; set output.kind to lora"),
         ("[{kind: webhook}]", "serve[0].url: missing; it is required"),
         ("[{kind: command, run: [x], urk: y}]", "serve[0].urk: unknown key; "),
         ("[{kind: command, run: [x], timeout_minute: 1}]", "did you mean 'timeout_minutes'?"),

@@ -21,18 +21,7 @@ from tests.flows.conftest import TASK, write_words
 from tests.support.completions_server import serving
 from tests.support.http_sink import HttpSink, Request
 from tests.support.lineage import crowned, make_home
-
-WRITES = """
-task: writes
-dataset_path: json
-dataset_kwargs: {data_files: words.jsonl}
-test_split: train
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["w7"], max_gen_toks: 8, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-"""
+from tests.support.word_tasks import WRITES
 
 
 @pytest.fixture
@@ -68,7 +57,9 @@ def test_the_model_that_was_scored_passes_and_another_one_does_not(
             return server_gate.check(url, str(model), kept, Check(tolerance=1e-3, agree=1, likelihoods=True))
 
     own, other = checked(family.base), checked(family.math)
-    assert own.passed and own.line().startswith("24 of 24 answers are those of the model that was scored, likelihoods")
+    assert own.passed and own.line().startswith(
+        "24 of 24 answers are those of the model that was scored, 100% of their text, likel"
+    )
     server_gate.judge(own)
     assert not other.passed and len(other.differing) >= 8
     with pytest.raises(RefusedError, match=r"only \d+ of 24 answers .* scored '.*', served '") as error:
@@ -88,7 +79,7 @@ def test_a_chat_is_asked_as_a_chat_so_that_the_servers_own_template_answers(home
         return {"choices": [{"message": {"content": said[0]}, "finish_reason": "length"}]}
 
     with HttpSink(answer) as sink:
-        for text, passes in (("19 it is", True), ("19 it", True), ("20", False), ("", False)):
+        for text, passes in (("19 it is", True), ("19 it", True), ("19 it no", True), ("20", False), ("", False)):
             said[0] = text
             assert server_gate.check(f"{sink.url}/v1", "m", kept, Check(documents=1)).passed is passes
 

@@ -1,0 +1,74 @@
+"""Traffic moves between two servers by a real HAProxy, step by step, while clients ask all the time."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lewis.errors import LewisError, TransientError
+from lewis.serving import haproxy
+from lewis.serving.haproxy import WorseError
+from lewis.serving.records import Served
+from tests.support.routed import Place, clients, model, routed, serve
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("haproxy"), reason="there is no haproxy; Debian has it in the package haproxy"),
+]
+
+
+@pytest.fixture
+def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setattr(haproxy, "sleep", lambda _: time.sleep(0.05))
+    with routed() as made:
+        yield made
+
+
+def test_a_new_version_gets_all_traffic_when_every_step_holds(place: Place) -> None:
+    first, second, third = map(model, (1, 2, 3))
+    record = serve(place, first, Served("tiny", "haproxy", "haproxy"))
+    assert haproxy.weights(place.target) == {"blue": 0, "green": 100} and place.has("green") == str(first.folder)
+    assert haproxy.holds(place.target, record)
+    with clients(place) as seen:
+        record = serve(place, second, record)
+        assert haproxy.weights(place.target) == {"blue": 100, "green": 0} and place.has("blue") == str(second.folder)
+        time.sleep(0.2)
+    assert set(seen) <= {str(first.folder), str(second.folder)} and seen[-1] == str(second.folder)
+    record = serve(place, third, record)
+    assert (place.has("green"), haproxy.weights(place.target)["green"]) == (str(third.folder), 100)
+    place.servers["green"].models.pop("tiny")  # started again
+    assert not haproxy.holds(place.target, record)
+
+
+def test_a_version_that_is_worse_loses_its_traffic_with_the_numbers(place: Place) -> None:
+    record = serve(place, model(1), Served("tiny", "haproxy", "haproxy"))
+    place.values = {"blue": 0.2, "green": 0.001}
+    with (
+        clients(place) as seen,
+        pytest.raises(WorseError, match=r"canary at 10 %, 99 requests.*errors 0.2 vs 0.001, FAIL"),
+    ):
+        serve(place, model(2), record)
+    assert haproxy.weights(place.target) == {"blue": 0, "green": 100} and not any("error" in each for each in seen)
+    place.values, place.count = {}, 3
+    with pytest.raises(LewisError, match=r"the new version had 3 requests in .* and 50 are needed to judge it"):
+        serve(place, model(2), record)
+    assert haproxy.weights(place.target) == {"blue": 0, "green": 100}
+
+
+def test_after_a_kill_in_a_step_the_old_one_is_still_known(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = serve(place, model(1), Served("tiny", "haproxy", "haproxy"))
+    haproxy.offer(place.target, model(2), record)
+    haproxy.weigh(place.target, {"blue": 90, "green": 10})  # a process that was killed left it so
+    assert haproxy.idle(place.target, record) == "blue"
+    record = serve(place, model(2), record)
+    assert haproxy.weights(place.target) == {"blue": 100, "green": 0} and record.uri == "models:/tiny/2"
+
+
+def test_a_router_that_is_away_or_knows_no_such_server_is_named(place: Place) -> None:
+    other = place.target.model_copy(update={"backend": "nowhere"})
+    with pytest.raises(LewisError, match="HAProxy does not know the server nowhere/blue"):
+        haproxy.weights(other)
+    with pytest.raises(TransientError, match="HAProxy does not answer at /nowhere"):
+        haproxy.weights(place.target.model_copy(update={"socket": "/nowhere"}))
