@@ -18,7 +18,7 @@ from lewis.store.kinds import SERVED
 
 @dataclass(frozen=True)
 class Model:
-    """What a target is told of the model that it is to serve.
+    """What a target gets to know of the model that it has to serve.
 
     Attributes:
         name: of the registered model.
