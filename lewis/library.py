@@ -19,7 +19,7 @@ from lewis.evaluation.step import score as score_model
 from lewis.importance.step import ImportanceEntry
 from lewis.inspection.kinds import Finding
 from lewis.inspection.result import Inspection
-from lewis.inspection.rows import row_findings, warn_of_rows
+from lewis.inspection.rows import row_findings
 from lewis.inspection.step import InspectionInput, before_download, look
 from lewis.inspection.step import inspect as inspect_models
 from lewis.merging.adapter import Adapter
@@ -114,7 +114,6 @@ def prepare(recipe: Recipe, report: Report = silent) -> tuple[MergeInput, Merge]
     results = run(walked, *node.needs, known=results, report=report, device=default_device())
     given = node.given(results)
     given = checked.merge if checked.merge == given else given  # a plain merge is prepared already
-    warn_of_rows(given)
     return given, prepare_merge(given)
 
 

@@ -61,6 +61,13 @@ def test_every_file_and_module_is_there(page: Path) -> None:
     assert [name for name in [*files, *modules] if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_no_prose_is_wider_than_160(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for line in text.splitlines() if not line.startswith(("|", "    ", "!"))]
+    assert [line for line in lines if len(line) > 160] == []
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 1500 and max(map(len, README.splitlines())) <= 110
 

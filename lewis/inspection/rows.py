@@ -1,8 +1,10 @@
-"""Whether each expert knows its calibration rows better than the base does: what a fit to these rows relies on."""
+"""Whether each expert knows its calibration rows better than the base does: what a fit to these rows relies on.
+
+A look at a few rows, before anything is merged. The fit itself names an expert that does not, by its held-back rows.
+"""
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 
 from lewis.errors import LewisError
@@ -11,7 +13,6 @@ from lewis.inspection.kinds import Finding
 from lewis.merging.step import MergeInput
 from lewis.models.source import ModelFiles
 
-logger = logging.getLogger(__name__)
 FEW = 4  # rows of each set, on which a pass costs a few percent of the fit
 
 
@@ -39,12 +40,6 @@ def row_findings(given: MergeInput) -> list[Finding]:
                 told = f"on {len(its.samples)} rows of `{its.name}` its loss is {own:.3f} nats per answer token"
                 found.append(Finding("calibration", expert.ref, f"{told}, the base's {base[expert.ref]:.3f}"))
     return found
-
-
-def warn_of_rows(given: MergeInput) -> None:
-    """Log the findings on the calibration rows of a merge as warnings."""
-    for finding in row_findings(given):
-        logger.warning("%s", finding.to_text())
 
 
 def _few(rows: Calibration) -> Calibration:

@@ -36,7 +36,6 @@ from lewis.importance.step import (
     prepare_calibration,
 )
 from lewis.importance.step import measure as measure_model
-from lewis.inspection.rows import warn_of_rows
 from lewis.inspection.step import InspectionEntry, InspectionInput, inspect, inspection_digest
 from lewis.merging import step as merging
 from lewis.merging.adapter import factor_bytes
@@ -254,8 +253,6 @@ class Merge(Step[MergeInput, MergedModel]):
         return find_merged(prepared.digest, given.base.folder if given.base and prepared.as_adapter else None)
 
     def make(self, given: MergeInput, report: Report, device: str) -> MergedModel:
-        if given.sets and self.find(given) is None:
-            warn_of_rows(given)
         return merging.merge(given, report, device)
 
     def devices(self, given: MergeInput) -> int:

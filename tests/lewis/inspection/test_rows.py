@@ -1,6 +1,5 @@
 """Rows that an expert does not know better than the base are found before a fit."""
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -46,14 +45,6 @@ def test_inspect_names_the_expert_and_its_set(given: Path) -> None:
     found = [each for each in lewis.inspect(given).findings if each.kind == "calibration"]
     assert [Path(each.model).name for each in found] == ["lost"]
     assert "on 4 rows of `odd` its loss is" in found[0].what and found[0].level == "warning"
-
-
-def test_a_merge_warns_before_it_fits(given: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "lewis"):
-        lewis.merge(given, tmp_path / "merged")
-    said = [record.getMessage().partition("\n")[0] for record in caplog.records]
-    [warning] = [place for place, text in enumerate(said) if "calibration: on 4 rows" in text]
-    assert "lost" in said[warning] and any("fit" in text for text in said[warning:])
 
 
 def test_rows_that_cannot_be_had_stop_no_inspection(given: Path, caplog: pytest.LogCaptureFixture) -> None:
