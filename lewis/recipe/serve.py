@@ -103,6 +103,7 @@ class OpenaiTarget(Target):
         url: of the call.
         method: of the call.
         body: sent as JSON, with the facts of the model in place of `{path}`, `{served_as}`, `{version}`, ...
+        content_type: of the body, such as application/merge-patch+json.
         expect: key -> value that the JSON of the answer must have.
         api: of the OpenAI API of the server, with /v1; empty: nothing is asked of it.
         model: the name that this API knows the model by, a template as `body`.
@@ -114,6 +115,7 @@ class OpenaiTarget(Target):
     url: str = Field(pattern=_URL)
     method: Literal["post", "put", "patch"] = "post"
     body: dict[str, Any] = Field(min_length=1)
+    content_type: str = Field(default="application/json", pattern=r"^[\w.+-]+/[\w.+-]+$")
     expect: dict[str, bool | int | float | str] = Field(default_factory=dict)
     api: str = Field(default="", pattern=rf"^$|{_URL}")
     model: str = Field(default="{served_as}", min_length=1)

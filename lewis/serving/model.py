@@ -18,7 +18,7 @@ from lewis.store.kinds import SERVED
 
 @dataclass(frozen=True)
 class Model:
-    """The model that a target is to serve, as it is described to the target.
+    """What a target gets to know of the model that it has to serve.
 
     Attributes:
         name: of the registered model.

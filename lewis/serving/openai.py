@@ -21,7 +21,8 @@ def put(target: OpenaiTarget, model: Model, before: Served) -> str:
         TransientError, LewisError: as `send`, or if the answer is not the expected one, or the list lacks the model.
     """
     body = filled(target.body, model)
-    answer = send(target.method.upper(), target.url, body=body, headers=with_key(), timeout_s=target.timeout_seconds)
+    headers = {"Content-Type": target.content_type, **with_key()}
+    answer = send(target.method.upper(), target.url, body=body, headers=headers, timeout_s=target.timeout_seconds)
     try:
         found = answer.json() if target.expect else {}
     except ValueError as error:

@@ -1,8 +1,8 @@
 """Targets of the kind `vllm`: a running vLLM server loads the adapter next to the one in service, then moves to it.
 
 Each version has a name and a path of its own, which no other content ever has: vLLM keeps weights by path, and what it
-has computed of prompts by name and path. `offer` loads it under that name; it answers all who ask for it, so that it
-can be checked. `put` lets the name that clients ask for stand for it: no request is refused meanwhile; one that is
+has computed of prompts by name and path. `offer` loads it under that name; it answers requests for that name, so that
+it can be checked. `put` lets the name that clients ask for stand for it: no request is refused meanwhile; one that is
 being answered in that moment goes on with the new weights. The version before stays loaded, older ones are unloaded.
 
 The server needs `--enable-lora` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`, and must see the store's folder `served`.

@@ -93,6 +93,8 @@ def test_any_server_takes_a_model_by_a_call_of_the_recipe(home: Path, family: Fa
             expect={"success": True},
             api=f"{server.url}/v1",
             model="{name}-{version}",
+            method="patch",
+            content_type="application/merge-patch+json",
         )
         record, _ = service.serve(target, crowned(family.base, "a"))
         assert server.received[0].json == {
@@ -100,6 +102,8 @@ def test_any_server_takes_a_model_by_a_call_of_the_recipe(home: Path, family: Fa
             "nested": {"as": "tiny-1", "count": 2},
         }
         second = crowned(family.base, "b")
+        called = server.received[0]
+        assert (called.method, called.headers["content-type"]) == ("PATCH", "application/merge-patch+json")
         with pytest.raises(LewisError, match=r"tiny/1 stays in service: .*expected success=True, got False"):
             service.serve(target, second)
         other = target.model_copy(update={"expect": {}, "model": "{served_as}"})
