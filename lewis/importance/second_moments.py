@@ -42,7 +42,7 @@ class SecondMoments:
         self.weights: torch.Tensor | None = None
         self._mask = torch.ones(1, 1, device=device)
         self._padded = False
-        # Of q, k and v, which see the same tensor: whether its tokens are weighted -> their squares, and how many.
+        # q, k and v get the same tensor: it, and its squares with their number, once with weights and once without.
         self._last: tuple[torch.Tensor | None, dict[bool, tuple[torch.Tensor, float]]] = (None, {})
         self._stacks: dict[int, str] = {}  # address of a stacked parameter's memory -> its name
         self._real_rows: dict[tuple[str, int], torch.Tensor] = {}  # rows of an expert's tokens that are no padding

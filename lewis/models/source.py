@@ -140,7 +140,7 @@ class ModelFiles(Reference):
                 try:
                     manifest.check(folder)
                 except manifest.DamagedError as error:
-                    raise LewisError(f"{folder}: {error}; run again, which makes it again") from error
+                    raise LewisError(f"{folder}: {error}; run again to make it") from error
 
     def check_unchanged(self) -> None:
         """Check that local folders have the content that they were pinned with, after something was made from them.

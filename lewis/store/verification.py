@@ -47,7 +47,7 @@ class Verified:
         first = self.damaged[0]
         return (
             f"{len(self.damaged)} of {self.checked} entries and versions are damaged; the first: {first.entry}: "
-            f"{first.why}; run their recipes again (`lewis run`), which makes them again"
+            f"{first.why}; run their recipes (`lewis run`) to make them again"
         )
 
 

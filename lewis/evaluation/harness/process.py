@@ -207,7 +207,7 @@ class Child:
 
     def end(self) -> None:
         """Kill it and all processes that it started, and close its pipes."""
-        os.close(self._stdin)  # its keeper kills them then
+        os.close(self._stdin)  # the process that keeps them sees this, and kills them
         while not self._over and self._reads_within(_PATIENCE):
             pass
         os.close(self.stdout)
