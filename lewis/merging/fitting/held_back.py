@@ -8,7 +8,8 @@ unless its rows lose even more.
 The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts; with it
 says nothing that the anchor is better, since no expert was trained to predict prompts: then only broken rows count.
 
-The base's loss on the same rows shows what each expert brings.
+The base's loss on the same rows shows what each expert brings. Where answers are known, one that brings nothing is
+named before the fit.
 """
 
 from __future__ import annotations
@@ -128,6 +129,12 @@ def fit_and_judge(
     models = {expert.ref: expert.model for expert in merge.experts}
     experts = {ref: row_losses(models[ref], [rows], threads)[0] for ref, rows in sets.items()}
     gains = _gains(row_losses(merge.base, list(sets.values()), threads), experts)
+    for ref in (ref for ref, gain in gains.items() if gain <= 0 and of_answers):
+        logger.warning(
+            "%s: on its held-back rows it is no better than the base (%+.4f nats per token); expected rows of what it "
+            "was trained for: give it another calibration set, or leave it out",
+            *(ref, gains[ref]),
+        )
 
     def distance(model: Unwritten) -> Distance:
         return _distance(dict(zip(sets, row_losses(model, list(sets.values()), threads), strict=True)), experts)

@@ -79,6 +79,18 @@ def test_the_numbers_are_those_of_the_written_model_and_the_experts(tmp_path: Pa
     assert all(f"{ref} {taken.experts[ref]:+.4f} ({gain:.2f})" in written.fit for ref, gain in gains.items())
 
 
+def test_an_expert_that_answers_no_better_than_the_base_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = write_llama(tmp_path / "base")
+    experts = [write_expert(base, tmp_path / name, seed=i, scale=0.1) for i, name in enumerate(("a", "bb"))]
+    merge = held(Family(base, *experts, lora=base), tmp_path)
+    gains = Verdict.from_json(merge.run(tmp_path / "out").manifest["held_back"]).gains
+    useless = {expert.ref for expert in merge.experts if gains[expert.ref] <= 0}  # which is random: noise
+    named = {ref for ref in gains if f"{ref}: on its held-back rows it is no better than the base" in caplog.text}
+    assert named == useless and useless
+
+
 @pytest.mark.parametrize(
     "seen, taken",
     [
