@@ -28,7 +28,7 @@ def check_regular(path: Path) -> None:
     """Raise InputError if there is something at `path` that is no regular file (a link counts as what it leads to)."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
-    except (OSError, ValueError):  # nothing there, or nothing that can be looked at: who opens it tells
+    except (OSError, ValueError):  # nothing there, or nothing that can be looked at: opening it raises the error
         return
     if kind != stat.S_IFREG:
         raise InputError(f"{path}: is {_KINDS.get(kind, 'no regular file')}; expected a regular file")

@@ -118,7 +118,7 @@ def prepare(recipe: Recipe, report: Report = silent) -> tuple[MergeInput, Merge]
 
 
 def with_card(recipe: Recipe, given: MergeInput, written: Written) -> Merged:
-    """Put the model card beside the weights that a merge has just written."""
+    """Put the model card next to the weights that a merge has just written."""
     write_card(written, recipe, given.base, given.experts, given.allocated)
     means = dict(given.allocated.means) if given.allocated else {}
     return Merged(written.folder, written.digest, written.size, means, written.manifest, written.adapter, written.fit)

@@ -206,7 +206,7 @@ MLFLOW_SQL_STORE = PrivateName(
 MLFLOW_START_SERVER = PrivateName(
     "mlflow", "mlflow.server._exec_cmd", ">=3.17,<4",
     "save the 200 MB of a process that waits for the server", "lewis_flows.service.mlflow_app",
-    "MLflow: `mlflow server` stays beside the server that it starts")
+    "MLflow: `mlflow server` stays next to the server that it starts")
 HUB_WITHOUT_XET = PrivateName(
     "huggingface_hub", "huggingface_hub.constants.HF_HUB_DISABLE_XET", ">=2.4,<3",
     "upload to a Hub that has no Xet", "lewis.models.hub.client",

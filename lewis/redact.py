@@ -46,7 +46,7 @@ def redact_logs() -> None:
 def _clean(record: logging.LogRecord) -> logging.LogRecord:
     try:
         said = record.getMessage()
-    except Exception:  # the arguments do not fit the message: logging itself tells that
+    except Exception:  # the arguments do not fit the message: logging itself reports that
         return record
     if (clean := redacted(said)) != said:
         record.msg, record.args = clean, ()

@@ -16,6 +16,7 @@ SOURCES = sorted(path for folder in ("lewis", "tasks", "flows") for path in (ROO
 WORDS = {  # pattern -> what to say
     r"whoever": "someone who, or the name of the process",
     r"anew": "again",
+    r"beside": "next to, in addition to, compared with",
     r"tells? of|told of": "report",
     r"(is|are|was|were) told": "get, is given",
     r"that of those": "a noun",
@@ -33,7 +34,7 @@ def texts(path: Path) -> Iterator[str]:
         yield content
         return
     for node in ast.walk(ast.parse(content)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.isidentifier():
             yield node.value
     for token in tokenize.generate_tokens(io.StringIO(content).readline):
         if token.type == tokenize.COMMENT:

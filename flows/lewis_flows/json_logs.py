@@ -2,7 +2,7 @@
 
     {"time": "2026-01-01T03:00:01.205+00:00", "level": "INFO", "logger": "lewis.models.hub.repository", "line": "..."}
 
-Beside these four, a line of a run has `flow_run` and `task_run` (their ids), and an error its traceback as `error`.
+Next to these four, a line of a run has `flow_run` and `task_run` (their ids), and an error its traceback as `error`.
 `lewis up`, which prints the lines of several parts, adds `part`.
 """
 

@@ -222,7 +222,7 @@ class _Trials:
 def _confirm(
     recipe: str, plan: Recipe, overrides: list[str], tried: _Trials, best: Trial
 ) -> tuple[SearchReport, tuple[str, str]]:
-    """Merge, gate and register the best on the half of the documents that no trial saw, beside the recipe as it is.
+    """Merge, gate and register the best on the half of the documents that no trial saw, next to the recipe as it is.
 
     Gives the report and the search's verdict: name and line of its state.
     """

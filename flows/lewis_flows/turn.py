@@ -1,8 +1,8 @@
 """Turns: of each recipe one run at a time, and no dead run that Prefect shows as running.
 
 The runs of a deployment take turns by its concurrency limit; one that waits there occupies no worker. A kernel lock on
-a file of the store comes on top, for `lewis run`, which may run beside the service. The kernel frees a lock as soon as
-its holder dies. Machines that share no disk, but a remote half of the store, have a lease beside it; that of a killed
+a file of the store comes on top, for `lewis run`, which may run next to the service. The kernel frees a lock as soon as
+its holder dies. Machines that share no disk, but a remote half of the store, have a lease next to it; that of a killed
 holder ends after a minute.
 """
 

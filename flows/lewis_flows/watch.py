@@ -1,6 +1,6 @@
 """The poll: look up the newest commit of every model of every recipe, and announce those that no merge holds yet.
 
-It also tells Prefect of new champions that it may not know: see `lewis_tasks.support.moves`.
+It also reports new champions that Prefect may not know: see `lewis_tasks.support.moves`.
 
 The registry knows what was merged; Prefect knows what was announced, and how the runs ended. So the next poll finds an
 event that was lost, or a run that died. What the last poll found is kept in the store, for `lewis status`.

@@ -69,7 +69,7 @@ def make_family(folder: Path, progress: Callable[[str, float], None], plan: Trai
 
     The recipes: demo.yaml, lewis.yaml (densities by LEWIS) and sparse.yaml (worth a search).
 
-    If the folder holds this family already, the call returns at once. A call that dies leaves no partial family.
+    If the folder holds this family already, the call returns immediately. A call that dies leaves no partial family.
 
     Args:
         folder: where the family goes.
@@ -185,7 +185,7 @@ def _recipe() -> dict[str, Any]:
 
 
 def _guided_recipe() -> dict[str, Any]:
-    """The same with TIES, whose densities LEWIS decides, beside uniform ones."""
+    """The same with TIES, whose densities LEWIS decides, next to uniform ones."""
     recipe = _recipe()
     recipe |= {"merge_method": "ties", "parameters": {"normalize": True}}
     recipe["lewis"] |= {

@@ -47,7 +47,7 @@ class Verdict:
             the champion is still the same.
         numbers: the gate's metric of both, such as `gsm8k/acc,none 0.51 vs 0.48`; empty if they were not compared.
         metric: the gate's; empty if there is none, or it was not looked at.
-        approve_hours: how long a person has to approve what passed; None: it is promoted at once.
+        approve_hours: how long a person has to approve what passed; None: it is promoted immediately.
         luck: the standard error of the score, from the spread of the gain, below 0 if lower is better; None if unknown.
         mark: `uri` of the version that stays the mark if this one is promoted; empty: this one is the mark then.
         certain: whether further documents would change nothing.

@@ -34,7 +34,7 @@ class Batch:
     def padded(
         cls, samples: Sequence[Sequence[int]], of: int = 0, weights: Sequence[Sequence[float]] | None = None
     ) -> "Batch":
-        """Put samples, and the weights of their tokens if they have some, beside each other."""
+        """Put samples, and the weights of their tokens if they have some, next to each other."""
         ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.long)
         beside = None if weights is None else torch.zeros(ids.shape)
         for row, sample in enumerate(samples):
@@ -111,7 +111,7 @@ def batches(
 ) -> list[Batch]:
     """Samples of a set of similar length together, so that padding and the number of batches cost least in sum.
 
-    How a set is cut does not depend on the others, so that it gives the same bits alone and beside them.
+    How a set is cut does not depend on the others, so that it gives the same bits alone and next to them.
 
     Args:
         calibrations: the sets.

@@ -104,7 +104,7 @@ def path_of(digest: str) -> Path:
 
 
 def origin(where: str, spec: CalibrationSet, root: Path) -> list[str]:
-    """What decides the rows of a set, beside its block: checksums of its files, or the commit of its dataset.
+    """What decides the rows of a set, in addition to its block: checksums of its files, or the commit of its dataset.
 
     Raises:
         InputError: as `calibrate`, if there are no such files or there is no such dataset.

@@ -129,8 +129,8 @@ class _Walk:
         while path := next(filter(None, (each.place for each in self._passes)), None):
             if path in done:
                 raise LewisError(
-                    f"{network.folder}: it runs {path} twice, and the inputs of both times cannot be told apart; use "
-                    "another merge_method than those that fit"
+                    f"{network.folder}: it runs {path} twice, and the inputs of the two times cannot be distinguished; "
+                    "use another merge_method than those that fit"
                 )
             done.add(path)
             waiting = [each for each in self._passes if each.place == path]
@@ -256,7 +256,7 @@ def share_of_tokens(network: Network, parameter: str) -> float:
 
 
 def memory_of(network: Network, tokens: int, threads: int) -> int:
-    """Bytes of memory that the pass needs beside the weights, roughly.
+    """Bytes of memory that the pass needs in addition to the weights, roughly.
 
     These are the statistics of a block, the hidden states of all tokens (and the embeddings that they began as), and
     for each thread what a batch leaves on its way through a block.

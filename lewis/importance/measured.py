@@ -1,4 +1,4 @@
-"""What an importance pass leaves in the store: norms as JSON and, in a safetensors file beside it, second moments.
+"""What an importance pass leaves in the store: norms as JSON and, in a safetensors file next to it, second moments.
 
 The JSON names size and SHA-256 of the other file, and is written after it: an entry whose moments are gone, damaged
 or of another pass is not believed.
@@ -40,7 +40,7 @@ def moments_path(path: Path) -> Path:
 
 
 def write(path: Path, measured: Measured, facts: dict[str, Any]) -> None:
-    """Put a measurement into the store, as `path` and the file beside it."""
+    """Put a measurement into the store, as `path` and the file next to it."""
     from safetensors.torch import save
 
     beside, content = moments_path(path), save(measured.moments)

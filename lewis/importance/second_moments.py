@@ -164,7 +164,7 @@ class SecondMoments:
             first, mask = next(iter(named), ""), self._mask  # of a mixer (Zamba), hidden states may be given by name
             hidden = inputs[0] if inputs else named.get(first)
             if self._padded and isinstance(hidden, torch.Tensor) and hidden.shape[:-1].numel() == mask.numel():
-                # Padding is routed too. As rows of zeros it can be told from tokens.
+                # Padding is routed too. As rows of zeros it can be distinguished from tokens.
                 hidden = hidden * mask.reshape(*hidden.shape[:-1], 1).to(hidden.dtype)
             return ((hidden, *inputs[1:]), named) if inputs else ((), {**named, **({first: hidden} if first else {})})
 

@@ -182,7 +182,7 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
 def _tokens(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
     if base.tokenizer == expert.tokenizer or same(base.tokenizer, expert.tokenizer):
         return
-    with suppress(InputError):  # who needs the tokenizer tells
+    with suppress(InputError):  # what needs the tokenizer reports it
         ours, theirs = read_vocabulary(base.tokenizer), read_vocabulary(expert.tokenizer)
         if ours is None or theirs is None:
             return

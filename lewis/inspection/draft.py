@@ -70,7 +70,7 @@ GENERAL = Topic(
     "{page}",
     "sciq",
     "acc,none",
-    "nothing tells what this expert is good at: put in rows of its training data",
+    "nothing says what this expert is good at: put in rows of its training data",
 )
 """For an expert of which nothing is known."""
 
@@ -111,7 +111,7 @@ def topic_of(*told: str) -> Topic:
     """The topic of a model, by the first of some texts that names one; `GENERAL` if none does.
 
     Args:
-        told: the surest first, such as the model's name, then its datasets and tags.
+        texts: the surest first, such as the model's name, then its datasets and tags.
     """
     for text in told:
         found = [topic for topic in TOPICS if re.search(topic.words, text.lower())]
@@ -238,7 +238,7 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], nam
         lines += [f"    {topic.name}: {json.dumps(source, ensure_ascii=False)}"]
     scores = {each.task: each.score for each in (*topics.values(), GENERAL)}
     metric = "weighted/mean,none" if len(tasks) > 1 else f"{tasks[0]}/{scores[tasks[0]]}"
-    lines += ["", "evaluate:", f"  tasks: [{', '.join(tasks)}]   # of lm-eval, or YAML files beside this one"]
+    lines += ["", "evaluate:", f"  tasks: [{', '.join(tasks)}]   # of lm-eval, or YAML files next to this one"]
     if len(tasks) > 1:
         weights = ", ".join(f"{_quoted(f'{task}/{scores[task]}')}: 1" for task in tasks)
         lines += [f"  weights: {{{weights}}}   # makes the score weighted/mean,none"]

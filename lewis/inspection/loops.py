@@ -1,6 +1,6 @@
 """The compiled loops of an inspection: one block of a tensor at a time, of the base and all experts side by side.
 
-numba keeps the compiled code in a cache, beside this file or in the user's cache folder. The loops release Python's
+numba keeps the compiled code in a cache, next to this file or in the user's cache folder. The loops release Python's
 global lock.
 """
 

@@ -40,7 +40,7 @@ def consensus(
     """Add the task vectors up, and keep the sum where at least `min_agree` experts claim it.
 
     With tau = sum_i w_i tau_i, expert i claims an element where |w_i tau_i| > tall_lambda * |tau - w_i tau_i|: its own
-    change is large beside the others'. An element that only one expert claims ("selfish"), or none, is left out.
+    change is large compared with the others'. An element that only one expert claims ("selfish"), or none, is left out.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).

@@ -39,7 +39,7 @@ def regmean(
         lambda_: scale of the sum.
         ridge: pull towards the sum, in units of the mean diagonal of the inputs' products; large values give task
             arithmetic, 0 RegMean. `auto`: found by `lewis.merging.fitting.ridge`.
-        prior: how much the directions in which an expert's weights moved count beside its tokens; 0: not at all.
+        prior: how much the directions in which an expert's weights moved count compared with its tokens; 0: not at all.
         alpha: factor of the products of different inputs; 0 treats the inputs of a layer as uncorrelated.
 
     Returns:

@@ -58,7 +58,7 @@ class Checkpoint:
             tensors |= {name: info for name, info in chosen.items() if not is_buffer(name, info.shape)}
         if adapted := next((name for name in tensors if ".lora_A." in name or ".base_layer." in name), None):
             raise InputError(
-                f"{folder}: {adapted!r} is of a PEFT model that was saved with its adapter beside its weights; call "
+                f"{folder}: {adapted!r} is of a PEFT model that was saved with its adapter next to its weights; call "
                 "merge_and_unload before save_pretrained, or give the adapter's own folder"
             )
         self._stored, self._packed = tensors, dict[str, Packed]()

@@ -118,7 +118,7 @@ def _fill(ref: str, path: Path, folder: Path) -> None:
         if values != math.prod(shapes[name]):
             raise InputError(
                 f"{ref}: {name!r} has the shape {list(shapes[name])} by its config, and {values} values in this GGUF "
-                "file; put the model's own config.json beside the file"
+                "file; put the model's own config.json next to the file"
             )
     if not config.get("architectures"):
         (folder / "config.json").write_text(json.dumps({**config, "architectures": [class_name]}, indent=2) + "\n")
@@ -171,7 +171,7 @@ def _config(ref: str, path: Path, architecture: str, dtype: str) -> dict[str, An
     except Exception as error:  # of any kind, by architecture
         raise InputError(
             f"{ref}: transformers makes no config of a GGUF file of the architecture {architecture} ({_short(error)}); "
-            "put the model's config.json beside the file, or use its safetensors"
+            "put the model's config.json next to the file, or use its safetensors"
         ) from error
     return {**made.to_dict(), "dtype": name}
 
@@ -187,7 +187,7 @@ def _write_tokenizer(ref: str, path: Path, folder: Path) -> None:
     except Exception as error:  # of any kind, by tokenizer
         logger.warning(
             "%s: transformers makes no tokenizer of this GGUF file (%s): as an expert it is taken to have the base's; "
-            "otherwise put the model's tokenizer.json beside the file",
+            "otherwise put the model's tokenizer.json next to the file",
             *(ref, _short(error)),
         )
 
@@ -219,7 +219,7 @@ def _names(
         if name.startswith(_LOST):
             logger.warning(
                 "%s: its scaling of RoPE is stored as the tensor %s, which config.json lacks: as a base, put the "
-                "model's own config.json beside the file",
+                "model's own config.json next to the file",
                 *(ref, name),
             )
         elif (target := mapping.get(name) or mapping.get(name.removesuffix(".weight"))) not in shapes:

@@ -72,7 +72,7 @@ def _check_merge(data: dict[str, Any], method: Method | None) -> list[str]:
 
 
 def _check_blocks(data: dict[str, Any]) -> list[str]:
-    """The blocks beside the merge."""
+    """The blocks other than those of the merge."""
     problems = [*_check_calibrations(data), *_check_density(data), *_check_guidance(data)]
     output, register = data.get("output") or {}, data.get("register")
     if data.get("exclude") and not data.get("base_model"):

@@ -89,7 +89,7 @@ class CalibrationSet(Block):
         continues: `continue`: each row is a prompt, and the expert that names the set writes so many answers to it.
         messages: column with a chat instead, which the base's chat template turns into text; the assistant's turns are
             the answers.
-        weight: how much prompts count beside answers; by default all of a `text` counts alike, and of the others
+        weight: how much prompts count compared with answers; by default all of a `text` counts alike, and of the others
             prompts count 0.1.
         samples: number of texts.
         max_tokens: longer texts are cut to this.
@@ -140,7 +140,7 @@ class CalibrationSet(Block):
 
     @property
     def prompt_weight(self) -> float:
-        """How much a token of a prompt counts, beside 1 of an answer."""
+        """How much a token of a prompt counts, where one of an answer counts 1."""
         if self.weight is None:
             return 1.0 if self.text or (self.texts and not self.continues) else TokenWeights().prompt
         return self.weight.prompt
@@ -291,7 +291,7 @@ class Evaluate(Block):
     """What lm-eval scores.
 
     Attributes:
-        tasks: names of its own tasks or groups, or YAML files beside the recipe.
+        tasks: names of its own tasks or groups, or YAML files next to the recipe.
         limit: documents per task: a number, or below 1 a share; None: all.
         documents: `all`, or one of two disjoint halves of every task's documents (`search`, `confirm`); `limit` counts
             within the half. `by_release`: `limit` of all documents, others for each merge.
@@ -299,7 +299,7 @@ class Evaluate(Block):
             merge; `known`: as soon as the verdict is certain.
         weights: task, or `task/metric,filter` -> its weight in the score `weighted/mean,none`; a task stands for its
             first metric. Empty: there is no such score.
-        allow_code_execution: whether task files beside the recipe may run code: functions of their own (`!function`),
+        allow_code_execution: whether task files next to the recipe may run code: functions of their own (`!function`),
             and what a model writes (`unsafe_code: true`).
         baselines: which other models are scored for comparison.
         backend: what computes the answers.

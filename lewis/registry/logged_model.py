@@ -50,8 +50,8 @@ def write(
         card: Markdown, stored as the model card.
         base: for an adapter, the folder of its base. Only its config is read: MLflow loads the base from where
             `adapter_config.json` says, a commit of the Hub or a folder, and puts the adapter on it.
-        facts: JSON data of the version, kept as `version.json` beside the model with `files`: size in bytes and SHA-256
-            of every other file, by its path in the model's artifacts.
+        facts: JSON data of the version, kept as `version.json` next to the model with `files`: size in bytes and
+            SHA-256 of every other file, by its path in the model's artifacts.
     """
     with _target(client, model) as target:
         _build(model, folder, target, card, base)
@@ -208,7 +208,7 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str, base: Pa
 def _refer_to_base(flavor: dict[str, Any], target: Path) -> None:
     """Make MLflow's flavor that of an adapter, as `save_model` writes it for a PeftModel, which would be in memory."""
     adapter = target / CHECKPOINT
-    # A folder with both configs means a full model with an adapter beside it.
+    # A folder with both configs means a full model with an adapter next to it.
     (adapter / "config.json").unlink()
     settings = read_settings(adapter)
     name, revision = settings["base_model_name_or_path"], settings.get("revision")

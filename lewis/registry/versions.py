@@ -190,7 +190,7 @@ def run_link(version: Version) -> str:
 
 
 def run_pages(version: Version) -> tuple[str, str]:
-    """Pages in MLflow's UI: the `PAGE` of the run that made the version, and the charts of all runs beside it.
+    """Pages in MLflow's UI: the `PAGE` of the run that made the version, and the charts of all runs next to it.
 
     Raises:
         TransientError: if the server does not answer.

@@ -146,7 +146,7 @@ def write(folder: Path, text: str, heat_map: bytes | None = None, eval_results: 
     """Write a card, and the picture of the densities that it shows, into a model's folder.
 
     Args:
-        eval_results: YAML for the Hub, which it reads beside the card; empty: there is none.
+        eval_results: YAML for the Hub, which it reads next to the card; empty: there is none.
     """
     if eval_results:
         store.make_folder((folder / EVAL_RESULTS).parent)

@@ -193,7 +193,7 @@ def run_name(recipe: str, moves: Sequence[Change] | None, names: Mapping[str, st
 
     Args:
         recipe: its name.
-        moves: its models, beside those of the run before; None if there was none.
+        moves: its models, compared with those of the run before; None if there was none.
         names: reference of a model -> what people call it.
         edited: whether the recipe is another one than in the run before.
     """

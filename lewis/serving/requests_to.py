@@ -37,7 +37,7 @@ def send(
         form: sent as that of a page.
         headers: further ones.
         timeout_s: for the connection, and for the answer.
-        accepted: statuses that are no error, beside those below 300.
+        accepted: statuses that are no error, in addition to those below 300.
 
     Raises:
         TransientError: if the server does not answer, or is busy.

@@ -78,7 +78,7 @@ class Plan:
         uncovered: what has weights and is neither covered nor known to be no projection -> its share of the parameters.
         tensors, parameters: of the base.
         gate: its policy, and what it will be able to see, as `lewis.evaluation.outlook`; empty without a gate.
-        disk: bytes that the run will write, beside downloads; those that a fit keeps meanwhile count, too.
+        disk: bytes that the run will write, without downloads; those that a fit keeps meanwhile count, too.
         disk_free: bytes free where the store is.
         memory: bytes that the process will have resident at most, roughly; 0 if nothing is to be measured or merged.
         remote: `LEWIS_STORE`, without its password; empty without a remote half of the store.
@@ -87,8 +87,8 @@ class Plan:
             small.
         output: what an adapter of the merge will be; empty for a full model.
         measuring: seconds that the passes for second-order statistics take which are to do, roughly.
-        seconds: that the merges take which are to do, roughly, as `lewis merge` tells it afterwards: without the start
-            of the process; None if the models are not all here yet.
+        seconds: that the merges take which are to do, roughly, as `lewis merge` reports it afterwards: without the
+            start of the process; None if the models are not all here yet.
     """
 
     recipe: str
@@ -331,7 +331,7 @@ def _state(given: ScoreInput, device: str, asked: Sequence[Found]) -> str:
 
 
 def _champion(plan: Plan, recipe: Recipe) -> _Unmade | None:
-    """The champion that a run would score beside the merged model; None if there is none, or MLflow does not say."""
+    """The champion that a run would score next to the merged model; None if there is none, or MLflow does not say."""
     if recipe.register_as is None or not tracking.exists():
         return None
     try:

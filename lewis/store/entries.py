@@ -47,7 +47,7 @@ def publish(
 
     Args:
         folder: where the finished folder goes. An older folder that has a manifest is replaced.
-        manifest: what to record in `lewis.json`, beside the files' sizes and checksums.
+        manifest: what to record in `lewis.json`, in addition to the files' sizes and checksums.
         key: identity of what is written, if the block can continue a half-written folder. The scratch folder then
             holds what a process left that was writing the same to `folder` and died. Without a key, it is empty.
         checksums: file name -> SHA-256, for the files whose checksum the block knows; the others are read.

@@ -2,7 +2,7 @@
 
     importance/<digest>.json  merged/<digest>/  scores/<digest>.json  ...
 
-An entry is written beside its final path and renamed, so a reader never sees half of one. A merged folder has a
+An entry is written next to its final path and renamed, so a reader never sees half of one. A merged folder has a
 manifest (`lewis.json`) with the size and checksum of each file, against which the folder is checked before it is used
 (`lewis.store.manifest`). Entries of one file carry a checksum of their own (`lewis.store.entries`).
 """

@@ -28,7 +28,7 @@ class Kind:
         pattern: of its entries in that folder, with the entry's digest in place of `*`.
         locks: first part of the names of its locks; empty if entries are made without a lock.
         manifest: whether an entry is a folder with a manifest.
-        beside: ending of a second file that belongs to an entry and has the same name otherwise; empty if none does.
+        next to: ending of a second file that belongs to an entry and has the same name otherwise; empty if none does.
         beside_in: key of the entry's JSON that has the size and SHA-256 of the second file.
         check: parses a head, and raises `DamagedError` if it is not what was written; None: it has no checksum.
         shared: whether `LEWIS_STORE` keeps it; `merged`: only if `LEWIS_STORE_MERGED` is 1.
@@ -90,7 +90,7 @@ class Kind:
         """The other files of the entry at `path`, by what its head says.
 
         Returns:
-            Name, in the folder of the entry or beside its file, -> size in bytes and SHA-256 (64 hex digits).
+            Name, in the folder of the entry or next to its file, -> size in bytes and SHA-256 (64 hex digits).
 
         Raises:
             DamagedError: if `head` is not whole, or names a file elsewhere.
@@ -130,7 +130,7 @@ def check_png(data: bytes) -> None:
 
 
 MERGED = Kind("merged", "*", "merged-", manifest=True, shared="merged")  # merged checkpoints
-IMPORTANCE = Kind(  # norms, with the second moments beside them
+IMPORTANCE = Kind(  # norms, with the second moments next to them
     "importance", locks="importance-", beside=".safetensors", beside_in="moments", shared="always"
 )
 GRAMS = Kind("grams", "*", "grams-", manifest=True, shared="always")  # second-order statistics of a model's inputs

@@ -17,7 +17,7 @@ def quota() -> int | None:
 
 
 def by_folder() -> dict[str, int]:
-    """Folder of the store -> bytes on disk of everything in it; files beside the folders are under an empty name.
+    """Folder of the store -> bytes on disk of everything in it; files next to the folders are under an empty name.
 
     A file with several hard links, as weights that MLflow has too, is counted once, in the first folder by name. Links
     to files elsewhere count nothing. What vanishes meanwhile is left out.

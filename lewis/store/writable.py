@@ -133,7 +133,7 @@ def check_output_file(file: Path) -> Path:
 
 
 def _try(place: Path) -> None:
-    """Make what is written beside `place` before it is renamed, and remove it."""
+    """Make what is written next to `place` before it is renamed, and remove it."""
     missing = [place.name]
     above = place.parent
     while not above.exists():

@@ -27,7 +27,7 @@ def check_publish(recipe: Recipe) -> None:
 
 @task(name="publish", task_run_name="publish", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def publish(recipe: Recipe, version: Version, merged: MergedModel) -> Published | None:
-    """Push the champion to the recipe's repo, with the commit in the version's tags; tells where it is.
+    """Push the champion to the recipe's repo, with the commit in the version's tags; return where it is.
 
     If the version is not the champion, because the gate refused it or another took its place, it gives None and pushes
     nothing.

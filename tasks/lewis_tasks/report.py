@@ -71,7 +71,7 @@ def report_scores(recipe: Recipe, scores: dict[str, ModelScores]) -> dict[str, l
         "kept": kept_rows(kept_gains(recipe.gate_metric, models)),
     }
     create_table_artifact(
-        found["scores"], key=artifact_key(recipe, "score-table"), description="Scores beside the parents'"
+        found["scores"], key=artifact_key(recipe, "score-table"), description="Scores next to the parents'"
     )
     create_table_artifact(
         found["comparison"],

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.early FOLDER --tasks TASK ... --metric METRIC --model NAME=CHECKPOINT[,ADAPTER] ...
         --pair CHAMPION:CHALLENGER ... [--policy POLICY] [--limit N]
 
-Nothing is kept between the two: each pair is scored anew, both models, in an empty store. The seconds are those of the
+Nothing is kept between the two: each pair is scored again, both models, in an empty store. The seconds are those of the
 evaluations, which include the start of a process and the loading of the model for each look.
 """
 

@@ -1,4 +1,4 @@
-"""What a merge that fits costs: time beside a plain forward pass and against its bars, memory by layers and by width.
+"""What a merge that fits costs: time next to a plain forward pass and against its bars, memory by layers and by width.
 
     python -m tests.benchmarks.fitting --base DIR --shared DIR [--cases statistics regmean forward layers block]
 

@@ -1,4 +1,4 @@
-"""The recommended merge on FusionBench's seven GPT-2 classifiers of GLUE, beside the results that it publishes.
+"""The recommended merge on FusionBench's seven GPT-2 classifiers of GLUE, next to the results that it publishes.
 
     python -m tests.benchmarks.gpt2_glue
     python -m tests.benchmarks.gpt2_glue --base DIR --experts DIR/{task} --rows DIR/{task}-{split}.jsonl

@@ -8,7 +8,7 @@ of the pass, in a process of its own: the median of three, since one differs fro
 pass over the rows' questions and answers against a plain forward pass without a head over the same samples in the same
 batches, weights in memory; the two alternate, and the ratio is that of the fastest of each. The same rows as two sets,
 in one pass and in two. `--official`: how far `preset: lewis_official` is from the authors' procedure on GSM8K, run in
-fp32, and how long that takes beside our default pass over the same 15 rows.
+fp32, and how long that takes next to our default pass over the same 15 rows.
 """
 
 import argparse
@@ -44,7 +44,7 @@ ROUNDS = 3
 def peak_of_pass(folder: Path) -> int:
     """The highest RssAnon during the pass above that before it."""
     model, start = Checkpoint(folder, "key"), anonymous_bytes()
-    lengths = [256] * 16 + [100] * 16  # a batch of 4096 tokens, and one that waits beside it between two blocks
+    lengths = [256] * 16 + [100] * 16  # a batch of 4096 tokens, and one that waits next to it between two blocks
     samples = tuple(tuple(3 + (7 * i + j) % 900 for j in range(length)) for i, length in enumerate(lengths))
     with PeakMemory() as memory:
         measure.measure(model, Calibration("rows", samples))

@@ -1,4 +1,4 @@
-"""`lewis merge` beside mergekit, both as whole processes, in turn, on the same warm files.
+"""`lewis merge` next to mergekit, both as whole processes, in turn, on the same warm files.
 
     LEWIS_MERGEKIT=VENV/bin/python python -m tests.benchmarks.merge_vs_mergekit --folder DIR
     LEWIS_MERGEKIT=VENV/bin/python python -m tests.benchmarks.merge_vs_mergekit --folder DIR --size 0.1 --methods all
@@ -34,7 +34,7 @@ from lewis.methods import METHODS as METHODS_OF_LEWIS
 from lewis.models.files.writer import CheckpointWriter
 
 MERGEKIT = os.environ.get("LEWIS_MERGEKIT")
-LAYERS = {"0.1": 2, "0.45": 16, "1.5": 58}  # of 25.2 M parameters, beside an embedding of 49 M
+LAYERS = {"0.1": 2, "0.45": 16, "1.5": 58}  # of 25.2 M parameters, next to an embedding of 49 M
 EXPERTS = (1, 3, 8)
 METHODS = ("ties", "dare_ties", "linear")
 ALL = (
@@ -66,7 +66,7 @@ class Taken:
 
 def main(arguments: Sequence[str]) -> int:
     """Run what was asked for; 1 if a bar was missed."""
-    parser = argparse.ArgumentParser(description="lewis merge beside mergekit")
+    parser = argparse.ArgumentParser(description="lewis merge next to mergekit")
     parser.add_argument("--folder", type=Path, required=True, help="for models, results and the store")
     parser.add_argument("--size", choices=LAYERS, nargs="+", help="billions of parameters; 0.45, or all")
     parser.add_argument("--experts", type=int, nargs="+", help="how many; 3, or 1, 3 and 8")

@@ -14,7 +14,7 @@ folder (LoRA of rank 16, alpha 32, all linear layers, 140 steps of 4 rows, lr 4e
 `run` merges once and scores the test rows from `--skip` on. `--set` overrides a key of the recipe, as `lewis merge`
 does; the recipe is the recommended one, with `prompt` and `answer` and 64 calibration rows of each task. The distance
 is the mean over the tasks of the loss, in nats per answer token and mean over the rows, minus that of the expert on
-its own task, with the 95 % bootstrap interval over all rows; beside it that of each task, and of its worst row.
+its own task, with the 95 % bootstrap interval over all rows; next to it that of each task, and of its worst row.
 
 `others` does so for every other method, at the values of `OTHERS` that are best on test rows 1 to `--tune`. Models are
 scored in bf16, which adds noise of a hundredth of their distances.

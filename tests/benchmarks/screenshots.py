@@ -1,7 +1,8 @@
 """The README's pictures, taken with a real browser from a real run: python -m tests.benchmarks.screenshots
 
-The demo family is on a local Hub, `lewis up` runs beside it, and an expert is released: first a weak one, then a better
-one. The second release is what the pictures show. Everything is started here, in a temporary folder, and ends here.
+The demo family is on a local Hub, `lewis up` runs next to it, and an expert is released: first a weak one, then a
+better one. The second release is what the pictures show. Everything is started here, in a temporary folder, and ends
+here.
 """
 
 import base64
@@ -78,7 +79,7 @@ def write_weak(family: Path, skill: str, folder: Path) -> Path:
 
 
 def write_recipe(family: Path, folder: Path) -> None:
-    """The demo's recipe, with its models on the Hub, beside its data and tasks."""
+    """The demo's recipe, with its models on the Hub, next to its data and tasks."""
     for name in ("data", "tasks"):
         (folder / name).symlink_to(family / name)
     content = yaml.safe_load((family / "lewis.yaml").read_text())

@@ -1,4 +1,4 @@
-"""What benchmarks of flows share: models and recipes to run, and how a figure is printed beside its bar."""
+"""What benchmarks of flows share: models and recipes to run, and how a figure is printed next to its bar."""
 
 import json
 import random
@@ -32,7 +32,7 @@ def write_release(base: Path, folder: Path, *, seed: int) -> Path:
 
 
 def write_recipe(folder: Path, name: str, experts: list[str]) -> Path:
-    """A recipe of models on the Hub that measures and registers and scores nothing, beside its data."""
+    """A recipe of models on the Hub that measures and registers and scores nothing, next to its data."""
     draw = random.Random(0)
     rows = [{"text": " ".join(draw.choices([f"w{i}" for i in range(60)], k=60))} for _ in range(256)]
     (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -54,6 +54,6 @@ def both(values: Sequence[float]) -> str:
 
 
 def bar(name: str, value: float, limit: float, unit: str = "s") -> bool:
-    """Print a number beside its bar; whether it is below."""
+    """Print a number next to its bar; whether it is below."""
     row(name, f"{value:.1f} {unit}", f"bar {limit} {unit}: {'met' if value < limit else 'MISSED'}")
     return value < limit

@@ -169,12 +169,12 @@ def until(found: Callable[[], Any], patience: float, pause: float = 0.1) -> bool
 
 
 def write_recipe(folder: Path, family: Family, *, expert: str = "code", name: str = "tiny", rows: int = 0) -> Path:
-    """A recipe of two experts, of which `math` is one, beside its data and its lm-eval task.
+    """A recipe of two experts, of which `math` is one, next to its data and its lm-eval task.
 
     Args:
         rows: seed of the rows that it measures and scores on; recipes with other rows share no step.
     """
-    (folder / "tasks").mkdir(exist_ok=True)  # beside the recipe it would be taken for one
+    (folder / "tasks").mkdir(exist_ok=True)  # next to the recipe it would be taken for one
     data, task = f"words{rows}.jsonl", f"tasks/words{rows}.yaml"
     draw = random.Random(rows)
     lines = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(40)]

@@ -77,7 +77,7 @@ def at_each_place(reached: Callable[[int], None], *, system: bool = True) -> Non
 
     Args:
         reached: as above.
-        system: whether calls of the operating system are places too, beside those of the registry.
+        system: whether calls of the operating system are places too, next to those of the registry.
     """
     from mlflow import MlflowClient
 

@@ -33,7 +33,7 @@ TASK = {
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
 SCHEMA = Recipe.model_json_schema()
-NAMES: dict[str, list[Any]] = {  # what a key is given beside what its type allows
+NAMES: dict[str, list[Any]] = {  # what a key is given next to what its type allows
     "merge_method": [*METHODS, "recommended", "tise"],
     "strategy": [*ALLOCATORS, "lewsi"],
     "base_model": ["base", "base", "base", "gone"],
@@ -65,7 +65,7 @@ KEYS = {
 
 
 def value(schema: Mapping[str, Any], key: str = "") -> st.SearchStrategy[Any]:
-    """Values that a JSON schema allows, some at or beside its bounds; what a key stands for is one of `NAMES`."""
+    """Values that a JSON schema allows, some at or next to its bounds; what a key stands for is one of `NAMES`."""
     if "$ref" in schema:
         return value(SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]], key)
     if key in NAMES and schema.get("type") != "object":

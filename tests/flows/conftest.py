@@ -85,7 +85,7 @@ def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def recipe(tmp_path: Path, family: Family) -> Path:
-    """A recipe beside its data and its lm-eval task."""
+    """A recipe next to its data and its lm-eval task."""
     write_words(tmp_path)
     (tmp_path / "words.yaml").write_text(TASK)
     path = tmp_path / "tiny.yaml"

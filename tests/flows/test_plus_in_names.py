@@ -26,7 +26,7 @@ RECIPE = "{merge_method: ties, base_model: ./my+base, models: [{model: ./math+a}
 
 @pytest.fixture
 def folder(family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of recipes, with a recipe of such models beside it."""
+    """A folder of recipes, with a recipe of such models next to it."""
     path = tmp_path / "recipes"
     for source, name in ((family.base, "my+base"), (family.math, "math+a"), (family.lora, "lo+ra")):
         shutil.copytree(source, path / name)

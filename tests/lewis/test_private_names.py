@@ -106,7 +106,7 @@ def no_sandbox(_: Path) -> bool:
 
 
 def imports_code(folder: Path) -> bool:
-    """A task file imports code beside it when it is loaded, and no argument forbids that."""
+    """A task file imports code next to it when it is loaded, and no argument forbids that."""
     from lm_eval.tasks import TaskManager
 
     (folder / "evil.py").write_text(f"open({str(folder / 'mark')!r}, 'w').close()\ndef docs(rows): return rows\n")

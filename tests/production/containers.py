@@ -23,7 +23,7 @@ COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 USER = 10001  # of the image
 HOSTS = ("db.example.org", "s3.example.org")
-"""Names that each container knows as addresses of loopback, beside those of the services."""
+"""Names that each container knows as addresses of loopback, next to those of the services."""
 # What PostgreSQL's image does on an empty volume.
 POSTGRES = """
 bin=%s; data=/var/lib/postgresql/data; mkdir -p $data; chown -R postgres /var/lib/postgresql; cd /tmp

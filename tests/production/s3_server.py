@@ -17,7 +17,7 @@ BUCKET = "lewis"
 
 
 def program() -> str | None:
-    """The server's program, beside the Python that runs or on the path; None if it is not installed."""
+    """The server's program, next to the Python that runs or on the path; None if it is not installed."""
     beside = Path(sys.executable).with_name("weed")
     return str(beside) if beside.exists() else shutil.which("weed")
 

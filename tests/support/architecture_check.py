@@ -63,7 +63,7 @@ class Products(TorchDispatchMode):
 
     def _see(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
         memory = weight.untyped_storage().data_ptr()
-        inside = [  # asked anew each time: a model may move its weights (Switch Transformers' router changes its dtype)
+        inside = [  # asked each time: a model may move its weights (Switch Transformers' router changes its dtype)
             (name, p)
             for name, p in self._parameters
             if p.untyped_storage().data_ptr() == memory  # some share memory: they were cut from one tensor

@@ -3,7 +3,7 @@
     python -m tests.support.old_store
 
 writes `tests/lewis/store/store_<FORMAT>.tar.gz`: `home`, a store with an entry of each kind that a merge makes, and
-`references.json`, what Prefect remembers of them; the path of the store in it is `HOME`. Do not make it anew when the
+`references.json`, what Prefect remembers of them; the path of the store in it is `HOME`. Do not make it again when the
 code changes: run this once for each new format.
 """
 

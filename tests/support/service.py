@@ -1,4 +1,4 @@
-"""`lewis up` as a process of its own beside a local Hub, and what a person would look up about its runs."""
+"""`lewis up` as a process of its own next to a local Hub, and what a person would look up about its runs."""
 
 import json
 import os

@@ -33,7 +33,7 @@ def install(root: Path) -> Path:
 
 
 def sdist(root: Path) -> Path:
-    """Build an sdist from a copy of the checkout: a build leaves files beside its sources."""
+    """Build an sdist from a copy of the checkout: a build leaves files next to its sources."""
     copy, target = root / "checkout", root / "sdist"
     copy.mkdir()
     for part in PARTS:

@@ -228,7 +228,7 @@ COMMANDS = (
 
 
 def program() -> NoReturn:
-    """The program `lewis`: `main`, and then the process ends at once.
+    """The program `lewis`: `main`, and then the process ends immediately.
 
     It would take seconds to take apart what torch, Prefect and MLflow have made. What is registered with `atexit` runs
     before.

@@ -96,7 +96,7 @@ def search(options: argparse.Namespace) -> None:
     if options.json:
         print(report.model_dump_json(indent=2))
         return
-    print(f"{len(report.trials)} trials; the best, beside the recipe as it is, on documents that no trial saw:")
+    print(f"{len(report.trials)} trials; the best, next to the recipe as it is, on documents that no trial saw:")
     print_table(report.confirmed)
     for override in report.overrides:
         print(f"  --set {override}")

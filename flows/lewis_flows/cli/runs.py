@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lewis_flows.service.links import Links
 
-_LOG_PAGE = 200  # lines that Prefect gives at once
+_LOG_PAGE = 200  # lines that Prefect gives per request
 _PAUSE = 1.0  # seconds between two looks of --follow
 
 

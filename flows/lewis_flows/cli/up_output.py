@@ -85,7 +85,7 @@ class Output:
         return self._shown.get(part, False)
 
     def _is_known(self, part: str, message: str) -> bool:
-        """Whether a line before has told it, or it is over by itself."""
+        """Whether an earlier line reported it, or it ended by itself."""
         told = self._failed.get(part) and _FAILED_AGAIN.match(message)
         self._failed[part] = _FAILED.match(message) is not None
         away = time.monotonic() - self._away < _BACK

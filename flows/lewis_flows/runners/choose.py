@@ -100,7 +100,7 @@ def _begin_process() -> None:
     signal.signal(signal.SIGTERM, _leave)
     patience.begin(events=False)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # End at once, without the orderly shutdown of torch and MLflow: the flow would wait seconds for it.
+    # End immediately, without the orderly shutdown of torch and MLflow: the flow would wait seconds for it.
     multiprocessing.util.Finalize(None, _end, exitpriority=-100)
 
 

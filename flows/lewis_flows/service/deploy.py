@@ -44,7 +44,7 @@ def deploy(file: Path = PREFECT_YAML, say: Callable[[str], None] = logger.info) 
     """Bring a Prefect server up to date: as `deploy_service`, and the deployments of the recipes.
 
     Args:
-        file: what to deploy beside the recipes.
+        file: what to deploy in addition to the recipes.
         say: called with what an operator changed and is kept, and with what an edited recipe leads to.
 
     Returns:

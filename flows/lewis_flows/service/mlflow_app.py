@@ -2,9 +2,10 @@
 
     MLFLOW_SERVER_CORS_ALLOWED_ORIGINS=http://127.0.0.1:5000 python -m lewis_flows.service.mlflow_app --port 5000
 
-It is `mlflow server`, with the arguments that it is given, and in one process: by itself, that waits with 200 MB beside
-the server that it starts. By itself, MLflow takes every page of this machine for its own, whatever its port, and every
-name that begins like a private address. `--prepare`: the registry is prepared first, its database and our experiment.
+It is `mlflow server`, with the arguments that it is given, and in one process: by itself, that waits with 200 MB next
+to the server that it starts. By itself, MLflow takes every page of this machine for its own, whatever its port, and
+every name that begins like a private address. `--prepare`: the registry is prepared first, its database and our
+experiment.
 """
 
 import os

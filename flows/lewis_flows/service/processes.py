@@ -52,7 +52,7 @@ class Process:
             name: for messages and the log.
             command: arguments of the Python interpreter, such as `["-m", "prefect", ...]`.
             environment: variables in addition to those of this process.
-            health: URL that answers 200 when the process is ready; None if it is ready at once.
+            health: URL that answers 200 when the process is ready; None if it is ready immediately.
             echo: called with each line of its output, from a thread.
             grace: how many seconds it has to end after SIGTERM.
             private: whether what it writes is for those alone who may read the store.

@@ -190,7 +190,7 @@ def _workers(client: SyncPrefectClient, pool: str) -> Part:
 
 
 def _queues(client: SyncPrefectClient, pool: str) -> Iterator[Part]:
-    """The work queues of the pool beside the one that there always is; with them that one too."""
+    """The work queues of the pool other than the one that there always is; with them that one too."""
     try:
         queues = client.read_work_queues(work_pool_name=pool)
     except ObjectNotFound:

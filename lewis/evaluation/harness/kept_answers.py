@@ -169,7 +169,7 @@ class KeptAnswers:
 
 
 def _asked_of(name: str, args: Iterable[Any]) -> list[Any]:
-    """What tells requests of one method and the same settings apart."""
+    """What distinguishes requests of one method with the same settings."""
     return list(args)[: 1 if name == "generate_until" else 2]
 
 

@@ -66,8 +66,8 @@ def run(
         token: whether it gets the Hub's token. It gets no other secret of this process's environment.
         timeout_s: seconds until the process and all processes that it started are killed.
         environment: further variables of the child.
-        shown: what the child needs beside `cwd`, the Python that runs and the folders that variables name, if it is in
-            a folder for temporary files.
+        shown: what the child needs in addition to `cwd`, the Python that runs and the folders that variables name, if
+            it is in a folder for temporary files.
         progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Returns:

@@ -1,7 +1,7 @@
 """The compiled inner loops of a merge: they read and write raw bits, one block that fits the cache at a time.
 
 They do the operations of the methods' torch functions in the same order, so that both give the same bytes; a test
-compares them. numba compiles the loops once per machine and keeps the code in a cache, beside this file or in the
+compares them. numba compiles the loops once per machine and keeps the code in a cache, next to this file or in the
 user's cache folder. It compiles again only when this file changes, so functions that call each other must all be in
 this file. The loops take addresses instead of arrays, so that one compiled version serves any number of experts and any
 mix of dtypes. They release Python's global lock.

@@ -1,7 +1,7 @@
 """A fit is believed only if it holds on rows that it has not seen: a part of the calibration rows is held back for it.
 
-On these rows the merged model stands beside the experts, each on its own rows, and beside the anchor, which is what the
-merge would be without a fit. A fit that loses more than the anchor, or that loses more than `BROKEN` on one row, is
+On these rows the merged model stands next to the experts, each on its own rows, and next to the anchor, which is what
+the merge would be without a fit. A fit that loses more than the anchor, or that loses more than `BROKEN` on one row, is
 repeated with a larger ridge and prior, which leave less to the few rows. If that does not help, the anchor is taken,
 unless its rows lose even more.
 

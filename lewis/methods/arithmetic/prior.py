@@ -21,7 +21,7 @@ def prior_rows(experts: Sequence[Rows | Gram], moved: Sequence[torch.Tensor], st
     Args:
         experts: the tokens of each expert, or what was measured of them.
         moved: fp32 (rows, in) of each, whose products are those of its task vector: D_t, or a factor of it.
-        strength: n0, how much all rows of a prior count beside the tokens of its expert.
+        strength: n0, how much all rows of a prior count compared with the tokens of its expert.
 
     Returns:
         Of each expert; without rows if it did not move the layer.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lewis.lazy_torch import torch
 
 Besides = Sequence["torch.Tensor"] | None
-"""B_t of one expert: fp32 parts beside those of its rows, each (tokens, out); None: 0."""
+"""B_t of one expert: fp32 parts next to those of its rows, each (tokens, out); None: 0."""
 
 
 @dataclass

@@ -192,7 +192,7 @@ def tensor_headers(pinned: Pinned) -> Headers:
         return headers(folder)
     listing = {} if pinned.is_local else listing_of(pinned)
     names = [name for name in needed(listing or os.listdir(folder)) if name.endswith(".safetensors")]
-    names = [name for name in names if name != ADAPTER or len(names) == 1]  # an adapter beside a full model
+    names = [name for name in names if name != ADAPTER or len(names) == 1]  # an adapter next to a full model
 
     def read(name: str) -> Headers:
         try:

@@ -49,8 +49,8 @@ class Layers:
 def layers_of(ref: str, names: Iterable[str]) -> Layers:
     """Find the stack of layers that the names of a model's tensors speak of.
 
-    Of a model with several (towers of images or sound beside a language model) it is the one whose embedding of tokens
-    is beside it.
+    Of a model with several (towers of images or sound next to a language model) it is the one whose embedding of tokens
+    is next to it.
 
     Raises:
         InputError: if there is none, or it is not clear which one text goes through alone.
@@ -67,7 +67,7 @@ def layers_of(ref: str, names: Iterable[str]) -> Layers:
     if prefix is None:
         found = ", ".join(f"{prefix}*" for prefix in stacks) or "no numbered layers"
         raise InputError(
-            f"{ref}: slices need a model with one stack of layers, or one that is a language model's beside other "
+            f"{ref}: slices need a model with one stack of layers, or one that is a language model's next to other "
             f"towers, got {found}; list the models under `models`, and give layers their own values by filters or "
             "gradients"
         )
@@ -87,7 +87,7 @@ def layers_of(ref: str, names: Iterable[str]) -> Layers:
 
 
 def _of_text(stacks: Sequence[str], outside: Sequence[str]) -> str | None:
-    """Which stack text goes through, by prefixes; None if there is none, or others beside it (encoder and decoder)."""
+    """Which stack text goes through, by prefixes; None if there is none, or others next to it (encoder and decoder)."""
     if len(stacks) == 1:
         return stacks[0]
     found = [each for each in stacks if any(f"{_parent(each)}{name}" in outside for name in EMBEDDINGS)]

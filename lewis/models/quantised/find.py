@@ -21,7 +21,7 @@ from lewis.models.quantised.stored import Packed, Read
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # stored tensor -> dtype as safetensors names it, shape
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
-_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")  # beside a `weight`
+_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")  # next to a `weight`
 _UNUSED = (  # of activations, of the cache of keys and values, and of formats whose weights do without
     *("activation_scale", "input_scale", "input_scale_ub", "input_zero_point", "input_global_scale"),
     *("output_scale", "output_zero_point", "q_scale", "k_scale", "v_scale", "k_zero_point", "v_zero_point"),
@@ -66,7 +66,7 @@ def find(where: object, settings: Settings, headers: Headers, read: Read | None 
 
     Args:
         where: the model, for error messages.
-        settings: its quantisation, as config.json tells it.
+        settings: its quantisation, as config.json has it.
         headers: of its stored tensors.
         read: reads a stored tensor; None if only the headers are here: then the shape of a weight may be unknown.
 
@@ -115,8 +115,8 @@ def check_plain(where: object, headers: Headers, settings: Settings | None) -> N
                 "config.json of the repository that these weights are from, or the unquantised model"
             )
         raise InputError(
-            f"{what}, and {settings.method} has no such weight without a scale beside it; download the model again, or "
-            "use the unquantised one"
+            f"{what}, and {settings.method} has no such weight without a scale next to it; download the model again, "
+            "or use the unquantised one"
         )
 
 

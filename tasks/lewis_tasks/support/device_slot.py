@@ -48,7 +48,7 @@ def device_slot(*, gives_way: bool = False, gpus: int = 1) -> Iterator[str]:
     """Hold one of this machine's slots while torch works; gives the device's name, `cpu` or `cuda:<i>`.
 
     The slot is a kernel lock, which is free as soon as its holder dies. If the Prefect server has the limit
-    `lewis-device`, a part of it is held too; that is free when the lease of a killed holder ends. `device_queue` tells
+    `lewis-device`, a part of it is held too; that is free when the lease of a killed holder ends. `device_queue` says
     who holds and who waits.
 
     Args:

@@ -125,7 +125,7 @@ def _labels_before(client: SyncPrefectClient, recipe: str) -> dict[str, str]:
 
 
 def name_task(name: str) -> None:
-    """Give the task that runs a name that tells what it found out; it is shown once the task has ended."""
+    """Give the task that runs a name that says what it found out; it is shown once the task has ended."""
     if context := TaskRunContext.get():
         context.task_run.name = name  # sent with the task's last state
 

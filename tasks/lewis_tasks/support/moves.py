@@ -42,7 +42,7 @@ _REQUEST = 5.0  # seconds for one request
 def tell(patience: float = 0) -> None:
     """Send the events of all moves that the server may not know, and forget those that it does know.
 
-    Nothing is raised: what could not be told is logged, and told the next time.
+    Nothing is raised: what could not be reported is logged, and reported the next time.
 
     Args:
         patience: how many seconds to wait for the server to know them all.
@@ -60,7 +60,7 @@ def tell(patience: float = 0) -> None:
             time.sleep(_PAUSE)
             _forget_known()
     except (LewisError, httpx.HTTPError) as error:
-        logger.warning("of a new champion Prefect will be told later: %s", error)
+        logger.warning("a new champion will be reported to Prefect later: %s", error)
 
 
 def _happened() -> list[Move]:
@@ -74,7 +74,9 @@ def _forget_known() -> None:
             if _is_known(client, move):
                 outbox.remove(move)
             elif datetime.now(UTC) - datetime.fromisoformat(move.time) > _GIVEN_UP:
-                logger.warning("Prefect was not told that %s is the champion: it took no event for a week", move.uri)
+                logger.warning(
+                    "it was not reported to Prefect that %s is the champion: it took no event for a week", move.uri
+                )
                 outbox.remove(move)
 
 

@@ -51,7 +51,7 @@ def options(command: Command) -> set[str]:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_the_page_names_options_and_keys(command: Command) -> None:
-    section, own = SECTIONS[command.name], options(command)
+    section, own = " ".join(SECTIONS[command.name].split()), options(command)
     assert "--json" in own or command.name == "up"
     assert [name for name in own - {"--json"} if name not in section] == []
     assert "JSON: " in section or command.name == "up"

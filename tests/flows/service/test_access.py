@@ -1,4 +1,4 @@
-"""Who may use the Prefect server that is started here: whoever has its key, and no page of another site."""
+"""Who may use the Prefect server that is started here: anyone who has its key, and no page of another site."""
 
 import asyncio
 import http.client

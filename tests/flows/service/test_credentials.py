@@ -100,7 +100,7 @@ def test_it_can_be_switched_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("made", ["", "CREATE TABLE users (id)"], ids=["empty", "no user yet"])
 def test_a_first_start_that_was_killed_does_not_stop_the_next(home: Path, made: str) -> None:
-    """MLflow makes each table anew if it does not find all of them, and fails if one is there."""
+    """MLflow makes each table again if it does not find all of them, and fails if one is there."""
     users = users_of(credentials.mlflow_environment())
     with closing(sqlite3.connect(users)) as connection:
         connection.execute(made)

@@ -1,4 +1,4 @@
-"""What an operator is given beside the program: runbook, alert rules, dashboard, units of systemd."""
+"""What an operator is given next to the program: runbook, alert rules, dashboard, units of systemd."""
 
 import json
 import re

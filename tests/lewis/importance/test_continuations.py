@@ -54,7 +54,7 @@ def test_they_are_what_generate_gives_of_a_model_without_doubts(family: Family, 
 
 
 def test_they_are_drawn_from_the_model(family: Family) -> None:
-    """The first token after one prompt, 1,500 times, beside the probabilities of it."""
+    """The first token after one prompt, 1,500 times, next to the probabilities of it."""
     many = continue_prompts(given(family.math, ((5, 6, 7),), count=1000, max_tokens=4))
     drawn = [row[3] for row in Calibration.load(many.path).samples]
     with torch.inference_mode():

@@ -178,14 +178,14 @@ class TestRefused:
 
         monkeypatch.delattr(AutoConfig, "from_pretrained")
         told = "transformers makes no config of a GGUF file of the architecture llama"
-        self.refused(write_gguf(base, tmp_path / "m.gguf"), told, "put the model's config.json beside the file")
+        self.refused(write_gguf(base, tmp_path / "m.gguf"), told, "put the model's config.json next to the file")
 
     def test_a_config_of_other_sizes(self, base: Path, tmp_path: Path) -> None:
         config = json.loads((base / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
         self.refused(
             write_gguf(base, tmp_path / "m.gguf"), "mlp.down_proj.weight' has the shape [64, 8] by its config, and",
-            "put the model's own config.json beside the file",
+            "put the model's own config.json next to the file",
         )  # fmt: skip
 
     def test_the_package_is_an_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_an_adapter_beside_a_config(family: Family, tmp_path: Path) -> None:
     base = pin(str(family.base), tmp_path)
     assert is_adapter(adapter) and pin(str(adapter), tmp_path, base).adapter is not None
     names = [path.name for path in adapter.iterdir()]
-    assert not holds_adapter([*names, "model.safetensors"])  # a full model whose adapter was left beside it
+    assert not holds_adapter([*names, "model.safetensors"])  # a full model whose adapter was left next to it
     assert not is_adapter(family.base)
 
 

@@ -79,7 +79,7 @@ def test_the_next_version_replaces_weights_and_leaves_the_owners_files(hub: Loca
 def test_scores_for_the_hub_are_published_and_those_of_an_earlier_version_removed(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(FILES, "README.md")  # it is written beside what the merge wrote
+    monkeypatch.delitem(FILES, "README.md")  # it is written next to what the merge wrote
     first, second = merged(tmp_path), merged(tmp_path, "b")
     card.write(first, "# card", eval_results="- value: 0.5\n")
     publishing.publish(first, "org/new", True, "version 1")

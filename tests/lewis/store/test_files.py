@@ -171,7 +171,7 @@ class TestUse:
         before = remembered.stat().st_ino
         assert store.read_manifest(tmp_path / "out") is not None
         assert (tmp_path / "out" / "lewis.json").stat().st_mtime > 1000
-        assert remembered_sha256(tmp_path / "out" / "a.txt") and remembered.stat().st_ino == before  # not hashed anew
+        assert remembered_sha256(tmp_path / "out" / "a.txt") and remembered.stat().st_ino == before  # not hashed again
 
     def test_an_absent_or_unwritable_entry_is_no_failure(self, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(path: Path) -> None:

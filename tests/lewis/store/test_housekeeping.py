@@ -61,7 +61,7 @@ def json_entry(kind: str, name: str, content: dict[str, Any], *, age: float = 30
 
 
 def merged(name: str, *, age: float = 30 * DAY) -> Path:
-    """A published folder of 100 bytes beside its manifest."""
+    """A published folder of 100 bytes next to its manifest."""
     folder = store.home() / "merged" / (name * 64)
     with store.publish(folder, {"digest": name * 64}) as scratch:
         (scratch / "model.safetensors").write_bytes(b"x" * 100)

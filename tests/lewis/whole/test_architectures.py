@@ -15,7 +15,7 @@ KINDS = {
     "blip-2": 96,  # its own forward pass wants an image
     "kimi_linear": 98,  # linear attention; experts that a regular expression names
     "t5": 98,
-    "paligemma": 99,  # its text looks ahead, but not beside padding
+    "paligemma": 99,  # its text looks ahead, but not next to padding
     "marian": 96,  # positions that are computed, not stored
     "switch_transformers": 94,  # a router that moves its weights; an expert that no token reaches
     "zamba2": 66,  # blocks that share their weights

@@ -1,7 +1,7 @@
 """Every example config of mergekit's repository, and the YAML of its docs: it runs, to the tensors that a plain
 implementation of the formulae gives, or is refused in one sentence that says why.
 
-The configs are written anew on tiny models: their structure is mergekit's, models and numbers of layers are not. Those
+The configs are written again on tiny models: their structure is mergekit's, models and numbers of layers are not. Those
 that are refused: `tests/lewis/recipe/test_mergekit_configs.py`. Where LEWIS_MERGEKIT names a Python with mergekit, its
 own results are compared with the formulae's, too.
 """
@@ -194,7 +194,7 @@ def test_other_architectures_run(place: Path, tmp_path: Path) -> None:
     assert yaml.safe_load((folder / "config.json").read_text())["n_layer"] == 3
 
 
-TOKENIZERS = {  # of the README, beside a merge
+TOKENIZERS = {  # of the README, next to a merge
     "union": ("tokenizer: {source: union, pad_to_multiple_of: null}", 65),
     "tokens": (
         "tokenizer:\n  source: union\n  tokens:\n    <|im_start|>: {source: e}\n"

@@ -1,4 +1,4 @@
-"""The steps on the store: made once, found again, and made anew when what the store has is damaged."""
+"""The steps on the store: made once, found again, and made again when what the store has is damaged."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Scores in the form that the Hub reads beside a card, as its own client writes them."""
+"""Scores in the form that the Hub reads next to a card, as its own client writes them."""
 
 from pathlib import Path
 from typing import Any
