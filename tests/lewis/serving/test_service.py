@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.webhooks.delivery import _generate_hmac_signature
 
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.serve import CommandTarget, WebhookTarget
@@ -50,6 +49,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Co
 def test_a_webhook_is_signed_as_mlflow_signs_and_sent_until_it_is_taken(
     home: Path, family: Family, tmp_path: Path
 ) -> None:
+    from mlflow.webhooks.delivery import _generate_hmac_signature
+
     with HttpSink() as sink:
         target = WebhookTarget(kind="webhook", url=f"{sink.url}/secret-path")
         first = crowned(family.base, "a", "a team.tiny")
