@@ -17,7 +17,7 @@ from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.harness.model_folder import loadable
 from lewis.evaluation.statistics import looks
-from lewis.evaluation.statistics.scored import Scored
+from lewis.evaluation.statistics.scored import MERGED, Scored
 from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
@@ -116,7 +116,13 @@ def score_task(
             store.make_folder(answers.parent)
             with loadable(files, whole=settings.backend != "hf") as (folder, adapter):
                 found = lm_eval.evaluate(
-                    folder, settings, adapter=adapter, device=device, answers=answers, progress=progress
+                    folder,
+                    settings,
+                    adapter=adapter,
+                    device=device,
+                    answers=answers,
+                    to_serve=files.ref in (MERGED, "champion"),
+                    progress=progress,
                 )
             files.check_unchanged()
             if scores_digest(files.key, settings, device) != digest:

@@ -180,6 +180,7 @@ def evaluate(
     batch_size: int | str,
     device: str | None,
     answers: str | None,
+    to_serve: bool,
     **options: Any,
 ) -> dict[str, Any]:
     """Run `simple_evaluate`, keep the value of each document, then measure what the gate's guards check.
@@ -194,13 +195,14 @@ def evaluate(
         limit: documents per task, within that half.
         look: how many of these are scored, drawn at random; None: all.
         answers: the file of `KeptAnswers`; None: nothing is kept.
+        to_serve: whether the model may be served: then it is asked what its server can be asked too.
         options: further arguments of `simple_evaluate`.
 
     Returns:
         plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
         `lewis.evaluation.statistics.scores.read` takes them; `ends` as `lewis.evaluation.statistics.scores.Ends`;
         `texts` as `lewis.evaluation.harness.answer_texts.texts_of`;
-        `requests` as `lewis.evaluation.harness.kept_requests.requests_of`;
+        `requests`, of a model to serve, as `lewis.evaluation.harness.kept_requests.requests_of`;
         `sources`, task -> repo (`path`), `config_name`, `split` and `revision` of documents from the Hub; with a look,
         `pools`, task -> how many documents it would have without.
     """
@@ -211,7 +213,7 @@ def evaluate(
     loaded = _load(manager, tasks)
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again
     lm = loaded_model.opened(model, model_args, batch_size, device)
-    chats = loaded_model.noted_chats(lm)
+    chats = loaded_model.noted_chats(lm) if to_serve else {}
     drawn, pools = _part(loaded["tasks"], documents, limit, seed, look) if documents != "all" or look else ({}, {})
     private_names.LM_EVAL_ENVIRONMENT.put(lambda _: None)  # it lists all packages with pip, which nobody reads
     kept_answers = KeptAnswers(Path(answers)) if answers else None
@@ -235,12 +237,13 @@ def evaluate(
     kept["documents"] = {name: documents for name, documents, _ in sampled}
     kept["samples"] = [metric for _, _, metrics in sampled for metric in metrics]
     kept["texts"] = texts_of(rows, loaded["tasks"])
-    kept["requests"] = requests_of(rows, loaded["tasks"], chats)
     sources = {name: _source(task) for name, task in loaded["tasks"].items()}
     kept["sources"] = {name: source for name, source in sources.items() if source}
     kept["groups"] = {name: _weights(group, found["results"]) for name, group in loaded["groups"].items()}
     kept |= {"ends": ends} | ({"pools": pools} if look else {})
-    add_answers(lm, kept["requests"])
+    if to_serve:
+        kept["requests"] = requests_of(rows, loaded["tasks"], chats)
+        add_answers(lm, kept["requests"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return plain
 

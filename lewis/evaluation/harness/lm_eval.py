@@ -138,6 +138,7 @@ def evaluate(
     adapter: Path | None = None,
     device: str = "cpu",
     answers: Path | None = None,
+    to_serve: bool = False,
     progress: Report = silent,
 ) -> Evaluated:
     """Score a model with lm-eval in a child process.
@@ -150,6 +151,7 @@ def evaluate(
             checkpoint's dtype. For backends other than `hf` it says which GPUs are theirs.
         answers: a file in which finished batches are kept, and from which an evaluation of the same model, settings
             and device goes on; None: nothing is kept.
+        to_serve: whether the model may be served: then it is asked what its server can be asked too.
         progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Raises:
@@ -197,6 +199,7 @@ def evaluate(
             "seed": settings.seed,
             "look": settings.look,
             "answers": str(answers) if answers else None,
+            "to_serve": to_serve,
             "bootstrap_iters": BOOTSTRAPS,
             "confirm_run_unsafe_code": settings.allow_code_execution,
         }

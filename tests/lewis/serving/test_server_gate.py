@@ -48,6 +48,7 @@ def test_the_model_that_was_scored_passes_and_another_one_does_not(
     home: Path, family: Family, settings: EvalSettings
 ) -> None:
     score(ModelFiles.at("merged", "a" * 64, family.base), settings)
+    score(ModelFiles.at("base", "b" * 64, family.base), settings)  # which is not served, and not asked
     kept = server_gate.requests("a" * 64, settings)
     assert {task: len(of) for task, of in kept.items()} == {"words": 8, "writes": 8}
     assert server_gate.requests("b" * 64, settings) == {} == server_gate.requests("a" * 64, None)
