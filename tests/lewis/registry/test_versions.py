@@ -542,6 +542,21 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
     assert promotion.withdrawn("tiny", "b" * 64) is None
 
 
+def test_the_plot_has_the_versions_of_the_documents_that_most_were_scored_on(
+    entry: Registration, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest one's evaluation ended early."""
+    for digit, documents in (("a", "x"), ("b", "x"), ("c", "y")):
+        data = [RunInput("addition", documents * 32, "evaluation", "lm-eval", {"lm_eval_task": "addition"})]
+        new = replace(
+            entry, digest=digit * 64, folder=merged(tiny_model, digit * 64), metrics=scores(digit), datasets=data
+        )
+        version = creation.register(new)
+        promotion.promote(version, replace(PASSED, metric="addition/acc,none") if digit == "a" else FAILED)
+    monkeypatch.setattr(history, "champion_steps", lambda drawn, *_: drawn)
+    assert [each[3] is None for each in history.picture("tiny")] == [False, False, True]
+
+
 def tags_of(version: str) -> dict[str, str]:
     return dict(client().get_model_version("tiny", version).tags)
 
