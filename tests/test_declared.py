@@ -16,7 +16,7 @@ OPTIONAL = {
     "lewis/models/gguf.py": "gguf",
 }
 # Imported in the tests only by the Python of another environment, or from a folder that the test or the user makes.
-ELSEWHERE = {"mergekit", "programs", "bitsandbytes", "compressed_tensors"} | {
+ELSEWHERE = {"mergekit", "fusion_bench", "featcal", "programs", "bitsandbytes", "compressed_tensors"} | {
     *("auto_round", "auto_round_extension", "awq", "gptqmodel", "modelopt"),
 }
 DISTRIBUTIONS = packages_distributions()  # takes a second

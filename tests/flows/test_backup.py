@@ -125,7 +125,7 @@ def test_what_cannot_be_put_back_is_refused_and_changes_nothing(
         copy, expected = tmp_path, "expected a whole copy"
     elif wrong == "another place":
         monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "other"))
-        expected = "set LEWIS_HOME to that"
+        expected = "set LEWIS_HOME to the folder that was copied"
     elif wrong == "not empty":
         (home / "prefect-api-key").write_text("lewis:other")
         expected = "prefect-api-key: it is there already"

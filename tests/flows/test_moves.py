@@ -70,7 +70,7 @@ def test_without_a_server_it_is_told_later(home: Path, caplog: pytest.LogCapture
     told = move()
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         moves.tell(patience=1)
-    assert outbox.moves() == [told] and "Prefect will be told later" in caplog.text
+    assert outbox.moves() == [told] and "will be reported to Prefect later" in caplog.text
 
 
 def test_what_nobody_took_for_a_week_is_given_up(client: SyncPrefectClient) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis_flows.cli import arguments, ask, bars
+from lewis_flows.cli import arguments, bars
 from lewis_flows.cli.terminal import print_table, show_log
 
 
@@ -27,6 +27,7 @@ def new(options: argparse.Namespace) -> None:
     from lewis import store
     from lewis.inspection.draft import draft
     from lewis.store.writable import check_output_file
+    from lewis_flows.cli import ask
 
     if options.output.suffix not in (".yaml", ".yml"):
         raise InputError(f"-o {options.output}: expected the name of a recipe, which ends in .yaml")
@@ -55,6 +56,7 @@ def _look_and_run(file: Path) -> None:
     """Show the plan of a new recipe and, if its models are here, what an inspection finds; offer to run it."""
     from lewis import library
     from lewis.steps.table import DOWNLOAD
+    from lewis_flows.cli import ask
     from lewis_flows.cli.run import run_merge
 
     plan = library.plan(file)
