@@ -17,6 +17,7 @@ from lewis.evaluation.harness import child, process
 from lewis.registry import promotion
 from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
+from tests.conftest import full
 from tests.flows.conftest import TASK, Command, write_words
 from tests.support.damage import damage
 from tests.support.judge_server import by_reference, judging
@@ -328,6 +329,7 @@ def test_scoring_ends_once_the_verdict_is_known(
     assert newest_run(prefect_url) == "Cached"
 
 
+@full
 def test_documents_are_drawn_for_each_release(run: Callable[..., Any], recipe: Path, home: Path) -> None:
     """Other documents for the second version, on which the champion is scored, too."""
     from mlflow import MlflowClient
@@ -351,6 +353,7 @@ def test_documents_are_drawn_for_each_release(run: Callable[..., Any], recipe: P
     assert None in of_champion and any(score and 0 < score < 1 for score in of_champion)
 
 
+@full
 def test_a_search_gives_up_trials_that_are_worse_than_the_best(
     recipe: Path, run: Callable[..., Any], prefect_url: str
 ) -> None:
