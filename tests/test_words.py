@@ -16,7 +16,7 @@ SOURCES = sorted(path for folder in ("lewis", "tasks", "flows") for path in (ROO
 WORDS = {  # pattern -> what to say
     r"whoever": "someone who, or the name of the process",
     r"anew": "again",
-    r"beside": "next to, in addition to, compared with",
+    r"beside(?!:)": "next to, in addition to, compared with",
     r"tells? of|told of": "report",
     r"(is|are|was|were) told": "get, is given",
     r"that of those": "a noun",

@@ -53,7 +53,7 @@ class Registration:
         began: when the work on the merge began, as Unix time in seconds; by default when it is registered.
         eval_results: the scores as YAML for the Hub; empty if it would compare none of them.
         team: `register.team` of the recipe.
-        next to: the answers of the merged model and of what the gate compares it with; None if there are none.
+        beside: the answers of the merged model and of what the gate compares it with; None if there are none.
     """
 
     name: str

@@ -27,7 +27,7 @@ def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, m
     Args:
         client: of the tracking store, which is MLflow's current one.
         experiment, run: their ids.
-        next to: the two models.
+        beside: the two models.
         models: label -> id of the logged model, where there is one.
     """
     import mlflow

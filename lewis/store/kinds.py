@@ -28,7 +28,7 @@ class Kind:
         pattern: of its entries in that folder, with the entry's digest in place of `*`.
         locks: first part of the names of its locks; empty if entries are made without a lock.
         manifest: whether an entry is a folder with a manifest.
-        next to: ending of a second file that belongs to an entry and has the same name otherwise; empty if none does.
+        beside: ending of a second file that belongs to an entry and has the same name otherwise; empty if none does.
         beside_in: key of the entry's JSON that has the size and SHA-256 of the second file.
         check: parses a head, and raises `DamagedError` if it is not what was written; None: it has no checksum.
         shared: whether `LEWIS_STORE` keeps it; `merged`: only if `LEWIS_STORE_MERGED` is 1.

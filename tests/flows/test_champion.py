@@ -295,6 +295,7 @@ def test_what_passes_is_shown_to_a_judge_and_without_its_answer_nothing_is_promo
         assert not worse.promoted and worse.verdict[0].endswith(": fail") and aliases(home)["champion"] == "1"
 
 
+@full
 def test_scoring_ends_once_the_verdict_is_known(
     run: Callable[..., Any], recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ MEET = """
 """
 
 
+@full
 @pytest.mark.parametrize("name", ["process", pytest.param("dask", marks=dask), pytest.param("ray", marks=ray)])
 def test_passes_run_on_two_workers_and_the_merge_is_the_same(
     name: str, lewis: Command, recipe: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
