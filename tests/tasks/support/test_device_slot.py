@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from lewis.devices import precision
 from lewis.errors import InputError, LewisError
@@ -22,7 +22,7 @@ from lewis_flows.service.servers import prefect_server
 from lewis_tasks.support import caching
 from lewis_tasks.support import device_slot as device
 from lewis_tasks.support.device_slot import LIMIT, device_slot, slots
-from tests.support.prefect_key import credentials
+from tests.support.prefect_key import KEY, credentials
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,9 @@ def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("PREFECT_HOME", str(home / "prefect"))
     for name, value in environment.DEFAULTS.items():
         monkeypatch.setenv(name, value)
-    with prefect_server() as url, temporary_settings({PREFECT_API_URL: url}):
+    for name in ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"):  # a test before may have left its own
+        monkeypatch.setenv(name, KEY)
+    with prefect_server() as url, temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: KEY}):
         yield url
 
 
