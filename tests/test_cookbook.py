@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,13 @@ EXAMPLES = ROOT / "deployments" / "examples"
 PAGE = (ROOT / "deployments" / "COOKBOOK.md").read_text()
 WHOLE = "every-block"
 NAMES = re.findall(r"^\| .*?\(examples/([\w-]+)\.yaml\)", PAGE, re.MULTILINE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _default_dtype() -> Iterator[None]:
+    """transformers builds a class in the checkpoint's dtype, and leaves that as torch's default if it cannot."""
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def test_the_page_has_all_recipes() -> None:
