@@ -22,11 +22,13 @@ WHOLE = "every-block"
 NAMES = re.findall(r"^\| .*?\(examples/([\w-]+)\.yaml\)", PAGE, re.MULTILINE)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _default_dtype() -> Iterator[None]:
-    """transformers builds a class in the checkpoint's dtype, and leaves that as torch's default if it cannot."""
+    """A plan leaves torch's default dtype as it was."""
     yield
+    found = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
+    assert found == torch.float32
 
 
 def test_the_page_has_all_recipes() -> None:

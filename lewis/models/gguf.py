@@ -204,7 +204,8 @@ def _names(
         described = AutoConfig.for_model(**config)
         kind = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
-            model = kind.from_config(described)
+            # In torch's default dtype, which a build in another one replaces for all threads meanwhile.
+            model = kind.from_config(described, dtype=torch.get_default_dtype())
         processor = _processor(architecture, config)
         own = "llama" if architecture == "llama" else None  # also Mistral's
         mapping = names(model, processor, own)
