@@ -173,6 +173,24 @@ def scoring_devices() -> tuple[str, ...]:
     return ("cuda", "cpu") if work_queue.queue() else (default_device(),)
 
 
+def find_comparable(ref: str, key: str, other: str, settings: EvalSettings) -> list[ScoresEntry] | None:
+    """The scores of a model on each task, in the number format of another model's scores; None if one is missing.
+
+    Args:
+        ref, key: of the model.
+        other: key of the other one, which was scored with these settings.
+        settings: of both. Where they have a look, the model's scores on all documents do, too.
+    """
+    found = list[ScoresEntry]()
+    for task in settings.by_task():
+        devices = (device for device in scoring_devices() if find_score("", other, task, device))
+        tried = (find_score(ref, key, each, device) for device in devices for each in (task, replace(task, look=None)))
+        if (entry := next(filter(None, tried), None)) is None:
+            return None
+        found.append(entry)
+    return found
+
+
 def find_all_scores(models: Mapping[str, tuple[str, str]], settings: EvalSettings) -> dict[str, ScoresEntry] | None:
     """The scores of all models on one task, in one number format so that they can be compared; None if one is missing.
 

@@ -14,7 +14,7 @@ from lewis.evaluation.gate import Incumbent, Verdict, judge
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.looks import Look, look_at
 from lewis.evaluation.statistics.scored import MERGED, Scored
-from lewis.evaluation.step import ModelScores, find_scores, scored, scoring_devices
+from lewis.evaluation.step import ModelScores, find_comparable, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
@@ -116,12 +116,8 @@ def _scores_of_mark(
         return None
     seed = merged.digest if recipe.evaluate.documents == "by_release" else ""
     settings = replace(EvalSettings.of(recipe.evaluate, recipe.root), seed=seed, look=documents)
-    for device in scoring_devices():
-        if find_scores(MERGED, merged.digest, settings, device):
-            for each in (settings, replace(settings, look=None)):
-                if found := find_scores(mark.uri, mark.digest, each, device):
-                    return scored(recipe.score_weights, {"mark": found})[0]
-    return None
+    found = find_comparable(mark.uri, mark.digest, merged.digest, settings)
+    return scored(recipe.score_weights, {"mark": ModelScores(entries=tuple(found))})[0] if found else None
 
 
 # Not cached: MLflow itself knows whether this merge is registered already.

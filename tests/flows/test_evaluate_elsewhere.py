@@ -199,6 +199,26 @@ def test_scores_of_different_devices_are_not_mixed(monkeypatch: pytest.MonkeyPat
     assert step.find_all_scores(models, settings) is None
 
 
+def test_the_mark_is_compared_task_by_task_in_the_format_of_the_merged_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Workers of two kinds may share the tasks of a merge; and scores on all documents do for a look at some."""
+    there = {("merged", "a", "cpu", 32), ("merged", "b", "cuda", 32), ("mark", "a", "cpu", 32)}
+    there |= {("mark", "b", "cuda", None), ("mark", "b", "cpu", 32)}
+
+    def find(_: str, key: str, settings: step.EvalSettings, device: str) -> object:
+        at = (key, settings.tasks[0], device, settings.look)
+        return at if at in there else None
+
+    monkeypatch.setattr(step, "find_score", find)
+    monkeypatch.setenv("LEWIS_EVALUATE_QUEUE", "gpu")
+    settings = step.EvalSettings(("a", "b"), tmp_path, look=32)
+    found = step.find_comparable("models:/m/1", "mark", "merged", settings)
+    assert found == [("mark", "a", "cpu", 32), ("mark", "b", "cuda", None)]
+    there.remove(("mark", "b", "cuda", None))
+    assert step.find_comparable("models:/m/1", "mark", "merged", settings) is None
+
+
 @pytest.mark.parametrize("output", [[], LORA], ids=["full", "lora"])
 def test_the_run_scores_what_the_merge_names_and_only_then(
     output: list[str], recipe: Path, home: Path, family: Family, prefect_url: str, monkeypatch: pytest.MonkeyPatch
