@@ -9,7 +9,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.utilities.annotations import quote
 
 from lewis.errors import LewisError
-from lewis.evaluation.statistics.scored import MERGED
+from lewis.evaluation.statistics.scored import MERGED, shown
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import AWAITS
 from lewis.steps.graph import PREFLIGHT
@@ -112,7 +112,7 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
 
     scored = score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else None
     judged, documents = scored or ({}, None)
-    scores = {label: each for label, each in judged.items() if label != "mark"}
+    scores = shown(judged)
     if scores:
         table = submit(report_scores, quote(plan), known_scores(scores), wait_for=scores[MERGED])
         finish(table)

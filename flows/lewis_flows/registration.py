@@ -6,6 +6,7 @@ from typing import Any
 from prefect.futures import PrefectFuture
 from prefect.utilities.annotations import quote
 
+from lewis.evaluation.statistics.scored import shown
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import verdict_line
 from lewis_flows.merge_report import MergeReport
@@ -52,9 +53,8 @@ def register_merge(
     known_of_models = known_scores(scores)
     verdict = submit(gate, quote(plan), known(champion), known(merged), known_of_models, documents, wait_for=after)
     finish(verdict)
-    shown = known_scores({label: each for label, each in scores.items() if label != "mark"})
     inputs = walk.inputs(plan)
-    version = submit(register, quote(plan), *inputs, known(merged), shown, wait_for=[verdict])
+    version = submit(register, quote(plan), *inputs, known(merged), known_scores(shown(scores)), wait_for=[verdict])
     finish(version)
     promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
     finish(promoted)

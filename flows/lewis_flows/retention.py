@@ -99,9 +99,8 @@ def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iter
     ended, newest = {"type": {"any_": prefect_runs.ENDED}}, FlowRunSort.END_TIME_DESC
     for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, ended, newest, end_time=old):
         of = (str(run.flow_id), prefect_runs.recipe_of(run))
-        needed = str(run.id) in kept or any(
-            tag.startswith("broken:") for tag in run.tags
-        )  # the poll looks for this tag
+        # The poll looks for the tag.
+        needed = str(run.id) in kept or any(tag.startswith("broken:") for tag in run.tags)
         if of in seen and not needed and run.end_time is not None:
             yield Outdated("prefect", f"run {run.name}, {run.state_name}", str(run.id), run.end_time.timestamp())
         seen.add(of)

@@ -24,7 +24,9 @@ def find(what: str) -> Path:
     pages = sorted(kinds.REPORTS.entries(), key=lambda path: path.stat().st_mtime)
     recipe = Path(what).stem if what.endswith((".yaml", ".yml")) else what
     found = [path for path in pages if recipe == path.stem[: -ID - 1] or (len(what) > 7 and _id(path).startswith(what))]
-    found = found or [path for path in pages if _id(path) in _runs_named(what)]
+    if not found:
+        ids = _runs_named(what)
+        found = [path for path in pages if _id(path) in ids]
     if found:
         return found[-1]
     if page := _of_version(what):

@@ -174,12 +174,13 @@ class _Trials:
         metric, trial = self.objectives[0].metric, each[0]
         compared = gain(found, best, metric) if best else None
         score, documents = found.by_name[metric].value, found.by_name[metric].samples
-        behind = self.log.behind(trial, score, documents, compared.p_superior(0) if compared else 1.0)
+        p = compared.p_superior(0) if compared else 1.0
+        behind = self.log.behind(trial, score, documents, p)
         if behind and compared:
             self.log.pruned(trial)
             logger.info(
                 "trial %d: given up after %d documents, %.4g is worse than the best, p %.2g",
-                *(trial.number, documents, score, compared.p_superior(0)),
+                *(trial.number, documents, score, p),
             )
         return behind
 

@@ -38,6 +38,11 @@ class Document:
         """How much better the merged model is."""
         return _gain(self.ours, self.theirs, self.higher_is_better)
 
+    @property
+    def answers_differ(self) -> bool:
+        """Whether the answers of both are known, and are not the same."""
+        return self.texts is not None and self.texts[0].answer != self.texts[1].answer
+
 
 @dataclass(frozen=True)
 class SideBySide:

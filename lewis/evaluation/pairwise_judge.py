@@ -51,7 +51,7 @@ def opinion(judge: Judge, found: SideBySide | None) -> RuleResult:
         LewisError: if it answers something else.
     """
     shown = found.shown(len(found.documents)) if found else []
-    differ = [each for each in shown if each.texts and each.texts[0].answer != each.texts[1].answer][: judge.documents]
+    differ = [each for each in shown if each.answers_differ][: judge.documents]
     reference = found.reference if found else "the reference"
     text = f"judge {judge.model} must not prefer {reference}"
     if not differ:
@@ -75,11 +75,11 @@ def _preferred(url: str, model: str, document: Document) -> int:
     """1 if the judge prefers the merged model's answer in both orders, -1 if the reference's, else 0."""
     assert document.texts is not None
     ours, theirs = document.texts
-    told = [
+    found = [
         _asked(url, model, ours.prompt, ours.target, first, second)
         for first, second in ((ours.answer, theirs.answer), (theirs.answer, ours.answer))
     ]
-    return {("A", "B"): 1, ("B", "A"): -1}.get((told[0], told[1]), 0)
+    return {("A", "B"): 1, ("B", "A"): -1}.get((found[0], found[1]), 0)
 
 
 def _asked(url: str, model: str, prompt: str, target: str, first: str, second: str) -> str:

@@ -107,13 +107,13 @@ TOPICS = (
 )
 
 
-def topic_of(*told: str) -> Topic:
+def topic_of(*texts: str) -> Topic:
     """The topic of a model, by the first of some texts that names one; `GENERAL` if none does.
 
     Args:
         texts: the surest first, such as the model's name, then its datasets and tags.
     """
-    for text in told:
+    for text in texts:
         found = [topic for topic in TOPICS if re.search(topic.words, text.lower())]
         if found:
             return found[0]

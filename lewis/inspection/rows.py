@@ -37,8 +37,8 @@ def row_findings(given: MergeInput) -> list[Finding]:
             [own] = _losses(expert, [rows[expert.ref]])
             if own >= base[expert.ref]:
                 its = rows[expert.ref]
-                told = f"on {len(its.samples)} rows of `{its.name}` its loss is {own:.3f} nats per answer token"
-                found.append(Finding("calibration", expert.ref, f"{told}, the base's {base[expert.ref]:.3f}"))
+                what = f"on {len(its.samples)} rows of `{its.name}` its loss is {own:.3f} nats per answer token"
+                found.append(Finding("calibration", expert.ref, f"{what}, the base's {base[expert.ref]:.3f}"))
     return found
 
 

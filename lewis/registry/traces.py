@@ -35,7 +35,7 @@ def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, m
 
     os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"  # else a trace is not there yet when it is annotated
     random.seed()  # ids of traces are drawn from this generator, which lm-eval seeds where it runs in this process
-    shown = [each for each in beside.shown(MOST) if each.texts and each.texts[0].answer != each.texts[1].answer]
+    shown = [each for each in beside.shown(MOST) if each.answers_differ]
     for number, each in enumerate(shown):
         assert each.texts is not None
         task, document, _ = each.name

@@ -109,8 +109,8 @@ def _e(text: object) -> str:
 
 
 def _section(title: str, content: str, note: str = "") -> str:
-    told = f'<p class="note">{_e(note)}</p>' if note else ""
-    return f"<section><h2>{_e(title)}</h2>{told}{content}</section>" if content else ""
+    above = f'<p class="note">{_e(note)}</p>' if note else ""
+    return f"<section><h2>{_e(title)}</h2>{above}{content}</section>" if content else ""
 
 
 def _outcome(facts: RunFacts) -> tuple[str, str]:
@@ -141,12 +141,12 @@ def _head(facts: RunFacts, more: PageFacts) -> str:
     tiles.append(("experts", str(sum(role == "expert" for role in more.roles.values()) or len(facts.means))))
     shown = "".join(f'<div><span class="soft">{_e(name)}</span><b>{_e(value)}</b></div>' for name, value in tiles)
     lines = [facts.adapter, facts.fit, facts.warning]
-    told = "".join(f'<p class="soft">{_e(each)}</p>' for each in lines if each)
+    about = "".join(f'<p class="soft">{_e(each)}</p>' for each in lines if each)
     return (
         f"<header><h1>{_e(facts.recipe)}</h1>"
         f'<span class="mark {colour}">{_e(word)}</span><span>{_e(facts.outcome)}</span>'
         f'<p class="soft">Started {_e(facts.why)}. Merge digest <code>{_e(short(facts.digest))}</code>. {links}</p>'
-        f'{told}<div class="tiles">{shown}</div></header>'
+        f'{about}<div class="tiles">{shown}</div></header>'
     )
 
 

@@ -5,7 +5,7 @@ by its OpenAI API. What a server can get wrong shows there: another chat templat
 maximum length or RoPE scaling, or another model.
 
 Greedy answers of 16 tokens are compared up to where they part. Of SmolLM2-135M with an adapter, served in bfloat16 and
-scored in float32, 86 % of the text is the same, and of the base or another adapter 2 % (tests/benchmarks/results.md).
+scored in float32, 86 % of the text is the same, and of the base or another adapter 2 % (tests/benchmarks/serving.md).
 Log-likelihoods are compared per token, where the recipe says so: the server has to give those of a prompt
 (`echo`), and the engine of vLLM 0.32 for CPUs ends when it is asked for those of several adapters at once.
 """

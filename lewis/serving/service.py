@@ -74,7 +74,7 @@ def serve(
         InputError, TransientError, LewisError: as the kind says; what the target had stays in service, and the record
             has the reason.
     """
-    name, uri, block = champion.version.name, champion.version.uri, store.digest(target.model_dump(mode="json"))
+    name, uri, block = champion.version.name, champion.version.uri, _digest(target)
     kind = KINDS[target.kind]
     with store.shared_lock(f"serve-{name}-{target.label}"):
         before = record_of(name, target)
@@ -103,18 +103,23 @@ def is_due(target: Target, champion: Champion) -> bool:
 
     Not if it has refused that version, or if the server is away; nor soon after an attempt that failed.
     """
-    record, block = record_of(champion.version.name, target), store.digest(target.model_dump(mode="json"))
+    record = record_of(champion.version.name, target)
     failure = record.failure
     if failure and failure.uri == champion.version.uri:
         age = datetime.now(UTC) - datetime.fromisoformat(failure.time)
         return failure.passes and age > AGAIN
-    if (record.uri, record.block) != (champion.version.uri, block):
+    if (record.uri, record.block) != (champion.version.uri, _digest(target)):
         return True
     holds = KINDS[target.kind].holds
     try:
         return holds is not None and not holds(target, record)
     except LewisError:  # when it answers again, it may have lost the model
         return False
+
+
+def _digest(target: Target) -> str:
+    """Of a target's block in the recipe."""
+    return store.digest(target.model_dump(mode="json"))
 
 
 def _still_holds(kind: Kind, target: Target, record: Served) -> bool:

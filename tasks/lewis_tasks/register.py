@@ -13,7 +13,7 @@ from lewis.evaluation.documents import side_by_side
 from lewis.evaluation.gate import Incumbent, Verdict, judge
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.looks import Look, look_at
-from lewis.evaluation.statistics.scored import MERGED, Scored
+from lewis.evaluation.statistics.scored import MERGED, Scored, shown
 from lewis.evaluation.step import ModelScores, find_comparable, scored
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.step import MergedModel
@@ -70,9 +70,9 @@ def gate(
     found, rule = _judged(recipe, champion, merged, scores, documents), recipe.gate
     if not (rule and rule.judge and found.passed and found.metric):
         return found
-    models = scored(recipe.score_weights, {label: each for label, each in scores.items() if label != "mark"})
-    told = pairwise_judge.opinion(rule.judge, side_by_side(recipe.gate_metric, models))
-    return replace(found, passed=told.passed, reasons=(str(told), *found.reasons))
+    models = scored(recipe.score_weights, shown(scores))
+    opinion = pairwise_judge.opinion(rule.judge, side_by_side(recipe.gate_metric, models))
+    return replace(found, passed=opinion.passed, reasons=(str(opinion), *found.reasons))
 
 
 def _judged(

@@ -295,7 +295,7 @@ def cases(options: argparse.Namespace, known: Known) -> Iterator[Case]:
 
 
 def needs(label: str) -> str:
-    """What a method needs to know of the experts next to their weights."""
+    """What a method needs to know of the experts in addition to their weights."""
     chosen = SEARCHED.get(label)
     if chosen is None or not (chosen.by_activation or chosen.method.startswith("regmean")):
         return ""

@@ -340,9 +340,8 @@ def test_documents_are_drawn_for_each_release(run: Callable[..., Any], recipe: P
     assert run("half", *drawn).promoted
     rewrite(recipe.parent / "half", recipe.parent / "moved", lambda _, tensor: tensor * 1.01)
     assert run("moved", *drawn, "register.gate.policy=not_worse").promoted
-    good = run(
-        "good", *drawn, "register.gate.policy=not_worse"
-    )  # the mark is the first version, the champion the second
+    # The mark is the first version, the champion the second.
+    good = run("good", *drawn, "register.gate.policy=not_worse")
     assert good.promoted and any("must not be worse than models:/tiny/1" in rule for rule in good.verdict)
     assert not any(rule.startswith("note: models") for rule in good.verdict)
     assert [row["model"] for row in good.comparison] == ["base", "champion", "merged"]

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Completed
 
 from lewis.errors import LewisError
@@ -21,11 +20,12 @@ from lewis.serving.records import served
 from lewis_flows import secret_blocks
 from lewis_flows.cli.main import main
 from lewis_flows.serve import serve_flow
-from lewis_flows.service import deploy, keep_served, recipe_deployments
+from lewis_flows.service import keep_served, recipe_deployments
 from lewis_flows.service.deploy import Follower
 from lewis_tasks.support import moves
 from lewis_tasks.support.flow_run import result_of_run
 from tests.conftest import Family
+from tests.support.deployed import deploying
 from tests.support.http_sink import HttpSink
 from tests.support.lineage import crowned, with_tokenizer
 from tests.support.lora_server import LoraServer
@@ -53,12 +53,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
-    """Of the tests' server; without our deployments at the end."""
-    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
-        deploy._put_pool(client, deploy.POOL)
+    with deploying(prefect_url) as client:
         yield client
-        recipe_deployments.remove_stale(client, set())
-        client.delete_work_pool(deploy.POOL)
 
 
 def test_the_targets_get_the_champion_in_their_order(

@@ -1,4 +1,4 @@
-"""No password gets into a message or a log, anyone who wrote the URL that it is in."""
+"""No password gets into a message or a log, whichever library wrote the URL that it is in."""
 
 import io
 import logging

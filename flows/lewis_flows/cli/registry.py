@@ -96,7 +96,7 @@ def approve(options: argparse.Namespace) -> None:
     name, number = _named(options.version)
     if options.refuse:
         promotion.refuse(name, number, options.why)
-        _tell(f"models:/{name}/{number}", options.why, approve=False)
+        _report(f"models:/{name}/{number}", options.why, approve=False)
         _say(options, {"refused": f"models:/{name}/{number}"}, f"models:/{name}/{number} is refused")
         return
     _champion(options, name, number, promotion.approve(name, number, options.why), waited=True)
@@ -123,10 +123,10 @@ def _named(version: str) -> tuple[str, str]:
 
 def _champion(options: argparse.Namespace, name: str, number: str, before: str, *, waited: bool = False) -> None:
     uri = f"models:/{name}/{number}"
-    told = _tell(uri if waited else "", options.why)
+    reported = _report(uri if waited else "", options.why)
     text = f"{uri} is the champion" + (f" in place of {before}" if before else "")
     _say(options, {"champion": uri, "before": before or None}, text)
-    _warn_of_targets(name, uri, told)
+    _warn_of_targets(name, uri, reported)
 
 
 def _say(options: argparse.Namespace, facts: dict[str, str | None], text: str) -> None:
@@ -138,23 +138,23 @@ def rollback(options: argparse.Namespace) -> None:
     from lewis.registry import promotion
 
     champion = promotion.rollback(options.name, options.why)
-    told = _tell()
+    reported = _report()
     _say(options, {"champion": champion}, f"{champion} is the champion again")
-    _warn_of_targets(options.name, champion, told)
+    _warn_of_targets(options.name, champion, reported)
 
 
-def _warn_of_targets(name: str, champion: str, told: bool) -> None:
+def _warn_of_targets(name: str, champion: str, reported: bool) -> None:
     """Say what still has another version in service, where no service runs that would move it."""
     from lewis.serving.records import served
     from lewis_flows.cli.terminal import say_error
 
-    others = [] if told else [each for each in served(name) if each.uri != champion]
+    others = [] if reported else [each for each in served(name) if each.uri != champion]
     for each in others:
         has = each.uri or "nothing"
         say_error(f"{each.target} still has {has}: no service runs here; `lewis serve` of its recipe moves it")
 
 
-def _tell(answered: str = "", why: str = "", *, approve: bool = True) -> bool:
+def _report(answered: str = "", why: str = "", *, approve: bool = True) -> bool:
     """Report the new champion to the Prefect server; False if none runs: then the next that starts gets it.
 
     Args:

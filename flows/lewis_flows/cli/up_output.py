@@ -65,9 +65,8 @@ class Output:
             print(json.dumps(told, ensure_ascii=False), flush=True)
         else:
             name = Text(f"{part:<8}", _COLOURS.get(part, "magenta"))
-            line = (
-                f"{datetime.now():%H:%M:%S} {line}" if part == "lewis" else line
-            )  # lines of other parts begin with a time already
+            # Lines of other parts begin with a time already.
+            line = f"{datetime.now():%H:%M:%S} {line}" if part == "lewis" else line
             self._console.print(name, Text.from_ansi(line), soft_wrap=True)
 
     def _is_worth_it(self, part: str, line: str) -> bool:

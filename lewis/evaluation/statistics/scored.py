@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from lewis.errors import InputError, nearest
 from lewis.evaluation.statistics.comparison import Comparison, compare, interval
@@ -11,6 +12,13 @@ from lewis.evaluation.statistics.scores import Ends, Evaluated, Samples, Score, 
 WEIGHTED = ("weighted", "mean,none")  # task and metric of the weighted mean of `evaluate.weights`
 WEIGHTED_KEY = "/".join(WEIGHTED)
 MERGED = "merged"  # label of the merged model
+_MARK = "mark"  # label of the version that the gate counts losses from; no table has it
+_T = TypeVar("_T")
+
+
+def shown(by_label: Mapping[str, _T]) -> dict[str, _T]:
+    """What tables and files have of the scored models: all but what only the gate looks at."""
+    return {label: each for label, each in by_label.items() if label != _MARK}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What an operator is given next to the program: runbook, alert rules, dashboard, units of systemd."""
+"""What an operator gets in addition to the program: runbook, alert rules, dashboard, units of systemd."""
 
 import json
 import re
@@ -40,6 +40,12 @@ def test_prometheus_takes_the_alerts_and_they_fire() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
     cases = [case for test in yaml.safe_load(tests.read_text())["tests"] for case in test["alert_rule_test"]]
     assert {case["alertname"] for case in cases if case["exp_alerts"]} == {rule["alert"] for rule in RULES}
+
+
+def test_the_scrape_configuration_of_the_page_sends_the_key() -> None:
+    [block] = re.findall(r"^    scrape_configs:\n(?:      .*\n)+", (DEPLOYMENTS / "SCALE.md").read_text(), re.MULTILINE)
+    [job] = yaml.safe_load(block)["scrape_configs"]
+    assert job["job_name"] == "lewis" and job["authorization"]["credentials_file"].endswith("metrics-key")
 
 
 def test_alerts_and_dashboard_ask_for_numbers_that_there_are() -> None:

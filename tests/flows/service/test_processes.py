@@ -1,4 +1,4 @@
-"""What is started ends with anyone who started it: stubs that ignore SIGTERM stand for servers whose shutdown hangs."""
+"""What is started ends with what started it: stubs that ignore SIGTERM stand for servers whose shutdown hangs."""
 
 import os
 import signal

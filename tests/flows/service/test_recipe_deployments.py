@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import LewisError
@@ -20,6 +19,7 @@ from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments
 from lewis_flows.service.deploy import Follower
 from lewis_flows.turn import absorb
+from tests.support.deployed import deploying
 
 GOOD = "{merge_method: ties, base_model: org/base, models: [{model: org/math}]}"
 SEARCH = """# Keeps the good ones good.
@@ -48,12 +48,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
-    """Of the tests' server; without our deployments at the end."""
-    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
-        deploy._put_pool(client, deploy.POOL)
+    with deploying(prefect_url) as client:
         yield client
-        recipe_deployments.remove_stale(client, set())
-        client.delete_work_pool(deploy.POOL)
 
 
 def runnable(seen: recipe_deployments.Folder) -> list[str]:

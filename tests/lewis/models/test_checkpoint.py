@@ -69,7 +69,7 @@ class TestTying:
         assert "lm_head.weight" not in opened.tensors and "lm_head.weight" in opened.tied
 
     def test_a_tied_head_that_differs_is_refused(self, family: Family, tmp_path: Path) -> None:
-        """Transformers 5 unties it, transformers 4 drops it: anyone who wrote it has to say which."""
+        """Transformers 5 unties it, transformers 4 drops it: so its config has to say which of them wrote it."""
         tensors = load_file(family.base / "model.safetensors")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
         folder = write_tensors(tmp_path, tensors, tie_word_embeddings=True)

@@ -12,18 +12,14 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import publishing
 from lewis.reports import card
 from tests.support.local_hub import LocalHub
+from tests.support.writable_hub import writable_hub
 
 FILES = {"config.json": "{}", "model.safetensors": "weights " * 100, "README.md": "---\ntags: [merge]\n---\n# New\n"}
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setenv("HF_TOKEN", "hf_alice")
-    with LocalHub(tmp_path / "server") as hub:
-        for name, value in hub.environment(tmp_path / "home").items():
-            monkeypatch.setenv(name, value)
+    with writable_hub(tmp_path / "server", tmp_path / "home", monkeypatch) as hub:
         yield hub
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import hf_hub_download
 
 from lewis.recipe.schema import Publish
 from lewis.registry import promotion, versions
@@ -14,17 +14,13 @@ from lewis.serving.records import served
 from tests.conftest import Family
 from tests.support.lineage import crowned, make_home
 from tests.support.local_hub import LocalHub
+from tests.support.writable_hub import writable_hub
 
 
 @pytest.fixture
 def hub(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     make_home(tmp_path / "home", empty_database, monkeypatch)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setenv("HF_TOKEN", "hf_alice")
-    with LocalHub(tmp_path / "server") as hub:
-        for name, value in hub.environment(tmp_path / "hub").items():
-            monkeypatch.setenv(name, value)
+    with writable_hub(tmp_path / "server", tmp_path / "hub", monkeypatch) as hub:
         yield hub
 
 
