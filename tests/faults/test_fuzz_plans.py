@@ -152,7 +152,7 @@ def test_any_recipe(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert not [entry for kind in MADE for entry in kind.entries()], data
 
     run()
-    assert planned > 10  # not all are refused
+    assert planned  # not all are refused
 
 
 def plan(root: Path, data: Mapping[str, Any]) -> str:
