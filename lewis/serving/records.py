@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lewis.registry import tracking
 from lewis.registry.history import registered_model
+from lewis.serving import slots
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -75,6 +76,9 @@ class Served:
     def line(self) -> str:
         """Where it is, and since when, and what the target did not take, for people."""
         has = f"v{_number(self.uri)} since {_minute(self.since)}, as {self.alias}" if self.uri else "nothing yet"
+        if self.kind == "local" and self.uri:
+            here = slots.now()
+            has += f", {here.share(self.alias)} % at {here.url}/v1" if here else ", while `lewis up --serve` runs"
         failure = self.failure
         failed = f"; v{_number(failure.uri)} failed {_minute(failure.time)}: {failure.why}" if failure else ""
         return f"{self.target}: {has}{failed}"
