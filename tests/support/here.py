@@ -16,31 +16,15 @@ from lewis.store.secrets import UP_SERVE_KEY
 from tests.support.service import free_port
 
 
-class Here:
-    """The part on this store; use as a context manager.
+class Port:
+    """What clients of the champion of this store ask.
 
     Attributes:
-        url: what clients ask, without /v1.
-        log: its output.
+        url: without /v1.
     """
 
-    def __init__(self, log: Path) -> None:
-        self.log, self._port = log, free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
-
-    def __enter__(self) -> "Here":
-        command = [sys.executable, "-m", "lewis_flows.service.champion", "run", str(self._port)]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        while slots.now() is None:
-            assert self._process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(60)
-        assert slots.now() is None
+    def __init__(self, port: int) -> None:
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
 
     def get(self, path: str, key: str | None = None) -> int:
         """The status of an answer."""
@@ -56,15 +40,14 @@ class Here:
         return str(answer.json()["choices"][0]["text"])
 
     def until(self, text: str, timeout_s: float = 60) -> None:
-        """Wait until the first answer is another one than an error or `text` is it."""
-        deadline = time.monotonic() + timeout_s
-        while True:
+        """Wait until an answer is `text`."""
+        deadline, last = time.monotonic() + timeout_s, ""
+        while last != text:
+            assert time.monotonic() < deadline, last
             try:
-                if self.ask() == text:
-                    return
-            except requests.RequestException:
-                pass
-            assert time.monotonic() < deadline, self.log.read_text()
+                last = self.ask()
+            except requests.RequestException as error:
+                last = str(error)
             time.sleep(0.05)
 
     def pid(self) -> int:
@@ -76,8 +59,30 @@ class Here:
         return int(found.stdout.split()[-1])  # the first is its guard
 
 
+class Here(Port):
+    """The part on this store; use as a context manager."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__(free_port())
+        self._log = log
+
+    def __enter__(self) -> "Here":
+        command = [sys.executable, "-m", "lewis_flows.service.champion", "run", str(self.port)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        while slots.now() is None:
+            assert self._process.poll() is None, self._log.read_text()
+            time.sleep(0.05)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+        assert slots.now() is None
+
+
 @contextmanager
-def clients(here: Here, number: int = 2) -> Iterator[list[str]]:
+def clients(here: Port, number: int = 2) -> Iterator[list[str]]:
     """Meanwhile, clients ask all the time; gives each answer, or the error."""
     seen, over = list[str](), threading.Event()
 

@@ -8,6 +8,7 @@ import pytest
 
 from lewis import store
 from lewis.evaluation.gate import Verdict
+from lewis.models.hub import repository
 from lewis.registry import creation, promotion, tracking, versions
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Champion, Version
@@ -47,7 +48,8 @@ def registered(
 
 def crowned(folder: Path, digit: str, name: str = "tiny", base: Path | None = None) -> Champion:
     """As `registered`, and the champion."""
-    version, current = registered(folder, digit, {"x": digit}, name, None, base), versions.champion(name)
+    lineage = {"x": digit, **({"base": repository.resolve(str(base), folder).commit} if base else {})}
+    version, current = registered(folder, digit, lineage, name, None, base), versions.champion(name)
     beside = current.version.uri if current else "base"
     assert promotion.promote(version, Verdict(True, ("a rule: pass",), beside, "acc 1 vs 0", "acc")).moved
     found = versions.champion(name)

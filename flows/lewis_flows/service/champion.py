@@ -44,7 +44,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTI
 # at the moment in which it is used again, a request fails.
 _CONFIG = """
 global
-  stats socket {socket} mode 600 level admin
+  stats socket unix@haproxy.sock mode 600 level admin
 defaults
   mode http
   option http-server-close
@@ -71,17 +71,18 @@ backend champion
 class Router:
     """HAProxy in front of the slots; it is started again if it ends."""
 
-    def __init__(self, port: int, servers: Mapping[str, int], folder: Path) -> None:
-        """Write its configuration.
+    def __init__(self, port: int, servers: Mapping[str, int]) -> None:
+        """Write its configuration into the working directory, which is of this user alone.
+
+        The path of a socket has a limit, so it is a relative one.
 
         Args:
             port: that clients ask.
             servers: name -> port.
-            folder: for its files; of this user alone.
         """
-        self._socket, self._shares = folder / "haproxy", dict[str, int]()
-        file = folder / "haproxy.cfg"
-        file.write_text(_CONFIG.format(socket=self._socket, port=port, key=_KEY, **servers))
+        self._socket, self._shares = Path("haproxy.sock"), dict[str, int]()
+        file = Path("haproxy.cfg")
+        file.write_text(_CONFIG.format(port=port, key=_KEY, **servers))
         self._command = guard.guarded([program("haproxy") or "", "-db", "-f", str(file)], 1.0)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -346,7 +347,8 @@ def run(port: int) -> None:
     what, url = kind_of(words()), f"http://127.0.0.1:{port}"
     with store.scratch_folder("champion") as folder:
         ports = {name: free_port() for name in NAMES}
-        router = Router(port, ports, folder)
+        os.chdir(folder)
+        router = Router(port, ports)
         servers = {name: Server(name, ports[name], wanted.model, router, folder) for name in NAMES}
         noted: Now | None = None
         try:
