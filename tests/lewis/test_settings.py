@@ -45,6 +45,10 @@ CASES = {  # the value by default; a text and its value; a wrong text
     "LEWIS_SERVE_PROGRAMS": (None, "/x", Path("/x"), "~nobody-of-that-name/x"),
     "LEWIS_SERVE_SECRET": ("", "s", "s", "two\nlines"),
     "LEWIS_SERVE_KEY": ("", "k", "k", "a\tb"),
+    "LEWIS_UP_SERVE_PORT": (4400, "80", 80, "0"),
+    "LEWIS_UP_SERVE_COMMAND": ([], "/x/vllm serve --a 'b c'", ["/x/vllm", "serve", "--a", "b c"], "vllm bench"),
+    "LEWIS_UP_SERVE_SERVERS": (2, "1", 1, "3"),
+    "LEWIS_UP_SERVE_KEY": ("", "k-1_", "k-1_", "two words"),
 }
 BY_NAME = {each.name: each for each in settings.ALL}
 

@@ -37,7 +37,7 @@ _DRAIN = 600.0  # seconds that a server may take for the requests that it has
 _STABLE = 60.0  # seconds after which an end is no further one in a row
 _MOST = 60.0  # seconds between two starts, at most
 _SHOWN = 1500  # characters at the end of a server's log that a message shows
-_KEY = "LEWIS_CHAMPION_KEY"  # in the environment of HAProxy alone
+_KEY = "CHAMPION_KEY"  # in the environment of HAProxy alone
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
 # A server is opened by the runtime socket once it answers. Connections to servers are not kept: if a server closes one
