@@ -113,7 +113,7 @@ def first_token(service: Service, port: Port, version: int) -> list[str]:
     """Wait until a version is the champion and then until it answers; prints how long that took. Its answers."""
 
     def is_champion() -> bool:
-        return [each.version for each in service.versions("tiny") if "champion" in each.aliases] == [str(version)]
+        return [str(each.version) for each in service.versions("tiny") if "champion" in each.aliases] == [str(version)]
 
     service.until(is_champion, 200)
     began = time.monotonic()

@@ -80,10 +80,10 @@ class Router:
             port: that clients ask.
             servers: name -> port.
         """
-        self._socket, self._shares = Path("haproxy.sock"), dict[str, int]()
+        self._port, self._socket, self._shares = port, Path("haproxy.sock"), dict[str, int]()
         file = Path("haproxy.cfg")
         file.write_text(_CONFIG.format(port=port, key=_KEY, **servers))
-        self._command = guard.guarded([program("haproxy") or "", "-db", "-f", str(file)], 1.0)
+        self._command = guard.guarded([program("haproxy") or "", "-q", "-db", "-f", str(file)], 1.0)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -101,7 +101,7 @@ class Router:
         self._process = subprocess.Popen(self._command, env={**os.environ, _KEY: UP_SERVE_KEY.read()})
         while not self._socket.exists():
             if self._process.poll() is not None:
-                raise LewisError(f"HAProxy ends with exit code {self._process.returncode}; see above")
+                raise LewisError(f"HAProxy ends with exit code {self._process.returncode}; is port {self._port} free?")
             time.sleep(0.05)
 
     def share(self, shares: Mapping[str, int]) -> None:

@@ -17,10 +17,11 @@ from prefect.states import Completed, Failed, Running
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from lewis import store
 from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion, tracking
 from lewis.registry.releases import Held
-from lewis.serving import records
+from lewis.serving import records, slots
 from lewis.serving.records import Served
 from lewis.store import size
 from lewis.store.secrets import METRICS_KEY
@@ -91,6 +92,9 @@ def test_what_happened_is_on_the_page(
     with tracking.client("a target") as mlflow:
         record = Served("model", "vllm", "vllm").took(version.uri, "a" * 64, "model-1", "")
         records.write(mlflow, record.refused("models:/model/2", "no room"))
+        records.write(mlflow, Served("model", "local", "local").took(version.uri, "a" * 64, "model-1", ""))
+    running = slots.Running("model-1", "http://127.0.0.1:2", ready=True, share=100)
+    slots.note(slots.Now(store.writer(), "http://127.0.0.1:1", "vllm", {"blue": running}))
 
     deadline, found = time.monotonic() + 120, dict[str, float]()
     lag = f"lewis_release_to_champion_seconds{{model,{name}}}"
@@ -108,6 +112,8 @@ def test_what_happened_is_on_the_page(
     assert found[f"lewis_releases{{{name}}}"] == 1
     assert found[f"lewis_champion_version{{model,{name}}}"] == 1
     assert found[f"lewis_served_version{{model,{name},vllm}}"] == found[f"lewis_serve_failed{{model,{name},vllm}}"] == 1
+    assert found[f"lewis_served_share{{model,{name},local}}"] == 1
+    assert time.time() - 200 < found[f"lewis_served_since_seconds{{model,{name},local}}"] < time.time()
     assert found[f"lewis_versions_waiting{{model,{name}}}"] == 0
     assert found[f"lewis_champion_score{{acc,model,{name}}}"] == found[f"lewis_last_score{{acc,model,{name}}}"] == 0.5
     assert 50 < found[f"lewis_champion_behind_seconds{{{name}}}"] < 300
