@@ -27,8 +27,8 @@ base_model: org/base
 models: [{model: org/base+org/expert, parameters: {weight: 1.0}}]
 %s
 inspect: {on: warn}
-evaluate: {tasks: [tasks/words.yaml, tasks/writes.yaml], baselines: []}
-register: {name: tiny, gate: {metric: "words/acc,none", tolerance: 1}}
+evaluate: {tasks: [tasks/words.yaml, tasks/writes.yaml], baselines: [], limit: 16}
+register: {name: tiny, gate: {metric: "words/acc,none", tolerance: 1, allow_limit: true}}
 """
 VLLM = f"{COMMAND} serve --dtype float32 --max-model-len 64 --enforce-eager"
 PROGRAMS = {"transformers": ("", "transformers serve --dtype float32"), "vllm": ("output: {kind: lora, rank: 8}", VLLM)}

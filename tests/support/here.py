@@ -90,6 +90,7 @@ def clients(here: Port, number: int = 2) -> Iterator[list[str]]:
         while not over.is_set():
             try:
                 seen.append(here.ask())
+                time.sleep(0.05)
             except requests.RequestException as error:
                 seen.append(f"error: {error}")
 

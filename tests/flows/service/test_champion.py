@@ -18,7 +18,7 @@ from lewis.serving.local import LocalTarget
 from lewis.serving.records import served
 from lewis.store.secrets import UP_SERVE_KEY
 from lewis_flows.service import champion
-from tests.conftest import Family, full
+from tests.conftest import Family
 from tests.support.here import Here, clients
 from tests.support.lineage import crowned, with_tokenizer
 from tests.support.models import write_llama
@@ -169,7 +169,6 @@ def test_the_command_of_a_server_has_the_name_that_clients_ask_for(
     assert champion.command(model, "a team.tiny", 1, tmp_path)[2:] == [str(tmp_path), *own]
 
 
-@full
 def test_a_champion_is_served_by_transformers(home: Path, tmp_path: Path) -> None:
     slots.want(slots.Wanted("a team.tiny"))
     with Here(tmp_path / "log") as here:
