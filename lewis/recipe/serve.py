@@ -159,15 +159,12 @@ _RULES = (
 )
 
 
-class HaproxyTarget(Target):
-    """Two vLLM servers behind HAProxy, between which the traffic moves step by step.
+class CanaryTarget(Target):
+    """A target between whose two servers the traffic moves step by step.
 
     Attributes:
-        socket: path of HAProxy's runtime socket, with the level `admin`.
-        backend: of HAProxy, which has the two servers.
-        servers: their names in HAProxy, and the URL of each without /v1.
-        alias, timeout_seconds, check: as of `vllm`.
-        prometheus: URL of Prometheus, which scrapes HAProxy's exporter.
+        prometheus: URL of the Prometheus that has the numbers of both servers.
+        check: as of `vllm`.
         steps: percents of the requests that the new version gets, one after the other, before it gets all.
         minutes: how long a step lasts at least.
         requests: how many the new version must have had in a step, by `count`, before it is judged.
@@ -176,22 +173,45 @@ class HaproxyTarget(Target):
         rules: what must hold at the end of each step.
     """
 
+    prometheus: str = Field(pattern=_URL)
+    check: Check | None = Check()
+    steps: tuple[Annotated[int, Field(ge=1, le=99)], ...] = (10, 50)
+    minutes: float = Field(default=5, gt=0)
+    requests: int = Field(default=50, ge=1)
+    patience_minutes: float = Field(default=1440, gt=0)
+    count: str = Field(min_length=1)
+    rules: tuple[Rule, ...] = Field(min_length=1)
+
+    @property
+    def places(self) -> dict[str, str]:
+        """What is filled into queries, next to `{server}` and `{window}`."""
+        raise NotImplementedError
+
+
+class HaproxyTarget(CanaryTarget):
+    """Two vLLM servers behind HAProxy.
+
+    Attributes:
+        socket: path of HAProxy's runtime socket, with the level `admin`.
+        backend: of HAProxy, which has the two servers.
+        servers: their names in HAProxy, and the URL of each without /v1.
+        alias, timeout_seconds: as of `vllm`.
+    """
+
     kind: Literal["haproxy"]
     socket: str = Field(pattern=r"^/")
     backend: str = Field(pattern=r"^[\w.:-]+$")
     servers: dict[Annotated[str, Field(pattern=r"^[\w.:-]+$")], Annotated[str, Field(pattern=_URL)]] = Field(
         min_length=2, max_length=2
     )
-    prometheus: str = Field(pattern=_URL)
     alias: str = Field(default="", pattern=r"^[^/\s]*$", max_length=200)
     timeout_seconds: float = Field(default=300, gt=0)
-    check: Check | None = Check()
-    steps: tuple[Annotated[int, Field(ge=1, le=99)], ...] = (10, 50)
-    minutes: float = Field(default=5, gt=0)
-    requests: int = Field(default=50, ge=1)
-    patience_minutes: float = Field(default=1440, gt=0)
     count: str = Field(default=f"sum(increase({_OF_SERVER}}}[{{window}}]))", min_length=1)
     rules: tuple[Rule, ...] = Field(default=_RULES, min_length=1)
+
+    @property
+    def places(self) -> dict[str, str]:
+        return {"backend": self.backend}
 
 
 TARGETS: Mapping[str, type[Target]] = {

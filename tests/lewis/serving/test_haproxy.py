@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lewis.errors import LewisError, TransientError
-from lewis.serving import haproxy
-from lewis.serving.haproxy import WorseError
+from lewis.serving import canary, haproxy
+from lewis.serving.canary import WorseError
 from lewis.serving.records import Served
 from tests.support.routed import Place, clients, model, routed, serve
 
@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.fixture
 def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    monkeypatch.setattr(haproxy, "sleep", lambda _: time.sleep(0.05))
+    monkeypatch.setattr(canary, "sleep", lambda _: time.sleep(0.05))
     with routed() as made:
         yield made
 
