@@ -7,7 +7,7 @@ again. How a share is set is up to the kind of the target.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from lewis.errors import LewisError
 from lewis.recipe.serve import CanaryTarget, Rule
@@ -26,7 +26,9 @@ class WorseError(LewisError):
     """The new version was worse than the old one at a step; all traffic is the old one's again."""
 
 
-def run(target: CanaryTarget, model: Model, before: Served, new: str, old: str, give: Callable[[int], None]) -> str:
+def run(
+    target: CanaryTarget, model: Model, before: Served, new: str, old: str, give: Callable[[str, int], None]
+) -> str:
     """Move the traffic to a version that a server has loaded; return the name that it is served under.
 
     Args:
@@ -34,7 +36,7 @@ def run(target: CanaryTarget, model: Model, before: Served, new: str, old: str, 
         before: what the target has; without a version, or with this one, there is nothing to compare with.
         new: the server that has the version, as the queries name it.
         old: the server that has the traffic.
-        give: gives the new server so many percent of the requests, and the old one the others.
+        give: gives a server so many percent of the requests.
 
     Raises:
         WorseError: if it is worse than the old one.
@@ -44,14 +46,21 @@ def run(target: CanaryTarget, model: Model, before: Served, new: str, old: str, 
     steps = target.steps if before.alias not in ("", model.alias) else ()
     try:
         for share in steps:
-            give(share)
+            _shift(target, {new: share, old: 100 - share}, give)
             model.steps.append(_bake(target, model, new, old, share))
             _judge(model.steps[-1])
     except BaseException:
-        give(0)
+        _shift(target, {old: 100, new: 0}, give)
         raise
-    give(100)
+    _shift(target, {new: 100, old: 0}, give)
     return model.alias
+
+
+def _shift(target: CanaryTarget, shares: Mapping[str, int], give: Callable[[str, int], None]) -> None:
+    """Set shares; those that get more first, so that there always is a server."""
+    for name, share in sorted(shares.items(), key=lambda each: -each[1]):
+        give(name, share)
+    logger.info("%s: %s", target.label, ", ".join(f"{name} {share} %" for name, share in shares.items()))
 
 
 def _bake(target: CanaryTarget, model: Model, new: str, old: str, share: int) -> Step:

@@ -4,10 +4,8 @@ The new version is loaded into the server that has no traffic. Then it gets the 
 of HAProxy's runtime socket. Both servers answer all the time, so that no request is refused.
 """
 
-import logging
 import re
 import socket
-from collections.abc import Mapping
 
 from lewis.errors import LewisError, TransientError
 from lewis.recipe.serve import HaproxyTarget, VllmTarget
@@ -16,7 +14,6 @@ from lewis.serving.model import Model
 from lewis.serving.records import Served
 from lewis.store.kinds import SERVED
 
-logger = logging.getLogger(__name__)
 _SECONDS = 10.0  # for one command
 
 
@@ -44,7 +41,7 @@ def put(target: HaproxyTarget, model: Model, before: Served) -> str:
     """
     new = idle(target, before)
     [old] = set(target.servers) - {new}
-    return canary.run(target, model, before, new, old, lambda share: weigh(target, {new: share, old: 100 - share}))
+    return canary.run(target, model, before, new, old, lambda name, share: give(target, name, share))
 
 
 def holds(target: HaproxyTarget, record: Served) -> bool:
@@ -75,12 +72,10 @@ def weights(target: HaproxyTarget) -> dict[str, int]:
     return found
 
 
-def weigh(target: HaproxyTarget, shares: Mapping[str, int]) -> None:
-    """Set weights; those that get more first, so that there always is a server."""
-    for name, share in sorted(shares.items(), key=lambda each: -each[1]):
-        if said := command(target, f"set weight {target.backend}/{name} {share}").strip():
-            raise LewisError(f"HAProxy does not set the weight of {target.backend}/{name}: {said[:200]}")
-    logger.info("%s: %s", target.label, ", ".join(f"{name} {share} %" for name, share in shares.items()))
+def give(target: HaproxyTarget, name: str, share: int) -> None:
+    """Set the weight of a server."""
+    if said := command(target, f"set weight {target.backend}/{name} {share}").strip():
+        raise LewisError(f"HAProxy does not set the weight of {target.backend}/{name}: {said[:200]}")
 
 
 def command(target: HaproxyTarget, text: str) -> str:

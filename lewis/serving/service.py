@@ -14,7 +14,7 @@ from lewis.recipe.serve import Target
 from lewis.registry import tracking, versions
 from lewis.registry.tracking import AwayError
 from lewis.registry.versions import Champion
-from lewis.serving import canary, command, haproxy, hub, model, openai, records, server_gate, vllm, webhook
+from lewis.serving import canary, command, haproxy, hub, kserve, model, openai, records, server_gate, vllm, webhook
 from lewis.serving.records import Served
 from lewis.store.kinds import SERVED
 
@@ -46,6 +46,7 @@ KINDS: Mapping[str, Kind] = {
     "vllm": Kind(vllm.put, vllm.holds, vllm.offer, vllm.api),
     "openai": Kind(openai.put, api=openai.api),
     "haproxy": Kind(haproxy.put, haproxy.holds, haproxy.offer, haproxy.api),
+    "kserve": Kind(kserve.put, kserve.holds, kserve.offer, kserve.api),
     "hub": Kind(hub.put),
 }
 """Kind of a target -> what it does."""

@@ -60,7 +60,8 @@ def test_a_version_that_is_worse_loses_its_traffic_with_the_numbers(place: Place
 def test_after_a_kill_in_a_step_the_old_one_is_still_known(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     record = serve(place, model(1), Served("tiny", "haproxy", "haproxy"))
     haproxy.offer(place.target, model(2), record)
-    haproxy.weigh(place.target, {"blue": 90, "green": 10})  # a process that was killed left it so
+    haproxy.give(place.target, "blue", 90)
+    haproxy.give(place.target, "green", 10)  # a process that was killed left it so
     assert haproxy.idle(place.target, record) == "blue"
     record = serve(place, model(2), record)
     assert haproxy.weights(place.target) == {"blue": 100, "green": 0} and record.uri == "models:/tiny/2"
