@@ -1,7 +1,8 @@
 """Traffic moves between two LLMInferenceServices by the weights of their group, step by step."""
 
-import datetime
+import shutil
 import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 import pytest
+import yaml
 
 from lewis.errors import InputError, LewisError
 from lewis.recipe.serve import KserveTarget
@@ -18,7 +20,7 @@ from lewis.serving.model import Model
 from lewis.serving.records import Served, canary_of
 from tests.conftest import Family
 from tests.support.http_sink import HttpSink, Request
-from tests.support.kubernetes_api import Cluster
+from tests.support.kubernetes_api import PLACE, Cluster
 from tests.support.lineage import crowned
 from tests.support.routed import model
 
@@ -108,6 +110,16 @@ def test_a_version_that_is_worse_loses_its_traffic_and_the_numbers_are_kept(plac
     assert cluster.shares() == {"blue": 0, "green": 100}
 
 
+def test_the_account_of_the_manifest_may_do_what_is_done_and_nothing_else(place: Place) -> None:
+    text = (Path(__file__).resolve().parents[3] / "deployments" / "kubernetes" / "kserve.yaml").read_text()
+    role, binding = yaml.safe_load_all(text)
+    serve(place, full(1), Served("tiny", "kserve", "kserve"))
+    [rule] = role["rules"]
+    assert {verb.upper() for verb in rule["verbs"]} == {each.method for each in place.cluster.received}
+    assert f"/apis/{rule['apiGroups'][0]}/v1alpha2/namespaces/models/{rule['resources'][0]}/" == PLACE
+    assert len(rule["resourceNames"]) == 2 and binding["roleRef"]["name"] == role["metadata"]["name"]
+
+
 def test_an_adapter_takes_the_place_of_the_one_that_the_service_has(place: Place) -> None:
     serve(place, model(1), Served("tiny", "kserve", "kserve"))
     content = place.cluster.services["green"]["spec"]["model"]
@@ -134,6 +146,7 @@ def test_what_the_cluster_does_not_take_is_named(place: Place) -> None:
         kserve.idle(place.target, Served("tiny", "kserve", "kserve"))
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl")
 def test_the_account_s_token_goes_only_where_the_cluster_s_certificate_is(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,25 +173,9 @@ def test_the_account_s_token_goes_only_where_the_cluster_s_certificate_is(
 
 def certificate(folder: Path, ca: Path) -> None:
     """A certificate for 127.0.0.1 that vouches for itself: with its key in `server.pem`, alone in `ca`."""
-    import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, folder.name)])
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(True, None), True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = made.public_bytes(serialization.Encoding.PEM)
-    plain = serialization.NoEncryption()
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
     folder.mkdir(exist_ok=True)
-    (folder / "server.pem").write_bytes(private + pem)
-    ca.write_bytes(pem)
+    kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=here"
+    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "server.pem"), "-out", str(ca)]
+    subprocess.run(["openssl", *kind.split(), *files], check=True, capture_output=True)
+    with (folder / "server.pem").open("a") as pem:
+        pem.write(ca.read_text())
