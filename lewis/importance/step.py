@@ -227,9 +227,10 @@ def find_all_measured(given: MeasureInput, device: str) -> list[ImportanceEntry]
 def _keep_norms(
     files: ModelFiles, calibration: CalibrationEntry, settings: Importance, device: str, make: Callable[[str], Measured]
 ) -> None:
-    """Write norms and moments that a pass for statistics has left, unless the store has those of another pass.
+    """Write the norms and moments that follow from a pass for second-order statistics, unless the store has some.
 
-    If it saw no token reach a layer, nothing is written: the pass for norms alone sees more layouts of experts.
+    Nothing is written if a layer saw no token in that pass. It may be a mixture of experts of a layout that only the
+    pass for norms can follow.
     """
     digest, path = _importance_place(files.read_as, calibration, settings, device)
     if not measurements.is_whole(path):

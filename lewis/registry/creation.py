@@ -190,7 +190,7 @@ def description(text: str, pictures: Iterable[str], run_id: str) -> str:
 
 
 def _tags_of(new: Registration) -> dict[str, str]:
-    """What people filter versions by; the rest is in the version's run, and in `logged_model.FACTS`."""
+    """The tags of a new version, by which people filter; the rest is in its run, and in `logged_model.FACTS`."""
     own = {"lewis.recipe": new.source.removesuffix(".yaml")} if new.source else {}
     own |= {TEAM: new.team} if new.team else {}
     own |= {tag: value for tag, value in new.tags.items() if not tag.startswith(_OF_RUN)}

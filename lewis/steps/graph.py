@@ -79,7 +79,7 @@ class Node:
 
     @property
     def label(self) -> str:
-        """The name of its task in Prefect, and its line in a plan: short, such as `measure math`, one in a graph."""
+        """The name of its task in Prefect, and of its line in a plan: short, such as `measure math`, and unique."""
         return f"{self.step.name} {self.model}" if self.model else self.name
 
 

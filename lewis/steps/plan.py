@@ -234,7 +234,10 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def _add_merges(plan: Plan, recipe: Recipe, headers: Headers, experts: int) -> None:
-    """Add what the merges take; from the headers of their result, where models are missing that a forecast opens."""
+    """Add time, disk and memory of the merges.
+
+    If models are not downloaded yet, disk and memory follow from the headers of the result, and the time is unknown.
+    """
     merges = [each for each in plan.steps if each.name.startswith(f"{MERGE.name} ") and each.state == "to do"]
     if any(each.cost.seconds is None for each in merges):
         largest = max(math.prod(shape) for _, shape in headers.values())
