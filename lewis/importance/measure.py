@@ -283,7 +283,7 @@ def network_of(model: Model, dtype: torch.dtype | None = None) -> Network:
 
 
 def network_in(folder: Path, tensors: Shapes | None = None, dtype: torch.dtype | None = None) -> Network:
-    """As `network_of`; arguments as those of `covered_layers`."""
+    """`network_of` for a model that is not opened: of its folder and its shapes, as `covered_layers` takes them."""
     network = Network(folder, tensors, dtype or torch.float32)
     if not network.covered:
         raise InputError(

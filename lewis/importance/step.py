@@ -335,6 +335,6 @@ def _covered(base: ModelFiles, opened: Model, measured: bool) -> tuple[list[Laye
     if known is None:
         covered, left = covered_tensors(base.folder, opened.shapes, measured=measured)
         known = {"covered": [asdict(layer) for each in covered for layer in each.layers], "left": left}
-        if measured:  # what is found by names alone would be wrong for a recipe that runs the model
+        if measured:  # layers found by tensor names alone are not kept: a recipe that measures needs the model's own
             store.write_entry(place, {"layers": known})
     return [Layer(**fields) for fields in known["covered"]], known["left"]

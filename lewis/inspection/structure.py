@@ -20,7 +20,7 @@ _ATTENTION = re.compile(r"attn|attention")
 
 
 def moved_parts(base: Model, expert: Model, number: int, measures: Measures) -> list[dict[str, Any]]:
-    """Find parts of an expert that are the base's, but elsewhere, or gone.
+    """Find parts of an expert that are the base's in another place, such as swapped layers, or that are lost.
 
     Args:
         base, expert: opened.
