@@ -76,7 +76,7 @@ class Served:
         return replace(new, previous=before[0], previous_alias=before[1], since=_now() if other else self.since)
 
     def line(self) -> str:
-        """Where it is, and since when, and what the target did not take, for people."""
+        """A line for people: which version the target has, since when, and which one it did not take."""
         has = f"v{_number(self.uri)} since {_minute(self.since)}, as {self.alias}" if self.uri else "nothing yet"
         failure = self.failure
         failed = f"; v{_number(failure.uri)} failed {_minute(failure.time)}: {failure.why}" if failure else ""

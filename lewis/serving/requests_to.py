@@ -8,7 +8,7 @@ from lewis import settings
 from lewis.errors import LewisError, TransientError
 
 _SHOWN = 500  # characters of an answer that an error message shows
-_PASSES = (408, 425, 429)  # of the statuses below 500, those that can pass by themselves
+_PASSES = (408, 425, 429)  # statuses below 500 after which another try may succeed
 
 
 def place(url: str) -> str:

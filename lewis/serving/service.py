@@ -123,7 +123,7 @@ def is_due(target: Target, champion: Champion) -> bool:
 
 
 def _digest(target: Target) -> str:
-    """Of a target's block in the recipe."""
+    """The digest of a target's block in the recipe."""
     return store.digest(target.model_dump(mode="json"))
 
 
