@@ -11,6 +11,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Publish
 from lewis.recipe.serve import Target
 from lewis.registry import publishing, tracking
+from lewis.serving import local
 from lewis.serving.model import Model
 from lewis.serving.records import Served
 
@@ -29,8 +30,9 @@ class HubTarget(Target):
 
 
 def targets(recipe: Recipe) -> list[Target]:
-    """Where a recipe's champion goes into service, in this order: the Hub, then the block `serve`."""
-    return [*([HubTarget(publish=recipe.publish)] if recipe.publish else []), *recipe.serve]
+    """Where a recipe's champion goes into service, in this order: the Hub, the block `serve`, `lewis up --serve`."""
+    here = local.targets(recipe.register_as.model) if recipe.register_as else []
+    return [*([HubTarget(publish=recipe.publish)] if recipe.publish else []), *recipe.serve, *here]
 
 
 def put(target: HubTarget, model: Model, before: Served) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 _COLOURS = {"lewis": "bold", "prefect": "blue", "mlflow": "cyan", "worker": "green", "webhook": "magenta"}
-_OURS = ("lewis", "webhook")  # whose lines are events already
+_OURS = ("lewis", "webhook", "champion")  # whose lines are events already
 _RECORD = re.compile(r"^(?:[\d:., /-]+\|? *)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :|]*(.*)")
 # The nightly runs of the service itself say at ERROR why they fail.
 _RUN = re.compile(r"^Flow run '(?!verify|retention)(.*)' - (Beginning flow run|Finished in state) ")
