@@ -425,6 +425,7 @@ def test_a_search_gives_up_trials_that_are_worse_than_the_best(
     assert states == {(1.0, "done"), (0.0, "pruned")} and found.best == {"parameters.lambda": 1.0}
 
 
+@full
 def test_a_flipped_bit_never_becomes_champion(
     run: Callable[[str], Any], recipe: Path, home: Path, prefect_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
