@@ -109,7 +109,7 @@ def _resolved(text: str) -> Path:
 
 
 def _cron(text: str) -> str:
-    """The five fields; empty for `off`."""
+    """Check that a cron expression has five fields, and give it; empty for `off`."""
     if text == "off":
         return ""
     if len(text.split()) != 5:

@@ -73,9 +73,9 @@ def _of_version(what: str) -> Path | None:
             return None
         run = client.get_run(pull.version_of(client, what).run_id or "")
         path = kinds.REPORTS.path(f"{name}_{run.data.tags.get('lewis.prefect.flow_run_id', run.info.run_id):>{ID}}")
-        if not path.exists():
-            try:
-                store.write_text(path, tracking.file_of(client, run.info.run_id, versions.PAGE).decode())
-            except (OSError, MlflowException) as error:
+        try:  # also if it is here: a canary may have been added since
+            store.write_text(path, tracking.file_of(client, run.info.run_id, versions.PAGE).decode())
+        except (OSError, MlflowException) as error:
+            if not path.exists():
                 raise LewisError(f"{what}: the run that made it has no {versions.PAGE}") from error
     return path

@@ -159,15 +159,12 @@ _RULES = (
 )
 
 
-class HaproxyTarget(Target):
-    """Two vLLM servers behind HAProxy, between which the traffic moves step by step.
+class CanaryTarget(Target):
+    """A target between whose two servers the traffic moves step by step.
 
     Attributes:
-        socket: path of HAProxy's runtime socket, with the level `admin`.
-        backend: of HAProxy, which has the two servers.
-        servers: their names in HAProxy, and the URL of each without /v1.
-        alias, timeout_seconds, check: as of `vllm`.
-        prometheus: URL of Prometheus, which scrapes HAProxy's exporter.
+        prometheus: URL of the Prometheus that has the numbers of both servers.
+        check: as of `vllm`.
         steps: percents of the requests that the new version gets, one after the other, before it gets all.
         minutes: how long a step lasts at least.
         requests: how many the new version must have had in a step, by `count`, before it is judged.
@@ -176,22 +173,116 @@ class HaproxyTarget(Target):
         rules: what must hold at the end of each step.
     """
 
+    prometheus: str = Field(pattern=_URL)
+    check: Check | None = Check()
+    steps: tuple[Annotated[int, Field(ge=1, le=99)], ...] = (10, 50)
+    minutes: float = Field(default=5, gt=0)
+    requests: int = Field(default=50, ge=1)
+    patience_minutes: float = Field(default=1440, gt=0)
+    count: str = Field(min_length=1)
+    rules: tuple[Rule, ...] = Field(min_length=1)
+
+    @property
+    def places(self) -> dict[str, str]:
+        """What is filled into queries, next to `{server}` and `{window}`."""
+        raise NotImplementedError
+
+
+class HaproxyTarget(CanaryTarget):
+    """Two vLLM servers behind HAProxy.
+
+    Attributes:
+        socket: path of HAProxy's runtime socket, with the level `admin`.
+        backend: of HAProxy, which has the two servers.
+        servers: their names in HAProxy, and the URL of each without /v1.
+        alias, timeout_seconds: as of `vllm`.
+    """
+
     kind: Literal["haproxy"]
     socket: str = Field(pattern=r"^/")
     backend: str = Field(pattern=r"^[\w.:-]+$")
     servers: dict[Annotated[str, Field(pattern=r"^[\w.:-]+$")], Annotated[str, Field(pattern=_URL)]] = Field(
         min_length=2, max_length=2
     )
-    prometheus: str = Field(pattern=_URL)
     alias: str = Field(default="", pattern=r"^[^/\s]*$", max_length=200)
     timeout_seconds: float = Field(default=300, gt=0)
-    check: Check | None = Check()
-    steps: tuple[Annotated[int, Field(ge=1, le=99)], ...] = (10, 50)
-    minutes: float = Field(default=5, gt=0)
-    requests: int = Field(default=50, ge=1)
-    patience_minutes: float = Field(default=1440, gt=0)
     count: str = Field(default=f"sum(increase({_OF_SERVER}}}[{{window}}]))", min_length=1)
     rules: tuple[Rule, ...] = Field(default=_RULES, min_length=1)
+
+    @property
+    def places(self) -> dict[str, str]:
+        return {"backend": self.backend}
+
+
+_OF_VLLM = 'namespace="{namespace}",llm_isvc_name="{server}"'
+_ANSWERS = f"sum(increase(vllm:request_success_total{{{_OF_VLLM}}}[{{window}}]))"
+
+
+def _share_of(reason: str) -> str:
+    """PromQL of the share of answers that ended for a reason."""
+    return (
+        f'sum(increase(vllm:request_success_total{{{_OF_VLLM},finished_reason=~"{reason}"}}[{{window}}])) / {_ANSWERS}'
+    )
+
+
+_RULES_OF_VLLM = (
+    Rule(name="share of errors", query=_share_of("abort|error"), plus=0.01),
+    Rule(
+        name="seconds to the first token, of 95 %",
+        query="histogram_quantile(0.95, sum by (le) "
+        f"(rate(vllm:time_to_first_token_seconds_bucket{{{_OF_VLLM}}}[{{window}}])))",
+        times=1.5,
+        plus=0.2,
+    ),
+    Rule(name="share of answers that were cut", query=_share_of("length"), plus=0.1),
+)
+_OF_KUBERNETES = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+
+
+class KserveTarget(CanaryTarget):
+    """Two LLMInferenceServices of KServe, in one routing group.
+
+    Attributes:
+        api: URL of the API of Kubernetes.
+        namespace: of both.
+        services: their names.
+        uri: where KServe gets the model's files, a template as `body` of `openai`.
+        alias: the name that clients ask for, of an adapter; by default that of the registered model.
+        gateway: URL of the gateway, for the check; empty: nothing is asked.
+        start_minutes: how long a service may take to stop, and to start.
+    """
+
+    kind: Literal["kserve"]
+    api: str = Field(default="https://kubernetes.default.svc", pattern=_URL)
+    namespace: str = Field(pattern=_OF_KUBERNETES, max_length=63)
+    services: tuple[
+        Annotated[str, Field(pattern=_OF_KUBERNETES, max_length=63)],
+        Annotated[str, Field(pattern=_OF_KUBERNETES, max_length=63)],
+    ]
+    uri: str = Field(pattern=r"^[a-z0-9]+://\S+$")
+    alias: str = Field(default="", pattern=r"^[^/\s]*$", max_length=200)
+    gateway: str = Field(default="", pattern=rf"^$|{_URL}")
+    start_minutes: float = Field(default=60, gt=0)
+    count: str = Field(default=_ANSWERS, min_length=1)
+    rules: tuple[Rule, ...] = Field(default=_RULES_OF_VLLM, min_length=1)
+
+    @field_validator("services")
+    @classmethod
+    def _check_two(cls, services: tuple[str, str]) -> tuple[str, str]:
+        if services[0] == services[1]:
+            raise ValueError(f"expected two services, between which the traffic moves, got {services[0]!r} twice")
+        return services
+
+    @field_validator("uri")
+    @classmethod
+    def _check_changes(cls, uri: str) -> str:
+        if not any(name in uri for name in ("{path}", "{served_as}", "{version}", "{digest}")):
+            raise ValueError("expected a URI that differs from version to version: one with {served_as}, for example")
+        return uri
+
+    @property
+    def places(self) -> dict[str, str]:
+        return {"namespace": self.namespace}
 
 
 TARGETS: Mapping[str, type[Target]] = {
@@ -200,6 +291,7 @@ TARGETS: Mapping[str, type[Target]] = {
     "vllm": VllmTarget,
     "openai": OpenaiTarget,
     "haproxy": HaproxyTarget,
+    "kserve": KserveTarget,
 }
 """Kind -> its block."""
 
@@ -217,7 +309,11 @@ def _check_names(targets: tuple[Target, ...]) -> tuple[Target, ...]:
 
 Serve = Annotated[
     tuple[
-        Annotated[WebhookTarget | CommandTarget | VllmTarget | OpenaiTarget | HaproxyTarget, Discriminator("kind")], ...
+        Annotated[
+            WebhookTarget | CommandTarget | VllmTarget | OpenaiTarget | HaproxyTarget | KserveTarget,
+            Discriminator("kind"),
+        ],
+        ...,
     ],
     BeforeValidator(_as_list),
     AfterValidator(_check_names),

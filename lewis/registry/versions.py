@@ -212,6 +212,21 @@ def attach(version: Version, files: Mapping[str, str]) -> None:
         tracking.log_files(client, version.run_id, {name: text.encode() for name, text in files.items()})
 
 
+def attached(version: Version, name: str) -> str | None:
+    """A text file among the artifacts of the run that made the version; None if that has no such file.
+
+    Raises:
+        TransientError: if the server does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with tracking.client(f"reading {name} of {version.uri}") as client:
+        try:
+            return tracking.file_of(client, version.run_id, name).decode()
+        except (OSError, MlflowException):
+            return None
+
+
 def tag(version: Version, tags: Mapping[str, str]) -> None:
     """Add tags to a version.
 

@@ -68,28 +68,26 @@ def to_html(facts: RunFacts, more: PageFacts) -> str:
     """The page; sections without content are left out."""
     parts = [
         _head(facts, more),
-        _section(
-            "Scores", _scores(facts, more), "Each score with its 95 % interval; the merged model is the last row."
-        ),
-        _section(
+        section("Scores", _scores(facts, more), "Each score with its 95 % interval; the merged model is the last row."),
+        section(
             "What is kept of each expert's gain",
             _kept(facts),
             "On the task on which an expert is best: 0 % is the base, 100 % the expert, the dot the merged model.",
         ),
-        _section("The gate", _gate(facts), f"Compared with {facts.verdict.compared_with}." if facts.verdict else ""),
-        _section(
+        section("The gate", _gate(facts), f"Compared with {facts.verdict.compared_with}." if facts.verdict else ""),
+        section(
             "Where the experts moved",
             _maps(more.moved, logarithmic=True),
             "Norm of the task vector, relative to the base's weights, by layer and projection.",
         ),
-        _section("What is kept of the task vectors", _maps(more.densities), "Density by layer and projection."),
-        _section("Answers side by side", _answers(facts)),
-        _section("Lineage", _lineage(facts, more), "Orange: moved or new since the champion." * bool(facts.champion)),
-        _section(
+        section("What is kept of the task vectors", _maps(more.densities), "Density by layer and projection."),
+        section("Answers side by side", _answers(facts)),
+        section("Lineage", _lineage(facts, more), "Orange: moved or new since the champion." * bool(facts.champion)),
+        section(
             "What each step took", _steps(more.steps), "Seconds from the start of the run; found results are pale."
         ),
-        *(_section(title, _image(png, title)) for title, png in facts.pictures.items() if "champion" in title.lower()),
-        _section(
+        *(section(title, image(png, title)) for title, png in facts.pictures.items() if "champion" in title.lower()),
+        section(
             "Recipe", f"<details><summary>show</summary><pre>{_e(more.recipe)}</pre></details>" * bool(more.recipe)
         ),
     ]
@@ -108,7 +106,8 @@ def _e(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-def _section(title: str, content: str, note: str = "") -> str:
+def section(title: str, content: str, note: str = "") -> str:
+    """A part of the page; nothing without content."""
     above = f'<p class="note">{_e(note)}</p>' if note else ""
     return f"<section><h2>{_e(title)}</h2>{above}{content}</section>" if content else ""
 
@@ -168,8 +167,10 @@ def _scores(facts: RunFacts, more: PageFacts) -> str:
     rest = (
         f'<p class="note">{len(groups) - MAX_METRICS} more are in the table.</p>' if len(groups) > MAX_METRICS else ""
     )
-    table = f"<details><summary>Compared, document by document</summary>{_table(facts.comparison)}</details>"
-    return "".join(blocks) + rest + table * bool(facts.comparison)
+    compared = ""
+    if facts.comparison:
+        compared = f"<details><summary>Compared, document by document</summary>{table(facts.comparison)}</details>"
+    return "".join(blocks) + rest + compared
 
 
 def _forest(
@@ -247,7 +248,7 @@ def _kept(facts: RunFacts) -> str:
         f'<div class="row axis"><span></span><span style="position:relative;height:18px">{ticks}100 %</b></span></div>'
     )
     rows += [axis] if rows else []
-    return "".join(rows) + (f"<details><summary>Table</summary>{_table(facts.kept)}</details>" if rows else "")
+    return "".join(rows) + (f"<details><summary>Table</summary>{table(facts.kept)}</details>" if rows else "")
 
 
 def _percent(cell: str) -> float | None:
@@ -395,11 +396,13 @@ def _steps(steps: Sequence[StepTime]) -> str:
     return rest + "".join(rows) + axis
 
 
-def _table(rows: Sequence[Mapping[str, object]]) -> str:
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows, which have the keys of the first."""
     head = "".join(f"<th>{_e(name)}</th>" for name in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{_e(row.get(name, ''))}</td>" for name in rows[0]) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _image(png: bytes, title: str) -> str:
+def image(png: bytes, title: str) -> str:
+    """A picture inside the page."""
     return f'<img class="picture" alt="{_e(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

@@ -1,8 +1,8 @@
-"""The branch `champion` of the Hub repo that a recipe publishes to: who pins `org/name@champion` gets what is in use.
+"""The branch `champion` of the Hub repo that a recipe publishes to: `org/name@champion` is the version in use.
 
-It is a target like others, and the first one: with `publish`, each move of the champion, also back to an earlier
-version, is a commit of that version's files on the branch. Nothing is deleted and made again, so that the name always
-leads somewhere, and weights that the repo has are not uploaded again.
+It is a target of `serve` like others, and comes first. With `publish`, each move of the champion, also back to an
+earlier version, is a commit of that version's files on the branch. The branch is never deleted, so that the name can
+always be loaded, and weights that the repo has are not uploaded again.
 """
 
 from typing import Literal

@@ -4,7 +4,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lewis import store
@@ -12,6 +12,7 @@ from lewis.errors import LewisError
 from lewis.models.lora.expert import is_adapter
 from lewis.registry.pull import pull
 from lewis.registry.versions import Champion
+from lewis.reports.canary import Step
 from lewis.store import manifest
 from lewis.store.kinds import SERVED
 
@@ -28,6 +29,7 @@ class Model:
         output: `full`, a checkpoint, or `lora`, an adapter.
         previous: `uri` of the version that the target had before; None if it had none.
         delivery: a UUID, the same in every attempt to put this version into service once.
+        steps: of its canary, which a target with one adds.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Model:
     output: str
     previous: str | None = None
     delivery: str = ""
+    steps: list[Step] = field(default_factory=list, compare=False)
 
     @property
     def uri(self) -> str:

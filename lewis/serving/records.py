@@ -1,19 +1,22 @@
 """What is in service: a tag of the registered model for each target, so that every machine sees the same."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from lewis.registry import tracking
+from lewis.registry import tracking, versions
 from lewis.registry.history import registered_model
+from lewis.registry.versions import Version
+from lewis.reports.canary import Canary, Step
 from lewis.serving import slots
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 TAG = "lewis.served."
+CANARY = "lewis.canary."  # tag of a version, for each target that it was tried at step by step
 MAX_WHY = 1500  # characters; MLflow keeps 5,000 of a tag
 
 
@@ -74,7 +77,7 @@ class Served:
         return replace(new, previous=before[0], previous_alias=before[1], since=_now() if other else self.since)
 
     def line(self) -> str:
-        """Where it is, and since when, and what the target did not take, for people."""
+        """A line for people: which version the target has, since when, and which one it did not take."""
         has = f"v{_number(self.uri)} since {_minute(self.since)}, as {self.alias}" if self.uri else "nothing yet"
         if self.kind == "local" and self.uri:
             here = slots.now()
@@ -118,6 +121,19 @@ def write(client: "MlflowClient", record: Served) -> None:
 def remove(client: "MlflowClient", record: Served) -> None:
     """Forget a target that the recipe has no more."""
     client.delete_registered_model_tag(record.name, f"{TAG}{record.target}")
+
+
+def write_canary(version: Version, target: str, steps: Sequence[Step], why: str = "") -> None:
+    """Keep a canary's numbers, of a version that is in service or, because of `why`, is not."""
+    made = Canary(target, _now(), tuple(steps), why[:MAX_WHY])
+    versions.tag(version, {f"{CANARY}{target}": json.dumps(asdict(made))})
+
+
+def canary_of(version: Version, target: str) -> Canary | None:
+    """The newest canary of a version at a target; None if there was none."""
+    with tracking.client(f"reading the canary of {version.uri}") as client:
+        text = client.get_model_version(version.name, version.version).tags.get(f"{CANARY}{target}")
+    return Canary.of(json.loads(text)) if text else None
 
 
 def _number(uri: str) -> str:

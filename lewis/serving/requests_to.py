@@ -10,7 +10,7 @@ from lewis.serving import slots
 from lewis.store.secrets import UP_SERVE_KEY
 
 _SHOWN = 500  # characters of an answer that an error message shows
-_PASSES = (408, 425, 429)  # of the statuses below 500, those that can pass by themselves
+_PASSES = (408, 425, 429)  # statuses below 500 after which another try may succeed
 
 
 def place(url: str) -> str:
@@ -28,6 +28,7 @@ def send(
     headers: Mapping[str, str] | None = None,
     timeout_s: float = 30,
     accepted: tuple[int, ...] = (),
+    ca: str | None = None,
 ) -> Any:
     """Send a request and return the `requests.Response`.
 
@@ -40,6 +41,7 @@ def send(
         headers: further ones.
         timeout_s: for the connection, and for the answer.
         accepted: statuses that are no error, in addition to those below 300.
+        ca: file with the certificates that the server's is checked by; None: those of this machine.
 
     Raises:
         TransientError: if the server does not answer, or is busy.
@@ -49,7 +51,14 @@ def send(
 
     try:
         answer = requests.request(
-            method, url, json=body, data=data or form, headers=headers, timeout=timeout_s, allow_redirects=False
+            method,
+            url,
+            json=body,
+            data=data or form,
+            headers=headers,
+            timeout=timeout_s,
+            allow_redirects=False,
+            verify=ca or True,
         )
     except requests.RequestException as error:
         why = f"does not answer ({type(error).__name__}); see that it is up"

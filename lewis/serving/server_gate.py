@@ -23,14 +23,14 @@ from lewis.recipe.serve import Check
 from lewis.serving.requests_to import send, with_key
 from lewis.store import read_entry
 
-_TOKENS = 16  # of a greedy answer that are compared: the longer it is, the more part at a near tie
+_TOKENS = 16  # compared of each greedy answer; longer ones often differ where two tokens are nearly equally likely
 _SHOWN = 3  # differing documents that an error message shows
 _SECONDS = 300.0  # for one request
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One request in the eyes of both.
+    """One request, and what the server and lm-eval's run answer to it.
 
     Attributes:
         task: of lm-eval.

@@ -14,7 +14,20 @@ from lewis.recipe.serve import Target
 from lewis.registry import tracking, versions
 from lewis.registry.tracking import AwayError
 from lewis.registry.versions import Champion
-from lewis.serving import command, haproxy, hub, local, model, openai, records, server_gate, vllm, webhook
+from lewis.serving import (
+    canary,
+    command,
+    haproxy,
+    hub,
+    kserve,
+    local,
+    model,
+    openai,
+    records,
+    server_gate,
+    vllm,
+    webhook,
+)
 from lewis.serving.records import Served
 from lewis.store.kinds import SERVED
 
@@ -48,6 +61,7 @@ KINDS: Mapping[str, Kind] = {
     "vllm": Kind(vllm.put, vllm.holds, vllm.offer, vllm.api),
     "openai": Kind(openai.put, api=openai.api),
     "haproxy": Kind(haproxy.put, haproxy.holds, haproxy.offer, haproxy.api),
+    "kserve": Kind(kserve.put, kserve.holds, kserve.offer, kserve.api),
     "hub": Kind(hub.put),
     "local": Kind(local.put, local.holds, local.offer, local.api, local.withdraw),
 }
@@ -85,16 +99,20 @@ def serve(
             if _still_holds(kind, target, before):
                 return before, False
             logger.warning("%s: %s is not there any more; putting it there again", target.label, uri)
-        previous = before.previous if before.uri == uri else before.uri
+        previous, ready = before.previous if before.uri == uri else before.uri, None
         try:
             ready = model.prepare(champion, previous or None, before.since)
             checked, alias = _bring(kind, target, ready, before, settings)
         except AwayError:  # MLflow, not the target
             raise
         except LewisError as error:
+            if ready and ready.steps:
+                records.write_canary(champion.version, target.label, ready.steps, str(error))
             _write(before.refused(uri, str(error), passes=isinstance(error, TransientError)))
             stays = f"{before.uri} stays in service" if before.uri else "nothing is in service there"
             raise _alike(error, f"{uri} is not in service at {target.label}, {stays}: {error}") from error
+        if ready.steps:
+            records.write_canary(champion.version, target.label, ready.steps)
         now = before.took(uri, champion.digest, alias, block, checked)
         _write(now)
     logger.info("%s: %s is in service as %s", target.label, now.uri, now.alias)
@@ -121,7 +139,7 @@ def is_due(target: Target, champion: Champion) -> bool:
 
 
 def _digest(target: Target) -> str:
-    """Of a target's block in the recipe."""
+    """The digest of a target's block in the recipe."""
     return store.digest(target.model_dump(mode="json"))
 
 
@@ -176,7 +194,7 @@ def _alike(error: LewisError, message: str) -> LewisError:
     if isinstance(error, server_gate.RefusedError):
         return server_gate.RefusedError(message, error.differing)
     return next(
-        each for each in (haproxy.WorseError, InputError, TransientError, LewisError) if isinstance(error, each)
+        each for each in (canary.WorseError, InputError, TransientError, LewisError) if isinstance(error, each)
     )(message)
 
 

@@ -1,21 +1,26 @@
 """Put the champion into service at one target."""
 
 import logging
+from datetime import UTC, datetime
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from lewis.errors import InputError
+from lewis import store
+from lewis.errors import InputError, LewisError
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.recipe.recipe import Recipe
-from lewis.registry import promotion
-from lewis.registry.versions import Champion
+from lewis.recipe.serve import CanaryTarget
+from lewis.registry import promotion, versions
+from lewis.registry.versions import Champion, Version
+from lewis.reports import canary as picture
 from lewis.reports.markdown import code, markdown_table
-from lewis.serving import hub, service
-from lewis.serving.haproxy import WorseError
+from lewis.serving import hub, records, service
+from lewis.serving.canary import WorseError
 from lewis.serving.records import Served
 from lewis.serving.server_gate import Answer, RefusedError
+from lewis.store import kinds
 from lewis_tasks.support import flow_run, moves
 from lewis_tasks.support.assets import artifact_key
 from lewis_tasks.support.caching import RETRIES
@@ -26,9 +31,11 @@ logger = logging.getLogger(__name__)
 # Not cached: the target's record says what it has.
 @task(name="serve", task_run_name="serve {label}", cache_policy=NO_CACHE, timeout_seconds=24 * 3600, **RETRIES)
 def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[Served, bool]:
-    """As `service.serve`; `label` names one of the recipe's targets. Of a refusal, an artifact has all answers."""
+    """As `service.serve`; `label` names one of the recipe's targets. Of a refusal, an artifact has all answers, of a
+    canary its picture."""
     [target] = [each for each in hub.targets(recipe) if each.label == label]
     settings = EvalSettings.of(recipe.evaluate, recipe.root) if recipe.evaluate else None
+    began = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         done = service.serve(target, champion, settings, again=again)
     except RefusedError as error:
@@ -39,8 +46,30 @@ def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[
     except WorseError as error:
         _roll_back(champion, str(error))
         raise
+    finally:
+        if isinstance(target, CanaryTarget):
+            _show(recipe, target, champion.version, began)
     flow_run.name_task(f"serve {label} v{champion.version.version}")
     return done
+
+
+def _show(recipe: Recipe, target: CanaryTarget, version: Version, began: str) -> None:
+    """Show a canary since `began` as a picture: as an artifact, and in the page of the run that made the version."""
+    try:
+        found = records.canary_of(version, target.label)
+        if found is None or found.time < began:
+            return
+        text, key = picture.to_markdown(found, version.uri), artifact_key(recipe, f"canary-{target.label}")
+        create_markdown_artifact(text, key=key, description=found.line()[:200])
+        page = versions.attached(version, versions.PAGE)
+        if page is not None:
+            shown = picture.into_page(page, found)
+            versions.attach(version, {versions.PAGE: shown})
+            for path in kinds.REPORTS.entries():
+                if path.read_text() == page:  # the same page, in the store
+                    store.write_text(path, shown)
+    except LewisError as error:  # the version is in service, or not, with the picture or without
+        logger.warning("%s: its canary is not shown: %s", version.uri, error)
 
 
 def _roll_back(champion: Champion, why: str) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.sorting import ArtifactSort
 from prefect.states import Completed
 
 from lewis.errors import LewisError
-from lewis.registry import history, outbox
-from lewis.serving import haproxy
+from lewis.registry import history, outbox, versions
+from lewis.serving import canary, haproxy, records
 from lewis.serving.records import served
-from lewis_flows import secret_blocks
+from lewis_flows import run_page, secret_blocks
 from lewis_flows.cli.main import main
 from lewis_flows.serve import serve_flow
 from lewis_flows.service import keep_served, recipe_deployments
@@ -40,6 +42,7 @@ serve:
   - {kind: command, run: %s}
   - {kind: webhook, url: "%s/hook"}
 """
+PAGE = "<!doctype html>\n<html><body><main>\n<section>the scores</section>\n</main></body></html>\n"
 FAILS = "import pathlib, sys; sys.exit('no room' if pathlib.Path(%r).exists() else 0)"
 
 
@@ -188,11 +191,17 @@ def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_le
     assert not keep_served.look(), "the server is away"
 
 
+def artifact(client: SyncPrefectClient, key: str) -> str:
+    """The newest artifact of a key."""
+    wanted = ArtifactFilter.model_validate({"key": {"any_": [key]}})
+    return str(client.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC)[0].data)
+
+
 @pytest.mark.skipif(not shutil.which("haproxy"), reason="there is no haproxy; Debian has it in the package haproxy")
 def test_a_version_that_fails_a_canary_is_rolled_back_with_its_numbers(
     folder: Path, home: Path, family: Family, client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(haproxy, "sleep", lambda _: time.sleep(0.05))
+    monkeypatch.setattr(canary, "sleep", lambda _: time.sleep(0.05))
     adapter = with_tokenizer(family.lora, tmp_path / "adapter")
     with routed() as place:
         recipe = yaml.safe_load((RECIPE % ("[x]", "http://x")).partition("serve:")[0])
@@ -201,7 +210,8 @@ def test_a_version_that_fails_a_canary_is_rolled_back_with_its_numbers(
         (folder / "nightly.yaml").write_text(yaml.safe_dump(recipe))
         first = crowned(adapter, "a", base=family.base).version.uri
         assert serve_flow("nightly", return_state=True).name == "Served"
-        crowned(adapter, "b", base=family.base)
+        versions.attach(crowned(adapter, "b", base=family.base).version, {versions.PAGE: PAGE})
+        kept = str(run_page.find("tiny/2"))
         place.values = {"blue": 0.3, "green": 0.001}
         with pytest.raises(LewisError, match=r"canary at 10 %, 99 requests .* errors 0.3 vs 0.001, FAIL"):
             result_of_run(serve_flow("nightly", return_state=True))
@@ -209,6 +219,20 @@ def test_a_version_that_fails_a_canary_is_rolled_back_with_its_numbers(
         assert (newest.what, newest.version) == ("rolled back", first) and "errors 0.3 vs 0.001, FAIL" in newest.why
         assert haproxy.weights(place.target) == {"blue": 0, "green": 100}
         assert serve_flow("nightly", return_state=True).name == "Cached" and served("tiny")[0].uri == first
+
+        shown = artifact(client, "nightly-canary-haproxy")
+        assert "![Canary at haproxy. 10 % of the traffic, 99 requests: errors 0.3 vs 0.001, FAIL" in shown
+        assert "| 10 % | 99 | " in shown and "| errors | 0.3 | 0.001 | 0.011 | FAIL |" in shown
+        page = run_page.find("tiny/2")  # which was here before the canary
+        assert str(page) == kept and page.read_text().count("Into service at haproxy") == 1
+        assert "<td>FAIL</td>" in page.read_text() and "</section><!--end of canary-->\n</main>" in page.read_text()
+
+        third = crowned(adapter, "c", base=family.base).version
+        place.values = {}
+        assert serve_flow("nightly", return_state=True).name == "Served"
+        assert "All 2 steps held" in artifact(client, "nightly-canary-haproxy")
+        canary_of = records.canary_of(third, "haproxy")
+        assert canary_of and [(each.share, each.passed) for each in canary_of.steps] == [(10, True), (50, True)]
 
 
 def test_overrides_cannot_say_what_is_served_where(folder: Path) -> None:

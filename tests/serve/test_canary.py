@@ -11,7 +11,7 @@ import requests
 
 from lewis.recipe.serve import HaproxyTarget
 from lewis.serving import haproxy
-from lewis.serving.haproxy import WorseError
+from lewis.serving.canary import WorseError
 from lewis.serving.records import Served
 from tests.support.routed import Place, clients, model, routed, serve
 from tests.support.service import free_port

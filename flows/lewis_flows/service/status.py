@@ -268,7 +268,7 @@ def _waits(run: FlowRun) -> str:
 
 
 def _first(runs: Iterable[FlowRun], key: Callable[[FlowRun], Hashable]) -> list[FlowRun]:
-    """Of the runs with the same key, the first."""
+    """The first run of each key."""
     kept: dict[Hashable, FlowRun] = {}
     for run in runs:
         kept.setdefault(key(run), run)

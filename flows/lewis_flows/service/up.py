@@ -154,7 +154,7 @@ def _champion(urls: dict[str, str], say: Say) -> Process:
 
 
 def _keep_up(parts: list[Process], say: Say, died: Mapping[str, Callable[[], None]]) -> None:
-    """Start again what ends; `died` says by the name of a part what is to be done before it starts again."""
+    """Start each part again that ends, after what `died` has under its name."""
     failures = dict.fromkeys((part.name for part in parts), 0)
     started = dict.fromkeys(failures, time.monotonic())
     while True:

@@ -41,6 +41,7 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "OpenaiTarget": ("serve", ""),
     "Check": ("serve", "check."),
     "HaproxyTarget": ("serve", ""),
+    "KserveTarget": ("serve", ""),
     "Rule": ("serve", "rules.*."),
     "Search": ("search", ""),
     "SearchRange": ("search", ""),

@@ -48,11 +48,23 @@ def test_no_card_and_no_file_of_the_model_names_the_targets() -> None:
 @pytest.mark.parametrize(
     ("block", "problem"),
     [
-        ("{kind: sagemaker}", "serve[0].kind: expected one of webhook, command, vllm, openai, haproxy"),
-        ("[{url: x}]", "serve[0].kind: expected one of webhook, command, vllm, openai, haproxy"),
+        ("{kind: sagemaker}", "serve[0].kind: expected one of webhook, command, vllm, openai, haproxy, kserve"),
+        ("[{url: x}]", "serve[0].kind: expected one of webhook, command, vllm, openai, haproxy, kserve"),
         ("[{kind: webhook, url: ftp://x}]", "serve[0].url: string should match pattern"),
         ("[{kind: webhook, url: 'https://user:word@x/'}]", "serve[0].url: string should match pattern"),
         ("[{kind: vllm, url: 'http://x'}]", "serve[0].kind: vLLM loads adapters; set output.kind to lora"),
+        (
+            "[{kind: kserve, namespace: m, services: [a, a], uri: 'pvc://x/{served_as}', prometheus: 'http://p'}]",
+            "'a' twice",
+        ),
+        (
+            "[{kind: kserve, namespace: m, services: [a, b], uri: 'pvc://x', prometheus: 'http://p'}]",
+            "one with {served_as}",
+        ),
+        (
+            "[{kind: kserve, namespace: M, services: [a, b], uri: 'pvc://x/{path}', prometheus: 'http://p'}]",
+            "namespace: s",
+        ),
         ("[{kind: webhook}]", "serve[0].url: missing; it is required"),
         ("[{kind: command, run: [x], urk: y}]", "serve[0].urk: unknown key; "),
         ("[{kind: command, run: [x], timeout_minute: 1}]", "did you mean 'timeout_minutes'?"),

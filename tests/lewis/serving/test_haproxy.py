@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lewis.errors import LewisError, TransientError
-from lewis.serving import haproxy
-from lewis.serving.haproxy import WorseError
+from lewis.serving import canary, haproxy
+from lewis.serving.canary import WorseError
 from lewis.serving.records import Served
 from tests.support.routed import Place, clients, model, routed, serve
 
@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.fixture
 def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    monkeypatch.setattr(haproxy, "sleep", lambda _: time.sleep(0.05))
+    monkeypatch.setattr(canary, "sleep", lambda _: time.sleep(0.05))
     with routed() as made:
         yield made
 
@@ -60,7 +60,8 @@ def test_a_version_that_is_worse_loses_its_traffic_with_the_numbers(place: Place
 def test_after_a_kill_in_a_step_the_old_one_is_still_known(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     record = serve(place, model(1), Served("tiny", "haproxy", "haproxy"))
     haproxy.offer(place.target, model(2), record)
-    haproxy.weigh(place.target, {"blue": 90, "green": 10})  # a process that was killed left it so
+    haproxy.give(place.target, "blue", 90)
+    haproxy.give(place.target, "green", 10)  # a process that was killed left it so
     assert haproxy.idle(place.target, record) == "blue"
     record = serve(place, model(2), record)
     assert haproxy.weights(place.target) == {"blue": 100, "green": 0} and record.uri == "models:/tiny/2"
