@@ -90,10 +90,11 @@ def test_a_release_is_served_on_one_port_and_taken_back_without_a_lost_request(
             assert record.checked.startswith("32 of 32 answers are those of the model that was scored")
             line = f"100 % at {port.url}/v1"
             assert line in lewis(service, "served") and line in " ".join(lewis(service, "status").split())
-            assert 'lewis_served_share{model="tiny",recipe="daily",target="local"} 1.0' in metrics(service)
+            share = 'lewis_served_share{model="tiny",recipe="daily",target="local"} 1.0'
+            service.until(lambda: share in metrics(service), 120)
             os.kill(port.pid(), 9)
             began = time.monotonic()
-            service.until(lambda: not slots.state()[0], 10)
+            service.until(lambda: not slots.state()[0], 60)
             service.until(lambda: slots.state()[0], 300)
             print(f"{program}: a killed server answers again after {time.monotonic() - began:.1f} s")
             assert answers(port) == of_one

@@ -32,7 +32,7 @@ from lewis.store.secrets import UP_SERVE_KEY
 from lewis_flows.service.processes import answers, free_port
 
 _TICK = 0.2  # seconds between two looks
-_GRACE = 30.0  # seconds that a server has to end after SIGTERM
+_GRACE = 10.0  # seconds that a server, or what it leaves when it dies, has to end after SIGTERM
 _DRAIN = 600.0  # seconds that a server may take for the requests that it has
 _STABLE = 60.0  # seconds after which an end is no further one in a row
 _MOST = 60.0  # seconds between two starts, at most
