@@ -61,7 +61,7 @@ drill: setup
 	LEWIS_DRILL=1 $(BIN)/pytest -s --timeout 3600 tests/flows/service/test_drill.py
 
 faults: setup
-	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults tests/flows/test_run.py tests/flows/test_champion.py tests/flows/test_search.py tests/flows/service/test_up.py tests/flows/runners tests/flows/service/test_browser.py
+	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults tests/flows/test_run.py tests/flows/test_champion.py tests/flows/test_search.py tests/flows/test_evaluate_elsewhere.py tests/flows/service/test_up.py tests/flows/runners tests/flows/service/test_browser.py
 
 test-serve: setup
 	LEWIS_SERVE=1 $(BIN)/pytest -s --timeout 1800 tests/serve

@@ -177,7 +177,7 @@ def owl(layers: Sequence[Layer], outliers: Evidence, policy: Policy) -> dict[str
 
 @allocator("dlp", paper="https://arxiv.org/abs/2505.23807", evidence="median", keeps_mean=True)
 def dlp(layers: Sequence[Layer], medians: Evidence, policy: Policy) -> dict[str, float]:
-    """DLP (arXiv 2505.23807): blocks with a smaller median score keep more: as `owl`, of 1 - m_l / sum m."""
+    """DLP (arXiv 2505.23807): blocks with a smaller median score m_l keep more; `owl` with o_l = 1 - m_l / sum m."""
     medians_of = by_block(layers, medians)
     total = sum(medians_of.values())
     return _around_target(layers, {block: 1 - m / total if total else 0.0 for block, m in medians_of.items()}, policy)

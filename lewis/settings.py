@@ -109,7 +109,7 @@ def _resolved(text: str) -> Path:
 
 
 def _cron(text: str) -> str:
-    """The five fields; empty for `off`."""
+    """Check that a cron expression has five fields, and give it; empty for `off`."""
     if text == "off":
         return ""
     if len(text.split()) != 5:
@@ -134,6 +134,17 @@ def _server(text: str) -> str:
     if text and not all(any(place in word for word in words) for place in ("{model}", "{port}")):
         raise ValueError
     return text
+
+
+def _serving(text: str) -> list[str]:
+    """The words of a command that serves a model; none without a text."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"it cannot be read as a command: {error}") from error
+    if words and (Path(words[0]).name not in ("vllm", "transformers") or words[1:2] != ["serve"]):
+        raise ValueError
+    return words
 
 
 def _matching(expected: str, pattern: str) -> Kind[str]:
@@ -237,6 +248,20 @@ SERVE_SECRET = Setting("LEWIS_SERVE_SECRET", ONE_LINE, "",
     "What signs the webhooks of `serve`; without it, serve-secret in the store, made when missing.", secret=True)
 SERVE_KEY = Setting("LEWIS_SERVE_KEY", ONE_LINE, "",
     "What the servers of `serve` ask for: sent as `Authorization: Bearer`; without it, nothing is sent.", secret=True)
+UP_SERVE_PORT = Setting("LEWIS_UP_SERVE_PORT",
+    Kind("a port, 1 to 65535", lambda text: _whole(text, 1, 65535)), "4400",
+    "The port on which `lewis up --serve` answers clients.")
+UP_SERVE_COMMAND = Setting("LEWIS_UP_SERVE_COMMAND",
+    Kind("`vllm serve` or `transformers serve`, with options of yours", _serving), "",
+    "What `lewis up --serve` starts a server with, such as `/opt/vllm/bin/vllm serve --gpu-memory-utilization 0.45`; "
+    "without it, vllm if there is such a program, else transformers.")
+UP_SERVE_SERVERS = Setting("LEWIS_UP_SERVE_SERVERS",
+    Kind("1 or 2", lambda text: int(_one_of("1", "2").read(text))), "2",
+    "How many servers `lewis up --serve` may have while the champion moves; 1 ends the old one first: requests fail "
+    "until the new one is up.")
+UP_SERVE_KEY = Setting("LEWIS_UP_SERVE_KEY", _matching("letters, digits, - and _", r"[\w-]+"), "",
+    "What `lewis up --serve` asks clients for; without it, champion-key in the store, made when missing.",
+    secret=True)
 # fmt: on
 
 ALL: tuple[Setting[Any], ...] = tuple(each for each in list(vars().values()) if isinstance(each, Setting))

@@ -57,7 +57,7 @@ def backup(folder: Path) -> Copied:
     """
     folder = folder.absolute()
     if store.holds(folder):
-        raise InputError(f"{folder}: it is in the store that it is to be a copy of; choose a folder elsewhere")
+        raise InputError(f"{folder}: expected a folder outside of the store, which is copied; choose another one")
     about = {"backup": str(store.home()), "made": datetime.now(UTC).isoformat()}
     try:
         with store.publish(folder, about) as scratch:

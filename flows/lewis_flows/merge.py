@@ -9,23 +9,23 @@ from prefect.runtime import deployment, flow_run
 from prefect.utilities.annotations import quote
 
 from lewis.errors import LewisError
-from lewis.evaluation.statistics.scored import MERGED, shown
+from lewis.evaluation.statistics.scored import shown
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import AWAITS
 from lewis.steps.graph import PREFLIGHT
 from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
 from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.merge_report import MergeReport
-from lewis_flows.registration import Ended, register_merge
+from lewis_flows.registration import Ended, register_merge, report_tables
 from lewis_flows.runners import choose
-from lewis_flows.scoring import score
+from lewis_flows.scoring import Judged, score
 from lewis_flows.service import recipes_page
 from lewis_flows.turn import HOOKS, absorb, turn
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, pin, submit
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.publish import check_publish
 from lewis_tasks.register import find_champion
-from lewis_tasks.report import report_densities, report_run, report_scores
+from lewis_tasks.report import report_densities, report_run
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import patience
 from lewis_tasks.support.failures import NotPublishedError, result_of, says_why
@@ -110,15 +110,12 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     finish(drawn, *walk.of(MERGE))
     report = MergeReport.of(plan.name, merged.result(), allocated.result() if allocated else None)
 
-    scored = score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else None
-    judged, documents = scored or ({}, None)
-    scores = shown(judged)
+    judged = score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else Judged({})
+    scores = shown(judged.scores)
     if scores:
-        table = submit(report_scores, quote(plan), known_scores(scores), wait_for=scores[MERGED])
-        finish(table)
-        report = report.model_copy(update=table.result())
-    ended = register_merge(plan, walk, report, champion, judged, documents) if plan.register_as else Ended()
-    _write_report(plan, walk, report, champion, scores, ended)
+        report_tables(plan, report, scores)
+    ended = register_merge(plan, walk, report, champion, judged) if plan.register_as else Ended()
+    _write_report(plan, walk, report, champion, ended.scores or scores, ended)
     if ended.published:
         try:
             report.published = getattr(result_of(ended.published), "url", None)

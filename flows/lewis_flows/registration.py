@@ -1,18 +1,24 @@
 """The end of a merge: judge, register, promote and publish, by hand-made tasks, which no graph has."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefect.futures import PrefectFuture
 from prefect.utilities.annotations import quote
 
-from lewis.evaluation.statistics.scored import shown
+from lewis.errors import LewisError
+from lewis.evaluation.statistics.scored import MERGED, shown
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import verdict_line
 from lewis_flows.merge_report import MergeReport
+from lewis_flows.scoring import Judged
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, submit
 from lewis_tasks.publish import publish
 from lewis_tasks.register import gate, promote, register
+from lewis_tasks.report import report_scores
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,14 @@ class Ended:
     """How a run ended.
 
     Attributes:
+        scores: what tables show, if it was scored on all documents after its promotion; else empty.
         verdict, version, promoted, published: futures; None if the recipe does not register, or publish.
         there: where the champion was published, if that went well.
         moved: whether the champion is another one now.
         line: name and message of the run's state.
     """
 
+    scores: Scores = field(default_factory=dict)
     verdict: PrefectFuture[Any] | None = None
     version: PrefectFuture[Any] | None = None
     promoted: PrefectFuture[Any] | None = None
@@ -40,22 +48,15 @@ def register_merge(
     walk: Walk,
     report: MergeReport,
     champion: PrefectFuture[Any] | None,
-    scores: Scores,
-    documents: int | None = None,
+    judged: Judged,
 ) -> Ended:
-    """Judge, register, promote and publish, and write into the report what came of it.
-
-    Args:
-        documents: of each task, if not all were scored.
-    """
-    merged = walk.futures["merge experts"]
+    """Judge, register, promote, score what was scored early on all documents, and publish; write it into the report."""
+    scores, documents, merged = judged.scores, judged.documents, walk.futures["merge experts"]
     after = [each for of_model in scores.values() for each in of_model] or [merged]
     known_of_models = known_scores(scores)
     verdict = submit(gate, quote(plan), known(champion), known(merged), known_of_models, documents, wait_for=after)
     finish(verdict)
-    inputs = walk.inputs(plan)
-    version = submit(register, quote(plan), *inputs, known(merged), known_scores(shown(scores)), wait_for=[verdict])
-    finish(version)
+    version = _register(plan, walk, scores, verdict)
     promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
     finish(promoted)
     report.version, report.created = version.result().uri, version.result().created
@@ -63,10 +64,47 @@ def register_merge(
     current = champion.result() if champion else None
     in_use = current.version.uri if current else None
     line = verdict_line(report.version, verdict.result(), champion=in_use)
+    on_all, missing = _score_on_all(plan, walk, report, judged, promoted) if verdict.result().passed else ({}, "")
+    line = (line[0], f"{line[1]}; not scored on all documents, run again: {missing}") if missing else line
     published = there = None
     if plan.publish:
         published = submit(publish, quote(plan), known(version), known(merged), wait_for=[promoted])
         published.wait()  # its error is raised after the report
         there = published.result() if published.state.is_completed() else None
     moved = report.promoted and in_use != report.version
-    return Ended(verdict, version, promoted, published, there, moved, line)
+    return Ended(on_all, verdict, version, promoted, published, there, moved, line)
+
+
+def report_tables(plan: Recipe, report: MergeReport, scores: Scores) -> None:
+    """Show the tables of scores in the UI, and write them into the report."""
+    table = submit(report_scores, quote(plan), known_scores(scores), wait_for=scores[MERGED])
+    finish(table)
+    for name, rows in table.result().items():
+        setattr(report, name, rows)
+
+
+def _score_on_all(
+    plan: Recipe, walk: Walk, report: MergeReport, judged: Judged, promoted: PrefectFuture[Any]
+) -> tuple[Scores, str]:
+    """Score a version that passed early on all documents, and register these scores.
+
+    Returns:
+        the scores, if that is wanted and went well; and the error if it did not, which leaves all as it is.
+    """
+    if judged.on_all is None:
+        return {}, ""
+    try:
+        scores = shown(judged.on_all())
+        _register(plan, walk, scores, promoted)
+        report_tables(plan, report, scores)
+    except LewisError as error:
+        logger.warning("%s was promoted, and is not scored on all documents: %s", report.version, error)
+        return {}, str(error)
+    return scores, ""
+
+
+def _register(plan: Recipe, walk: Walk, scores: Scores, after: PrefectFuture[Any]) -> PrefectFuture[Any]:
+    merged = known(walk.futures["merge experts"])
+    version = submit(register, quote(plan), *walk.inputs(plan), merged, known_scores(shown(scores)), wait_for=[after])
+    finish(version)
+    return version

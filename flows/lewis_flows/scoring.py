@@ -1,22 +1,35 @@
 """Score the models of a merge: on all documents, or look by look until the verdict is certain (`evaluate.stop`)."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect.futures import PrefectFuture
 from prefect.utilities.annotations import quote
 
-from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics import looks
-from lewis.evaluation.statistics.scored import MERGED
-from lewis.evaluation.step import furthest_look
+from lewis.evaluation.statistics.scored import MERGED, shown
 from lewis.recipe.recipe import Recipe
-from lewis.steps.graph import CHAMPION, LOOK, MARK, evaluations, labels
+from lewis.steps.graph import CHAMPION, LOOK, MARK, evaluations, labels, look_to_show
 from lewis_flows import evaluate_elsewhere
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, submit
 from lewis_tasks.register import find_mark, look
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the gate judges.
+
+    Attributes:
+        scores: label -> scores, those of `mark` for the gate alone.
+        documents: of each task that were scored; None: all.
+        on_all: scores what tables show on all documents; None if that is done, or not wanted.
+    """
+
+    scores: Scores
+    documents: int | None = None
+    on_all: Callable[[], Scores] | None = None
 
 
 def score(
@@ -27,12 +40,8 @@ def score(
     queue: str,
     champion: PrefectFuture[Any] | None,
     tasks: str,
-) -> tuple[Scores, int | None]:
-    """Score the merged model, its parents and the champion, here or by workers of a queue.
-
-    Returns:
-        label -> scores, those of `mark` for the gate alone; and on how many documents of each task, None: on all.
-    """
+) -> Judged:
+    """Score the merged model, its parents and the champion, here or by workers of a queue."""
     current = champion.result() if champion else None
     walk.futures |= {CHAMPION: champion} if champion else {}
     results = {CHAMPION: current.files("champion") if current else None}
@@ -57,9 +66,10 @@ def score(
     first = [label for label in names if label in ("base", "champion", "mark", MERGED)]
     if "base" not in names and not current:  # the gate compares with the best expert
         first = list(names)
-    documents = _first_look(plan, walk, current)
-    if documents is None:
-        return score_on(None, list(names)), None
+    looks_early = _looks_early(plan)
+    documents = _first_look(plan, walk, current) if looks_early else None
+    if documents is None:  # if looks are taken, the champion is shown, and nothing is judged
+        return Judged(score_on(None, list(shown(names) if looks_early else names)))
     certain = False
     while documents and not certain:
         scores = score_on(documents, first)
@@ -70,17 +80,18 @@ def score(
         certain, after = looked.result()
         documents = documents if certain else after
     rest = [label for label in names if label not in first] if certain else list(names)
-    return score_on(documents, rest), documents
+    scores = score_on(documents, rest)
+    wanted = documents and plan.evaluate and plan.evaluate.full_scores == "promoted"
+    return Judged(scores, documents, (lambda: score_on(None, list(shown(names)))) if wanted else None)
+
+
+def _looks_early(plan: Recipe) -> bool:
+    return plan.evaluate is not None and plan.evaluate.stop != "never" and plan.gate is not None
 
 
 def _first_look(plan: Recipe, walk: Walk, current: Any) -> int | None:
-    """After how many documents the gate looks first; None if it looks at all only."""
-    assert plan.evaluate is not None
-    if plan.evaluate.stop == "never" or plan.gate is None:
-        return None
+    """After how many documents the gate looks first; None: the champion is merged again, and shown with all scores."""
     merged = walk.futures["merge experts"].result()
-    if current and current.digest == merged.digest:  # nothing is to be judged: what was scored is shown
-        seed = merged.digest if plan.evaluate.documents == "by_release" else ""
-        settings = replace(EvalSettings.of(plan.evaluate, plan.root), seed=seed)
-        return furthest_look(MERGED, merged.digest, settings)
+    if current and current.digest == merged.digest:
+        return look_to_show(plan, merged.digest, current.digest)
     return looks.FIRST

@@ -1,4 +1,4 @@
-"""Into service: bring the targets of a recipe to the champion, one after the other."""
+"""The flow `serve`: bring the targets of a recipe to the champion, one after the other."""
 
 from dataclasses import asdict
 from pathlib import Path

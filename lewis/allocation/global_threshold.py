@@ -89,7 +89,7 @@ def _above(counts: np.ndarray) -> np.ndarray:
 
 
 def _last_reaching(above: np.ndarray, kept: Callable[[np.ndarray], np.ndarray], wanted: float) -> int:
-    """The last bin for which all that lie in it or above are at least the wanted number (bin 0 if none is)."""
+    """The highest bin such that it and all bins above it keep at least `wanted` elements; 0 if there is none."""
     low, high = 0, above.shape[1] - 2
     while low < high:
         middle = (low + high + 1) // 2

@@ -15,7 +15,7 @@ Name = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Document:
-    """One document in the eyes of both models.
+    """One document, and what both models answer to it.
 
     Attributes:
         key: `task/metric,filter`, the metric of these values.

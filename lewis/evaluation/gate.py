@@ -312,7 +312,7 @@ def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
 
 
 def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int, look: Look) -> float:
-    """In the metric's unit: absolute for a score from 0 to 1 that is better high, else relative to the reference."""
+    """The margin in the metric's unit: absolute for a score from 0 to 1 that is better high, else relative."""
     score, given = reference.by_name[samples.key], gate.tolerance
     share = score.higher_is_better and 0 <= score.value <= 1
     if isinstance(given, Mapping):

@@ -15,7 +15,7 @@ from lewis.store import kinds
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two.
+    """One of the two models that are compared.
 
     Attributes:
         label: in the table.
@@ -57,7 +57,7 @@ class Side:
         return {each.key: None for _, found in self.found for each in found.samples}
 
     def of(self, key: str) -> Iterator[tuple[str, Evaluated, Samples, Score]]:
-        """Each of the scores on one metric."""
+        """Every score on one metric: digest of how it was scored, the whole evaluation, the samples, the score."""
         for how, found in self.found:
             samples, scores = by_key(found.samples), {score.key: score for score in found.scores}
             if key in samples and key in scores:

@@ -145,20 +145,22 @@ def find_scores(ref: str, key: str, settings: EvalSettings, device: str = "cpu")
 
 
 def furthest_look(ref: str, key: str, settings: EvalSettings) -> int | None:
-    """The documents of the largest look at which the store has scores of a model.
+    """The documents of the largest look at which the store has scores of a model on each task.
 
     It is None if the store has scores on all documents, or none. A run goes from look to look, so that the store has
-    all looks before the last one.
+    all looks before the last one. Each task may have been scored on another device.
     """
-    for device in scoring_devices():
-        if find_scores(ref, key, settings, device):
-            return None
-        size = looks.FIRST
-        while find_scores(ref, key, replace(settings, look=size), device):
-            size *= 2
-        if size > looks.FIRST:
-            return size // 2
-    return None
+
+    def has(look: int | None) -> bool:
+        tasks, devices = replace(settings, look=look).by_task(), scoring_devices()
+        return all(any(find_score(ref, key, task, device) for device in devices) for task in tasks)
+
+    if has(None) or not has(looks.FIRST):
+        return None
+    size = looks.FIRST
+    while has(2 * size):
+        size *= 2
+    return size
 
 
 def find_score(ref: str, key: str, settings: EvalSettings, device: str = "cpu") -> ScoresEntry | None:

@@ -45,7 +45,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Without padding."""
+        """The number of tokens, without padding."""
         return sum(self.lengths)
 
     def weighs(self, path: str) -> bool:
@@ -89,8 +89,8 @@ class Batch:
         if inputs.shape[:-1].numel() != self.ids.numel() or turned:
             if padded:
                 raise LewisError(
-                    f"{place}: sees {inputs.shape[:-1].numel()} of {self.ids.numel()} tokens, and which are padding is "
-                    "unknown; this way of routing is not supported"
+                    f"{place}: gets {inputs.shape[:-1].numel()} of {self.ids.numel()} tokens, and which of them are "
+                    "padding is unknown; this way of routing tokens to experts is not supported"
                 )
             return flat
         rows = taken

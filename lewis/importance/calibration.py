@@ -229,7 +229,7 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path, cache: Path) -> 
 
 
 def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
-    """Of `datasets.load_dataset`: local files that are there, or a dataset at its commit."""
+    """Arguments of `datasets.load_dataset`: for local files that are there, or for a dataset at its commit."""
     repo, _, revision = (spec.dataset or "").partition("@")
     arguments: dict[str, Any] = {"name": spec.config}
     if spec.data_files:

@@ -137,7 +137,7 @@ def _measure_sets(
     moments = SecondMoments(network, device, len(calibrations))
     pruned = settings.prune_ratio > 0
     made = batches(calibrations, network, whole=pruned, equal=equal)
-    # Of what waits, a model's own forward holds the hidden states and what they began as, the embeddings.
+    # A forward pass that waits holds two tensors of this width per token: the hidden states and the embeddings.
     per_token = 2 * input_embeddings(network.module).embedding_dim * dtype.itemsize
     done, total = 0, sum(calibration.tokens for calibration in calibrations)
     with ExitStack() as contexts, torch.inference_mode():
@@ -283,7 +283,7 @@ def network_of(model: Model, dtype: torch.dtype | None = None) -> Network:
 
 
 def network_in(folder: Path, tensors: Shapes | None = None, dtype: torch.dtype | None = None) -> Network:
-    """As `network_of`; arguments as those of `covered_layers`."""
+    """`network_of` for a model that is not opened: of its folder and its shapes, as `covered_layers` takes them."""
     network = Network(folder, tensors, dtype or torch.float32)
     if not network.covered:
         raise InputError(

@@ -84,7 +84,8 @@ class _Additions(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
-        if name in _OF_VALUES and args[0].device.type == "meta":  # a decision of the mask, which no addition depends on
+        # Code that builds the mask asks for values, which a meta tensor lacks; no addition depends on the answer.
+        if name in _OF_VALUES and args[0].device.type == "meta":
             return _OF_VALUES[name]
         result = function(*args, **(kwargs or {}))
         if name in _ADDITIONS and len(args) > 1 and all(isinstance(each, torch.Tensor) for each in args[:2]):

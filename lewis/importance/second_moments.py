@@ -144,8 +144,8 @@ class SecondMoments:
             return summed, float(mask.sum(dtype=torch.float64))
         if self._padded:
             raise HiddenPaddingError(
-                f"{parameter}: sees {tokens} of {rows * width} tokens, and which are padding is unknown; "
-                "this way of routing is not supported"
+                f"{parameter}: gets {tokens} of {rows * width} tokens, and which of them are padding is unknown; "
+                "this way of routing tokens to experts is not supported"
             )
         flat = inputs.reshape(-1, inputs.shape[-1]).float()
         return flat.square().sum(dim=0, dtype=torch.float64), tokens

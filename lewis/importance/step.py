@@ -227,9 +227,10 @@ def find_all_measured(given: MeasureInput, device: str) -> list[ImportanceEntry]
 def _keep_norms(
     files: ModelFiles, calibration: CalibrationEntry, settings: Importance, device: str, make: Callable[[str], Measured]
 ) -> None:
-    """Write norms and moments that a pass for statistics has left, unless the store has those of another pass.
+    """Write the norms and moments that follow from a pass for second-order statistics, unless the store has some.
 
-    If it saw no token reach a layer, nothing is written: the pass for norms alone sees more layouts of experts.
+    Nothing is written if a layer saw no token in that pass. It may be a mixture of experts of a layout that only the
+    pass for norms can follow.
     """
     digest, path = _importance_place(files.read_as, calibration, settings, device)
     if not measurements.is_whole(path):
@@ -334,6 +335,6 @@ def _covered(base: ModelFiles, opened: Model, measured: bool) -> tuple[list[Laye
     if known is None:
         covered, left = covered_tensors(base.folder, opened.shapes, measured=measured)
         known = {"covered": [asdict(layer) for each in covered for layer in each.layers], "left": left}
-        if measured:  # what is found by names alone would be wrong for a recipe that runs the model
+        if measured:  # layers found by tensor names alone are not kept: a recipe that measures needs the model's own
             store.write_entry(place, {"layers": known})
     return [Layer(**fields) for fields in known["covered"]], known["left"]

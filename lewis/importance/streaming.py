@@ -189,7 +189,8 @@ def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
     except LewisError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError) as error:  # of the model's own code
-        first, *others = str(error).splitlines() or [""]  # Python names the module that is called by all its layers
+        # The text may hold the repr of a module, with a line for each layer: the first and the last line say enough.
+        first, *others = str(error).splitlines() or [""]
         reason = f"{first.rstrip(' (')} {others[-1].lstrip(') ')}" if others else first
         reason = " ".join(reason.split())[:200]
         raise InputError(

@@ -109,7 +109,7 @@ def _adds_positions_to_heads(config: Any) -> bool:
 
 
 def _sample(value: Any, i: int, samples: int) -> Any:
-    """One sample's part of what a block is called with; what all samples share stays."""
+    """Cut an argument of a block down to sample `i`; what has no dimension of samples is given as it is."""
     if isinstance(value, torch.Tensor):
         return value[i : i + 1] if value.dim() and value.shape[0] == samples else value
     if isinstance(value, tuple | list):

@@ -135,7 +135,7 @@ class _Facts:
 
 
 def _origin(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
-    """Of an adapter and what it is put on, both named as on the Hub, whether its config names another model."""
+    """Whether an adapter's config names another base than the one it is put on, both named as on the Hub."""
     model = parts_of(expert.ref)[0] if len(parts_of(expert.ref)) > 1 else base.ref
     named, given = (_HUB_NAME.match(ref.partition("@")[0]) for ref in (expert.trained_on, model))
     is_local = commits_of(expert.key)[0].startswith("sha256:")

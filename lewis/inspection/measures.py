@@ -271,7 +271,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _cosine(gram: np.ndarray, expert: int) -> float:
-    """Of base and expert, by the dot products of base and task vector."""
+    """The cosine between base and expert; `gram` has the dot products of the base and the task vectors."""
     base, across, moved = gram[0, 0], gram[0, expert], gram[expert, expert]
     root = np.sqrt(base * max(base + 2 * across + moved, 0.0))
     return float((base + across) / root) if root > 1e-6 * base else float("nan")

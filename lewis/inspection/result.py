@@ -40,7 +40,7 @@ class Inspection:
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """How many findings there are of each level, in one line."""
         if not self.findings:
             return "no findings: these models can be merged"
         warnings = len(self.findings) - len(self.errors)

@@ -37,7 +37,8 @@ def row_findings(given: MergeInput) -> list[Finding]:
             [own] = _losses(expert, [rows[expert.ref]])
             if own >= base[expert.ref]:
                 its = rows[expert.ref]
-                what = f"on {len(its.samples)} rows of `{its.name}` its loss is {own:.3f} nats per answer token"
+                per = "token" if its.weights is None else "answer token"
+                what = f"on {len(its.samples)} rows of `{its.name}` its loss is {own:.3f} nats per {per}"
                 found.append(Finding("calibration", expert.ref, f"{what}, the base's {base[expert.ref]:.3f}"))
     return found
 
@@ -47,7 +48,7 @@ def _few(rows: Calibration) -> Calibration:
 
 
 def _losses(files: ModelFiles, sets: list[Calibration]) -> list[float]:
-    """Nats per answer token of each set."""
+    """Nats per token of each set, or per answer token where it says which they are."""
     from lewis.merging.fitting.losses import mean_loss, row_losses
 
     return [mean_loss([each]) for each in row_losses(files.open(), sets)]

@@ -20,7 +20,7 @@ _ATTENTION = re.compile(r"attn|attention")
 
 
 def moved_parts(base: Model, expert: Model, number: int, measures: Measures) -> list[dict[str, Any]]:
-    """Find parts of an expert that are the base's, but elsewhere, or gone.
+    """Find parts of an expert that are the base's in another place, such as swapped layers, or that are lost.
 
     Args:
         base, expert: opened.
@@ -42,7 +42,10 @@ def moved_parts(base: Model, expert: Model, number: int, measures: Measures) -> 
 
 
 def _zero_rows(base: Model, expert: Model, name: str) -> dict[str, Any] | None:
-    """A part of a matrix, or some of its stacked experts, that a writer left out."""
+    """A finding if rows of a matrix are all 0 that are not 0 in the base; else None.
+
+    A program that wrote the expert has left out a part of the matrix, or some of the experts stacked in it.
+    """
     ours, theirs = (values.reshape(-1, values.shape[-1]) for values in (weights(base, name), weights(expert, name)))
     lost = int((~theirs.any(axis=1) & ours.any(axis=1)).sum())
     if not lost:
@@ -60,7 +63,7 @@ def odd_tensors(measures: Measures, number: int) -> list[TensorMeasures]:
 def _swapped_layers(
     base: Model, expert: Model, odd: Sequence[TensorMeasures], measures: Measures
 ) -> list[dict[str, Any]]:
-    """Of each stack of layers by itself: a model may have two towers."""
+    """Find swapped layers within each stack of layers by itself: a model may have two towers."""
     stacks: dict[str, dict[int, list[str]]] = {}
     for each in measures.matrices():
         match = _NUMBER.search(each.name)

@@ -37,7 +37,7 @@ class Adapter:
         return asdict(self)
 
     def to_text(self) -> str:
-        """One line."""
+        """What the adapter holds and what error it leaves, in one line."""
         low, high = (f(self.ranks.values(), default=0) for f in (min, max))
         ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
         parts = [f"LoRA adapter of {len(self.ranks)} modules, {ranks}"]

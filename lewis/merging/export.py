@@ -94,7 +94,8 @@ def _guided(own: Mapping[str, Any], common: Mapping[str, Any], allocated: Alloca
     left_out = [{"filter": tensor, "value": 0.0} for tensor, density in longest_first if density == 0]
     if not left_out:
         return {**own, "density": kept}
-    # A filter list that matches nothing falls through to the common setting in both, so only the own ones are repeated.
+    # Where no filter of an expert matches a tensor, mergekit takes the common setting, as LEWIS does. So only the
+    # expert's own filters are repeated here.
     return {**own, "density": kept, "weight": left_out + _as_filters(own.get("weight", common.get("weight", 1.0)))}
 
 

@@ -50,16 +50,16 @@ class Prepared:
     """A merge that has been checked. `of` makes one; `dataclasses.replace` makes a variant, which has its own digest.
 
     Attributes:
-        settings: as given.
-        base: the base as it is read, its embeddings in the result's vocabulary; the first model if there is no base.
-        experts: in the order of their keys, read likewise.
+        settings: what `of` was given.
+        base: its embeddings are read in the result's vocabulary; the first model if there is no base.
+        experts: in the order of their keys, also read in the result's vocabulary.
         adds_to_base: whether task vectors are merged and the result is added to the base.
         vocabulary: whose tokenizer the result has.
         excluded: names of the tensors that are copied from the base, in its dtype.
         budget: limits how many elements are merged in torch at a time.
-        held_back: tensor name -> factors of the merged delta.
+        held_back: tensor name -> what its merged delta is scaled by, after a look at held-back rows.
         device: where the methods compute.
-        chat_template: that the tokenizer gets, as Jinja text; None: it keeps its own.
+        chat_template: the tokenizer's new one, as Jinja text; None: it keeps its own.
         guide: the merge of the anchor; None without an anchor.
     """
 

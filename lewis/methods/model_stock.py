@@ -23,7 +23,7 @@ def coefficients(dots: np.ndarray, *, filter_wise: bool) -> list[float] | None:
 
 
 def by_rows(pieces: Pieces, *, filter_wise: bool) -> Finish | None:
-    """Merge each row by itself; None if there is one angle for the whole tensor."""
+    """The function that merges row by row; None without `filter_wise`, when `coefficients` are of the tensor."""
     return _finish if filter_wise else None
 
 

@@ -60,7 +60,7 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
     """Write config.json with the dtype of the weights.
 
     Args:
-        config: the base's, as its weights are read: a quantised one has lost its quantisation.
+        config: the base's, to be written. Of a quantised base it is already without `quantization_config`.
         donor: the folder of the base. If its config would not change, the file is copied byte by byte.
         folder: where to write.
         dtype: of all floating tensors, as safetensors names it; None if they differ.
@@ -116,7 +116,10 @@ def check_numbers(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, 
 
 
 def _unlike_size(key: str, value: Any, least: int) -> str:
-    """What a size should be, in words; empty if it can be one. A list or mapping has one for each layer or tower."""
+    """What was expected of a size in config.json, in words; empty if the value is one.
+
+    A list or mapping holds a size for each layer or tower; all are checked.
+    """
     each = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
     if key in _POSITIONS:  # some of transformers' own are no whole numbers
         fine = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 < one < math.inf for one in each)
@@ -126,7 +129,7 @@ def _unlike_size(key: str, value: Any, least: int) -> str:
 
 
 def _unlike_tensors(key: str, value: Any, sizes: Collection[int]) -> str:
-    """What a size should be by the dimensions of the tensors, in words; empty if it fits, or is not one number."""
+    """What was expected of a size by the shapes of the tensors, in words; empty if it fits, or is not one number."""
     if not isinstance(value, int) or not value or not sizes:
         return ""
     if key in _WIDTHS and value not in sizes:

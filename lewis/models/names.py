@@ -13,7 +13,8 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 _KEYS_AND_VALUES = {"k", "v", "kv", "qkv", "qkvz", "key", "value", "keys", "values", "wqkv", "wk", "wv"}
-_FEEDS = {"c_attn", "in_proj", "in_proj_ba", "x_proj", "dt_proj"}  # keys and values too, or the state of a recurrence
+# Projections that give keys and values among other things, or the state of a recurrence.
+_FEEDS = {"c_attn", "in_proj", "in_proj_ba", "x_proj", "dt_proj"}
 
 
 def feeds_other_tokens(path: str) -> bool:

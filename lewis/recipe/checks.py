@@ -304,7 +304,7 @@ def _check_fit(data: dict[str, Any], method: Method) -> list[str]:
 
 
 def _check_anchor(data: dict[str, Any], own: Method, guided: bool) -> list[str]:
-    """Check the parameters of the anchor's method, and that it merges so many models; gives the problems."""
+    """The problems of an anchor: with its method's parameters, or because the method takes another number of models."""
     block = data["anchor"]
     given = block.get("parameters") or {}
     inner = {**data, "parameters": given, "lewis": data.get("lewis") if guided else None}

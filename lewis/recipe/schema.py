@@ -297,6 +297,8 @@ class Evaluate(Block):
             within the half. `by_release`: `limit` of all documents, others for each merge.
         stop: `never` before all documents are scored; `worse`: as soon as it is certain that the gate refuses the
             merge; `known`: as soon as the verdict is certain.
+        full_scores: which models that were scored early are then scored on all documents: `promoted`, what passed the
+            gate, with all that it is shown next to; or `never`.
         weights: task, or `task/metric,filter` -> its weight in the score `weighted/mean,none`; a task stands for its
             first metric. Empty: there is no such score.
         allow_code_execution: whether task files next to the recipe may run code: functions of their own (`!function`),
@@ -311,6 +313,7 @@ class Evaluate(Block):
     limit: int | float | None = Field(default=None, gt=0)
     documents: Documents = "all"
     stop: Literal["never", "worse", "known"] = "never"
+    full_scores: Literal["promoted", "never"] = "promoted"
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False

@@ -7,7 +7,7 @@ cleared by the next attempt.
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -43,6 +43,8 @@ def register(new: Registration) -> Version:
     """Register a merged checkpoint, once per digest.
 
     If the files of its version are lost or damaged, it is registered again, and the aliases move to the new version.
+    If its version was scored on a part of the documents, and the merge is now scored on all, the version and its run
+    get these scores.
 
     Raises:
         InputError: if the name or the digest is malformed.
@@ -59,6 +61,7 @@ def register(new: Registration) -> Version:
         found = versions.find_with(client, name, new.digest)
         if found is not None:
             _close_runs(client, name, new, finished=found.run_id)
+            _complete(client, found, new)
         else:
             _clear_leftovers(client, name, new)
             found = _create(client, name, new)
@@ -82,8 +85,8 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
     try:
         plain = re.sub(r"[.%]", "_", name)  # a LoggedModel takes fewer characters than a registered model
         model = client.create_logged_model(experiment, plain, run_id, tags=tags, model_type="merged-llm")
-        merged = {k.removeprefix("merged/"): v for k, v in new.metrics.items() if k.startswith("merged/")}
-        logged_model.write(client, model, new.folder, new.card, new.base, {"metrics": merged})
+        facts = {"metrics": _metrics_of_merged(new)}
+        logged_model.write(client, model, new.folder, new.card, new.base, facts)
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         _log_run(client, run_id, model.model_id, new)
         if new.beside:
@@ -108,6 +111,25 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
     return Version.of(version, created=True)
 
 
+def _complete(client: "MlflowClient", found: Version, new: Registration) -> None:
+    """Replace scores of a part of the documents by those of all; the tag that says so goes last."""
+    version = client.get_model_version(found.name, found.version)
+    if tracking.PART not in version.tags or tracking.PART in new.tags or not new.documents:
+        return
+    model = versions.model_of(client, version)
+    assert model is not None  # `found` is whole
+    logged_model.note_metrics(client, model, _metrics_of_merged(new))
+    _log_scores(client, found.run_id, model.model_id, new)
+    text = description(new.card, new.pictures, found.run_id)
+    client.update_model_version(found.name, found.version, description=text)
+    client.delete_model_version_tag(found.name, found.version, tracking.PART)
+    logger.info("%s has the scores of all documents now", found.uri)
+
+
+def _metrics_of_merged(new: Registration) -> dict[str, float]:
+    return {k.removeprefix("merged/"): v for k, v in new.metrics.items() if k.startswith("merged/")}
+
+
 def _model_of_champion(client: "MlflowClient", name: str) -> dict[str, str]:
     """Its label in tables -> the id of its logged model; empty if there is no champion."""
     current = versions.champion_of(client, name)
@@ -117,18 +139,32 @@ def _model_of_champion(client: "MlflowClient", name: str) -> dict[str, str]:
 
 
 def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registration) -> None:
-    import pandas as pd
+    tracking.log_numbers(client, run_id, model_id, new.params, {})
+    texts = {"recipe.yaml": new.recipe, "lineage.json": json.dumps(dict(new.lineage), indent=2)}
+    files = {name: text.encode() for name, text in texts.items()}
+    tracking.log_files(client, run_id, files)
+    tracking.note_files(client, run_id, files)
+    _log_scores(client, run_id, model_id, new)
+
+
+def _log_scores(client: "MlflowClient", run_id: str, model_id: str, new: Registration) -> None:
+    """Log what scores change, in place of what was logged before."""
+    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
     tracking.log_datasets(client, run_id, new.datasets)
-    tracking.log_numbers(client, run_id, model_id, new.params, new.metrics, new.documents)
-    inputs = json.dumps(dict(new.lineage), indent=2)
-    texts = {"recipe.yaml": new.recipe, "card.md": new.card, "lineage.json": inputs}
-    files = {**{name: text.encode() for name, text in texts.items()}, **new.pictures}
+    tracking.log_numbers(client, run_id, model_id, {}, new.metrics, new.documents)
+    # not `log_table`, which adds rows to a table that is there
+    tables = {f"{name}.json": _table(rows) for name, rows in new.tables.items()}
+    files = {"card.md": new.card.encode(), **new.pictures, **tables}
     tracking.log_files(client, run_id, files)
-    for name, rows in new.tables.items():
-        client.log_table(run_id, pd.DataFrame(rows), f"{name}.json")
-    tables = {f"{name}.json": tracking.file_of(client, run_id, f"{name}.json") for name in new.tables}
-    tracking.note_files(client, run_id, {**files, **tables})
+    tracking.note_files(client, run_id, files)
+    client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": name, "type": "table"} for name in tables]))
+
+
+def _table(rows: Sequence[Mapping[str, object]]) -> bytes:
+    """Rows as MLflow keeps a table, which its pages show as one."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return json.dumps({"columns": columns, "data": [[row.get(each) for each in columns] for row in rows]}).encode()
 
 
 def description(text: str, pictures: Iterable[str], run_id: str) -> str:
@@ -154,7 +190,7 @@ def description(text: str, pictures: Iterable[str], run_id: str) -> str:
 
 
 def _tags_of(new: Registration) -> dict[str, str]:
-    """What people filter versions by; the rest is in the version's run, and in `logged_model.FACTS`."""
+    """The tags of a new version, by which people filter; the rest is in its run, and in `logged_model.FACTS`."""
     own = {"lewis.recipe": new.source.removesuffix(".yaml")} if new.source else {}
     own |= {TEAM: new.team} if new.team else {}
     own |= {tag: value for tag, value in new.tags.items() if not tag.startswith(_OF_RUN)}

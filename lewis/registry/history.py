@@ -291,7 +291,10 @@ def _scores(client: "MlflowClient", run: str | None) -> dict[str, float]:
 def _documents(client: "MlflowClient", run: str | None, metric: str) -> str:
     """The digest of the documents that a score was measured on; empty if it is not known."""
     found = client.get_run(run).inputs if run else None
-    named = {each.dataset.name: each.dataset.digest for each in (found.dataset_inputs if found else ())}
+    inputs = found.dataset_inputs if found else []
+    # A run that was completed has two inputs of a task: that of all documents is sorted last, and counts.
+    by_part = sorted(inputs, key=lambda each: tracking.PART not in {tag.key for tag in each.tags})
+    named = {each.dataset.name: each.dataset.digest for each in by_part}
     return str(named.get(metric.partition("/")[0], ""))
 
 

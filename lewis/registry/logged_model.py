@@ -64,6 +64,21 @@ def write(
     client.finalize_logged_model(model.model_id, "READY")
 
 
+def note_metrics(client: "MlflowClient", model: "LoggedModel", metrics: Mapping[str, float]) -> None:
+    """Replace `metrics` among the facts of a version.
+
+    Raises:
+        DamagedError: if the facts are lost or damaged.
+    """
+    found = {**facts(client, model), "metrics": dict(metrics)}
+    if (folder := local_folder(model)) is not None:
+        store.write_json(folder / FACTS, found)
+        return
+    with store.scratch_folder("facts") as scratch:
+        store.write_json(scratch / FACTS, found)
+        client.log_model_artifacts(model.model_id, str(scratch))
+
+
 def facts(client: "MlflowClient", model: "LoggedModel") -> dict[str, Any]:
     """What `write` kept of a version.
 

@@ -147,7 +147,7 @@ def is_champion(name: str, version: str) -> bool:
 
 
 def refuse(name: str, version: str, why: str, by: str = "") -> None:
-    """Let a version that waits not become the champion; no gate asks for it again.
+    """Refuse a version that waits for approval. Later runs do not ask for it again.
 
     Raises:
         InputError: if it does not wait, or no reason is given.

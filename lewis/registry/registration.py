@@ -20,7 +20,7 @@ from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import CalibrationSet
-from lewis.registry import versions
+from lewis.registry import tracking, versions
 from lewis.registry.lineage import lineage_of
 from lewis.registry.tracking import RunInput
 from lewis.reports import card, charts
@@ -126,7 +126,7 @@ def registration_of(
     sources = scores[MERGED].sources if MERGED in scores else {}
     part = scores[MERGED].part if MERGED in scores else ""
     documents = _documents(models, metrics)
-    own, adapter = dict(tags or {}) | ({"lewis.documents": part} if part else {}), merged.adapter
+    own, adapter = dict(tags or {}) | ({tracking.PART: part} if part else {}), merged.adapter
     if adapter:
         metrics |= {"adapter/error": adapter.error, "adapter/worst error": adapter.worst_error}
         own["lewis.adapter"] = adapter.to_text()
@@ -145,7 +145,7 @@ def registration_of(
         ),
         tags=own,
         documents=documents,
-        datasets=_inputs(recipe, documents, sources, calibrations),
+        datasets=_inputs(recipe, documents, sources, calibrations, part),
         base=merged.base,
         source=f"{recipe.name}.yaml",
         began=began,
@@ -178,12 +178,13 @@ def _inputs(
     documents: Mapping[str, tuple[str, str]],
     sources: Mapping[str, Mapping[str, Any]],
     calibrations: Sequence[CalibrationEntry],
+    part: str,
 ) -> list[RunInput]:
     """The documents of the evaluation, and the calibration sets, with where they come from."""
     found = []
     for task, digest in sorted(set(documents.values())):
         kind, source = ("hugging_face", sources[task]) if task in sources else ("lm-eval", {"lm_eval_task": task})
-        found.append(RunInput(task, digest, "evaluation", kind, source))
+        found.append(RunInput(task, digest, "evaluation", kind, source, part))
     sets = recipe.lewis.calibrations if recipe.lewis else {}
     for each in calibrations:
         kind, source = _source_of(sets[each.name])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_KEY, MAX_PARAM = 250, 6000  # characters
 FILES = "lewis.files"  # tag of a run: its files, each with its size and SHA-256
+PART = "lewis.documents"  # tag of a version, and of a run's documents, that were scored in part: `64 of 1319`
 BATCH = 100  # parameters per request
 HEALING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 _FILES = re.compile(r"(https?://\S+?/mlflow-artifacts/artifacts)/")
@@ -198,6 +199,7 @@ class RunInput:
         context: `evaluation` or `calibration`.
         kind: of its source: `hugging_face` as MLflow has it, or `lm-eval`, `files` or `texts`.
         source: where it comes from, as plain data; of the Hub's with the keys of MLflow's `HuggingFaceDatasetSource`.
+        part: of an evaluation that ended early, as `ModelScores.part`; else empty.
     """
 
     name: str
@@ -205,6 +207,7 @@ class RunInput:
     context: str
     kind: str
     source: Mapping[str, Any]
+    part: str = ""
 
 
 def log_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[RunInput]) -> None:
@@ -214,7 +217,7 @@ def log_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[RunInpu
     inputs = [
         DatasetInput(
             Dataset(each.name, each.digest, each.kind, json.dumps(each.source)),
-            [InputTag("mlflow.data.context", each.context)],
+            [InputTag("mlflow.data.context", each.context), *([InputTag(PART, each.part)] if each.part else [])],
         )
         for each in datasets
     ]

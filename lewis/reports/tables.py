@@ -114,5 +114,5 @@ def moved_rows(
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
-    """With so many significant digits; None where no token reached a layer, or the recipe excludes it."""
+    """Round to a number of significant digits; None stays None: no token reached the layer, or it is excluded."""
     return None if value is None else float(f"{value:.{digits}g}")

@@ -1,8 +1,8 @@
-"""The branch `champion` of the Hub repo that a recipe publishes to: who pins `org/name@champion` gets what is in use.
+"""The branch `champion` of the Hub repo that a recipe publishes to: `org/name@champion` is the version in use.
 
-It is a target like others, and the first one: with `publish`, each move of the champion, also back to an earlier
-version, is a commit of that version's files on the branch. Nothing is deleted and made again, so that the name always
-leads somewhere, and weights that the repo has are not uploaded again.
+It is a target of `serve` like others, and comes first. With `publish`, each move of the champion, also back to an
+earlier version, is a commit of that version's files on the branch. The branch is never deleted, so that the name can
+always be loaded, and weights that the repo has are not uploaded again.
 """
 
 from typing import Literal
@@ -11,6 +11,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Publish
 from lewis.recipe.serve import Target
 from lewis.registry import publishing, tracking
+from lewis.serving import local
 from lewis.serving.model import Model
 from lewis.serving.records import Served
 
@@ -29,8 +30,9 @@ class HubTarget(Target):
 
 
 def targets(recipe: Recipe) -> list[Target]:
-    """Where a recipe's champion goes into service, in this order: the Hub, then the block `serve`."""
-    return [*([HubTarget(publish=recipe.publish)] if recipe.publish else []), *recipe.serve]
+    """Where a recipe's champion goes into service, in this order: the Hub, the block `serve`, `lewis up --serve`."""
+    here = local.targets(recipe.register_as.model) if recipe.register_as else []
+    return [*([HubTarget(publish=recipe.publish)] if recipe.publish else []), *recipe.serve, *here]
 
 
 def put(target: HubTarget, model: Model, before: Served) -> str:

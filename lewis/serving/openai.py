@@ -21,7 +21,7 @@ def put(target: OpenaiTarget, model: Model, before: Served) -> str:
         TransientError, LewisError: as `send`, or if the answer is not the expected one, or the list lacks the model.
     """
     body = filled(target.body, model)
-    headers = {"Content-Type": target.content_type, **with_key()}
+    headers = {"Content-Type": target.content_type, **with_key(target.url)}
     answer = send(target.method.upper(), target.url, body=body, headers=headers, timeout_s=target.timeout_seconds)
     try:
         found = answer.json() if target.expect else {}
@@ -32,7 +32,8 @@ def put(target: OpenaiTarget, model: Model, before: Served) -> str:
         if given != value:
             raise LewisError(f"the server's answer: expected {key}={value!r}, got {given!r}: {answer.text[:500]}")
     if target.api:
-        name, listed = asked_for(target, model), send("GET", f"{target.api}/models", headers=with_key()).json()
+        name = asked_for(target, model)
+        listed = send("GET", f"{target.api}/models", headers=with_key(target.api)).json()
         names = [str(each.get("id")) for each in listed.get("data", [])]
         if name not in names:
             raise LewisError(f"the server lists no model {name!r}, but {', '.join(names) or 'none'}")

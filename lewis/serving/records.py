@@ -10,6 +10,7 @@ from lewis.registry import tracking, versions
 from lewis.registry.history import registered_model
 from lewis.registry.versions import Version
 from lewis.reports.canary import Canary, Step
+from lewis.serving import slots
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -76,8 +77,11 @@ class Served:
         return replace(new, previous=before[0], previous_alias=before[1], since=_now() if other else self.since)
 
     def line(self) -> str:
-        """Where it is, and since when, and what the target did not take, for people."""
+        """A line for people: which version the target has, since when, and which one it did not take."""
         has = f"v{_number(self.uri)} since {_minute(self.since)}, as {self.alias}" if self.uri else "nothing yet"
+        if self.kind == "local" and self.uri:
+            here = slots.now()
+            has += f", {here.share(self.alias)} % at {here.url}/v1" if here else ", while `lewis up --serve` runs"
         failure = self.failure
         failed = f"; v{_number(failure.uri)} failed {_minute(failure.time)}: {failure.why}" if failure else ""
         return f"{self.target}: {has}{failed}"

@@ -6,9 +6,11 @@ from urllib.parse import urlsplit
 
 from lewis import settings
 from lewis.errors import LewisError, TransientError
+from lewis.serving import slots
+from lewis.store.secrets import UP_SERVE_KEY
 
 _SHOWN = 500  # characters of an answer that an error message shows
-_PASSES = (408, 425, 429)  # of the statuses below 500, those that can pass by themselves
+_PASSES = (408, 425, 429)  # statuses below 500 after which another try may succeed
 
 
 def place(url: str) -> str:
@@ -68,7 +70,7 @@ def send(
     raise kind(f"{place(url)} answered {status}: {' '.join(answer.text.split())[:_SHOWN] or 'nothing'}")
 
 
-def with_key() -> dict[str, str]:
-    """The header with the key of `LEWIS_SERVE_KEY`, if there is one."""
-    key = settings.SERVE_KEY.get()
+def with_key(url: str) -> dict[str, str]:
+    """The header with the key for a server: that of `lewis up --serve` for its own, else `LEWIS_SERVE_KEY`, if set."""
+    key = UP_SERVE_KEY.read() if slots.is_ours(url) else settings.SERVE_KEY.get()
     return {"Authorization": f"Bearer {key}"} if key else {}

@@ -23,14 +23,14 @@ from lewis.recipe.serve import Check
 from lewis.serving.requests_to import send, with_key
 from lewis.store import read_entry
 
-_TOKENS = 16  # of a greedy answer that are compared: the longer it is, the more part at a near tie
+_TOKENS = 16  # compared of each greedy answer; longer ones often differ where two tokens are nearly equally likely
 _SHOWN = 3  # differing documents that an error message shows
 _SECONDS = 300.0  # for one request
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One request in the eyes of both.
+    """One request, and what the server and lm-eval's run answer to it.
 
     Attributes:
         task: of lm-eval.
@@ -183,17 +183,19 @@ def _of_continuation(choice: Mapping[str, Any], start: int, end: int) -> list[fl
 
 def _text(api: str, model: str, task: str, kept: Mapping[str, Any]) -> Answer:
     tokens = min(_TOKENS, int(kept["tokens"]))
-    body = {"model": model, "max_tokens": tokens, "temperature": 0, "stop": list(kept["until"])[:4]}
+    body = {"model": model, "max_tokens": tokens, "temperature": 0}
     if kept.get("messages"):
         found = _post(f"{api}/chat/completions", {**body, "messages": kept["messages"]})
         text = str((found.get("message") or {}).get("content") or "")
     else:
         found = _post(f"{api}/completions", {**body, "prompt": kept["prompt"]})
         text = str(found.get("text") or "")
-    for stop in filter(None, kept["until"]):
-        text = text.partition(stop)[0]
+    cut = found.get("finish_reason") == "length"
+    for stop in filter(None, kept["until"]):  # here: a request with a stop fails at servers whose tokenizer is odd
+        text, at, _ = text.partition(stop)
+        cut = cut and not at
     scored, served = str(kept["answer"]).strip(), text.strip()
-    if found.get("finish_reason") == "length":  # it was cut, so the other one is cut, too
+    if cut:  # it was cut, so the other one is cut, too
         scored = scored[: max(len(served), 1)]
     parts = next((i for i, (x, y) in enumerate(zip(scored, served, strict=False)) if x != y), len(served))
     share = parts / max(len(scored), len(served), 1) if scored != served else 1.0
@@ -202,7 +204,7 @@ def _text(api: str, model: str, task: str, kept: Mapping[str, Any]) -> Answer:
 
 def _post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
     """The first choice of the answer."""
-    answer = send("POST", url, body=body, headers=with_key(), timeout_s=_SECONDS)
+    answer = send("POST", url, body=body, headers=with_key(url), timeout_s=_SECONDS)
     try:
         return dict(answer.json()["choices"][0])
     except (ValueError, KeyError, IndexError, TypeError) as error:

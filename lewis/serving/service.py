@@ -14,7 +14,20 @@ from lewis.recipe.serve import Target
 from lewis.registry import tracking, versions
 from lewis.registry.tracking import AwayError
 from lewis.registry.versions import Champion
-from lewis.serving import canary, command, haproxy, hub, kserve, model, openai, records, server_gate, vllm, webhook
+from lewis.serving import (
+    canary,
+    command,
+    haproxy,
+    hub,
+    kserve,
+    local,
+    model,
+    openai,
+    records,
+    server_gate,
+    vllm,
+    webhook,
+)
 from lewis.serving.records import Served
 from lewis.store.kinds import SERVED
 
@@ -30,6 +43,7 @@ class Kind:
         offer: makes the server answer for a model under its own name, while clients have another one; None: it cannot.
         put: puts a model into service, and returns the name that the server knows it by; what it raises means that the
             target has what it had.
+        withdraw: takes back what was offered, where it failed or was refused; None: there is nothing to take back.
         api: the URL of the OpenAI API and the name by which that knows the model, for the check; None: there is none.
         holds: whether the target still has what its record says; None: nothing can be asked.
     """
@@ -38,6 +52,7 @@ class Kind:
     holds: Callable[[Any, Served], bool] | None = None
     offer: Callable[[Any, model.Model, Served], None] | None = None
     api: Callable[[Any, model.Model, Served], tuple[str, str] | None] | None = None
+    withdraw: Callable[[Any, model.Model, Served], None] | None = None
 
 
 KINDS: Mapping[str, Kind] = {
@@ -48,6 +63,7 @@ KINDS: Mapping[str, Kind] = {
     "haproxy": Kind(haproxy.put, haproxy.holds, haproxy.offer, haproxy.api),
     "kserve": Kind(kserve.put, kserve.holds, kserve.offer, kserve.api),
     "hub": Kind(hub.put),
+    "local": Kind(local.put, local.holds, local.offer, local.api, local.withdraw),
 }
 """Kind of a target -> what it does."""
 
@@ -123,7 +139,7 @@ def is_due(target: Target, champion: Champion) -> bool:
 
 
 def _digest(target: Target) -> str:
-    """Of a target's block in the recipe."""
+    """The digest of a target's block in the recipe."""
     return store.digest(target.model_dump(mode="json"))
 
 
@@ -139,8 +155,13 @@ def _bring(
 ) -> tuple[str, str]:
     """Put a model into service if the server answers as it should; what was found, and the model's name there."""
     if kind.offer:
-        kind.offer(target, ready, before)
-        checked = _check(kind, target, ready, before, settings)
+        try:
+            kind.offer(target, ready, before)
+            checked = _check(kind, target, ready, before, settings)
+        except LewisError:
+            if kind.withdraw:
+                kind.withdraw(target, ready, before)
+            raise
         return checked, kind.put(target, ready, before)
     alias = kind.put(target, ready, before)
     try:

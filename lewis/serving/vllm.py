@@ -75,7 +75,8 @@ def models(target: VllmTarget) -> dict[str, str]:
     Raises:
         TransientError, LewisError: as `send`.
     """
-    answer = send("GET", f"{target.url.rstrip('/')}/v1/models", headers=with_key(), timeout_s=_SECONDS)
+    url = f"{target.url.rstrip('/')}/v1/models"
+    answer = send("GET", url, headers=with_key(url), timeout_s=_SECONDS)
     try:
         return {str(each["id"]): str(each.get("root")) for each in answer.json()["data"]}
     except (ValueError, KeyError, TypeError) as error:
@@ -97,4 +98,4 @@ def _load(target: VllmTarget, name: str, model: Model) -> None:
 
 def _post(target: VllmTarget, call: str, body: dict[str, object], accepted: tuple[int, ...] = ()) -> None:
     url, timeout_s = f"{target.url.rstrip('/')}/v1/{call}", target.timeout_seconds
-    send("POST", url, body=body, headers=with_key(), timeout_s=timeout_s, accepted=accepted)
+    send("POST", url, body=body, headers=with_key(url), timeout_s=timeout_s, accepted=accepted)

@@ -27,6 +27,7 @@ from typing import Any
 from lewis.allocation.step import AllocationInput, ExpertInput
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scored import MERGED
+from lewis.evaluation.step import furthest_look
 from lewis.importance.continuations import ContinueInput
 from lewis.importance.step import CalibrationInput, MeasureInput
 from lewis.inspection.step import InspectionInput, InspectionSettings
@@ -78,7 +79,7 @@ class Node:
 
     @property
     def label(self) -> str:
-        """The name of its task in Prefect, and its line in a plan: short, such as `measure math`, one in a graph."""
+        """The name of its task in Prefect, and of its line in a plan: short, such as `measure math`, and unique."""
         return f"{self.step.name} {self.model}" if self.model else self.name
 
 
@@ -353,6 +354,21 @@ def _scores(recipe: Recipe) -> Iterator[Node]:
                 )
 
             yield Node(name, table.EVALUATE, to_score, needs, after=(last,), when=when)
+
+
+def look_to_show(recipe: Recipe, merged: str, champion: str | None) -> int | None:
+    """The documents of each task in the scores of a merged model that is not judged again; None: all.
+
+    Args:
+        recipe: with an `evaluate` block.
+        merged: the model's digest.
+        champion: the digest of the champion, which is scored on all documents by default.
+    """
+    assert recipe.evaluate is not None
+    if merged == champion and recipe.evaluate.full_scores == "promoted":
+        return None
+    seed = merged if recipe.evaluate.documents == "by_release" else ""
+    return furthest_look(MERGED, merged, replace(EvalSettings.of(recipe.evaluate, recipe.root), seed=seed))
 
 
 def evaluations(recipe: Recipe) -> dict[str, list[str]]:

@@ -13,10 +13,8 @@ from typing import Any
 
 from lewis import store
 from lewis.errors import LewisError
-from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.outlook import outlook
-from lewis.evaluation.statistics.scored import MERGED
-from lewis.evaluation.step import find_score, furthest_look, scoring_devices
+from lewis.evaluation.step import find_score, scoring_devices
 from lewis.importance.coverage import covered_tensors
 from lewis.inspection.kinds import Finding
 from lewis.inspection.step import before_download
@@ -36,7 +34,16 @@ from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.registry import tracking, versions
-from lewis.steps.graph import CHAMPION, LOOK, Graph, Node, graph, inspection_settings, warning_of_shared_set
+from lewis.steps.graph import (
+    CHAMPION,
+    LOOK,
+    Graph,
+    Node,
+    graph,
+    inspection_settings,
+    look_to_show,
+    warning_of_shared_set,
+)
 from lewis.steps.run import check_tasks, pinned
 from lewis.steps.step import Cost
 from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, EVALUATE, MERGE, ScoreInput, by_task
@@ -227,7 +234,10 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def _add_merges(plan: Plan, recipe: Recipe, headers: Headers, experts: int) -> None:
-    """Add what the merges take; from the headers of their result, where models are missing that a forecast opens."""
+    """Add time, disk and memory of the merges.
+
+    If models are not downloaded yet, disk and memory follow from the headers of the result, and the time is unknown.
+    """
     merges = [each for each in plan.steps if each.name.startswith(f"{MERGE.name} ") and each.state == "to do"]
     if any(each.cost.seconds is None for each in merges):
         largest = max(math.prod(shape) for _, shape in headers.values())
@@ -262,7 +272,8 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
                 plan.steps.append(_look(node, results, asked))
         block, merged = recipe.evaluate, results.get("merge experts")
         if block and block.stop != "never" and merged and merged.key:  # else nothing is known of where it will end
-            results[LOOK] = furthest_look(MERGED, merged.key, EvalSettings.of(block, recipe.root))
+            champion = results.get(CHAMPION)
+            results[LOOK] = look_to_show(recipe, merged.key, champion.key if champion else None)
         plan.steps += _look_at_scores(walked, results, asked)
     for files in results.values():
         if isinstance(files, ModelFiles) and not isinstance(files, _NotHere) and files.adapter:

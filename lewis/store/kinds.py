@@ -137,10 +137,10 @@ GRAMS = Kind("grams", "*", "grams-", manifest=True, shared="always")  # second-o
 ALLOCATIONS = Kind("allocations", locks="allocation-", shared="always")  # densities
 CALIBRATIONS = Kind("calibrations", locks="calibration-", shared="always")  # token ids of calibration sets
 INSPECTIONS = Kind("inspections", locks="inspection-", shared="always")  # how the weights of base and experts differ
-GGUF = Kind("gguf", "*", "gguf-", check=None)  # folders: config, tokenizer and names of a GGUF file, a link to it
+GGUF = Kind("gguf", "*", "gguf-", check=None)  # a link to a GGUF file, its config, tokenizer, names
 SCORES = Kind("scores", locks="scores-", shared="always")  # what lm-eval said of one model
-ANSWERS = Kind("answers", "*.jsonl", check=None)  # of models whose scores are not finished, batch by batch
-DIGESTS = Kind("digests")  # remembered checksums and other facts, which are of one disk
+ANSWERS = Kind("answers", "*.jsonl", check=None)  # finished batches of evaluations that are not done
+DIGESTS = Kind("digests")  # remembered checksums and other facts, which hold for this disk only
 PICTURES = Kind("pictures", "*.png", check=check_png, shared="always")
 REPORTS = Kind("reports", "*.html", check=None, notes_use=False)  # pages of runs: <recipe>_<id of the run>
 LOGS = Kind("logs", "*.log", check=None, writer=r"-([0-9a-z]+-\d+)\.log$")  # of the servers: <server>-<writer>.log

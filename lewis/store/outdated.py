@@ -88,7 +88,7 @@ def remove(found: Outdated) -> None:
 
 
 def _entries(system: Any, root: str) -> Iterator[tuple[Kind, str, float, int]]:
-    """Of each entry: its kind, its digest, when its newest object was written, and the bytes of all."""
+    """For each entry its kind, its digest, when its newest object was written, and the bytes of all objects."""
     for kind in (kind for kind in kinds.TABLE.values() if kind.shared != "never"):
         try:
             objects = system.find(f"{root}/{kind.name}", detail=True)

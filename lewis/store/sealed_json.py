@@ -68,7 +68,7 @@ def check_lines(data: bytes) -> None:
     for number, line in enumerate(data.splitlines(keepends=True), 1):
         try:
             if not line.endswith(b"\n"):
-                raise DamagedError("it is cut")
+                raise DamagedError("it is cut off: it has no line end")
             unsealed(json.loads(line))
         except (ValueError, TypeError) as error:
             raise DamagedError(f"line {number}: {error}") from error

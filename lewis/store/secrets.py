@@ -75,8 +75,10 @@ WEBHOOK_SECRET = Secret(
 METRICS_KEY = Secret("metrics-key", settings.METRICS_KEY, "remove it, and give Prometheus the new key")
 SERVE_SECRET = Secret("serve-secret", settings.SERVE_SECRET, "remove it, and give the new one to the receiver")
 
+UP_SERVE_KEY = Secret("champion-key", settings.UP_SERVE_KEY, "remove it, and start `lewis up --serve` again")
+
 
 def files() -> list[Path]:
     """The files of secrets that the store has."""
-    paths = [each.path() for each in (PREFECT_KEY, MLFLOW_PASSWORD, WEBHOOK_SECRET, METRICS_KEY, SERVE_SECRET)]
-    return [path for path in paths if path.exists()]
+    known = (PREFECT_KEY, MLFLOW_PASSWORD, WEBHOOK_SECRET, METRICS_KEY, SERVE_SECRET, UP_SERVE_KEY)
+    return [each.path() for each in known if each.path().exists()]

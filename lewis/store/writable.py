@@ -123,7 +123,7 @@ def check_output_file(file: Path) -> Path:
     try:
         place = file.resolve()
         if place.exists() and not place.is_file():
-            raise InputError(f"-o {file}: expected the name of a file, got what is none; choose another path")
+            raise InputError(f"-o {file}: expected the name of a file, got a folder or a device; choose another path")
         _try(place)
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError):

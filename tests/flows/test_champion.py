@@ -14,7 +14,11 @@ import torch
 from lewis.errors import LewisError
 from lewis.evaluation.gate import Incumbent, Standing
 from lewis.evaluation.harness import child, process
+from lewis.recipe.recipe import Recipe
 from lewis.registry import promotion
+from lewis.registry.history import picture
+from lewis.registry.versions import champion
+from lewis.steps.plan import make_plan
 from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
 from tests.conftest import full
@@ -301,7 +305,7 @@ def test_scoring_ends_once_the_verdict_is_known(
 ) -> None:
     """A clear loser and a clear winner on the first 32 of 300 documents, and what is equal on all of them."""
     write_words(recipe.parent, 300)
-    first = run("half", "evaluate.stop=known")
+    first = run("half", "evaluate.stop=known", "evaluate.full_scores=never")
     assert first.promoted and {row["documents"] for row in first.comparison} == {"32"}
 
     worse = run("noise", "evaluate.stop=known", "register.gate.policy=not_worse")
@@ -328,6 +332,55 @@ def test_scoring_ends_once_the_verdict_is_known(
     assert newest_run(prefect_url) == "Cached" and again.comparison[-1] == better.comparison[-1]
     run("noise", "evaluate.stop=known", "register.gate.policy=not_worse")
     assert newest_run(prefect_url) == "Cached"
+
+
+def test_what_is_promoted_early_is_scored_on_all_documents_afterwards(
+    run: Callable[..., Any], recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The promotion stands if that fails, and the next run goes on with it."""
+    from mlflow import MlflowClient
+
+    write_words(recipe.parent, 60)
+    evaluate = process.run
+
+    def breaks(request: dict[str, Any], **given: Any) -> dict[str, Any]:
+        if request.get("look") is None:
+            raise LewisError("the GPU is gone")
+        return evaluate(request, **given)
+
+    monkeypatch.setattr(process, "run", breaks)
+    first, client = run("half", "evaluate.stop=known"), MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    assert first.promoted and first.created and {row["documents"] for row in first.comparison} == {"32"}
+    ended = newest_ended(prefect_url)
+    assert ended["state_name"] == "Promoted" and aliases(home) == {"champion": "1"}
+    assert "; not scored on all documents, run again: evaluate base words: " in ended["state"]["message"]
+    assert ended["state"]["message"].endswith(": the GPU is gone")
+    version = client.get_model_version("tiny", "1")
+    part = client.get_run(version.run_id).data.metrics["merged/words/acc"]
+    assert version.tags["lewis.documents"] == "32 of 60"
+    early = Recipe.load(recipe, ["models[0].model=half", "evaluate.stop=known", "evaluate.full_scores=never"])
+    assert [each.state for each in make_plan(early).steps if each.name == "evaluate merged words"] == ["cached"]
+    plan = Recipe.load(recipe, ["models[0].model=half", "evaluate.stop=known"])
+    assert [each.state for each in make_plan(plan).steps if each.name == "evaluate merged words"] == ["to do"]
+
+    monkeypatch.setattr(process, "run", evaluate)
+    again = run("half", "evaluate.stop=known")
+    assert again.version == first.version and {row["documents"] for row in again.comparison} == {"60"}
+    assert [each.state for each in make_plan(plan).steps if each.name == "evaluate merged words"] == ["cached"]
+    version = client.get_model_version("tiny", "1")
+    whole = client.get_run(version.run_id).data.metrics["merged/words/acc"]
+    shown = next(row["score"] for row in again.comparison if row["model"] == "merged")
+    assert "lewis.documents" not in version.tags and whole != part and shown.startswith(f"{whole:.4g}")
+    current = champion("tiny")
+    assert current and current.metrics["words/acc,none"] == whole and f"{whole:.4g}" in version.description
+    rows = json.loads(Path(client.download_artifacts(version.run_id, "comparison.json")).read_text())
+    assert {row[rows["columns"].index("documents")] for row in rows["data"]} == {"60"}
+
+    better = run("good", "evaluate.stop=known")
+    assert better.promoted and {row["documents"] for row in better.comparison} == {"60"}
+    assert " on 32 of 60 documents" in newest_ended(prefect_url)["state"]["message"]
+    assert "lewis.documents" not in client.get_model_version("tiny", "2").tags
+    check_png(picture("tiny"))
 
 
 @full
@@ -372,6 +425,7 @@ def test_a_search_gives_up_trials_that_are_worse_than_the_best(
     assert states == {(1.0, "done"), (0.0, "pruned")} and found.best == {"parameters.lambda": 1.0}
 
 
+@full
 def test_a_flipped_bit_never_becomes_champion(
     run: Callable[[str], Any], recipe: Path, home: Path, prefect_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

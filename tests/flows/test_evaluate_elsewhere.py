@@ -22,7 +22,7 @@ from lewis_flows import evaluate_elsewhere as elsewhere
 from lewis_flows import recipes_folder, walk
 from lewis_flows.evaluate import evaluate_flow
 from lewis_flows.service import up
-from tests.conftest import Family
+from tests.conftest import Family, full
 from tests.flows.conftest import TASK
 from tests.support import pipeline
 
@@ -219,7 +219,25 @@ def test_the_mark_is_compared_task_by_task_in_the_format_of_the_merged_model(
     assert step.find_comparable("models:/m/1", "mark", "merged", settings) is None
 
 
-@pytest.mark.parametrize("output", [[], LORA], ids=["full", "lora"])
+def test_the_furthest_look_is_found_where_tasks_were_scored_on_different_devices(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    there = {(task, device, look) for look in (32, 64) for task, device in (("a", "cuda"), ("b", "cpu"))}
+    monkeypatch.setattr(
+        step, "find_score", lambda _, __, settings, device: (settings.tasks[0], device, settings.look) in there
+    )
+    monkeypatch.setenv("LEWIS_EVALUATE_QUEUE", "gpu")
+    settings = step.EvalSettings(("a", "b"), tmp_path)
+    assert step.furthest_look("merged", "key", settings) == 64
+    there.add(("a", "cuda", 128))
+    assert step.furthest_look("merged", "key", settings) == 64  # b was not scored on so many
+    there |= {("a", "cpu", None), ("b", "cuda", None)}
+    assert step.furthest_look("merged", "key", settings) is None
+    there.clear()
+    assert step.furthest_look("merged", "key", settings) is None
+
+
+@pytest.mark.parametrize("output", [pytest.param([], id="full"), pytest.param(LORA, id="lora", marks=full)])
 def test_the_run_scores_what_the_merge_names_and_only_then(
     output: list[str], recipe: Path, home: Path, family: Family, prefect_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,7 @@ def test_ctrl_c_leaves_nothing_half_written(lewis: Command, recipe: Path, home: 
     assert (home / "merged").is_dir()
 
 
+@full
 def test_two_runs_at_once_compute_once_and_a_truncated_merge_is_made_again(
     lewis: Command, recipe: Path, home: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_two_runs_at_once_compute_once_and_a_truncated_merge_is_made_again(
     assert Path(again["folder"]) == weights.parent and weights.read_bytes() == content
 
 
+@full
 def test_models_from_a_hub_that_stumbles_and_back_to_it(
     lewis: Command, recipe: Path, family: Family, tmp_path: Path, home: Path
 ) -> None:

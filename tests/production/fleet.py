@@ -142,6 +142,7 @@ class Fleet:
             "LEWIS_STORE_MERGED": "1",
             "LEWIS_WEBHOOK_SECRET": SECRET,
             "LEWIS_WEBHOOK_PORT": str(ports["webhook"]),
+            "LEWIS_POLL_SECONDS": "0",  # releases come by the webhook: a run begins when a test wants one
         }
         self._ports = ports
 

@@ -128,7 +128,7 @@ def test_scoring_gets_a_gpu_and_a_merge_none_and_a_run_chooses_nothing(
     assert done.returncode == 0, done.stdout + done.stderr
 
     monkeypatch.setenv("LEWIS_EVALUATE_POOL", SETTINGS["LEWIS_EVALUATE_POOL"])
-    parameters = {"recipe": "evil", "models": {"evil": "evil"}, "tasks": "evil", "base": "evil", "overrides": ["evil"]}
+    parameters = {"recipe": "evil", "models": {"evil": "evil"}, "tasks": "evil", "base": "evil", "task": "evil"}
     scoring = evaluate_elsewhere._start(client, work_queue.queue(), parameters | DANGEROUS)
     nightly = client.read_deployment_by_name("merge/tiny")
     of_merge = {"recipe": "tiny", "overrides": ["evil"], **DANGEROUS}

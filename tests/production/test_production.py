@@ -41,7 +41,8 @@ def fleet(family: Family, s3: S3Server) -> Iterator[Fleet]:
     root.chmod(0o711)
     with LocalHub(root / "hub") as hub, pytest.MonkeyPatch.context() as patch:
         hub.commit("org/base", family.base)
-        for name in ("other", *NAMES):
+        hub.commit("org/other", family.math)
+        for name in NAMES:
             hub.commit(f"org/{name}", family.code)
         fleet = Fleet(root, hub, s3)
         patch.setenv("MLFLOW_TRACKING_USERNAME", USER)

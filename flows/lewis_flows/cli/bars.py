@@ -37,7 +37,7 @@ class Effort:
         return self.bytes / 1e9 / self.seconds
 
     def to_text(self) -> str:
-        """One line; without the rate where it is not the disk that decides the time."""
+        """Seconds, rate and memory in one line; the rate is left out where the disk does not limit the speed."""
         rate = f", {self.rate:.2f} GB/s read and written" if self.rate >= SLOW else ""
         return f"{self.seconds:.1f} s{rate}, {self.peak / 1e6:.0f} MB of memory at the peak"
 

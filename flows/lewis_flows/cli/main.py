@@ -109,7 +109,7 @@ COMMANDS = (
         "up",
         service.up,
         "run the service until Ctrl-C: servers, deployments, worker, webhook receiver",
-        (prefect_file, service.up_output),
+        (service.serve_option, prefect_file, service.up_output),
     ),
     Command(
         "status",

@@ -29,6 +29,15 @@ def up_output(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def serve_option(command: argparse.ArgumentParser) -> None:
+    """`--serve [RECIPE]`."""
+    chosen = command.add_argument(
+        "--serve", metavar="RECIPE", nargs="?", const="",
+        help="serve the champion of this recipe too, or of the only one: the OpenAI API on port 4400",
+    )  # fmt: skip
+    completion.completes(chosen, completion.recipes)
+
+
 def up(options: argparse.Namespace) -> None:
     """Run the service until Ctrl-C or SIGTERM, and print what its parts say."""
     from lewis_flows.cli.up_output import Output
@@ -41,12 +50,13 @@ def up(options: argparse.Namespace) -> None:
 
     def ready(urls: dict[str, str]) -> None:
         named = {"Prefect": urls["prefect"].removesuffix("/api"), "MLflow": urls["mlflow"], "Webhook": urls["webhook"]}
+        named |= {"Champion": f"{urls['champion']}/v1"} if "champion" in urls else {}
         for name, url in named.items():
             output.say("lewis", f"{name:<8} {redacted(url)}")
         output.say("lewis", "`lewis open` opens its pages and signs the browser in; Ctrl-C stops all of it")
 
     try:
-        up(output.say, ready, options.prefect_file)
+        up(output.say, ready, options.prefect_file, options.serve)
     except KeyboardInterrupt:  # as one stops it: nothing has failed
         output.say("lewis", "stopped; its state is kept, and the next `lewis up` goes on with it")
 

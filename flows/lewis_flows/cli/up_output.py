@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.text import Text
 
 _COLOURS = {"lewis": "bold", "prefect": "blue", "mlflow": "cyan", "worker": "green", "webhook": "magenta"}
-_OURS = ("lewis", "webhook")  # whose lines are events already
+_OURS = ("lewis", "webhook", "champion")  # whose lines are events already
 _RECORD = re.compile(r"^(?:[\d:., /-]+\|? *)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :|]*(.*)")
 # The nightly runs of the service itself say at ERROR why they fail.
 _RUN = re.compile(r"^Flow run '(?!verify|retention)(.*)' - (Beginning flow run|Finished in state) ")
 _FAILED = re.compile(r"^Flow run '.*' - Finished in state (Failed|Crashed|Rejected)\b")
 _FAILED_AGAIN = re.compile(r"^Flow run '.*' - Engine execution exited with unexpected exception$")
-# What a worker says while Prefect is away, and makes up for by itself. Its sockets break before that is seen.
+# Errors that a worker logs while Prefect's server is down, and recovers from without help. Its websockets break first,
+# before `lewis up` has seen that the server ended.
 _SOCKET = re.compile(r"^prefect\.FlowRun\w+Observer - The \w+ websocket failed")
 _AWAY = re.compile(
     r"^prefect\.events\.clients - Unable to connect|\bService 'EventsWorker' failed to process item\b"
@@ -25,7 +26,7 @@ _AWAY = re.compile(
     r"|^prefect\.FlowRunCancellingObserver - Cancellation polling task failed"
     r"|^prefect\.runner\.executor_context - Cancellation observer failed"
 )
-_BACK = 120.0  # seconds after its end in which Prefect, and what spoke to it, is itself again
+_BACK = 120.0  # seconds that the server and its clients have to recover after the server ended
 _TRACEBACK = re.compile(r"^\s*(\+ Exception Group )?Traceback \(most recent call last\)")
 _LINK = re.compile(
     r"^(During handling of the above exception|The above exception was the direct cause)\b"
@@ -42,7 +43,7 @@ class Output:
     """
 
     def __init__(self, *, verbose: bool, as_json: bool) -> None:
-        """Print to what is stdout now."""
+        """Print to `sys.stdout` as it is at the time of this call."""
         self.verbose, self.as_json = verbose, as_json
         self._console = Console()
         self._shown: dict[str, bool] = {}

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from lewis.errors import InputError, TransientError
 from lewis.registry import releases, versions
-from lewis.store.secrets import PREFECT_KEY
+from lewis.store.secrets import PREFECT_KEY, UP_SERVE_KEY
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.service import credentials, note, servers
 from lewis_flows.service.credentials import connected
@@ -79,6 +79,8 @@ def _sign_in() -> dict[str, str]:
         found["Prefect"] = f"the key in {PREFECT_KEY.path()}"
     if user := known.get("mlflow_user"):
         found["MLflow"] = credentials.mlflow_asks_for(user)
+    if url := known.get("champion"):
+        found["Champion"] = f"the key in {UP_SERVE_KEY.path()}, at {url}/v1"
     return found
 
 

@@ -10,7 +10,7 @@ from lewis.store.folders import SERVICE_NOTE
 
 
 def read() -> dict[str, Any]:
-    """The keys `pid`, `writer`, `prefect`, `mlflow` and `webhook`; empty without a note.
+    """The keys `pid`, `writer`, `prefect`, `mlflow` and `webhook`, with `--serve` `champion`; empty without a note.
 
     A killed `lewis up` leaves its note. `writer` names its process as `store.writer` does.
 

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 
 from lewis import settings
 from lewis.registry import tracking
-from lewis.store.secrets import PREFECT_KEY
+from lewis.store.secrets import PREFECT_KEY, UP_SERVE_KEY
 from lewis_flows.service import credentials, mlflow_app, note
 from lewis_flows.service.own_pages import own_origins
 from lewis_flows.service.processes import Process, answers, free_port
 
+OPENAI = ("OPENAI_BASE_URL", "OPENAI_API_KEY")  # by which clients of the OpenAI API find a server
 _ORIGINS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")  # one setting, two names
 _DEFAULTS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
@@ -97,6 +98,8 @@ def client_environment() -> dict[str, str]:
         found["PREFECT_API_URL"] = prefect
         if key := credentials.key_for(prefect):
             found[credentials.PREFECT_SENT] = key
+    if alive and "champion" in known and not any(os.environ.get(name) for name in OPENAI):
+        found |= zip(OPENAI, (f"{known['champion']}/v1", UP_SERVE_KEY.read()), strict=True)
     return found
 
 

@@ -20,7 +20,7 @@ from lewis.models.source import pin_all
 from lewis.redact import redacted
 from lewis.registry import history, releases
 from lewis.registry.releases import Held
-from lewis.serving import records
+from lewis.serving import records, slots
 from lewis_flows import behind, polls, prefect_runs, recipes_folder, turn
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, recipe_of
 from lewis_flows.service import note
@@ -47,7 +47,11 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
             name="MLflow", url=redacted(tracking) or str(store.home() / "mlflow"), up=True, state="no server; the files"
         )
     webhooks = _part("webhooks", settings.WEBHOOK_URL.get() or known.get("webhook") or "")
-    found = Status(parts=[prefect, mlflow, webhooks], polled=polls.last())
+    parts = [prefect, mlflow, webhooks]
+    if url := known.get("champion"):
+        up, state = slots.state()
+        parts.append(Part(name="champion", url=f"{url}/v1", up=up, state=state))
+    found = Status(parts=parts, polled=polls.last())
     found.devices = device_queue.queue()
     if prefect.up:
         try:
@@ -264,7 +268,7 @@ def _waits(run: FlowRun) -> str:
 
 
 def _first(runs: Iterable[FlowRun], key: Callable[[FlowRun], Hashable]) -> list[FlowRun]:
-    """Of the runs with the same key, the first."""
+    """The first run of each key."""
     kept: dict[Hashable, FlowRun] = {}
     for run in runs:
         kept.setdefault(key(run), run)

@@ -15,6 +15,7 @@ from lewis import settings, store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import work_queue
 from lewis.registry import tracking
+from lewis.serving import slots
 from lewis.store.secrets import PREFECT_KEY
 from lewis_flows.service import credentials, note, worker
 from lewis_flows.service.processes import Process, usable_port
@@ -32,7 +33,12 @@ _NOISE = (
 _RESTARTS = 5  # in a row, each within a minute of its start: then `lewis up` gives the part up
 
 
-def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | None = None) -> None:
+def up(
+    say: Say,
+    ready: Callable[[dict[str, str]], None],
+    prefect_file: Path | None = None,
+    serve: str | None = None,
+) -> None:
     """Run servers, deployments, a worker and the receiver until Ctrl-C; a part that dies is started again.
 
     If `PREFECT_API_URL` or `MLFLOW_TRACKING_URI` names a server, that one is used instead of starting one.
@@ -41,9 +47,10 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
         say: called with each line that a part prints.
         ready: called with the URL of each part when all of them answer.
         prefect_file: what to deploy; by default, the `prefect.yaml` that comes with the project.
+        serve: the recipe whose champion is served here, empty for the only one; None: none is.
 
     Raises:
-        InputError: if a port is taken, or another `lewis up` runs on this store.
+        InputError: if a port is taken, no recipe can be served, or another `lewis up` runs on this store.
         LewisError: if a part does not come up, or does not stay up.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts its background jobs with SIGINT ignored
@@ -66,27 +73,33 @@ def up(say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | N
             stack.callback(say, "lewis", f"stopping {part.name}")
             parts.append(part)
 
+        if serve is None:
+            slots.want(None)
+        else:
+            _apart("champion", "choose", serve)
         urls = _start_servers(add, say)
+        if serve is not None:
+            add(_champion(urls, say))
         asks = settings.MLFLOW_AUTH.get() and any(part.name == "mlflow" for part in parts)
         known = urls | ({"mlflow_user": credentials.mlflow_user()} if asks else {})
         note.write(known)
         os.environ.setdefault(settings.MLFLOW_UI.name, urls["mlflow"])  # for links
         say("lewis", "deploying")
-        _with_prefect("begin", *([str(prefect_file)] if prefect_file else []))
+        _apart("deploy", "begin", *([str(prefect_file)] if prefect_file else []))
         add(Process("worker", _worker(), {}, echo=_echo("worker", say)))
         add(_receiver(urls, say))
         note.write(known | urls)
         ready(urls)
-        _keep_up(parts, say, {"worker": lambda: _with_prefect("worker-died")})
+        _keep_up(parts, say, {"worker": lambda: _apart("deploy", "worker-died")})
 
 
-def _with_prefect(*what: str) -> None:
-    """Run `deploy.main`, in a process of its own: with Prefect's client, this one would hold 200 MB more for days.
+def _apart(module: str, *what: str) -> None:
+    """Run `main` of a module in a process of its own: with Prefect's client, this one would hold 200 MB more for days.
 
     Raises:
         InputError, LewisError: as the process says on its stdout; its log goes to the stderr of this one.
     """
-    command = [sys.executable, "-m", "lewis_flows.service.deploy", *what]
+    command = [sys.executable, "-m", f"lewis_flows.service.{module}", *what]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         kind = InputError if done.returncode == 2 else LewisError
@@ -133,8 +146,15 @@ def _receiver(urls: dict[str, str], say: Say) -> Process:
     )
 
 
+def _champion(urls: dict[str, str], say: Say) -> Process:
+    port = usable_port(settings.UP_SERVE_PORT.name, str(settings.UP_SERVE_PORT.get()))
+    urls["champion"] = f"http://127.0.0.1:{port}"
+    command, health = ["-m", "lewis_flows.service.champion", "run", str(port)], f"{urls['champion']}/up"
+    return Process("champion", command, {}, health=health, echo=_echo("champion", say), grace=60.0)
+
+
 def _keep_up(parts: list[Process], say: Say, died: Mapping[str, Callable[[], None]]) -> None:
-    """Start again what ends; `died` says by the name of a part what is to be done before it starts again."""
+    """Start each part again that ends, after what `died` has under its name."""
     failures = dict.fromkeys((part.name for part in parts), 0)
     started = dict.fromkeys(failures, time.monotonic())
     while True:

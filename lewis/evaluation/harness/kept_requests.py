@@ -59,7 +59,7 @@ def _can_be_kept(request: Mapping[str, Any]) -> bool:
 
 
 def _choices(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Of a multiple choice, or of one likelihood, all continuations of the first prompt."""
+    """All continuations of the first prompt, of a multiple choice or of a single likelihood."""
     pairs = [(argument, response) for argument, response in zip(row["arguments"], row["resps"], strict=False)]
     prompt = pairs[0][0][0]
     alike = [(argument[1], response[0][0]) for argument, response in pairs if argument[0] == prompt]

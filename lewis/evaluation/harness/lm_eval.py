@@ -85,7 +85,7 @@ class EvalSettings:
     @classmethod
     def of(cls, block: Evaluate, root: Path) -> "EvalSettings":
         """The settings of a recipe's `evaluate` block."""
-        others = block.model_dump(exclude={"weights", "baselines", "timeout_minutes", "stop"})
+        others = block.model_dump(exclude={"weights", "baselines", "timeout_minutes", "stop", "full_scores"})
         return cls(root=root, timeout_s=60 * block.timeout_minutes, **others)
 
 

@@ -42,7 +42,7 @@ def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, 
     if not (files.under or quantised or (files.adapter and (whole or _saves_tied(files.folder, files.adapter)))):
         yield files.folder, files.adapter
         return
-    model = files.model_copy(update={"like": None}).open()  # by its own names, which its class has
+    model = files.model_copy(update={"like": None}).open()  # under its own tensor names, which transformers expects
     as_before = quantised and not files.adapter
     layout = {name: (_dtype(model, name, as_before), info.shape) for name, info in model.tensors.items()}
     store.check_space(store.home(), sum(size_of(dtype, shape) for dtype, shape in layout.values()) + 10**7)

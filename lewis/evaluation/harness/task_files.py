@@ -143,7 +143,7 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
 def reads_hub(found: FoundTasks, root: Path) -> bool:
     """Whether a task may read its documents from the Hub or another machine.
 
-    These are the tasks of lm-eval's own, and files that name a repo on the Hub or a URL.
+    True for lm-eval's own tasks, and for task files that name a repo on the Hub or a URL.
     """
     for block in (block for task in found.files.values() for block in blocks(task.config)):
         source, options = str(block.get("dataset_path") or ""), block.get("dataset_kwargs")

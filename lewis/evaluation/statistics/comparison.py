@@ -80,9 +80,10 @@ class Comparison:
         return float((1 + np.count_nonzero(~(self.draws < gain))) / (1 + len(self.draws)))
 
     def p_unseen(self, tolerance: float) -> float:
-        """The chance that no document shows a loss of `tolerance` in a score from 0 to 1; 0 if more than a few differ.
+        """The chance that a model which is worse by `tolerance` shows it on none of these documents.
 
-        Resamples know nothing of a loss that no document has.
+        It is for scores from 0 to 1 of two models that differ on few documents: the bootstrap sees only losses that a
+        document has. If more documents differ, or all values are 0 or 1, it is 0, and the other tests decide.
         """
         few = not self.binary and self.wins + self.losses < FEW
         return max(1 - tolerance, 0.0) ** self.documents if few else 0.0

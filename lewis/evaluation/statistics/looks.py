@@ -66,6 +66,6 @@ def look_at(stop: Stop, documents: int | None, pools: Mapping[str, int]) -> Look
     planned = sizes(max(pools.values(), default=0))
     if documents is None:
         return Look(None, pools, 1 - EARLY if stop == "known" and planned else 1.0)
-    if documents not in planned:  # too many of all to look at
+    if documents not in planned:  # the next look would be the last one, with all documents
         return Look(documents, pools, 0.0, 0.0)
     return Look(documents, pools, EARLY / len(planned) if stop == "known" else 0.0, 1 / len(planned))

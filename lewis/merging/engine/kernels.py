@@ -229,7 +229,7 @@ def scan_ties(
     base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, tie: Any, low: Any,
     high: Any, found: Any,
 ) -> Any:  # fmt: skip
-    """Of the scores with the bits `tie`, look for those whose place in the order of ties lies in [low, high].
+    """Look for scores with the bits `tie` whose place in the order of ties lies in [low, high].
 
     Returns:
         How many places are before, how many are inside, and how many of these were written to `found`, as in `scan`.

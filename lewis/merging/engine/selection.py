@@ -177,7 +177,7 @@ class Selector:
         return threshold, np.partition(order, wanted - 1)[wanted - 1]
 
     def _last_tie(self, pair: Pair, score: int, wanted: int, ties: int) -> np.uint64:
-        """Of `ties` equal scores `wanted` are kept: the place, in the order of ties, of the last one that is.
+        """The place, in the order of ties, of the last score that is kept if `wanted` of `ties` equal scores are kept.
 
         Their places are spread evenly over [0, 2^64), so no sample is needed to know where to look.
         """
@@ -247,7 +247,7 @@ class Kept:
         self.factor = self._factor(pair, key, np.float32(density)) if rescale else np.float32(1)
 
     def mask(self, start: int, stop: int) -> np.ndarray | None:
-        """If elements are kept by rank: for those from `start` to `stop`, 1 if it is kept, else 0; uint8."""
+        """Which elements from `start` to `stop` are kept, if they are kept by rank: 1 or 0 for each, uint8."""
         return self._ranks.kept(start, stop) if self._ranks else None
 
     def _factor(self, pair: Pair, key: np.uint64 | None, density: np.float32) -> np.float32:

@@ -190,7 +190,7 @@ def _warn_of_few_tokens(merge: Prepared, covered: Collection[Covered]) -> None:
 
 
 def in_order(network: Network) -> list[Covered]:
-    """The covered tensors of modules that every pass comes to, in one order; not those of experts of a mixture."""
+    """The covered tensors whose modules all forward passes call in the same order: no experts of a mixture."""
     found = []
     for each in network.covered:
         path, _, name = each.parameter.rpartition(".")

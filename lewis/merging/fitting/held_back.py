@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lewis.importance.calibration import Calibration
 from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.losses import RowLoss, mean_loss, predicts_next_token, row_losses
 from lewis.merging.prepared import Prepared
@@ -28,6 +29,7 @@ from lewis.progress import Report
 
 logger = logging.getLogger(__name__)
 BROKEN = 1.0  # nats per token that a row may lose
+FIT = 8  # times as long as a pass over the held-back rows, roughly: its share of the progress
 LARGER = {"ridge": (10.0, 0.1), "prior": (3.0, 3.0)}  # parameter -> its factor, and the least value, of a second fit
 
 Fit = Callable[[Prepared, Path, Report | None, int | None], Fitted]
@@ -115,7 +117,7 @@ def fit_and_judge(
         merge: some of whose experts have rows that were held back.
         folder: for what is fitted; what a killed process has fitted there is found again.
         fit: fits a merge.
-        progress: as that of `fit`.
+        progress: as that of `fit`; the passes over rows that were held back count, too.
         threads: by default one per core; any number gives the same bytes.
 
     Returns:
@@ -127,8 +129,13 @@ def fit_and_judge(
     sets = {expert.ref: expert.held_back.of_answers for expert in merge.experts if expert.held_back}
     of_answers = all(each.weights is not None for each in sets.values())
     models = {expert.ref: expert.model for expert in merge.experts}
-    experts = {ref: row_losses(models[ref], [rows], threads)[0] for ref, rows in sets.items()}
-    gains = _gains(row_losses(merge.base, list(sets.values()), threads), experts)
+
+    def losses(model: Any, own: list[Calibration], begin: float, width: float = 1.0) -> list[list[RowLoss]]:
+        return row_losses(model, own, threads, _part(progress, begin, width))
+
+    width, whole = 1 / len(sets), list(sets.values())
+    experts = {ref: losses(models[ref], [rows], i * width, width)[0] for i, (ref, rows) in enumerate(sets.items())}
+    gains = _gains(losses(merge.base, whole, 1), experts)
     for ref in (ref for ref, gain in gains.items() if gain <= 0 and of_answers):
         logger.warning(
             "%s: on its held-back rows it is no better than the base (%+.4f nats per token); expected rows of what it "
@@ -136,16 +143,16 @@ def fit_and_judge(
             *(ref, gains[ref]),
         )
 
-    def distance(model: Unwritten) -> Distance:
-        return _distance(dict(zip(sets, row_losses(model, list(sets.values()), threads), strict=True)), experts)
+    def distance(model: Unwritten, begin: float) -> Distance:
+        return _distance(dict(zip(sets, losses(model, whole, begin), strict=True)), experts)
 
     def holds(found: Distance) -> bool:
         return found.worst <= BROKEN and (found.mean <= anchor.mean or not of_answers)
 
-    anchor, fits, fitted = distance(Unwritten(merge)), list[Distance](), list[Fitted]()
+    anchor, fits, fitted = distance(Unwritten(merge), 2), list[Distance](), list[Fitted]()
     for number, candidate in enumerate((merge, merge.with_parameters(_larger))):
-        fitted.append(fit(candidate, folder / f"fit-{number}", progress, threads))
-        fits.append(distance(Unwritten(candidate, fitted[-1])))
+        fitted.append(fit(candidate, folder / f"fit-{number}", _part(progress, 3, FIT), threads))
+        fits.append(distance(Unwritten(candidate, fitted[-1]), 3 + FIT))
         if holds(fits[-1]):
             break
     better = [i for i, each in enumerate(fits) if each.mean <= anchor.mean and each.worst <= anchor.worst]
@@ -153,6 +160,16 @@ def fit_and_judge(
     verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken, of_answers, gains)
     logger.log(logging.INFO if holds(fits[-1]) else logging.WARNING, "%s", verdict.to_text())
     return Fitted(folder / "anchor") if taken is None else fitted[taken], verdict
+
+
+def _part(progress: Report | None, begin: float, width: float) -> Report:
+    """Reports a part of the work as the whole of it: experts, base, anchor, `FIT` times as long the fit, its result."""
+
+    def report(_: str, done: int, total: int) -> None:
+        if progress:
+            progress("fit", round(1000 * (begin + width * done / max(total, 1))), 1000 * (4 + FIT))
+
+    return report
 
 
 def _distance(merged: Mapping[str, Sequence[RowLoss]], experts: Mapping[str, Sequence[RowLoss]]) -> Distance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -14,6 +15,7 @@ from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.fitting.passes import Pass, stop
 from lewis.models.network.network_class import input_embeddings
+from lewis.progress import Report, silent
 
 LOGITS = 1 << 24  # of a batch, at most: 64 MiB in fp32, unless one row alone has more
 
@@ -37,7 +39,9 @@ def predicts_next_token(model: Any) -> bool:
     return network_of(model).predicts_next_token
 
 
-def row_losses(model: Any, sets: Sequence[Calibration], threads: int | None = None) -> list[list[RowLoss]]:
+def row_losses(
+    model: Any, sets: Sequence[Calibration], threads: int | None = None, progress: Report = silent
+) -> list[list[RowLoss]]:
     """The loss of each row, of each set; the rows of a set by length, longest first, alike for all models.
 
     At any time there are in memory: what lies outside of the blocks, one block, and the hidden states of all rows.
@@ -46,6 +50,7 @@ def row_losses(model: Any, sets: Sequence[Calibration], threads: int | None = No
         model: reads like a checkpoint.
         sets: the rows; those of one token give no loss.
         threads: by default one per core; any number gives the same bits.
+        progress: called with (losses, blocks done, blocks in all).
 
     Raises:
         LewisError: if the model does not run its blocks in one order for every text.
@@ -85,7 +90,8 @@ def row_losses(model: Any, sets: Sequence[Calibration], threads: int | None = No
         for path, block in network.blocks.items():
             contexts.callback(block.register_forward_pre_hook(partial(stop, path, False)).remove)
         loaded: list[str] = []
-        while True:
+        for done in itertools.count():
+            progress("losses", min(done, len(network.blocks)), len(network.blocks))
             workers.in_place([each.go_on for each in passes])
             weights.drop(loaded)
             places = {each.place for each in passes}

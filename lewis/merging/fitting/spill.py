@@ -1,4 +1,4 @@
-"""Where a fit keeps what paused passes hold: in memory, or, if it is much, in files mapped into memory.
+"""Where a fit keeps the tensors of paused passes: in memory or, if they are large, in files mapped into memory.
 
 The rule: if that needs more than `IN_MEMORY` bytes, by the estimate of `approximate_bytes`, then every tensor of at
 least `LARGE` bytes that a pass holds while it waits, and every weight of that size, is in a file of its own. The
@@ -64,7 +64,12 @@ class Spill:
             path.unlink(missing_ok=True)
 
     def keep(self, value: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor with these values, of another dtype if one is given; the same tensor if it may stay where it is."""
+        """A tensor with these values, in a file if it is large and files are used.
+
+        Args:
+            value: is given back if it may stay where it is.
+            dtype: of the result; None: that of `value`.
+        """
         dtype = dtype or value.dtype
         in_place = self.folder is None or value.numel() * dtype.itemsize < LARGE or _in_file(value.untyped_storage())
         if in_place or value.device.type != "cpu":

@@ -14,7 +14,7 @@ from lewis.models.lora.expert import LoraExpert
 def moved_rows(
     merge: Prepared, tensor: str, weights: Sequence[torch.Tensor], base: torch.Tensor, *, part: bool = False
 ) -> list[torch.Tensor]:
-    """Of each expert, rows with the products of its task vector: the factor of an adapter, or the task vector itself.
+    """For each expert rows whose products are those of its task vector: an adapter's factor, or the task vector.
 
     Args:
         merge: whose experts they are.

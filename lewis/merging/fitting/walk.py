@@ -157,8 +157,8 @@ class Walk:
         def read(i: int) -> None:
             found[i] = self._spill.keep(readers[i](tensor), torch.float32)
 
-        # The last first, since merging takes longest. Large ones, kept in files, come one by one, since each is
-        # whole in memory while it is read.
+        # The last reader comes first: it merges, which takes longest. If tensors are kept in files, one is read at a
+        # time, because each is in memory as a whole while it is read.
         jobs = [partial(read, i) for i in reversed(range(len(readers)))]
         (self._workers if self._spill.folder is None else one_after_another)(jobs)
         return found

@@ -117,7 +117,7 @@ def keys(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def number_of(key: int) -> float:
-    """The fp64 number of a key."""
+    """The fp64 number that `keys` maps to this key."""
     bits = key if key >= 0 else key ^ _LAST
     return float(torch.tensor(bits, dtype=torch.int64).view(torch.float64))
 

@@ -39,7 +39,7 @@ def prior_rows(experts: Sequence[Rows | Gram], moved: Sequence[torch.Tensor], st
 
 
 def even_share(rows: torch.Tensor, most: int) -> torch.Tensor:
-    """At most so many of the rows, spread evenly."""
+    """At most `most` of the rows, spread evenly."""
     return rows if len(rows) <= most else rows[torch.arange(most) * len(rows) // most]
 
 

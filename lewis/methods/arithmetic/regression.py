@@ -60,11 +60,11 @@ from lewis.methods.arithmetic.stacked import Stacked
 from lewis.methods.arithmetic.tokens import Besides, Gram, Rows
 from lewis.methods.arithmetic.uncorrelated import Uncorrelated, shift_of_each
 
-COLUMNS = 256  # of a product that one job computes
+COLUMNS = 256  # columns of a product that one job computes
 ROWS = 384  # output rows that one job solves for
 COARSE = 1e-3  # a ridge
-DUAL_ABOVE = 8192  # inputs: beyond as many, the products of all pairs of inputs are not worth their memory
-DUAL_TOKENS = 4096  # that the dual form keeps of such a layer, spread evenly
+DUAL_ABOVE = 8192  # a layer with more inputs is solved in the dual form, as products of all pairs take too much memory
+DUAL_TOKENS = 4096  # tokens that the dual form keeps of such a layer, spread evenly
 
 
 def keeps_rows(size: int, tokens: int) -> bool:

@@ -114,7 +114,7 @@ def ask(ref: str, question: Callable[[], T]) -> T:
 
 @functools.cache
 def resume_downloads() -> None:
-    """From now on, a download of this process that is cut goes on where it broke off, after `_AGAIN` tries for nothing.
+    """Make downloads of this process go on where they broke off; they fail after `_AGAIN` tries without a byte.
 
     The client does so after some breaks only. After a reset, an error 5xx, or an answer that ends early, it removes
     what it has; and each break costs it all of a piece that has not arrived whole.

@@ -68,7 +68,7 @@ def resolve(ref: str, root: Path) -> Pinned:
     check_weights(ref, files)
     pinned = Pinned(ref, source, commit, sum(files[name][0] for name in needed(files)))
     if found := [name for name in needed(files) if name.endswith(".gguf")]:
-        only(ref, found)  # it is read where it is: config and tensors are known only from the file itself
+        only(ref, found)  # download it now: its config and tensors are known only from the file itself
         return pin_folder(ref, as_folder(ref, fetch(pinned)))
     if _told.get(ref) != commit:  # log it once: waiting for a release asks every few seconds
         _told[ref] = commit

@@ -103,7 +103,7 @@ def _parent(prefix: str) -> str:
 
 
 def _comes_after(name: str, prefix: str, towers: Sequence[str]) -> bool:
-    """Whether a tensor outside of the layers belongs to the output: of the language model, and no embedding."""
+    """Whether a tensor outside of the layers belongs to the output: it is the language model's, and no embedding."""
     if is_before_layers(name):
         return False
     parent = _parent(prefix)

@@ -131,7 +131,7 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_derived(origin: Origin) -> dict[str, Any]:
-    """What a config says of its layers, with the lists that transformers derives of its rules."""
+    """The part of a config about layers, with the lists (by layer) that transformers derives from its rules."""
     block = _block(dict(origin.config))
     alike = "sliding_window" if block.get("use_sliding_window") is False else ""
     rules = [key for key in _DERIVED if block.get(key) and key != alike]

@@ -91,7 +91,7 @@ class Rows:
         return inside.narrow(axis + 1, self.start, self.length)
 
     def sum(self, of_rows: torch.Tensor) -> torch.Tensor:
-        """The sum of one number per output row over these rows; `of_rows` has shape (rows,)."""
+        """Sum the numbers of these rows; `of_rows` has one number for each output row of the tensor, shape (rows,)."""
         return of_rows.reshape(self.groups, self.width)[:, self.start : self.start + self.length].sum()
 
 

@@ -173,10 +173,10 @@ class Network:
         return [name for name in self._state if name.startswith(f"{path}.")]
 
     def parameters_outside(self, *, with_head: bool = False) -> list[str]:
-        """Names of those in no block.
+        """Names of the parameters and saved buffers that are in no block.
 
         Args:
-            with_head: also those of the head that makes logits. Without it, what the head shares with others is there.
+            with_head: also those of the head that makes logits. Parameters that it shares are always among them.
         """
         head, used = self.module.get_output_embeddings(), input_embeddings(self.module)
         heads = tuple(f"{path}." for path, module in self.module.named_modules() if module is head is not used)

@@ -47,7 +47,7 @@ class Found:
 
         Args:
             headers: of the stored tensors.
-            default: the dtype of computed weights that do not tell theirs; empty: that of most other tensors.
+            default: the dtype of dequantised weights where the checkpoint states none; empty: that of most tensors.
         """
         kept = Counter(dtype for name, (dtype, _) in headers.items() if name not in self.parts)
         default = default or next((dtype for dtype, _ in kept.most_common() if dtype in MERGED.values()), "BF16")

@@ -59,7 +59,7 @@ def is_quantised(folder: Path) -> bool:
 
 
 def _of_class(folder: Path, found: Headers, names: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the model's class gives some tensors, where they have as many elements as are stored."""
+    """The shapes of some tensors in the model's class, if they have as many elements as the stored tensors."""
     network = known_network(folder)
     shapes = {} if network is None else {name: tuple(value.shape) for name, value in network.state_dict().items()}
     return {

@@ -21,7 +21,7 @@ _COMPRESSED = (
     *("pack-quantized", "float-quantized", "int-quantized", "naive-quantized"),
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision"),
 )
-_ROUNDED = {  # AutoRound's packings: whose words they are, and whether zeros are stored as one less
+_ROUNDED = {  # AutoRound's packing formats: whose layout they have, and whether zero points are stored minus one
     "auto_round": ("gptq", False),
     "auto_round:gptqmodel": ("gptq", False),
     "auto_round:auto_gptq": ("gptq", True),

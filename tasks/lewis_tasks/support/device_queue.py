@@ -55,7 +55,7 @@ class Note:
         return self._place
 
     def hold(self) -> None:
-        """From now on the task holds a slot."""
+        """Note that the task holds a slot from now on."""
         self._place = self._place.model_copy(update={"holds": True, "since": datetime.now(UTC)})
         self._write()
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WAITING = "lewis.run.waiting"
-LONG = timedelta(minutes=15)  # of a wait that is reported
+LONG = timedelta(minutes=15)  # a run that waits longer than this is reported
 _AGREES = timedelta(seconds=5)
 _PATIENCE = 10.0  # seconds for one request; the caller tries again, so the client does not
 

@@ -56,7 +56,9 @@ def test_where_the_number_is_not_known_nothing_is_said_but_by_the_limit(root: Pa
 
 
 def test_where_scoring_may_end_early_and_which_documents_are_drawn(root: Path) -> None:
-    _, line, ends = said(root, {"metric": "sums/acc,none"}, "sums", stop="known")
+    _, line, ends, after = said(root, {"metric": "sums/acc,none"}, "sums", stop="known")
+    assert after == "what passes early is scored on all documents after its promotion"
+    _, line, ends = said(root, {"metric": "sums/acc,none"}, "sums", stop="known", full_scores="never")
     assert "an equal version passes 88%" in line  # four fifths of the error are left for all documents
     assert ends == "scoring ends after 32, 64, 128 documents of each task, if the verdict is certain"
     _, line, ends = said(root, {"metric": "sums/acc,none"}, "sums", stop="worse")

@@ -1,5 +1,7 @@
 """Rows that an expert does not know better than the base are found before a fit."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -44,7 +46,19 @@ def trained(base: Path, rows: list[str], sign: int, folder: Path) -> str:
 def test_inspect_names_the_expert_and_its_set(given: Path) -> None:
     found = [each for each in lewis.inspect(given).findings if each.kind == "calibration"]
     assert [Path(each.model).name for each in found] == ["lost"]
-    assert "on 4 rows of `odd` its loss is" in found[0].what and found[0].level == "warning"
+    assert re.search(r"on 4 rows of `odd` its loss is [\d.]+ nats per token, the base's", found[0].what)
+    assert found[0].level == "warning"
+
+
+def test_the_loss_is_that_of_the_answers_where_the_set_says_which_they_are(given: Path) -> None:
+    data = yaml.safe_load(given.read_text())
+    rows = [dict(zip(("ask", "say"), row.split(" ", 1), strict=True)) for row in ROWS["odd"]]
+    (given.parent / "odd.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    answers = {"dataset": "json", "data_files": "odd.jsonl", "prompt": "{ask}", "answer": " {say}", "samples": 6}
+    data["lewis"]["calibrations"]["odd"] = answers
+    given.write_text(yaml.safe_dump(data))
+    [found] = [each for each in lewis.inspect(given).findings if each.kind == "calibration"]
+    assert "nats per answer token, the base's" in found.what
 
 
 def test_rows_that_cannot_be_had_stop_no_inspection(given: Path, caplog: pytest.LogCaptureFixture) -> None:

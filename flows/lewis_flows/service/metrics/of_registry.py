@@ -15,7 +15,7 @@ from prometheus_client.core import Metric
 from lewis.errors import LewisError
 from lewis.models.source import commits_of
 from lewis.registry import history, releases, tracking
-from lewis.serving import records
+from lewis.serving import records, slots
 from lewis_flows import recipes_folder, release_event
 from lewis_flows.service.metrics import of_prefect
 from lewis_flows.service.processes import answers
@@ -55,7 +55,8 @@ class Registry:
             for event, told in ((event, event.payload) for event in events)
         ]
         version, waiting, took = (dict[tuple[str, ...], float]() for _ in range(3))
-        served, failed = (dict[tuple[str, ...], float]() for _ in range(2))
+        served, failed, since, share = (dict[tuple[str, ...], float]() for _ in range(4))
+        here = slots.now()
         scores = {"champion": dict[tuple[str, ...], float](), "newest version": dict[tuple[str, ...], float]()}
         for recipe in recipes_folder.names():
             if not (model := recipes_folder.registered_name(recipe)):
@@ -66,6 +67,10 @@ class Registry:
                 at = recipe, model, record.target
                 served[at] = float(record.uri.rpartition("/")[2] or 0)
                 failed[at] = float(record.failure is not None)
+                if record.uri:
+                    since[at] = datetime.fromisoformat(record.since).timestamp()
+                if record.kind == "local":
+                    share[at] = (here.share(record.alias) if here else 0) / 100
             waiting[recipe, model] = float(releases.waiting(held) is not None)
             for which, each in {"champion": champion, "newest version": held[0] if held else None}.items():
                 if each and (score := self._score(model, each.version)):
@@ -79,6 +84,10 @@ class Registry:
         yield of_prefect.gauge("lewis_champion_version", "The version in use.", labels, version)
         about = "The version that a target has in service; 0 if it has none."
         yield of_prefect.gauge("lewis_served_version", about, [*labels, "target"], served)
+        about = "When a target took the version that it has in service, Unix time."
+        yield of_prefect.gauge("lewis_served_since_seconds", about, [*labels, "target"], since)
+        about = "The share of the requests that this version gets from `lewis up --serve`, 0 to 1."
+        yield of_prefect.gauge("lewis_served_share", about, [*labels, "target"], share)
         about = "1 if a target did not take the version that it was given last."
         yield of_prefect.gauge("lewis_serve_failed", about, [*labels, "target"], failed)
         about = "Versions that passed their gate and wait for a person, `lewis approve`."

@@ -40,7 +40,7 @@ class Source:
         self._lock = threading.Lock()
         self._running: threading.Thread | None = None
         self._found: list[Metric] = []
-        self._time, self._tried = float("-inf"), float("-inf")  # of the last answer, and of the last question
+        self._time, self._tried = float("-inf"), float("-inf")  # when the last answer came, and when it was last asked
         self._wrong = ""
 
     @property
@@ -91,7 +91,7 @@ class Page(Collector):
     """Makes the page; threads may share it."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        """Make pages of the numbers of some sources."""
+        """Show the numbers of these sources."""
         self._sources = sources
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)

@@ -52,7 +52,10 @@ def test_the_numbers_are_those_of_the_written_model_and_the_experts(tmp_path: Pa
     base = write_llama(tmp_path / "base")
     experts = [write_expert(base, tmp_path / name, seed=i, scale=0.1) for i, name in enumerate(("a", "bb"))]
     merge = held(Family(base, *experts, lora=base))
-    written = merge.run(tmp_path / "out", threads=1)
+    steps: list[float] = []
+    written = merge.run(tmp_path / "out", threads=1, progress=lambda _, done, total: steps.append(done / total))
+    parts = [0.5 * part / (4 + held_back.FIT) for part in (0, 1, 2, 3, 3 + held_back.FIT)]  # half is the merge itself
+    assert all(any(low < step <= high for step in steps) for low, high in zip(parts, [*parts[1:], 0.5], strict=True))
     verdict = Verdict.from_json(json.loads((tmp_path / "out" / "lewis.json").read_text())["held_back"])
     assert written.fit == verdict.to_text() and verdict.rows == 4
 

@@ -1,0 +1,389 @@
+"""The part `champion` of `lewis up --serve`: HAProxy on the port of clients, and a server in each slot with a model.
+
+    python -m lewis_flows.service.champion choose [RECIPE]
+    python -m lewis_flows.service.champion run PORT
+
+`choose` checks what is needed and notes the model of a recipe, which the slots are to have; `run` does what
+`lewis.serving.slots` says is wanted. It starts again what ends, with growing pauses. HAProxy asks clients for the key,
+lets them do what the OpenAI API has and nothing else, and answers 503 while no server has the model.
+"""
+
+import csv
+import importlib.util
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from lewis import guard, settings, store
+from lewis.errors import InputError, LewisError
+from lewis.serving import slots
+from lewis.serving.slots import NAMES, Now, Running, Slot
+from lewis.store import kinds
+from lewis.store.secrets import UP_SERVE_KEY
+from lewis_flows.service.processes import answers, free_port
+
+_TICK = 0.2  # seconds between two looks
+_GRACE = 30.0  # seconds that a server has to end after SIGTERM
+_DRAIN = 600.0  # seconds that a server may take for the requests that it has
+_STABLE = 60.0  # seconds after which an end is no further one in a row
+_MOST = 60.0  # seconds between two starts, at most
+_SHOWN = 1500  # characters at the end of a server's log that a message shows
+_KEY = "LEWIS_CHAMPION_KEY"  # in the environment of HAProxy alone
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+
+# A server is opened by the runtime socket once it answers. Connections to servers are not kept: if a server closes one
+# at the moment in which it is used again, a request fails.
+_CONFIG = """
+global
+  stats socket {socket} mode 600 level admin
+defaults
+  mode http
+  option http-server-close
+  timeout connect 5s
+  timeout http-request 30s
+  timeout http-keep-alive 60s
+  timeout client 1h
+  timeout server 1h
+frontend clients
+  bind 127.0.0.1:{port}
+  monitor-uri /health
+  monitor fail if {{ nbsrv(champion) lt 1 }}
+  http-request return status 200 content-type text/plain string up if {{ path /up }}
+  http-request deny deny_status 401 unless {{ req.hdr(authorization) -m str "Bearer ${{{key}}}" }}
+  http-request deny deny_status 404 unless {{ path_beg /v1/ }}
+  http-request deny deny_status 404 if {{ path,url_dec -m sub lora_adapter }}
+  default_backend champion
+backend champion
+  server blue 127.0.0.1:{blue} weight 0 disabled
+  server green 127.0.0.1:{green} weight 0 disabled
+"""
+
+
+class Router:
+    """HAProxy in front of the slots; it is started again if it ends."""
+
+    def __init__(self, port: int, servers: Mapping[str, int], folder: Path) -> None:
+        """Write its configuration.
+
+        Args:
+            port: that clients ask.
+            servers: name -> port.
+            folder: for its files; of this user alone.
+        """
+        self._socket, self._shares = folder / "haproxy", dict[str, int]()
+        file = folder / "haproxy.cfg"
+        file.write_text(_CONFIG.format(socket=self._socket, port=port, key=_KEY, **servers))
+        self._command = guard.guarded([program("haproxy") or "", "-db", "-f", str(file)], 1.0)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it if it does not run, and wait until it can be asked.
+
+        Raises:
+            LewisError: if it ends.
+        """
+        if self._process and self._process.poll() is None:
+            return
+        if self._process:
+            print("HAProxy has ended; starting it again", flush=True)  # noqa: T201
+        self._socket.unlink(missing_ok=True)
+        self._shares = dict.fromkeys(NAMES, 0)
+        self._process = subprocess.Popen(self._command, env={**os.environ, _KEY: UP_SERVE_KEY.read()})
+        while not self._socket.exists():
+            if self._process.poll() is not None:
+                raise LewisError(f"HAProxy ends with exit code {self._process.returncode}; see above")
+            time.sleep(0.05)
+
+    def share(self, shares: Mapping[str, int]) -> None:
+        """Give each server its percentage; those that get more first, so that there always is one."""
+        for name, share in sorted(shares.items(), key=lambda each: -each[1]):
+            if self._shares[name] != share:
+                self._ask(f"set server champion/{name} weight {share}; set server champion/{name} state ready")
+                self._shares[name] = share
+
+    def close(self, name: str) -> None:
+        """Send nothing more to a server."""
+        self._ask(f"set server champion/{name} state maint; set server champion/{name} weight 0")
+        self._shares[name] = 0
+
+    def sessions(self, name: str) -> int:
+        """How many requests a server has now."""
+        rows = csv.DictReader(io.StringIO(self._ask("show stat").removeprefix("# ")))
+        return next((int(row["scur"]) for row in rows if (row["pxname"], row["svname"]) == ("champion", name)), 0)
+
+    def _ask(self, text: str) -> str:
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:  # it is started again at the next look
+            connection.settimeout(10)
+            connection.connect(str(self._socket))
+            connection.sendall(f"{text}\n".encode())
+            return b"".join(iter(lambda: connection.recv(65536), b"")).decode(errors="replace")
+        return ""
+
+
+class Server:
+    """The server of a slot.
+
+    Attributes:
+        has: what it was started with, or has loaded since; None if there is none.
+        ready: whether it answers.
+        failures, problem: as of `slots.Running`.
+    """
+
+    def __init__(self, name: str, port: int, model: str, router: Router, folder: Path) -> None:
+        """Start nothing yet.
+
+        Args:
+            name: of the slot.
+            port: that it listens on.
+            model: the name that clients ask for.
+            router: in front of it.
+            folder: for its files.
+        """
+        self.name, self.url, self._port, self._model = name, f"http://127.0.0.1:{port}", port, model
+        self.has: Slot | None = None
+        self.ready, self.failures, self.problem = False, 0, ""
+        self._router, self._folder = router, folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = Path()
+        self._started = self._next = self._closed = 0.0
+        self._ending = False
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a process."""
+        return self._process is not None
+
+    def follow(self, wanted: Slot | None, *, start: bool) -> None:
+        """Do the next thing that leads to what is wanted; `start`: whether it may start."""
+        if self._process and self._process.poll() is not None:
+            self._ended()
+        if wanted is None or (self.has and wanted.alias != self.has.alias):
+            self.failures, self.problem, self._next = 0, "", 0.0
+        if self._process is None:
+            self.has = None
+            if wanted and start and time.monotonic() >= self._next:
+                self._start(wanted)
+        elif self._ending:
+            return
+        elif wanted and self.has and self._fits(wanted):
+            self.has, self._closed = wanted, 0.0
+            self.ready = self.ready or answers(f"{self.url}/health")
+        else:
+            self._drain()
+
+    def now(self, share: int) -> Running:
+        """What to note."""
+        alias = self.has.alias if self.has else ""
+        return Running(alias, self.url, self.ready, share, self.failures, self.problem)
+
+    def _fits(self, wanted: Slot) -> bool:
+        """Whether the process is one for what is wanted: an adapter has been loaded into it by then."""
+        assert self.has is not None
+        same = (self.has.base, self.has.rank) == (wanted.base, wanted.rank)
+        return same if wanted.base else wanted == self.has
+
+    def _start(self, wanted: Slot) -> None:
+        folder = store.make_folder(self._folder / self.name)
+        log = kinds.LOGS.path(f"champion-{self.name}-{store.writer()}")
+        self._log = log
+        store.make_folder(log.parent)
+        words = command(wanted, self._model, self._port, folder)
+        with log.open("wb") as output:
+            store.restrict(log)
+            self._process = subprocess.Popen(
+                guard.guarded(words, _GRACE),
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_environment(),
+                start_new_session=True,
+            )
+        self.has, self._started, self._closed, self._ending = wanted, time.monotonic(), 0.0, False
+        print(f"{self.name}: starting a server of {wanted.alias}; its log is {log}", flush=True)  # noqa: T201
+
+    def _ended(self) -> None:
+        assert self._process is not None
+        code = self._process.returncode
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process = None
+        self._router.close(self.name)
+        self.ready = False
+        if self._ending:
+            self._log.unlink(missing_ok=True)
+            return
+        self.failures = self.failures + 1 if time.monotonic() - self._started < _STABLE else 1
+        self._next = time.monotonic() + min(_MOST, 2.0 ** (self.failures - 1) - 1)
+        end = self._log.read_bytes()[-_SHOWN:].decode(errors="replace").strip()
+        self.problem = f"exit code {code}; its log is {self._log}, at the end:\n{end}"
+        print(f"{self.name}: the server ended with exit code {code}; its log is {self._log}", flush=True)  # noqa: T201
+
+    def _drain(self) -> None:
+        """Let it answer what it has, then end it."""
+        assert self._process is not None
+        self.ready, now = False, time.monotonic()
+        if not self._closed:
+            self._router.close(self.name)
+            self._closed = now
+        if not self._router.sessions(self.name) or now - self._closed > _DRAIN:
+            self._process.send_signal(signal.SIGTERM)
+            self._ending = True
+
+
+def program(name: str) -> str | None:
+    """The path of a program; also where daemons are."""
+    places = (os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin")
+    return shutil.which(name, path=os.pathsep.join(places))
+
+
+def words() -> list[str]:
+    """The command that starts a server, without a model: of vLLM, or of transformers.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    if given := settings.UP_SERVE_COMMAND.get():
+        found = program(given[0])
+        if found is None:
+            raise InputError(f"LEWIS_UP_SERVE_COMMAND: there is no program {given[0]!r}; install it, or give its path")
+        return [os.path.abspath(found), *given[1:]]
+    if found := program("vllm"):
+        return [os.path.abspath(found), "serve"]
+    if importlib.util.find_spec("openai") is None:
+        raise InputError(
+            "lewis up --serve: there is no server: `pip install 'lewis-merge[serve]'` for `transformers serve`, or "
+            "install vLLM and name its program in LEWIS_UP_SERVE_COMMAND"
+        )
+    return [sys.executable, "-m", "transformers.cli.transformers", "serve"]
+
+
+def kind_of(words: Sequence[str]) -> str:
+    """`vllm` or `transformers`."""
+    return "vllm" if Path(words[0]).name == "vllm" else "transformers"
+
+
+def command(slot: Slot, model: str, port: int, folder: Path) -> list[str]:
+    """The command of a server.
+
+    Args:
+        slot: what it is to have.
+        model: the name that clients ask for.
+        port: where it listens.
+        folder: that it is started in: `transformers serve` names a model by its path, so a link there has the name.
+    """
+    start = words()
+    at = start.index("serve") + 1
+    own = ["--host", "127.0.0.1", "--port", str(port)]
+    if kind_of(start) == "transformers":
+        for each in folder.iterdir():
+            each.unlink()
+        (folder / model).symlink_to(slot.folder)
+        own = [model, *own]
+    elif slot.base:
+        modules = [json.dumps({"name": name, "path": slot.folder}) for name in (model, slot.alias)]
+        own = [slot.base, *own, "--enable-lora", "--max-lora-rank", str(slot.rank), "--max-loras", "3"]
+        own += ["--lora-modules", *modules]
+    else:
+        own = [slot.folder, *own, "--served-model-name", model]
+    return [*start[:at], *own, *start[at:]]
+
+
+def _environment() -> dict[str, str]:
+    """Without the secrets of other parts. vLLM asks for the key too, since all users of the machine reach its port."""
+    from lewis.evaluation.sandbox.isolation import without_secrets
+
+    return {**without_secrets(os.environ), **_OFFLINE, "VLLM_API_KEY": UP_SERVE_KEY.read()}
+
+
+def choose(recipe: str) -> None:
+    """Note the model of a recipe as the one that this machine serves.
+
+    Args:
+        recipe: its name; empty if the folder has one that registers a model.
+
+    Raises:
+        InputError: if there are several, or none, or a program is missing.
+    """
+    from lewis_flows import recipes_folder
+
+    if program("haproxy") is None:
+        raise InputError("lewis up --serve: HAProxy is missing; install it (`apt install haproxy`)")
+    words()
+    models = {name: recipes_folder.registered_name(name) for name in recipes_folder.names()}
+    models = {name: model for name, model in models.items() if model}
+    if recipe and recipe not in models:
+        known = ", ".join(models) or "none"
+        raise InputError(f"--serve {recipe}: expected a recipe that registers a model, of these: {known}")
+    if not recipe and len(models) != 1:
+        where = recipes_folder.folder()
+        have = f"choose a recipe, `--serve NAME`: {', '.join(models)}" if models else f"{where} has no recipe"
+        raise InputError(f"--serve: {have}" + ("" if models else " that registers a model; put one there"))
+    model = models[recipe or next(iter(models))]
+    before = slots.wanted()
+    if before is None or before.model != model:
+        slots.want(slots.Wanted(model))
+
+
+def run(port: int) -> None:
+    """Do what is wanted until SIGTERM.
+
+    Raises:
+        LewisError: if HAProxy does not start.
+    """
+    wanted = slots.wanted()
+    if wanted is None:
+        raise LewisError("nothing is chosen to be served; `lewis up --serve` does that")
+    what, url = kind_of(words()), f"http://127.0.0.1:{port}"
+    with store.scratch_folder("champion") as folder:
+        ports = {name: free_port() for name in NAMES}
+        router = Router(port, ports, folder)
+        servers = {name: Server(name, ports[name], wanted.model, router, folder) for name in NAMES}
+        noted: Now | None = None
+        try:
+            while True:
+                router.start()
+                wanted = slots.wanted() or wanted
+                for name, server in servers.items():
+                    may = wanted.only in ("", name)
+                    others = any(each.runs for each in servers.values() if each is not server)
+                    start = may and not (wanted.only and others)
+                    server.follow(wanted.slots.get(name) if may else None, start=start)
+                shares = {name: 100 * (name == wanted.traffic) for name, each in servers.items() if each.ready}
+                router.share(shares)
+                does = {name: each.now(shares.get(name, 0)) for name, each in servers.items()}
+                now = Now(store.writer(), url, what, does)
+                if now != noted:
+                    slots.note(now)
+                    noted = now
+                time.sleep(_TICK)
+        finally:
+            slots.note(None)
+
+
+def main() -> int:
+    """Do what the arguments say; the exit code is 2 if the input is wrong, and what is wrong is on stdout."""
+    what, *arguments = sys.argv[1:]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        if what == "choose":
+            choose(*arguments or [""])
+        else:
+            run(int(arguments[0]))
+    except LewisError as error:
+        print(error, flush=True)  # noqa: T201
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

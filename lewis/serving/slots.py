@@ -1,0 +1,155 @@
+"""The servers of `lewis up --serve`: two slots, blue and green, of which HAProxy gives one the requests of clients.
+
+Two files of the store say what they are to do and what they do. A run that serves writes what is wanted; the part
+`champion` of `lewis up` makes it so, also after a restart, and writes what is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lewis import store
+
+NAMES = ("blue", "green")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What the server of a slot is to have.
+
+    Attributes:
+        alias: `Model.alias` of the version.
+        folder: its files.
+        base: folder of the model that the adapter sits on; empty for a full model.
+        rank: the largest rank of adapters that the server takes.
+    """
+
+    alias: str
+    folder: str
+    base: str = ""
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be served.
+
+    Attributes:
+        model: the registered model, whose name clients ask for.
+        slots: name of a slot -> what its server is to have; no server runs in other slots.
+        traffic: the slot that gets the requests; empty before there is a champion.
+        only: the one slot that may have a server, because memory is too small for two; empty: each may.
+    """
+
+    model: str
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    traffic: str = ""
+    only: str = ""
+
+    def slot_of(self, alias: str) -> str | None:
+        """The slot that is to have a version."""
+        return next((name for name, slot in self.slots.items() if slot.alias == alias), None)
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a slot does now.
+
+    Attributes:
+        alias: of the version that its server has; empty if it has no server.
+        url: of the server, without /v1.
+        ready: whether it answers.
+        share: percent of the requests that it gets.
+        failures: how often it has ended by itself, in a row.
+        problem: how it ended last; empty if it runs.
+    """
+
+    alias: str
+    url: str
+    ready: bool = False
+    share: int = 0
+    failures: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Now:
+    """What `lewis up --serve` does now.
+
+    Attributes:
+        writer: its process, as `store.writer`.
+        url: what clients ask, without /v1.
+        program: `vllm` or `transformers`.
+        slots: name -> slot.
+    """
+
+    writer: str
+    url: str
+    program: str
+    slots: Mapping[str, Running]
+
+    def share(self, alias: str) -> int:
+        """Percent of the requests that a version gets."""
+        return sum(each.share for each in self.slots.values() if each.alias == alias)
+
+
+def wanted() -> Wanted | None:
+    """What is to be served on this machine; None if it does not serve."""
+    found = store.read_json(_wanted())
+    return Wanted(**{**found, "slots": _each(Slot, found)}) if found else None
+
+
+def want(what: Wanted | None) -> None:
+    """Say what is to be served; None: nothing any more."""
+    if what is None:
+        _wanted().unlink(missing_ok=True)
+    else:
+        store.write_json(_wanted(), asdict(what))
+
+
+def now() -> Now | None:
+    """What is served; None if `lewis up --serve` does not run."""
+    found = store.read_json(_now())
+    if not found or store.is_dead(found["writer"], _now()):
+        return None
+    return Now(**{**found, "slots": _each(Running, found)})
+
+
+def note(what: Now | None) -> None:
+    """Write what is served, in the process that does it; None: it ends."""
+    if what is None:
+        _now().unlink(missing_ok=True)
+    else:
+        store.write_json(_now(), asdict(what))
+
+
+def is_ours(url: str) -> bool:
+    """Whether a URL is of one of these servers, which ask for the key of `lewis up --serve`."""
+    found = now()
+    return found is not None and any(url.startswith(f"{each.url}/") for each in found.slots.values())
+
+
+def state() -> tuple[bool, str]:
+    """Whether all is as it is wanted, and what is served, for people."""
+    what, found = wanted(), now()
+    if what is None or found is None:
+        return False, "does not run; `lewis up --serve` starts it"
+    if not what.traffic:
+        return True, f"waits for a champion of {what.model}"
+    slot, alias = found.slots[what.traffic], what.slots[what.traffic].alias
+    if slot.share and slot.alias == alias:
+        return True, f"{alias} has {slot.share} % of the requests"
+    return False, slot.problem or f"the server of {alias} is being started"
+
+
+def _each(kind: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: kind(**each) for name, each in found["slots"].items()}
+
+
+def _wanted() -> Path:
+    return store.home() / "champion.json"
+
+
+def _now() -> Path:
+    return store.home() / "champion-now.json"
