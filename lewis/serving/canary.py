@@ -90,7 +90,12 @@ def _bake(target: CanaryTarget, model: Model, new: str, old: str, share: int, ha
 
 
 def _measured(target: CanaryTarget, rule: Rule, new: str, old: str, lasted: float) -> Measured:
-    ours, theirs = (query(target, rule.query, name, lasted) or 0.0 for name in (new, old))
+    found = [query(target, rule.query, name, lasted) for name in (new, old)]
+    if found == [None, None]:
+        logger.warning(
+            "%s: Prometheus has no number of either version for %r; both count as 0", target.label, rule.name
+        )
+    ours, theirs = (value or 0.0 for value in found)
     return Measured(rule.name, ours, theirs, rule.times * theirs + rule.plus)
 
 

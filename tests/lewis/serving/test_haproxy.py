@@ -43,6 +43,13 @@ def test_a_new_version_gets_all_traffic_when_every_step_holds(place: Place) -> N
     assert not haproxy.holds(place.target, record)
 
 
+def test_a_rule_of_which_prometheus_has_no_number_is_reported(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    record = serve(place, model(1), Served("tiny", "haproxy", "haproxy"))
+    place.values = {"blue": float("nan"), "green": float("nan")}
+    serve(place, model(2), record)
+    assert "Prometheus has no number of either version for 'errors'; both count as 0" in caplog.text
+
+
 def test_a_version_that_is_worse_loses_its_traffic_with_the_numbers(place: Place) -> None:
     record = serve(place, model(1), Served("tiny", "haproxy", "haproxy"))
     place.values = {"blue": 0.2, "green": 0.001}
