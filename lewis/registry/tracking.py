@@ -131,6 +131,16 @@ def exists() -> bool:
     return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (_folder() / "mlflow.db").exists()
 
 
+def check_exists(what: str) -> None:
+    """Check that there is a tracking store to look for something in, which a look should not create.
+
+    Raises:
+        InputError: naming what is looked for.
+    """
+    if not exists():
+        raise InputError(f"{what}: nothing is registered in {store.home()}; set LEWIS_HOME or MLFLOW_TRACKING_URI")
+
+
 def experiment_name(team: str = "") -> str:
     """`MLFLOW_EXPERIMENT_NAME`, by default `lewis`; of a team with it behind a slash, `lewis/research`."""
     return "/".join(filter(None, (os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis", team)))
