@@ -60,4 +60,4 @@ def nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=1) if len(name) <= 200 else []
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; expected one of {', '.join(choices)}" if len(choices) <= 24 else ""
+    return f"; expected one of {', '.join(choices)}" if 0 < len(choices) <= 24 else ""

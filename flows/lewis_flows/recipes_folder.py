@@ -73,7 +73,7 @@ def make() -> None:
 
 def names() -> list[str]:
     """The names of the recipes, sorted; a recipe has the name of its file without the ending."""
-    return sorted(path.stem for path in _files())
+    return sorted({path.stem for path in _files()})
 
 
 def signature() -> list[tuple[str, int, int, int]]:
@@ -99,9 +99,13 @@ def find(recipe: str, *, paths: bool = True) -> Path:
             not from Prefect's API, an event or a webhook, whose senders must not choose what this machine reads.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or two files of the folder have the name.
     """
-    by_name = {path.stem: path for path in _files()} if recipe.strip(".") and "/" not in recipe else {}
+    by_name: dict[str, Path] = {}
+    for path in _files() if recipe.strip(".") and "/" not in recipe else []:
+        if path.stem == recipe and recipe in by_name:
+            raise InputError(f"recipe: both {path.name} and {by_name[recipe].name} in {folder()}; rename one of them")
+        by_name[path.stem] = path
     if recipe in by_name:
         return by_name[recipe]
     if not paths:

@@ -68,6 +68,8 @@ def _of_version(what: str) -> Path | None:
         name, *_ = pull.named(what)
     except InputError:
         return None
+    if not tracking.exists():
+        return None
     with tracking.client(f"looking for the page of {what}") as client:
         if not client.search_model_versions(f"name='{tracking.model_name(name)}'", max_results=1):
             return None

@@ -15,7 +15,7 @@ from lewis.errors import InputError, LewisError
 from lewis.importance.row_texts import Text, text_of
 from lewis.input_files import check_regular
 from lewis.models.config import needs_code
-from lewis.recipe.schema import CalibrationSet
+from lewis.recipe.schema import LOCAL, CalibrationSet
 from lewis.store import kinds
 from lewis.store.manifest import remembered_sha256
 
@@ -217,14 +217,17 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path, cache: Path) -> 
 
     datasets.disable_progress_bars()
     repo = (spec.dataset or "").partition("@")[0]
-    if repo in ("json", "parquet"):
+    if repo in LOCAL:
         arguments["cache_dir"] = str(cache)
     try:
         return datasets.load_dataset(repo, split=spec.split, **arguments)
     except Exception as error:  # datasets raises many kinds, also bare ones of its parsers
         reason = " ".join(str(error.__cause__ or error).split())[:400]
+        first = Path(arguments.get("data_files", [""])[0])
+        kind = first.suffix.removeprefix(".")
+        hint = f"; {first.name} looks like `dataset: {kind}`" if repo in LOCAL and kind in {*LOCAL} - {repo} else ""
         raise InputError(
-            f"{where}: cannot load {repo!r} (config {spec.config}, split {spec.split}): {reason}"
+            f"{where}: cannot load {repo!r} (config {spec.config}, split {spec.split}): {reason}{hint}"
         ) from error
 
 
@@ -234,8 +237,8 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {"name": spec.config}
     if spec.data_files:
         files = (spec.data_files,) if isinstance(spec.data_files, str) else spec.data_files
-        paths = [_place(where, file, root) for file in files] if repo in ("json", "parquet") else list(files)
-        absent = [path for path in paths if repo in ("json", "parquet") and not Path(path).is_file()]
+        paths = [_place(where, file, root) for file in files] if repo in LOCAL else list(files)
+        absent = [path for path in paths if repo in LOCAL and not Path(path).is_file()]
         for path in paths:
             check_regular(Path(path))
         empty = [path for path in paths if Path(path).is_file() and not Path(path).stat().st_size]
@@ -246,7 +249,7 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
                 f"{where}.data_files: no such file: {absent[0]}; relative paths start at the recipe's folder"
             )
         arguments["data_files"] = paths
-    if repo not in ("json", "parquet"):
+    if repo not in LOCAL:
         from lewis.models.hub.repository import resolve_dataset
 
         try:

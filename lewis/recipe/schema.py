@@ -79,11 +79,15 @@ class TokenWeights(Block):
     prompt: float = Field(default=0.1, ge=0, le=1)
 
 
+LOCAL = ("json", "parquet", "csv")
+"""What `dataset` says of local files: their format."""
+
+
 class CalibrationSet(Block):
-    """Where calibration texts come from: a dataset (of the Hub, or `json`/`parquet` files), or `texts` given inline.
+    """Where calibration texts come from: a dataset (of the Hub, or files of one of `LOCAL`), or `texts` given inline.
 
     Attributes:
-        dataset: a dataset repo of the Hub, `json` or `parquet`.
+        dataset: a dataset repo of the Hub, or one of `LOCAL`.
         text: template that turns a row into text, such as `{question} {answer}`; its last field is the answer.
         prompt, answer: two templates instead, whose texts follow each other.
         continues: `continue`: each row is a prompt, and the expert that names the set writes so many answers to it.
@@ -132,7 +136,7 @@ class CalibrationSet(Block):
                 'expected one of: `text`, a template such as "{question} {answer}" that turns a row into text; '
                 "`prompt` with `answer`; or `messages`, the column of a chat"
             )
-        if self.dataset in ("json", "parquet") and not self.data_files:
+        if self.dataset in LOCAL and not self.data_files:
             raise ValueError(f"dataset {self.dataset!r} needs `data_files`")
         if self.texts is not None and any((self.text, pair, self.messages, self.weight, self.data_files, self.config)):
             raise ValueError("inline `texts` take no `text`, `prompt`, `messages`, `weight`, `config` or `data_files`")

@@ -105,7 +105,8 @@ def load_all(text: str | bytes, name: str, loader: type[yaml.SafeLoader] = Limit
     try:
         return list(yaml.load_all(text, loader))
     except yaml.YAMLError as error:
-        raise InputError(f"{name}: not valid YAML: {' '.join(str(error).split())[:500]}") from error
+        hint = "; YAML is indented with spaces, not tabs" if r"'\t'" in str(error) else ""
+        raise InputError(f"{name}: not valid YAML: {' '.join(str(error).split())[:500]}{hint}") from error
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         # What PyYAML raises for values that are not what they look like: `2024-13-45`, `!!int ""`, `!!bool x`.
         raise InputError(f"{name}: not valid YAML: {type(error).__name__}: {error}"[:500]) from error
@@ -185,7 +186,7 @@ def read_all(text: str, name: str) -> list[dict[str, Any]]:
     for number, data in enumerate(found, 1):
         if not isinstance(data, dict):
             where = f"{name}: document {number}" if len(found) > 1 else name
-            kind = type(data).__name__
+            kind = "an empty text" if data is None else type(data).__name__
             raise RecipeError(f"{where}: expected a mapping with `merge_method` and `models`, got {kind}")
     return found
 

@@ -68,6 +68,7 @@ def history(name: str) -> list[Record]:
         InputError: if there is no such model.
     """
     name = tracking.model_name(name)
+    tracking.check_exists(name)
     with tracking.client(f"reading the history of {name}") as client:
         return read(client, name)
 
@@ -241,6 +242,8 @@ def picture(name: str) -> bytes:
         InputError: if there is no such model, or nothing was scored.
     """
     name = tracking.model_name(name)
+    tracking.check_exists(name)
+    tracking.check_exists(name)
     with tracking.client(f"reading the history of {name}") as client:
         records, scores, metric = _read(client, name)
         if metric is None:

@@ -47,6 +47,8 @@ def pull(what: str, folder: Path) -> Pulled:
         LewisError: if the version's files are lost or damaged, or LEWIS did not register it.
         TransientError: if the server does not answer.
     """
+    named(what)
+    tracking.check_exists(what)
     with tracking.client(f"pulling {what}") as client:
         found = version_of(client, what)
         model = versions.as_model(client, found, _whole(client, found))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lewis import private_names, store
 from lewis.errors import InputError, LewisError, TransientError
+from lewis.quick_imports import quick_imports
 from lewis.store.manifest import DamagedError
 
 if TYPE_CHECKING:
@@ -79,14 +80,15 @@ def client(doing: str) -> Iterator["MlflowClient"]:
     """
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")  # read when MLflow is first imported
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print a password in the URL
-    import mlflow
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
+    with quick_imports():
+        import mlflow
+        from mlflow.exceptions import MlflowException
+        from requests import RequestException
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or database()
     try:
         # Two processes that create the same database or experiment at once fail, and a client creates both.
-        with store.lock("mlflow"):
+        with store.lock("mlflow"), quick_imports():
             _create_database(uri)
             mlflow.set_tracking_uri(uri)
             connected = mlflow.MlflowClient(uri)
@@ -127,6 +129,16 @@ def database() -> str:
 def exists() -> bool:
     """Whether there is a tracking store: one that `MLFLOW_TRACKING_URI` names, or a database in the store."""
     return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (_folder() / "mlflow.db").exists()
+
+
+def check_exists(what: str) -> None:
+    """Check that there is a tracking store to look for something in, which a look should not create.
+
+    Raises:
+        InputError: naming what is looked for.
+    """
+    if not exists():
+        raise InputError(f"{what}: nothing is registered in {store.home()}; set LEWIS_HOME or MLFLOW_TRACKING_URI")
 
 
 def experiment_name(team: str = "") -> str:

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-from lewis.errors import LewisError
+from lewis.errors import LewisError, TransientError
 from lewis.recipe.serve import CanaryTarget, Rule
 from lewis.reports.canary import Measured, Step
 from lewis.serving.model import Model
@@ -27,7 +27,13 @@ class WorseError(LewisError):
 
 
 def run(
-    target: CanaryTarget, model: Model, before: Served, new: str, old: str, give: Callable[[str, int], None]
+    target: CanaryTarget,
+    model: Model,
+    before: Served,
+    new: str,
+    old: str,
+    give: Callable[[str, int], None],
+    has: Callable[[], bool],
 ) -> str:
     """Move the traffic to a version that a server has loaded; return the name that it is served under.
 
@@ -37,17 +43,18 @@ def run(
         new: the server that has the version, as the queries name it.
         old: the server that has the traffic.
         give: gives a server so many percent of the requests.
+        has: whether the new server is there, with the version; Prometheus has no number of one that is not.
 
     Raises:
         WorseError: if it is worse than the old one.
-        TransientError, LewisError: if the router or Prometheus does not answer, or there are too few requests; then all
-            traffic is the old one's, too.
+        TransientError, LewisError: if the router, the new server or Prometheus does not answer, or there are too few
+            requests; then all traffic is the old one's, too.
     """
     steps = target.steps if before.alias not in ("", model.alias) else ()
     try:
         for share in steps:
             _shift(target, {new: share, old: 100 - share}, give)
-            model.steps.append(_bake(target, model, new, old, share))
+            model.steps.append(_bake(target, model, new, old, share, has))
             _judge(model.steps[-1])
     except BaseException:
         _shift(target, {old: 100, new: 0}, give)
@@ -63,7 +70,7 @@ def _shift(target: CanaryTarget, shares: Mapping[str, int], give: Callable[[str,
     logger.info("%s: %s", target.label, ", ".join(f"{name} {share} %" for name, share in shares.items()))
 
 
-def _bake(target: CanaryTarget, model: Model, new: str, old: str, share: int) -> Step:
+def _bake(target: CanaryTarget, model: Model, new: str, old: str, share: int, has: Callable[[], bool]) -> Step:
     """Wait until a step has lasted, and had its requests; then measure."""
     began, seen = time.monotonic(), 0.0
     while (lasted := time.monotonic() - began) < 60 * target.minutes or seen < target.requests:
@@ -74,6 +81,8 @@ def _bake(target: CanaryTarget, model: Model, new: str, old: str, share: int) ->
                 f"{target.requests} are needed to judge it; lower `requests`, or raise the share of the step"
             )
         sleep(_PAUSE)
+        if not has():
+            raise TransientError(f"{new} was given {share} % and has lost the new version; see that it stays up")
         seen = query(target, target.count, new, time.monotonic() - began) or 0.0
         logger.info("%s: at %d %% for %.0f s; %.0f of %d requests", target.label, share, lasted, seen, target.requests)
     lasted = time.monotonic() - began
@@ -81,7 +90,12 @@ def _bake(target: CanaryTarget, model: Model, new: str, old: str, share: int) ->
 
 
 def _measured(target: CanaryTarget, rule: Rule, new: str, old: str, lasted: float) -> Measured:
-    ours, theirs = (query(target, rule.query, name, lasted) or 0.0 for name in (new, old))
+    found = [query(target, rule.query, name, lasted) for name in (new, old)]
+    if found == [None, None]:
+        logger.warning(
+            "%s: Prometheus has no number of either version for %r; both count as 0", target.label, rule.name
+        )
+    ours, theirs = (value or 0.0 for value in found)
     return Measured(rule.name, ours, theirs, rule.times * theirs + rule.plus)
 
 

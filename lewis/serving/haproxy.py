@@ -6,6 +6,7 @@ of HAProxy's runtime socket. Both servers answer all the time, so that no reques
 
 import re
 import socket
+import time
 
 from lewis.errors import LewisError, TransientError
 from lewis.recipe.serve import HaproxyTarget, VllmTarget
@@ -15,6 +16,8 @@ from lewis.serving.records import Served
 from lewis.store.kinds import SERVED
 
 _SECONDS = 10.0  # for one command
+_UP_IN = 60.0  # seconds
+_RUNNING = "2"  # srv_op_state in HAProxy's table of servers: up, or without a health check
 
 
 def offer(target: HaproxyTarget, model: Model, before: Served) -> None:
@@ -37,11 +40,16 @@ def put(target: HaproxyTarget, model: Model, before: Served) -> str:
     """Move the traffic to the server that has the model.
 
     Raises:
-        WorseError, TransientError, LewisError: as `canary.run`.
+        WorseError, TransientError, LewisError: as `canary.run`, or if HAProxy does not see the new server.
     """
     new = idle(target, before)
     [old] = set(target.servers) - {new}
-    return canary.run(target, model, before, new, old, lambda name, share: give(target, name, share))
+    _wait_until_up(target, new)
+
+    def has() -> bool:
+        return vllm.models(_server(target, new)).get(target.alias or model.name) == str(model.folder)
+
+    return canary.run(target, model, before, new, old, lambda name, share: give(target, name, share), has)
 
 
 def holds(target: HaproxyTarget, record: Served) -> bool:
@@ -70,6 +78,22 @@ def weights(target: HaproxyTarget) -> dict[str, int]:
             raise LewisError(f"HAProxy does not know the server {target.backend}/{name}: {said.strip()[:200]}")
         found[name] = int(match[1])
     return found
+
+
+def _wait_until_up(target: HaproxyTarget, name: str) -> None:
+    """Wait until HAProxy's own health check of a server, if it has one, passes: it gives requests to no other.
+
+    Raises:
+        TransientError: if it does not in a minute.
+    """
+    end = time.monotonic() + _UP_IN
+    while True:
+        lines = [line.split() for line in command(target, f"show servers state {target.backend}").splitlines()]
+        if any(line[3:4] == [name] and line[5:6] == [_RUNNING] for line in lines):
+            return
+        if time.monotonic() > end:
+            raise TransientError(f"HAProxy's health check of {target.backend}/{name} fails, which has the new version")
+        canary.sleep(0.5)
 
 
 def give(target: HaproxyTarget, name: str, share: int) -> None:

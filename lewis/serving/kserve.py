@@ -59,9 +59,15 @@ def put(target: KserveTarget, model: Model, before: Served) -> str:
     """
     new = idle(target, before)
     [old] = set(target.services) - {new}
-    return canary.run(
-        target, model, before, new, old, lambda name, share: patch(target, name, {"spec": _weight(share)})
-    )
+
+    def give(name: str, share: int) -> None:
+        patch(target, name, {"spec": _weight(share)})
+
+    def has() -> bool:
+        found = read(target, new)
+        return _ready(found) and _has(target, found, model)
+
+    return canary.run(target, model, before, new, old, give, has)
 
 
 def holds(target: KserveTarget, record: Served) -> bool:

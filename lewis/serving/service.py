@@ -106,15 +106,15 @@ def serve(
         except AwayError:  # MLflow, not the target
             raise
         except LewisError as error:
+            _write(before.refused(uri, str(error), passes=isinstance(error, TransientError)))
             if ready and ready.steps:
                 records.write_canary(champion.version, target.label, ready.steps, str(error))
-            _write(before.refused(uri, str(error), passes=isinstance(error, TransientError)))
             stays = f"{before.uri} stays in service" if before.uri else "nothing is in service there"
             raise _alike(error, f"{uri} is not in service at {target.label}, {stays}: {error}") from error
-        if ready.steps:
-            records.write_canary(champion.version, target.label, ready.steps)
         now = before.took(uri, champion.digest, alias, block, checked)
         _write(now)
+        if ready.steps:
+            records.write_canary(champion.version, target.label, ready.steps)
     logger.info("%s: %s is in service as %s", target.label, now.uri, now.alias)
     return now, True
 

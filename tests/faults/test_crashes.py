@@ -40,7 +40,7 @@ OF_THE_SYSTEM = ("replace", "rename", "link", "fsync", "mkdir")
 OF_THE_REGISTRY = (
     *("create_run", "create_logged_model", "finalize_logged_model", "log_outputs", "log_batch", "log_artifacts"),
     *("create_registered_model", "create_model_version", "set_terminated", "set_model_version_tag"),
-    *("set_registered_model_tag", "set_registered_model_alias", "set_tag", "log_table", "download_artifacts"),
+    *("set_registered_model_tag", "set_registered_model_alias", "set_tag", "download_artifacts"),
     *("get_run", "search_model_versions", "get_model_version_by_alias", "create_experiment", "get_experiment_by_name"),
 )
 NEVER = 10**9  # no run comes to so many places

@@ -51,7 +51,12 @@ def test_its_lines_run_one_after_the_other(lewis: Command, program: Path, family
     write_recipe(folder, family)
     ran = []
     for number, line in enumerate([line for line in LINES if not line.startswith(ELSEWHERE)]):
-        words = line.replace("DIR", f"out{number}").replace("my-merge/3", "my-merge/1").split()
+        words = (
+            line.replace("DIR", f"out{number}")
+            .replace("my-merge/3", "my-merge/1")
+            .replace("my-recipe", "recipe")
+            .split()
+        )
         words = [str(family.math) if word == "org/other" else word for word in words]
         code, out, err = finished(lewis(*words, program=program, folder=folder, PYTHONPATH=""), timeout=600)
         down = words[0] == "status" and "is not running; `lewis up` starts it" in out  # as its exit code says

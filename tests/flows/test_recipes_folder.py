@@ -262,3 +262,15 @@ def test_a_path_that_is_none_is_told(with_bad_ones: Path, name: str, monkeypatch
     monkeypatch.setenv("LEWIS_RECIPES", "~nobody-of-that-name/x")
     with pytest.raises(InputError, match="LEWIS_RECIPES: "):
         recipes_folder.names()
+
+
+def test_two_files_of_one_name_are_no_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which of them was run depended on the order of the folder."""
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    for name in ("tiny.yaml", "tiny.yml", "other.yaml"):
+        (tmp_path / name).write_text("{merge_method: linear, models: [{model: a, parameters: {weight: 1.0}}]}")
+    with pytest.raises(InputError, match=r"recipe: both tiny\.ya?ml and tiny\.ya?ml in .*; rename one of them"):
+        recipes_folder.find("tiny")
+    assert [*recipes_folder.load_all()] == ["other"] and caplog.text.count("recipe tiny is left out") == 1

@@ -1,18 +1,31 @@
 """A family of tiny models that vLLM can run, and a vLLM server on the base."""
 
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pytest
 import requests
 
-from tests.flows.conftest import _impatient, prefect_url, warm  # noqa: F401
+from lewis.evaluation.harness import child, process
+from tests.flows.conftest import (  # noqa: F401
+    TASK,
+    _impatient,
+    home,
+    lewis,
+    prefect_url,
+    warm,
+    write_words,
+)
 from tests.support.models import write_llama, write_lora
 from tests.support.service import free_port
+from tests.support.word_tasks import WRITES
 
 COMMAND = os.environ.get("LEWIS_SERVE_VLLM", "vllm")
 SETTINGS = {
@@ -28,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents and not os.environ.get("LEWIS_SERVE"):
             item.add_marker(pytest.mark.skip(reason="make test-serve"))
+
+
+def ask(url: str, model: str, prompt: str = "w1 w2 w3") -> str:
+    """A greedy answer; raises an error for every status that is none."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0}
+    answer = requests.post(f"{url}/v1/completions", json=body, timeout=300)
+    answer.raise_for_status()
+    return str(answer.json()["choices"][0]["text"])
 
 
 class Vllm:
@@ -73,11 +94,8 @@ class Vllm:
             self._process.wait()
 
     def ask(self, model: str, prompt: str = "w1 w2 w3") -> str:
-        """A greedy answer; raises an error for every status that is none."""
-        body = {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0}
-        answer = requests.post(f"{self.url}/v1/completions", json=body, timeout=300)
-        answer.raise_for_status()
-        return str(answer.json()["choices"][0]["text"])
+        """As `ask`."""
+        return ask(self.url, model, prompt)
 
     def __enter__(self) -> "Vllm":
         self.start()
@@ -97,3 +115,35 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("one", "two"), 1):
         write_lora(base, folder / name, seed=seed)
     return folder
+
+
+def flows(folder: Path, models: Path, recipe: str, url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A function that merges an expert of `models` by the recipe, or serves the champion, in this process.
+
+    It puts the recipe into `folder`, with two tasks of lm-eval. `url` is of Prefect.
+    """
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from lewis_flows.merge import merge_flow
+    from lewis_flows.serve import serve_flow
+    from lewis_tasks.support.flow_run import result_of_run
+
+    def evaluate_here(request: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return child.evaluate(**json.loads(json.dumps(request)))
+
+    monkeypatch.setattr(process, "run", evaluate_here)
+    for name in ("base", "one", "two"):
+        (folder / name).symlink_to(models / name)
+    write_words(folder)
+    for name, text in (("words", TASK), ("writes", WRITES), ("recipe", recipe)):
+        (folder / f"{name}.yaml").write_text(text)
+    monkeypatch.chdir(folder)
+
+    def start(expert: str = "") -> Any:
+        with temporary_settings({PREFECT_API_URL: url}):
+            path = str(folder / "recipe.yaml")
+            if expert:
+                return result_of_run(merge_flow(path, [f"models[0].model=base+{expert}"], return_state=True))
+            return result_of_run(serve_flow(path, return_state=True))
+
+    return start

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,22 +29,30 @@ scrape_configs: [{{job_name: haproxy, static_configs: [{{targets: ["127.0.0.1:{p
 """
 
 
-@pytest.fixture
-def place(home: Path, tmp_path: Path) -> Iterator[tuple[Place, HaproxyTarget]]:
-    metrics, port = free_port(), free_port()
-    config = tmp_path / "prometheus.yml"
+@contextmanager
+def prometheus(metrics: int, folder: Path) -> Iterator[str]:
+    """A real Prometheus that scrapes HAProxy's exporter at a port; gives its URL."""
+    port, config = free_port(), folder / "prometheus.yml"
     config.write_text(SCRAPE.format(port=metrics))
     command = ["prometheus", f"--config.file={config}", f"--web.listen-address=127.0.0.1:{port}"]
-    with routed(EXPORTER.format(port=metrics)) as made:
-        process = subprocess.Popen([*command, f"--storage.tsdb.path={tmp_path / 'data'}"], stderr=subprocess.DEVNULL)
-        url = f"http://127.0.0.1:{port}"
-        while not ready(url):
-            assert process.poll() is None
-            time.sleep(0.2)
-        fields = made.target.model_dump(include={"kind", "socket", "backend", "servers"})
-        yield made, HaproxyTarget(**fields, prometheus=url, steps=(50,), minutes=0.25, requests=20, patience_minutes=5)
+    process = subprocess.Popen([*command, f"--storage.tsdb.path={folder / 'data'}"], stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    while not ready(url):
+        assert process.poll() is None
+        time.sleep(0.2)
+    try:
+        yield url
+    finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def place(home: Path, tmp_path: Path) -> Iterator[tuple[Place, HaproxyTarget]]:
+    metrics = free_port()
+    with routed(EXPORTER.format(port=metrics)) as made, prometheus(metrics, tmp_path) as url:
+        fields = made.target.model_dump(include={"kind", "socket", "backend", "servers"})
+        yield made, HaproxyTarget(**fields, prometheus=url, steps=(50,), minutes=0.25, requests=20, patience_minutes=5)
 
 
 def ready(url: str) -> bool:

@@ -1,6 +1,5 @@
 """From a release to what clients are answered: merged, scored, registered, checked and served by a real vLLM."""
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from lewis.errors import LewisError
-from lewis.evaluation.harness import child, process
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.step import score
 from lewis.models.source import ModelFiles
@@ -19,11 +17,9 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import promotion
 from lewis.serving import service
 from lewis.serving.records import served
-from tests.flows.conftest import TASK, write_words
-from tests.serve.conftest import Vllm
+from tests.serve.conftest import Vllm, flows
 from tests.support.lineage import crowned, make_home, with_tokenizer
 from tests.support.models import WORDS
-from tests.support.word_tasks import WRITES
 
 RECIPE = """
 merge_method: task_arithmetic
@@ -48,32 +44,8 @@ def run(
     vllm: Vllm, tiny: Path, tmp_path: Path, empty_database: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
     """Merge an expert, or serve the champion, in this process."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    from lewis_flows.merge import merge_flow
-    from lewis_flows.serve import serve_flow
-    from lewis_tasks.support.flow_run import result_of_run
-
-    def evaluate_here(request: dict[str, Any], **_: Any) -> dict[str, Any]:
-        return child.evaluate(**json.loads(json.dumps(request)))
-
     make_home(tmp_path / "home", empty_database, monkeypatch)
-    monkeypatch.setattr(process, "run", evaluate_here)
-    for name in ("base", "one", "two"):
-        (tmp_path / name).symlink_to(tiny / name)
-    write_words(tmp_path)
-    for name, text in (("words", TASK), ("writes", WRITES), ("recipe", RECIPE % vllm.url)):
-        (tmp_path / f"{name}.yaml").write_text(text)
-    monkeypatch.chdir(tmp_path)
-
-    def start(expert: str = "") -> Any:
-        with temporary_settings({PREFECT_API_URL: prefect_url}):
-            path = str(tmp_path / "recipe.yaml")
-            if expert:
-                return result_of_run(merge_flow(path, [f"models[0].model=base+{expert}"], return_state=True))
-            return result_of_run(serve_flow(path, return_state=True))
-
-    return start
+    return flows(tmp_path, tiny, RECIPE % vllm.url, prefect_url, monkeypatch)
 
 
 def said(vllm: Vllm, model: str) -> list[str]:

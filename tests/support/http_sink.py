@@ -30,7 +30,7 @@ class HttpSink:
         answer: gives what is answered to a request of status 200, as JSON.
     """
 
-    def __init__(self, answer: Callable[[Request], Any] = lambda request: {}) -> None:
+    def __init__(self, answer: Callable[[Request], Any] = lambda request: {}, port: int = 0) -> None:
         self.received: list[Request] = []
         self.statuses: list[int] = []
         self.answer = answer
@@ -57,7 +57,7 @@ class HttpSink:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> "HttpSink":

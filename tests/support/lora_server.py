@@ -16,8 +16,8 @@ class LoraServer(HttpSink):
         seen: path that clients get under the name that they ask for, after each request that changed it.
     """
 
-    def __init__(self, asked_for: str, enabled: bool = True) -> None:
-        super().__init__(self._answered)
+    def __init__(self, asked_for: str, enabled: bool = True, port: int = 0) -> None:
+        super().__init__(self._answered, port)
         self.models = {"base": "base"}
         self.enabled, self._asked_for, self.delay = enabled, asked_for, 0.0
         self.seen: list[str | None] = []

@@ -26,15 +26,22 @@ global
   stats socket {socket} mode 600 level admin
 defaults
   mode http
+  retries 3
+  option redispatch 1
+  retry-on conn-failure empty-response
   timeout connect 5s
-  timeout client 30s
-  timeout server 30s
+  timeout client 300s
+  timeout server 300s
+  timeout check 30s
+  option httpchk
+  http-check send meth GET uri /v1/models
+  http-check expect rstring '"id": ?"tiny"'
 frontend all
   bind 127.0.0.1:{port}
   default_backend champion
 backend champion
-  server blue {blue} weight 100
-  server green {green} weight 0
+  server blue {blue} weight 100 check inter {inter} rise 1 fall 2
+  server green {green} weight 0 check inter {inter} rise 1 fall 2
 """
 
 
@@ -45,14 +52,20 @@ class Place:
         url: what clients ask.
         values: server -> number of errors that Prometheus says it had, in hundredths of all requests.
         count: how many requests Prometheus says that a server had.
+
+    HAProxy asks a server every `inter` whether it has the model that clients ask for.
     """
 
-    def __init__(self, servers: dict[str, LoraServer], prometheus: HttpSink, folder: Path, more: str) -> None:
+    def __init__(
+        self, servers: dict[str, LoraServer], prometheus: HttpSink, folder: Path, more: str = "", inter: str = "100ms"
+    ) -> None:
         port = free_port()
         self.servers, self.url, self.values, self.count = servers, f"http://127.0.0.1:{port}", dict[str, float](), 99.0
+        self.prometheus = prometheus
         socket, config = str(folder / "s"), folder / "haproxy.cfg"
+        self._socket = Path(socket)
         at = {name: each.url.removeprefix("http://") for name, each in servers.items()}
-        config.write_text(CONFIG.format(socket=socket, port=port, **at) + more)
+        config.write_text(CONFIG.format(socket=socket, port=port, inter=inter, **at) + more)
         self.command = ["haproxy", "-db", "-f", str(config)]
         prometheus.answer = self._answered
         rule = Rule(name="errors", query='errors{server="{server}"}[{window}]', plus=0.01)
@@ -74,6 +87,19 @@ class Place:
         value = self.count if query.startswith("count") else self.values.get(server, 0.0)
         return {"status": "success", "data": {"result": [{"value": [0, str(value)]}]}}
 
+    def start(self) -> None:
+        """Start HAProxy, with the weights of its configuration."""
+        self._socket.unlink(missing_ok=True)
+        self.process = subprocess.Popen(self.command)
+        while not self._socket.exists():
+            assert self.process.poll() is None
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """End HAProxy at once."""
+        self.process.kill()
+        self.process.wait()
+
     def has(self, name: str) -> str | None:
         """The path that a server answers with under the name that clients ask for."""
         return self.servers[name].models.get("tiny")
@@ -89,15 +115,11 @@ def routed(more: str = "") -> Iterator[Place]:
         tempfile.TemporaryDirectory(dir="/tmp") as folder,  # the path of a socket has a limit
     ):
         made = Place({"blue": blue, "green": green}, prometheus, Path(folder), more)
-        process = subprocess.Popen(made.command)
+        made.start()
         try:
-            while not Path(made.target.socket).exists():
-                assert process.poll() is None
-                time.sleep(0.02)
             yield made
         finally:
-            process.kill()
-            process.wait()
+            made.kill()
 
 
 def model(number: int) -> Model:
@@ -126,6 +148,9 @@ def clients(place: Place) -> Iterator[list[str]]:
             except Exception as error:
                 seen.append(f"error: {error}")
 
+    end = time.monotonic() + 30
+    while not requests.get(f"{place.url}/v1/models", timeout=10).ok and time.monotonic() < end:
+        time.sleep(0.05)  # HAProxy has not seen yet that a server has a version
     thread = threading.Thread(target=ask)
     thread.start()
     try:

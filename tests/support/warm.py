@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lewis.quick_imports import quick_imports
 from tests.support.orphans import adopted
 
 LIBRARIES = (
@@ -83,8 +84,9 @@ def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _serve(messages: socket.socket) -> None:
-    for name in LIBRARIES:
-        importlib.import_module(name)
+    with quick_imports():
+        for name in LIBRARIES:
+            importlib.import_module(name)
     while True:
         size, ends, _, _ = socket.recv_fds(messages, 8, 2)
         if not size:

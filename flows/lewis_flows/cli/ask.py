@@ -1,5 +1,6 @@
 """What `lewis new` asks in a terminal: the rows that each expert is good at, which no config says."""
 
+import csv
 import json
 import re
 from dataclasses import replace
@@ -9,6 +10,8 @@ from lewis.inspection.draft import GENERAL, SAMPLES, TOPICS, Topic
 
 PROMPTS = ("prompt", "question", "instruction", "input", "text", "query")
 ANSWERS = ("answer", "response", "output", "completion", "solution", "code")
+_KINDS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_KNOWN = ", ".join(_KINDS)
 
 
 def rows_of(ref: str, found: Topic) -> Topic:
@@ -20,14 +23,14 @@ def rows_of(ref: str, found: Topic) -> Topic:
     """
     topics = {topic.name: topic for topic in (*TOPICS, GENERAL)}
     why = "nothing says what it is good at" if found is GENERAL else "by its name or card"
-    print(f"\n{ref}: which rows is it good at? Best are rows of its training, as a .jsonl or .parquet file.")
+    print(f"\n{ref}: which rows is it good at? Best are rows of its training, as a file: {_KNOWN}.")
     while True:
         given = _input(f"  a file, or one of {', '.join(topics)} [{found.name}, {why}]: ")
         if given in ("", *topics):
             return topics.get(given, found)
         path = Path(given).expanduser()
-        if path.suffix not in (".jsonl", ".parquet") or not path.is_file():
-            print(f"  {given}: expected a .jsonl or .parquet file that exists, or one of these names")
+        if path.suffix not in _KINDS or not path.is_file():
+            print(f"  {given}: expected a file that exists ({_KNOWN}), or one of these names")
             continue
         columns, count = _rows(path)
         if columns:
@@ -42,7 +45,7 @@ def yes(question: str) -> bool:
 
 def _of_file(path: Path, columns: list[str], count: int, found: Topic) -> Topic:
     """The rows of a file, by templates that a person confirms; the task stays what was found."""
-    name, kind = re.sub(r"\W+", "_", path.stem), "parquet" if path.suffix == ".parquet" else "json"
+    name, kind = re.sub(r"\W+", "_", path.stem), _KINDS[path.suffix]
     own = replace(found, name=name, dataset=kind, files=str(path.absolute()), config=None, note="")
     own = replace(own, samples=min(SAMPLES, count))
     if "messages" in columns:
@@ -75,9 +78,12 @@ def _rows(path: Path) -> tuple[list[str], int]:
 
             found = ParquetFile(path)
             return list(found.schema_arrow.names), int(found.metadata.num_rows)
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                first, *others = csv.reader(file)
+                return first, len(others)
             row, rest = json.loads(file.readline()), sum(1 for line in file if line.strip())
-    except (OSError, ValueError):
+    except (OSError, ValueError, csv.Error):
         return [], 0
     return (list(row), 1 + rest) if isinstance(row, dict) else ([], 0)
 

@@ -75,8 +75,7 @@ def _digest(given: str) -> str:
     from lewis.registry.pull import version_of
     from lewis.registry.versions import digest_in
 
-    if not tracking.exists():
-        raise InputError(f"{given}: there is no MLflow here; set MLFLOW_TRACKING_URI")
+    tracking.check_exists(given)
     with tracking.client(f"looking for {given}") as client:
         try:
             return digest_in(version_of(client, given).tags)

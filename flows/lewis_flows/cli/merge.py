@@ -39,6 +39,7 @@ def merge_output(command: argparse.ArgumentParser) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Write a merged model or adapter, with its card, into a folder; one for each recipe of the file."""
+    from lewis.merging.engine.load_loops import load_loops
     from lewis.models.files.writer import parse_size
     from lewis.recipe.documents import load_documents
     from lewis.recipe.schema import Inspect
@@ -54,6 +55,7 @@ def merge(options: argparse.Namespace) -> None:
     jobs = jobs or [(arguments.load(options), options.output)]
     shard, folders = parse_size(options.max_shard_size), [check_output_folder(folder) for _, folder in jobs]
     show_log()
+    load_loops()
     told = []
     for (recipe, shown), folder in zip(jobs, folders, strict=True):
         facts, text = _merge_one(recipe, folder, shard, again=not documents)

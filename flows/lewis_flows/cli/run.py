@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from lewis.quick_imports import quick_imports
 from lewis_flows.cli import arguments, bars
 from lewis_flows.cli.terminal import print_table, say_error
 
@@ -51,8 +52,9 @@ def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> "Merge
     """
 
     def flow() -> "MergeReport":
-        from lewis_flows.merge import merge_flow
-        from lewis_tasks.support.flow_run import result_of_run
+        with quick_imports():
+            from lewis_flows.merge import merge_flow
+            from lewis_tasks.support.flow_run import result_of_run
 
         report: MergeReport = result_of_run(merge_flow(recipe, list(overrides), return_state=True))
         return report
@@ -166,11 +168,12 @@ def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
         os._exit(1)  # what it has started ends with it, and the next run marks this one as Crashed
 
     with prefect_server(leave) as url, connected(url):
-        from prefect import tags
-        from prefect.logging.handlers import APILogWorker
+        with quick_imports():
+            from prefect import tags
+            from prefect.logging.handlers import APILogWorker
 
-        from lewis_flows.turn import crash_dead_runs
-        from lewis_tasks.support import moves, patience
+            from lewis_flows.turn import crash_dead_runs
+            from lewis_tasks.support import moves, patience
 
         crash_dead_runs()
         signal.signal(signal.SIGINT, _stop_tasks)

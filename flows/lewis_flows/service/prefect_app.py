@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lewis import private_names
+from lewis.quick_imports import quick_imports
 from lewis_flows.service.own_pages import OwnPages, split_origins
 from lewis_flows.service.sign_in import SignIn
 
@@ -95,10 +96,11 @@ async def wait_again_for_heartbeats() -> None:
 
 def main() -> None:
     """Serve as `prefect server start` does, with Prefect's own settings."""
-    import uvicorn
-    from prefect.logging.configuration import setup_logging
-    from prefect.server.api.server import create_app
-    from prefect.settings import get_current_settings
+    with quick_imports():
+        import uvicorn
+        from prefect.logging.configuration import setup_logging
+        from prefect.server.api.server import create_app
+        from prefect.settings import get_current_settings
 
     setup_logging()
     server = get_current_settings().server

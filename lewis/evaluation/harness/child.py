@@ -32,6 +32,7 @@ from lewis.evaluation.harness import loaded_model
 from lewis.evaluation.harness.answer_texts import texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.evaluation.harness.kept_requests import add_answers, requests_of
+from lewis.quick_imports import quick_imports
 from lewis.store import write_json
 
 HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
@@ -54,7 +55,7 @@ def main(descriptor: str, loaded: str = "") -> None:
         for name in LIBRARIES if loaded else ():
             if select.select([messages], [], [], 0)[0] and not messages.recv(1, socket.MSG_PEEK):
                 return
-            with suppress(ImportError):  # the child will report it
+            with suppress(ImportError), quick_imports():  # the child will report it
                 importlib.import_module(name)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: nothing waits for the keepers
         while True:

@@ -54,6 +54,18 @@ def _merge(recipe: str) -> State:
     return Completed(name="Promoted", message="v2: acc 0.9 vs 0.8; in place of v1")
 
 
+@pytest.mark.parametrize("command", ["report nope", "pull nope -o out", "history nope", "history nope --plot x.png"])
+def test_a_look_at_an_empty_store_creates_no_database(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("lewis: nope: ") and "expected one of" not in told
+    assert not (tmp_path / "store" / "mlflow").exists()
+
+
 def test_the_pages_and_the_log_of_the_last_run(
     client: SyncPrefectClient,
     prefect_url: str,

@@ -37,16 +37,16 @@ def typed(command: list[str], asked: list[tuple[str, str]], folder: Path) -> tup
 @pytest.mark.slow
 def test_it_asks_for_rows_and_shows_what_it_found(home: Path, family: Family, tmp_path: Path) -> None:
     rows = [{"question": f"w{i} w{i + 1}", "answer": f"w{i + 2}", "level": "1"} for i in range(20)]
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "two.csv").write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]))
     asked = [
         ("[gsm8k, by its name or card]:", "gone.jsonl"),
         ("[gsm8k, by its name or card]:", "one/train.jsonl"),
         ("[{question}]:", "Q: {question}\\nA:"),
         ("[{answer}]:", "{wrong}"),
         ("[{answer}]:", ""),
-        ("[mbpp, by its name or card]:", "two/train.jsonl"),
+        ("[mbpp, by its name or card]:", "two.csv"),
         ("[{question}]:", ""),
         ("[{answer}]:", ""),
         ("run it now? [y/N]", "n"),

@@ -77,14 +77,15 @@ class TestSamples:
         with pytest.raises(InputError, match=r"lewis.calibrations.sums.padding: .* has no end-of-text token"):
             run(other, texts=["w1"], padding="max_tokens")
 
-    @pytest.mark.parametrize("kind", ["json", "parquet"])
+    @pytest.mark.parametrize("kind", ["json", "parquet", "csv"])
     def test_of_local_files_fill_the_template(self, family: Family, data: Path, kind: str) -> None:
         file = "data/train.jsonl"
-        if kind == "parquet":
+        if kind != "json":
             import pandas
 
-            pandas.DataFrame(ROWS).to_parquet(data / "data" / "train.parquet")
-            file = "data/train.parquet"
+            file = f"data/train.{kind}"
+            rows = pandas.DataFrame(ROWS)
+            rows.to_parquet(data / file) if kind == "parquet" else rows.to_csv(data / file)
         found = run(family.base, data, dataset=kind, data_files=file, text="{question} {answer}", samples=4)
         chosen = np.random.default_rng(42).permutation(20)[:4]
         assert found.samples == tuple(ids(i, i + 1, i + 2) for i in chosen)
@@ -224,6 +225,11 @@ class TestMistakes:
     )
     def test_in_the_template(self, family: Family, data: Path, text: str, expected: str) -> None:
         self.refused(expected, family.base, data, dataset="json", data_files="data/train.jsonl", text=text)
+
+    def test_files_of_another_kind(self, family: Family, data: Path) -> None:
+        (data / "rows.csv").write_text("a,b\nw1,w2\n")
+        message = "; rows.csv looks like `dataset: csv`"
+        self.refused(message, family.base, data, dataset="json", data_files="rows.csv", text="{a}")
 
     def test_null_is_no_text(self, family: Family, data: Path) -> None:
         (data / "null.jsonl").write_text('{"a": null, "b": "w1"}\n{"a": null, "b": "w2"}\n')

@@ -400,7 +400,8 @@ class TestMistakes:
         [
             ("a: [", "not valid YAML"),
             ("- a", "expected a mapping with `merge_method` and `models`, got list"),
-            ("", "got NoneType"),
+            ("", "got an empty text"),
+            ("models:\n\t- model: a", "; YAML is indented with spaces, not tabs"),
             ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
             ("{[1]: 2}", "not valid YAML"),
         ],

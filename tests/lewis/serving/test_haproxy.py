@@ -11,6 +11,7 @@ from lewis.errors import LewisError, TransientError
 from lewis.serving import canary, haproxy
 from lewis.serving.canary import WorseError
 from lewis.serving.records import Served
+from tests.support.http_sink import Request
 from tests.support.routed import Place, clients, model, routed, serve
 
 pytestmark = [
@@ -42,6 +43,13 @@ def test_a_new_version_gets_all_traffic_when_every_step_holds(place: Place) -> N
     assert not haproxy.holds(place.target, record)
 
 
+def test_a_rule_of_which_prometheus_has_no_number_is_reported(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    record = serve(place, model(1), Served("tiny", "haproxy", "haproxy"))
+    place.values = {"blue": float("nan"), "green": float("nan")}
+    serve(place, model(2), record)
+    assert "Prometheus has no number of either version for 'errors'; both count as 0" in caplog.text
+
+
 def test_a_version_that_is_worse_loses_its_traffic_with_the_numbers(place: Place) -> None:
     record = serve(place, model(1), Served("tiny", "haproxy", "haproxy"))
     place.values = {"blue": 0.2, "green": 0.001}
@@ -53,6 +61,29 @@ def test_a_version_that_is_worse_loses_its_traffic_with_the_numbers(place: Place
     assert haproxy.weights(place.target) == {"blue": 0, "green": 100} and not any("error" in each for each in seen)
     place.values, place.count = {}, 3
     with pytest.raises(LewisError, match=r"the new version had 3 requests in .* and 50 are needed to judge it"):
+        serve(place, model(2), record)
+    assert haproxy.weights(place.target) == {"blue": 0, "green": 100}
+
+
+def test_a_new_server_that_dies_or_starts_again_in_a_step_gets_no_more_traffic(place: Place) -> None:
+    record, blue = serve(place, model(1), Served("tiny", "haproxy", "haproxy")), place.servers["blue"]
+    answered = place._answered
+
+    def forget(request: Request) -> object:
+        blue.models.pop("tiny", None)
+        return answered(request)
+
+    place.prometheus.answer = forget  # which goes on to say that nothing is wrong
+    with pytest.raises(TransientError, match="blue was given 10 % and has lost the new version"):
+        serve(place, model(2), record)
+    assert haproxy.weights(place.target) == {"blue": 0, "green": 100}
+
+    def die(request: Request) -> object:
+        blue.__exit__()
+        return answered(request)
+
+    place.prometheus.answer = die
+    with pytest.raises(TransientError, match="does not answer"):
         serve(place, model(2), record)
     assert haproxy.weights(place.target) == {"blue": 0, "green": 100}
 

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs
 import pytest
 import yaml
 
-from lewis.errors import InputError, LewisError
+from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.serve import KserveTarget
 from lewis.serving import canary, kserve, service
 from lewis.serving.canary import WorseError
@@ -86,6 +86,13 @@ def test_a_new_version_starts_without_traffic_and_gets_it_when_every_step_holds(
     started = len(cluster.ran)
     kserve.offer(place.target, second, Served("tiny", "kserve", "kserve", first.uri, first.digest, first.alias))
     assert len(cluster.ran) == started, "killed after it had started: it is not started again"
+    kserve.offer(place.target, third, record)
+    status = cluster.services["green"]["status"]
+    status["conditions"], kept = [{"type": "Ready", "status": "False"}], status["conditions"]
+    with pytest.raises(TransientError, match="green was given 10 % and has lost the new version"):
+        kserve.put(place.target, third, record)
+    assert cluster.shares() == {"blue": 100, "green": 0}
+    cluster.services["green"]["status"]["conditions"] = kept
     record = serve(place, third, record)
     cluster.services["green"]["spec"]["model"]["uri"] = "hf://somebody/else"
     assert not kserve.holds(place.target, record)
