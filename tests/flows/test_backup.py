@@ -112,7 +112,7 @@ def test_what_cannot_be_put_back_is_refused_and_changes_nothing(
 ) -> None:
     copy = tmp_path / "copy"
     if wrong == "in the store":
-        with pytest.raises(InputError, match="choose a folder elsewhere"):
+        with pytest.raises(InputError, match="expected a folder outside of the store"):
             backup(home / "copy")
         return
     backup(copy)

@@ -4,7 +4,9 @@ A container here is a copy-on-write view of this machine's files, in which the s
 service names are where it says. All share one network, in which each name of a service is an address of loopback.
 """
 
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -122,7 +124,7 @@ class Container:
     def told(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command in it; gives its exit code and output."""
         assert self.process
-        inner = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
+        inner = self._inside()
         if not inner:
             return subprocess.CompletedProcess(command, 1, "", "the container has ended")
         enter = ["nsenter", f"--target={inner[0]}", "--mount", "--pid", "--net", "chroot"]
@@ -149,8 +151,16 @@ class Container:
 
     def kill(self) -> None:
         if self.process:
+            for first in self._inside():  # who changes its user loses what --kill-child asked for
+                os.kill(first, signal.SIGKILL)
             self.process.kill()
             self.process.wait()
+
+    def _inside(self) -> list[int]:
+        """The first process of the container, with which all others end."""
+        assert self.process
+        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True)
+        return [int(each) for each in found.stdout.split()]
 
 
 @contextmanager
