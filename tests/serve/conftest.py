@@ -31,6 +31,7 @@ COMMAND = os.environ.get("LEWIS_SERVE_VLLM", "vllm")
 SETTINGS = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its cores have other work
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }

@@ -40,7 +40,8 @@ def lewis(service: Service, *arguments: str) -> str:
     left_out = ("PREFECT_", "MLFLOW_", "LEWIS_", "OPENAI_")
     given = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     done = subprocess.run(command, capture_output=True, text=True, env={**given, **service.environment}, cwd=REPO)
-    assert done.returncode == 0, done.stdout + done.stderr
+    if arguments != ("status",):  # it is 1 while the worker is not there yet
+        assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 

@@ -38,6 +38,8 @@ _STABLE = 60.0  # seconds after which an end is no further one in a row
 _MOST = 60.0  # seconds between two starts, at most
 _SHOWN = 1500  # characters at the end of a server's log that a message shows
 _KEY = "CHAMPION_KEY"  # in the environment of HAProxy alone
+# On a CPU vLLM would bind its threads to cores and spin there, and what else runs on these cores can come to a halt.
+_SHARES_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
 # A server is opened by the runtime socket once it answers. Connections to servers are not kept: if a server closes one
@@ -303,7 +305,8 @@ def _environment() -> dict[str, str]:
     """Without the secrets of other parts. vLLM asks for the key too, since all users of the machine reach its port."""
     from lewis.evaluation.sandbox.isolation import without_secrets
 
-    return {**without_secrets(os.environ), **_OFFLINE, "VLLM_API_KEY": UP_SERVE_KEY.read()}
+    own = {**_OFFLINE, "VLLM_API_KEY": UP_SERVE_KEY.read()}
+    return {**_SHARES_CORES, **without_secrets(os.environ), **own}
 
 
 def choose(recipe: str) -> None:

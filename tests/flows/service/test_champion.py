@@ -160,6 +160,18 @@ def test_one_recipe_is_chosen(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
         champion.choose("one")
 
 
+def test_a_server_binds_no_thread_to_a_core_unless_it_is_set_and_knows_no_secret_of_another_part(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret")
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    given = champion._environment()
+    assert given["VLLM_CPU_OMP_THREADS_BIND"] == "nobind" and given["VLLM_API_KEY"] == UP_SERVE_KEY.read()
+    assert "s3cret" not in given.values()
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+    assert champion._environment()["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+
+
 def test_the_command_of_a_server_has_the_name_that_clients_ask_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
