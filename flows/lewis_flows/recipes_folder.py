@@ -101,17 +101,18 @@ def find(recipe: str, *, paths: bool = True) -> Path:
     Raises:
         InputError: if there is none, or two files of the folder have the name.
     """
-    by_name: dict[str, Path] = {}
-    for path in _files() if recipe.strip(".") and "/" not in recipe else []:
-        if path.stem == recipe and recipe in by_name:
-            raise InputError(f"recipe: both {path.name} and {by_name[recipe].name} in {folder()}; rename one of them")
-        by_name[path.stem] = path
-    if recipe in by_name:
-        return by_name[recipe]
+    files = _files() if recipe.strip(".") and "/" not in recipe else []
+    of_name = [path for path in files if path.stem == recipe]
+    if len(of_name) > 1:
+        both = " and ".join(path.name for path in of_name)
+        raise InputError(f"recipe: both {both} in {folder()}; rename one of them")
+    if of_name:
+        return of_name[0]
+    known = [path.stem for path in files]
     if not paths:
         raise InputError(
             f"recipe: {recipe!r} is not the name of a recipe in {folder()}; a run of a deployment takes only such names"
-            f"{nearest(recipe, by_name)}; put the file there, or run it by its path with `lewis run`"
+            f"{nearest(recipe, known)}; put the file there, or run it by its path with `lewis run`"
         )
     try:
         path = Path(recipe).expanduser()
@@ -119,7 +120,7 @@ def find(recipe: str, *, paths: bool = True) -> Path:
         raise InputError(f"{recipe}: no such file: {error}") from error
     check_regular(path)
     if not path.is_file():
-        raise InputError(f"{recipe}: no recipe of this name in {folder()} and no such file{nearest(recipe, by_name)}")
+        raise InputError(f"{recipe}: no recipe of this name in {folder()} and no such file{nearest(recipe, known)}")
     return path.absolute()
 
 

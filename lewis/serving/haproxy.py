@@ -5,17 +5,15 @@ of HAProxy's runtime socket. Both servers answer all the time, so that no reques
 """
 
 import re
-import socket
 import time
 
 from lewis.errors import LewisError, TransientError
 from lewis.recipe.serve import HaproxyTarget, VllmTarget
-from lewis.serving import canary, vllm
+from lewis.serving import canary, haproxy_socket, vllm
 from lewis.serving.model import Model
 from lewis.serving.records import Served
 from lewis.store.kinds import SERVED
 
-_SECONDS = 10.0  # for one command
 _UP_IN = 60.0  # seconds
 _RUNNING = "2"  # srv_op_state in HAProxy's table of servers: up, or without a health check
 
@@ -109,11 +107,7 @@ def command(target: HaproxyTarget, text: str) -> str:
         TransientError: if it does not answer.
     """
     try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(_SECONDS)
-            connection.connect(target.socket)
-            connection.sendall(f"{text}\n".encode())
-            return b"".join(iter(lambda: connection.recv(4096), b"")).decode(errors="replace")
+        return haproxy_socket.ask(target.socket, text)
     except OSError as error:
         raise TransientError(f"HAProxy does not answer at {target.socket}: {error.strerror or error}") from error
 

@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,11 +24,21 @@ from tests.flows.conftest import (  # noqa: F401
     warm,
     write_words,
 )
-from tests.support.models import write_llama, write_lora
+from tests.support.asking import asking
+from tests.support.models import WORDS, write_llama, write_lora
 from tests.support.service import free_port
 from tests.support.word_tasks import WRITES
 
 COMMAND = os.environ.get("LEWIS_SERVE_VLLM", "vllm")
+EXPORTER = """
+frontend metrics
+  bind 127.0.0.1:{port}
+  http-request use-service prometheus-exporter
+"""
+SCRAPE = """
+global: {{scrape_interval: 1s}}
+scrape_configs: [{{job_name: haproxy, static_configs: [{{targets: ["127.0.0.1:{port}"]}}]}}]
+"""
 SETTINGS = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -50,6 +61,52 @@ def ask(url: str, model: str, prompt: str = "w1 w2 w3") -> str:
     answer = requests.post(f"{url}/v1/completions", json=body, timeout=300)
     answer.raise_for_status()
     return str(answer.json()["choices"][0]["text"])
+
+
+def said(url: str, model: str) -> list[str]:
+    """What a model answers to some prompts."""
+    return [ask(url, model, " ".join(WORDS[i : i + 4])) for i in range(0, 48, 6)]
+
+
+@contextmanager
+def load(url: str, *, clients: int, pause: float = 0.0) -> Iterator[list[str]]:
+    """Meanwhile, clients ask for the champion all the time; gives the errors that they saw, once they have ended."""
+
+    def champion(own: int, number: int) -> str:
+        return ask(url, "tiny", " ".join(WORDS[(own * 7 + number + i) % 60] for i in range(4)))
+
+    errors, seen = list[str](), list[str]()
+    try:
+        with asking(champion, clients=clients, pause=pause) as seen:
+            yield errors
+    finally:
+        errors += [each for each in seen if each.startswith("error: ")]
+        print(f"asked {len(seen)} times, {len(errors)} failed")
+
+
+@contextmanager
+def prometheus(metrics: int, folder: Path) -> Iterator[str]:
+    """A real Prometheus that scrapes HAProxy's exporter at a port; gives its URL."""
+    port, config = free_port(), folder / "prometheus.yml"
+    config.write_text(SCRAPE.format(port=metrics))
+    command = ["prometheus", f"--config.file={config}", f"--web.listen-address=127.0.0.1:{port}"]
+    process = subprocess.Popen([*command, f"--storage.tsdb.path={folder / 'data'}"], stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    while not ready(url):
+        assert process.poll() is None
+        time.sleep(0.2)
+    try:
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ready(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/-/ready", timeout=5).ok
+    except requests.RequestException:
+        return False
 
 
 class Vllm:

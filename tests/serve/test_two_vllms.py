@@ -2,10 +2,8 @@
 
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -22,10 +20,8 @@ from lewis.recipe.recipe import Recipe
 from lewis.recipe.serve import HaproxyTarget, Rule
 from lewis.serving import haproxy
 from lewis.serving.records import served
-from tests.serve.conftest import Vllm, ask, flows
-from tests.serve.test_canary import EXPORTER, prometheus
+from tests.serve.conftest import EXPORTER, Vllm, flows, load, prometheus, said
 from tests.support.lineage import crowned, make_home, with_tokenizer
-from tests.support.models import WORDS
 from tests.support.routed import Place
 from tests.support.service import free_port
 
@@ -68,43 +64,11 @@ def place(pair: Pair, tmp_path: Path) -> Iterator[Place]:
     """HAProxy in front of them, and a Prometheus that scrapes it."""
     metrics = free_port()
     with prometheus(metrics, tmp_path) as url, tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        told = SimpleNamespace(url=url, answer=None)
-        made = Place(pair.servers, told, Path(folder), EXPORTER.format(port=metrics), inter="2s")
+        scraping = SimpleNamespace(url=url, answer=None)
+        made = Place(pair.servers, scraping, Path(folder), EXPORTER.format(port=metrics), inter="2s")
         made.start()
         yield made
         made.kill()
-
-
-@contextmanager
-def load(url: str) -> Iterator[list[str]]:
-    """Meanwhile, two clients ask for the champion all the time; gives the errors that they saw."""
-    errors, answers, over = list[str](), list[str](), threading.Event()
-
-    def client(own: int) -> None:
-        number = 0
-        while not over.is_set():
-            number += 1
-            try:
-                answers.append(ask(url, "tiny", " ".join(WORDS[(own * 7 + number + i) % 60] for i in range(4))))
-            except Exception as error:
-                errors.append(str(error))
-            time.sleep(0.1)
-
-    threads = [threading.Thread(target=client, args=(own,)) for own in range(2)]
-    for each in threads:
-        each.start()
-    try:
-        yield errors
-    finally:
-        over.set()
-        for each in threads:
-            each.join()
-        print(f"asked {len(answers) + len(errors)} times, {len(errors)} failed")
-
-
-def said(url: str, model: str) -> list[str]:
-    """What a model answers to some prompts."""
-    return [ask(url, model, " ".join(WORDS[i : i + 4])) for i in range(0, 48, 6)]
 
 
 def test_a_second_release_goes_through_a_canary_and_no_request_is_lost(
@@ -120,7 +84,7 @@ def test_a_second_release_goes_through_a_canary_and_no_request_is_lost(
     run("one")
     assert run().changed == ["haproxy"]
     of_one = said(place.url, "tiny")
-    with load(place.url) as errors:
+    with load(place.url, clients=2, pause=0.1) as errors:
         run("two")
         began = time.monotonic()
         assert run().changed == ["haproxy"]

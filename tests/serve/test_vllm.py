@@ -1,9 +1,7 @@
 """From a release to what clients are answered: merged, scored, registered, checked and served by a real vLLM."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import promotion
 from lewis.serving import service
 from lewis.serving.records import served
-from tests.serve.conftest import Vllm, flows
+from tests.serve.conftest import Vllm, flows, load, said
 from tests.support.lineage import crowned, make_home, with_tokenizer
-from tests.support.models import WORDS
 
 RECIPE = """
 merge_method: task_arithmetic
@@ -48,37 +45,6 @@ def run(
     return flows(tmp_path, tiny, RECIPE % vllm.url, prefect_url, monkeypatch)
 
 
-def said(vllm: Vllm, model: str) -> list[str]:
-    """What a model answers to some prompts."""
-    return [vllm.ask(model, " ".join(WORDS[i : i + 4])) for i in range(0, 48, 6)]
-
-
-@contextmanager
-def load(vllm: Vllm) -> Iterator[list[str]]:
-    """Meanwhile, four clients ask for the champion all the time; gives the errors that they saw, and `answers`."""
-    errors, answers, over = list[str](), list[str](), threading.Event()
-
-    def ask(client: int) -> None:
-        number = 0
-        while not over.is_set():
-            number += 1
-            try:
-                answers.append(vllm.ask("tiny", " ".join(WORDS[(client * 7 + number + i) % 60] for i in range(4))))
-            except Exception as error:
-                errors.append(str(error))
-
-    threads = [threading.Thread(target=ask, args=(client,)) for client in range(4)]
-    for each in threads:
-        each.start()
-    try:
-        yield errors
-    finally:
-        over.set()
-        for each in threads:
-            each.join()
-        print(f"asked {len(answers) + len(errors)} times, {len(errors)} failed")
-
-
 def test_a_champion_is_checked_and_served_and_no_request_is_lost(
     run: Callable[..., Any], vllm: Vllm, tmp_path: Path
 ) -> None:
@@ -86,20 +52,20 @@ def test_a_champion_is_checked_and_served_and_no_request_is_lost(
     assert run().changed == ["vllm"]
     (record,) = served("tiny")
     assert record.checked.startswith("32 of 32 answers are those of the model that was scored")
-    of_one = said(vllm, "tiny")
-    assert of_one == said(vllm, record.alias) != said(vllm, "base")
+    of_one = said(vllm.url, "tiny")
+    assert of_one == said(vllm.url, record.alias) != said(vllm.url, "base")
 
-    with load(vllm) as errors:
+    with load(vllm.url, clients=4) as errors:
         run("two")
         began = time.monotonic()
         run()
         vllm.ask("tiny")
         print(f"champion to first token: {time.monotonic() - began:.1f} s")
-        of_two = said(vllm, "tiny")
-        assert served()[0].uri == "models:/tiny/2" and of_two == said(vllm, served()[0].alias) != of_one
+        of_two = said(vllm.url, "tiny")
+        assert served()[0].uri == "models:/tiny/2" and of_two == said(vllm.url, served()[0].alias) != of_one
         promotion.rollback("tiny", "it was rude")
         run()
-        assert said(vllm, "tiny") == of_one
+        assert said(vllm.url, "tiny") == of_one
     assert errors == []
 
     vllm.kill()
@@ -112,7 +78,7 @@ def test_a_champion_is_checked_and_served_and_no_request_is_lost(
     vllm.start()
     vllm.ask("base")
     print(f"server restart to first token: {time.monotonic() - began:.1f} s")
-    assert run().changed == ["vllm"] and said(vllm, "tiny") == of_one, "the server had lost its adapters"
+    assert run().changed == ["vllm"] and said(vllm.url, "tiny") == of_one, "the server had lost its adapters"
 
 
 def test_a_server_with_other_weights_than_were_scored_is_refused(
@@ -120,10 +86,10 @@ def test_a_server_with_other_weights_than_were_scored_is_refused(
 ) -> None:
     run("one")
     run()
-    before, recipe = said(vllm, "tiny"), Recipe.load(tmp_path / "recipe.yaml")
+    before, recipe = said(vllm.url, "tiny"), Recipe.load(tmp_path / "recipe.yaml")
     assert recipe.evaluate is not None
     score(ModelFiles.at("merged", "c" * 64, tiny / "base", tiny / "one"), EvalSettings.of(recipe.evaluate, recipe.root))
     crowned(with_tokenizer(tiny / "two", tmp_path / "adapter"), "c", base=tiny / "base")
     with pytest.raises(LewisError, match=r"tiny/1 stays in service: only \d+ of 32 answers"):
         run()
-    assert said(vllm, "tiny") == before and served()[0].uri == "models:/tiny/1"
+    assert said(vllm.url, "tiny") == before and served()[0].uri == "models:/tiny/1"

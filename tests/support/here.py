@@ -2,10 +2,8 @@
 
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import requests
 
 from lewis.serving import slots
 from lewis.store.secrets import UP_SERVE_KEY
+from tests.support.asking import asking
 from tests.support.service import free_port
 
 
@@ -81,25 +80,6 @@ class Here(Port):
         assert slots.now() is None
 
 
-@contextmanager
-def clients(here: Port, number: int = 2) -> Iterator[list[str]]:
-    """Meanwhile, clients ask all the time; gives each answer, or the error."""
-    seen, over = list[str](), threading.Event()
-
-    def ask() -> None:
-        while not over.is_set():
-            try:
-                seen.append(here.ask())
-                time.sleep(0.05)
-            except requests.RequestException as error:
-                seen.append(f"error: {error}")
-
-    threads = [threading.Thread(target=ask) for _ in range(number)]
-    for each in threads:
-        each.start()
-    try:
-        yield seen
-    finally:
-        over.set()
-        for each in threads:
-            each.join()
+def clients(here: Port) -> AbstractContextManager[list[str]]:
+    """Meanwhile, two clients ask all the time; gives each answer, or the error."""
+    return asking(lambda *_: here.ask(), clients=2, pause=0.05)

@@ -1,8 +1,7 @@
-"""Two servers that load adapters, a real HAProxy before them, and a Prometheus that says what it is told."""
+"""Two servers that load adapters, a real HAProxy before them, and a Prometheus that answers as a test says."""
 
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from lewis.serving import haproxy
 from lewis.serving.model import Model
 from lewis.serving.records import Served
 from lewis.store.kinds import SERVED
+from tests.support.asking import asking
 from tests.support.http_sink import HttpSink, Request
 from tests.support.lora_server import LoraServer
 from tests.support.service import free_port
@@ -46,7 +46,7 @@ backend champion
 
 
 class Place:
-    """Two servers that load adapters, HAProxy before them, and a Prometheus that says what it is told.
+    """Two servers that load adapters, HAProxy before them, and a Prometheus that answers as a test says.
 
     Attributes:
         url: what clients ask.
@@ -138,23 +138,13 @@ def serve(place: Place, new: Model, before: Served) -> Served:
 @contextmanager
 def clients(place: Place) -> Iterator[list[str]]:
     """Meanwhile, clients list the models all the time; gives the path of each answer, or the error."""
-    seen, over = list[str](), threading.Event()
 
-    def ask() -> None:
-        while not over.is_set():
-            try:
-                listed = requests.get(f"{place.url}/v1/models", timeout=10).json()["data"]
-                seen.append({each["id"]: each["root"] for each in listed}.get("tiny", "nothing"))
-            except Exception as error:
-                seen.append(f"error: {error}")
+    def ask(*_: int) -> str:
+        listed = requests.get(f"{place.url}/v1/models", timeout=10).json()["data"]
+        return {each["id"]: each["root"] for each in listed}.get("tiny", "nothing")
 
     end = time.monotonic() + 30
     while not requests.get(f"{place.url}/v1/models", timeout=10).ok and time.monotonic() < end:
         time.sleep(0.05)  # HAProxy has not seen yet that a server has a version
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
+    with asking(ask, clients=1) as seen:
         yield seen
-    finally:
-        over.set()
-        thread.join()

@@ -61,8 +61,8 @@ def test_a_look_at_an_empty_store_creates_no_database(
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "store"))
     monkeypatch.chdir(tmp_path)
     assert main(command.split()) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("lewis: nope: ") and "expected one of" not in told
+    message = capsys.readouterr().err
+    assert message.startswith("lewis: nope: ") and "expected one of" not in message
     assert not (tmp_path / "store" / "mlflow").exists()
 
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 class Place(NamedTuple):
-    """A cluster, a Prometheus that says what it is told by the server's name, and the target."""
+    """A cluster, a Prometheus that answers by the server's name as a test says, and the target."""
 
     cluster: Cluster
     values: dict[str, float]
