@@ -60,8 +60,12 @@ real: setup
 drill: setup
 	LEWIS_DRILL=1 $(BIN)/pytest -s --timeout 3600 tests/flows/service/test_drill.py
 
-faults: setup
-	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest --timeout 36000 tests/faults tests/flows/test_run.py tests/flows/test_champion.py tests/flows/test_search.py tests/flows/test_evaluate_elsewhere.py tests/flows/service/test_up.py tests/flows/runners tests/flows/service/test_browser.py
+KILLED := $(addprefix tests/faults/test_killed_,service.py runs.py)
+faults: setup  # the longest files first, side by side
+	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder \
+		--durations=60 --timeout 36000 $(KILLED) $(filter-out $(KILLED),$(wildcard tests/faults/test_*.py)) \
+		$(addprefix tests/flows/test_,run.py champion.py search.py evaluate_elsewhere.py) \
+		tests/flows/runners $(addprefix tests/flows/service/test_,up.py browser.py)
 
 test-serve: setup
 	LEWIS_SERVE=1 $(BIN)/pytest -s --timeout 1800 tests/serve

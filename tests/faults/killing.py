@@ -1,0 +1,109 @@
+"""What the tests of killed runs and of a killed service share: who is killed, when, and what has to be right after it.
+
+After each point: no process is left, no traceback was told, and the run is done again. Then digest and bytes are those
+of a run that nobody disturbed, and there is one version, which is the champion.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.conftest import POINTS
+from tests.faults.running import Tally, half_done, logged_weights, merged, until
+from tests.support.service import children
+
+GROUP, ALL, SERVER, EVALUATION, WORKER = "group", "everything", "prefect_app", "harness.child", "worker start"
+OF_A_RUN = {
+    "every process, SIGKILL": (ALL, signal.SIGKILL, 5),
+    "the Prefect server, SIGKILL": (SERVER, signal.SIGKILL, 5),
+    "the evaluation's child, SIGKILL": (EVALUATION, signal.SIGKILL, 5),
+    "the group, SIGTERM": (GROUP, signal.SIGTERM, 5),
+    "the group, SIGINT": (GROUP, signal.SIGINT, 5),
+    "the group, SIGKILL": (GROUP, signal.SIGKILL, 1),
+}
+OF_THE_SERVICE = {**OF_A_RUN, "the worker, SIGKILL": (WORKER, signal.SIGKILL, 5)}
+"""Who is killed, by what, and for how many of the POINTS there is one."""
+
+
+@dataclass
+class Undisturbed:
+    """What nobody disturbed: the model, and for each victim when it was there, in seconds from the start."""
+
+    store: Path = Path()  # an empty one, with the tables of both databases
+    digest: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def watch(self, parts: Callable[[], dict[int, str]], ended: Callable[[], bool]) -> None:
+        begun = time.monotonic()
+        self.spans[GROUP] = self.spans[ALL] = (0.0, 0.0)
+        while not ended():
+            now, there = time.monotonic() - begun, list(parts().values())
+            for victim in (GROUP, ALL, SERVER, EVALUATION, WORKER):
+                if victim in (GROUP, ALL) or any(victim in words for words in there):
+                    self.spans[victim] = (self.spans.get(victim, (now, now))[0], now)
+            time.sleep(0.2)
+
+    def compare(self, tally: Tally, home: Path, digest: str, where: str, name: str = "tiny") -> None:
+        files = merged(home, digest) if digest else {}
+        weights = {self.files["model.safetensors"]}
+        # The registry's card and picture, and the manifest that counts them, are not in what the library merges.
+        differ = [name for name, sha256 in self.files.items() if files.get(name) != sha256]
+        wrong = digest != self.digest or bool(set(differ) - (set() if name == "tiny" else {"lewis.json"}))
+        tally.note("wrong models", bool(digest) and wrong, f"{where}: {digest} for {self.digest}, {differ}")
+        logged = logged_weights(home)
+        wrong = logged != weights if name == "tiny" else not weights <= logged  # the store of a service has more
+        tally.note("wrong models", bool(digest) and wrong, f"{where}: MLflow's weights")
+        wrong = half_done(home, name) if digest else ""
+        tally.note("half versions", bool(wrong), f"{where}: {wrong}")
+
+
+def count(one_of: int) -> int:
+    return max(1, POINTS // one_of)
+
+
+def points(one_of: int) -> list[float]:
+    """Numbers between 0 and 1; as many of them as are used are spread evenly (van der Corput's sequence)."""
+    return [int(f"{i:b}"[::-1], 2) / 2 ** i.bit_length() for i in range(1, count(one_of) + 1)]
+
+
+def strike(
+    undisturbed: Undisturbed, victim: str, number: int, point: float, parts: Callable[[], dict[int, str]], leader: int
+) -> dict[int, str]:
+    """Wait for the point of the time in which the victim is there, and kill it.
+
+    Gives the processes that have to end then, by their ids: the victim and all below it. None if it was gone.
+    """
+    first, last = undisturbed.spans[victim]
+    if victim not in (GROUP, ALL):
+        until(lambda: any(victim in words for words in parts().values()), 60 + 3 * last, 0.02)
+    time.sleep((last - first) * point)
+    there = parts()
+    # The evaluation's child is the last that was forked; a guard is older than what it guards.
+    struck = max((pid for pid, words in there.items() if victim in words), default=0)
+    try:
+        if victim == GROUP:
+            os.killpg(leader, number)
+        elif victim == ALL:
+            for pid in (leader, *there):  # the leader first, else it starts again what ended
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        elif struck:
+            there = {struck: victim, **children(struck)}
+            os.kill(struck, number)
+        else:
+            return {}
+    except ProcessLookupError:
+        return {}
+    return there
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

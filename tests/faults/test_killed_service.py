@@ -1,0 +1,123 @@
+"""Kills at points spread evenly over a run of `lewis up`: the next run ends with the same model, once."""
+
+import re
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Family, full
+from tests.faults.killing import ALL, GROUP, OF_THE_SERVICE, Undisturbed, alive, count, points, strike
+from tests.faults.running import Tally, below, left_over, merged, until, write_recipe
+from tests.flows import test_run
+from tests.support.local_hub import LocalHub
+from tests.support.orphans import adopted
+from tests.support.service import Service
+
+pytestmark = full
+
+
+class Up(Service):
+    """`lewis up` with a recipe for each point, of which no step is done already."""
+
+    def __init__(self, root: Path, hub: LocalHub, family: Family) -> None:
+        super().__init__(root, hub)
+        self.patience = 900.0  # on a machine that does much else
+        names = ["tiny", *(recipe_of(name, i) for name, each in OF_THE_SERVICE.items() for i in range(count(each[2])))]
+        for i, name in enumerate(names):
+            write_recipe(self.recipes, family, name=name, rows=i)
+
+    def merge(self, recipe: str) -> str:
+        return self.until(lambda: self.start_run(f"merge/{recipe}"), 600)  # a start deploys a hundred recipes
+
+    def step(self, run: str) -> str:
+        """The step of a run that was begun last, by the server's database, as the server may be dead."""
+        of_run = "SELECT name FROM task_run WHERE flow_run_id IN (?, ?) ORDER BY start_time DESC LIMIT 1"
+        with closing(sqlite3.connect(f"file:{self.home}/prefect/prefect.db?mode=ro", uri=True)) as prefect:
+            found = prefect.execute(of_run, (run, run.replace("-", ""))).fetchone()
+        return str(found[0]).split("-")[0].split()[0] if found else "the start"
+
+    def over(self, run: str) -> bool:
+        return self.state(run) in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+    def state(self, run: str) -> str:
+        try:
+            return str(self.ask(f"/flow_runs/{run}")["state_type"])
+        except OSError:  # its server is the victim
+            return ""
+
+
+def recipe_of(name: str, i: int) -> str:
+    return re.sub(r"\W+", "-", f"{name}-{i}").lower()
+
+
+def by_the_library(recipe: Path, folder: Path) -> tuple[str, dict[str, str]]:
+    """Digest and files of the merge, done in this process in a store of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEWIS_HOME", str(folder))
+        digest, _ = test_run.by_the_library(recipe, folder / "merged" / "alone")
+        return digest, merged(folder, "alone")
+
+
+@pytest.fixture(scope="module")
+def service(
+    family: Family, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Undisturbed, Up]]:
+    """A service after a run that nobody disturbed. All points share it, so it has been through all kills before."""
+    root, found = tmp_path_factory.mktemp("up"), Undisturbed()
+    before = set(below())
+    shutil.copytree(empty_store, root / "home")
+    with adopted(), LocalHub(root / "hub") as hub, Up(root, hub, family) as up:
+        run = up.merge("tiny")
+        found.watch(up.parts, lambda: up.over(run))
+        assert up.state(run) == "COMPLETED", up.log.read_text()[-6000:]
+        yield found, up
+    assert until(lambda: not below().keys() - before, 30), below()
+
+
+@pytest.mark.parametrize("name", OF_THE_SERVICE)
+def test_a_service_that_was_killed_comes_back_and_the_next_run_has_the_same_result(
+    name: str, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed, up = service
+    victim, number, one_of = OF_THE_SERVICE[name]
+    tally = Tally(f"`lewis up`: {name}")
+    for i, point in enumerate(points(one_of)):
+        recipe, where, begun = recipe_of(name, i), f"at {point:.3f}", up.log.stat().st_size
+        run = up.merge(recipe)
+        doomed = strike(undisturbed, victim, number, point, up.parts, up.process.pid)
+        landed = up.step(run)
+        tally.points += bool(doomed)
+        tally.landed[landed] += bool(doomed)
+        where += f" ({landed})"
+        if victim in (GROUP, ALL):
+            up.process.wait(300)
+        until(lambda doomed=doomed: not any(map(alive, doomed)), 30)
+        left = [words for pid, words in doomed.items() if alive(pid)]
+        tally.note("orphans", bool(left), f"{where}: {left}")
+        if victim in (GROUP, ALL):
+            up.start()
+        until(up.answers, 300)
+        ended = until(lambda run=run: up.over(run), 600, 1)
+        tally.note("half versions", not ended, f"{where}: the killed run is {up.state(run)} for ever")
+        again = up.merge(recipe)
+        done = until(lambda again=again: up.over(again), 1200, 1)
+        failed = not done or up.state(again) != "COMPLETED"
+        told = up.log.read_text()[begun:]
+        tally.note("runs that failed again", failed, f"{where}: {up.state(again)} {told[-3000:]}")
+        if not failed:
+            expected = Undisturbed()
+            expected.digest, expected.files = by_the_library(up.recipes / f"{recipe}.yaml", tmp_path / recipe)
+            digests = {str(each.tags["lewis.digest"]) for each in up.versions(recipe)}
+            expected.compare(tally, up.home, "".join(digests), where, recipe)
+            # A worker of Prefect that was killed leaves folders of its own, a few kB, which nobody removes.
+            left = [each for each in left_over(up.home, up.temporary) if "prefect" not in Path(each).name]
+            tally.note("left over", bool(left), f"{where}: {left}")
+        at = told.find("Traceback (most")
+        tally.note("tracebacks", at >= 0, f"{where}: {told[max(0, at - 500) : at + 2500]}")
+        shutil.rmtree(tmp_path / recipe, ignore_errors=True)
+        tally.point(where, capsys)
+    tally.end(capsys)
