@@ -29,6 +29,11 @@ class Target(Block):
         """What people call it."""
         return self.name or self.kind
 
+    @property
+    def form(self) -> str:
+        """How it is put into service; its kind, unless that has more than one way."""
+        return self.kind
+
 
 class Check(Block):
     """The gate after the gate: the server answers what the model was asked that was scored.
@@ -214,7 +219,7 @@ class HaproxyTarget(CanaryTarget):
         return {"backend": self.backend}
 
 
-_OF_VLLM = 'namespace="{namespace}",llm_isvc_name="{server}"'
+_OF_VLLM = 'namespace="{namespace}",{label}="{server}"'
 _ANSWERS = f"sum(increase(vllm:request_success_total{{{_OF_VLLM}}}[{{window}}]))"
 
 
@@ -236,40 +241,45 @@ _RULES_OF_VLLM = (
     ),
     Rule(name="share of answers that were cut", query=_share_of("length"), plus=0.1),
 )
-_OF_KUBERNETES = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+_KUBERNETES_NAME = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=63)]
 
 
 class KserveTarget(CanaryTarget):
-    """Two LLMInferenceServices of KServe, in one routing group.
+    """One InferenceService of KServe on Knative, or two LLMInferenceServices in one routing group.
 
     Attributes:
         api: URL of the API of Kubernetes.
-        namespace: of both.
-        services: their names.
+        namespace: of the services.
+        services: the name of an InferenceService, or of both LLMInferenceServices.
         uri: where KServe gets the model's files, a template as `body` of `openai`.
-        alias: the name that clients ask for, of an adapter; by default that of the registered model.
-        gateway: URL of the gateway, for the check; empty: nothing is asked.
+        alias: the name that clients ask for: of an adapter, by default that of the registered model; of the model of
+            an InferenceService, by default its name.
+        gateway: URL of the gateway, for the check of an LLMInferenceService; empty: nothing is asked.
+        path: of the OpenAI API of an InferenceService, for its check.
         start_minutes: how long a service may take to stop, and to start.
     """
 
     kind: Literal["kserve"]
     api: str = Field(default="https://kubernetes.default.svc", pattern=_URL)
-    namespace: str = Field(pattern=_OF_KUBERNETES, max_length=63)
-    services: tuple[
-        Annotated[str, Field(pattern=_OF_KUBERNETES, max_length=63)],
-        Annotated[str, Field(pattern=_OF_KUBERNETES, max_length=63)],
-    ]
+    namespace: _KUBERNETES_NAME
+    services: tuple[_KUBERNETES_NAME, ...] = Field(min_length=1, max_length=2)
     uri: str = Field(pattern=r"^[a-z0-9]+://\S+$")
     alias: str = Field(default="", pattern=r"^[^/\s]*$", max_length=200)
     gateway: str = Field(default="", pattern=rf"^$|{_URL}")
+    path: str = Field(default="/openai/v1", pattern=r"^/\S+$")
     start_minutes: float = Field(default=60, gt=0)
     count: str = Field(default=_ANSWERS, min_length=1)
     rules: tuple[Rule, ...] = Field(default=_RULES_OF_VLLM, min_length=1)
 
+    @field_validator("services", mode="before")
+    @classmethod
+    def _as_tuple(cls, services: Any) -> Any:
+        return (services,) if isinstance(services, str) else services
+
     @field_validator("services")
     @classmethod
-    def _check_two(cls, services: tuple[str, str]) -> tuple[str, str]:
-        if services[0] == services[1]:
+    def _check_two(cls, services: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(services)) < len(services):
             raise ValueError(f"expected two services, between which the traffic moves, got {services[0]!r} twice")
         return services
 
@@ -281,8 +291,13 @@ class KserveTarget(CanaryTarget):
         return uri
 
     @property
+    def form(self) -> str:
+        return "kserve" if len(self.services) == 2 else "inference service"
+
+    @property
     def places(self) -> dict[str, str]:
-        return {"namespace": self.namespace}
+        label = "llm_isvc_name" if len(self.services) == 2 else "serving_knative_dev_revision"
+        return {"namespace": self.namespace, "label": label}
 
 
 TARGETS: Mapping[str, type[Target]] = {

@@ -13,6 +13,7 @@ from lewis.models.lora.expert import is_adapter
 from lewis.registry.pull import pull
 from lewis.registry.versions import Champion
 from lewis.reports.canary import Step
+from lewis.serving.records import Served
 from lewis.store import manifest
 from lewis.store.kinds import SERVED
 
@@ -55,6 +56,12 @@ class Model:
 def served_name(name: str, version: str, digest: str) -> str:
     """`Model.alias` of a version."""
     return f"{_plain(name)}-{version}-{digest[:8]}"
+
+
+def recorded(record: Served) -> Model:
+    """The version of a record, as far as that knows it."""
+    version = record.uri.rpartition("/")[2]
+    return Model(record.name, version, record.digest, SERVED.path(record.alias or "none"), "")
 
 
 def name_pattern(name: str) -> re.Pattern[str]:

@@ -19,6 +19,7 @@ from lewis.serving import (
     command,
     haproxy,
     hub,
+    inference_service,
     kserve,
     local,
     model,
@@ -62,10 +63,13 @@ KINDS: Mapping[str, Kind] = {
     "openai": Kind(openai.put, api=openai.api),
     "haproxy": Kind(haproxy.put, haproxy.holds, haproxy.offer, haproxy.api),
     "kserve": Kind(kserve.put, kserve.holds, kserve.offer, kserve.api),
+    "inference service": Kind(
+        inference_service.put, inference_service.holds, inference_service.offer, inference_service.api
+    ),
     "hub": Kind(hub.put),
     "local": Kind(local.put, local.holds, local.offer, local.api, local.withdraw),
 }
-"""Kind of a target -> what it does."""
+"""`Target.form` -> what it does."""
 
 
 def champion_of(recipe: Recipe) -> Champion | None:
@@ -92,7 +96,7 @@ def serve(
             has the reason.
     """
     name, uri, block = champion.version.name, champion.version.uri, _digest(target)
-    kind = KINDS[target.kind]
+    kind = KINDS[target.form]
     with store.shared_lock(f"serve-{name}-{target.label}"):
         before = record_of(name, target)
         if (before.uri, before.digest, before.block) == (uri, champion.digest, block) and not again:
@@ -131,7 +135,7 @@ def is_due(target: Target, champion: Champion) -> bool:
         return failure.passes and age > AGAIN
     if (record.uri, record.block) != (champion.version.uri, _digest(target)):
         return True
-    holds = KINDS[target.kind].holds
+    holds = KINDS[target.form].holds
     try:
         return holds is not None and not holds(target, record)
     except LewisError:  # when it answers again, it may have lost the model

@@ -50,17 +50,17 @@ class Tally:
         bad = [f"{kind}: {each}" for kind in KINDS for each in self.found[kind] if each.startswith(where)]
         with capsys.disabled():
             seconds = time.monotonic() - self.begun
-            print(f"{self.what} {where}: {'; '.join(bad) or 'all well'} [{self.points}, {seconds:.0f} s]", flush=True)
+            line = f"{self.what} {where}: {'; '.join(bad) or 'all well'} [{self.points}, {seconds:.0f} s]"
+            print(line, file=sys.stderr, flush=True)  # a process of xdist has no stdout
 
     def end(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Print the line for tests/benchmarks/robustness.md, and fail unless every count is 0."""
         counts = " | ".join(str(len(self.found[kind])) for kind in KINDS)
         landed = ", ".join(f"{step} {count}" for step, count in self.landed.items())
         with capsys.disabled():
-            print(f"\n| {self.what} | {self.points} | {counts} |", flush=True)
-            print(
-                f"{time.monotonic() - self.begun:.0f} s; the last that had begun: {landed or 'not noted'}", flush=True
-            )
+            print(f"\n| {self.what} | {self.points} | {counts} |", file=sys.stderr)
+            seconds = time.monotonic() - self.begun
+            print(f"{seconds:.0f} s; the last that had begun: {landed or 'not noted'}", file=sys.stderr, flush=True)
         told = [f"{kind}: {where}" for kind in KINDS for where in self.found[kind]]
         assert self.points and not told, "\n".join(told)
 

@@ -14,13 +14,13 @@ import yaml
 
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.serve import KserveTarget
-from lewis.serving import canary, kserve, service
+from lewis.serving import canary, kserve, kubernetes, service
 from lewis.serving.canary import WorseError
 from lewis.serving.model import Model
 from lewis.serving.records import Served, canary_of
 from tests.conftest import Family
 from tests.support.http_sink import HttpSink, Request
-from tests.support.kubernetes_api import PLACE, Cluster
+from tests.support.kubernetes_api import INFERENCE_PLACE, PLACE, Cluster
 from tests.support.lineage import crowned
 from tests.support.routed import model
 
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 @pytest.fixture
 def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    for module in (canary, kserve):
+    for module in (canary, kubernetes):
         monkeypatch.setattr(module, "sleep", lambda _: time.sleep(0.02))
     values, asked = dict[str, float](), list[str]()
 
@@ -123,8 +123,9 @@ def test_the_account_of_the_manifest_may_do_what_is_done_and_nothing_else(place:
     serve(place, full(1), Served("tiny", "kserve", "kserve"))
     [rule] = role["rules"]
     assert {verb.upper() for verb in rule["verbs"]} == {each.method for each in place.cluster.received}
-    assert f"/apis/{rule['apiGroups'][0]}/v1alpha2/namespaces/models/{rule['resources'][0]}/" == PLACE
-    assert len(rule["resourceNames"]) == 2 and binding["roleRef"]["name"] == role["metadata"]["name"]
+    paths = [f"/apis/{rule['apiGroups'][0]}/{{}}/namespaces/models/{each}/" for each in rule["resources"]]
+    assert [paths[0].format("v1alpha2"), paths[1].format("v1beta1")] == [PLACE, INFERENCE_PLACE]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
 
 
 def test_an_adapter_takes_the_place_of_the_one_that_the_service_has(place: Place) -> None:
@@ -158,7 +159,7 @@ def test_the_account_s_token_goes_only_where_the_cluster_s_certificate_is(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster, account = place.cluster, tmp_path / "account"
-    monkeypatch.setattr(kserve, "ACCOUNT", account)
+    monkeypatch.setattr(kubernetes, "ACCOUNT", account)
     monkeypatch.setenv("LEWIS_SERVE_KEY", "by-hand")
     account.mkdir()
     (account / "token").write_text("of-the-pod\n")

@@ -1,0 +1,157 @@
+"""Traffic moves between the revisions of an InferenceService by its canary percent."""
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs
+
+import pytest
+
+from lewis.errors import InputError, LewisError, TransientError
+from lewis.recipe.serve import KserveTarget
+from lewis.serving import canary, inference_service, kubernetes, service
+from lewis.serving.canary import WorseError
+from lewis.serving.model import Model
+from lewis.serving.records import Served
+from tests.conftest import Family
+from tests.support.http_sink import HttpSink, Request
+from tests.support.kubernetes_api import Knative
+from tests.support.lineage import crowned
+from tests.support.routed import model
+
+pytestmark = pytest.mark.slow
+FIRST = Served("tiny", "kserve", "kserve")
+
+
+class Place(NamedTuple):
+    """A cluster, revisions whose share of errors is not 0.001, the queries of Prometheus, and the target."""
+
+    cluster: Knative
+    errors: dict[str, float]
+    asked: list[str]
+    target: KserveTarget
+
+
+@pytest.fixture
+def place(home: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    for module in (canary, kubernetes):
+        monkeypatch.setattr(module, "sleep", lambda _: time.sleep(0.02))
+    errors, asked = dict[str, float](), list[str]()
+
+    def answer(request: Request) -> Any:
+        [query] = parse_qs(request.body)["query"]
+        asked.append(query)
+        of_errors, number = "abort|error" in query, query.startswith("sum(increase") and " / " not in query
+        of_server = next((value for name, value in errors.items() if f'revision="{name}"' in query), 0.001)
+        value = of_server if of_errors else 99 if number else 0.2
+        return {"status": "success", "data": {"result": [{"value": [0, str(value)]}]}}
+
+    with Knative() as cluster, HttpSink(answer) as prometheus:
+        fields = {"prometheus": prometheus.url, "minutes": 0.002, "patience_minutes": 0.01, "start_minutes": 0.05}
+        where = {"api": cluster.url, "namespace": "models", "services": "tiny"}
+        target = KserveTarget(kind="kserve", uri="pvc://store/served/{served_as}", **where, **fields)
+        yield Place(cluster, errors, asked, target)
+
+
+def full(number: int) -> Model:
+    made = model(number)
+    return Model("tiny", made.version, made.digest, made.folder, "full")
+
+
+def serve(place: Place, new: Model, before: Served) -> Served:
+    inference_service.offer(place.target, new, before)
+    return before.took(new.uri, new.digest, inference_service.put(place.target, new, before), "")
+
+
+def uri(new: Model) -> str:
+    return f"pvc://store/served/{new.alias}"
+
+
+def test_a_new_revision_starts_without_traffic_and_gets_it_when_every_step_holds(place: Place) -> None:
+    cluster, (first, second) = place.cluster, map(full, (1, 2))
+    record = serve(place, first, FIRST)
+    names = list(cluster.revisions)
+    assert list(cluster.revisions.values()) == ["hf://org/base", uri(first)]
+    assert cluster.shares == [{names[0]: 100}, {names[1]: 0, names[0]: 100}, {names[1]: 100}]
+    assert inference_service.holds(place.target, record)
+    record = serve(place, second, record)
+    old, new = list(cluster.revisions)[1:]
+    assert cluster.revisions[new] == uri(second)
+    assert cluster.shares[3:] == [{new: 0, old: 100}, {new: 10, old: 90}, {new: 50, old: 50}, {new: 100}]
+    assert [(each.share, each.passed) for each in second.steps] == [(10, True), (50, True)]
+    assert all('namespace="models",serving_knative_dev_revision="' in query for query in place.asked)
+    assert {query.split('revision="')[1].split('"')[0] for query in place.asked} == {old, new}
+    assert cluster.services["tiny"]["metadata"]["annotations"]["team"] == "ours", "what others have set stays"
+    assert cluster.services["tiny"]["spec"]["predictor"]["model"]["modelFormat"] == {"name": "huggingface"}
+    assert inference_service.holds(place.target, record)
+    cluster.services["tiny"]["spec"]["predictor"]["model"]["storageUri"] = "hf://somebody/else"
+    assert not inference_service.holds(place.target, record)
+
+
+def test_a_process_that_died_is_taken_up_where_it_was(place: Place) -> None:
+    cluster, (first, second) = place.cluster, map(full, (1, 2))
+    record = serve(place, first, FIRST)
+    inference_service.offer(place.target, second, record)
+    made, asked = len(cluster.revisions), len(place.asked)
+    inference_service.offer(place.target, second, record)
+    assert len(cluster.revisions) == made, "killed after it was ready: it is not made again"
+    assert inference_service.holds(place.target, record), "the one before has the traffic until the canary"
+    serve(place, second, record)
+    asked = len(place.asked)
+    again = serve(place, second, record)
+    assert len(cluster.revisions) == made and len(place.asked) == asked, "killed before it was recorded: nothing moves"
+    assert again.alias == second.alias and inference_service.holds(place.target, again)
+
+
+def test_a_version_that_is_worse_loses_its_traffic(place: Place, family: Family) -> None:
+    cluster, target = place.cluster, place.target.model_copy(update={"check": None})
+    first = crowned(family.base, "a")
+    assert service.serve(target, first)[1]
+    good = next(reversed(cluster.revisions))
+    second = crowned(family.base, "b")
+    place.errors["tiny-predictor-00003"] = 0.2
+    with pytest.raises(WorseError, match=r"tiny/1 stays in service: canary at 10 %, 99 requests.*errors 0.2 vs 0.001"):
+        service.serve(target, second)
+    assert cluster.shares[-1] == {"tiny-predictor-00003": 0, good: 100}
+    assert service.serve(target, first)[1] is False, "it is in service all the time"
+    cluster.starts = None
+    with pytest.raises(LewisError, match=r"did not become ready with a new revision within 0.05 min.* False Revision"):
+        service.serve(target, crowned(family.base, "c"))
+    assert cluster.shares[-1][good] == 100, "neither the one that was refused nor the one that does not start has any"
+    cluster.starts = 0.02
+    assert service.serve(target, crowned(family.base, "d"))[1]
+    new = next(reversed(cluster.revisions))
+    assert cluster.shares[-4:] == [*({new: share, good: 100 - share} for share in (0, 10, 50)), {new: 100}]
+
+
+def test_a_revision_that_is_lost_in_its_canary_has_no_traffic(place: Place) -> None:
+    record = serve(place, full(1), FIRST)
+    inference_service.offer(place.target, full(2), record)
+    place.cluster.services["tiny"]["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    with pytest.raises(TransientError, match="tiny-predictor-00003 was given 10 % and has lost the new version"):
+        inference_service.put(place.target, full(2), record)
+    assert place.cluster.shares[-1] == {"tiny-predictor-00003": 0, "tiny-predictor-00002": 100}
+
+
+def test_the_newest_revision_is_checked_at_a_url_of_its_own(place: Place) -> None:
+    assert inference_service.api(place.target, full(1), FIRST) is None, "without the annotation there is none"
+    inference_service.offer(place.target, full(1), FIRST)
+    assert inference_service.api(place.target, full(1), FIRST) == ("http://latest-tiny.models/openai/v1", "tiny")
+    other = place.target.model_copy(update={"path": "/v1", "alias": "ours"})
+    assert inference_service.api(other, full(1), FIRST) == ("http://latest-tiny.models/v1", "ours")
+
+
+def test_what_has_no_revisions_is_refused(place: Place) -> None:
+    with pytest.raises(
+        InputError, match=r"models:/tiny/1 is an adapter; set `output: full`, or serve it by two LLMInf"
+    ):
+        inference_service.offer(place.target, model(1), FIRST)
+    status = place.cluster.services["tiny"]["status"]
+    status["deploymentMode"] = "Standard"
+    with pytest.raises(InputError, match=r"deployment mode Knative.*got the mode Standard and the revision tiny-pred"):
+        inference_service.offer(place.target, full(1), FIRST)
+    status["deploymentMode"] = "Knative"
+    del status["components"]
+    with pytest.raises(InputError, match="no revision that was rolled out"):
+        inference_service.offer(place.target, full(1), FIRST)
+    assert not [each for each in place.cluster.received if each.method == "PATCH"]
