@@ -25,7 +25,6 @@ from lewis.lazy_torch import torch
 from lewis.merging.engine import kernels
 from lewis.merging.memory_budget import chunks
 from lewis.methods.arithmetic.cuts import cuts
-from lewis.methods.arithmetic.sparsify import SPREAD
 from lewis.methods.arithmetic.sums import exact_sum
 
 NOTHING = (kernels.NONE, np.uint64(0))  # the cut that keeps nothing
@@ -153,7 +152,7 @@ class Selector:
         n = sample.size
         spread = _WIDTH * math.sqrt(n * share * (1 - share)) + 4
         places = [min(max(math.floor(n * (1 - share) + sign * spread), 0), n - 1) for sign in (-1, 1)]
-        low, high = (int(np.partition(sample, place)[place]) for place in places)  # both at once is much slower
+        low, high = (int(kernels.nth(sample, place)) for place in places)
         return (0 if places[0] == 0 else low), (_TOP if places[1] == n - 1 else high)
 
     def _narrower(self, sample: np.ndarray, share: float, low: int, high: int) -> tuple[int, int]:
@@ -162,19 +161,20 @@ class Selector:
         first, last = max(first, low), min(last, high)
         if (first, last) == (low, high):
             place = min(int(sample.size * (1 - share)), sample.size - 1)
-            first = last = int(np.partition(sample, place)[place])
+            first = last = int(kernels.nth(sample, place))
         return first, last
 
     def _among(self, count: int, wanted: int) -> tuple[np.uint32, np.uint64]:
         """The cut that keeps the `wanted` largest of the `count` scores that were collected."""
-        scores = self._found[:count]
-        threshold = np.partition(scores, count - wanted)[count - wanted]
-        ties = self._places[:count][scores == threshold]
-        wanted -= int(np.count_nonzero(scores > threshold))
-        if wanted == ties.size:
+        scores, places = self._found[:count], self._places[:count]
+        threshold = np.uint32(kernels.nth(scores, count - wanted))
+        above, ties = kernels.order_ties(scores, places, threshold)
+        wanted -= above
+        if wanted == ties:
             return threshold, kernels.ALL
-        order = ties.view(np.uint64) * SPREAD
-        return threshold, np.partition(order, wanted - 1)[wanted - 1]
+        order = places[:ties].view(np.uint64)
+        order.partition(wanted - 1)  # in place: a copy would be of fresh memory each time
+        return threshold, order[wanted - 1]
 
     def _last_tie(self, pair: Pair, score: int, wanted: int, ties: int) -> np.uint64:
         """The place, in the order of ties, of the last score that is kept if `wanted` of `ties` equal scores are kept.
