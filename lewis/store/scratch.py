@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 AGE = 86400.0  # seconds; what a writer that cannot be asked has not touched for so long is abandoned
-_MADE, _NEW = "new-", 60.0  # what the name of a folder has until it is locked; seconds that this takes at most
+_FOLDER = "lewis-tmp-"  # how the names of temporary folders begin
+_MADE, _NEW = f"{_FOLDER}new-", 60.0  # until they are locked; seconds that this takes at most
 
 
 def writer() -> str:
@@ -74,17 +75,18 @@ def _is_alive(number: int) -> bool:
 def scratch_folder(purpose: str) -> Iterator[Path]:
     """Give an empty folder where the system has its temporary files (`TMPDIR`); it is removed at the end of the block.
 
-    What dead processes of this user left of the same purpose is removed first.
+    What dead processes of this user left is removed first, whatever it was for: a run that was killed while it scored
+    may find all scores kept when it is run again.
     """
-    parent, prefix = Path(tempfile.gettempdir()), f"lewis-{purpose}-"
-    for path in parent.glob(f"{prefix}*"):
+    parent = Path(tempfile.gettempdir())
+    for path in parent.glob(f"{_FOLDER}*"):
         with suppress(OSError):  # another process was faster
-            if _is_abandoned(path, prefix):
+            if _is_abandoned(path):
                 shutil.rmtree(path)
-    made = Path(tempfile.mkdtemp(prefix=f"{prefix}{_MADE}"))
+    made = Path(tempfile.mkdtemp(prefix=f"{_MADE}{purpose}-"))
     held = _locked(made)
     try:
-        ours = made.rename(parent / made.name.replace(f"{prefix}{_MADE}", prefix, 1))
+        ours = made.rename(parent / made.name.replace(_MADE, _FOLDER, 1))
         try:
             with tempfile.TemporaryDirectory(dir=ours) as name:  # which removes also what is read-only in it
                 yield Path(name)
@@ -109,9 +111,9 @@ def _locked(folder: Path) -> int:
     return held
 
 
-def _is_abandoned(folder: Path, prefix: str) -> bool:
+def _is_abandoned(folder: Path) -> bool:
     found = folder.lstat()
-    is_new = folder.name.startswith(f"{prefix}{_MADE}") and found.st_mtime > time.time() - _NEW
+    is_new = folder.name.startswith(_MADE) and found.st_mtime > time.time() - _NEW
     if found.st_uid != os.getuid() or is_new:
         return False
     os.close(_locked(folder))

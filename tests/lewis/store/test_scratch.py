@@ -1,4 +1,4 @@
-"""Temporary folders go with their process, or at the latest with the next one of the same purpose.
+"""Temporary folders go with their process, or at the latest with the next one.
 
 Nothing in the store is swept while its writer may live: here, on another host, or in another PID namespace.
 """
@@ -45,20 +45,20 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_holds_is_ke
         for each in (living, killed):
             each.kill()
             each.communicate()
-    with scratch_folder("test") as mine:
-        assert list(tmp_path.iterdir()) == [mine.parent]
+    with scratch_folder("other") as mine:
+        assert list(tmp_path.iterdir()) == [mine.parent], "what it was for does not matter"
     assert not list(tmp_path.iterdir())
 
 
 def test_a_new_folder_and_others_are_left_alone(tmp_path: Path) -> None:
-    for name in ("lewis-test-new-a", "lewis-other-x"):  # the first is about to be locked
+    for name in ("lewis-tmp-new-test-a", "lewis-other-x"):  # the first is about to be locked
         (tmp_path / name).mkdir()
-    (tmp_path / "lewis-test-link").symlink_to(tmp_path)
+    (tmp_path / "lewis-tmp-link").symlink_to(tmp_path)
     with scratch_folder("test"):
         assert len(list(tmp_path.iterdir())) == 4
-    os.utime(tmp_path / "lewis-test-new-a", (1, 1))
+    os.utime(tmp_path / "lewis-tmp-new-test-a", (1, 1))
     with scratch_folder("test"):
-        assert not (tmp_path / "lewis-test-new-a").exists() and len(list(tmp_path.iterdir())) == 3
+        assert not (tmp_path / "lewis-tmp-new-test-a").exists() and len(list(tmp_path.iterdir())) == 3
 
 
 NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc"]

@@ -183,9 +183,9 @@ def test_what_does_not_end_is_ended_with_all_it_started(program: str) -> None:
     assert sandbox.run(program, timeout_s=1) == sandbox.Outcome(False, "took longer than 1 s")
     assert time.monotonic() - began < 120  # and not the 600 s of the programs
     deadline = time.monotonic() + 60
-    while processes("lewis-sandbox-") and time.monotonic() < deadline:
+    while processes("lewis-tmp-sandbox-") and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not processes("lewis-sandbox-")
+    assert not processes("lewis-tmp-sandbox-")
 
 
 def test_a_child_left_behind_does_not_live_on() -> None:
@@ -202,7 +202,7 @@ def test_the_host_is_as_before(tmp_path: Path) -> None:
     mounts, folder = Path("/proc/self/mounts").read_text(), set(os.listdir(tmp_path.parent))
     sandbox.run("open('/work/file', 'w').write('x')")
     assert Path("/proc/self/mounts").read_text() == mounts and set(os.listdir(tmp_path.parent)) == folder
-    assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob(f"lewis-sandbox-*-{os.getpid()}"))
+    assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob(f"lewis-tmp-sandbox-*-{os.getpid()}"))
 
 
 def test_a_machine_that_cannot_make_it_is_told_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
