@@ -75,9 +75,9 @@ class ModelScores(Reference):
     def part(self) -> str:
         """Of which part of the documents of the largest task they are, such as `64 of 1319`; empty if of all."""
         content, pools = self.evaluated.content, self.pools
-        largest = max(pools, key=lambda task: pools[task])
-        count = len(content["documents"][largest])
-        return f"{count} of {pools[largest]}" if count < pools[largest] else ""
+        largest = max(pools, key=lambda task: pools[task], default="")
+        count, whole = len(content["documents"].get(largest, ())), pools.get(largest, 0)
+        return f"{count} of {whole}" if count < whole else ""
 
     @property
     def sources(self) -> dict[str, dict[str, Any]]:

@@ -212,7 +212,7 @@ def evaluate(
                 token=hub and not code,
                 environment=asked.environment,
                 shown=[each for folder in (model, adapter) if folder for each in (folder, *folder.iterdir())]
-                + [path for task in found.files.values() for path in task.sources],
+                + [path for task in found.files.values() for path in (*task.sources, *data_files(task, settings.root))],
                 timeout_s=settings.timeout_s,
                 progress=progress,
             )

@@ -528,6 +528,10 @@ class TestTrust:
         seen, found, interfaces = ast.literal_eval(told.read_text())
         assert seen > 10 and not found and interfaces == [(1, "lo")]
 
+    def test_a_recipe_that_lies_among_the_temporary_files_has_its_data(self, model, root, monkeypatch):
+        monkeypatch.setattr(tempfile, "tempdir", str(root))
+        assert evaluate(model, EvalSettings(("pets",), root, limit=1)).scores
+
     def test_code_that_came_after_the_check_is_refused(self, model, root, monkeypatch):
         task = faulty(root, "return rows")
         monkeypatch.setattr("lewis.evaluation.harness.lm_eval.check_code", lambda *_: None)
