@@ -41,7 +41,7 @@ def test_pairs_are_found_by_hash_whatever_the_order_and_equal_documents_count_ea
 
 @pytest.mark.parametrize("documents", ["abx", "ab", "abcc"])
 def test_other_documents_are_an_error(documents):
-    with pytest.raises(PairingError, match=r"t: not the same documents: .* champion"):
+    with pytest.raises(PairingError, match=r"t: not the same documents: champion has"):
         compare(
             samples([1, 0, 1], documents="abc"), samples([1.0] * len(documents), documents=documents), who="champion"
         )
