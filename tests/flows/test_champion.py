@@ -289,6 +289,9 @@ def test_what_passes_is_shown_to_a_judge_and_without_its_answer_nothing_is_promo
             "judge wise must not prefer base: it prefers merged on 12"
         )
         assert len(asked) == 24
+    monkeypatch.delenv("LEWIS_JUDGE")
+    with pytest.raises(LewisError, match="LEWIS_JUDGE: not set"):
+        run("noise", asks)
     with judging(lambda _: "hm", 401) as (url, _):
         monkeypatch.setenv("LEWIS_JUDGE", url)
         with pytest.raises(LewisError, match="refuses the model wise: it answers 401"):
