@@ -235,14 +235,13 @@ def picture(name: str) -> bytes:
     """The score that the gate looks at, of every version and of the champion; a PNG file.
 
     The documents are those that most versions were scored on; versions of other documents are left out, such as those
-    whose evaluation ended early. A line shows what the best of so many versions would score by luck, if all were as
-    good as the first.
+    whose evaluation ended early, and the picture names them. A line shows what the best of so many versions would score
+    by luck, if all were as good as the first.
 
     Raises:
         InputError: if there is no such model, or nothing was scored.
     """
     name = tracking.model_name(name)
-    tracking.check_exists(name)
     tracking.check_exists(name)
     with tracking.client(f"reading the history of {name}") as client:
         records, scores, metric = _read(client, name)
@@ -251,13 +250,14 @@ def picture(name: str) -> bytes:
         versions = client.search_model_versions(f"name='{name}'")
         documents = {int(each.version): _documents(client, each.run_id, metric) for each in versions}
     common = statistics.mode(documents[number] for number in sorted(scores, reverse=True) if metric in scores[number])
+    others = [number for number, each in scores.items() if metric in each and documents[number] != common]
     scores = {number: each for number, each in scores.items() if documents[number] == common}
     drawn = [
         (each.step, each.version, each.what, each.scores.get(metric), (each.champion or {}).get(metric))
         for each in points(records, scores)
     ]
     errors = [float(each.tags[LUCK]) for each in versions if LUCK in each.tags]
-    return champion_steps(drawn, metric, by_luck(drawn, statistics.median(errors)) if errors else ())
+    return champion_steps(drawn, metric, by_luck(drawn, statistics.median(errors)) if errors else (), others)
 
 
 def by_luck(drawn: Sequence[tuple[int, int, str, float | None, float | None]], error: float) -> list[float]:

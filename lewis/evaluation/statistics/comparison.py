@@ -227,7 +227,8 @@ def _permutation(pairs: Sequence[tuple[Part, Array]], observed: float) -> float:
     """Two-sided p of a gain when the two models' values are swapped at random on each document.
 
     The test is exact for exchangeable models, such as two copies of one model. If few documents differ, all possible
-    swaps are counted instead of random ones. Where no draw reaches the observed gain, Hoeffding's bound says more.
+    swaps are counted instead of random ones. Where no draw reaches the observed gain, Hoeffding's bound says more. No p
+    is below that of the two swaps, none and all, which always reach it.
     """
     unequal = [(sums[:, :2] != sums[:, 2:]).any(axis=1) for _, sums in pairs]
     number = sum(int(each.sum()) for each in unequal)
@@ -249,4 +250,4 @@ def _permutation(pairs: Sequence[tuple[Part, Array]], observed: float) -> float:
         squares += float(total @ total)
     if every or hits:
         return hits / rounds if every else (1 + hits) / (1 + rounds)
-    return min(1 / (1 + rounds), 2 * math.exp(-(observed**2) * rounds / (2 * squares)))
+    return min(1 / (1 + rounds), max(2.0 ** (1 - number), 2 * math.exp(-(observed**2) * rounds / (2 * squares))))
