@@ -110,11 +110,13 @@ def _asked(url: str, model: str, prompt: str, target: str, first: str, second: s
     except requests.RequestException as error:
         raise TransientError(f"{about} does not answer: {error}; see that it is up, then run again") from error
     if found.status_code == 429 or found.status_code >= 500:
-        raise TransientError(f"{about} is busy or broken: it answers {found.status_code}; run again later")
+        raise TransientError(
+            f"{about} is busy or broken: it answers {found.status_code} {found.text[:200]!r}; run again later"
+        )
     if found.status_code != 200:
         raise InputError(
             f"{about} refuses the model {model}: it answers {found.status_code} {found.text[:200]!r}; look at "
-            "register.gate.judge.model and LEWIS_JUDGE_KEY"
+            "that URL, which ends with /v1 mostly, at register.gate.judge.model and at LEWIS_JUDGE_KEY"
         )
     try:
         answer: Any = found.json()["choices"][0]["message"]["content"]

@@ -75,8 +75,8 @@ def test_nothing_is_asked_where_no_answers_differ() -> None:
 @pytest.mark.parametrize(
     ("status", "error", "message"),
     [
-        (503, TransientError, "is busy or broken: it answers 503"),
-        (401, InputError, r"refuses the model wise: it answers 401 .*LEWIS_JUDGE_KEY"),
+        (503, TransientError, "is busy or broken: it answers 503 .*Both are fine"),
+        (401, InputError, r"refuses the model wise: it answers 401 .* which ends with /v1 mostly, .*LEWIS_JUDGE_KEY"),
         (200, LewisError, r"expected answers that end with \[\[A\]\], .* which 20 of 20 do not"),
     ],
 )
