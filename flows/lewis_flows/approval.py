@@ -73,6 +73,7 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
 
 def go_on(run: FlowRun) -> None:
     """Start a run like one whose version was approved; it begins when that one has ended."""
+    assert run.deployment_id is not None  # no other run is suspended
     with get_client(sync_client=True) as client:
         client.create_flow_run_from_deployment(
             run.deployment_id, parameters=run.parameters, tags=[run_tags.ANSWERED], idempotency_key=f"after-{run.id}"

@@ -61,6 +61,7 @@ def register_merge(
     finish(promoted)
     report.version, report.created = version.result().uri, version.result().created
     report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
+    report.waits = verdict.result().waits and not report.promoted
     current = champion.result() if champion else None
     in_use = current.version.uri if current else None
     line = verdict_line(report.version, verdict.result(), champion=in_use)

@@ -134,7 +134,8 @@ def _complete(client: "MlflowClient", found: Version, new: Registration) -> None
 def _has_more(client: "MlflowClient", run_id: str, new: Registration) -> bool:
     """Whether a merge was scored on further tasks, and on the same documents of those that its run has."""
     run = client.get_run(run_id)
-    known = {(each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs}
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    known = {(each.dataset.name, each.dataset.digest) for each in inputs}
     tasks = {task for task, _ in known}
     more = {tracking.key(name) for name in new.metrics if name.startswith("merged/")} - run.data.metrics.keys()
     return bool(more) and all(each in known or each[0] not in tasks for each in new.documents.values())

@@ -22,6 +22,7 @@ from lewis.registry.versions import champion
 from lewis.steps.plan import make_plan
 from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
+from lewis_flows.cli.run import print_merge
 from tests.conftest import full
 from tests.flows.conftest import TASK, Command, write_words
 from tests.support.damage import damage
@@ -388,7 +389,12 @@ def test_what_is_promoted_early_is_scored_on_all_documents_afterwards(
 
 
 def test_what_waits_after_an_early_end_is_scored_on_all_documents_only_once_a_person_approves(
-    run: Callable[..., Any], recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any],
+    recipe: Path,
+    home: Path,
+    prefect_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The worker dies after the answer, before the champion moves; the run that begins again moves it."""
     from mlflow import MlflowClient
@@ -450,6 +456,10 @@ def test_what_waits_after_an_early_end_is_scored_on_all_documents_only_once_a_pe
             assert part("1") == "all" and "trigger:approval" in client.read_flow_run(after.id).tags
 
             second = merge("good")
+            again = run("good", *asks)  # without the service
+            assert again.waits and not again.promoted
+            print_merge(again)
+            assert "verdict: passed, waits for: lewis approve tiny/2 --why ..." in capsys.readouterr().out
             resume_flow_run(second, run_input={"approve": False, "why": "it is rude"})
             assert go_on(second).name == "Refused" and waiting() == []
             assert (part("2"), aliases(home)["champion"]) == ("32 of 60", "1")
