@@ -234,9 +234,9 @@ def scores(name: str, most: int = 20) -> dict[int, float]:
 def picture(name: str) -> bytes:
     """The score that the gate looks at, of every version and of the champion; a PNG file.
 
-    The documents are those that most versions were scored on; versions of other documents are left out, such as those
-    whose evaluation ended early, and the picture names them. A line shows what the best of so many versions would score
-    by luck, if all were as good as the first.
+    The documents are those that the champion was scored on, or else most versions; versions of other documents are left
+    out, such as those whose evaluation ended early, and the picture names them. A line shows what the best of so many
+    versions would score by luck, if all were as good as the first.
 
     Raises:
         InputError: if there is no such model, or nothing was scored.
@@ -249,7 +249,10 @@ def picture(name: str) -> bytes:
             raise InputError(f"{name}: no version of it has a score; there is nothing to plot")
         versions = client.search_model_versions(f"name='{name}'")
         documents = {int(each.version): _documents(client, each.run_id, metric) for each in versions}
-    common = statistics.mode(documents[number] for number in sorted(scores, reverse=True) if metric in scores[number])
+    scored = [number for number in sorted(scores, reverse=True) if metric in scores[number]]
+    champions = [_number(each.version) for each in records if each.what in MOVES]
+    of = champions[-1:] if champions and champions[-1] in scored else scored
+    common = statistics.mode(documents[number] for number in of)
     others = [number for number, each in scores.items() if metric in each and documents[number] != common]
     scores = {number: each for number, each in scores.items() if documents[number] == common}
     drawn = [
