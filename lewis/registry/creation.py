@@ -6,6 +6,7 @@ cleared by the next attempt.
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from urllib.parse import quote
 from lewis import store
 from lewis.errors import LewisError
 from lewis.registry import lineage, logged_model, repair, traces, tracking, versions
-from lewis.registry.history import TEAM
+from lewis.registry.history import LUCK, TEAM
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
 from lewis.reports.card import FRONT_MATTER, RECIPE
@@ -127,6 +128,10 @@ def _complete(client: "MlflowClient", found: Version, new: Registration) -> None
     text = description(new.card, new.pictures, found.run_id)
     client.update_model_version(found.name, found.version, description=text)
     if in_part:
+        if luck := version.tags.get(LUCK):  # it falls with the root of the number of documents
+            scored, _, pool = version.tags[tracking.PART].partition(" of ")
+            on_all = float(luck) * math.sqrt(int(scored) / int(pool))
+            client.set_model_version_tag(found.name, found.version, LUCK, f"{on_all:.6g}")
         client.delete_model_version_tag(found.name, found.version, tracking.PART)
     logger.info("%s has the scores of all documents and tasks now", found.uri)
 

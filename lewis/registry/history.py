@@ -259,7 +259,8 @@ def picture(name: str) -> bytes:
         (each.step, each.version, each.what, each.scores.get(metric), (each.champion or {}).get(metric))
         for each in points(records, scores)
     ]
-    errors = [float(each.tags[LUCK]) for each in versions if LUCK in each.tags]
+    alike = [each.tags for each in versions if documents[int(each.version)] == common]
+    errors = [float(tags[LUCK]) for tags in alike if LUCK in tags]
     return champion_steps(drawn, metric, by_luck(drawn, statistics.median(errors)) if errors else (), others)
 
 

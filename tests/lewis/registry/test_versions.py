@@ -574,20 +574,33 @@ def test_a_task_that_is_scored_later_is_added_to_the_version(entry: Registration
         assert found() == (both, {"addition", "sums"})
 
 
+def test_the_luck_of_an_early_verdict_is_less_once_all_documents_are_scored(
+    entry: Registration, tiny_model: Path
+) -> None:
+    new = replace(entry, digest="a" * 64, folder=merged(tiny_model, "a" * 64))
+    version = creation.register(replace(new, tags={**entry.tags, tracking.PART: "32 of 128"}))
+    promotion.promote(version, replace(PASSED, metric="addition/acc,none", luck=0.02))
+    creation.register(new)
+    assert tags_of("1")[history.LUCK] == "0.01" and tracking.PART not in tags_of("1")
+
+
 def test_the_plot_has_the_versions_of_the_documents_that_the_champion_was_scored_on(
     entry: Registration, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The newest ones' evaluations ended early."""
+    """The newest ones' evaluations ended early; their luck is larger."""
     for digit, documents in (("a", "x"), ("b", "y"), ("c", "y")):
         data = [RunInput("addition", documents * 32, "evaluation", "lm-eval", {"lm_eval_task": "addition"})]
         new = replace(
             entry, digest=digit * 64, folder=merged(tiny_model, digit * 64), metrics=scores(digit), datasets=data
         )
         version = creation.register(new)
-        promotion.promote(version, replace(PASSED, metric="addition/acc,none") if digit == "a" else FAILED)
+        first = replace(PASSED, metric="addition/acc,none", luck=0.01)
+        promotion.promote(version, first if digit == "a" else replace(FAILED, luck=0.03))
     check_png(history.picture("tiny"))
-    monkeypatch.setattr(history, "champion_steps", lambda drawn, *more: (drawn, more[-1]))
-    drawn, without = history.picture("tiny")
+    monkeypatch.setattr(history, "by_luck", lambda _, error: error)
+    monkeypatch.setattr(history, "champion_steps", lambda drawn, *more: (drawn, *more[1:]))
+    drawn, luck, without = history.picture("tiny")
+    assert luck == 0.01
     assert [each[3] is None for each in drawn] == [False, True, True] and without == [2, 3]
 
 
