@@ -23,6 +23,7 @@ from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import moves
 
 logger = logging.getLogger(__name__)
+APPROVED = "Approved"  # the state of a run whose version a person has approved
 _TAG = "awaits:"  # of the run; the version's uri follows
 
 
@@ -65,9 +66,18 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
         moves.tell()
     elif promotion.is_champion(name, number) != answer.approve:  # `lewis approve` has decided otherwise
         raise InputError(f"{version}: it waits for no approval any more; see `lewis history {name}`")
-    state, line = ("Approved", "is the champion") if answer.approve else ("Refused", "is refused")
+    state, line = (APPROVED, "is the champion") if answer.approve else ("Refused", "is refused")
     run_tags.tag(verdict=state.lower())
     return Completed(name=state, message=f"{version} {line}: {why}")
+
+
+def go_on(run: FlowRun) -> None:
+    """Start a run like one whose version was approved; it begins when that one has ended."""
+    assert run.deployment_id is not None  # no other run is suspended
+    with get_client(sync_client=True) as client:
+        client.create_flow_run_from_deployment(
+            run.deployment_id, parameters=run.parameters, tags=[run_tags.ANSWERED], idempotency_key=f"after-{run.id}"
+        )
 
 
 def resume(version: str, why: str, *, approve: bool) -> None:

@@ -1,9 +1,12 @@
 """The DAG: merge the models of a recipe, score the result, register it, and promote it if it is better."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import State, flow
+from prefect.client.schemas.objects import FlowRun
 from prefect.futures import PrefectFuture
 from prefect.runtime import deployment, flow_run
 from prefect.utilities.annotations import quote
@@ -31,6 +34,8 @@ from lewis_tasks.support import patience
 from lewis_tasks.support.failures import NotPublishedError, result_of, says_why
 from lewis_tasks.support.flow_run import tally
 
+logger = logging.getLogger(__name__)
+
 
 def _run_name() -> str:
     return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
@@ -43,8 +48,8 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
 
     The run ends as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers nothing; as `Cached` if
     nothing was left to do; as `Unpublished` if the Hub has not taken the champion. If a person has to approve the
-    version, the run waits suspended and ends as `Approved` or `Refused`; without a deployment it ends as
-    `AwaitingApproval`. Its tags name the recipe, what started it, and the verdict.
+    version, the run waits suspended and ends as `Approved` or `Refused`, and another one publishes what was approved;
+    without a deployment it ends as `AwaitingApproval`. Its tags name the recipe, what started it, and the verdict.
 
     Args:
         recipe: the name of a recipe in the recipes folder. From the command line, a YAML file's path too.
@@ -53,7 +58,7 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
     path = begin(recipe)
     run = run_tags.this_run()
     if version := approval.asked(run):
-        return approval.ask(run, version)
+        return _answered(run, version, path, overrides or [])
     trigger = run_tags.trigger(run)
     run_tags.tag(recipe=path.stem, trigger=trigger)
     with turn(path, str(flow_run.id)):
@@ -90,6 +95,20 @@ def load(path: Path, overrides: list[str]) -> Recipe:
     if plan.register_as and plan.register_as.team:
         run_tags.tag(team=plan.register_as.team)
     return plan
+
+
+def _answered(run: FlowRun, version: str, path: Path, overrides: list[str]) -> State[MergeReport]:
+    """Do what a person answered; another run does what is left for a version that is the champion only now."""
+    state = approval.ask(run, version)
+    if state.name == approval.APPROVED:
+        try:
+            plan = load(path, overrides)
+            early = plan.evaluate and plan.evaluate.stop == "known" and plan.evaluate.full_scores == "promoted"
+            if plan.publish or early:
+                approval.go_on(run)
+        except (LewisError, httpx.HTTPError) as error:
+            logger.warning("%s is the champion; the next run of the recipe does what is left: %s", version, error)
+    return state
 
 
 def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport, bool, tuple[str, str]]:

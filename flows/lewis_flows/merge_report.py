@@ -22,6 +22,7 @@ class MergeReport(BaseModel):
         version: `models:/name/version`, if the recipe registers.
         created: whether that version is new.
         promoted: whether it is the champion now.
+        waits: whether it passed the gate, and a person has to approve it.
         verdict: the gate's reasons.
         published: URL of the champion on the Hub, if the recipe publishes.
         page: the report of the run as an HTML file.
@@ -38,6 +39,7 @@ class MergeReport(BaseModel):
     version: str | None = None
     created: bool = False
     promoted: bool = False
+    waits: bool = False
     verdict: list[str] = []
     published: str | None = None
     page: Path | None = None

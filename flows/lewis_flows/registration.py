@@ -61,10 +61,11 @@ def register_merge(
     finish(promoted)
     report.version, report.created = version.result().uri, version.result().created
     report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
+    report.waits = verdict.result().waits and not report.promoted
     current = champion.result() if champion else None
     in_use = current.version.uri if current else None
     line = verdict_line(report.version, verdict.result(), champion=in_use)
-    on_all, missing = _score_on_all(plan, walk, report, judged, promoted) if verdict.result().passed else ({}, "")
+    on_all, missing = _score_on_all(plan, walk, report, judged, promoted) if report.promoted else ({}, "")
     line = (line[0], f"{line[1]}; not scored on all documents, run again: {missing}") if missing else line
     published = there = None
     if plan.publish:

@@ -85,7 +85,7 @@ class Standing:
         mark: the version that no later one may fall behind; None: there is no champion.
         number: the how many-th version this is of those that are judged since the mark became the champion; 1 for the
             first.
-        withdrawn: why this very merge was rolled back by hand; None if it was not.
+        withdrawn: why this very merge was refused or rolled back by hand; None if it was not.
     """
 
     mark: Incumbent | None = None
@@ -158,7 +158,7 @@ def _without_scores(gate: Gate | None, digest: str, champion: Incumbent | None, 
         return Verdict(True, ("this very model is the champion already",), in_use, mark=mark)
     if standing.withdrawn is not None:
         why = f"({standing.withdrawn}); only `lewis promote` brings it back"
-        return Verdict(False, (f"this very model was rolled back by hand {why}: fail",), in_use)
+        return Verdict(False, (f"this very model was refused or rolled back by hand {why}: fail",), in_use)
     return None if gate else Verdict(True, ("no gate in the recipe",), in_use)
 
 

@@ -36,12 +36,14 @@ class MLflowLogger:
         Args:
             init_args: as a mapping, or as text like `--wandb_args`, `key=value,key=value`. `tracking_uri`: of the
                 server or database; by default what `MLFLOW_TRACKING_URI` says. `experiment`: its name, `lm-eval` by
-                default. `run_name`. `run_id`: of a run to go on with. `step`: of the metrics, so that evaluations of
-                one training plot as a line.
+                default. `run_name`. `run_id`: of a run to go on with; its parameters stay as they are, and the names of
+                the files that are added end in the step. `step`: of the metrics, so that evaluations of one training
+                plot as a line.
 
         Raises:
             ImportError: if MLflow is not installed.
-            ValueError: if there is another key.
+            ValueError: if there is another key, a key without a value, or a step that is no whole number.
+            MlflowException: if there is no such run.
         """
         try:
             from mlflow import MlflowClient
@@ -51,13 +53,20 @@ class MLflowLogger:
             pairs = [each.partition("=") for each in init_args.split(",") if each]
             init_args = {key.strip(): value for key, _, value in pairs}
         given = dict(init_args or {})
+        if without := [key for key, value in given.items() if value == ""]:
+            raise ValueError(f"mlflow_args: expected key=value,key=value, got {', '.join(without)} without a value")
         known = ("tracking_uri", "experiment", "run_name", "run_id", "step")
         if unknown := sorted(given.keys() - set(known)):
             raise ValueError(f"mlflow_args: expected some of {', '.join(known)}, got {', '.join(unknown)}")
-        self.client = MlflowClient(given.get("tracking_uri"))
-        self.step = int(given.get("step") or 0)
+        step = str(given.get("step") or 0)
+        if not step.removeprefix("-").isdecimal():
+            raise ValueError(f"mlflow_args: step: expected a whole number, got {step!r}")
+        self.client, self.step = MlflowClient(given.get("tracking_uri")), int(step)
         self._begins = not given.get("run_id")
         self.run_id: str = given.get("run_id") or self._new_run(given.get("experiment") or "lm-eval", given)
+        # MLflow never changes a parameter, and each checkpoint of a training has other `model_args`.
+        self._params_before = set(self.client.get_run(self.run_id).data.params)
+        self._ending = "" if self._begins else f"_{self.step}"
 
     def _new_run(self, experiment: str, given: dict[str, Any]) -> str:
         found = self.client.get_experiment_by_name(experiment)
@@ -78,13 +87,14 @@ class MLflowLogger:
 
         now = get_current_time_millis()
         metrics = [Metric(name, value, now, self.step) for name, value in self._metrics()]
-        params = [Param(name, value[:MAX_PARAM]) for name, value in self._params() if value]
+        known = self._params_before
+        params = [Param(name, value[:MAX_PARAM]) for name, value in self._params() if value and name not in known]
         for start in range(0, max(len(params), len(metrics)), BATCH):
             end = start + BATCH
             self.client.log_batch(self.run_id, metrics[start:end], params[start:end])
         plain = {key: value for key, value in self.results.items() if key != "samples"}
         text = json.dumps(plain, indent=2, default=str, ensure_ascii=False)
-        self.client.log_text(self.run_id, text, "results.json")
+        self.client.log_text(self.run_id, text, f"results{self._ending}.json")
 
     def log_eval_samples(self, samples: dict[str, list[dict[str, Any]]]) -> None:
         """Log the documents of each task as a table, `samples/TASK.json`, and the task's data as an input of the run.
@@ -101,7 +111,7 @@ class MLflowLogger:
             if task in self.group_names or not samples.get(task):
                 continue
             rows = [_row(each) for each in samples[task]]
-            self.client.log_table(self.run_id, pd.DataFrame(rows), f"samples/{_name(task)}.json")
+            self.client.log_table(self.run_id, pd.DataFrame(rows), f"samples/{_name(task)}{self._ending}.json")
             hashes = "".join(str(each.get("doc_hash")) for each in samples[task])
             config = self.task_configs.get(task, {})
             source = {key: str(config[key]) for key in _DATA if config.get(key)}

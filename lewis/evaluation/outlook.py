@@ -6,11 +6,16 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from lewis import settings
 from lewis.evaluation.harness.task_files import FoundTasks, find_tasks
 from lewis.evaluation.harness.task_metrics import read
 from lewis.evaluation.statistics import looks, power
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY
 from lewis.recipe.schema import Evaluate, Gate
+from lewis.redact import redacted
+
+_NO_SHARES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bleu", "chrf", "ter", "mcc", "f1")
+"""Metrics of lm-eval that are no share of documents, and of which a task need not say which way is better."""
 
 LATER = 10  # the version for which `better` is stated, next to the first
 
@@ -44,22 +49,27 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     for name, spread in spreads.items():
         about = f"{name}: {counted[name]} documents" if name in counted else name
         if name in gains:
-            first, later = (f"{power.gain_seen(spread, number):.2g}" for number in (1, LATER))
+            least = gate.min_gain
+            first, later = (f"{power.gain_seen(spread, number, least):.2g}" for number in (1, LATER))
             lines.append(
                 f"{about}, a gain of {first} is seen 8 times in 10, of {later} by the {LATER}th version in a row"
             )
             continue
         margin = _margin(gate, name, spread, tests)
         equal = NormalDist().cdf(margin / spread - NormalDist().inv_cdf(1 - power.ERROR * last.passing))
-        lines.append(
-            f"{about}, margin {margin:.2g}: an equal version passes {equal:.0%}, "
-            f"a loss of {power.loss_seen(margin, spread):.2g} is refused 8 times in 10"
-        )
+        loss = power.loss_seen(margin, spread)
+        seen = f"a loss of {loss:.2g} is refused 8 times in 10" if loss else "it needs a larger register.gate.tolerance"
+        lines.append(f"{about}, margin {margin:.2g}: an equal version passes {equal:.0%}, {seen}")
     if evaluate.stop != "never" and (sizes := looks.sizes(last.of)):
         what = "is certain" if evaluate.stop == "known" else "is certain to be no"
         lines.append(f"scoring ends after {', '.join(map(str, sizes))} documents of each task, if the verdict {what}")
         if evaluate.stop == "known" and evaluate.full_scores == "promoted":
             lines.append("what passes early is scored on all documents after its promotion")
+    if gate.judge:
+        where = redacted(settings.JUDGE.get()) or "LEWIS_JUDGE, which is not set here"
+        lines.append(f"what passes is shown to the judge {gate.judge.model} at {where}")
+    if gate.approve:
+        lines.append(f"what passes waits up to {gate.approve_hours:g} hours for a person")
     return lines
 
 
@@ -94,7 +104,9 @@ def _is_share(config: Mapping[str, Any]) -> bool:
     listed = config.get("metric_list") or []
     metrics = [each for each in (listed if isinstance(listed, list) else [listed]) if isinstance(each, Mapping)]
     likelihood = str(config.get("output_type")).startswith("loglikelihood") and not metrics
-    return not likelihood and all(each.get("higher_is_better") is not False for each in metrics)
+    return not likelihood and all(
+        each.get("higher_is_better") is not False and each.get("metric") not in _NO_SHARES for each in metrics
+    )
 
 
 def _rows(config: Mapping[str, Any], root: Path) -> int | None:

@@ -1,7 +1,8 @@
 """Two models on the same documents, wherever they were scored: the paired table of `lewis compare`."""
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.results_folder import read_results
 from lewis.evaluation.statistics.comparison import Comparison, PairingError, compare, holm
-from lewis.evaluation.statistics.scores import Evaluated, Samples, Score, by_key
+from lewis.evaluation.statistics.scores import Evaluated, Samples, Score, by_key, places_of
 from lewis.store import kinds
 
 
@@ -56,6 +57,12 @@ class Side:
         """Every `task/metric,filter` that has a value per document."""
         return {each.key: None for _, found in self.found for each in found.samples}
 
+    @property
+    def without_documents(self) -> list[str]:
+        """Every `task/metric,filter` that has no value per document, such as an F1 over all documents."""
+        scores = (score.key for _, found in self.found for score in found.scores)
+        return [key for key in dict.fromkeys(scores) if key not in self.keys]
+
     def of(self, key: str) -> Iterator[tuple[str, Evaluated, Samples, Score]]:
         """Every score on one metric: digest of how it was scored, the whole evaluation, the samples, the score."""
         for how, found in self.found:
@@ -72,12 +79,14 @@ class Pair:
         first, second: their scores.
         comparison: how much better the second is.
         holm: the comparison's p, adjusted for the number of metrics.
+        prompts: on how many documents the two were asked by other prompts; 0 if that is not known.
     """
 
     first: Score
     second: Score
     comparison: Comparison
     holm: float
+    prompts: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -87,13 +96,14 @@ class Pair:
             "higher_is_better": self.second.higher_is_better,
             "scores": [self.first.value, self.second.value],
             "gain": found.delta,
-            "low": found.low,
-            "high": found.high,
+            "low": found.low if math.isfinite(found.low) else None,
+            "high": found.high if math.isfinite(found.high) else None,
             "wins": found.wins,
             "losses": found.losses,
             "p": found.p,
             "holm": self.holm,
             "documents": found.documents,
+            "other_prompts": self.prompts,
         }
 
     def to_row(self, first: str, second: str) -> dict[str, str]:
@@ -117,8 +127,8 @@ def paired(first: Side, second: Side) -> list[Pair]:
     """Both models on each metric that both have.
 
     Raises:
-        InputError: if they have none in common, or a task was scored with another number of examples.
-        PairingError: if they were not scored on the same documents.
+        InputError: if they have none in common; or were scored with another number of examples, by another version of
+            a task, or on other documents.
     """
     common = [key for key in second.keys if key in first.keys]
     if not common:
@@ -127,29 +137,53 @@ def paired(first: Side, second: Side) -> list[Pair]:
             f"{', '.join(first.keys) or 'none'}, the other {', '.join(second.keys) or 'none'}"
         )
     found = [_best(first, second, key) for key in common]
-    adjusted = holm({comparison.key: comparison.p for _, _, comparison in found})
-    return [Pair(a, b, comparison, adjusted[comparison.key]) for a, b, comparison in found]
+    adjusted = holm({pair.comparison.key: pair.holm for pair in found})
+    return [replace(pair, holm=adjusted[pair.comparison.key]) for pair in found]
 
 
-def _best(first: Side, second: Side, key: str) -> tuple[Score, Score, Comparison]:
-    """The newest scores of both that were computed alike, or of which nothing is known but the same documents."""
+def _best(first: Side, second: Side, key: str) -> Pair:
+    """The newest scores of both that were computed alike, or of which nothing is known but the same documents.
+
+    Of the pair, `holm` is the p as it is.
+    """
     options = [(a, b) for b in second.of(key) for a in first.of(key)]
     alike = [(a, b) for a, b in options if a[0] and a[0] == b[0]]
-    problems = list[Exception]()
+    problems = list[str]()
     for a, b in alike or options:
         task = b[3].task
-        shots = [each[1].content.get("n-shot", {}).get(task) for each in (a, b)]
+        contents = a[1].content, b[1].content
+        shots, versions = ([each.get(what, {}).get(task) for each in contents] for what in ("n-shot", "versions"))
         if None not in shots and shots[0] != shots[1]:
-            text = f"{task}: {first.label} was scored with {shots[0]} examples in the prompt, and {second.label} with"
-            problems.append(InputError(f"{text} {shots[1]}; score both with the same num_fewshot"))
+            problems.append(
+                f"{task}: {first.label} was scored with {shots[0]} examples in the prompt, and {second.label} with "
+                f"{shots[1]}; score both with the same num_fewshot"
+            )
+            continue
+        if None not in versions and versions[0] != versions[1]:
+            problems.append(
+                f"{task}: {first.label} was scored by version {versions[0]} of the task, and {second.label} by "
+                f"version {versions[1]}; score both by the same version"
+            )
             continue
         try:
-            found = compare(b[2], a[2], higher_is_better=b[3].higher_is_better, who=first.label)
+            found = compare(b[2], a[2], higher_is_better=b[3].higher_is_better, who=first.label, whose=second.label)
         except PairingError as error:
-            problems.append(error)
+            problems.append(str(error))
             continue
-        return a[3], b[3], found
-    raise problems[0]
+        return Pair(a[3], b[3], found, found.p, _other_prompts(*contents, task))
+    raise InputError(problems[0])
+
+
+def _other_prompts(first: Mapping[str, Any], second: Mapping[str, Any], task: str) -> int:
+    """On how many of the documents, which are the same, two models had other prompts; 0 if that is not known."""
+    asked = [each.get("prompts", {}).get(task) for each in (first, second)]
+    if None in asked:
+        return 0
+    ours, theirs = (
+        dict(zip(places_of(each["documents"][task]), prompts, strict=True))
+        for each, prompts in zip((first, second), asked, strict=True)
+    )
+    return sum(prompt != theirs[document] for document, prompt in ours.items())
 
 
 def _number(score: Score) -> str:

@@ -56,34 +56,48 @@ def opinion(judge: Judge, found: SideBySide | None) -> RuleResult:
     text = f"judge {judge.model} must not prefer {reference}"
     if not differ:
         return RuleResult(f"{text}: no answers that are known differ", True)
-    url = settings.JUDGE.get().rstrip("/")
-    if not url:
-        raise InputError(
-            "LEWIS_JUDGE: not set; register.gate.judge asks a server: set it to its URL, such as "
-            "http://127.0.0.1:8000/v1, and LEWIS_JUDGE_KEY to its key"
+    url = server()
+    verdicts = [_verdicts(url, judge.model, each) for each in differ]
+    silent = sum(each.count("") for each in verdicts)
+    if silent > len(verdicts):
+        raise LewisError(
+            f"LEWIS_JUDGE: {redacted(url)}: expected answers that end with [[A]], [[B]] or [[C]], which {silent} of "
+            f"{2 * len(verdicts)} do not; choose another model in register.gate.judge"
         )
-    preferred = [_preferred(url, judge.model, each) for each in differ]
-    wins, losses = preferred.count(1), preferred.count(-1)
+    wins, losses = verdicts.count(("A", "B")), verdicts.count(("B", "A"))
     from scipy.special import bdtr  # slow to import
 
     p = float(bdtr(wins, wins + losses, 0.5))
     numbers = f"it prefers {found.ours if found else ''} on {wins}, {reference} on {losses} of {len(differ)} documents"
+    numbers += f", {silent} of its answers have no verdict" if silent else ""
     return RuleResult(f"{text}: {numbers}, p {p:.3g}", p > CHANCE or wins >= losses)
 
 
-def _preferred(url: str, model: str, document: Document) -> int:
-    """1 if the judge prefers the merged model's answer in both orders, -1 if the reference's, else 0."""
+def server() -> str:
+    """The URL of the judge's server.
+
+    Raises:
+        InputError: if it is not set.
+    """
+    if url := settings.JUDGE.get().rstrip("/"):
+        return url
+    raise InputError(
+        "LEWIS_JUDGE: not set; register.gate.judge asks a server: set it to its URL, such as "
+        "http://127.0.0.1:8000/v1, and LEWIS_JUDGE_KEY to its key"
+    )
+
+
+def _verdicts(url: str, model: str, document: Document) -> tuple[str, str]:
+    """Which answer the judge prefers: first of the merged model's and the reference's, then in the other order."""
     assert document.texts is not None
     ours, theirs = document.texts
-    found = [
-        _asked(url, model, ours.prompt, ours.target, first, second)
-        for first, second in ((ours.answer, theirs.answer), (theirs.answer, ours.answer))
-    ]
-    return {("A", "B"): 1, ("B", "A"): -1}.get((found[0], found[1]), 0)
+    prompt, target = ours.prompt, ours.target
+    first = _asked(url, model, prompt, target, ours.answer, theirs.answer)
+    return first, _asked(url, model, prompt, target, theirs.answer, ours.answer)
 
 
 def _asked(url: str, model: str, prompt: str, target: str, first: str, second: str) -> str:
-    """`A`, `B` or `C`: which of two answers the judge prefers."""
+    """`A`, `B` or `C`: which of two answers the judge prefers; empty if it does not say so."""
     import requests
 
     question = _QUESTION.format(fence=_FENCE, prompt=prompt, target=target, first=first, second=second)
@@ -96,17 +110,16 @@ def _asked(url: str, model: str, prompt: str, target: str, first: str, second: s
     except requests.RequestException as error:
         raise TransientError(f"{about} does not answer: {error}; see that it is up, then run again") from error
     if found.status_code == 429 or found.status_code >= 500:
-        raise TransientError(f"{about} is busy or broken: it answers {found.status_code}; run again later")
+        raise TransientError(
+            f"{about} is busy or broken: it answers {found.status_code} {found.text[:200]!r}; run again later"
+        )
     if found.status_code != 200:
         raise InputError(
             f"{about} refuses the model {model}: it answers {found.status_code} {found.text[:200]!r}; look at "
-            "register.gate.judge.model and LEWIS_JUDGE_KEY"
+            "that URL, which ends with /v1 mostly, at register.gate.judge.model and at LEWIS_JUDGE_KEY"
         )
     try:
         answer: Any = found.json()["choices"][0]["message"]["content"]
-        return _VERDICT.findall(str(answer))[-1]
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise LewisError(
-            f"{about}: expected an answer that ends with [[A]], [[B]] or [[C]], got {found.text[:200]!r}; choose "
-            "another model in register.gate.judge"
-        ) from error
+        raise LewisError(f"{about}: expected a chat completion, got {found.text[:200]!r}; look at its URL") from error
+    return ["", *_VERDICT.findall(str(answer))][-1]

@@ -45,7 +45,7 @@ def read_results(folder: Path) -> Evaluated:
     date = files[-1].stem.removeprefix("results_")
     paths = {
         path.name.removeprefix("samples_").removesuffix(f"_{date}.jsonl"): path
-        for path in files[-1].parent.glob(f"samples_*_{date}.jsonl")
+        for path in sorted(files[-1].parent.glob(f"samples_*_{date}.jsonl"))
     }
     if not paths:
         raise InputError(f"{files[-1]}: there are no samples_*_{date}.jsonl next to it; run lm-eval with --log_samples")
@@ -57,18 +57,24 @@ def read_results(folder: Path) -> Evaluated:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     with open_regular(path) as file:
-        return [json.loads(line) for line in file if line.strip()]
+        try:
+            return [json.loads(line) for line in file if line.strip()]
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
 
 
 def _evaluated(name: str, found: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]) -> Evaluated:
     content: dict[str, Any] = {"results": {}, "documents": {}, "samples": [], "groups": {}, "ends": _NO_ENDS}
-    content |= {key: found.get(key) or {} for key in ("higher_is_better", "n-shot")}
+    content["prompts"] = {}
+    content |= {key: found.get(key) or {} for key in ("higher_is_better", "n-shot", "versions")}
     for task, of_task in rows.items():
         first = {row["doc_id"]: row for row in of_task if row.get("filter") == of_task[0].get("filter")}
         content["results"][task] = {"sample_len": len(first), **found["results"][task]}
         content["documents"][task] = [row["doc_hash"][:HASH] for row in first.values()]
+        if all("prompt_hash" in row for row in first.values()):
+            content["prompts"][task] = [row["prompt_hash"] for row in first.values()]
         listed = (found.get("configs") or {}).get(task, {}).get("metric_list") or ()
-        aggregations = _DEFAULT | {each["metric"]: each.get("aggregation", "mean") for each in listed}
+        aggregations = _DEFAULT | {each["metric"]: each["aggregation"] for each in listed if each.get("aggregation")}
         for key, value in found["results"][task].items():
             metric, comma, filter_ = key.partition(",")
             if not comma or metric.endswith("_stderr") or aggregations.get(metric, "mean") not in _AGGREGATIONS:

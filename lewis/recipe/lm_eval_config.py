@@ -14,7 +14,10 @@ BACKENDS = {
     **{name: "openai" for name in ("local-completions", "local-chat-completions")},
 }
 """lm-eval's name of a model class -> the backend."""
-_OF_THE_MODEL = ("pretrained", "tokenizer", "model", "base_url", "tokenizer_backend", "tokenized_requests")
+_OF_THE_MODEL = (
+    *("pretrained", "revision", "subfolder", "tokenizer", "model", "base_url"),
+    *("tokenizer_backend", "tokenized_requests"),
+)
 _GPUS = ("tensor_parallel_size", "tp_size")
 _SAME = ("num_fewshot", "limit", "batch_size", "apply_chat_template")
 _WITHOUT_EFFECT = (  # on the scores
@@ -73,6 +76,8 @@ def _block(content: Mapping[str, Any], name: str, own: Mapping[str, Any]) -> dic
     arguments, gpus = _model_args(content, wrong)
     backend = BACKENDS[content.get("model", "hf")]
     found = {key: content[key] for key in _SAME if key in content}
+    if str(found.get("batch_size")).startswith("auto:"):  # how often lm-eval looks for the size
+        found["batch_size"] = "auto"
     found |= {"tasks": _tasks(content.get("tasks"), wrong)} if "tasks" not in own else {}
     found |= {"backend": backend} if backend != "hf" else {}
     return found | ({"model_args": arguments} if arguments else {}) | ({"gpus": gpus[0]} if gpus else {})
@@ -85,7 +90,7 @@ def _check(content: Mapping[str, Any], own: Mapping[str, Any], wrong: Any) -> No
             raise wrong(str(key), f"lm-eval has no such key{nearest(str(key), _KEYS)}")
         if key in _REFUSED and content[key]:
             raise wrong(key, f"a recipe does not take it; {_REFUSED[key]}")
-    if (model := content.get("model", "hf")) not in BACKENDS:
+    if (model := content.get("model", "hf")) not in list(BACKENDS):  # a list has no hash
         raise wrong("model", f"expected {', '.join(BACKENDS)}, got {model!r}; other models are not of a recipe")
     for key in ("trust_remote_code", "confirm_run_unsafe_code"):
         if content.get(key) and own.get("allow_code_execution") is not True:
@@ -116,7 +121,10 @@ def _tasks(given: Any, wrong: Any) -> list[str]:
     listed = [given] if isinstance(given, str) else given
     if not isinstance(listed, list) or not listed or not all(isinstance(each, str) for each in listed):
         raise wrong("tasks", f"expected names and paths, as a list or with commas, got {given!r}")
-    return [task.strip() for each in listed for task in each.split(",") if task.strip()]
+    names = [task.strip() for each in listed for task in each.split(",") if task.strip()]
+    if patterns := [name for name in names if set(name) & set("*?[")]:
+        raise wrong("tasks", f"expected names and paths, got the pattern {patterns[0]!r}; name each task, or a group")
+    return names
 
 
 def _arguments(given: Any, wrong: Any) -> dict[str, Any]:

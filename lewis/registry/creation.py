@@ -6,6 +6,7 @@ cleared by the next attempt.
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from urllib.parse import quote
 from lewis import store
 from lewis.errors import LewisError
 from lewis.registry import lineage, logged_model, repair, traces, tracking, versions
-from lewis.registry.history import TEAM
+from lewis.registry.history import LUCK, TEAM
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
 from lewis.reports.card import FRONT_MATTER, RECIPE
@@ -43,8 +44,8 @@ def register(new: Registration) -> Version:
     """Register a merged checkpoint, once per digest.
 
     If the files of its version are lost or damaged, it is registered again, and the aliases move to the new version.
-    If its version was scored on a part of the documents, and the merge is now scored on all, the version and its run
-    get these scores.
+    If its version was scored on a part of the documents, and the merge is now scored on all, or on further tasks, the
+    version and its run get these scores.
 
     Raises:
         InputError: if the name or the digest is malformed.
@@ -112,9 +113,13 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
 
 
 def _complete(client: "MlflowClient", found: Version, new: Registration) -> None:
-    """Replace scores of a part of the documents by those of all; the tag that says so goes last."""
+    """Replace scores of a part of the documents by those of all, and add those of further tasks.
+
+    The tag that says that there are only some goes last.
+    """
     version = client.get_model_version(found.name, found.version)
-    if tracking.PART not in version.tags or tracking.PART in new.tags or not new.documents:
+    in_part = tracking.PART in version.tags
+    if tracking.PART in new.tags or not new.documents or not (in_part or _has_more(client, found.run_id, new)):
         return
     model = versions.model_of(client, version)
     assert model is not None  # `found` is whole
@@ -122,8 +127,23 @@ def _complete(client: "MlflowClient", found: Version, new: Registration) -> None
     _log_scores(client, found.run_id, model.model_id, new)
     text = description(new.card, new.pictures, found.run_id)
     client.update_model_version(found.name, found.version, description=text)
-    client.delete_model_version_tag(found.name, found.version, tracking.PART)
-    logger.info("%s has the scores of all documents now", found.uri)
+    if in_part:
+        if luck := version.tags.get(LUCK):  # it falls with the root of the number of documents
+            scored, _, pool = version.tags[tracking.PART].partition(" of ")
+            on_all = float(luck) * math.sqrt(int(scored) / int(pool))
+            client.set_model_version_tag(found.name, found.version, LUCK, f"{on_all:.6g}")
+        client.delete_model_version_tag(found.name, found.version, tracking.PART)
+    logger.info("%s has the scores of all documents and tasks now", found.uri)
+
+
+def _has_more(client: "MlflowClient", run_id: str, new: Registration) -> bool:
+    """Whether a merge was scored on further tasks, and on the same documents of those that its run has."""
+    run = client.get_run(run_id)
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    known = {(each.dataset.name, each.dataset.digest) for each in inputs}
+    tasks = {task for task, _ in known}
+    more = {tracking.key(name) for name in new.metrics if name.startswith("merged/")} - run.data.metrics.keys()
+    return bool(more) and all(each in known or each[0] not in tasks for each in new.documents.values())
 
 
 def _metrics_of_merged(new: Registration) -> dict[str, float]:

@@ -234,15 +234,14 @@ def scores(name: str, most: int = 20) -> dict[int, float]:
 def picture(name: str) -> bytes:
     """The score that the gate looks at, of every version and of the champion; a PNG file.
 
-    The documents are those that most versions were scored on; versions of other documents are left out, such as those
-    whose evaluation ended early. A line shows what the best of so many versions would score by luck, if all were as
-    good as the first.
+    The documents are those that the champion was scored on, or else most versions; versions of other documents are left
+    out, such as those whose evaluation ended early, and the picture names them. A line shows what the best of so many
+    versions would score by luck, if all were as good as the first.
 
     Raises:
         InputError: if there is no such model, or nothing was scored.
     """
     name = tracking.model_name(name)
-    tracking.check_exists(name)
     tracking.check_exists(name)
     with tracking.client(f"reading the history of {name}") as client:
         records, scores, metric = _read(client, name)
@@ -250,14 +249,19 @@ def picture(name: str) -> bytes:
             raise InputError(f"{name}: no version of it has a score; there is nothing to plot")
         versions = client.search_model_versions(f"name='{name}'")
         documents = {int(each.version): _documents(client, each.run_id, metric) for each in versions}
-    common = statistics.mode(documents[number] for number in sorted(scores, reverse=True) if metric in scores[number])
+    scored = [number for number in sorted(scores, reverse=True) if metric in scores[number]]
+    champions = [_number(each.version) for each in records if each.what in MOVES]
+    of = champions[-1:] if champions and champions[-1] in scored else scored
+    common = statistics.mode(documents[number] for number in of)
+    others = [number for number, each in scores.items() if metric in each and documents[number] != common]
     scores = {number: each for number, each in scores.items() if documents[number] == common}
     drawn = [
         (each.step, each.version, each.what, each.scores.get(metric), (each.champion or {}).get(metric))
         for each in points(records, scores)
     ]
-    errors = [float(each.tags[LUCK]) for each in versions if LUCK in each.tags]
-    return champion_steps(drawn, metric, by_luck(drawn, statistics.median(errors)) if errors else ())
+    alike = [each.tags for each in versions if documents[int(each.version)] == common]
+    errors = [float(tags[LUCK]) for tags in alike if LUCK in tags]
+    return champion_steps(drawn, metric, by_luck(drawn, statistics.median(errors)) if errors else (), others)
 
 
 def by_luck(drawn: Sequence[tuple[int, int, str, float | None, float | None]], error: float) -> list[float]:

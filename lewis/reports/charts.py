@@ -104,7 +104,10 @@ def score_bars(scores: Mapping[str, Sequence[Score]], intervals: Intervals | Non
 
 
 def champion_steps(
-    points: Sequence[tuple[int, int, str, float | None, float | None]], metric: str, luck: Sequence[float] = ()
+    points: Sequence[tuple[int, int, str, float | None, float | None]],
+    metric: str,
+    luck: Sequence[float] = (),
+    without: Sequence[int] = (),
 ) -> bytes:
     """Draw a score over a history of versions: a dot for each version, a line for the champion.
 
@@ -112,6 +115,7 @@ def champion_steps(
         points: for each entry of the history: step, version, what happened, the version's score, the champion's since.
         metric: the score's name, for the axis.
         luck: for each entry what the best of so many equal versions would score; empty: that is not known.
+        without: versions that have no dot, for they were scored on other documents.
 
     Returns:
         a PNG file.
@@ -134,7 +138,9 @@ def champion_steps(
     names = [f"v{p[1]}" if p[2] in ("promoted", "rejected") else f"v{p[1]}\n{p[2]}" for p in points]
     panel.set_xticks(list(places)[:: every or 1], names[:: every or 1], fontsize=8)
     panel.set_ylabel(metric, fontsize=9)
-    panel.set_title("the line is the champion", fontsize=9, loc="left")
+    named = ", ".join(f"v{version}" for version in without[:8]) + (", …" if len(without) > 8 else "")
+    aside = f"\nscored on other documents: {named}" if without else ""
+    panel.set_title(f"the line is the champion{aside}", fontsize=9, loc="left")
     panel.spines[["top", "right"]].set_visible(False)
     if panel.get_legend_handles_labels()[1]:
         figure.legend(loc="outside upper right", ncols=2, fontsize=8)

@@ -17,7 +17,7 @@ from lewis.evaluation.statistics.scores import Score
 from lewis.reports.charts import Intervals, grid_of
 from lewis.reports.page_style import STYLE
 from lewis.reports.run_report import Change, RunFacts, duration, short
-from lewis.reports.side_by_side import answer_rows
+from lewis.reports.side_by_side import LAYERS, answer_rows, loss_lines, lost_rows
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 MAX_METRICS, MAX_COLUMNS, MAX_STEPS = 24, 16, 60  # more are in the tables
@@ -75,6 +75,7 @@ def to_html(facts: RunFacts, more: PageFacts) -> str:
             "On the task on which an expert is best: 0 % is the base, 100 % the expert, the dot the merged model.",
         ),
         section("The gate", _gate(facts), f"Compared with {facts.verdict.compared_with}." if facts.verdict else ""),
+        section("Why it is worse", _losses(facts)),
         section(
             "Where the experts moved",
             _maps(more.moved, logarithmic=True),
@@ -302,6 +303,18 @@ def _map(expert: str, names: Sequence[str], columns: Sequence[Sequence[float]], 
             )
     style = f"grid-template-columns:26px repeat({len(names)},minmax(10px,40px))"
     return f'<div><h3>{_e(expert)}</h3><div class="map" style="{style}">{"".join(cells)}</div></div>'
+
+
+def _losses(facts: RunFacts) -> str:
+    """Of a rejected run: which documents are lost, who has them right, and which layers moved most."""
+    rejected = facts.verdict is not None and not facts.verdict.passed
+    rows = lost_rows(facts.documents) if rejected and facts.documents else []
+    if not (rows and facts.documents):
+        return ""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    lines = "".join(f"<li>{_e(line)}</li>" for line in loss_lines(facts.documents))
+    layers = f'<p class="note">{_e(LAYERS)}</p>{table(facts.layers)}' if facts.layers else ""
+    return f"<ul>{lines}</ul>{table([{name: row.get(name, '') for name in columns} for row in rows])}{layers}"
 
 
 def _answers(facts: RunFacts) -> str:

@@ -1,11 +1,15 @@
 """What two models make of the same documents, for people: their answers next to each other, and what was lost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lewis.evaluation.documents import Document, SideBySide
 from lewis.reports.markdown import code, markdown_table, plain
 
 SHOWN, LOST = 20, 5  # documents in the tables
+LAYERS = (
+    "The layers that moved most: the norm of the expert's task vector, relative to the base's weights; and how much of "
+    "it is kept."
+)
 
 
 def answer_rows(found: SideBySide) -> list[dict[str, str]]:
@@ -44,34 +48,47 @@ def losses_text(found: SideBySide, layers: Sequence[Mapping[str, str]] = ()) -> 
     Args:
         layers: rows of `lewis.reports.tables.moved_rows`.
     """
-    lost = found.lost()
-    if not lost:
+    rows = lost_rows(found)
+    if not rows:
         return ""
+    lines = "\n".join(f"* {line}" for line in loss_lines(found, code))
+    first = f"The first {LOST} that are lost:" if len(found.lost()) > LOST else ""
+    parts = [lines, first, _blocks(rows)]
+    if layers:
+        table = markdown_table([{name: code(cell) for name, cell in row.items()} for row in layers])
+        parts += [LAYERS, table]
+    return "\n\n".join(part for part in parts if part)
+
+
+def loss_lines(found: SideBySide, mark: Callable[[str], str] = str) -> list[str]:
+    """A sentence for each metric on which documents are lost: how many, and which expert has them right.
+
+    Args:
+        mark: writes a name.
+    """
     lines = []
     for key in dict.fromkeys(each.key for each in found.documents):
         of_metric = [each for each in found.documents if each.key == key]
         if worse := [each for each in of_metric if each.gain < 0]:
             gained = sum(each.gain > 0 for each in of_metric)
             lines.append(
-                f"* {code(key)}: {len(worse)} of {len(of_metric)} documents are lost against {code(found.reference)}; "
-                f"gained: {gained}.{_experts(found, worse)}"
+                f"{mark(key)}: {len(worse)} of {len(of_metric)} documents are lost against {mark(found.reference)}; "
+                f"gained: {gained}.{_experts(found, worse, mark)}"
             )
-    rows = [_lost_row(found, each) for each in lost[:LOST]]
-    parts = ["\n".join(lines), f"The first {len(rows)} that are lost:" if len(lost) > len(rows) else "", _blocks(rows)]
-    if layers:
-        parts += [
-            "The layers that moved most: the norm of the expert's task vector, relative to the base's weights; and how "
-            "much of it is kept.",
-            markdown_table([{name: code(cell) for name, cell in row.items()} for row in layers]),
-        ]
-    return "\n\n".join(part for part in parts if part)
+    return lines
 
 
-def _experts(found: SideBySide, worse: Sequence[Document]) -> str:
+def lost_rows(found: SideBySide) -> list[dict[str, str]]:
+    """A row for each of the first documents that are lost."""
+    return [_lost_row(found, each) for each in found.lost()[:LOST]]
+
+
+def _experts(found: SideBySide, worse: Sequence[Document], mark: Callable[[str], str]) -> str:
     if not found.experts:
-        return " With `experts` in `evaluate.baselines`, the next report says which expert has them right."
+        where = f"{mark('experts')} in {mark('evaluate.baselines')}"
+        return f" With {where}, the next report says which expert has them right."
     counts = {label: sum(label in each.had for each in worse) for label in found.experts}
-    listed = ", ".join(f"{code(label)} on {number}" for label, number in counts.items())
+    listed = ", ".join(f"{mark(label)} on {number}" for label, number in counts.items())
     return f" There the experts are better: {listed}; none on {sum(not each.had for each in worse)}."
 
 

@@ -6,6 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
+from lewis.evaluation import pairwise_judge
 from lewis.evaluation.harness import backends, lm_eval
 from lewis.evaluation.step import ScoresEntry
 from lewis.recipe.recipe import Recipe
@@ -17,10 +18,12 @@ def check_tasks(recipe: Recipe, here: bool = True) -> str:
     """Check that lm-eval's tasks exist and give the scores that the recipe names, before any other work.
 
     Gives the tasks' digest, which is the same on every worker that scores alike. The backend is checked if it is used
-    `here`.
+    `here`, and whether the gate's judge has a server.
     """
     settings = checked(recipe)
     assert settings is not None
+    if recipe.gate and recipe.gate.judge:
+        pairwise_judge.server()  # else the run fails after hours of scoring
     if here:
         backends.check(settings.backend)
     return lm_eval.tasks_digest(settings)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from prefect.client.schemas.filters import FlowRunFilter
 
 from lewis.errors import LewisError
 from lewis.evaluation.gate import Incumbent, Standing
@@ -21,6 +22,7 @@ from lewis.registry.versions import champion
 from lewis.steps.plan import make_plan
 from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
+from lewis_flows.cli.run import print_merge
 from tests.conftest import full
 from tests.flows.conftest import TASK, Command, write_words
 from tests.support.damage import damage
@@ -288,6 +290,9 @@ def test_what_passes_is_shown_to_a_judge_and_without_its_answer_nothing_is_promo
             "judge wise must not prefer base: it prefers merged on 12"
         )
         assert len(asked) == 24
+    monkeypatch.delenv("LEWIS_JUDGE")
+    with pytest.raises(LewisError, match="LEWIS_JUDGE: not set"):
+        run("noise", asks)
     with judging(lambda _: "hm", 401) as (url, _):
         monkeypatch.setenv("LEWIS_JUDGE", url)
         with pytest.raises(LewisError, match="refuses the model wise: it answers 401"):
@@ -381,6 +386,85 @@ def test_what_is_promoted_early_is_scored_on_all_documents_afterwards(
     assert " on 32 of 60 documents" in newest_ended(prefect_url)["state"]["message"]
     assert "lewis.documents" not in client.get_model_version("tiny", "2").tags
     check_png(picture("tiny"))
+
+
+def test_what_waits_after_an_early_end_is_scored_on_all_documents_only_once_a_person_approves(
+    run: Callable[..., Any],
+    recipe: Path,
+    home: Path,
+    prefect_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The worker dies after the answer, before the champion moves; the run that begins again moves it."""
+    from mlflow import MlflowClient
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import Pause
+    from prefect.flow_engine import run_flow
+    from prefect.flow_runs import resume_flow_run
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.states import Scheduled
+
+    from lewis_flows.merge import merge_flow
+
+    write_words(recipe.parent, 60)
+    monkeypatch.setenv("LEWIS_RECIPES", str(recipe.parent))
+    asks = ["evaluate.stop=known", "register.gate.approve=true"]
+    mlflow = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+
+    def part(version: str) -> str:
+        return str(mlflow.get_model_version("tiny", version).tags.get("lewis.documents", "all"))
+
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        of_flow = client.create_flow(merge_flow)
+        deployment = client.create_deployment(of_flow, "tiny", enforce_parameter_schema=False)
+
+        def go_on(of: Any) -> Any:
+            """As a worker does."""
+            try:
+                return run_flow(merge_flow, flow_run=client.read_flow_run(of), return_type="state")
+            except Pause as pause:
+                return pause.state
+
+        def merge(expert: str) -> Any:
+            given = {"recipe": "tiny", "overrides": [f"models[0].model={expert}", *asks]}
+            of = client.create_flow_run_from_deployment(deployment, parameters=given).id
+            assert go_on(of).name == "Suspended"
+            return of
+
+        def dead(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        def waiting() -> list[Any]:
+            of_deployment = {"deployment_id": {"any_": [deployment]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
+            return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(of_deployment))
+
+        try:
+            first = merge("half")
+            assert (versions(home), part("1"), aliases(home)) == ({"1": "waiting"}, "32 of 60", {"challenger": "1"})
+            resume_flow_run(first, run_input={"approve": True, "why": "it is the first"})
+            with monkeypatch.context() as dies, pytest.raises(KeyboardInterrupt):
+                dies.setattr(promotion, "approve", dead)
+                go_on(first)
+            assert (versions(home), waiting()) == ({"1": "waiting"}, [])
+            client.set_flow_run_state(first, Scheduled(), force=True)
+            assert go_on(first).name == "Approved"
+            assert (aliases(home)["champion"], part("1")) == ("1", "32 of 60")
+            [after] = waiting()
+            ended = go_on(after.id)
+            assert (ended.name, ended.message) == ("Completed", "v1 is the champion already")
+            assert part("1") == "all" and "trigger:approval" in client.read_flow_run(after.id).tags
+
+            second = merge("good")
+            again = run("good", *asks)  # without the service
+            assert again.waits and not again.promoted
+            print_merge(again)
+            assert "verdict: passed, waits for: lewis approve tiny/2 --why ..." in capsys.readouterr().out
+            resume_flow_run(second, run_input={"approve": False, "why": "it is rude"})
+            assert go_on(second).name == "Refused" and waiting() == []
+            assert (part("2"), aliases(home)["champion"]) == ("32 of 60", "1")
+        finally:
+            client.delete_deployment(deployment)
 
 
 @full

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis_flows.cli.terminal import print_table
 
 if TYPE_CHECKING:
@@ -38,14 +38,22 @@ def compare(options: argparse.Namespace) -> None:
     missing = {
         of.label: [key for key in of.keys if key not in other.keys] for of, other in ((first, second), (second, first))
     }
+    aside = list(dict.fromkeys([*first.without_documents, *second.without_documents]))
     if options.json:
         rows = [each.to_json() for each in found]
-        print(json.dumps({"a": first.label, "b": second.label, "rows": rows, "only": missing}, indent=2))
+        found_of_both = {"rows": rows, "only": missing, "without_documents": aside}
+        print(json.dumps({"a": first.label, "b": second.label, **found_of_both}, indent=2))
         return
     print_table([each.to_row(first.label, second.label) for each in found])
     for name, keys in missing.items():
         if keys:
             print(f"only {name} has {', '.join(keys)}")
+    if aside:
+        print(f"not compared, for they have no value per document: {', '.join(aside)}")
+    for each in found:
+        if each.prompts:
+            of = f"{each.prompts} of {each.comparison.documents} documents"
+            print(f"{each.comparison.key}: the prompts of {of} differ, by the chat template, the examples or the task")
 
 
 def _side(given: str) -> "Side":
@@ -65,8 +73,15 @@ def _side(given: str) -> "Side":
         return Side.of_results(label, folder)
     if not folder.exists() and _VERSION.fullmatch(given):
         return Side.of_store(given, {_digest(given)})
+    if folder.is_file() and folder.name.startswith("results_"):
+        raise InputError(f"{given}: expected the folder that lm-eval wrote, got a file; give {folder.parent}")
     keys = {str((read_manifest(folder) or {}).get("digest"))} if folder.is_dir() else set()
-    return Side.of_store(label, {pin(given, Path.cwd()).key, *keys})
+    try:
+        keys.add(pin(given, Path.cwd()).key)
+    except LewisError as error:
+        what = "has no results_*.json of lm-eval" if folder.is_dir() else "is no folder"
+        raise InputError(f"{error}; and {folder} {what}") from error
+    return Side.of_store(label, keys)
 
 
 def _digest(given: str) -> str:

@@ -150,7 +150,8 @@ def print_merge(report: "MergeReport") -> None:
         print(report.adapter)
     if report.version:
         print(f"MLflow: {report.version} ({'new' if report.created else 'registered before'})")
-        print(f"verdict: {'champion' if report.promoted else 'not promoted'}")
+        waits = f"passed, waits for: lewis approve {report.version.removeprefix('models:/')} --why ..."
+        print(f"verdict: {'champion' if report.promoted else waits if report.waits else 'not promoted'}")
         print("\n".join(f"  {reason}" for reason in report.verdict))
     if report.published:
         print(f"published: {report.published}")

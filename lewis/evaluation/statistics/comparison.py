@@ -91,14 +91,24 @@ class Comparison:
 
 @functools.lru_cache(256)  # the gate, the tables and the reports ask for the same comparisons
 def compare(
-    candidate: Samples, reference: Samples, *, higher_is_better: bool = True, who: str = "the reference"
+    candidate: Samples,
+    reference: Samples,
+    *,
+    higher_is_better: bool = True,
+    who: str = "the reference",
+    whose: str = "the candidate",
 ) -> Comparison:
     """Compare two models document by document.
+
+    Args:
+        candidate, reference: the values of one metric.
+        higher_is_better: of the metric.
+        who, whose: names of the reference and of the candidate, for errors.
 
     Raises:
         PairingError: if the two were not scored on the same documents.
     """
-    pairs = [_aligned(ours, theirs, who) for ours, theirs in _parts(candidate, reference, who)]
+    pairs = [_aligned(ours, theirs, who, whose) for ours, theirs in _parts(candidate, reference, who)]
     sign = 1.0 if higher_is_better else -1.0
     delta = sign * float(sum(_gain(part, sums.sum(axis=0)) for part, sums in pairs)) + 0.0  # no -0
     draws = sign * _resampled(pairs, _gain) + 0.0
@@ -154,15 +164,14 @@ def _parts(candidate: Samples, reference: Samples, who: str) -> list[tuple[Part,
     return list(zip(candidate.parts, reference.parts, strict=True))
 
 
-def _aligned(ours: Part, theirs: Part, who: str) -> tuple[Part, Array]:
+def _aligned(ours: Part, theirs: Part, who: str, whose: str) -> tuple[Part, Array]:
     """The sums of both models per document: fp64, shape (documents, 4), zero where a metric skips the document."""
     place = places_of(theirs.documents)
     order = places_of(ours.documents)
     if place.keys() != order.keys():
-        missing, more = len(order.keys() - place.keys()), len(place.keys() - order.keys())
         raise PairingError(
-            f"{ours.task}: not the same documents: {missing} of the candidate's {len(order)} are not among those of "
-            f"{who}, which has {more} others; score both with the same tasks, data and limit"
+            f"{ours.task}: not the same documents: {who} has {len(place)}, {whose} {len(order)}, and both have "
+            f"{len(order.keys() & place.keys())} of them; score both with the same tasks, data and limit"
         )
     return ours, np.hstack([ours.sums(), theirs.sums()[[place[document] for document in order]]])
 
@@ -218,7 +227,8 @@ def _permutation(pairs: Sequence[tuple[Part, Array]], observed: float) -> float:
     """Two-sided p of a gain when the two models' values are swapped at random on each document.
 
     The test is exact for exchangeable models, such as two copies of one model. If few documents differ, all possible
-    swaps are counted instead of random ones. Where no draw reaches the observed gain, Hoeffding's bound says more.
+    swaps are counted instead of random ones. Where no draw reaches the observed gain, Hoeffding's bound says more. No p
+    is below that of the two swaps, none and all, which always reach it.
     """
     unequal = [(sums[:, :2] != sums[:, 2:]).any(axis=1) for _, sums in pairs]
     number = sum(int(each.sum()) for each in unequal)
@@ -240,4 +250,4 @@ def _permutation(pairs: Sequence[tuple[Part, Array]], observed: float) -> float:
         squares += float(total @ total)
     if every or hits:
         return hits / rounds if every else (1 + hits) / (1 + rounds)
-    return min(1 / (1 + rounds), 2 * math.exp(-(observed**2) * rounds / (2 * squares)))
+    return min(1 / (1 + rounds), max(2.0 ** (1 - number), 2 * math.exp(-(observed**2) * rounds / (2 * squares))))

@@ -58,10 +58,16 @@ def loss_seen(margin: float, spread: float) -> float:
     return max(margin - (_Z(1 - ERROR) - _Z(POWER)) * spread, 0.0)
 
 
-def gain_seen(spread: float, number: int = 1) -> float:
-    """The gain that the `number`-th version needs to be found better in four cases of five.
+def gain_seen(spread: float, number: int = 1, least: float = 0.0) -> float:
+    """The gain that the `number`-th version needs to be found better, and by `least`, in four cases of five.
 
     The documents that it gains change in addition to `CHANGED`, which widens the spread.
     """
-    small = ((_Z(1 - spent(number)) + _Z(POWER)) * spread) ** 2  # gain**2 = small * (1 + gain / CHANGED)
-    return (small / CHANGED + math.sqrt((small / CHANGED) ** 2 + 4 * small)) / 2
+
+    def beyond(start: float, deviations: float) -> float:
+        """The gain that lies so many standard errors above `start`."""
+        small = (deviations * spread) ** 2  # (gain - start)**2 = small * (1 + gain / CHANGED)
+        half = start + small / (2 * CHANGED)
+        return half + math.sqrt(half**2 - start**2 + small)
+
+    return max(beyond(0.0, _Z(1 - spent(number)) + _Z(POWER)), beyond(least, _Z(POWER)) if least else 0.0)

@@ -34,6 +34,7 @@ REJECTED, PATIENCE = "Rejected", 10.0  # seconds
 RECIPE, MODEL = "lewis.recipe", "lewis.model."
 """Labels of a run: the digest of its recipe; of each model, by its reference, the commits."""
 EDITED = "edited"  # tag of a run that an edit of its recipe started
+ANSWERED = "answered"  # tag of a run that a person's approval started
 
 
 class RejectedRun(Exception):
@@ -157,11 +158,13 @@ HOOKS: dict[str, Any] = {"on_failure": [tag_end], "on_crashed": [tag_end], "on_c
 
 
 def trigger(run: FlowRun) -> str:
-    """What started a run, in a word: `search`, `edit`, `schedule`, `release` or `hand`; `why` has the sentence."""
+    """What started a run, in a word: `search`, `edit`, `approval`, `schedule`, `release` or `hand`; see `why`."""
     if run.parent_task_run_id:
         return "search"
     if EDITED in run.tags:
         return "edit"
+    if ANSWERED in run.tags:
+        return "approval"
     kind = run.created_by.type if run.created_by else None
     return {"SCHEDULE": "schedule", "AUTOMATION": "release"}.get(str(kind), "hand")
 
@@ -189,6 +192,8 @@ def why(run: FlowRun) -> str:
         return "by another flow"
     if EDITED in run.tags:
         return "because the recipe was edited"
+    if ANSWERED in run.tags:
+        return "because its version was approved"
     if made is None or made.type not in ("SCHEDULE", "AUTOMATION"):
         return "by hand"
     # The server may have forgotten the schedule or event; then fall back to the name that is kept in the run.

@@ -1,6 +1,7 @@
 """`lewis compare`: of results that lm-eval wrote, of models that were scored here, and of registered versions."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,49 @@ def test_results_of_lm_eval(compared: Told, tmp_path: Path) -> None:
     code, out, _ = compared(better, worse)
     assert code == 0 and "sums/acc,none ↑" in out and "-0.7" in out and "Holm's p" in out
     code, out, _ = compared(better, better)
-    assert code == 0 and "better (A)" in out and "better (B)" in out
+    assert code == 0 and "better (A)" in out and "better (B)" in out and "prompts" not in out
+    one = results(tmp_path / "one", [1])  # a document has no interval, which JSON cannot say by a number
+    code, out, _ = compared(one, one, "--json")
+    assert code == 0 and json.loads(out, parse_constant=pytest.fail)["rows"][0]["low"] is None
+
+
+def test_what_lm_eval_does_not_say_of_each_document_is_named(compared: Told, tmp_path: Path) -> None:
+    """A metric has lm-eval's own aggregation if its task names none; and prompts that differ are no secret."""
+    nats = [[-3.0, 2], [-1.0, 1], [-2.0, 3]]
+    value = math.exp(6 / 6)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder, word in ((ours, "Q: "), (theirs, "")):
+        folder.mkdir()
+        found = {
+            "results": {"said": {"word_perplexity,none": value, "bleu,none": 3.0, "sample_len": 3}},
+            "higher_is_better": {"said": {"word_perplexity": False}},
+            "configs": {"said": {"metric_list": [{"metric": "word_perplexity"}, {"metric": "bleu"}]}},
+        }
+        (folder / "results_1.json").write_text(json.dumps(found))
+        rows = [
+            {"doc_id": n, "doc_hash": f"{n:016x}", "prompt_hash": word * (n > 0), "filter": "none"}
+            | {"word_perplexity": pair, "bleu": ["a", "b"]}
+            for n, pair in enumerate(nats)
+        ]
+        (folder / "samples_said_1.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, _ = compared(ours, theirs)
+    assert code == 0 and "said/word_perplexity,none ↓" in out and "2.718" in out
+    assert "not compared, for they have no value per document: said/bleu,none" in out
+    assert "said/word_perplexity,none: the prompts of 2 of 3 documents differ" in out
+    for folder, version in ((ours, 1.0), (theirs, 2.0)):
+        path = folder / "results_1.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"said": version}}))
+    code, _, err = compared(ours, theirs)
+    assert (
+        code == 2 and "said: ours was scored by version 1.0 of the task, and theirs by version 2.0; score both" in err
+    )
 
 
 def test_results_that_cannot_be_paired(compared: Told, tmp_path: Path) -> None:
     ours = results(tmp_path / "a", RIGHT["worse"])
     others = results(tmp_path / "b", RIGHT["better"], documents=3)
     code, _, err = compared(ours, others)
-    assert code == 1 and "sums: not the same documents: 3 of the candidate's 10 are not among those of" in err
+    assert code == 2 and "sums: not the same documents: a has 10, b 10, and both have 7 of them; score both" in err
     bare = results(tmp_path / "c", RIGHT["better"], samples=False)
     code, _, err = compared(ours, bare)
     assert code == 2 and "no samples_*_1.jsonl next to it; run lm-eval with --log_samples" in err
@@ -94,7 +130,12 @@ def test_results_that_cannot_be_paired(compared: Told, tmp_path: Path) -> None:
     assert code == 2 and "the results of several models; give one of" in err
     (others / "samples_sums_1.jsonl").write_text("{")
     code, _, err = compared(ours, others)
-    assert code == 2 and "not results and samples of lm-eval" in err
+    assert code == 2 and "not results and samples of lm-eval: ValueError: samples_sums_1.jsonl: Expecting" in err
+    code, _, err = compared(ours, bare / "results_1.json")
+    assert code == 2 and f"expected the folder that lm-eval wrote, got a file; give {bare}" in err
+    (bare / "results_1.json").unlink()
+    code, _, err = compared(ours, bare)
+    assert code == 2 and f"{bare} has no results_*.json of lm-eval" in err
     code, _, err = compared(ours, "nothing/3")
     assert code == 2 and "no model is registered; and there is no folder of this name" in err
 

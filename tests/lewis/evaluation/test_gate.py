@@ -306,7 +306,7 @@ def test_no_rule_is_applied_where_there_is_nothing_to_decide() -> None:
     same = judge(gate(), [], CHAMPION.digest, champion=CHAMPION)
     assert same.passed and same.reasons == ("this very model is the champion already",)
     gone = judge(gate(), [], "b" * 64, champion=CHAMPION, standing=Standing(withdrawn="it swore"))
-    assert not gone.passed and "rolled back by hand (it swore)" in gone.reasons[0]
+    assert not gone.passed and "refused or rolled back by hand (it swore)" in gone.reasons[0]
     assert judge(None, [], "b" * 64).reasons == ("no gate in the recipe",)
     lost = judge(gate(), [model("lewis", maths=right(70))], "b" * 64, champion=CHAMPION)
     assert not lost.passed and lost.reasons[0].startswith("models:/m/1 must be scored again")

@@ -75,9 +75,13 @@ def test_scores_settings_and_samples_of_an_evaluation(
     assert whole["results"]["sums"]["acc,none"] == results["results"]["sums"]["acc,none"] and "samples" not in whole
 
     later = MLflowLogger({"tracking_uri": uri, "run_id": run.info.run_id, "step": 4})
-    later.post_init(results)
+    later.post_init(results | {"config": {**results["config"], "model_args": "pretrained=the next checkpoint"}})
     later.log_eval_result()
+    later.log_eval_samples(results["samples"])
     assert [each.step for each in client.get_metric_history(run.info.run_id, "sums/acc")] == [3, 4]
+    files = {each.path for folder in (None, "samples") for each in client.list_artifacts(run.info.run_id, folder)}
+    assert files == {"results.json", "results_4.json", "samples", "samples/sums.json", "samples/sums_4.json"}
+    assert "the next checkpoint" in Path(client.download_artifacts(run.info.run_id, "results_4.json")).read_text()
 
 
 def test_it_stands_alone_and_refuses_what_it_does_not_know() -> None:
@@ -86,3 +90,7 @@ def test_it_stands_alone_and_refuses_what_it_does_not_know() -> None:
     assert not any(str(module).startswith("lewis") for module in modules)
     with pytest.raises(ValueError, match=r"expected some of tracking_uri, .* got experimnet"):
         MLflowLogger("experimnet=evals")
+    with pytest.raises(ValueError, match="got tracking_uri without a value"):
+        MLflowLogger("tracking_uri,run_name=x")
+    with pytest.raises(ValueError, match="step: expected a whole number, got 'ten'"):
+        MLflowLogger("step=ten")

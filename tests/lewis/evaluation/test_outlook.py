@@ -28,6 +28,8 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "sums.jsonl").write_text("{}\n" * 200 + "\n")
     loss = {"task": "loss", "metric_list": [{"metric": "bits", "higher_is_better": False}]}
     (tmp_path / "loss.yaml").write_text(yaml.safe_dump({**TASK, **loss}))
+    nats = {"task": "nats", "output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]}
+    (tmp_path / "nats.yaml").write_text(yaml.safe_dump({**TASK, **nats}))
     return tmp_path
 
 
@@ -44,10 +46,12 @@ def test_margins_follow_from_the_documents_and_the_number_of_tests(root: Path) -
     assert [line.split(":")[0] for line in lines] == ["sums", "words", "weighted/mean,none, margin 0.055"]
     given = said(root, {"metric": "sums/acc,none", "tolerance": {"sums": 0.02}}, "sums")[1]
     assert "margin 0.02: an equal version passes 23%, a loss of 0.002 is refused" in given
+    small = said(root, {"metric": "sums/acc,none", "tolerance": 0.01}, "sums")[1]
+    assert small.endswith("an equal version passes 12%, it needs a larger register.gate.tolerance")
 
 
 def test_where_the_number_is_not_known_nothing_is_said_but_by_the_limit(root: Path) -> None:
-    assert said(root, {"metric": "odd/acc,none"}, "odd", "loss") == ["not_worse"]
+    assert said(root, {"metric": "odd/acc,none"}, "odd", "loss", "nats") == ["not_worse"]
     _, warning, line = said(root, {"metric": "odd/acc,none"}, "odd", "loss", limit=50)
     assert warning == "evaluate.limit is 50: no run can promote; set register.gate.allow_limit: true"
     assert line.startswith("odd: 50 documents, margin 0.1: an equal version passes 7")
@@ -70,6 +74,15 @@ def test_where_scoring_may_end_early_and_which_documents_are_drawn(root: Path) -
 def test_a_gain_needs_more_the_more_versions_were_compared_before(root: Path) -> None:
     line = "sums: 200 documents, a gain of 0.085 is seen 8 times in 10, of 0.15 by the 10th version in a row"
     assert said(root, {"metric": "sums/acc,none", "policy": "better"}, "sums") == ["better", line]
+    assert "a gain of 0.13 is seen 8 times in 10" in said(root, {"metric": "sums/acc,none", "min_gain": 0.1}, "sums")[1]
+
+
+def test_who_is_asked_about_what_passes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = {"metric": "odd/acc,none", "judge": {"model": "wise"}, "approve": True, "approve_hours": 2}
+    wise, person = "what passes is shown to the judge wise at", "what passes waits up to 2 hours for a person"
+    assert said(root, asks, "odd") == ["not_worse", f"{wise} LEWIS_JUDGE, which is not set here", person]
+    monkeypatch.setenv("LEWIS_JUDGE", "http://me:secret@judge/v1")
+    assert "secret" not in (shown := said(root, asks, "odd")[1]) and shown.startswith(f"{wise} http://")
 
 
 @pytest.mark.parametrize(("documents", "number"), [(200, 1), (1000, 1), (1000, 10)])
@@ -84,6 +97,9 @@ def test_what_a_plan_says_holds_in_four_cases_of_five(documents: int, number: in
 
     equal = np.mean([tango(*pair, documents, margin) <= power.ERROR for pair in drawn(0.0)])
     refused = np.mean([tango(*p, documents, margin) > power.ERROR for p in drawn(-power.loss_seen(margin, spread))])
+    least = 0.1
+    reached = [(w - b) / documents >= least for w, b in drawn(power.gain_seen(spread, number, least))]
+    assert 0.75 < np.mean(reached) < 0.85 and power.gain_seen(spread, number) < least
     gains = drawn(power.gain_seen(spread, number))
     seen = np.mean([w > b and mcnemar(w, b) <= 2 * power.spent(number) for w, b in gains])
     assert equal > 0.86 and refused > 0.75 and seen > 0.72  # McNemar's exact test is a little stricter

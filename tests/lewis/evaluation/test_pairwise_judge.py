@@ -53,6 +53,20 @@ def test_a_judge_that_favours_a_place_counts_for_nobody(monkeypatch: pytest.Monk
     assert found.passed and "prefers merged on 0, champion on 0 of 10" in str(found)
 
 
+def test_an_answer_without_a_verdict_counts_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    def forgets(text: str) -> str:
+        """Twice; then the first answer is better if it is right."""
+        asked.append(text)
+        return "hm" if len(asked) < 3 else "[[A]]" if "answer of A\nright" in text else "[[B]]"
+
+    with judging(forgets) as (url, _):
+        monkeypatch.setenv("LEWIS_JUDGE", url)
+        found = opinion(JUDGE, beside("wrong", "right", "right"))
+    assert not found.passed and "on 0, champion on 9 of 10 documents, 2 of its answers have no verdict, p" in str(found)
+
+
 def test_nothing_is_asked_where_no_answers_differ() -> None:
     for found in (beside("same", "same", "same"), None):
         assert "no answers that are known differ: pass" in str(opinion(JUDGE, found))
@@ -61,9 +75,9 @@ def test_nothing_is_asked_where_no_answers_differ() -> None:
 @pytest.mark.parametrize(
     ("status", "error", "message"),
     [
-        (503, TransientError, "is busy or broken: it answers 503"),
-        (401, InputError, r"refuses the model wise: it answers 401 .*LEWIS_JUDGE_KEY"),
-        (200, LewisError, r"expected an answer that ends with \[\[A\]\]"),
+        (503, TransientError, "is busy or broken: it answers 503 .*Both are fine"),
+        (401, InputError, r"refuses the model wise: it answers 401 .* which ends with /v1 mostly, .*LEWIS_JUDGE_KEY"),
+        (200, LewisError, r"expected answers that end with \[\[A\]\], .* which 20 of 20 do not"),
     ],
 )
 def test_what_a_judge_cannot_say_is_an_error(

@@ -24,7 +24,7 @@ def test_what_lm_eval_reads_is_what_is_scored(tmp_path: Path) -> None:
 
     content = {
         "model": "vllm",
-        "model_args": "pretrained=org/base,dtype=bfloat16,tensor_parallel_size=2,gpu_memory_utilization=0.8",
+        "model_args": "pretrained=a/b,revision=main,dtype=bfloat16,tensor_parallel_size=2,gpu_memory_utilization=0.8",
         "tasks": ["gsm8k,arc_easy", "tasks/own.yaml"],
         "num_fewshot": 3,
         "batch_size": "auto",
@@ -57,6 +57,7 @@ def test_the_recipe_counts_before_the_file(tmp_path: Path) -> None:
         tmp_path, "lm_eval.yaml", tasks="a", model="local-chat-completions", apply_chat_template=True
     ).evaluate
     assert chat is not None and (chat.backend, chat.model_args) == ("openai", {"chat": True})
+    assert recipe(tmp_path, "lm_eval.yaml", tasks="a", batch_size="auto:4").evaluate.batch_size == "auto"  # type: ignore[union-attr]
     code = recipe(tmp_path, {**block, "tasks": ["c"]}, trust_remote_code=True).evaluate
     assert code is not None and (code.tasks, code.runs_model_code) == (("c",), True)
 
@@ -79,7 +80,12 @@ def test_the_recipe_counts_before_the_file(tmp_path: Path) -> None:
         ({"include_path": "/elsewhere"}, "include_path: expected . or tasks, got '/elsewhere'"),
         ({"tasks": []}, r"tasks: expected names and paths, as a list or with commas, got \[\]"),
         ({"apply_chat_template": "mine"}, "evaluate.apply_chat_template: .*got 'mine'"),
-        ({"batch_size": "auto:4"}, "evaluate.batch_size"),
+        ({"batch_size": "auto4"}, "evaluate.batch_size"),
+        ({"model": ["hf"]}, r"model: expected hf, .* got \['hf'\]"),
+        (
+            {"tasks": "a,mmlu_*"},
+            r"tasks: expected names and paths, got the pattern 'mmlu_\*'; name each task, or a group",
+        ),
     ],
 )
 def test_what_cannot_be_taken_over_is_an_error(content: dict[str, Any], told: str, tmp_path: Path) -> None:

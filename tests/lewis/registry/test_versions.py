@@ -28,7 +28,7 @@ from lewis.evaluation.gate import Incumbent, Standing, Verdict
 from lewis.models.files.folder import copy_tokenizer
 from lewis.models.hub import repository
 from lewis.models.hub.pin import Pinned
-from lewis.registry import creation, history, logged_model, promotion, repair
+from lewis.registry import creation, history, logged_model, promotion, repair, tracking
 from lewis.registry import versions as registry
 from lewis.registry.pull import pull
 from lewis.registry.registration import Registration
@@ -542,19 +542,66 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
     assert promotion.withdrawn("tiny", "b" * 64) is None
 
 
-def test_the_plot_has_the_versions_of_the_documents_that_most_were_scored_on(
+def test_a_task_that_is_scored_later_is_added_to_the_version(entry: Registration, tiny_model: Path) -> None:
+    """Unless the tasks before were scored on other documents, which would then look like those."""
+
+    def scored(*tasks: str, documents: str = "d" * 32) -> Registration:
+        names = [f"merged/{task}/acc,none" for task in tasks]
+        of = {name: (task, documents) for name, task in zip(names, tasks, strict=True)}
+        data = [RunInput(task, documents, "evaluation", "lm-eval", {}) for task in tasks]
+        return replace(
+            entry,
+            digest="a" * 64,
+            folder=merged(tiny_model, "a" * 64),
+            metrics=dict.fromkeys(names, 0.5 if documents[0] == "d" else 0.6),
+            documents=of,
+            datasets=data,
+        )
+
+    def found() -> tuple[dict[str, float], set[str]]:
+        run = client.get_run(version.run_id)
+        return run.data.metrics, {each.dataset.name for each in run.inputs.dataset_inputs}
+
+    with tracking.client("reading") as client:
+        version = creation.register(scored("addition"))
+        creation.register(scored("addition", "sums", documents="e" * 32))
+        assert found() == ({"merged/addition/acc": 0.5}, {"addition"})
+        again = creation.register(scored("addition", "sums"))
+        assert (again.uri, again.created) == (version.uri, False)
+        both = {"merged/addition/acc": 0.5, "merged/sums/acc": 0.5}
+        assert found() == (both, {"addition", "sums"})
+        creation.register(scored("sums"))  # what is no longer scored stays
+        assert found() == (both, {"addition", "sums"})
+
+
+def test_the_luck_of_an_early_verdict_is_less_once_all_documents_are_scored(
+    entry: Registration, tiny_model: Path
+) -> None:
+    new = replace(entry, digest="a" * 64, folder=merged(tiny_model, "a" * 64))
+    version = creation.register(replace(new, tags={**entry.tags, tracking.PART: "32 of 128"}))
+    promotion.promote(version, replace(PASSED, metric="addition/acc,none", luck=0.02))
+    creation.register(new)
+    assert tags_of("1")[history.LUCK] == "0.01" and tracking.PART not in tags_of("1")
+
+
+def test_the_plot_has_the_versions_of_the_documents_that_the_champion_was_scored_on(
     entry: Registration, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The newest one's evaluation ended early."""
-    for digit, documents in (("a", "x"), ("b", "x"), ("c", "y")):
+    """The newest ones' evaluations ended early; their luck is larger."""
+    for digit, documents in (("a", "x"), ("b", "y"), ("c", "y")):
         data = [RunInput("addition", documents * 32, "evaluation", "lm-eval", {"lm_eval_task": "addition"})]
         new = replace(
             entry, digest=digit * 64, folder=merged(tiny_model, digit * 64), metrics=scores(digit), datasets=data
         )
         version = creation.register(new)
-        promotion.promote(version, replace(PASSED, metric="addition/acc,none") if digit == "a" else FAILED)
-    monkeypatch.setattr(history, "champion_steps", lambda drawn, *_: drawn)
-    assert [each[3] is None for each in history.picture("tiny")] == [False, False, True]
+        first = replace(PASSED, metric="addition/acc,none", luck=0.01)
+        promotion.promote(version, first if digit == "a" else replace(FAILED, luck=0.03))
+    check_png(history.picture("tiny"))
+    monkeypatch.setattr(history, "by_luck", lambda _, error: error)
+    monkeypatch.setattr(history, "champion_steps", lambda drawn, *more: (drawn, *more[1:]))
+    drawn, luck, without = history.picture("tiny")
+    assert luck == 0.01
+    assert [each[3] is None for each in drawn] == [False, True, True] and without == [2, 3]
 
 
 def tags_of(version: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +31,21 @@ def score(task: str, value: float) -> Score:
 def document(number: int, ours: float) -> Document:
     texts = Texts("what is 1 + 1?", "2", BAD), Texts("what is 1 + 1?", "2", "2")
     return Document(("sums", f"{number}" * 8, 0), "sums/acc,none", True, ours, 1.0, (), texts)
+
+
+def test_a_rejected_run_says_why() -> None:
+    lost = tuple(document(number, float(number > 1)) for number in range(9))
+    facts = RunFacts(
+        *("r", "Rejected.", "by hand", 3, "a" * 64),
+        verdict=Verdict(False, ("gain 0.25: fail",), "models:/m/2"),
+        documents=SideBySide("merged", "champion", ("org/math",), lost),
+        layers=[{"expert": "org/math", "layer": "7", "moved": "12 %", "kept": "31 %"}],
+    )
+    page = to_html(facts, PageFacts())
+    why = page.partition("<h2>Why it is worse</h2>")[2].partition("<h2>")[0]
+    assert "2 of 9 documents are lost against champion; gained: 0. There the experts are better: org/math on 0" in why
+    assert why.count("what is 1 + 1?") == 2 and "&lt;script&gt;" in why and "<td>12 %</td>" in why
+    assert "Why it is worse" not in to_html(replace(facts, verdict=Verdict(True, (), "models:/m/2")), PageFacts())
 
 
 @pytest.fixture
