@@ -41,7 +41,7 @@ from lewis.models.tokenizer import tokenizer_folder
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 FIT_SEMANTICS = "3"  # bump when a method that fits in forward order would give other bytes
 STACKED_SEMANTICS = "2"  # bump when a method that fits in forward order would give other stacked experts
-JUDGE_SEMANTICS = "1"  # bump when held-back rows would lead to another fit
+JUDGE_SEMANTICS = "2"  # bump when held-back rows would lead to another fit
 STATIC_SEMANTICS = "3"  # bump when a method that fits statically would give other bytes
 
 
@@ -289,7 +289,7 @@ class Prepared:
 
     def _fit_digest(self) -> list[Any]:
         sets: list[Any] = [expert.calibration.digest for expert in self.experts if expert.calibration]
-        sets += [[AUTO, RIDGES, EVERY]] if self.tunes else []
+        sets += [[AUTO, JUDGE_SEMANTICS, RIDGES, EVERY]] if self.tunes else []
         held = [expert.held_back.digest if expert.held_back else "" for expert in self.experts]
         sets += [["held back", JUDGE_SEMANTICS, held]] if any(held) else []
         if self.method.fits == "static":  # to statistics, which depend on the number format of the passes
