@@ -92,6 +92,11 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def size_text(size: float) -> str:
+    """Bytes for people: `2.4 MB`, or `1.53 GB`."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def _path(text: str) -> Path:
     """The absolute path, with the links in it."""
     try:

@@ -307,6 +307,11 @@ def _importance_place(key: str, calibration: CalibrationEntry, settings: Importa
     return digest, kinds.IMPORTANCE.path(digest)
 
 
+def covered_layers(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
+    """As `layers_of`, without a log line."""
+    return _covered(base, base.open(), measured)[0]
+
+
 def layers_of(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
     """The covered layers of the base; logs which they are, and what has weights but is not covered.
 

@@ -34,6 +34,7 @@ from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.registry import tracking, versions
+from lewis.settings import size_text
 from lewis.steps.graph import (
     CHAMPION,
     LOOK,
@@ -136,7 +137,7 @@ class Plan:
             "",
         ]
         lines += [
-            f"input   {row['ref']}  {commits_of(row['commit'])[-1][:23]}  {row['bytes'] / 1e6:.1f} MB"
+            f"input   {row['ref']}  {commits_of(row['commit'])[-1][:23]}  {size_text(row['bytes'])}"
             for row in self.inputs
         ]
         lines += [f"names   {each}" for each in self.renamed]
@@ -150,12 +151,12 @@ class Plan:
         lines += ["covered none: a plain merge"] if not kinds else []
         lines += [f"left    {name}: {100 * share:.1f} % of the parameters" for name, share in self.uncovered.items()]
         lines += [f"{'' if number else 'gate':<7} {each}" for number, each in enumerate(self.gate)]
-        lines.append(f"disk    {self.disk / 1e9:.3f} GB to write, {self.disk_free / 1e9:.1f} GB free in {store.home()}")
+        lines.append(f"disk    {size_text(self.disk)} to write, {size_text(self.disk_free)} free in {store.home()}")
         if self.remote:
-            moved = f"{self.to_fetch / 1e9:.3f} GB to fetch, about {self.to_push / 1e9:.3f} GB to push"
+            moved = f"{size_text(self.to_fetch)} to fetch, about {size_text(self.to_push)} to push"
             lines.append(f"remote  {moved}, {self.remote}")
         if self.memory:
-            lines.append(f"memory  about {self.memory / 1e9:.2f} GB")
+            lines.append(f"memory  about {size_text(self.memory)}")
         told = "unknown until all models are here" if self.seconds is None else f"about {self.seconds:.1f} s"
         lines.append(f"time    {told}, for the merges")
         lines += (

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from lewis_flows.serve import ServeReport
 
 R = TypeVar("R")
-_NEXT = """
-The recipe is {recipe}. To try next:
-  lewis plan {recipe}       what a second run would do: nothing, every step is found
-  lewis report {version} --open       scores, pictures and samples of this run, as a page
-  lewis pull {version} -o merged       the merged model as a folder
-  lewis up       the service, with this run and this model on the pages of Prefect and MLflow"""
+_NEXT = {  # commands after the demo, and what each shows
+    "lewis plan {recipe}": "what a second run would do: every step's result is in the store",
+    "lewis report {version} --open": "scores, pictures and answers of this run, on one page",
+    "lewis pull {version} -o merged": "the merged model as a folder",
+    "lewis up": "the service: this run and this model on the pages of Prefect and MLflow",
+}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -204,4 +204,8 @@ def demo(options: argparse.Namespace) -> None:
         folder = make_family(store.home() / "demo", lambda what, part: report(what, int(1000 * part), 1000))
     ended = run_merge(str(folder / "demo.yaml"), [], as_json=options.json)
     if not options.json:
-        print(_NEXT.format(recipe=folder / "demo.yaml", version=ended.version))
+        names = {"recipe": folder / "demo.yaml", "version": (ended.version or "").removeprefix("models:/")}
+        commands = {command.format(**names): what for command, what in _NEXT.items()}
+        width = max(map(len, commands))
+        print("\nThe recipe is {recipe}. To try next:".format(**names))
+        print(*(f"  {command:<{width}}   {what}" for command, what in commands.items()), sep="\n")

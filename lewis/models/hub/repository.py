@@ -28,6 +28,7 @@ from lewis.models.hub.client import api, ask, cache_folder, check_repo_id, offli
 from lewis.models.hub.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.names import is_buffer, unwrapped
 from lewis.models.quantised.headers import dequantised
+from lewis.settings import size_text
 from lewis.store import kinds
 from lewis.store.manifest import remembered_sha256
 from lewis.threads import ContextPool
@@ -72,7 +73,7 @@ def resolve(ref: str, root: Path) -> Pinned:
         return pin_folder(ref, as_folder(ref, fetch(pinned)))
     if _told.get(ref) != commit:  # log it once: waiting for a release asks every few seconds
         _told[ref] = commit
-        logger.info("%s is commit %s (%.2f GB)", ref, commit, pinned.size / 1e9)
+        logger.info("%s is commit %s (%s)", ref, commit, size_text(pinned.size))
     return pinned
 
 
@@ -144,7 +145,7 @@ def _complete(pinned: Pinned, folder: Path, names: list[str], files: Listing, *,
         raise InputError(f"{pinned.ref}: HF_HUB_OFFLINE is set, and {missing[0]} is not in the cache; unset it")
     if missing:
         size = sum(files[name][0] for name in missing)
-        logger.info("%s: downloading %d files, %.2f GB", pinned.ref, len(missing), size / 1e9)
+        logger.info("%s: downloading %d files, %s", pinned.ref, len(missing), size_text(size))
         resume_downloads()
         wanted = [*(glob.escape(name) for name in names), *(["README.md"] if card else [])]
         download = functools.partial(api().snapshot_download, cache_dir=cache_folder(), allow_patterns=wanted)

@@ -125,7 +125,7 @@ class TestLocal:
         work = [f"measure {path.name}" for path in (family.base, family.math)]
         assert {states(before)[name] for name in work} == {"to fetch"} and before.remote == f"file://{tmp_path}/remote"
         assert before.to_fetch == sum(path.stat().st_size for path in (tmp_path / "one" / "importance").iterdir())
-        assert "GB to fetch" in before.to_text() and not (tmp_path / "two" / "importance").exists()
+        assert "MB to fetch" in before.to_text() and not (tmp_path / "two" / "importance").exists()
         monkeypatch.setattr("lewis.importance.measure.measure_sets", None)
         monkeypatch.setattr("lewis.allocation.densities.allocate", None)
         monkeypatch.setattr("lewis.merging.run.Merge.run", None)
