@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis import store
-from lewis.errors import LewisError
+from lewis.errors import LewisError, TransientError
 from lewis.evaluation.outlook import outlook
 from lewis.evaluation.step import find_score, scoring_devices
 from lewis.importance.coverage import covered_tensors
@@ -157,7 +157,7 @@ class Plan:
             lines.append(f"remote  {moved}, {self.remote}")
         if self.memory:
             lines.append(f"memory  about {size_text(self.memory)}")
-        told = "unknown until all models are here" if self.seconds is None else f"about {self.seconds:.1f} s"
+        told = "unknown until all models and rows are here" if self.seconds is None else f"about {self.seconds:.1f} s"
         lines.append(f"time    {told}, for the merges")
         lines += (
             [f"        about {self.measuring:.1f} s, for statistics of the experts' inputs"] if self.measuring else []
@@ -185,6 +185,10 @@ class _NotHere(ModelFiles):
     def outline(self) -> tuple[Path, dict[str, tuple[int, ...]]]:
         """The folder with its config, and the shape of every tensor."""
         return self.folder, self.shapes
+
+
+_UNREACHED = object()
+"""Stands for a calibration set whose dataset the Hub does not answer for right now."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +274,14 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
     with remote.looking() as asked:
         for node in walked:
             if node.name not in scores:
-                plan.steps.append(_look(node, results, asked))
+                try:
+                    plan.steps.append(_look(node, results, asked))
+                except TransientError as error:
+                    if node.step is not CALIBRATE:
+                        raise
+                    results[node.name] = _UNREACHED
+                    plan.steps.append(PlannedStep(node.label, "to do"))
+                    plan.warning = "; ".join(filter(None, (plan.warning, f"not known yet: {error}")))
         block, merged = recipe.evaluate, results.get("merge experts")
         if block and block.stop != "never" and merged and merged.key:  # else nothing is known of where it will end
             champion = results.get(CHAMPION)
@@ -298,8 +309,9 @@ def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> Planne
     step, before = node.step, len(asked)
     missing = any(name in results and results[name] is None for name in node.needs)
     absent = any(isinstance(results.get(name), _NotHere) for name in node.needs)
+    unreached = any(results.get(name) is _UNREACHED for name in node.needs)
     # A merge is checked and timed without its densities; any take as long.
-    known = not (step.opens and absent) and (not missing or step is MERGE)
+    known = not (step.opens and absent) and not unreached and (not missing or step is MERGE)
     given: Any = node.given(results) if known else None
     if step is CHECK:
         if given is not None:

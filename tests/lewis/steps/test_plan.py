@@ -77,6 +77,20 @@ class TestLocal:
         plain = make_plan(recipe_of(family.base, *family.experts, **anchored, lewis={"calibrations": SETS}))
         assert "allocate" not in states(plain) and states(plain)["merge experts"] == "to do"
 
+    def test_where_the_hub_is_away_what_is_known_of_the_local_models_is_shown(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was one line, about a dataset that the recipe of `lewis new` names."""
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+        for method in ("regmean_forward", "regmean", "ties"):
+            sets = {"far": {"dataset": "org/rows", "text": "{text}"}}
+            recipe = recipe_of(family.base, *family.experts, merge_method=method, lewis={"calibrations": sets})
+            plan = make_plan(recipe)
+            assert len(plan.inputs) == 3 and plan.tensors and plan.layers and plan.seconds is None
+            assert plan.warning.startswith("not known yet: lewis.calibrations.far: dataset org/rows: 127.0.0.1 is unr")
+            found = [step for step in plan.steps if step.name.split()[0] in ("calibrate", "measure", "merge")]
+            assert len(found) >= 2 and {step.state for step in found} == {"to do"}
+
     def test_finding_the_ridge_takes_a_fit_for_each_that_is_tried(self, family: Family) -> None:
         lewis = {"calibrations": SETS}
         recipes = [
@@ -221,7 +235,7 @@ class TestHub:
         plan = make_plan(recipe)
         assert plan.inputs[0]["commit"] == commit
         assert set(states(plan).values()) == {"to do"} and len(plan.layers) == 14
-        assert plan.seconds is None and "time    unknown until all models are here" in plan.to_text()
+        assert plan.seconds is None and "time    unknown until all models and rows are here" in plan.to_text()
         assert self.downloads(hub) == []
         carry_out(recipe, merge=True)
         assert len(self.downloads(hub)) == 2
