@@ -125,7 +125,7 @@ def find(recipe: str, *, paths: bool = True) -> Path:
 
 
 def check_deployment(deployment: str, recipe: str) -> None:
-    """Check that a deployment that is named like a recipe runs that recipe: its turn and its page are of that one.
+    """Check that a deployment with the name of a recipe runs that recipe, whose turn and page it takes.
 
     Raises:
         InputError: if it runs another one.

@@ -207,7 +207,7 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
 
 
 def measure_digest(given: MeasureInput, device: str) -> str:
-    """Identity of what `measure` gives: of the entries in the store, and of the names that it gives them."""
+    """Identity of the result of `measure`: the entries in the store, and the names of the models."""
     read_as, files = given.files.read_as, given.files
     entries = [_importance_place(read_as, each, given.settings, device)[0] for each in given.sets]
     grams = [grams_place(read_as, each.digest, device)[0] for each in given.sets if given.grams]
@@ -215,7 +215,7 @@ def measure_digest(given: MeasureInput, device: str) -> str:
 
 
 def find_all_measured(given: MeasureInput, device: str) -> list[ImportanceEntry] | None:
-    """What `measure` gives, if the store has all of it."""
+    """The result of `measure`, if the store has all of it."""
     read_as = given.files.read_as
     found = [
         find_measured(given.files.ref, read_as, each, given.settings, device, grams=given.grams) for each in given.sets

@@ -121,7 +121,7 @@ def _of_fit(merge: Merge) -> Forecast:
 
 
 def _seconds_of_judging(merge: Merge) -> float:
-    """What held-back rows take: each expert runs its own; base, anchor and fit run those of all."""
+    """Seconds for the held-back rows: each expert runs its own; base, anchor and result run those of all."""
     from lewis.merging.fitting.held_back import is_needed
 
     if not is_needed(merge):

@@ -180,7 +180,7 @@ class Prepared:
 
     @property
     def anchor(self) -> Prepared:
-        """What gives the tensors that are not fitted, and what the fit is pulled towards: the anchor, else this."""
+        """The merge that a fit is pulled towards, and that gives all tensors which are not fitted; else this one."""
         return self.guide or self
 
     def with_densities(self, densities: Densities) -> Self:

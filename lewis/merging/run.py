@@ -239,7 +239,7 @@ class Merge(Prepared):
         store.discard(folder)
 
     def _counted(self, progress: Report | None) -> Callable[[str], None]:
-        """What is called with the name of each tensor that is done; it counts the elements for `progress`."""
+        """A function to call with the name of each finished tensor; it reports the elements done to `progress`."""
         done = self.steps - self.elements
 
         def report(name: str) -> None:

@@ -247,7 +247,7 @@ def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
 
 
 def _ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: str | None, by: str) -> dict[str, str]:
-    """The tags of a version that begins to wait, or waits already; that its time was up before goes to the history."""
+    """The tags of a version that begins to wait, or waits already. A wait that has ended goes into the history."""
     known = dict(client.get_model_version(version.name, version.version).tags)
     now = datetime.now(UTC)
     if known.get("lewis.verdict") == WAITING and _UNTIL in known:
@@ -314,7 +314,7 @@ def _move(
 
 
 def settle() -> None:
-    """Find out whether the moves happened whose writers died in the middle of them."""
+    """Find out whether the moves happened whose writer died meanwhile."""
     for name in outbox.unsettled():
         with store.shared_lock(f"registry-{name}"), tracking.client(f"reading the champion of {name}") as client:
             try:

@@ -22,7 +22,7 @@ _MODEL, _RUN, _SESSION = "mlflow.modelId", "mlflow.sourceRun", "mlflow.trace.ses
 
 
 def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, models: Mapping[str, str]) -> None:
-    """Log the documents on which the two models differ, in score first; equal answers need nobody's feedback.
+    """Log the documents on which the two models differ, in score first; equal answers need no feedback.
 
     Args:
         client: of the tracking store, which is MLflow's current one.

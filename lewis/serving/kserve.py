@@ -45,7 +45,7 @@ def offer(target: KserveTarget, model: Model, before: Served) -> None:
 
 
 def api(target: KserveTarget, model: Model, before: Served) -> tuple[str, str] | None:
-    """Where the service answers that has no traffic, whatever the weights are; None if the target has no gateway."""
+    """URL of the service without traffic, which answers whatever the weights are; None if the target has no gateway."""
     name = idle(target, before)
     url = f"{target.gateway.rstrip('/')}/{target.namespace}/{name}/v1"
     return (url, _asked_for(target, read(target, name), model)) if target.gateway else None
@@ -154,7 +154,7 @@ def _wait(target: KserveTarget, name: str, what: str, until: Callable[[Mapping[s
 
 
 def _condition(service: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The condition Ready."""
+    """The condition Ready of a service's status."""
     return next((each for each in service.get("status", {}).get("conditions", ()) if each.get("type") == "Ready"), {})
 
 
@@ -175,7 +175,7 @@ def _weight(share: int) -> dict[str, Any]:
 
 
 def _model(target: KserveTarget, model: Model) -> dict[str, Any]:
-    """What `spec.model` is given: a full model by its URI, an adapter in place of those that it has."""
+    """The new `spec.model`: the URI of a full model, or the list of adapters with this one in place of the others."""
     uri = str(filled(target.uri, model))
     if model.output != "lora":
         return {"uri": uri}
@@ -194,6 +194,6 @@ def _asked_for(target: KserveTarget, service: Mapping[str, Any], model: Model) -
 
 
 def _recorded(record: Served) -> Model:
-    """The version of a record, for its URI."""
+    """The version that a record names by its URI."""
     version = record.uri.rpartition("/")[2]
     return Model(record.name, version, record.digest, SERVED.path(record.alias or "none"), "")

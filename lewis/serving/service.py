@@ -120,7 +120,7 @@ def serve(
 
 
 def is_due(target: Target, champion: Champion) -> bool:
-    """Whether a target that has not the champion may get it now.
+    """Whether a target without the champion may be given it now.
 
     Not if it has refused that version, or if the server is away; nor soon after an attempt that failed.
     """
@@ -153,7 +153,7 @@ def _still_holds(kind: Kind, target: Target, record: Served) -> bool:
 def _bring(
     kind: Kind, target: Target, ready: model.Model, before: Served, settings: EvalSettings | None
 ) -> tuple[str, str]:
-    """Put a model into service if the server answers as it should; what was found, and the model's name there."""
+    """Put a model into service if its check passes; returns what the check found, and the model's name there."""
     if kind.offer:
         try:
             kind.offer(target, ready, before)
@@ -175,7 +175,7 @@ def _bring(
 
 
 def _check(kind: Kind, target: Target, ready: model.Model, before: Served, settings: EvalSettings | None) -> str:
-    """Ask the server what the model was asked that was scored, if the target says so; what was found, in a sentence."""
+    """If the target has a check, ask the server the requests of the scored model; returns the result as a sentence."""
     block, place = getattr(target, "check", None), kind.api(target, ready, before) if kind.api else None
     if block is None or place is None:
         return ""
@@ -212,7 +212,7 @@ def _write(record: Served) -> None:
 
 
 def tidy(name: str, targets: Sequence[Target]) -> None:
-    """Forget targets that the recipe has no more, and remove the files of versions that are served nowhere.
+    """Remove records of targets that left the recipe, and files of versions that are served nowhere.
 
     What was in service before stays on the disk, to go back to.
     """

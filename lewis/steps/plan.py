@@ -179,7 +179,7 @@ class _NotHere(ModelFiles):
 
     @property
     def read_as(self) -> str:
-        """Identity of the content: under whose names it is read is known once it is here."""
+        """Identity of the content. (Under which names it will be read is known once the model is here.)"""
         return self.key
 
     def outline(self) -> tuple[Path, dict[str, tuple[int, ...]]]:
@@ -198,7 +198,7 @@ class _Unmade:
     key: str
 
     def files(self, label: str) -> None:
-        """It has none here."""
+        """None: there are no files on this machine."""
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -305,7 +305,7 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
 
 
 def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> PlannedStep:
-    """Look for the result of a step, and put it, or what stands for it, among the results."""
+    """Look for the result of a step, and add it, or a stand-in, to the results."""
     step, before = node.step, len(asked)
     missing = any(name in results and results[name] is None for name in node.needs)
     absent = any(isinstance(results.get(name), _NotHere) for name in node.needs)

@@ -120,7 +120,7 @@ def _used_since(kind: Kind, digest: str, before: float) -> bool:
 
 
 def _needed(system: Any, root: str, kind: Kind, digest: str, needed: Needed | None, scratch: Path) -> bool:
-    """Whether a registered version needs an entry: `Needed` reads what says so, which is fetched for it."""
+    """Whether a registered version needs an entry. `Needed` may read manifests, which are fetched for that."""
     if needed is None:
         return False
     path = scratch / kind.name / kind.path(digest).name

@@ -276,7 +276,7 @@ def _name(path: Path) -> str:
 
 
 def head_object(kind: Kind, there: str) -> str:
-    """The object by which the entry at `there` is believed."""
+    """The head of the entry at `there`: without this object there is no entry."""
     return f"{there}/{MANIFEST}" if kind.manifest else there
 
 

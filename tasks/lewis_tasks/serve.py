@@ -73,7 +73,7 @@ def _show(recipe: Recipe, target: CanaryTarget, version: Version, began: str) ->
 
 
 def _roll_back(champion: Champion, why: str) -> None:
-    """Put the champion before back, unless another one has become it meanwhile; that there is none is logged."""
+    """Make the previous champion the champion again, unless another was promoted meanwhile; logs if there is none."""
     version = champion.version
     try:
         if promotion.is_champion(version.name, version.version):

@@ -1,4 +1,4 @@
-"""`lewis gc`, `retention`, `backup`, `restore` and `verify`: remove what nothing needs, keep and check what is."""
+"""`lewis gc`, `retention`, `backup`, `restore` and `verify`: free space, back up, and check the files."""
 
 import argparse
 import json

@@ -145,7 +145,7 @@ def rollback(options: argparse.Namespace) -> None:
 
 
 def _warn_of_targets(name: str, champion: str, reported: bool) -> None:
-    """Say what still has another version in service, where no service runs that would move it."""
+    """Warn of targets that still serve another version, if no service runs that would update them."""
     from lewis.serving.records import served
     from lewis_flows.cli.terminal import say_error
 

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> "Recipe":
-    """The recipe of a run: find a mistake in it before a server is started."""
+    """Load the recipe of a run, so that mistakes in it are found before a server is started."""
     from lewis_flows import recipes_folder
 
     recipe = arguments.load(options)

@@ -145,7 +145,7 @@ def begin(file: Path | None = None) -> None:
 
 
 def worker_died() -> None:
-    """Bring the server up to date after the worker of `lewis up` has died: what it had not begun is to be run."""
+    """Update the server after the worker of `lewis up` has died: runs that it had not begun are scheduled again."""
     orphaned_runs.give_back(worker.name_of_up())
 
 

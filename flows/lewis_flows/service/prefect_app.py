@@ -76,7 +76,7 @@ def write_each_event_once() -> None:
 
 
 async def wait_again_for_heartbeats() -> None:
-    """Give every run as long for its next heartbeat as if the last had come now.
+    """Restart the time in which each run must send its next heartbeat, as if the last had come now.
 
     While the server was away no heartbeat could reach it. It would mark every run as Crashed that waits for its return.
     """

@@ -89,7 +89,7 @@ class Process:
                 raise
 
     def _keep_logs(self) -> None:
-        """Rename the logs of the starts before, so that this start's takes the place of none but the oldest."""
+        """Rename the logs of earlier starts; the oldest is removed."""
         names = ["", *(f".{number}" for number in range(1, _KEPT + 1))]
         logs = [kinds.LOGS.path(f"{self.name}{each}-{store.writer()}") for each in names]
         for newer, older in reversed([*pairwise(logs)]):

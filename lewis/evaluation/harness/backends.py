@@ -72,7 +72,7 @@ def asked(
     patience_s: float = server.PATIENCE,
     tick: Callable[[], None] = lambda: None,
 ) -> Iterator[Asked]:
-    """What to ask lm-eval for; a server that this takes lives as long as the context.
+    """The backend, arguments and device for lm-eval. If the backend needs a server, it runs until the context ends.
 
     Args:
         backend: of the recipe.

@@ -262,7 +262,7 @@ def _part(
 
 
 def _as_drawn(rows: list[Any], indices: list[int]) -> list[Any]:
-    """The rows in the order of the drawn documents: the first ones, of which more is asked, are those of each look."""
+    """The rows in the order in which documents are drawn, so that the first rows are in every look."""
     places = {index: place for place, index in enumerate(indices)}
     return sorted(rows, key=lambda row: places[row["doc_id"]])
 
@@ -295,7 +295,7 @@ def _source(task: Any) -> dict[str, str | None] | None:
 
 
 def _pool(name: str, hashes: list[str], documents: str, limit: int | float | None, seed: str) -> list[int]:
-    """Indices of the documents of a task, of whose hashes one list is given."""
+    """Indices of the documents that may be scored, in the order in which they are drawn; `hashes`: of all documents."""
     indices = list(range(len(hashes)))
     if documents in _HALVES:
         wanted = _HALVES.index(documents)

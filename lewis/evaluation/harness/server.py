@@ -165,7 +165,7 @@ def _models(url: str, *, direct: bool) -> list[str]:
 
 
 def _check_model(url: str, model: str, names: list[str]) -> None:
-    """A server that has another model might answer for that, whatever name it is asked for."""
+    """Check that the server has this model: some servers answer with whatever model they have, for any name."""
     if model not in names:
         raise InputError(
             f"LEWIS_EVALUATION_SERVER: the server at {redacted(url)} has not the model {model}, but "

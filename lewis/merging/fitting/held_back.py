@@ -42,7 +42,7 @@ class Distance:
 
     Attributes:
         mean: nats per token above each expert on its own rows, the mean over the experts.
-        worst: of the row that loses most.
+        worst: nats per token that the worst row is above its expert.
         experts: reference of each expert -> the mean over its rows.
     """
 
@@ -83,7 +83,7 @@ class Verdict:
         return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"], data.get("gains") or {})
 
     def to_text(self) -> str:
-        """A sentence."""
+        """The verdict in a sentence."""
         taken = self.anchor if self.taken is None else self.fits[self.taken]
         text = (
             f"{self.rows} held-back rows: {taken.mean:+.4f} nats per {'answer ' * self.of_answers}token from the "
@@ -163,7 +163,10 @@ def fit_and_judge(
 
 
 def _part(progress: Report | None, begin: float, width: float) -> Report:
-    """Reports a part of the work as the whole of it: experts, base, anchor, `FIT` times as long the fit, its result."""
+    """A `Report` for one part of the work, which shows it as a share of all.
+
+    The parts: experts, base, anchor, the fit (`FIT` times as long as each other part), its result.
+    """
 
     def report(_: str, done: int, total: int) -> None:
         if progress:

@@ -50,7 +50,7 @@ def tensors_in(stacks: Stacks) -> list[str]:
 
 
 class StackedFit:
-    """Fits the stacked experts that all passes have come to."""
+    """Fits a block's stacked experts once the passes of all experts wait in front of it."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class StackedFit:
             self._merged.load([parameter])
 
     def warn(self) -> None:
-        """Warn of what few tokens reached."""
+        """Warn of stacked experts that few calibration tokens reached."""
         for expert, seen in zip(self._merge.experts, self._seen, strict=True):
             warn_of_few_tokens(expert.ref, seen)
 

@@ -128,7 +128,7 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
 
 
 def _complete(pinned: Pinned, folder: Path, names: list[str], files: Listing, *, card: bool) -> dict[str, str]:
-    """Download what a snapshot lacks; gives the files that are damaged now, and removes them.
+    """Download the files that a snapshot lacks. Returns those that are damaged, which it removes.
 
     Args:
         pinned: the model.
@@ -222,7 +222,7 @@ def tensor_headers(pinned: Pinned) -> Headers:
 
 @contextmanager
 def blaming(pinned: Pinned, what: str, how: str = "broken") -> Iterator[None]:
-    """An error about what is in the files of a model, which were checked, says that they are broken on the Hub.
+    """Report an error in the content of intact files as a model that is broken on the Hub.
 
     Args:
         pinned: the model. Of a local folder, errors stay as they are.
@@ -249,7 +249,7 @@ def _broken(pinned: Pinned, what: str, why: object, how: str = "broken") -> Brok
 
 
 def _is_of_the_commit(path: Path, listed: tuple[int, str], error: InputError) -> bool:
-    """Whether what cannot be read is what the commit has: read at the Hub, or downloaded and as the commit lists it."""
+    """Whether unreadable content is the commit's own and no broken download: its checksum fits, or the Hub was read."""
     if path.is_file():
         return _is_intact(path, *listed)
     return type(error.__cause__).__name__ == "SafetensorsParsingError"

@@ -131,7 +131,7 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_derived(origin: Origin) -> dict[str, Any]:
-    """The part of a config about layers, with the lists (by layer) that transformers derives from its rules."""
+    """The part of a config about layers, with the per-layer lists that transformers derives from its other keys."""
     block = _block(dict(origin.config))
     alike = "sliding_window" if block.get("use_sliding_window") is False else ""
     rules = [key for key in _DERIVED if block.get(key) and key != alike]
@@ -159,7 +159,7 @@ def _with_derived(origin: Origin) -> dict[str, Any]:
 
 
 def _is_list(key: str, value: Any, layers: int) -> bool:
-    """Whether it has an item for each layer."""
+    """Whether a value is a list with an item for each layer."""
     if key in _NUMBERS or key.endswith(_NO_LAYERS):
         return False
     return len(value) == layers if isinstance(value, list) or (isinstance(value, str) and key in _TEXTS) else False

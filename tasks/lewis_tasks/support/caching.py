@@ -1,4 +1,4 @@
-"""What the tasks share: records of results, the retry rule, progress in the UI, what their log leaves out."""
+"""What the tasks share: records of results, the retry rule, progress in the UI, filters of their log."""
 
 import json
 import logging
@@ -82,7 +82,7 @@ _PATHS = ("path", "folder", "adapter", "base", "statistics")  # fields of refere
 
 
 def _content(record: bytes) -> dict[str, Any]:
-    """What a record holds under `result`, without making it a reference, which would note a use.
+    """The `result` of a record as plain data: to load it as a reference would mark it as used.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: if LEWIS did not write it, or it is damaged.

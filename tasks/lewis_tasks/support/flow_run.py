@@ -44,7 +44,7 @@ class RejectedRun(Exception):
     """
 
     def __init__(self, message: str, report: Any = None) -> None:
-        """Keep the report; `message` is that of the state."""
+        """Keep the report. Prefect shows `message` as the message of the state."""
         super().__init__(message)
         self.report = report
 
