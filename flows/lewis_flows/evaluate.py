@@ -136,7 +136,7 @@ def _found(source: str, key: str, begun: Futures) -> ModelFiles | MergedModel | 
     if source in begun:
         files: ModelFiles = begun[source].result()
         return files
-    return find_merged(key) if _DIGEST.fullmatch(key) else None  # no path of another's choice
+    return find_merged(key) if _DIGEST.fullmatch(key) else None  # so that a parameter cannot name any path
 
 
 def _missing(label: str, key: str) -> LewisError:

@@ -237,7 +237,7 @@ def _confirm(
         ended = merge_flow(recipe, [*overrides, *best.overrides, CONFIRM], return_state=True)
         merged, told = run_tags.result_of_run(ended), (ended.name or "Completed", ended.message or "")
     default = tried.submit(plan, 0, "confirm", settings)
-    chosen = tried.submit(winner, best.number, "confirm", settings)  # the merge has scored it: this finds its scores
+    chosen = tried.submit(winner, best.number, "confirm", settings)  # finds the scores that the merge made
     finish(default, chosen)
     rows = result_of(submit(compare_with_default, quote(plan), default, chosen))
     report = SearchReport(

@@ -28,7 +28,7 @@ from lewis_tasks.support.events import Wait
 
 logger = logging.getLogger(__name__)
 _WAITS = "waits"  # the second line of its note
-_LOOK = 60.0  # seconds between two looks whether a wait is long by now
+_LOOK = 60.0  # seconds between two checks for a long wait
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def absorb(run: FlowRun) -> None:
             for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), scheduled, deployment_id=same):
                 if prefect_runs.waits(other) and other.id != run.id and other.parameters == run.parameters:
                     prefect_runs.skip(client, other, f"the run {run.name} merges the newest state")
-    except httpx.HTTPError as error:  # they run after this one then, and find everything done
+    except httpx.HTTPError as error:  # then they run after this one, and find all steps done
         logger.info("runs that wait stay: %s", type(error).__name__)
 
 

@@ -64,7 +64,7 @@ class Walk:
         found = dict(results or {})
         for node in nodes:
             if self.wants(node, found):
-                if node.name in self.futures:  # with other results
+                if node.name in self.futures:  # from an earlier walk with other results
                     self._before.append((node, self.futures[node.name]))
                 after = [self.futures[name] for name in self.graph.edges(node.name) if name in self.futures]
                 finish(*after)

@@ -170,7 +170,7 @@ def allocate(given: AllocationInput) -> AllocationEntry:
     with store.turn(kinds.ALLOCATIONS, key):
         if store.entry(path, "experts") is None:
             store.write_entry(path, _allocated(given))
-    for text in store.entry(path, "warnings") or []:  # also of densities that were found
+    for text in store.entry(path, "warnings") or []:  # densities found in the store have warnings, too
         logger.warning("%s", text)
     found = find_allocated(given)
     assert found is not None
@@ -224,7 +224,7 @@ def _evidence(given: AllocationInput, expert: ExpertInput, here: InResult) -> di
         return None
     of_expert = given.of(expert.files, expert.calibration)
     wanted = given.density.allocator.evidence_by(given.metric)
-    if wanted == "nothing":  # but it has to know what no token reached
+    if wanted == "nothing":  # but layers that no token reached must be known
         return {key: None if norm is None else 1.0 for key, norm in here.of_expert(of_expert.norms).items()}
     if wanted == "norm_difference":
         of_base = given.of(given.base, expert.calibration)

@@ -132,7 +132,7 @@ def paired(first: Side, second: Side) -> list[Pair]:
 
 
 def _best(first: Side, second: Side, key: str) -> tuple[Score, Score, Comparison]:
-    """The newest scores of both that were computed alike, or of which nothing is known but the same documents."""
+    """The newest scores of both models that were computed alike; else the newest on the same documents."""
     options = [(a, b) for b in second.of(key) for a in first.of(key)]
     alike = [(a, b) for a, b in options if a[0] and a[0] == b[0]]
     problems = list[Exception]()

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TOKENS_PER_PASS = 512  # more passes share out better among threads, have less padding, and stay in the cache
-_VALUES = 1 << 22  # that a batch has in a wide layer
+_VALUES = 1 << 22  # most elements that a batch has in a wide layer
 
 
 def measure_grams(

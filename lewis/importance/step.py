@@ -135,7 +135,7 @@ def prepare_calibration(given: CalibrationInput) -> CalibrationEntry:
         return found
     made = calibration.calibrate(given.name, given.spec, tokenizer=given.base.folder, root=given.root)
     known, path = {"digest": made.digest, "tokens": made.tokens}, made.save()
-    if given.place() == place:  # no row moved meanwhile
+    if given.place() == place:  # the rows did not change meanwhile
         store.write_entry(place, {"calibration": known})
     return CalibrationEntry(name=given.name, path=path, digest=made.digest, tokens=made.tokens)
 
@@ -185,7 +185,7 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
     places = {each.digest: _importance_place(files.read_as, each, settings, device) for each in given.sets}
     missing = {each.digest: each for each in given.sets if not measurements.is_whole(places[each.digest][1])}
     with ExitStack() as locks:
-        for digest in sorted(places[tokens][0] for tokens in missing):  # in one order: nobody waits in a circle
+        for digest in sorted(places[tokens][0] for tokens in missing):  # in a fixed order: no deadlock
             locks.enter_context(store.turn(kinds.IMPORTANCE, digest))
         absent = [each for each in missing.values() if not measurements.is_whole(places[each.digest][1])]
         if absent:

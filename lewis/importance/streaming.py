@@ -188,7 +188,7 @@ def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
         _forward(network, ids, lengths)
     except LewisError:
         raise
-    except (TypeError, ValueError, AttributeError, LookupError) as error:  # of the model's own code
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # raised by the model's own code
         # The text may hold the repr of a module, with a line for each layer: the first and the last line say enough.
         first, *others = str(error).splitlines() or [""]
         reason = f"{first.rstrip(' (')} {others[-1].lstrip(') ')}" if others else first

@@ -181,7 +181,7 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in ("default", None):
         found["rope_type"] = kind
     if "rope_theta" not in found and not any(isinstance(value, Mapping) for value in found.values()):
-        found["rope_theta"] = config.get("rope_theta") or 10000.0  # what most classes take
+        found["rope_theta"] = config.get("rope_theta") or 10000.0  # the default of most classes
     return {**found, **{key: config[key] for key in _CONTEXT if config.get(key) is not None}}
 
 

@@ -55,7 +55,7 @@ def forecast(merge: Merge) -> Forecast:
     order = sorted(elements, key=lambda name: -elements[name])
     begun = time.perf_counter()
     _run(merge, order[-1:])
-    loading = time.perf_counter() - begun  # of code, which the first tensor waits for
+    loading = time.perf_counter() - begun  # time to load code, which delays the first tensor
     whole, limit = [name for name in order if _is_whole(merge, name)], _FIRST
     before = anonymous_bytes()
     _run(merge, _part(order, elements, _WARM_UP))

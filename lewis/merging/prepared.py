@@ -121,7 +121,7 @@ class Prepared:
             raise InputError("exclude: it matches every tensor; nothing is left to merge")
         folders = [tokenizer_folder(model) for model in (first, *(expert.model for expert in by_key))]
         made = replace(made, chat_template=chosen_template(settings.chat_template, folders))
-        if settings.anchor:  # what guides the merge guides the anchor
+        if settings.anchor:  # densities of the recipe are the anchor's
             guide = Prepared.of(settings.anchor, base, experts, made._weighted_factors(), device)
             unscaled = tuple(replace(expert, scales=None) for expert in made.experts)
             made = replace(made, guide=guide, held_back={}, experts=unscaled)

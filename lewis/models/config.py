@@ -121,7 +121,7 @@ def _unlike_size(key: str, value: Any, least: int) -> str:
     A list or mapping holds a size for each layer or tower; all are checked.
     """
     each = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
-    if key in _POSITIONS:  # some of transformers' own are no whole numbers
+    if key in _POSITIONS:  # transformers has defaults that are no whole numbers
         fine = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 < one < math.inf for one in each)
         return "" if fine else "a number above 0"
     fine = all(isinstance(one, int) and not isinstance(one, bool) and one >= least for one in each)
@@ -136,7 +136,7 @@ def _unlike_tensors(key: str, value: Any, sizes: Collection[int]) -> str:
         return "a dimension of one of the tensors"
     if key in _PARTS and all(size % value for size in sizes):
         return "a number that divides a dimension of one of the tensors"
-    most = max(sizes) * (4 if key in _INNER else 1)  # of which some networks take two thirds
+    most = max(sizes) * (4 if key in _INNER else 1)  # some networks use two thirds of this
     if key in (*_INNER, "vocab_size") and value > most:
         return f"at most {most}, by the largest dimension of the tensors"
     return ""

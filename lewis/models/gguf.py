@@ -207,7 +207,7 @@ def _names(
             # In torch's default dtype, which a build in another one replaces for all threads meanwhile.
             model = kind.from_config(described, dtype=torch.get_default_dtype())
         processor = _processor(architecture, config)
-        own = "llama" if architecture == "llama" else None  # also Mistral's
+        own = "llama" if architecture == "llama" else None  # `llama` is also Mistral's
         mapping = names(model, processor, own)
     except Exception as error:  # of any kind, by architecture
         raise InputError(

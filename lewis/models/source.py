@@ -192,7 +192,7 @@ class ModelFiles(Reference):
 
 _T = TypeVar("_T")
 _OPENED: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()  # identity -> what is open
-_KEPT: dict[int, tuple[object, ...]] = {}  # id of a `ModelFiles` -> what it keeps open
+_KEPT: dict[int, tuple[object, ...]] = {}  # id of a `ModelFiles` -> the models that it keeps open
 
 
 def _once(identity: tuple[object, ...], make: Callable[..., _T], *arguments: Any) -> _T:

@@ -408,7 +408,7 @@ class Register(Block):
         group: a name that all recipes state which register this model; empty if only this recipe registers it.
     """
 
-    name: str = Field(pattern=r"^[^/:]*[^/:.][^/:]*$", max_length=200)  # with the team, MLflow keeps 256 characters
+    name: str = Field(pattern=r"^[^/:]*[^/:.][^/:]*$", max_length=200)  # MLflow allows 256 characters, team included
     team: str = Field(default="", pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$", max_length=50)
     group: str = ""
     gate: Gate | None = None

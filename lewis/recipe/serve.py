@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, fiel
 from lewis.recipe.block import Block
 
 _NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
-_URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"  # without user, password and query: recipes are read by many
+_URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"  # no user, password or query: recipes are no place for secrets
 
 
 class Target(Block):

@@ -66,7 +66,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         before = current.version.uri if current is not None else None
         if before == version.uri:
             logger.info("%s already is the champion", version.uri)
-            history.follow(client, version.name)  # what a process that died did not do
+            history.follow(client, version.name)  # finish what a process that died left undone
             return Promotion(moved=False, previous=before)
         if verdict.passed:
             _check_still_champion(current, verdict)
@@ -319,7 +319,7 @@ def settle() -> None:
         with store.shared_lock(f"registry-{name}"), tracking.client(f"reading the champion of {name}") as client:
             try:
                 champion = _aliases(client, name).get("champion")
-            except InputError:  # the model was deleted: nobody wants to know
+            except InputError:  # the model was deleted: nothing to report
                 champion = None
             outbox.settle(name, champion)
 

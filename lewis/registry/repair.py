@@ -81,7 +81,7 @@ def point_aliases_to(client: "MlflowClient", version: Version, digest: str) -> N
     It is done at each registration: a process that died in between leaves the rest to the next.
     """
     name = version.name
-    if DAMAGED in client.get_model_version(name, version.version).tags:  # its files are back
+    if DAMAGED in client.get_model_version(name, version.version).tags:  # its files are whole again
         client.delete_model_version_tag(name, version.version, DAMAGED)
     for alias, number in sorted(history.registered_model(client, name).aliases.items()):
         if str(number) == version.version:

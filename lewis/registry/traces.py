@@ -56,6 +56,6 @@ def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, m
             span.end()
             try:
                 mlflow.log_expectation(trace_id=span.trace_id, name="expected", value=texts.target)
-            except MlflowException as error:  # such as of a server without traces: what else is registered is whole
+            except MlflowException as error:  # such as a server without traces; the version itself is registered
                 logger.warning("the answers of %s are not in MLflow's traces: %s", label, error)
                 return

@@ -195,7 +195,7 @@ def _text(api: str, model: str, task: str, kept: Mapping[str, Any]) -> Answer:
         text, at, _ = text.partition(stop)
         cut = cut and not at
     scored, served = str(kept["answer"]).strip(), text.strip()
-    if cut:  # it was cut, so the other one is cut, too
+    if cut:  # cut both answers at the same place
         scored = scored[: max(len(served), 1)]
     parts = next((i for i, (x, y) in enumerate(zip(scored, served, strict=False)) if x != y), len(served))
     share = parts / max(len(scored), len(served), 1) if scored != served else 1.0

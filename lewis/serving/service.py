@@ -134,7 +134,7 @@ def is_due(target: Target, champion: Champion) -> bool:
     holds = KINDS[target.kind].holds
     try:
         return holds is not None and not holds(target, record)
-    except LewisError:  # when it answers again, it may have lost the model
+    except LewisError:  # a server that restarts may have lost the model
         return False
 
 
@@ -146,7 +146,7 @@ def _digest(target: Target) -> str:
 def _still_holds(kind: Kind, target: Target, record: Served) -> bool:
     try:
         return kind.holds is None or kind.holds(target, record)
-    except LewisError:  # the attempt to put it there says why
+    except LewisError:  # serving it will fail and report why
         return False
 
 
@@ -168,7 +168,7 @@ def _bring(
         return _check(kind, target, ready, before, settings), alias
     except server_gate.RefusedError:
         folder = SERVED.path(before.alias) if before.alias else None
-        if folder and folder.is_dir():  # it answers already, so clients get the one before again
+        if folder and folder.is_dir():  # clients reach it already: go back to the version before
             version = before.uri.rpartition("/")[2]
             kind.put(target, model.Model(before.name, version, before.digest, folder, ready.output), before)
         raise

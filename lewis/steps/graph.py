@@ -46,7 +46,7 @@ Results = Mapping[str, Any]
 """Name of a node, or of a task by hand -> its result."""
 
 CHAMPION = "find champion"  # the name under which the caller gives the champion's files, or None
-MARK = "find mark"  # likewise, of the gate's mark
+MARK = "find mark"  # the name under which the caller gives the files of the gate's mark, or None
 LOOK = "look"  # the name under which the caller says how many documents are scored; left out: all
 PREFLIGHT = "preflight"
 
@@ -125,7 +125,7 @@ class Graph:
         return Graph(node for node in self if node.name in wanted)
 
     def edges(self, name: str) -> list[str]:
-        """The nodes with an edge to a node in a drawing: all that it waits for, but none that another of them waits for."""
+        """The edges into a node in a drawing: the nodes that it waits for, without those that another of them needs."""
         direct = [*self._nodes[name].needs, *self._nodes[name].after]
         behind = {each for other in direct for each in self._before(other)}
         return [each for each in dict.fromkeys(direct) if each not in behind]
@@ -392,7 +392,7 @@ def labels(recipe: Recipe) -> dict[str, str]:
     if recipe.register_as:
         found["champion"] = CHAMPION
         if recipe.evaluate and recipe.evaluate.documents == "by_release":
-            found["mark"] = MARK  # which has no scores on documents that nobody has seen
+            found["mark"] = MARK  # which was never scored on these documents
     return {**found, MERGED: "merge experts"}
 
 

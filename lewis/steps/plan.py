@@ -253,7 +253,7 @@ def _add_merges(plan: Plan, recipe: Recipe, headers: Headers, experts: int) -> N
         plan.seconds = None
     else:
         plan.seconds = sum((each.cost.seconds or 0) - each.cost.passes for each in merges)
-    plan.memory += mapped_bytes() if plan.memory else 0  # forecasts are of anonymous memory
+    plan.memory += mapped_bytes() if plan.memory else 0  # forecasts leave out mapped files
 
 
 def _bytes_of_output(recipe: Recipe, headers: Headers) -> int:
@@ -283,7 +283,7 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
                     plan.steps.append(PlannedStep(node.label, "to do"))
                     plan.warning = "; ".join(filter(None, (plan.warning, f"not known yet: {error}")))
         block, merged = recipe.evaluate, results.get("merge experts")
-        if block and block.stop != "never" and merged and merged.key:  # else nothing is known of where it will end
+        if block and block.stop != "never" and merged and merged.key:  # else it is not known at which look it will end
             champion = results.get(CHAMPION)
             results[LOOK] = look_to_show(recipe, merged.key, champion.key if champion else None)
         plan.steps += _look_at_scores(walked, results, asked)

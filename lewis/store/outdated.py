@@ -129,7 +129,7 @@ def _needed(system: Any, root: str, kind: Kind, digest: str, needed: Needed | No
     try:
         head.write_bytes(system.cat_file(remote.head_object(kind, f"{root}/{kind.name}/{path.name}")))
     except FileNotFoundError:
-        return False  # its upload was cut long ago
+        return False  # an upload that was broken off long ago
     try:
         return needed.includes(path)
     finally:

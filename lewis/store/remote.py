@@ -192,7 +192,7 @@ def _send(system: Any, kind: Kind, there: str, path: Path) -> None:
     with suppress(FileNotFoundError):
         if system.cat_file(target) == head:
             return
-        system.rm_file(target)  # of another writer: it must not be believed with these files
+        system.rm_file(target)  # another writer's head must not stand with our files
     for name, (size, _) in kind.parts(path, head).items():
         _put(system, kind.head_of(path).parent / name, f"{_above(target)}/{name}", size)
     _put(system, kind.head_of(path), target, len(head))

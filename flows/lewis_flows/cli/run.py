@@ -165,7 +165,7 @@ def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
 
     def leave(reason: str) -> NoReturn:
         say_error(f"it failed: {reason}; finished steps are kept, run the same command to go on", as_json=as_json)
-        os._exit(1)  # what it has started ends with it, and the next run marks this one as Crashed
+        os._exit(1)  # its children end too; the next run marks this one as Crashed
 
     with prefect_server(leave) as url, connected(url):
         with quick_imports():
@@ -178,7 +178,7 @@ def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
         crash_dead_runs()
         signal.signal(signal.SIGINT, _stop_tasks)
         try:
-            with tags("lewis"), patience.patient(leave):  # not above: a wrong address is reported without a wait
+            with tags("lewis"), patience.patient(leave):  # not before: a wrong address needs no wait
                 return flow()
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)

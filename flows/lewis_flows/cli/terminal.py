@@ -74,6 +74,6 @@ def print_table(rows: Sequence[Mapping[str, object]]) -> None:
             table.add_column(name, overflow="fold")
         for row in shown:
             table.add_row(*(str(value) for value in row.values()))
-        with console.capture() as text:  # if nobody reads it, `print` says so, and a console ends this program
+        with console.capture() as text:  # if the reader has ended, `print` raises, but a console would exit
             console.print(table)
         print(text.get(), end="")

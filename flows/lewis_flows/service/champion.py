@@ -29,10 +29,10 @@ from lewis_flows.service.champion_router import Router, program
 from lewis_flows.service.processes import answers, free_port
 
 _TICK = 0.2  # seconds between two looks
-_GRACE = 10.0  # seconds that a server, or what it leaves when it dies, has to end after SIGTERM
+_GRACE = 10.0  # seconds from SIGTERM to SIGKILL, for a server or its orphans
 _DRAIN = 600.0  # seconds that a server may take for the requests that it has
-_STABLE = 60.0  # seconds after which an end is no further one in a row
-_MOST = 60.0  # seconds between two starts, at most
+_STABLE = 60.0  # a server that ran this long (s) starts a new count of failures
+_MOST = 60.0  # longest pause between two starts, seconds
 _SHOWN = 1500  # characters at the end of a server's log that a message shows
 # On a CPU vLLM would bind its threads to cores and spin there, and what else runs on these cores can come to a halt.
 _SHARES_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -140,7 +140,7 @@ def begin(file: Path | None = None) -> None:
     """
     crash_dead_runs()
     deploy_service(file or PREFECT_YAML)
-    worker_died()  # if there was one, it is not there now
+    worker_died()  # a worker of an earlier start is gone
     moves.tell()
 
 

@@ -55,7 +55,7 @@ def _start(client: SyncPrefectClient, name: str) -> bool:
     """Start the deployment, unless it is paused, or a run of it goes on or waits."""
     try:
         deployment = client.read_deployment_by_name(f"{prefect_runs.SERVE}/{name}")
-    except ObjectNotFound:  # the follower of the folder makes it
+    except ObjectNotFound:  # `Follower` will create it
         return False
     open_ = {"type": {"any_": ["SCHEDULED", *prefect_runs.UNFINISHED]}}
     same = {"any_": [deployment.id]}

@@ -41,7 +41,7 @@ class NewestFirst:
         if scope["type"] != "http" or scope["path"] != "/api/artifacts/filter":
             return await self._app(scope, receive, send)
         body = await Request(scope, receive).body()
-        with suppress(ValueError, TypeError):  # the application refuses what is no object
+        with suppress(ValueError, TypeError):  # the application reports a body that is no object
             body = json.dumps({"sort": "CREATED_DESC", **json.loads(body)}).encode()
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

@@ -24,7 +24,7 @@ from lewis.store import kinds
 _READY = 420  # seconds to answer after a start; a busy machine takes minutes to import a server
 _STOP = 15.0  # seconds to end after SIGTERM, before it is killed
 _KEPT = 3  # logs of earlier starts
-_KILLED = 15.0  # seconds until what was killed is gone
+_KILLED = 15.0  # seconds to wait for a killed process to be gone
 
 
 class Process:

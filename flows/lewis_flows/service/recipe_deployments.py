@@ -129,7 +129,7 @@ def _with_own_keys(files: list[RecipeFile]) -> Iterator[RecipeFile]:
 def _read_file(name: str, recipe: Recipe | None) -> RecipeFile | None:
     try:
         content = read_bytes(recipes_folder.find(name), yaml_text.MAX_BYTES)
-    except (LewisError, OSError):  # it was removed just now
+    except (LewisError, OSError):  # the file was removed just now
         return None
     why = "" if recipe else "its file is wrong: `lewis plan` says where"
     comment = _first_comment(content.decode(errors="replace"))
@@ -175,7 +175,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
         if flow != prefect_runs.MERGE:
             continue
         trigger = _on_release(file.name, made)
-        if not client.read_automations_by_name(trigger.name):  # also where a process died before it
+        if not client.read_automations_by_name(trigger.name):  # also if an earlier process died before this line
             client.create_automation(trigger)
         if before is None:
             continue

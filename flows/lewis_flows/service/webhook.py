@@ -146,7 +146,7 @@ async def _read(request: Request) -> bytes | None:
             if len(body) > MAX_BODY:
                 return None
     except ClientDisconnect:
-        return b""  # nobody is there to read the answer
+        return b""  # the client has gone
     return bytes(body)
 
 
@@ -241,7 +241,7 @@ class Loop:
             try:
                 self._do()
                 before = ""
-            except Exception as error:  # whatever it is, the next time comes
+            except Exception as error:  # the next look tries again
                 if (now := f"{type(error).__name__}: {error}") != before:
                     logger.warning("%s: %s", self._thread.name, now, exc_info=error)
                 before = now

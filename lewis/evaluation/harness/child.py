@@ -62,7 +62,7 @@ def main(descriptor: str, loaded: str = "") -> None:
             _, ends, _, _ = socket.recv_fds(messages, 1, 3)
             if not ends:
                 with suppress(ChildProcessError):
-                    os.wait()  # until all have ended: as the first process of a namespace, it takes them along
+                    os.wait()  # wait for all: if the first process of a namespace ends, so do they
                 return
             if os.fork() == 0:
                 break
@@ -278,7 +278,7 @@ def _load(manager: Any, tasks: list[str]) -> Any:
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise ValueError(f"task {name}: lm-eval cannot use its YAML file or its data: {problem}") from error
-        raise  # each loads alone: for example, a task that is in one of the groups too
+        raise  # each loads alone, so together they clash: such as a task and its group
 
 
 def _source(task: Any) -> dict[str, str | None] | None:

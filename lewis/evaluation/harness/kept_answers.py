@@ -129,7 +129,7 @@ class KeptAnswers:
         """A context in which each batch is written once the model is asked for the next one."""
         with ExitStack() as replaced:
             model: Any = getattr(lm, "model", None)
-            if hasattr(model, "get_input_embeddings"):  # which each forward pass of transformers begins with
+            if hasattr(model, "get_input_embeddings"):  # transformers calls it at the start of each forward pass
                 handle = model.get_input_embeddings().register_forward_pre_hook(lambda *_: self._flush())
                 replaced.callback(handle.remove)
             elif hasattr(model, "generate"):  # vLLM and SGLang

@@ -268,7 +268,7 @@ class _ForkServer:
         """Let the server end; its children continue."""
         self._socket.close()
         self._output.close()
-        threading.Thread(target=self._process.wait, daemon=True).start()  # it may still be importing
+        threading.Thread(target=self._process.wait, daemon=True).start()  # the server may still be importing
 
 
 def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool, shown: Sequence[Path] = ()) -> Child:

@@ -90,7 +90,7 @@ def serving(
     if is_url():
         url = setting().rstrip("/")
         _check_model(url, model, _models(url, direct=False))
-        yield Served(url, way_to_the_hub(os.environ))  # the proxies: it may be far away
+        yield Served(url, way_to_the_hub(os.environ))  # with proxies, as the server may be elsewhere
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

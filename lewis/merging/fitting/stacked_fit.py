@@ -87,7 +87,7 @@ class StackedFit:
         while any(covered.tensor not in self._fitted for group in left.values() for covered, _ in group):
             parameter, noted = self._noted(path, left)
             if parameter is None:
-                break  # no token goes to the others
+                break  # no token reaches the remaining stacks
             group = [each for each in left.pop(parameter) if each[0].tensor not in self._fitted]
             group.sort(key=lambda each: each[1][0].projection)  # those that share their inputs after each other
             for seen, each in zip(self._seen, noted, strict=True):

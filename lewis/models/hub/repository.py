@@ -235,7 +235,7 @@ def blaming(pinned: Pinned, what: str, how: str = "broken") -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if pinned.is_local or isinstance(error.__cause__, OSError):  # which says nothing about the content
+        if pinned.is_local or isinstance(error.__cause__, OSError):  # an OSError says nothing about the content
             raise
         raise _broken(pinned, what, error, how) from error
 

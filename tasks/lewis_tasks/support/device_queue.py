@@ -103,7 +103,7 @@ def _read(path: Path) -> Place | None:
             with suppress(ValueError, ValidationError):  # it is being written
                 return Place.model_validate(json.loads(file.read()))
             return None
-        if time.time() - path.stat().st_mtime > 1:  # its writer died; a new one gets its lock within a moment
+        if time.time() - path.stat().st_mtime > 1:  # its writer died: a live one has its lock within a second
             path.unlink(missing_ok=True)
     return None
 

@@ -39,7 +39,7 @@ def begin(*, events: bool = True) -> None:
         _always.append(_put(_Outage(None), events=events))
 
 
-_always = list[Callable[[], None]]()  # not a context: Python would leave it when half of itself is gone
+_always = list[Callable[[], None]]()  # no open context: Python would close it at exit, too late
 
 
 @contextmanager
@@ -143,7 +143,7 @@ class _Outage:
                     if answer.status_code != _BROKEN or not again:
                         self.end()
                         return answer
-                    again = False  # it may be ready since a moment
+                    again = False  # the server may have just become ready
                 time.sleep(_PAUSE)
 
         return send_and_wait
@@ -165,7 +165,7 @@ class _Outage:
                     if answer.status_code != _BROKEN or not again:
                         self.end()
                         return answer
-                    again = False  # it may be ready since a moment
+                    again = False  # the server may have just become ready
                 await asyncio.sleep(_PAUSE)
 
         return send_and_wait
