@@ -246,7 +246,7 @@ def load_all() -> dict[str, Recipe]:
             found[name] = load(name)
         except InputError as error:
             logger.warning("recipe %s is left out: %s", name, error)
-        except Exception as error:  # also what nobody thought of, such as what a merge method of a package raises
+        except Exception as error:  # of any kind, such as of a package's merge method
             logger.warning("recipe %s is left out: %s: %s", name, type(error).__name__, error, exc_info=error)
     return found
 

@@ -55,7 +55,7 @@ def turn(recipe: Path, run: str) -> Iterator[None]:
 
 
 def absorb(run: FlowRun) -> None:
-    """End the runs of the same deployment that wait behind this one: it begins now, and so finds the newest state.
+    """End the waiting runs of the same deployment: this one begins now, so it finds what they would.
 
     What they would merge is what this run merges, so they end as `Skipped`. Runs with other parameters stay, and those
     that a schedule plans for later. Nothing is done for a run without a deployment.
@@ -151,7 +151,7 @@ def mark_crashed(client: SyncPrefectClient, run: FlowRun) -> None:
 
 
 def tag_crashed_runs() -> None:
-    """Give the runs that the server marked as Crashed their verdict: it changes a state, and no tags."""
+    """Tag runs that the server marked as Crashed with this verdict, since the server changes only their state."""
     flows, crashed = prefect_runs.OF_RECIPES, {"type": {"any_": ["CRASHED"]}}
     try:
         with get_client(sync_client=True) as client:

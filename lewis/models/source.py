@@ -87,7 +87,7 @@ class ModelFiles(Reference):
 
     @model_validator(mode="after")
     def _on_disk(self) -> ModelFiles:
-        for folder in self.folders:  # a merged model, to be scored or merged again
+        for folder in self.folders:  # those of merged models must have every file of their manifest
             if folder.parent == kinds.MERGED.folder and store.read_manifest(folder) is None:
                 raise ValueError(f"{folder} is gone or damaged")
         for name, size in self.sizes.items():

@@ -178,7 +178,7 @@ def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
         crash_dead_runs()
         signal.signal(signal.SIGINT, _stop_tasks)
         try:
-            with tags("lewis"), patience.patient(leave):  # not before: a wrong address needs no wait
+            with tags("lewis"), patience.patient(leave):  # a wrong address has failed above
                 return flow()
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -34,7 +34,7 @@ JOB = {k: v for k, v in environment.DEFAULTS.items() if not k.startswith(("PREFE
 TEMPLATE: dict[str, Any] = {
     # For a worker that was not started by `lewis up`: no telemetry, and the heartbeat that `lewis-dead-runs` waits for.
     "job_configuration": {"env": JOB, "stream_output": True},
-    # Who starts a run may choose its parameters, and nothing of its process: no command, environment or folder.
+    # Users who start a run may set its parameters, but no command, environment or folder of its process.
     "variables": {"type": "object", "properties": {}, "additionalProperties": False},
 }
 """The base job template of a work pool of processes."""

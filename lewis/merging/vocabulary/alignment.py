@@ -172,7 +172,7 @@ def _target(
 def _match(
     target: Target, ids: Sequence[Mapping[str, int]], sizes: Sequence[int], source: int, *, has_base: bool
 ) -> tuple[list[np.ndarray], dict[int, Origin]]:
-    """Each model's own row for every row of the target, -1 for none; and what is read where a model has none.
+    """For every row of the target each model's own row, -1 if it has none; and the row that is read in its place.
 
     The row of a token that a model lacks is the base's, if the base has the token, else the mean of the rows of those
     that have it. A row of padding is the model's own, if it is padding there too, else the source's.

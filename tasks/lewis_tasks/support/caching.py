@@ -123,7 +123,7 @@ class Progress:
     def __init__(self, key: str, about: str) -> None:
         """
         Args:
-            key: that of the artifact begins with it: recipe and step.
+            key: prefix of the artifact's key: recipe and step.
             about: name of the task's run.
         """
         self._key, self._about, self._last = f"{key}-progress", about, time.monotonic()
