@@ -149,7 +149,7 @@ def _targets(folder: Path, files: dict[str, object]) -> Iterator[tuple[str, Path
     for name in sorted(files, key=lambda name: (name.endswith(".db"), name)):
         top, _, rest = name.partition("/")
         if not rest or ".." in Path(rest).parts or top not in places:
-            raise InputError(f"{folder}: {name!r} is no name of a file of such a copy")
+            raise InputError(f"{folder}: {name!r} is no file of a copy that `lewis backup` makes")
         yield name, places[top] / rest
 
 

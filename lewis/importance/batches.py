@@ -58,7 +58,7 @@ class Batch:
         Args:
             rows: without padding, (tokens, features).
             path: of the module that they go into.
-            taken: of the real tokens, those that the rows are of, ascending; None for all.
+            taken: which of the real tokens the rows stand for, as ascending indices; None for all.
 
         Returns:
             fp32, of the same shape; the rows themselves if all count alike, or if it is unknown which tokens they are.

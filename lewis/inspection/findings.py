@@ -22,7 +22,7 @@ FEW, MANY = 1 / 20, 10.0  # bounds of a usual size, relative to the other expert
 SHARED = 0.5  # two experts that are nearer to each other than this part of their way from the base
 ALIKE = 1e-4  # as SHARED, for two experts that differ only by rounding
 AGAINST = -0.3  # cosine of two task vectors that undo each other
-COARSE, COARSE_PART = 0.5, 0.1  # of the base's share of distinct values, and the part of the weights that has so few
+COARSE, COARSE_PART = 0.5, 0.1  # few distinct values: below this part of the base's, in this part of all weights
 _SHOWN = 3  # tensors that a finding names
 
 

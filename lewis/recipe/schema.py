@@ -404,7 +404,7 @@ class Register(Block):
 
     Attributes:
         name: of the model; in MLflow it is `<team>.<name>`, if there is a team.
-        team: whose it is. Its models, its experiment in MLflow and its artifacts in Prefect have names that begin so.
+        team: that owns it. Its models, its experiment in MLflow and its artifacts in Prefect have names that begin so.
         group: a name that all recipes state which register this model; empty if only this recipe registers it.
     """
 

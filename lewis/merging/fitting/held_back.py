@@ -5,8 +5,8 @@ the merge would be without a fit. A fit that loses more than the anchor, or that
 repeated with a larger ridge and prior, which leave less to the few rows. If that does not help, the anchor is taken,
 unless its rows lose even more.
 
-The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts; with it
-says nothing that the anchor is better, since no expert was trained to predict prompts: then only broken rows count.
+The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts. An anchor
+that is better by this loss proves nothing, since no expert was trained to predict prompts: then only broken rows count.
 
 The base's loss on the same rows shows what each expert brings. Where answers are known, one that brings nothing is
 named before the fit.

@@ -28,7 +28,7 @@ class Alignment:
         donor: folder of the tokenizer and the generation config.
         source: the model whose tokenizer it is.
         target: the result's vocabulary; None if the models have the same one and nothing has to be done.
-        views: id of a model -> the model as it has to be read.
+        views: id of a model -> the model with its rows in the order of `target`.
         digest: identity of what is done; None for nothing.
     """
 
