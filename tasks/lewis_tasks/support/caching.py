@@ -156,9 +156,9 @@ def slug(text: str) -> str:
 
 
 def quieten() -> None:
-    """Let lewis and lewis_tasks log at INFO, and remove noise and passwords from what is logged."""
+    """Let this package, the library and the flows log at INFO; remove noise and passwords from what is logged."""
     redact_logs()
-    for library in ("lewis", "lewis_tasks"):
+    for library in ("lewis", "lewis_tasks", "lewis_flows"):
         logging.getLogger(library).setLevel(logging.INFO)
     for runs in ("prefect.task_runs", "prefect.flow_runs"):
         logging.getLogger(runs).addFilter(worth_reading)
