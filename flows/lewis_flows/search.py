@@ -161,9 +161,10 @@ class _Trials:
         for (trial, _), found in self._score(live, "all", self.settings):
             scores = [found.by_name[objective.metric].value for objective in self.objectives]
             self.log.done(trial, scores)
-            each = [f"{objective.metric} {score:.4g}" for objective, score in zip(self.objectives, scores, strict=True)]
-            best = any(one.number == trial.number for one in self.log.front)
-            logger.info("trial %d: %s%s", trial.number, ", ".join(each), ", the best so far" * best)
+            named = zip(self.objectives, scores, strict=True)
+            shown = ", ".join(f"{objective.metric} {score:.4g}" for objective, score in named)
+            leads = any(each.number == trial.number for each in self.log.front)
+            logger.info("trial %d: %s%s", trial.number, shown, ", the best so far" * leads)
 
     def _best(self, part: EvalSettings) -> Scored | None:
         """The best trial so far on a part of the documents, which it was scored on in its turn."""
