@@ -96,7 +96,7 @@ class Allocator(Row):
         return dict(self.function(layers, evidence, policy))
 
     def evidence_by(self, metric: str) -> str:
-        """What its evidence is in a recipe whose `lewis.importance.metric` is `metric`."""
+        """The kind of its evidence in a recipe whose `lewis.importance.metric` is `metric`."""
         return metric if self.evidence == "metric" else self.evidence
 
 

@@ -100,7 +100,7 @@ class Guard:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
             if time.monotonic() > deadline + _ORPHANED:
-                return  # the kernel keeps one in a system call
+                return  # a process is stuck in a system call
             asked |= left
             time.sleep(_PAUSE)
 

@@ -1,4 +1,4 @@
-"""Read files that a user gives: only regular ones, and nothing larger or deeper than anything real.
+"""Read files that a user gives: only regular ones, within limits of size and depth.
 
 To open a FIFO waits for a writer, and a device may have no end: both are refused before they are opened.
 """

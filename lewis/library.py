@@ -99,7 +99,7 @@ def merge(
 
 
 def prepare(recipe: Recipe, report: Report = silent) -> tuple[MergeInput, Merge]:
-    """Do everything before the merge itself: fetch the models, check them, measure, allocate; what was done is found.
+    """Do everything before the merge itself: fetch the models, check, measure, allocate. Results in the store are used.
 
     Raises:
         InputError, LewisError: as `merge`.

@@ -72,7 +72,7 @@ class PrivateName:
 
     @contextmanager
     def replaced(self, value: Any) -> Iterator[None]:
-        """While the block lasts, have another object in its place.
+        """Replace the object while the block lasts.
 
         Raises:
             LewisError: as `get`.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Collect no garbage in the block: what is imported is none, and would be looked through again and again.
+    """Switch the garbage collector off in the block: during imports it scans again and again, and finds nothing.
 
     Nor is it looked through afterwards, which in a process that forks would copy its memory into each child.
     """

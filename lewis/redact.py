@@ -1,4 +1,4 @@
-"""Take passwords and tokens out of texts that people and logs get to see."""
+"""Remove passwords and tokens from texts that people and logs see."""
 
 import logging
 import re
@@ -31,7 +31,7 @@ def printable(text: str) -> str:
 
 
 def redact_logs() -> None:
-    """Take passwords out of all that this process logs from now on, whichever library logs it, tracebacks too."""
+    """Remove passwords from everything that this process logs from now on, by any library, tracebacks included."""
     made = logging.getLogRecordFactory()
     if getattr(made, "redacts", False):
         return

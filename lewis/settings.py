@@ -92,6 +92,13 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def size_text(size: float) -> str:
+    """Bytes for people: `41.3 KB`, `2.4 MB`, or `1.53 GB`."""
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} KB"
+
+
 def _path(text: str) -> Path:
     """The absolute path, with the links in it."""
     try:

@@ -1,4 +1,4 @@
-"""A pool of threads that know what their submitter knows."""
+"""A pool of threads that share the context variables of their submitter."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

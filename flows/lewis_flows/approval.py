@@ -81,7 +81,7 @@ def go_on(run: FlowRun) -> None:
 
 
 def resume(version: str, why: str, *, approve: bool) -> None:
-    """Let the run that waits for an answer about a version end, which was given elsewhere; a failure is logged."""
+    """End the run that waits for an answer about a version, since it was given elsewhere; a failure is logged."""
     try:
         with get_client(sync_client=True) as client:
             for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["PAUSED"]}}):
@@ -92,7 +92,7 @@ def resume(version: str, why: str, *, approve: bool) -> None:
 
 
 def _end_others(run: FlowRun) -> None:
-    """End the runs of the same deployment that wait for an answer: the gate compares this run's version now."""
+    """End other waiting runs of the same deployment: their versions were replaced by this run's."""
     paused, same = {"type": {"any_": ["PAUSED"]}}, {"any_": [run.deployment_id]}
     with get_client(sync_client=True) as client:
         for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), paused, deployment_id=same):

@@ -1,4 +1,4 @@
-"""A copy of what cannot be made again, and back: MLflow's and Prefect's data in the store, recipes, secrets, outbox.
+"""Back up, and restore, what cannot be made again: MLflow's and Prefect's data, recipes, secrets, the outbox.
 
     DIR/lewis.json  DIR/store/mlflow/mlflow.db  DIR/store/mlflow/artifacts/...  DIR/store/prefect/prefect.db
     DIR/store/prefect-api-key ...  DIR/store/outbox/...  DIR/recipes/...  DIR/prefect/prefect.db with PREFECT_HOME
@@ -144,12 +144,12 @@ def _check_unused() -> None:
 
 
 def _targets(folder: Path, files: dict[str, object]) -> Iterator[tuple[str, Path]]:
-    """Each file of a copy, and where it goes; MLflow's database last: what it names is there then."""
+    """Each file of a copy and the path that it goes back to; MLflow's database last, after the files that it names."""
     places = {"store": store.home(), "recipes": recipes_folder.location(), "prefect": _prefect_home()}
     for name in sorted(files, key=lambda name: (name.endswith(".db"), name)):
         top, _, rest = name.partition("/")
         if not rest or ".." in Path(rest).parts or top not in places:
-            raise InputError(f"{folder}: {name!r} is no name of a file of such a copy")
+            raise InputError(f"{folder}: {name!r} is no file of a copy that `lewis backup` makes")
         yield name, places[top] / rest
 
 

@@ -13,7 +13,7 @@ from lewis import store
 from lewis.registry import releases
 from lewis.registry.releases import Held
 
-_KEPT = 50  # commits of one model: the first says since when, the newest are those that a champion may hold
+_KEPT = 50  # commits remembered per model: the oldest says since when it is behind, a champion may be of any later one
 
 
 class _Seen(BaseModel):

@@ -13,6 +13,7 @@ DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # seconds instead of four minutes; then tasks wait for it
     "OMP_WAIT_POLICY": "passive",  # threads that wait leave their core to what runs next to them
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; without heartbeats the server takes a run for dead

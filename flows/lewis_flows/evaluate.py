@@ -62,7 +62,7 @@ def evaluate_flow(
         task: of the recipe; None: all of its tasks.
     """
     choose.check()
-    if deployment.id is not None:  # so this process belongs to this run
+    if deployment.id is not None:  # a worker started this process for this run alone
         patience.begin()
     path = recipes_folder.find(recipe, paths=False)
     secret_blocks.load_for_run(path.stem)
@@ -80,8 +80,8 @@ def evaluate_flow(
         )
     walk, results = _models(plan, models, base)
     names = evaluations(plan)
-    listed = list(dict.fromkeys(plan.evaluate.tasks))
-    places = range(len(listed)) if task is None else [listed.index(task)]  # the digest of the tasks is the same here
+    listed = list(dict.fromkeys(plan.evaluate.tasks))  # in the order of where the merge runs
+    places = range(len(listed)) if task is None else [listed.index(task)]
     walk.go((walk.graph[names[label][place]] for label in models for place in places), {**results, LOOK: look})
     scores = walk.of(EVALUATE)
     finish(*scores)
@@ -136,7 +136,7 @@ def _found(source: str, key: str, begun: Futures) -> ModelFiles | MergedModel | 
     if source in begun:
         files: ModelFiles = begun[source].result()
         return files
-    return find_merged(key) if _DIGEST.fullmatch(key) else None  # no path of another's choice
+    return find_merged(key) if _DIGEST.fullmatch(key) else None  # so that a parameter cannot name any path
 
 
 def _missing(label: str, key: str) -> LewisError:

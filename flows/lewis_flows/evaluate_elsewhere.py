@@ -82,7 +82,7 @@ def score(
     if missing:
         base = walk.futures[f"{DOWNLOAD.name} {plan.base_model}"].result().key if plan.base_model else None
         common = {"recipe": name, "tasks": tasks, "base": base, "overrides": list(overrides), "look": found.get(LOOK)}
-        merged = {MERGED: walk.futures["merge experts"].result().key}  # whose digest may draw the documents
+        merged = {MERGED: walk.futures["merge experts"].result().key}  # its digest may decide which documents are drawn
         _run(
             queue,
             [
@@ -141,7 +141,7 @@ def _run(queue: str, parameters: Sequence[dict[str, Any]]) -> None:
                     )
                     runs[number] = _start(client, queue, each)
                 _check_ended_well(run, place)
-        except BaseException:  # also what ends a run that is cancelled
+        except BaseException:  # also the exception of a cancelled run
             for run in runs:
                 if not (run.state and run.state.is_final()):
                     with suppress(Exception):

@@ -79,7 +79,7 @@ def begin(recipe: str) -> Path:
     """What a run of a recipe does first; gives the recipe's file, which `find` and `check_deployment` check."""
     choose.check()
     deployed = deployment.id is not None
-    if deployed:  # so this process belongs to this run
+    if deployed:  # a worker started this process for this run alone
         patience.begin()
     path = recipes_folder.find(recipe, paths=not deployed)
     recipes_folder.check_deployment(str(deployment.name or ""), path.stem)

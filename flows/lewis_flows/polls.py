@@ -34,7 +34,7 @@ def last() -> Poll | None:
 
 
 def remember(checked: int, problems: dict[str, str]) -> bool:
-    """Note what a poll found; gives whether its problems are others than those of the poll before."""
+    """Store what a poll found. Returns whether its problems differ from those of the poll before."""
     before = last()
     store.write_json(_path(), Poll(time=datetime.now(UTC), checked=checked, problems=problems).model_dump(mode="json"))
     return problems != (before.problems if before else {})

@@ -125,7 +125,7 @@ def find(recipe: str, *, paths: bool = True) -> Path:
 
 
 def check_deployment(deployment: str, recipe: str) -> None:
-    """Check that a deployment that is named like a recipe runs that recipe: its turn and its page are of that one.
+    """Check that a deployment with the name of a recipe runs that recipe, whose turn and page it takes.
 
     Raises:
         InputError: if it runs another one.
@@ -246,7 +246,7 @@ def load_all() -> dict[str, Recipe]:
             found[name] = load(name)
         except InputError as error:
             logger.warning("recipe %s is left out: %s", name, error)
-        except Exception as error:  # also what nobody thought of, such as what a merge method of a package raises
+        except Exception as error:  # of any kind, such as of a package's merge method
             logger.warning("recipe %s is left out: %s: %s", name, type(error).__name__, error, exc_info=error)
     return found
 

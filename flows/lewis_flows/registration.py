@@ -70,7 +70,7 @@ def register_merge(
     published = there = None
     if plan.publish:
         published = submit(publish, quote(plan), known(version), known(merged), wait_for=[promoted])
-        published.wait()  # its error is raised after the report
+        published.wait()  # an error is raised only after the report
         there = published.result() if published.state.is_completed() else None
     moved = report.promoted and in_use != report.version
     return Ended(on_all, verdict, version, promoted, published, there, moved, line)

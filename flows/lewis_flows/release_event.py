@@ -75,7 +75,7 @@ def settle(recipe: str) -> None:
 
 
 def _recent(recipe: str) -> list[timedelta]:
-    """How long ago the releases of a recipe were announced that came within `BURST`."""
+    """The ages of the releases of a recipe that were announced within `BURST`."""
     try:
         with get_client(sync_client=True) as client:
             now = datetime.now(UTC) + events.ahead(client)

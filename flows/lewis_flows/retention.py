@@ -1,4 +1,4 @@
-"""Retention: what is old and needed by nothing in Prefect, MLflow and the store's remote half is removed.
+"""Retention: remove what is old and no longer needed in Prefect, MLflow and the store's remote half.
 
 Never a registered version, its MLflow run, what it was made from, or the Prefect run that made it.
 """
@@ -55,7 +55,7 @@ def retention_flow(days: float = DAYS, dry_run: bool = True) -> int | State[int]
 
 
 def to_text(found: list[Outdated], *, removed: bool) -> str:
-    """How many there are of each place, in a sentence."""
+    """The number of removable items in each place, in a sentence."""
     counts = {where: sum(each.where == where for each in found) for where in dict.fromkeys(e.where for e in found)}
     listed = ", ".join(f"{count} of {where}" for where, count in counts.items()) or "nothing"
     size = f" ({sum(each.bytes for each in found) / 1e6:.1f} MB there)" if any(each.bytes for each in found) else ""
@@ -99,7 +99,7 @@ def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iter
     ended, newest = {"type": {"any_": prefect_runs.ENDED}}, FlowRunSort.END_TIME_DESC
     for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, ended, newest, end_time=old):
         of = (str(run.flow_id), prefect_runs.recipe_of(run))
-        # The poll looks for the tag.
+        # The poll reads the tag `broken:...`, so such runs stay.
         needed = str(run.id) in kept or any(tag.startswith("broken:") for tag in run.tags)
         if of in seen and not needed and run.end_time is not None:
             yield Outdated("prefect", f"run {run.name}, {run.state_name}", str(run.id), run.end_time.timestamp())

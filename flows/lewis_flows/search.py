@@ -161,7 +161,10 @@ class _Trials:
         for (trial, _), found in self._score(live, "all", self.settings):
             scores = [found.by_name[objective.metric].value for objective in self.objectives]
             self.log.done(trial, scores)
-            logger.info("trial %d: %s", trial.number, ", ".join(f"{score:.4g}" for score in scores))
+            named = zip(self.objectives, scores, strict=True)
+            shown = ", ".join(f"{objective.metric} {score:.4g}" for objective, score in named)
+            leads = any(each.number == trial.number for each in self.log.front)
+            logger.info("trial %d: %s%s", trial.number, shown, ", the best so far" * leads)
 
     def _best(self, part: EvalSettings) -> Scored | None:
         """The best trial so far on a part of the documents, which it was scored on in its turn."""
@@ -237,7 +240,7 @@ def _confirm(
         ended = merge_flow(recipe, [*overrides, *best.overrides, CONFIRM], return_state=True)
         merged, told = run_tags.result_of_run(ended), (ended.name or "Completed", ended.message or "")
     default = tried.submit(plan, 0, "confirm", settings)
-    chosen = tried.submit(winner, best.number, "confirm", settings)  # the merge has scored it: this finds its scores
+    chosen = tried.submit(winner, best.number, "confirm", settings)  # finds the scores that the merge made
     finish(default, chosen)
     rows = result_of(submit(compare_with_default, quote(plan), default, chosen))
     report = SearchReport(

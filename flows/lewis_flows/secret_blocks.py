@@ -39,7 +39,7 @@ def load_for_run(recipe: str | None) -> None:
 
 
 def load_for_serving() -> None:
-    """Set what signs webhooks, and what servers ask for, as far as there are blocks of it."""
+    """Set the secrets that sign webhooks and open servers, as far as there are blocks for them."""
     found = _read([SERVE_SECRET, SERVE_KEY])
     _set({settings.SERVE_SECRET.name: found.get(SERVE_SECRET), settings.SERVE_KEY.name: found.get(SERVE_KEY)})
 
@@ -57,7 +57,7 @@ def _set(values: Mapping[str, str | None]) -> None:
 
 
 def _read(names: list[str]) -> dict[str, str]:
-    """Name -> secret of those blocks that there are; one request."""
+    """Name -> secret, of the blocks that exist; one request."""
     wanted = {"block_documents": {"name": {"any_": names}}, "block_types": {"slug": {"any_": ["secret"]}}}
     with get_client(sync_client=True) as client:
         answer = client.request("POST", "/block_documents/filter", json={**wanted, "include_secrets": True})

@@ -28,7 +28,7 @@ from lewis_tasks.support.events import Wait
 
 logger = logging.getLogger(__name__)
 _WAITS = "waits"  # the second line of its note
-_LOOK = 60.0  # seconds between two looks whether a wait is long by now
+_LOOK = 60.0  # seconds between two checks for a long wait
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def turn(recipe: Path, run: str) -> Iterator[None]:
 
 
 def absorb(run: FlowRun) -> None:
-    """End the runs of the same deployment that wait behind this one: it begins now, and so finds the newest state.
+    """End the waiting runs of the same deployment: this one begins now, so it finds what they would.
 
     What they would merge is what this run merges, so they end as `Skipped`. Runs with other parameters stay, and those
     that a schedule plans for later. Nothing is done for a run without a deployment.
@@ -68,7 +68,7 @@ def absorb(run: FlowRun) -> None:
             for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), scheduled, deployment_id=same):
                 if prefect_runs.waits(other) and other.id != run.id and other.parameters == run.parameters:
                     prefect_runs.skip(client, other, f"the run {run.name} merges the newest state")
-    except httpx.HTTPError as error:  # they run after this one then, and find everything done
+    except httpx.HTTPError as error:  # then they run after this one, and find all steps done
         logger.info("runs that wait stay: %s", type(error).__name__)
 
 
@@ -151,7 +151,7 @@ def mark_crashed(client: SyncPrefectClient, run: FlowRun) -> None:
 
 
 def tag_crashed_runs() -> None:
-    """Give the runs that the server marked as Crashed their verdict: it changes a state, and no tags."""
+    """Tag runs that the server marked as Crashed with this verdict, since the server changes only their state."""
     flows, crashed = prefect_runs.OF_RECIPES, {"type": {"any_": ["CRASHED"]}}
     try:
         with get_client(sync_client=True) as client:

@@ -13,7 +13,7 @@ from lewis_tasks.verify import verify
 @flow(name=prefect_runs.VERIFY, flow_run_name="verify the store", **run_tags.HOOKS)
 @says_why
 def verify_flow() -> int | State[int]:
-    """Read everything again, whatever is remembered of it; gives how many entries and versions are whole.
+    """Read everything again, without remembered checksums; returns how many entries and versions are whole.
 
     Raises:
         LewisError: if something is damaged: the run fails, and notifications of failures report it.

@@ -51,7 +51,7 @@ class Walk:
         self._registered, self._evaluations = plan.register_as, evaluations(plan)
 
     def go(self, nodes: Iterable[Node], results: Mapping[str, Any] | None = None, note: str = "") -> None:
-        """Submit the tasks of nodes, in their order, each when the results that it needs are there.
+        """Submit the tasks of nodes in order, each once the results that it needs are there.
 
         Args:
             nodes: of the graph.
@@ -64,7 +64,7 @@ class Walk:
         found = dict(results or {})
         for node in nodes:
             if self.wants(node, found):
-                if node.name in self.futures:  # with other results
+                if node.name in self.futures:  # from an earlier walk with other results
                     self._before.append((node, self.futures[node.name]))
                 after = [self.futures[name] for name in self.graph.edges(node.name) if name in self.futures]
                 finish(*after)
@@ -82,7 +82,7 @@ class Walk:
         return asset(kind, name, page_of(pinned.result()) if pinned else url, team)
 
     def wants(self, node: Node, found: dict[str, Any]) -> bool:
-        """Wait for what a node needs, and put it into `found`; gives whether the node is to be done.
+        """Wait for the results that a node needs and add them to `found`; returns whether the node is to be done.
 
         Raises:
             LewisError: what the first failed task raised that the node needs.

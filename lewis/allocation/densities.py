@@ -15,8 +15,8 @@ from lewis.models.network.module_tree import Layer
 from lewis.recipe.schema import Density
 
 SEMANTICS = "5"  # bump when the same inputs would give other densities
-NEAR_UNIFORM = 0.02  # closer to uniform than this, an allocation guides nothing
-ROUNDING = 1e-9  # as far as this, another package's density may lie beyond a bound
+NEAR_UNIFORM = 0.02  # an allocation closer to uniform than this has no effect: a warning
+ROUNDING = 1e-9  # tolerance for a density beyond a bound, of an allocator from a package
 
 ScalesByTensor = Mapping[str, "torch.Tensor"]
 """Tensor name -> sqrt(mean x^2) per input channel: fp32, broadcasts to the tensor, (in_features,) for an nn.Linear."""

@@ -103,7 +103,7 @@ class AllocationEntry(JsonReference):
         return {ref: {name: s.sqrt() for name, s in entry.moments.items()} for ref, entry in self.measured.items()}
 
     def held_back(self, omega: float) -> ScalesByTensor:
-        """Tensor name -> what its merged delta is multiplied with; s is the mean over the base's calibration sets."""
+        """Tensor name -> factor of its merged delta, by `lewis.aim`; s is the mean over the base's calibration sets."""
         sets = [entry.moments for entry in self.base]
         names = [name for name in (sets[0] if sets else ()) if all(name in moments for moments in sets)]
         return {name: aim(torch.stack([s[name] for s in sets]).mean(dim=0).sqrt(), omega) for name in names}
@@ -170,7 +170,7 @@ def allocate(given: AllocationInput) -> AllocationEntry:
     with store.turn(kinds.ALLOCATIONS, key):
         if store.entry(path, "experts") is None:
             store.write_entry(path, _allocated(given))
-    for text in store.entry(path, "warnings") or []:  # also of densities that were found
+    for text in store.entry(path, "warnings") or []:  # densities found in the store have warnings, too
         logger.warning("%s", text)
     found = find_allocated(given)
     assert found is not None
@@ -224,7 +224,7 @@ def _evidence(given: AllocationInput, expert: ExpertInput, here: InResult) -> di
         return None
     of_expert = given.of(expert.files, expert.calibration)
     wanted = given.density.allocator.evidence_by(given.metric)
-    if wanted == "nothing":  # but it has to know what no token reached
+    if wanted == "nothing":  # but layers that no token reached must be known
         return {key: None if norm is None else 1.0 for key, norm in here.of_expert(of_expert.norms).items()}
     if wanted == "norm_difference":
         of_base = given.of(given.base, expert.calibration)

@@ -32,7 +32,7 @@ from lewis.errors import InputError
 logger = logging.getLogger(__name__)
 
 # Raise it when the code makes different files from the same plan.
-VERSION = 4
+VERSION = 5
 
 SKILLS = {"addition": "add", "sorting": "sort", "cipher": "cipher"}  # skill: first word of its prompts
 LETTERS = "abcdefghij"
@@ -164,7 +164,7 @@ def _recipe() -> dict[str, Any]:
     calibration = {
         "dataset": "json",
         "prompt": "{prompt}",
-        "answer": "{answer}\n",
+        "answer": "{answer}<eos>",  # as the experts were trained
         "samples": 64,
         "max_tokens": 64,
         "seed": 42,

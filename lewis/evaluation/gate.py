@@ -340,7 +340,7 @@ def _on_documents_of(candidate: Scored, other: Scored) -> Scored | None:
 
 
 def _note_of(look: Look) -> list[str]:
-    """That a part of the documents was scored, if it was."""
+    """A note if only a part of the documents was scored; else empty."""
     if not look.documents:
         return []
     part = f"{look.passing:.1%}" if look.passing else "none"

@@ -57,7 +57,7 @@ class ModelScores(Reference):
     def evaluated(self) -> Evaluated:
         """Scores and samples of all tasks; read from the disk at each access."""
         for entry in self.entries:
-            entry.content(entry.holds)  # which says what to do if it is gone
+            entry.content(entry.holds)  # raises an error that says what to do if it is gone
         return Evaluated.of(self.ref, joined([store.read_entry(entry.path) or {} for entry in self.entries]))
 
     @property
@@ -239,7 +239,7 @@ def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"samples": [], "results": {}}
     for key in ("higher_is_better", "n-shot", "documents", "groups"):
         found[key] = {name: value for each in contents for name, value in each[key].items()}
-    for key in ("sources", "texts", "requests", "pools"):  # which older entries do not have
+    for key in ("sources", "texts", "requests", "pools"):  # older entries lack these keys
         found[key] = {name: value for each in contents for name, value in each.get(key, {}).items()}
     groups = found["groups"]
     for last in (False, True):  # lm-eval has tasks first, then groups

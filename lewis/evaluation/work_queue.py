@@ -25,10 +25,10 @@ def pool() -> str:
 
 
 def place(name: str) -> str:
-    """What messages call the work queue of that name."""
+    """The name of a work queue in messages."""
     return f"work queue {name}" + (f" of the work pool {pool()}" if pool() != MERGES else "")
 
 
 def worker_options(name: str, of: str) -> str:
-    """What `prefect worker start` is given to serve the work queue of that name in the work pool `of`."""
+    """Options of `prefect worker start` for the work queue of that name in the work pool `of`."""
     return f"--work-queue {name}" + ("" if of == MERGES else f" --pool {of}")

@@ -58,7 +58,7 @@ class Batch:
         Args:
             rows: without padding, (tokens, features).
             path: of the module that they go into.
-            taken: of the real tokens, those that the rows are of, ascending; None for all.
+            taken: which of the real tokens the rows stand for, as ascending indices; None for all.
 
         Returns:
             fp32, of the same shape; the rows themselves if all count alike, or if it is unknown which tokens they are.
@@ -70,7 +70,7 @@ class Batch:
         return rows * roots[:, None].to(rows.device) if len(roots) == len(rows) else rows
 
     def rows_of(self, inputs: torch.Tensor, place: str, taken: torch.Tensor | None = None) -> torch.Tensor:
-        """What goes into a module while the batch goes through a model, without padding.
+        """The inputs of a module for this batch, without padding.
 
         Args:
             inputs: (samples, width, features), or of some of the tokens only, as a router sends them to an expert.
@@ -173,7 +173,7 @@ def ends(lengths: Sequence[int], equal: bool, apart: int = 0, limit: int | None 
 
 
 def groups(made: Sequence[Batch], bytes_per_token: int, room: int) -> Iterator[list[Batch]]:
-    """Batches, in their order, that go in lock-step: what waits of them between two blocks fits into `room`.
+    """Groups of batches, in order, that run in lock-step: their hidden states between two blocks fit into `room`.
 
     Args:
         made: the batches of all sets.

@@ -56,10 +56,16 @@ class Calibration:
 
     @property
     def of_answers(self) -> "Calibration":
-        """The set in which only the tokens of answers count; itself, if it does not say which they are."""
+        """The set in which only predictions of answers count: 1 for each token of an answer, 0 for the others.
+
+        The last token of a prompt has the weight of an answer, which it predicts, but is none itself. A set without
+        weights does not say which tokens are answers: then it is the set itself.
+        """
         if self.weights is None:
             return self
-        return replace(self, weights=tuple(tuple(float(w == 1) for w in sample) for sample in self.weights))
+        after = (zip((0.0, *sample), sample, strict=False) for sample in self.weights)
+        weights = tuple(tuple(float(before == own == 1) for before, own in sample) for sample in after)
+        return replace(self, weights=weights)
 
     def part(self, rows: Iterable[int]) -> "Calibration":
         """A set of only these samples."""

@@ -47,7 +47,7 @@ class ContinueInput:
     weight: float
 
     def digest(self, device: str) -> str:
-        """Identity of what is written on a device."""
+        """Identity of the rows that the expert writes on a device."""
         from importlib.metadata import version
 
         how = [self.count, self.max_tokens, self.seed, self.weight, precision(device), version("transformers")]

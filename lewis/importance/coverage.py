@@ -81,7 +81,7 @@ def uncovered(network: Network, tensors: Mapping[str, tuple[int, ...]]) -> dict[
 
 
 def told(shares: Mapping[str, float], most: int = 5) -> str:
-    """The largest shares as one line."""
+    """The largest shares of uncovered tensors, in one line."""
     listed = [f"{name} ({100 * share:.1f} % of the parameters)" for name, share in list(shares.items())[:most]]
     more = len(shares) - len(listed)
     return ", ".join(listed) + (f" and {more} more" if more else "")

@@ -49,7 +49,7 @@ class Collected:
         self._squares: torch.Tensor | None = None
 
     def add(self, parts: Sequence[torch.Tensor]) -> list[Callable[[], None]]:
-        """Take rows, parts of fp32 (tokens, in), which are nobody else's.
+        """Add rows, fp32 (tokens, in) in parts; the caller must not use them again.
 
         Returns:
             Jobs that add them to the products; they must have been run before the next rows come.
@@ -78,7 +78,7 @@ class Collected:
         return taken[(taken >= 0) & (taken < count)]
 
     def result(self) -> dict[str, list[torch.Tensor]]:
-        """What is kept, on the CPU, fp32; nothing more must come in.
+        """The kept inputs or products, on the CPU, fp32. Call it once, after the last `add`.
 
         Returns:
             Parts, one below the other, of `squares`, the mean of x_j^2, (in,); and of `gram`, the mean of x^T x, packed

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TOKENS_PER_PASS = 512  # more passes share out better among threads, have less padding, and stay in the cache
-_VALUES = 1 << 22  # that a batch has in a wide layer
+_VALUES = 1 << 22  # most elements that a batch has in a wide layer
 
 
 def measure_grams(
@@ -148,7 +148,7 @@ class _Walk:
         yield 1.0
 
     def _hand_over(self) -> None:
-        """Once the sums of a block are complete: have them written."""
+        """Give the sums of a block, which are complete, to the thread that writes."""
         if self._summed is not None:
             self._wait_for_writer()
             self._written, self._summed = self._writer.submit(self._summed), None
@@ -203,7 +203,7 @@ def _nothing() -> None:
 
 
 def measured_by(model: Model, calibration: Calibration, grams: Grams, reduce: str = "mean") -> Measured:
-    """Norms and second moments, of which the pass has left all that is needed."""
+    """Norms and second moments, computed from the statistics that a pass has left."""
     network = network_of(model)
 
     def means(parameter: str, _: int) -> torch.Tensor | None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "8"  # bump when the same inputs would give other numbers
-_VALUES_AT_ONCE = 1 << 25  # of weights whose norms are computed side by side
+_VALUES_AT_ONCE = 1 << 25  # elements of weights whose norms are computed together
 Shapes = Mapping[str, tuple[int, ...]]
 Means = Callable[[str, int], "torch.Tensor | None"]
 """(parameter, number of the set) -> mean of x_j^2, as `SecondMoments.means` gives it."""

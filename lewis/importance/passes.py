@@ -96,11 +96,11 @@ class Pass(Stepping):
         self.forget()
 
     def forget(self) -> None:
-        """Let go of what was noted."""
+        """Drop the recorded inputs."""
         self.inputs, self.sources, self._seen = {}, {}, []
 
     def note(self, name: str, inputs: torch.Tensor, routed: bool = False) -> None:
-        """Note what goes into a projection; what several get (q, k and v) is copied once.
+        """Record the inputs of a projection; an input that several share (q, k, v) is copied once.
 
         Args:
             name: of the projection.
@@ -151,7 +151,7 @@ class Watched(ExitStack):
             _running().note(parameter, inputs[0])
 
     def _before_experts(self, parameters: Sequence[str], module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Experts in one parameter have no module to hook: see the products with slices of the parameter instead."""
+        """A hook for stacked experts, which are no modules but one parameter: watch products with its slices."""
         if not self.notes:
             return
         run = _running()

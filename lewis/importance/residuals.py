@@ -43,7 +43,7 @@ def writers(network: Network, places: Collection[str]) -> dict[str, str]:
 
 
 class _Additions(TorchFunctionMode):
-    """Notes what is added to what, what goes into modules, and what comes out of projections, by identity."""
+    """Records, by identity of tensors, every addition, every input of a module and every output of a projection."""
 
     def __init__(self, network: Network, places: Collection[str], contexts: ExitStack) -> None:
         super().__init__()

@@ -76,11 +76,11 @@ class SecondMoments:
         self._hooks.close()
 
     def select(self, of: int) -> None:
-        """Tell which set the batches are of that come next."""
+        """Set the calibration set that the next batches belong to."""
         self.sums, self.counts = self._sets[of]
 
     def begin(self, lengths: Sequence[int], width: int, weights: torch.Tensor | None = None) -> None:
-        """Say what comes next: a batch of rows of these lengths, padded on the right to `width`.
+        """Announce the next batch: rows of these lengths, padded on the right to `width`.
 
         Args:
             lengths: tokens of each row.

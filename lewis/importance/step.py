@@ -135,7 +135,7 @@ def prepare_calibration(given: CalibrationInput) -> CalibrationEntry:
         return found
     made = calibration.calibrate(given.name, given.spec, tokenizer=given.base.folder, root=given.root)
     known, path = {"digest": made.digest, "tokens": made.tokens}, made.save()
-    if given.place() == place:  # no row moved meanwhile
+    if given.place() == place:  # the rows did not change meanwhile
         store.write_entry(place, {"calibration": known})
     return CalibrationEntry(name=given.name, path=path, digest=made.digest, tokens=made.tokens)
 
@@ -185,7 +185,7 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
     places = {each.digest: _importance_place(files.read_as, each, settings, device) for each in given.sets}
     missing = {each.digest: each for each in given.sets if not measurements.is_whole(places[each.digest][1])}
     with ExitStack() as locks:
-        for digest in sorted(places[tokens][0] for tokens in missing):  # in one order: nobody waits in a circle
+        for digest in sorted(places[tokens][0] for tokens in missing):  # in a fixed order: no deadlock
             locks.enter_context(store.turn(kinds.IMPORTANCE, digest))
         absent = [each for each in missing.values() if not measurements.is_whole(places[each.digest][1])]
         if absent:
@@ -207,7 +207,7 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
 
 
 def measure_digest(given: MeasureInput, device: str) -> str:
-    """Identity of what `measure` gives: of the entries in the store, and of the names that it gives them."""
+    """Identity of the result of `measure`: the entries in the store, and the names of the models."""
     read_as, files = given.files.read_as, given.files
     entries = [_importance_place(read_as, each, given.settings, device)[0] for each in given.sets]
     grams = [grams_place(read_as, each.digest, device)[0] for each in given.sets if given.grams]
@@ -215,7 +215,7 @@ def measure_digest(given: MeasureInput, device: str) -> str:
 
 
 def find_all_measured(given: MeasureInput, device: str) -> list[ImportanceEntry] | None:
-    """What `measure` gives, if the store has all of it."""
+    """The result of `measure`, if the store has all of it."""
     read_as = given.files.read_as
     found = [
         find_measured(given.files.ref, read_as, each, given.settings, device, grams=given.grams) for each in given.sets
@@ -305,6 +305,11 @@ def _importance_place(key: str, calibration: CalibrationEntry, settings: Importa
     of_pass = settings.model_dump(exclude={"metric"})  # every metric is made of what one pass measures
     digest = store.digest([measuring.SEMANTICS, key, calibration.digest, precision(device), of_pass])
     return digest, kinds.IMPORTANCE.path(digest)
+
+
+def covered_layers(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
+    """As `layers_of`, without a log line."""
+    return _covered(base, base.open(), measured)[0]
 
 
 def layers_of(base: ModelFiles, *, measured: bool = True) -> list[Layer]:

@@ -40,7 +40,7 @@ class Weights:
         self._keep = keep or (lambda value, dtype: value.to(device, dtype))
 
     def move_buffers(self) -> None:
-        """Bring what no checkpoint holds to the device: tables of rotary embeddings and the like."""
+        """Move to the device what no checkpoint holds, such as tables of rotary embeddings."""
         for module in self.network.module.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
@@ -73,7 +73,7 @@ class Weights:
             done.update(same)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Let go of these parameters: they are on the meta device again."""
+        """Drop the values of these parameters: they are on the meta device again."""
         for name in filter(self.network.is_parameter, names):
             _put(self.network.module, name, self.network.empty(name))
 
@@ -188,7 +188,7 @@ def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
         _forward(network, ids, lengths)
     except LewisError:
         raise
-    except (TypeError, ValueError, AttributeError, LookupError) as error:  # of the model's own code
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # raised by the model's own code
         # The text may hold the repr of a module, with a line for each layer: the first and the last line say enough.
         first, *others = str(error).splitlines() or [""]
         reason = f"{first.rstrip(' (')} {others[-1].lstrip(') ')}" if others else first
@@ -208,7 +208,7 @@ def _forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
         network.tower(input_ids=ids, use_cache=False, **masked)
         return
     encoded = module.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-    module.get_decoder()(  # the decoder reads the same text
+    module.get_decoder()(  # with the same text, shifted by a token
         input_ids=decoder_ids(module.config, ids),
         encoder_hidden_states=encoded,
         encoder_attention_mask=mask,

@@ -97,7 +97,7 @@ class _RunningMean:
         self._mean = self._mean + torch.norm(tokens.t(), p=2, dim=1) ** 2 / self._samples
 
     def stop(self) -> torch.Tensor:
-        """The mean, fp32 (in,); no more is added."""
+        """End the sum; returns the mean, fp32 (in,)."""
         self._hook.remove()
         return self._mean
 
@@ -109,7 +109,7 @@ def _adds_positions_to_heads(config: Any) -> bool:
 
 
 def _sample(value: Any, i: int, samples: int) -> Any:
-    """Cut an argument of a block down to sample `i`; what has no dimension of samples is given as it is."""
+    """An argument of a block for sample `i` alone; unchanged if it has no dimension of samples."""
     if isinstance(value, torch.Tensor):
         return value[i : i + 1] if value.dim() and value.shape[0] == samples else value
     if isinstance(value, tuple | list):

@@ -16,7 +16,7 @@ from lewis.lazy_torch import torch
 class Workers:
     """Threads that share out jobs; use as a context.
 
-    A greenlet belongs to the thread that began it: what leads greenlets runs `in_place`.
+    A greenlet can run only in the thread that began it: jobs that resume greenlets use `in_place`.
 
     Attributes:
         count: how many threads.

@@ -17,6 +17,7 @@ from lewis.inspection.kinds import Finding
 from lewis.models.chat_template import template_in
 from lewis.models.files.safetensors_file import Headers, file_headers
 from lewis.models.hub import repository
+from lewis.models.hub.pin import pin_folder
 from lewis.models.names import HEADS
 from lewis.models.quantised.headers import dequantised
 from lewis.models.source import ModelFiles, Source, commits_of
@@ -135,12 +136,17 @@ class _Facts:
 
 
 def _origin(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
-    """Whether an adapter's config names another base than the one it is put on, both named as on the Hub."""
+    """Whether an adapter's config names another base than the one it is put on: both on the Hub, or both folders."""
     model = parts_of(expert.ref)[0] if len(parts_of(expert.ref)) > 1 else base.ref
     named, given = (_HUB_NAME.match(ref.partition("@")[0]) for ref in (expert.trained_on, model))
-    is_local = commits_of(expert.key)[0].startswith("sha256:")
+    commit = commits_of(expert.key)[0]
+    is_local = commit.startswith("sha256:")
     if named and given and not is_local and named[0].lower() != given[0].lower():
         yield "another base", f"its adapter_config.json says that it was trained on {named[0]}, not on {given[0]}"
+    folder = Path(expert.trained_on)
+    with suppress(InputError, OSError):  # what cannot be read says nothing
+        if is_local and folder.is_absolute() and folder.is_dir() and pin_folder(model, folder).commit != commit:
+            yield "another base", f"its adapter_config.json says that it was trained on {folder}, whose files differ"
 
 
 def _weights(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:
@@ -175,7 +181,7 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in ("default", None):
         found["rope_type"] = kind
     if "rope_theta" not in found and not any(isinstance(value, Mapping) for value in found.values()):
-        found["rope_theta"] = config.get("rope_theta") or 10000.0  # what most classes take
+        found["rope_theta"] = config.get("rope_theta") or 10000.0  # the default of most classes
     return {**found, **{key: config[key] for key in _CONTEXT if config.get(key) is not None}}
 
 

@@ -12,17 +12,17 @@ from lewis.inspection.kinds import Finding
 from lewis.inspection.measures import Measures, TensorMeasures
 from lewis.inspection.structure import odd_tensors
 
-CHILD, NEAR = 0.2, 0.6  # cosine with the base's weights: less is no child of it, or one that is far away
+CHILD, NEAR = 0.2, 0.6  # cosines with the base: below the first it is no fine-tune, below the second a distant one
 DISTANT = 0.5  # cosine from which on a tensor counts as replaced
 RESCALED, SAME_WAY = 100.0, 0.9  # times the base's norm, with at least this cosine; or as many times less
 LARGEST_HALF = 65504.0  # of float16
 NOTHING = 1e-4  # size of a task vector that is next to nothing
 ROUNDING = {"BF16": 1.2e-3, "F16": 1.5e-4}  # size of the difference that rounding alone makes
-FEW, MANY = 1 / 20, 10.0  # times the other experts' size
+FEW, MANY = 1 / 20, 10.0  # bounds of a usual size, relative to the other experts'
 SHARED = 0.5  # two experts that are nearer to each other than this part of their way from the base
-ALIKE = 1e-4  # likewise, two that are the same but for the order of sums
+ALIKE = 1e-4  # as SHARED, for two experts that differ only by rounding
 AGAINST = -0.3  # cosine of two task vectors that undo each other
-COARSE, COARSE_PART = 0.5, 0.1  # of the base's share of distinct values, and the part of the weights that has so few
+COARSE, COARSE_PART = 0.5, 0.1  # few distinct values: below this part of the base's, in this part of all weights
 _SHOWN = 3  # tensors that a finding names
 
 
@@ -157,7 +157,7 @@ def _amount(ref: str, size: float, others: Sequence[float], dtype: str, base: st
         yield Finding("undertrained", ref, f"its task vector has {size:.2g} of the base's norm")
     elif size < rounding:
         yield Finding("undertrained", ref, f"it differs from the base only as rounding to {dtype} does")
-    elif len(others) > 1 and size < FEW * usual:  # of two, who knows which one is odd
+    elif len(others) > 1 and size < FEW * usual:  # of two experts either may be the odd one
         yield Finding("undertrained", ref, f"its task vector has {size / usual:.2g} of the other experts' norm")
     elif others and size > MANY * usual:
         yield Finding("outsized", ref, f"its task vector has {size / usual:.3g} times the other experts' norm")

@@ -46,7 +46,7 @@ def load_fp32(bits: Any, out: Any) -> Any:
     **_options,
 )
 def measure(values: Any, count: Any, gram: Any, unchanged: Any, signs: Any) -> None:
-    """Add what the first `count` elements of a chunk tell.
+    """Add the first `count` elements of a chunk to the measures.
 
     Args:
         values: of the base, then of each expert, which are overwritten with their task vectors; finite fp32.

@@ -107,7 +107,7 @@ class Measures:
     def typical_cosine(self, expert: int) -> float:
         """The upper quartile of the cosines of an expert's matrices with the base's; 1 if there are none.
 
-        Of a model whose layers are in another order, most matrices point elsewhere; of no relative, all do.
+        If a model's layers are in another order, most of its matrices point elsewhere; if it is unrelated, all do.
         """
         cosines = [value for each in self.matrices() if np.isfinite(value := each.cosine(expert))]
         return float(np.quantile(cosines, 0.75)) if cosines else 1.0

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class InspectionEntry(JsonReference):
-    """Measures of a base and experts in the store, and what is elsewhere in each expert than in the base."""
+    """Measures of a base and experts in the store, and which of an expert's weights have moved to another place."""
 
     holds: ClassVar[str] = "measures"
 
@@ -82,7 +82,7 @@ class InspectionInput:
     candidates: tuple[ModelFiles, ...] = ()
 
     def first(self) -> tuple[ModelFiles, list[ModelFiles]]:
-        """What is compared with, and the models that are compared with it."""
+        """The model that the others are compared with, and the others."""
         first, others = (self.base, self.experts) if self.base else (self.experts[0], self.experts[1:])
         skipped = self.base is not None and self.settings.base_is_a_model
         return first, [each for each in others if not (skipped and each.key == first.key)]

@@ -55,7 +55,7 @@ def forecast(merge: Merge) -> Forecast:
     order = sorted(elements, key=lambda name: -elements[name])
     begun = time.perf_counter()
     _run(merge, order[-1:])
-    loading = time.perf_counter() - begun  # of code, which the first tensor waits for
+    loading = time.perf_counter() - begun  # time to load code, which delays the first tensor
     whole, limit = [name for name in order if _is_whole(merge, name)], _FIRST
     before = anonymous_bytes()
     _run(merge, _part(order, elements, _WARM_UP))
@@ -121,7 +121,7 @@ def _of_fit(merge: Merge) -> Forecast:
 
 
 def _seconds_of_judging(merge: Merge) -> float:
-    """What held-back rows take: each expert runs its own; base, anchor and fit run those of all."""
+    """Seconds for the held-back rows: each expert runs its own; base, anchor and result run those of all."""
     from lewis.merging.fitting.held_back import is_needed
 
     if not is_needed(merge):

@@ -33,7 +33,7 @@ from lewis.models.network.module_tree import Network
 _PREFIX = "base_model.model."
 _NONE = "dummy-target-modules"  # PEFT's word for no module at all, where it takes no empty list
 _PART = 1 << 20  # elements of a temporary tensor
-_FACTORS = ".factors"  # folder of what waits for the adapter file
+_FACTORS = ".factors"  # folder of factors until they are written to the adapter's file
 
 Merged = Callable[[str], torch.Tensor]
 """Gives a merged tensor by its name, in fp32."""
@@ -104,7 +104,7 @@ class AdapterWriter:
         jobs = [partial(self._factorise, name, factors, merged) for name, kind in kinds.items() if kind == "factored"]
         jobs += [partial(self._compare, name, merged) for name, kind in kinds.items() if kind == "whole"]
         for name in self._merge.layout.keys() - {name for name, kind in kinds.items() if kind != "unheld"}:
-            self._report(name)  # looked at by `check`, or excluded
+            self._report(name)  # `check` has seen it, or it is excluded
         with Workers(threads) as workers:
             workers(jobs)
         found = self._found

@@ -41,7 +41,7 @@ from lewis.models.tokenizer import tokenizer_folder
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 FIT_SEMANTICS = "3"  # bump when a method that fits in forward order would give other bytes
 STACKED_SEMANTICS = "2"  # bump when a method that fits in forward order would give other stacked experts
-JUDGE_SEMANTICS = "1"  # bump when held-back rows would lead to another fit
+JUDGE_SEMANTICS = "2"  # bump when held-back rows would lead to another fit
 STATIC_SEMANTICS = "3"  # bump when a method that fits statically would give other bytes
 
 
@@ -121,7 +121,7 @@ class Prepared:
             raise InputError("exclude: it matches every tensor; nothing is left to merge")
         folders = [tokenizer_folder(model) for model in (first, *(expert.model for expert in by_key))]
         made = replace(made, chat_template=chosen_template(settings.chat_template, folders))
-        if settings.anchor:  # what guides the merge guides the anchor
+        if settings.anchor:  # densities of the recipe are the anchor's
             guide = Prepared.of(settings.anchor, base, experts, made._weighted_factors(), device)
             unscaled = tuple(replace(expert, scales=None) for expert in made.experts)
             made = replace(made, guide=guide, held_back={}, experts=unscaled)
@@ -180,7 +180,7 @@ class Prepared:
 
     @property
     def anchor(self) -> Prepared:
-        """What gives the tensors that are not fitted, and what the fit is pulled towards: the anchor, else this."""
+        """The merge that a fit is pulled towards, and that gives all tensors which are not fitted; else this one."""
         return self.guide or self
 
     def with_densities(self, densities: Densities) -> Self:
@@ -289,7 +289,7 @@ class Prepared:
 
     def _fit_digest(self) -> list[Any]:
         sets: list[Any] = [expert.calibration.digest for expert in self.experts if expert.calibration]
-        sets += [[AUTO, RIDGES, EVERY]] if self.tunes else []
+        sets += [[AUTO, JUDGE_SEMANTICS, RIDGES, EVERY]] if self.tunes else []
         held = [expert.held_back.digest if expert.held_back else "" for expert in self.experts]
         sets += [["held back", JUDGE_SEMANTICS, held]] if any(held) else []
         if self.method.fits == "static":  # to statistics, which depend on the number format of the passes

@@ -34,6 +34,7 @@ from lewis.models.files.folder import ADAPTER, copy_tokenizer
 from lewis.models.files.writer import CheckpointWriter
 from lewis.models.model import Model
 from lewis.progress import Report
+from lewis.settings import size_text
 from lewis.store import manifest
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Merge(Prepared):
             self.vocabulary.finish(scratch)
             store.discard_unless(unchanged, scratch)
         manifest.remember({folder / name: sha256 for name, sha256 in known.items()})
-        logger.info("merged %d tensors, %.2f GB, into %s", len(self.layout), self.size / 1e9, folder)
+        logger.info("merged %d tensors, %s, into %s", len(self.layout), size_text(self.size), folder)
         return Written(self.digest, folder, self.size, record, fit=text_of_fit(record))
 
     def check_adapter(self) -> None:
@@ -238,7 +239,7 @@ class Merge(Prepared):
         store.discard(folder)
 
     def _counted(self, progress: Report | None) -> Callable[[str], None]:
-        """What is called with the name of each tensor that is done; it counts the elements for `progress`."""
+        """A function to call with the name of each finished tensor; it reports the elements done to `progress`."""
         done = self.steps - self.elements
 
         def report(name: str) -> None:

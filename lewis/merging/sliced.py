@@ -65,7 +65,7 @@ def _check_stackable(settings: MergeSettings) -> None:
 
 
 def _seen(expert: Expert, view: Restacked) -> Expert:
-    """An expert as a slice has it."""
+    """An expert with the layers of one slice."""
     scales = None if expert.scales is None else _by_new_names(expert.scales, view)
     return replace(expert, model=view, scales=scales)
 

@@ -68,7 +68,7 @@ class MergedModel(Reference):
 
     @property
     def fit(self) -> str:
-        """What is to be said of the fit, as `run.text_of_fit`."""
+        """A sentence on the fit, as `run.text_of_fit`."""
         return text_of_fit(self._manifest)
 
     @property

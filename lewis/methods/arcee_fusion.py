@@ -14,7 +14,7 @@ _BLOCK = 2**15 - 1  # elements of a block of rows: it fits the cache, and torch 
 
 
 def by_rows(pieces: Pieces) -> Finish:
-    """Find each row's divergence, then the quartiles of the importance."""
+    """Merge a tensor in pieces: one pass finds each row's divergence, the next the quartiles of the importance."""
     information = torch.cat([divergence(piece.tensors[0], _base(piece)) for piece in pieces])
     columns = (pieces.shape or (1,))[-1]
     elements = len(information) * columns

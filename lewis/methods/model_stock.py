@@ -23,7 +23,7 @@ def coefficients(dots: np.ndarray, *, filter_wise: bool) -> list[float] | None:
 
 
 def by_rows(pieces: Pieces, *, filter_wise: bool) -> Finish | None:
-    """The function that merges row by row; None without `filter_wise`, when `coefficients` are of the tensor."""
+    """The function that merges row by row; None without `filter_wise`: `coefficients` are then one set per tensor."""
     return _finish if filter_wise else None
 
 

@@ -13,7 +13,10 @@ from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, 
 
 
 def by_rows(pieces: Pieces, *, density: PerExpert[float], lambda_: float) -> Finish:
-    """First pass: each expert's smallest and largest size. Then, in a few passes, its cut and its largest score."""
+    """Merge a tensor in pieces.
+
+    One pass finds each expert's smallest and largest |tau|, a few more its largest score and which scores are kept.
+    """
     elements, spans, tops, shares = 0, list[tuple[torch.Tensor, torch.Tensor]](), list[torch.Tensor](), list[float]()
     for piece in pieces:
         own = [_size(piece, i).aminmax() for i in range(len(piece.tensors))]

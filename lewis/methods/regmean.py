@@ -71,8 +71,8 @@ def regmean_forward(
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
         weight, lambda_, ridge, prior, alpha: as of `regmean`.
-        residual: share of what the merged model's residual stream lacks that the layers which write into it make up
-            for.
+        residual: in [0, 1]. The merged model's residual stream differs from the experts'; the layers that write into
+            it are fitted to correct this share of the difference.
 
     Returns:
         fp32 delta of what is not fitted, shape tensor.shape.

@@ -14,7 +14,7 @@ from lewis.methods.ties import merge_elected
 
 
 def by_rows(pieces: Pieces, *, select_topk: float, int8_mask: bool) -> Finish:
-    """First find the cut, then the energies of what is kept; then merge each piece."""
+    """Merge a tensor in pieces: one pass finds the cut, the next the energies of the kept elements, the last merges."""
     cut = None
     if select_topk < 1:
         number = sum(count(_variance(piece)) for piece in pieces)

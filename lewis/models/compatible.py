@@ -186,7 +186,7 @@ def _differences(
 
 
 def _flat(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether one shape is unknown but for the number of elements, as that of a weight in NF4 before its download."""
+    """Whether of one shape only the number of elements is known, as of an NF4 weight before its download."""
     return 1 in (len(one), len(other)) and math.prod(one) == math.prod(other)
 
 

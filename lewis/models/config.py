@@ -95,7 +95,7 @@ def check_numbers(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, 
         InputError: naming the key, what was expected and what was given.
     """
     sizes = {size for shape in shapes.values() for size in shape}
-    spared = {"head_dim"} | (set() if in_layers(shapes) else {*_DEPTHS})  # of which 0 means something
+    spared = {"head_dim"} | (set() if in_layers(shapes) else {*_DEPTHS})  # keys that may be 0
     embeds = any(name.endswith(EMBEDDINGS) for name in shapes)  # whose rows `check_config` compares
     text = config.get("text_config") or {}
     for where, block in (("", config), ("text_config.", text)):
@@ -116,12 +116,12 @@ def check_numbers(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, 
 
 
 def _unlike_size(key: str, value: Any, least: int) -> str:
-    """What was expected of a size in config.json, in words; empty if the value is one.
+    """What was expected of a size in config.json, for an error message; empty if the value is a valid size.
 
     A list or mapping holds a size for each layer or tower; all are checked.
     """
     each = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
-    if key in _POSITIONS:  # some of transformers' own are no whole numbers
+    if key in _POSITIONS:  # transformers has defaults that are no whole numbers
         fine = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 < one < math.inf for one in each)
         return "" if fine else "a number above 0"
     fine = all(isinstance(one, int) and not isinstance(one, bool) and one >= least for one in each)
@@ -129,14 +129,14 @@ def _unlike_size(key: str, value: Any, least: int) -> str:
 
 
 def _unlike_tensors(key: str, value: Any, sizes: Collection[int]) -> str:
-    """What was expected of a size by the shapes of the tensors, in words; empty if it fits, or is not one number."""
+    """What was expected of a size by the tensors' shapes, for an error message; empty if it fits or is no number."""
     if not isinstance(value, int) or not value or not sizes:
         return ""
     if key in _WIDTHS and value not in sizes:
         return "a dimension of one of the tensors"
     if key in _PARTS and all(size % value for size in sizes):
         return "a number that divides a dimension of one of the tensors"
-    most = max(sizes) * (4 if key in _INNER else 1)  # of which some networks take two thirds
+    most = max(sizes) * (4 if key in _INNER else 1)  # some networks use two thirds of this
     if key in (*_INNER, "vocab_size") and value > most:
         return f"at most {most}, by the largest dimension of the tensors"
     return ""

@@ -204,10 +204,10 @@ def _names(
         described = AutoConfig.for_model(**config)
         kind = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
-            # In torch's default dtype, which a build in another one replaces for all threads meanwhile.
+            # Build it in torch's default dtype: another dtype would have to be set for all threads.
             model = kind.from_config(described, dtype=torch.get_default_dtype())
         processor = _processor(architecture, config)
-        own = "llama" if architecture == "llama" else None  # also Mistral's
+        own = "llama" if architecture == "llama" else None  # `llama` is also Mistral's
         mapping = names(model, processor, own)
     except Exception as error:  # of any kind, by architecture
         raise InputError(

@@ -81,7 +81,7 @@ class Model(Protocol):
 
 
 class View:
-    """What all have that read another model in another way: under other names, with other rows, with an adapter on it.
+    """Base class of models that read another model: under other names, with other rows, or with an adapter on it.
 
     Attributes:
         model: the other model.

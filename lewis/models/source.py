@@ -87,7 +87,7 @@ class ModelFiles(Reference):
 
     @model_validator(mode="after")
     def _on_disk(self) -> ModelFiles:
-        for folder in self.folders:  # a merged model, to be scored or merged again
+        for folder in self.folders:  # those of merged models must have every file of their manifest
             if folder.parent == kinds.MERGED.folder and store.read_manifest(folder) is None:
                 raise ValueError(f"{folder} is gone or damaged")
         for name, size in self.sizes.items():
@@ -117,11 +117,11 @@ class ModelFiles(Reference):
 
     @property
     def read_as(self) -> str:
-        """Identity of what `open` reads: the key, and whose names it is read under if these are another model's."""
+        """Identity of what `open` reads: the key, and if the tensors get another model's names, that model."""
         return self.key if self.like is None else self.open().key
 
     def files(self, label: str) -> ModelFiles:
-        """Itself, as a merged model gives the files to score."""
+        """Itself. (A merged model has this method too, which gives its files for scoring.)"""
         return self
 
     def outline(self) -> tuple[Path, dict[str, tuple[int, ...]]]:
@@ -184,7 +184,7 @@ class ModelFiles(Reference):
         return _once((*identity, names), under_names_of, base, model, f"{self.key} as {names}", found)
 
     def _keep(self, *opened: object) -> None:
-        """Keep what is open for as long as this reference exists."""
+        """Keep the opened model for as long as this reference exists."""
         if id(self) not in _KEPT:
             finalize(self, _KEPT.pop, id(self), None)
         _KEPT[id(self)] = opened
@@ -192,11 +192,11 @@ class ModelFiles(Reference):
 
 _T = TypeVar("_T")
 _OPENED: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()  # identity -> what is open
-_KEPT: dict[int, tuple[object, ...]] = {}  # id of a `ModelFiles` -> what it keeps open
+_KEPT: dict[int, tuple[object, ...]] = {}  # id of a `ModelFiles` -> the models that it keeps open
 
 
 def _once(identity: tuple[object, ...], make: Callable[..., _T], *arguments: Any) -> _T:
-    """What was made under this identity and is still in use somewhere in this process; else it is made."""
+    """The object that this process made for this identity, if it is still in use; else a new one."""
     found: _T | None = _OPENED.get(identity)
     if found is None:  # two threads may both come here: the second then takes what the first has made
         made = make(*arguments)

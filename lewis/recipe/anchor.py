@@ -34,7 +34,7 @@ def method_of(data: dict[str, Any]) -> Method | None:
 
 
 def problems_of(data: dict[str, Any], method: Method | None) -> list[str]:
-    """What is wrong with the anchor as such, each a line that begins with its YAML path.
+    """Problems of the anchor itself, each a line that begins with its YAML path.
 
     Its parameters, and how many models it merges, are left to `lewis.recipe.checks`.
 

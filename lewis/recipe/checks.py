@@ -202,7 +202,7 @@ def _guided_densities(block: dict[str, Any]) -> list[float]:
 
 
 def other_spellings(models: Sequence[str], base: str | None, root: Path) -> list[str]:
-    """Problems: models that are another one by another path, and so would count twice.
+    """Problems: models that are listed twice, by different paths.
 
     Args:
         models: of the recipe, as they are written there.
@@ -286,7 +286,7 @@ def _check_guided(data: dict[str, Any], method: Method) -> list[str]:
 
 
 def _check_fit(data: dict[str, Any], method: Method) -> list[str]:
-    """A method that fits needs calibration sets. What decides densities is of use only to its anchor."""
+    """Problems of a method that fits: it needs calibration sets, and densities only where its anchor takes them."""
     block, own = data.get("lewis") or {}, anchor.method_of(data)
     given = [key for key in GUIDES if block.get(key) is not None]
     problems = []
@@ -373,7 +373,7 @@ def _check_calibrations(data: dict[str, Any]) -> list[str]:
 
 
 def _check_continued(data: dict[str, Any], names: Sequence[str]) -> Iterator[str]:
-    """Whether each set whose answers an expert writes has that one expert."""
+    """Problems of sets with `continue`: exactly one expert must name such a set, as it writes the answers."""
     sets = (data.get("lewis") or {}).get("calibrations")
     experts = [each for each in _models(data) if str(each.get("model")) != str(data.get("base_model"))]
     for name, block in sets.items() if isinstance(sets, dict) else ():

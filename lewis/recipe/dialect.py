@@ -44,7 +44,7 @@ def as_recipe(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_module(data: dict[str, Any]) -> dict[str, Any]:
-    """The content of the only module takes the place of `modules`."""
+    """Replace `modules` by the content of its only module."""
     modules = data.pop("modules")
     if not isinstance(modules, dict) or not all(isinstance(each, dict) for each in modules.values()):
         raise RecipeError(f"modules: expected a mapping from a name to `models` or `slices`, got {modules!r}")

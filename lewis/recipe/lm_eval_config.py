@@ -84,7 +84,7 @@ def _block(content: Mapping[str, Any], name: str, own: Mapping[str, Any]) -> dic
 
 
 def _check(content: Mapping[str, Any], own: Mapping[str, Any], wrong: Any) -> None:
-    """Refuse what a recipe does not take over."""
+    """Refuse keys of the file that a recipe cannot take over."""
     for key in content:
         if key not in _KEYS:
             raise wrong(str(key), f"lm-eval has no such key{nearest(str(key), _KEYS)}")

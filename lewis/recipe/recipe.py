@@ -208,7 +208,7 @@ class Recipe(MergeConfig):
         left_out |= {key for key in ("anchor", "slices", "chat_template") if getattr(self, key) is None}
         left_out |= {"output"} if self.output.kind == "full" else set()
         found = self.model_dump(mode="json", exclude=left_out)
-        found |= {"output": found.pop("output")} if "output" in found else {}  # its place in the JSON, since ever
+        found |= {"output": found.pop("output")} if "output" in found else {}  # last: digests depend on the order
         return to_json(found).decode()
 
 

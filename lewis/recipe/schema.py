@@ -270,7 +270,7 @@ class Output(Block):
 
 
 class Inspect(Block):
-    """What becomes of findings on models that do not belong together (`lewis inspect`).
+    """What a run does about findings on models that do not belong together (`lewis inspect`).
 
     Attributes:
         on: `error`: one of level error stops the run before the merge; `warn`: all are only shown; `off`: nothing is
@@ -404,11 +404,11 @@ class Register(Block):
 
     Attributes:
         name: of the model; in MLflow it is `<team>.<name>`, if there is a team.
-        team: whose it is. Its models, its experiment in MLflow and its artifacts in Prefect have names that begin so.
-        group: what recipes share that register one model on purpose; empty if no other recipe registers it.
+        team: that owns it. Its models, its experiment in MLflow and its artifacts in Prefect have names that begin so.
+        group: a name that all recipes state which register this model; empty if only this recipe registers it.
     """
 
-    name: str = Field(pattern=r"^[^/:]*[^/:.][^/:]*$", max_length=200)  # with the team, MLflow keeps 256 characters
+    name: str = Field(pattern=r"^[^/:]*[^/:.][^/:]*$", max_length=200)  # MLflow allows 256 characters, team included
     team: str = Field(default="", pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$", max_length=50)
     group: str = ""
     gate: Gate | None = None

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, fiel
 from lewis.recipe.block import Block
 
 _NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
-_URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"  # without user, password and query: recipes are read by many
+_URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"  # no user, password or query: recipes are no place for secrets
 
 
 class Target(Block):
@@ -26,7 +26,7 @@ class Target(Block):
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """The name of the target, for people."""
         return self.name or self.kind
 
     @property
@@ -36,7 +36,7 @@ class Target(Block):
 
 
 class Check(Block):
-    """The gate after the gate: the server answers what the model was asked that was scored.
+    """The check of a server before it gets traffic: it is asked requests that the scored model has answered.
 
     Attributes:
         documents: how many, at most those that an evaluation keeps.
@@ -133,13 +133,13 @@ _BUSY = 'haproxy_server_current_sessions{proxy="{backend}",server="{server}"}'
 
 
 class Rule(Block):
-    """What a query of Prometheus may say about the new server, relative to the old one in the same time.
+    """A limit for the new server: a Prometheus query, whose value may be at most `times` the old server's plus `plus`.
 
     Attributes:
-        name: for people.
-        query: PromQL of one number, in which `{server}`, `{backend}` and `{window}` are filled in.
-        times: the new one may have so many times what the old one has,
-        plus: and so much more.
+        name: of the rule, in messages and pictures.
+        query: PromQL that gives one number. `{server}`, `{backend}` and `{window}` are filled in.
+        times: factor of the old server's value over the same time.
+        plus: what is added to it.
     """
 
     name: str = Field(min_length=1)
@@ -189,7 +189,7 @@ class CanaryTarget(Target):
 
     @property
     def places(self) -> dict[str, str]:
-        """What is filled into queries, next to `{server}` and `{window}`."""
+        """The values of the further placeholders of queries, next to `{server}` and `{window}`."""
         raise NotImplementedError
 
 
@@ -224,7 +224,7 @@ _ANSWERS = f"sum(increase(vllm:request_success_total{{{_OF_VLLM}}}[{{window}}]))
 
 
 def _share_of(reason: str) -> str:
-    """PromQL of the share of answers that ended for a reason."""
+    """PromQL for the share of answers that ended for a given reason."""
     return (
         f'sum(increase(vllm:request_success_total{{{_OF_VLLM},finished_reason=~"{reason}"}}[{{window}}])) / {_ANSWERS}'
     )

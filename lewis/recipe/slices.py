@@ -111,7 +111,7 @@ def as_merges(data: Mapping[str, Any], method: Method | None) -> Iterator[tuple[
 
 
 def problems_of(data: Mapping[str, Any], method: Method | None) -> list[str]:
-    """What is wrong with the slices as such, each a line that begins with its YAML path."""
+    """Problems of the slices themselves, each a line that begins with its YAML path."""
     problems, whole = [], model_name(data.get("base_model"))
     if data.get("models"):
         problems.append("slices: expected either models or slices, got both; remove one")

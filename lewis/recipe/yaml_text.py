@@ -41,7 +41,7 @@ class _Limits(Composer):
         return {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Count, then read what comes next."""
+        """Count a node, then read it."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self._anchored:

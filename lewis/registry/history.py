@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
 TAG = "mlflow.lewis.history."  # MLflow's pages hide tags that begin with its own name
-_SHOWN = "lewis.registry.history."  # what they began with before, long JSON in sight
+_SHOWN = "lewis.registry.history."  # earlier prefix, whose long JSON MLflow's pages show
 TEAM = "lewis.team"  # tag of a registered model, and of its versions: `register.team`
 REFUSED = ("rejected", "refused", "waits", "lapsed")
 """What records say that left the champion where it was."""

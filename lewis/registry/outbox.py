@@ -49,23 +49,23 @@ class Move:
 
 
 def write(move: Move) -> None:
-    """Write a move down; one of the same id is replaced."""
+    """Write a move to a file; it replaces an earlier one of the same id."""
     store.write_entry(OUTBOX.path(move.id), asdict(move))
 
 
 def remove(move: Move) -> None:
-    """Forget a move: it is known, or it never happened."""
+    """Remove a move that Prefect has, or that never happened."""
     OUTBOX.path(move.id).unlink(missing_ok=True)
 
 
 def moves() -> list[Move]:
-    """All moves that are written down, oldest first."""
+    """All moves that are to be reported, oldest first."""
     found = [store.read_entry(path) for path in OUTBOX.entries()]
     return sorted((Move(**each) for each in found if each), key=lambda move: move.time)
 
 
 def unsettled() -> list[str]:
-    """The registered models with moves of which it is not known whether they happened."""
+    """The registered models that have moves which may or may not have happened."""
     return sorted({move.name for move in moves() if not move.happened})
 
 

@@ -66,7 +66,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         before = current.version.uri if current is not None else None
         if before == version.uri:
             logger.info("%s already is the champion", version.uri)
-            history.follow(client, version.name)  # what a process that died did not do
+            history.follow(client, version.name)  # finish what a process that died left undone
             return Promotion(moved=False, previous=before)
         if verdict.passed:
             _check_still_champion(current, verdict)
@@ -247,7 +247,7 @@ def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
 
 
 def _ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: str | None, by: str) -> dict[str, str]:
-    """The tags of a version that begins to wait, or waits already; that its time was up before goes to the history."""
+    """The tags of a version that begins to wait, or waits already. A wait that has ended goes into the history."""
     known = dict(client.get_model_version(version.name, version.version).tags)
     now = datetime.now(UTC)
     if known.get("lewis.verdict") == WAITING and _UNTIL in known:
@@ -314,12 +314,12 @@ def _move(
 
 
 def settle() -> None:
-    """Find out whether the moves happened whose writers died in the middle of them."""
+    """Find out whether the moves happened whose writer died meanwhile."""
     for name in outbox.unsettled():
         with store.shared_lock(f"registry-{name}"), tracking.client(f"reading the champion of {name}") as client:
             try:
                 champion = _aliases(client, name).get("champion")
-            except InputError:  # the model was deleted: nobody wants to know
+            except InputError:  # the model was deleted: nothing to report
                 champion = None
             outbox.settle(name, champion)
 

@@ -58,7 +58,7 @@ class _Remote:
 
 
 def check(repo: str, private: bool) -> None:
-    """Raise what `publish` would raise, as far as that is known before anything is pushed.
+    """Raise the errors of `publish` that can be known before anything is pushed.
 
     Args:
         repo: `org/name`; it need not exist.

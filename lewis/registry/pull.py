@@ -72,7 +72,7 @@ def pull(what: str, folder: Path) -> Pulled:
 
 
 def version_of(client: "MlflowClient", what: str) -> "ModelVersion":
-    """The version that is named, as `pull` takes it.
+    """The version that a text names, in the form that `pull` takes.
 
     Raises:
         InputError: if there is no such model, alias or version.
@@ -114,7 +114,7 @@ def _damaged(uri: str, error: DamagedError) -> LewisError:
 
 
 def _unknown(client: "MlflowClient", what: str, name: str) -> InputError:
-    """The error that names what there is instead."""
+    """The error for a name that does not exist; it lists those that do."""
     there = client.search_model_versions(f"name='{name}'")
     if not there:
         models = [each.name for each in client.search_registered_models()]

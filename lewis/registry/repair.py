@@ -28,7 +28,7 @@ _INHERITED = (WITHDRAWN, "lewis.verdict", "lewis.published", history.MARK)
 
 
 def verify() -> Verified:
-    """Check the store and the registered versions; nothing that is remembered of them counts.
+    """Read all files of the store and of the registered versions again; remembered checksums are not trusted.
 
     A version whose files are lost or damaged is tagged. The next run of its recipe registers it again.
 
@@ -76,12 +76,12 @@ def inherited(client: "MlflowClient", name: str, digest: str) -> dict[str, str]:
 
 
 def point_aliases_to(client: "MlflowClient", version: Version, digest: str) -> None:
-    """Move every alias from damaged versions of a merge to a whole one. Call it under the registry's lock.
+    """Move every alias of a merge's damaged versions to an intact version. Call it under the registry's lock.
 
     It is done at each registration: a process that died in between leaves the rest to the next.
     """
     name = version.name
-    if DAMAGED in client.get_model_version(name, version.version).tags:  # its files are back
+    if DAMAGED in client.get_model_version(name, version.version).tags:  # its files are whole again
         client.delete_model_version_tag(name, version.version, DAMAGED)
     for alias, number in sorted(history.registered_model(client, name).aliases.items()):
         if str(number) == version.version:
@@ -97,7 +97,7 @@ def point_aliases_to(client: "MlflowClient", version: Version, digest: str) -> N
 
 
 def _move_champion(client: "MlflowClient", version: Version, before: str, digest: str) -> None:
-    """Move the alias `champion`, and report it: what serves the damaged files must load the new version."""
+    """Move the alias `champion`, and report it, so that servers of the damaged files load the new version."""
     why = f"the files of {before} were damaged"
     history.record(client, version.name, "repaired", version.uri, before, why)
     outbox.settle(version.name, before.rpartition("/")[2])

@@ -90,7 +90,7 @@ def all_versions(client: "MlflowClient") -> Iterator["ModelVersion"]:
 
 
 def runs(before: float) -> tuple[list[Outdated], set[str]]:
-    """The runs that ended before a time and that no version, chart or newest search of a name needs.
+    """Old runs of MLflow that can go: not of a version, not in a chart, not the newest search of a name.
 
     Args:
         before: Unix time in seconds.
@@ -169,7 +169,7 @@ def _read() -> _Versions:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What an entry, or its manifest, holds; nothing if it is damaged."""
+    """The content of an entry, or of its manifest; empty if it is damaged."""
     content = store.read_json(path / store.MANIFEST if path.is_dir() else path)
     return content if isinstance(content, dict) else {}
 

@@ -22,7 +22,7 @@ _MODEL, _RUN, _SESSION = "mlflow.modelId", "mlflow.sourceRun", "mlflow.trace.ses
 
 
 def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, models: Mapping[str, str]) -> None:
-    """Log the documents on which the two models differ, in score first; equal answers need nobody's feedback.
+    """Log the documents on which the two models differ, in score first; equal answers need no feedback.
 
     Args:
         client: of the tracking store, which is MLflow's current one.
@@ -56,6 +56,6 @@ def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, m
             span.end()
             try:
                 mlflow.log_expectation(trace_id=span.trace_id, name="expected", value=texts.target)
-            except MlflowException as error:  # such as of a server without traces: what else is registered is whole
+            except MlflowException as error:  # such as a server without traces; the version itself is registered
                 logger.warning("the answers of %s are not in MLflow's traces: %s", label, error)
                 return

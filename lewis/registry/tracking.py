@@ -132,7 +132,7 @@ def exists() -> bool:
 
 
 def check_exists(what: str) -> None:
-    """Check that there is a tracking store to look for something in, which a look should not create.
+    """Check that there is a tracking store, for commands that only read and must not create one.
 
     Raises:
         InputError: naming what is looked for.

@@ -254,7 +254,7 @@ def find_with(client: "MlflowClient", name: str, digest: str) -> Version | None:
 
 
 def of_digest(client: "MlflowClient", name: str, digest: str) -> list["ModelVersion"]:
-    """The versions of a merge, with or without all their files, and without those that were registered again."""
+    """The versions of a merge, intact or damaged, but for those that a later version replaced."""
     return list(client.search_model_versions(f"name='{name}' and tags.`lewis.digest`='{digest}'"))
 
 
@@ -286,7 +286,7 @@ def check_model(client: "MlflowClient", version: "ModelVersion", *, again: bool 
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise DamagedError("its LoggedModel was deleted") from error
         raise
-    # The sizes, all that a remote store knows, cannot lift the tag.
+    # A remote store is checked by file sizes alone, which do not show that damaged files are whole again.
     if logged_model.local_folder(model) is None and DAMAGED in version.tags:
         raise DamagedError("a download of it was damaged")
     return model

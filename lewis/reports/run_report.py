@@ -206,7 +206,7 @@ def run_name(recipe: str, moves: Sequence[Change] | None, names: Mapping[str, st
 
 
 def _arrow(move: Change) -> str:
-    """The commits of a model that moved, cut short; of an adapter on a base the last of the two that did."""
+    """`b42e10 -> 0070ea` for a model that moved; if base and adapter both moved, for the adapter."""
     commits = zip(commits_of(move.before or ""), commits_of(move.now or ""), strict=False)
     before, now = ([pair for pair in commits if pair[0] != pair[1]] or [(str(move.before), str(move.now))])[-1]
     return f"{short(before)[:BRIEF]} -> {short(now)[:BRIEF]}"

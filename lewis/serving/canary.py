@@ -64,14 +64,14 @@ def run(
 
 
 def _shift(target: CanaryTarget, shares: Mapping[str, int], give: Callable[[str, int], None]) -> None:
-    """Set shares; those that get more first, so that there always is a server."""
+    """Set the shares of traffic, the largest first, so that some server always has traffic."""
     for name, share in sorted(shares.items(), key=lambda each: -each[1]):
         give(name, share)
     logger.info("%s: %s", target.label, ", ".join(f"{name} {share} %" for name, share in shares.items()))
 
 
 def _bake(target: CanaryTarget, model: Model, new: str, old: str, share: int, has: Callable[[], bool]) -> Step:
-    """Wait until a step has lasted, and had its requests; then measure."""
+    """Wait until a step has had its time and its requests; then measure."""
     began, seen = time.monotonic(), 0.0
     while (lasted := time.monotonic() - began) < 60 * target.minutes or seen < target.requests:
         if lasted > 60 * max(target.minutes, target.patience_minutes):

@@ -87,7 +87,7 @@ def _program(target: CommandTarget) -> Path:
 
 
 def facts(model: Model) -> dict[str, str]:
-    """The variables of the program."""
+    """The environment variables for the program."""
     return {
         "MODEL_NAME": model.name,
         "MODEL_VERSION": model.version,

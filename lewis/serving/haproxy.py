@@ -30,7 +30,7 @@ def offer(target: HaproxyTarget, model: Model, before: Served) -> None:
 
 
 def api(target: HaproxyTarget, model: Model, before: Served) -> tuple[str, str]:
-    """Where the model answers once it is offered, and under which name."""
+    """URL at which the offered model answers, and its name there."""
     return vllm.api(_server(target, idle(target, before)), model)
 
 
@@ -101,7 +101,7 @@ def give(target: HaproxyTarget, name: str, share: int) -> None:
 
 
 def command(target: HaproxyTarget, text: str) -> str:
-    """What HAProxy's runtime socket answers to a command.
+    """Send a command to HAProxy's runtime socket; returns the answer.
 
     Raises:
         TransientError: if it does not answer.

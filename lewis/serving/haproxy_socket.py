@@ -9,7 +9,7 @@ _SECONDS = 10.0  # for one command
 
 
 def ask(path: str, text: str) -> str:
-    """What HAProxy answers to commands.
+    """Send commands to HAProxy; returns its answer.
 
     Args:
         path: of the socket.

@@ -30,7 +30,7 @@ class HubTarget(Target):
 
 
 def targets(recipe: Recipe) -> list[Target]:
-    """Where a recipe's champion goes into service, in this order: the Hub, the block `serve`, `lewis up --serve`."""
+    """All targets of a recipe, in order: the Hub's branch, the block `serve`, this machine under `lewis up --serve`."""
     here = local.targets(recipe.register_as.model) if recipe.register_as else []
     return [*([HubTarget(publish=recipe.publish)] if recipe.publish else []), *recipe.serve, *here]
 

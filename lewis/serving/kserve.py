@@ -37,7 +37,7 @@ def offer(target: KserveTarget, model: Model, before: Served) -> None:
 
 
 def api(target: KserveTarget, model: Model, before: Served) -> tuple[str, str] | None:
-    """Where the service answers that has no traffic, whatever the weights are; None if the target has no gateway."""
+    """URL of the service without traffic, which answers whatever the weights are; None if the target has no gateway."""
     name = idle(target, before)
     url = f"{target.gateway.rstrip('/')}/{target.namespace}/{name}/v1"
     return (url, _asked_for(target, read(target, name), model)) if target.gateway else None
@@ -117,7 +117,7 @@ def _weight(share: int) -> dict[str, Any]:
 
 
 def _model(target: KserveTarget, model: Model) -> dict[str, Any]:
-    """What `spec.model` is given: a full model by its URI, an adapter in place of those that it has."""
+    """The new `spec.model`: the URI of a full model, or the list of adapters with this one in place of the others."""
     uri = str(filled(target.uri, model))
     if model.output != "lora":
         return {"uri": uri}

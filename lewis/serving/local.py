@@ -72,14 +72,14 @@ def offer(target: LocalTarget, model: Model, before: Served) -> None:
 
 
 def api(target: LocalTarget, model: Model, before: Served) -> tuple[str, str]:
-    """Where the model answers once it is offered, and under which name."""
+    """URL at which the offered model answers, and its name there."""
     wanted, now = _state()
     at = wanted.slot_of(model.alias) or wanted.traffic
     return f"{now.slots[at].url}/v1", model.alias if model.output == "lora" else model.name
 
 
 def put(target: LocalTarget, model: Model, before: Served) -> str:
-    """Give the model the requests; the server before ends by itself.
+    """Move all requests to the new model; the old server ends by itself.
 
     Raises:
         TransientError, LewisError: as `offer`.
@@ -170,7 +170,7 @@ def _check_memory(new: Slot) -> None:
 
 
 def _wait(target: LocalTarget, at: str, found: Callable[[Now], bool]) -> None:
-    """Wait until a slot is as it has to be.
+    """Wait until a slot is in the wanted state.
 
     Raises:
         TransientError: if `lewis up --serve` ends.

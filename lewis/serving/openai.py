@@ -41,7 +41,7 @@ def put(target: OpenaiTarget, model: Model, before: Served) -> str:
 
 
 def api(target: OpenaiTarget, model: Model, before: Served) -> tuple[str, str] | None:
-    """Where the model answers, and under which name; None if that is not known."""
+    """URL at which the model answers, and its name there; None if the target has no `api`."""
     return (target.api.rstrip("/"), asked_for(target, model)) if target.api else None
 
 

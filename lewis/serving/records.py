@@ -114,12 +114,12 @@ def read(client: "MlflowClient", name: str) -> Iterator[Served]:
 
 
 def write(client: "MlflowClient", record: Served) -> None:
-    """Write a record in place of the target's last."""
+    """Write a record of a target, in place of its last one."""
     client.set_registered_model_tag(record.name, f"{TAG}{record.target}", json.dumps(asdict(record)))
 
 
 def remove(client: "MlflowClient", record: Served) -> None:
-    """Forget a target that the recipe has no more."""
+    """Remove the record of a target that is no longer in the recipe."""
     client.delete_registered_model_tag(record.name, f"{TAG}{record.target}")
 
 

@@ -14,7 +14,7 @@ _PASSES = (408, 425, 429)  # statuses below 500 after which another try may succ
 
 
 def place(url: str) -> str:
-    """A URL for people: the path may be what lets one post."""
+    """A URL without its path, for messages: the path of a webhook may be its secret."""
     return "{0.scheme}://{0.netloc}".format(urlsplit(url))
 
 

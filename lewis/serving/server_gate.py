@@ -73,7 +73,7 @@ class Checked:
 
     @property
     def differing(self) -> list[Answer]:
-        """Those that are not the same, the worst first."""
+        """The answers that differ, the worst first."""
         return sorted((each for each in self.answers if each.share < 1), key=lambda each: each.share)
 
     def line(self) -> str:
@@ -105,7 +105,7 @@ class RefusedError(LewisError):
 
 
 def requests(digest: str, settings: EvalSettings | None) -> dict[str, list[dict[str, Any]]]:
-    """What the evaluation of a merge has kept, task -> requests; empty if it has kept nothing.
+    """The requests that a merge's evaluation has kept, by task; empty if it has kept none.
 
     Args:
         digest: of the merge.
@@ -169,7 +169,7 @@ def _likelihoods(api: str, model: str, task: str, kept: Mapping[str, Any], toler
 
 
 def _of_continuation(choice: Mapping[str, Any], start: int, end: int) -> list[float]:
-    """The log-probabilities of the tokens of a text that was echoed which begin between two characters."""
+    """The log-probabilities of those tokens of an echoed text that begin between two characters."""
     try:
         known = choice["logprobs"]
         pairs = list(zip(known["text_offset"], known["token_logprobs"], strict=True))
@@ -195,7 +195,7 @@ def _text(api: str, model: str, task: str, kept: Mapping[str, Any]) -> Answer:
         text, at, _ = text.partition(stop)
         cut = cut and not at
     scored, served = str(kept["answer"]).strip(), text.strip()
-    if cut:  # it was cut, so the other one is cut, too
+    if cut:  # cut both answers at the same place
         scored = scored[: max(len(served), 1)]
     parts = next((i for i, (x, y) in enumerate(zip(scored, served, strict=False)) if x != y), len(served))
     share = parts / max(len(scored), len(served), 1) if scored != served else 1.0
@@ -203,7 +203,7 @@ def _text(api: str, model: str, task: str, kept: Mapping[str, Any]) -> Answer:
 
 
 def _post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The first choice of the answer."""
+    """Post a request; returns the first choice of the answer."""
     answer = send("POST", url, body=body, headers=with_key(url), timeout_s=_SECONDS)
     try:
         return dict(answer.json()["choices"][0])

@@ -124,7 +124,7 @@ def serve(
 
 
 def is_due(target: Target, champion: Champion) -> bool:
-    """Whether a target that has not the champion may get it now.
+    """Whether a target without the champion may be given it now.
 
     Not if it has refused that version, or if the server is away; nor soon after an attempt that failed.
     """
@@ -138,7 +138,7 @@ def is_due(target: Target, champion: Champion) -> bool:
     holds = KINDS[target.form].holds
     try:
         return holds is not None and not holds(target, record)
-    except LewisError:  # when it answers again, it may have lost the model
+    except LewisError:  # a server that restarts may have lost the model
         return False
 
 
@@ -150,14 +150,14 @@ def _digest(target: Target) -> str:
 def _still_holds(kind: Kind, target: Target, record: Served) -> bool:
     try:
         return kind.holds is None or kind.holds(target, record)
-    except LewisError:  # the attempt to put it there says why
+    except LewisError:  # serving it will fail and report why
         return False
 
 
 def _bring(
     kind: Kind, target: Target, ready: model.Model, before: Served, settings: EvalSettings | None
 ) -> tuple[str, str]:
-    """Put a model into service if the server answers as it should; what was found, and the model's name there."""
+    """Put a model into service if its check passes; returns what the check found, and the model's name there."""
     if kind.offer:
         try:
             kind.offer(target, ready, before)
@@ -172,14 +172,14 @@ def _bring(
         return _check(kind, target, ready, before, settings), alias
     except server_gate.RefusedError:
         folder = SERVED.path(before.alias) if before.alias else None
-        if folder and folder.is_dir():  # it answers already, so clients get the one before again
+        if folder and folder.is_dir():  # clients reach it already: go back to the version before
             version = before.uri.rpartition("/")[2]
             kind.put(target, model.Model(before.name, version, before.digest, folder, ready.output), before)
         raise
 
 
 def _check(kind: Kind, target: Target, ready: model.Model, before: Served, settings: EvalSettings | None) -> str:
-    """Ask the server what the model was asked that was scored, if the target says so; what was found, in a sentence."""
+    """If the target has a check, ask the server the requests of the scored model; returns the result as a sentence."""
     block, place = getattr(target, "check", None), kind.api(target, ready, before) if kind.api else None
     if block is None or place is None:
         return ""
@@ -216,7 +216,7 @@ def _write(record: Served) -> None:
 
 
 def tidy(name: str, targets: Sequence[Target]) -> None:
-    """Forget targets that the recipe has no more, and remove the files of versions that are served nowhere.
+    """Remove records of targets that left the recipe, and files of versions that are served nowhere.
 
     What was in service before stays on the disk, to go back to.
     """

@@ -101,7 +101,7 @@ def wanted() -> Wanted | None:
 
 
 def want(what: Wanted | None) -> None:
-    """Say what is to be served; None: nothing any more."""
+    """Set what is to be served; None: nothing."""
     if what is None:
         _wanted().unlink(missing_ok=True)
     else:
@@ -117,7 +117,7 @@ def now() -> Now | None:
 
 
 def note(what: Now | None) -> None:
-    """Write what is served, in the process that does it; None: it ends."""
+    """Write what is served; called by the serving process. None: it ends."""
     if what is None:
         _now().unlink(missing_ok=True)
     else:
@@ -131,7 +131,7 @@ def is_ours(url: str) -> bool:
 
 
 def state() -> tuple[bool, str]:
-    """Whether all is as it is wanted, and what is served, for people."""
+    """Whether the wanted state is reached, and what is served, in words."""
     what, found = wanted(), now()
     if what is None or found is None:
         return False, "does not run; `lewis up --serve` starts it"

@@ -37,7 +37,7 @@ def offer(target: VllmTarget, model: Model, before: Served | None = None) -> Non
 
 
 def put(target: VllmTarget, model: Model, before: Served) -> str:
-    """Let clients have the model, and unload those that are neither this one nor the one before."""
+    """Serve the model to clients, and unload all but this one and the one before."""
     if models(target).get(asked_for(target, model.name)) != str(model.folder):
         _load(target, asked_for(target, model.name), model)
     kept = {model.alias, before.previous_alias if before.alias == model.alias else before.alias}
@@ -60,7 +60,7 @@ def holds(target: VllmTarget, record: Served) -> bool:
 
 
 def api(target: VllmTarget, model: Model, before: Served | None = None) -> tuple[str, str]:
-    """Where the model answers once it is offered, and under which name."""
+    """URL at which the offered model answers, and its name there."""
     return f"{target.url.rstrip('/')}/v1", model.alias
 
 

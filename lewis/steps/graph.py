@@ -46,7 +46,7 @@ Results = Mapping[str, Any]
 """Name of a node, or of a task by hand -> its result."""
 
 CHAMPION = "find champion"  # the name under which the caller gives the champion's files, or None
-MARK = "find mark"  # likewise, of the gate's mark
+MARK = "find mark"  # the name under which the caller gives the files of the gate's mark, or None
 LOOK = "look"  # the name under which the caller says how many documents are scored; left out: all
 PREFLIGHT = "preflight"
 
@@ -125,13 +125,13 @@ class Graph:
         return Graph(node for node in self if node.name in wanted)
 
     def edges(self, name: str) -> list[str]:
-        """The names that a node is drawn after: of all that it waits for, those that none of the others waits for."""
+        """The edges into a node in a drawing: the nodes that it waits for, without those that another of them needs."""
         direct = [*self._nodes[name].needs, *self._nodes[name].after]
         behind = {each for other in direct for each in self._before(other)}
         return [each for each in dict.fromkeys(direct) if each not in behind]
 
     def _before(self, name: str) -> set[str]:
-        """All names that a node comes after, by whatever way."""
+        """All nodes that must be done before a node."""
         if name not in self._nodes:
             return set()
         direct = {*self._nodes[name].needs, *self._nodes[name].after}
@@ -195,7 +195,7 @@ def _calibrations(recipe: Recipe) -> Iterator[Node]:
     if recipe.lewis is None or recipe.base_model is None:
         return
     sets, root, of_base = recipe.lewis.calibrations, recipe.root, f"download {recipe.base_model}"
-    # A method that fits needs its sets for the check itself.
+    # The inspection of a method that fits reads the calibration rows, so they come before it.
     needs = (of_base,) if recipe.fits else (of_base, "inspect")
     for name in _sets(recipe):
 
@@ -357,7 +357,7 @@ def _scores(recipe: Recipe) -> Iterator[Node]:
 
 
 def look_to_show(recipe: Recipe, merged: str, champion: str | None) -> int | None:
-    """The documents of each task in the scores of a merged model that is not judged again; None: all.
+    """How many documents of each task the shown scores of a merged model have, if it was judged before; None: all.
 
     Args:
         recipe: with an `evaluate` block.
@@ -379,7 +379,7 @@ def evaluations(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def labels(recipe: Recipe) -> dict[str, str]:
-    """What is scored: label -> the node, or the task by hand, that gives the model; the merged model is the last."""
+    """The scored models: label -> the node, or hand-made task, that gives the model; the merged model is the last."""
     found: dict[str, str] = {}
     if recipe.scores_base:
         found["base"] = f"download {recipe.base_model}"
@@ -392,7 +392,7 @@ def labels(recipe: Recipe) -> dict[str, str]:
     if recipe.register_as:
         found["champion"] = CHAMPION
         if recipe.evaluate and recipe.evaluate.documents == "by_release":
-            found["mark"] = MARK  # which has no scores on documents that nobody has seen
+            found["mark"] = MARK  # which was never scored on these documents
     return {**found, MERGED: "merge experts"}
 
 
@@ -410,7 +410,7 @@ def inspection_settings(recipe: Recipe) -> InspectionSettings:
 
 
 def warning_of_shared_set(recipe: Recipe) -> str:
-    """What is perhaps wrong with the calibration sets of a fit, as a sentence; empty if nothing is."""
+    """A warning about the calibration sets of a fit; empty if there is none."""
     sets = recipe.lewis.calibrations if recipe.lewis else {}
     if not recipe.fits or not sets:
         return ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis import store
-from lewis.errors import LewisError
+from lewis.errors import LewisError, TransientError
 from lewis.evaluation.outlook import outlook
 from lewis.evaluation.step import find_score, scoring_devices
 from lewis.importance.coverage import covered_tensors
@@ -34,6 +34,7 @@ from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.registry import tracking, versions
+from lewis.settings import size_text
 from lewis.steps.graph import (
     CHAMPION,
     LOOK,
@@ -136,7 +137,7 @@ class Plan:
             "",
         ]
         lines += [
-            f"input   {row['ref']}  {commits_of(row['commit'])[-1][:23]}  {row['bytes'] / 1e6:.1f} MB"
+            f"input   {row['ref']}  {commits_of(row['commit'])[-1][:23]}  {size_text(row['bytes'])}"
             for row in self.inputs
         ]
         lines += [f"names   {each}" for each in self.renamed]
@@ -150,13 +151,13 @@ class Plan:
         lines += ["covered none: a plain merge"] if not kinds else []
         lines += [f"left    {name}: {100 * share:.1f} % of the parameters" for name, share in self.uncovered.items()]
         lines += [f"{'' if number else 'gate':<7} {each}" for number, each in enumerate(self.gate)]
-        lines.append(f"disk    {self.disk / 1e9:.3f} GB to write, {self.disk_free / 1e9:.1f} GB free in {store.home()}")
+        lines.append(f"disk    {size_text(self.disk)} to write, {size_text(self.disk_free)} free in {store.home()}")
         if self.remote:
-            moved = f"{self.to_fetch / 1e9:.3f} GB to fetch, about {self.to_push / 1e9:.3f} GB to push"
+            moved = f"{size_text(self.to_fetch)} to fetch, about {size_text(self.to_push)} to push"
             lines.append(f"remote  {moved}, {self.remote}")
         if self.memory:
-            lines.append(f"memory  about {self.memory / 1e9:.2f} GB")
-        told = "unknown until all models are here" if self.seconds is None else f"about {self.seconds:.1f} s"
+            lines.append(f"memory  about {size_text(self.memory)}")
+        told = "unknown until all models and rows are here" if self.seconds is None else f"about {self.seconds:.1f} s"
         lines.append(f"time    {told}, for the merges")
         lines += (
             [f"        about {self.measuring:.1f} s, for statistics of the experts' inputs"] if self.measuring else []
@@ -178,12 +179,16 @@ class _NotHere(ModelFiles):
 
     @property
     def read_as(self) -> str:
-        """Identity of the content: under whose names it is read is known once it is here."""
+        """Identity of the content. (Under which names it will be read is known once the model is here.)"""
         return self.key
 
     def outline(self) -> tuple[Path, dict[str, tuple[int, ...]]]:
         """The folder with its config, and the shape of every tensor."""
         return self.folder, self.shapes
+
+
+_UNREACHED = object()
+"""Stands for a calibration set whose dataset the Hub does not answer for right now."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ class _Unmade:
     key: str
 
     def files(self, label: str) -> None:
-        """It has none here."""
+        """None: there are no files on this machine."""
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -248,7 +253,7 @@ def _add_merges(plan: Plan, recipe: Recipe, headers: Headers, experts: int) -> N
         plan.seconds = None
     else:
         plan.seconds = sum((each.cost.seconds or 0) - each.cost.passes for each in merges)
-    plan.memory += mapped_bytes() if plan.memory else 0  # forecasts are of anonymous memory
+    plan.memory += mapped_bytes() if plan.memory else 0  # forecasts leave out mapped files
 
 
 def _bytes_of_output(recipe: Recipe, headers: Headers) -> int:
@@ -269,9 +274,16 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
     with remote.looking() as asked:
         for node in walked:
             if node.name not in scores:
-                plan.steps.append(_look(node, results, asked))
+                try:
+                    plan.steps.append(_look(node, results, asked))
+                except TransientError as error:
+                    if node.step is not CALIBRATE:
+                        raise
+                    results[node.name] = _UNREACHED
+                    plan.steps.append(PlannedStep(node.label, "to do"))
+                    plan.warning = "; ".join(filter(None, (plan.warning, f"not known yet: {error}")))
         block, merged = recipe.evaluate, results.get("merge experts")
-        if block and block.stop != "never" and merged and merged.key:  # else nothing is known of where it will end
+        if block and block.stop != "never" and merged and merged.key:  # else it is not known at which look it will end
             champion = results.get(CHAMPION)
             results[LOOK] = look_to_show(recipe, merged.key, champion.key if champion else None)
         plan.steps += _look_at_scores(walked, results, asked)
@@ -293,12 +305,13 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
 
 
 def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> PlannedStep:
-    """Look for the result of a step, and put it, or what stands for it, among the results."""
+    """Look for the result of a step, and add it, or a stand-in, to the results."""
     step, before = node.step, len(asked)
     missing = any(name in results and results[name] is None for name in node.needs)
     absent = any(isinstance(results.get(name), _NotHere) for name in node.needs)
+    unreached = any(results.get(name) is _UNREACHED for name in node.needs)
     # A merge is checked and timed without its densities; any take as long.
-    known = not (step.opens and absent) and (not missing or step is MERGE)
+    known = not (step.opens and absent) and not unreached and (not missing or step is MERGE)
     given: Any = node.given(results) if known else None
     if step is CHECK:
         if given is not None:

@@ -107,5 +107,5 @@ class Step(ABC, Generic[In, Out]):
         return ()
 
     def facts(self, given: In, made: Out) -> Mapping[str, Any]:
-        """What is worth showing next to the result, as plain JSON data."""
+        """Facts to show next to the result, as plain JSON data."""
         return {}

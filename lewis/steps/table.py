@@ -262,7 +262,7 @@ class Merge(Step[MergeInput, MergedModel]):
         prepared = prepare_merge(given)
         shapes = {name: shape for name, (_, shape) in prepared.layout.items() if prepared.merges(name)}
         written = factor_bytes(shapes, given.config.output.rank) if prepared.as_adapter else prepared.size
-        if written >= store.free_space(store.home()):  # no room for the sample that a forecast writes
+        if written >= store.free_space(store.home()):  # too little space for a forecast, which writes a sample
             return Cost(written=written, seconds=None)
         found, more = forecast(prepared), Cost()
         if prepared.tunes and given.config.needs_grams and given.base and given.sets:

@@ -27,7 +27,7 @@ _making: ContextVar[list[Path] | None] = ContextVar("making", default=None)
 
 @contextmanager
 def noticing() -> Iterator[list[Path]]:
-    """Give a list to which each entry is appended that this block writes in this thread, not those that it finds."""
+    """Give a list of the entries that this thread writes while the block lasts; entries that it finds are not in it."""
     made = list[Path]()
     token = _making.set(made)
     try:

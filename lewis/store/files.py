@@ -175,7 +175,7 @@ def discard(path: Path) -> None:
 
 
 def discard_unless(check: Callable[[], None], scratch: Path) -> None:
-    """Remove what was written so far if a check of it fails: a later process must not go on with it.
+    """Run a check; if it fails, remove the files written so far, so that no later process continues with them.
 
     Raises:
         LewisError: as the check.

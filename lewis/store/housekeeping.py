@@ -47,7 +47,7 @@ class Needed(NamedTuple):
 
 @dataclass(frozen=True)
 class Removable:
-    """Something in the store that nobody needs.
+    """A file or folder of the store that is no longer needed.
 
     Attributes:
         path: a file or a folder.
@@ -117,7 +117,7 @@ def remove(items: list[Removable]) -> int:
 def _entries(
     kind: Kind, needed: Needed | None, lost: set[Path], now: float, recent: float, unused: float
 ) -> Iterator[Removable]:
-    """The entries of a kind that were not used since `unused`, or refer to what is gone or among `lost`."""
+    """The entries of a kind to remove: not used since `unused`, or made of an entry that is gone or in `lost`."""
     for path in kind.entries():
         if not kind.head_of(path).exists():
             continue  # LEWIS did not write it

@@ -74,7 +74,7 @@ class Kind:
         return sorted(path for path in self.folder.glob(self.pattern) if not path.name.startswith("."))
 
     def head_of(self, path: Path) -> Path:
-        """The file by which the entry at `path` is believed, whose modification time notes its use."""
+        """The head of the entry at `path`: the file that makes it an entry. Its modification time is the last use."""
         return path / MANIFEST if self.manifest else path
 
     def beside_of(self, path: Path) -> Path:

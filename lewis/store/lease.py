@@ -85,8 +85,8 @@ class Lease:
         """Give it back, if it is held."""
         self._ended.set()
         if self._own and self._keeper:
-            self._keeper.join(10)  # else it could write the object again
-            with suppress(Exception):  # it ends by itself
+            self._keeper.join(10)  # else the thread could write the object again
+            with suppress(Exception):  # the lease ends by itself
                 system, place = self._opened()
                 if self._highest(system, place)[0] == int(self._own):
                     system.pipe_file(f"{place}/{self._own}", self._content(0.0))
@@ -109,7 +109,7 @@ class Lease:
         own, data = f"{number + 1:08d}", self._content()
         try:
             remote.create(system, f"{place}/{own}", data)
-        except (PermissionError, NotImplementedError, TypeError, ValueError):  # it cannot be made at all
+        except (PermissionError, NotImplementedError, TypeError, ValueError):  # it can never be created here
             raise
         except Exception:  # it exists, which each file system says in its way; or the answer was lost, and it is ours
             pass
@@ -181,7 +181,7 @@ class Lease:
             if not number:
                 return 0, 0.0
             newest = f"{place}/{number:08d}"
-            with suppress(FileNotFoundError):  # there is a higher one by now
+            with suppress(FileNotFoundError):  # a newer object has replaced it
                 try:
                     return number, float(json.loads(system.cat_file(newest))["end"])
                 except (ValueError, KeyError, TypeError):  # on a disk: it is being written, or its writer was killed

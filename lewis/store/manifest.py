@@ -15,7 +15,7 @@ from lewis.store.entries import mark_used, read_entry, set_aside, write_entry
 from lewis.store.files import MANIFEST
 from lewis.threads import ContextPool
 
-_LARGE = 1 << 28  # bytes that take longer to hash than a tick
+_LARGE = 1 << 28  # files above this size take longer to hash than a clock tick
 _TIMESTAMP_TICK = 100_000_000  # ns; a file that changes twice within a tick of the file system's clock keeps its stamp
 
 

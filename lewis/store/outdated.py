@@ -120,7 +120,7 @@ def _used_since(kind: Kind, digest: str, before: float) -> bool:
 
 
 def _needed(system: Any, root: str, kind: Kind, digest: str, needed: Needed | None, scratch: Path) -> bool:
-    """Whether a registered version needs an entry: `Needed` reads what says so, which is fetched for it."""
+    """Whether a registered version needs an entry. `Needed` may read manifests, which are fetched for that."""
     if needed is None:
         return False
     path = scratch / kind.name / kind.path(digest).name
@@ -129,7 +129,7 @@ def _needed(system: Any, root: str, kind: Kind, digest: str, needed: Needed | No
     try:
         head.write_bytes(system.cat_file(remote.head_object(kind, f"{root}/{kind.name}/{path.name}")))
     except FileNotFoundError:
-        return False  # its upload was cut long ago
+        return False  # an upload that was broken off long ago
     try:
         return needed.includes(path)
     finally:

@@ -192,7 +192,7 @@ def _send(system: Any, kind: Kind, there: str, path: Path) -> None:
     with suppress(FileNotFoundError):
         if system.cat_file(target) == head:
             return
-        system.rm_file(target)  # of another writer: it must not be believed with these files
+        system.rm_file(target)  # another writer's head must not stand with our files
     for name, (size, _) in kind.parts(path, head).items():
         _put(system, kind.head_of(path).parent / name, f"{_above(target)}/{name}", size)
     _put(system, kind.head_of(path), target, len(head))
@@ -276,7 +276,7 @@ def _name(path: Path) -> str:
 
 
 def head_object(kind: Kind, there: str) -> str:
-    """The object by which the entry at `there` is believed."""
+    """The head of the entry at `there`: without this object there is no entry."""
     return f"{there}/{MANIFEST}" if kind.manifest else there
 
 

@@ -46,7 +46,7 @@ def is_dead(name: str, left: Path) -> bool:
     place, _, number = name.rpartition("-")
     if place and place == _place() and number.isdecimal():
         return not _is_alive(int(number))
-    with suppress(OSError):  # it is gone by now, or moves
+    with suppress(OSError):  # it is gone, or being renamed
         return max(path.lstat().st_mtime for path in (left, *left.rglob("*"))) < time.time() - AGE
     return False
 

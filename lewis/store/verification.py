@@ -1,4 +1,4 @@
-"""Check everything in the store again, whatever is remembered of it.
+"""Check everything in the store again, without the remembered checksums.
 
 Nothing is moved: the next run that needs a damaged entry sets it aside and makes it again.
 """

@@ -81,7 +81,7 @@ def of_the_disk(error: BaseException | None) -> bool:
 
 
 def explained(error: OSError) -> str:
-    """The words of an error of the system; one that the store caused names LEWIS_HOME."""
+    """The message of an OSError; if its path is in the store, it names LEWIS_HOME."""
     place = str(error.filename or "")
     home = str(files.home())
     if error.errno in _FULL:
@@ -133,7 +133,7 @@ def check_output_file(file: Path) -> Path:
 
 
 def _try(place: Path) -> None:
-    """Make what is written next to `place` before it is renamed, and remove it."""
+    """Try to write next to `place`, where output is written before it is renamed; removes what it wrote."""
     missing = [place.name]
     above = place.parent
     while not above.exists():

@@ -108,7 +108,7 @@ def _look(recipe: Recipe, scores: dict[str, ModelScores], documents: int | None)
 def _scores_of_mark(
     recipe: Recipe, mark: Incumbent | None, merged: MergedModel, documents: int | None
 ) -> Scored | None:
-    """The scores of the mark, if the store has them from the time when it was judged; in the merged model's format.
+    """The scores of the mark in the merged model's number format, if the store has them from when it was judged.
 
     They are of the documents that were scored now, or of all.
     """
@@ -154,7 +154,7 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     if verdict.waits and done.previous != version.uri:
         word, what = f"passed: waits for `lewis approve {name} --why ...`", f"ask about v{number}"
     flow_run.name_task(what)
-    moves.tell()  # also what an earlier run could not tell
+    moves.tell()  # also the moves that an earlier run could not report
     lines = [
         f"# {version.uri}: {word}",
         f"Compared with {verdict.compared_with}.",

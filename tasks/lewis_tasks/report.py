@@ -192,7 +192,7 @@ def _over_versions(version: Version) -> dict[str, bytes]:
     """The champion over the versions, once there is more than one."""
     try:
         return {"The champion over the versions": history.picture(version.name)} if int(version.version) > 1 else {}
-    except InputError:  # nothing is scored
+    except InputError:  # the recipe scores nothing
         return {}
 
 

@@ -66,14 +66,14 @@ def _show(recipe: Recipe, target: CanaryTarget, version: Version, began: str) ->
             shown = picture.into_page(page, found)
             versions.attach(version, {versions.PAGE: shown})
             for path in kinds.REPORTS.entries():
-                if path.read_text() == page:  # the same page, in the store
+                if path.read_text() == page:  # update the store's copy, too
                     store.write_text(path, shown)
-    except LewisError as error:  # the version is in service, or not, with the picture or without
+    except LewisError as error:  # a missing picture must not fail the serving
         logger.warning("%s: its canary is not shown: %s", version.uri, error)
 
 
 def _roll_back(champion: Champion, why: str) -> None:
-    """Put the champion before back, unless another one has become it meanwhile; that there is none is logged."""
+    """Make the previous champion the champion again, unless another was promoted meanwhile; logs if there is none."""
     version = champion.version
     try:
         if promotion.is_champion(version.name, version.version):

@@ -70,7 +70,7 @@ def test_it_goes_on_after_a_kill_and_the_best_is_confirmed_on_other_documents(
     code, out, err = finished(lewis("search", recipe, "--json"))
     assert code == 0, err
     found = json.loads(out)
-    assert re.search(r"trial \d: (0\.\d|given up)", err), err
+    assert re.search(r"trial \d: (words/acc,none 0\.\d|given up)", err), err
     assert found["mlflow_run"] == parent.info.run_id
     assert len(found["trials"]) == 4
     done = [trial for trial in found["trials"] if trial["state"] == "done"]

@@ -126,3 +126,11 @@ def test_the_page_has_the_table() -> None:
     assert re.findall(r"^\| `LEWIS_.*$", page, re.MULTILINE) == table
     secrets = re.search(r"^Secrets.*?: (.*?)\.$", page, re.MULTILINE | re.DOTALL)
     assert secrets and re.findall(r"`(\w+)`", secrets[1]) == [each.name for each in settings.ALL if each.secret]
+
+
+@pytest.mark.parametrize(
+    "size, text", [(0, "0.0 KB"), (41_300, "41.3 KB"), (2_415_104, "2.4 MB"), (1_530_000_000, "1.53 GB")]
+)
+def test_sizes_are_written_in_the_unit_that_shows_something(size: int, text: str) -> None:
+    """A merge of small models was reported as 0.00 GB."""
+    assert settings.size_text(size) == text

@@ -39,7 +39,7 @@ def rows_of(ref: str, found: Topic) -> Topic:
 
 
 def yes(question: str) -> bool:
-    """Ask; an empty answer is no."""
+    """Ask a yes-or-no question; an empty answer is no."""
     return _input(f"{question} [y/N] ").lower() in ("y", "yes")
 
 

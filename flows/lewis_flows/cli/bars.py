@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lewis.progress import Report
+from lewis.settings import size_text
 
 if TYPE_CHECKING:
     from lewis.merging.run import Merge, Written
@@ -39,7 +40,7 @@ class Effort:
     def to_text(self) -> str:
         """Seconds, rate and memory in one line; the rate is left out where the disk does not limit the speed."""
         rate = f", {self.rate:.2f} GB/s read and written" if self.rate >= SLOW else ""
-        return f"{self.seconds:.1f} s{rate}, {self.peak / 1e6:.0f} MB of memory at the peak"
+        return f"{self.seconds:.1f} s{rate}, {size_text(self.peak)} of memory at the peak"
 
     def to_json(self) -> dict[str, float]:
         """As plain JSON data."""

@@ -1,4 +1,4 @@
-"""`lewis gc`, `retention`, `backup`, `restore` and `verify`: remove what nothing needs, keep and check what is."""
+"""`lewis gc`, `retention`, `backup`, `restore` and `verify`: free space, back up, and check the files."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lewis.errors import LewisError
+from lewis.settings import size_text
 from lewis_flows.cli.terminal import show_log
 
 
@@ -42,7 +43,7 @@ def gc(options: argparse.Namespace) -> None:
         return
     for item in found:
         print(f"{item.bytes / 1e6:10.3f} MB  {item.path}: {item.why}")
-    done = f"{freed / 1e9:.3f} GB freed" if options.yes else f"{total / 1e9:.3f} GB; `lewis gc --yes` removes them"
+    done = f"{size_text(freed)} freed" if options.yes else f"{size_text(total)}; `lewis gc --yes` removes them"
     print(f"{len(found)} entries, {done}" if found else "nothing to remove")
 
 
@@ -80,9 +81,7 @@ def backup(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(done._asdict(), indent=2, default=str))
         return
-    print(
-        f"{done.folder}: {done.files} files, {done.bytes / 1e6:.1f} MB; it holds the secrets: keep it as you keep them"
-    )
+    print(f"{done.folder}: {done.files} files, {size_text(done.bytes)}; it holds the secrets: keep it as you keep them")
     for part, url in done.elsewhere.items():
         print(f"{part} is at {url}: copy its database{' and artifacts' if part == 'mlflow' else ''} there")
 
@@ -95,7 +94,7 @@ def restore(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(done._asdict(), indent=2, default=str))
         return
-    print(f"{done.files} files, {done.bytes / 1e6:.1f} MB are back; start `lewis up`")
+    print(f"{done.files} files, {size_text(done.bytes)} are back; start `lewis up`")
 
 
 def verify(options: argparse.Namespace) -> None:

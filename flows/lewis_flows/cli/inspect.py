@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from lewis.errors import InputError
+from lewis.settings import size_text
 from lewis_flows.cli import arguments, bars
 from lewis_flows.cli.terminal import print_table, show_log
 
@@ -67,7 +68,7 @@ def _look_and_run(file: Path) -> None:
             found = library.inspect(file, report=report)
         print("".join(f"{each.to_text()}\n" for each in found.findings) + found.verdict)
     size = sum(each.cost.written for each in missing)
-    if ask.yes(f"run it now, which downloads {size / 1e9:.1f} GB?" if missing else "run it now?"):
+    if ask.yes(f"run it now, which downloads {size_text(size)}?" if missing else "run it now?"):
         run_merge(str(file), [], as_json=False)
 
 

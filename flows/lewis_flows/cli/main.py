@@ -237,7 +237,7 @@ def program() -> NoReturn:
 
     def leave() -> None:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # nobody reads it any more
+            with suppress(OSError, ValueError):  # the reader of the output has ended
                 stream.flush()
         os._exit(status)
 
@@ -275,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings.check()
             writable.check_store()
         code = options.run(options) or 0
-        sys.stdout.flush()  # so that it is noticed here if nobody reads it
+        sys.stdout.flush()  # a reader that has ended raises here, not at exit
     except InputError as error:
         terminal.say_error(f"{error}", as_json=as_json)
         return 2

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lewis.errors import InputError, RecipeError
+from lewis.settings import size_text
 from lewis_flows.cli import arguments, bars
-from lewis_flows.cli.terminal import show_log
+from lewis_flows.cli.terminal import output_is_file, show_log
 
 if TYPE_CHECKING:
     from lewis.allocation.step import AllocationEntry
@@ -87,9 +88,9 @@ def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tu
     made = library.with_card(recipe, given, written)
     facts = {"folder": str(folder), "digest": made.digest, "bytes": made.size, **effort.to_json()}
     facts |= {key: made.manifest[key] for key in ("adapter", "ridge", "held_back") if key in made.manifest}
-    size = f"{len(prepared.layout)} tensors, {made.size / 1e9:.2f} GB"
+    size = f"{len(prepared.layout)} tensors, {size_text(made.size)}"
     if made.adapter:
-        size = f"{made.adapter.to_text()}; {made.size / 1e6:.1f} MB"
+        size = f"{made.adapter.to_text()}; {size_text(made.size)}"
     text = "\n".join(filter(None, [f"{size}, digest {made.digest}", made.fit, effort.to_text()]))
     return {**facts, "mean_density": made.mean_density}, text
 
@@ -141,21 +142,34 @@ def export(options: argparse.Namespace) -> None:
     import yaml
 
     from lewis import store
-    from lewis.merging.export import check_exportable, to_mergekit
-    from lewis.models.source import pin_all
     from lewis.store.writable import check_output_file
 
-    recipe = arguments.load(options)
-    file = check_output_file(options.output) if options.output else None
-    check_exportable(recipe.config, recipe.lewis)  # before anything is measured
-    base, experts = pin_all(recipe)
-    allocations = _allocate(options).allocated.experts() if recipe.allocator else {}
-    made = to_mergekit(recipe.text, recipe.config, recipe.lewis, base, experts, allocations)
+    try:
+        file = check_output_file(options.output) if options.output else None
+        made = _exported(options)
+    except InputError as error:
+        if options.output is None and output_is_file():  # the shell made the file before this program began
+            raise InputError(
+                f"{error}\nnothing was written into the file of `>`; `-o FILE.yaml` leaves none"
+            ) from error
+        raise
     text = json.dumps(yaml.safe_load(made), indent=2) + "\n" if options.json else made
     if file:
         store.write_text(file, text)
     else:
         print(text, end="")
+
+
+def _exported(options: argparse.Namespace) -> str:
+    """The mergekit config of a recipe, as YAML."""
+    from lewis.merging.export import check_exportable, to_mergekit
+    from lewis.models.source import pin_all
+
+    recipe = arguments.load(options)
+    check_exportable(recipe.config, recipe.lewis)  # before anything is measured
+    base, experts = pin_all(recipe)
+    allocations = _allocate(options).allocated.experts() if recipe.allocator else {}
+    return to_mergekit(recipe.text, recipe.config, recipe.lewis, base, experts, allocations)
 
 
 class _Allocated(NamedTuple):
@@ -186,7 +200,7 @@ def _allocate(options: argparse.Namespace) -> _Allocated:
     """
     from lewis.allocation.step import layers_of_result
     from lewis.devices import default_device
-    from lewis.importance.step import layers_of
+    from lewis.importance.step import covered_layers
     from lewis.steps.graph import graph
     from lewis.steps.run import begin, run
     from lewis.steps.table import ALLOCATE, DOWNLOAD, MEASURE
@@ -195,7 +209,8 @@ def _allocate(options: argparse.Namespace) -> _Allocated:
     if recipe.fits and recipe.allocator is None:
         raise RecipeError(f"merge_method: {recipe.merge_method} fits to rows and takes no densities; {_FOR}")
     if recipe.lewis is None or recipe.base_model is None:
-        raise RecipeError(f"lewis: missing, or no base_model; {_FOR}")
+        lacks = "`lewis` block" if recipe.lewis is None else "base_model"
+        raise RecipeError(f"the recipe has no {lacks}; {_FOR}")
     show_log()
     walked = graph(recipe)
     passes = set[str]()
@@ -208,7 +223,8 @@ def _allocate(options: argparse.Namespace) -> _Allocated:
         results = run(walked, ALLOCATE.name, known=begin(recipe), report=noted, device=default_device())
     base = results[f"{DOWNLOAD.name} {recipe.base_model}"]
     parameters = sum(info.elements for info in base.open().tensors.values())
-    layers = [layer for layer in layers_of(base, measured=recipe.runs_models) if not recipe.excludes(layer.tensor)]
+    covered = covered_layers(base, measured=recipe.runs_models)
+    layers = [layer for layer in covered if not recipe.excludes(layer.tensor)]
     result = layers
     if recipe.slices:
         result = layers_of_result(walked[ALLOCATE.name].given(results))

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lewis.errors import InputError
+from lewis.settings import size_text
 from lewis_flows.cli import completion
 
 
@@ -69,7 +70,7 @@ def pull(options: argparse.Namespace) -> None:
 
     found = pull(options.what, check_output_folder(options.output))
     facts = {"version": found.uri, "folder": str(options.output), "digest": found.digest, "bytes": found.size}
-    text = f"{options.output}: {found.uri}, {found.size / 1e9:.2f} GB, digest {found.digest}"
+    text = f"{options.output}: {found.uri}, {size_text(found.size)}, digest {found.digest}"
     print(json.dumps(facts, indent=2) if options.json else text)
 
 
@@ -144,7 +145,7 @@ def rollback(options: argparse.Namespace) -> None:
 
 
 def _warn_of_targets(name: str, champion: str, reported: bool) -> None:
-    """Say what still has another version in service, where no service runs that would move it."""
+    """Warn of targets that still serve another version, if no service runs that would update them."""
     from lewis.serving.records import served
     from lewis_flows.cli.terminal import say_error
 

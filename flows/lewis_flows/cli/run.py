@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from lewis_flows.serve import ServeReport
 
 R = TypeVar("R")
-_NEXT = """
-The recipe is {recipe}. To try next:
-  lewis plan {recipe}       what a second run would do: nothing, every step is found
-  lewis report {version} --open       scores, pictures and samples of this run, as a page
-  lewis pull {version} -o merged       the merged model as a folder
-  lewis up       the service, with this run and this model on the pages of Prefect and MLflow"""
+_NEXT = {  # commands after the demo, and what each shows
+    "lewis plan {recipe}": "what a second run would do: every step's result is in the store",
+    "lewis report {version} --open": "scores, pictures and answers of this run, on one page",
+    "lewis pull {version} -o merged": "the merged model as a folder",
+    "lewis up": "the service: this run and this model on the pages of Prefect and MLflow",
+}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> "Recipe":
-    """The recipe of a run: find a mistake in it before a server is started."""
+    """Load the recipe of a run, so that mistakes in it are found before a server is started."""
     from lewis_flows import recipes_folder
 
     recipe = arguments.load(options)
@@ -166,7 +166,7 @@ def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
 
     def leave(reason: str) -> NoReturn:
         say_error(f"it failed: {reason}; finished steps are kept, run the same command to go on", as_json=as_json)
-        os._exit(1)  # what it has started ends with it, and the next run marks this one as Crashed
+        os._exit(1)  # its children end too; the next run marks this one as Crashed
 
     with prefect_server(leave) as url, connected(url):
         with quick_imports():
@@ -179,7 +179,7 @@ def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
         crash_dead_runs()
         signal.signal(signal.SIGINT, _stop_tasks)
         try:
-            with tags("lewis"), patience.patient(leave):  # not above: a wrong address is reported without a wait
+            with tags("lewis"), patience.patient(leave):  # a wrong address has failed above
                 return flow()
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -205,4 +205,8 @@ def demo(options: argparse.Namespace) -> None:
         folder = make_family(store.home() / "demo", lambda what, part: report(what, int(1000 * part), 1000))
     ended = run_merge(str(folder / "demo.yaml"), [], as_json=options.json)
     if not options.json:
-        print(_NEXT.format(recipe=folder / "demo.yaml", version=ended.version))
+        names = {"recipe": folder / "demo.yaml", "version": (ended.version or "").removeprefix("models:/")}
+        commands = {command.format(**names): what for command, what in _NEXT.items()}
+        width = max(map(len, commands))
+        print("\nThe recipe is {recipe}. To try next:".format(**names))
+        print(*(f"  {command:<{width}}   {what}" for command, what in commands.items()), sep="\n")

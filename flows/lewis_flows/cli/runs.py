@@ -158,5 +158,5 @@ def _print(line: "Log", task: str, *, as_json: bool) -> None:
         told = {"time": line.timestamp.isoformat(), "level": level, "logger": line.name, "task": task, "message": text}
         print(json.dumps(told, ensure_ascii=False), flush=True)
     else:
-        about = f"{task} | " if task and not text.startswith(task) else ""  # progress begins with its task
+        about = f"{task} | " if task and not text.startswith(task) else ""  # progress has its name already
         print(f"{line.timestamp.astimezone():%H:%M:%S} {level:<7} {about}{text}", flush=True)

@@ -44,7 +44,7 @@ def up(options: argparse.Namespace) -> None:
     from lewis_flows.service.up import up
 
     if options.log_format:
-        os.environ[settings.LOG_FORMAT.name] = options.log_format  # the parts print what is read here
+        os.environ[settings.LOG_FORMAT.name] = options.log_format  # the parts read it
         json_logs.prepare()
     output = Output(verbose=options.verbose, as_json=json_logs.is_json())
 
@@ -57,7 +57,7 @@ def up(options: argparse.Namespace) -> None:
 
     try:
         up(output.say, ready, options.prefect_file, options.serve)
-    except KeyboardInterrupt:  # as one stops it: nothing has failed
+    except KeyboardInterrupt:  # the usual way to stop it, no failure
         output.say("lewis", "stopped; its state is kept, and the next `lewis up` goes on with it")
 
 
@@ -102,7 +102,7 @@ def status(options: argparse.Namespace) -> int:
 
     tracking.without_tables()
     if "mlflow_user" in (known := note.read()) and not os.environ.get("MLFLOW_TRACKING_URI"):
-        os.environ["MLFLOW_TRACKING_URI"] = known["mlflow"]  # to open the database itself takes a second more
+        os.environ["MLFLOW_TRACKING_URI"] = known["mlflow"]  # a second faster than to open the database
         credentials.find()
     only = recipes_folder.name_of(str(recipes_folder.find(options.recipe))) if options.recipe else ""
     if options.watch:

@@ -3,13 +3,14 @@
 import logging
 import os
 import select
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 
 from lewis_flows import json_logs
 
 SIGPIPE = 141
-"""The exit code if who reads the output has ended, such as `head`: as of a program that this signal ended."""
+"""The exit code if the program that reads the output, such as `head`, has ended: as of one that this signal ended."""
 
 
 class Terminal(logging.Handler):
@@ -21,7 +22,7 @@ class Terminal(logging.Handler):
 
 
 def say_error(text: str, *, as_json: bool = False) -> None:
-    """Tell on stderr why a command ends."""
+    """Print on stderr why a command ends."""
     print(json_logs.error_line(text) if as_json else f"lewis: {text}", file=sys.stderr)
 
 
@@ -32,8 +33,16 @@ def open_closed() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  # as long as the process
 
 
+def output_is_file() -> bool:
+    """Whether the shell sends the output into a file (`> FILE`)."""
+    try:
+        return stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode)
+    except (OSError, ValueError):  # no descriptor
+        return False
+
+
 def nobody_reads() -> bool:
-    """Whether who reads the output has ended; if so, what is still to be written is dropped."""
+    """Whether the program that reads the output has ended; if so, what is still to be written is dropped."""
     output = select.poll()
     output.register(1, 0)
     if not any(event & select.POLLERR for _, event in output.poll(0)):
@@ -65,6 +74,6 @@ def print_table(rows: Sequence[Mapping[str, object]]) -> None:
             table.add_column(name, overflow="fold")
         for row in shown:
             table.add_row(*(str(value) for value in row.values()))
-        with console.capture() as text:  # if nobody reads it, `print` says so, and a console ends this program
+        with console.capture() as text:  # if the reader has ended, `print` raises, but a console would exit
             console.print(table)
         print(text.get(), end="")

@@ -1,4 +1,4 @@
-"""What `lewis up` prints of all that its parts say: a line an event; with `--verbose` every line."""
+"""Which lines of its parts `lewis up` prints: one for each event; with `--verbose` all."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 _COLOURS = {"lewis": "bold", "prefect": "blue", "mlflow": "cyan", "worker": "green", "webhook": "magenta"}
-_OURS = ("lewis", "webhook", "champion")  # whose lines are events already
+_OURS = ("lewis", "webhook", "champion")  # parts that print a line only when something happened
 _RECORD = re.compile(r"^(?:[\d:., /-]+\|? *)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :|]*(.*)")
 # The nightly runs of the service itself say at ERROR why they fail.
 _RUN = re.compile(r"^Flow run '(?!verify|retention)(.*)' - (Beginning flow run|Finished in state) ")
@@ -52,7 +52,7 @@ class Output:
         self._failed: dict[str, bool] = {}  # whether the last event of a part was that a run failed
 
     def say(self, part: str, line: str) -> None:
-        """Print a line of a part, if it is worth that; one that is an object already keeps its keys."""
+        """Print a line of a part if it is an event; a line that is a JSON object keeps its keys."""
         told = _object(line)
         if told:
             line = f"{told['level']} | {told['line']}"
@@ -71,7 +71,7 @@ class Output:
             self._console.print(name, Text.from_ansi(line), soft_wrap=True)
 
     def _is_worth_it(self, part: str, line: str) -> bool:
-        """Whether a line is an event; what follows a record, such as the end of a traceback, is so if the record is."""
+        """Whether a line is an event. Further lines of a record, such as a traceback, count as the record does."""
         self._tracing[part] = bool(_TRACEBACK.match(line) or (self._tracing.get(part) and line[:1].isspace()))
         if self._tracing[part] or _LINK.match(line):
             return False

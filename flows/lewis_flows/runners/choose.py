@@ -81,7 +81,7 @@ class Processes(ProcessPoolTaskRunner):
     def submit(
         self, task: Any, parameters: dict[str, Any], *arguments: Any, **named: Any
     ) -> PrefectConcurrentFuture[Any]:
-        """As Prefect's, and note which tasks the arguments come from: the process gets only their values."""
+        """As Prefect's, and record from which tasks the arguments come, as the process gets only their values."""
         inputs = private_names.PREFECT_TASK_INPUTS.get()
         named["dependencies"] = {name: inputs(value) for name, value in parameters.items()}
         return super().submit(task, parameters, *arguments, **named)

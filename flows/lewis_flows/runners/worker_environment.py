@@ -21,7 +21,7 @@ def shared_environment() -> dict[str, str]:
 
 
 def prepare(values: Mapping[str, str]) -> None:
-    """Begin a worker: take the flow's environment, turn telemetry off, find what our servers ask for, wait for them."""
+    """Prepare a worker: take the flow's environment, turn telemetry off, find our servers' keys, wait for them."""
     os.environ.update(values)
     environment.prepare()
     credentials.find()

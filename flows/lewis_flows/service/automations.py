@@ -100,7 +100,7 @@ def _event(name: str) -> EventTrigger:
 
 def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
     """For each notification its name, what triggers it, subject, body, description."""
-    failing = tuple(each for each in prefect_runs.ALL if each != EVALUATE)  # its merge fails too
+    failing = tuple(each for each in prefect_runs.ALL if each != EVALUATE)  # whose merge reports it
     failed, died = _runs("Failed", flows=failing), _runs("Crashed", flows=(MERGE, SEARCH, SERVE, VERIFY))
     yield "lewis-notify-failure", failed, "a run failed", _RUN, "A run failed; its message says why."
     yield "lewis-notify-crash", died, "a run died", _RUN, "The process or machine of a run died."

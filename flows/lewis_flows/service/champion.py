@@ -29,10 +29,10 @@ from lewis_flows.service.champion_router import Router, program
 from lewis_flows.service.processes import answers, free_port
 
 _TICK = 0.2  # seconds between two looks
-_GRACE = 10.0  # seconds that a server, or what it leaves when it dies, has to end after SIGTERM
+_GRACE = 10.0  # seconds from SIGTERM to SIGKILL, for a server or its orphans
 _DRAIN = 600.0  # seconds that a server may take for the requests that it has
-_STABLE = 60.0  # seconds after which an end is no further one in a row
-_MOST = 60.0  # seconds between two starts, at most
+_STABLE = 60.0  # a server that ran this long (s) starts a new count of failures
+_MOST = 60.0  # longest pause between two starts, seconds
 _SHOWN = 1500  # characters at the end of a server's log that a message shows
 # On a CPU vLLM would bind its threads to cores and spin there, and what else runs on these cores can come to a halt.
 _SHARES_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -73,7 +73,7 @@ class Server:
         return self._process is not None
 
     def follow(self, wanted: Slot | None, *, start: bool) -> None:
-        """Do the next thing that leads to what is wanted; `start`: whether it may start."""
+        """Take the next step towards what is wanted; `start`: whether a server may be started."""
         if self._process and self._process.poll() is not None:
             self._ended()
         if wanted is None or (self.has and wanted.alias != self.has.alias):
@@ -91,12 +91,12 @@ class Server:
             self._drain()
 
     def now(self, share: int) -> Running:
-        """What to note."""
+        """The state of the server, for the note that other processes read."""
         alias = self.has.alias if self.has else ""
         return Running(alias, self.url, self.ready, share, self.failures, self.problem)
 
     def _fits(self, wanted: Slot) -> bool:
-        """Whether the process is one for what is wanted: an adapter has been loaded into it by then."""
+        """Whether the running process serves what is wanted. (An adapter was loaded into it before this is asked.)"""
         assert self.has is not None
         same = (self.has.base, self.has.rank) == (wanted.base, wanted.rank)
         return same if wanted.base else wanted == self.has
@@ -139,7 +139,7 @@ class Server:
         print(f"{self.name}: the server ended with exit code {code}; its log is {self._log}", flush=True)  # noqa: T201
 
     def _drain(self) -> None:
-        """Let it answer what it has, then end it."""
+        """End the server once it has answered its open requests."""
         assert self._process is not None
         self.ready, now = False, time.monotonic()
         if not self._closed:
@@ -203,7 +203,7 @@ def command(slot: Slot, model: str, port: int, folder: Path) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Without the secrets of other parts. vLLM asks for the key too, since all users of the machine reach its port."""
+    """The server's environment, without secrets of other parts; vLLM's has the key, as all users can reach its port."""
     from lewis.evaluation.sandbox.isolation import without_secrets
 
     own = {**_OFFLINE, "VLLM_API_KEY": UP_SERVE_KEY.read()}

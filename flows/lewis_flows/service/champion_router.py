@@ -83,7 +83,7 @@ class Router:
             time.sleep(0.05)
 
     def share(self, shares: Mapping[str, int]) -> None:
-        """Give each server its percentage; those that get more first, so that there always is one."""
+        """Set each server's percentage, the largest first, so that some server always has traffic."""
         for name, share in sorted(shares.items(), key=lambda each: -each[1]):
             if self._shares[name] != share:
                 self._ask(f"set server champion/{name} weight {share}; set server champion/{name} state ready")

@@ -96,7 +96,7 @@ def mlflow_user() -> str:
 
 
 def mlflow_asks_for(user: str) -> str:
-    """Which user and password the page of our MLflow server asks for, as a sentence that says where the password is."""
+    """A sentence: the user of our MLflow server, and where its password is."""
     ours = not MLFLOW_PASSWORD.variable.given() and _is_kept()
     return f"user {user} and the password in {MLFLOW_PASSWORD.path() if ours else MLFLOW_PASSWORD.variable.name}"
 

@@ -34,7 +34,7 @@ JOB = {k: v for k, v in environment.DEFAULTS.items() if not k.startswith(("PREFE
 TEMPLATE: dict[str, Any] = {
     # For a worker that was not started by `lewis up`: no telemetry, and the heartbeat that `lewis-dead-runs` waits for.
     "job_configuration": {"env": JOB, "stream_output": True},
-    # Who starts a run may choose its parameters, and nothing of its process: no command, environment or folder.
+    # Users who start a run may set its parameters, but no command, environment or folder of its process.
     "variables": {"type": "object", "properties": {}, "additionalProperties": False},
 }
 """The base job template of a work pool of processes."""
@@ -140,12 +140,12 @@ def begin(file: Path | None = None) -> None:
     """
     crash_dead_runs()
     deploy_service(file or PREFECT_YAML)
-    worker_died()  # if there was one, it is not there now
+    worker_died()  # a worker of an earlier start is gone
     moves.tell()
 
 
 def worker_died() -> None:
-    """Bring the server up to date after the worker of `lewis up` has died: what it had not begun is to be run."""
+    """Update the server after the worker of `lewis up` has died: runs that it had not begun are scheduled again."""
     orphaned_runs.give_back(worker.name_of_up())
 
 

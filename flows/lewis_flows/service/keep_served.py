@@ -20,7 +20,7 @@ EVERY = 60.0
 
 
 def look() -> list[str]:
-    """Start `serve/<recipe>` where a target has not the champion; the names of those recipes.
+    """Start `serve/<recipe>` where a target lacks the champion; returns the names of these recipes.
 
     What a target has refused is not tried again; what failed because a server was away, after a while.
 
@@ -38,7 +38,7 @@ def look() -> list[str]:
 
 
 def _plan(name: str) -> Recipe | None:
-    """A recipe that serves; one whose file is wrong is reported elsewhere."""
+    """The recipe, if it has targets; None if not, or if its file is wrong, which is reported elsewhere."""
     try:
         plan = recipes_folder.load(name)
     except LewisError:
@@ -55,7 +55,7 @@ def _start(client: SyncPrefectClient, name: str) -> bool:
     """Start the deployment, unless it is paused, or a run of it goes on or waits."""
     try:
         deployment = client.read_deployment_by_name(f"{prefect_runs.SERVE}/{name}")
-    except ObjectNotFound:  # the follower of the folder makes it
+    except ObjectNotFound:  # `Follower` will create it
         return False
     open_ = {"type": {"any_": ["SCHEDULED", *prefect_runs.UNFINISHED]}}
     same = {"any_": [deployment.id]}

@@ -101,7 +101,7 @@ def links(recipe: str) -> Links:
             found.state, found.ended, found.run = run.state_name or "", run.end_time, f"{ui}/runs/flow-run/{run.id}"
             found.message = (run.state.message if run.state else None) or ""
             of_run = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run.id]}})
-            newest = ArtifactSort.CREATED_DESC  # a run writes last what a person reads first
+            newest = ArtifactSort.CREATED_DESC  # the artifact that people read first is written last
             shown = client.read_artifacts(artifact_filter=of_run, sort=newest)
             shown = [each for each in shown if each.key and each.type != "progress"]
             found.artifacts = {str(each.key): f"{ui}/artifacts/artifact/{each.id}" for each in shown}

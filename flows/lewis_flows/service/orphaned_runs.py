@@ -1,4 +1,4 @@
-"""What a worker had taken from its work pool when it died: not begun yet, or begun by a process that died, too."""
+"""Runs that a worker had taken when it died: not begun yet, or begun by a process that died with it."""
 
 import logging
 import time

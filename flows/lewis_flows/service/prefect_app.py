@@ -41,7 +41,7 @@ class NewestFirst:
         if scope["type"] != "http" or scope["path"] != "/api/artifacts/filter":
             return await self._app(scope, receive, send)
         body = await Request(scope, receive).body()
-        with suppress(ValueError, TypeError):  # the application refuses what is no object
+        with suppress(ValueError, TypeError):  # the application reports a body that is no object
             body = json.dumps({"sort": "CREATED_DESC", **json.loads(body)}).encode()
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -76,7 +76,7 @@ def write_each_event_once() -> None:
 
 
 async def wait_again_for_heartbeats() -> None:
-    """Give every run as long for its next heartbeat as if the last had come now.
+    """Restart the time in which each run must send its next heartbeat, as if the last had come now.
 
     While the server was away no heartbeat could reach it. It would mark every run as Crashed that waits for its return.
     """

@@ -8,7 +8,7 @@ from prefect.logging.handlers import PrefectConsoleHandler
 
 
 class BusyDatabase(logging.Filter):
-    """Drops what Prefect logs when SQLite's file was locked, but a line in an hour: it tries again by itself.
+    """Drops Prefect's messages of a locked SQLite file, but for one an hour: Prefect tries again by itself.
 
     A request that met the lock is answered with 503, and the client asks again; the server's own services have a next
     turn.
@@ -19,7 +19,7 @@ class BusyDatabase(logging.Filter):
         self._told = float("-inf")
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to log a record; the first in an hour gets words that tell what to do, and no traceback."""
+        """Whether to log a record; the first in an hour gets a text that says what to do, and no traceback."""
         error = record.exc_info[1] if record.exc_info else None
         if error is None or "database is locked" not in str(error):
             return True

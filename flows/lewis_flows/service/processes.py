@@ -24,7 +24,7 @@ from lewis.store import kinds
 _READY = 420  # seconds to answer after a start; a busy machine takes minutes to import a server
 _STOP = 15.0  # seconds to end after SIGTERM, before it is killed
 _KEPT = 3  # logs of earlier starts
-_KILLED = 15.0  # seconds until what was killed is gone
+_KILLED = 15.0  # seconds to wait for a killed process to be gone
 
 
 class Process:
@@ -89,7 +89,7 @@ class Process:
                 raise
 
     def _keep_logs(self) -> None:
-        """Rename the logs of the starts before, so that this start's takes the place of none but the oldest."""
+        """Rename the logs of earlier starts; the oldest is removed."""
         names = ["", *(f".{number}" for number in range(1, _KEPT + 1))]
         logs = [kinds.LOGS.path(f"{self.name}{each}-{store.writer()}") for each in names]
         for newer, older in reversed([*pairwise(logs)]):

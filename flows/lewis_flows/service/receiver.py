@@ -56,7 +56,7 @@ class Repo(_Part):
         """Whether a recipe can name this repo: `org/name`, with the characters that names of models have."""
         try:
             validate_repo_id(self.name)
-        except ValueError:  # also `..` and the like
+        except ValueError:  # raised for `..` and the like too
             return False
         return re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", self.name) is not None
 
@@ -144,7 +144,7 @@ class Receiver:
         self._taken[release] = None
         if len(self._taken) > _REMEMBERED:
             self._taken.popitem(last=False)
-        if not events:  # it was sent again after this receiver was started again, or the poll was first
+        if not events:  # a repeated delivery after a restart, or the poll was faster
             return 200, {"status": "duplicate", **about}
         return 202, {"status": "accepted", **about, "recipes": list(unknown), "events": events}
 

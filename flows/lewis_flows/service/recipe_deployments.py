@@ -129,7 +129,7 @@ def _with_own_keys(files: list[RecipeFile]) -> Iterator[RecipeFile]:
 def _read_file(name: str, recipe: Recipe | None) -> RecipeFile | None:
     try:
         content = read_bytes(recipes_folder.find(name), yaml_text.MAX_BYTES)
-    except (LewisError, OSError):  # it was removed just now
+    except (LewisError, OSError):  # the file was removed just now
         return None
     why = "" if recipe else "its file is wrong: `lewis plan` says where"
     comment = _first_comment(content.decode(errors="replace"))
@@ -175,7 +175,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
         if flow != prefect_runs.MERGE:
             continue
         trigger = _on_release(file.name, made)
-        if not client.read_automations_by_name(trigger.name):  # also where a process died before it
+        if not client.read_automations_by_name(trigger.name):  # also if an earlier process died before this line
             client.create_automation(trigger)
         if before is None:
             continue
@@ -197,7 +197,7 @@ def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, bef
     """Start the deployment `serve/<recipe>` when the champion moves, and now if the recipe is new or was edited."""
     trigger = _on_promotion(file, made)
     if not client.read_automations_by_name(trigger.name):
-        client.delete_resource_owned_automations(f"prefect.deployment.{made}")  # that of the model it registered before
+        client.delete_resource_owned_automations(f"prefect.deployment.{made}")  # of an earlier model
         client.create_automation(trigger)
     new = before is None or (before.version != file.version and not before.paused)
     if new and not file.why:
@@ -269,7 +269,7 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
 
 
 def _first(flow: str) -> dict[str, Any]:
-    """What only a new deployment gets; later it is the operator's."""
+    """Settings that only a new deployment gets; afterwards the operator may change them."""
     cron = settings.NIGHTLY.get() if flow == prefect_runs.MERGE else ""
     nightly = CronSchedule(cron=cron, timezone=time_zone()) if cron else None
     return {"schedules": [DeploymentScheduleCreate(schedule=nightly, active=True, slug="nightly")]} if nightly else {}
@@ -291,7 +291,7 @@ def _on_release(name: str, deployment: Any) -> Any:
 
 
 def _on_promotion(file: RecipeFile, deployment: Any) -> Any:
-    """The automation that serves a recipe's model when its champion has moved, by whatever way."""
+    """The automation that serves a recipe's model whenever its champion moves: by a run, a person or a rollback."""
     assert file.recipe is not None and file.recipe.register_as is not None
     model = file.recipe.register_as.model
     trigger = DeploymentEventTrigger(
@@ -306,7 +306,7 @@ def _on_promotion(file: RecipeFile, deployment: Any) -> Any:
 
 
 def _kept(name: str, before: DeploymentResponse, *, paused: bool) -> Iterator[str]:
-    """What an operator changed of a deployment."""
+    """The settings of a deployment that the operator changed, which a deploy keeps."""
     if paused:
         yield f"{name} stays paused, as somebody paused it"
     nightly = settings.NIGHTLY.get()

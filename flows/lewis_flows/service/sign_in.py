@@ -1,4 +1,4 @@
-"""Sign a browser in at the Prefect server of `lewis up`, so that nobody has to copy its key.
+"""Sign a browser in at the Prefect server of `lewis up`, without copying its key.
 
 `lewis open` makes a code from the key, which the server takes once and within a minute. The browser gets it from a file
 that only its user can read: the command line of a process can be read by all users.

@@ -75,7 +75,7 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
 
 
 def _add_times(recipe: Watched, seen: datetime | None, last: Run | None) -> None:
-    """Add since when its champion is behind, by what a poll saw, and when its last merge is tried again if it failed.
+    """Add since when the champion is behind, as polls saw it, and when a failed merge is tried again.
 
     What a version with a verdict holds is not tried again; nor is a run that crashed after a pause: the next poll does.
     """

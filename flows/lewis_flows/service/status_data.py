@@ -165,7 +165,7 @@ def _unknown(status: Status) -> Iterator[Problem]:
 
 def _of_runs(status: Status) -> Iterator[Problem]:
     attempts = {each.recipe: each.next_attempt for each in status.recipes or [] if each.next_attempt}
-    suspended = {(run.flow, run.recipe) for run in status.running or [] if run.state == "Suspended"}  # it did its work
+    suspended = {(run.flow, run.recipe) for run in status.running or [] if run.state == "Suspended"}  # its work is done
     for run in status.last_runs():
         if run.state in FAILURES and (run.flow, run.recipe) not in suspended:
             attempt = attempts.get(run.recipe) if run.flow == MERGE else None

@@ -146,7 +146,7 @@ async def _read(request: Request) -> bytes | None:
             if len(body) > MAX_BODY:
                 return None
     except ClientDisconnect:
-        return b""  # nobody is there to read the answer
+        return b""  # the client has gone
     return bytes(body)
 
 
@@ -164,7 +164,7 @@ def _impatient() -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def _close_if_not_busy(self, transport: asyncio.Transport) -> None:
-            """Wait on only while the answer to a whole request is being made."""
+            """Close the connection, unless a complete request is being answered."""
             if self.cycle is None or self.cycle.more_body or self.cycle.response_complete:
                 return transport.abort()
             self._look = self.loop.call_later(MAX_SECONDS, self._close_if_not_busy, transport)
@@ -232,7 +232,7 @@ class Loop:
         self._thread.start()
 
     def stop(self) -> None:
-        """End it; returns immediately, also while something is done."""
+        """Stop the loop; returns immediately, even while a call is running."""
         self._over.set()
 
     def _run(self) -> None:
@@ -241,7 +241,7 @@ class Loop:
             try:
                 self._do()
                 before = ""
-            except Exception as error:  # whatever it is, the next time comes
+            except Exception as error:  # the next look tries again
                 if (now := f"{type(error).__name__}: {error}") != before:
                     logger.warning("%s: %s", self._thread.name, now, exc_info=error)
                 before = now

@@ -36,14 +36,14 @@ NOT_FOR_RUNS = (
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """What Python is started with: the command that it becomes, without the program."""
+    """The arguments that Python is started with, for the command that the worker becomes."""
     named = any(each.partition("=")[0] in ("--pool", "-p") for each in arguments)  # Prefect takes it only once
     pool = [] if named else ["--pool", work_queue.MERGES]
     return ["-m", "prefect", "worker", "start", *pool, "--type", "process", *arguments]
 
 
 def name_of_up() -> str:
-    """What the worker of `lewis up` on this machine is called on the server."""
+    """The name of this machine's `lewis up` worker on the server."""
     return f"lewis-{socket.gethostname()}"
 
 

@@ -72,7 +72,7 @@ def asked(
     patience_s: float = server.PATIENCE,
     tick: Callable[[], None] = lambda: None,
 ) -> Iterator[Asked]:
-    """What to ask lm-eval for; a server that this takes lives as long as the context.
+    """The backend, arguments and device for lm-eval. If the backend needs a server, it runs until the context ends.
 
     Args:
         backend: of the recipe.
@@ -132,7 +132,7 @@ def _transformers(path: str, adapter: Path | None, names: list[str], model_args:
     }
     if adapter is not None:
         arguments["peft"] = str(adapter)
-        if read_vocabulary(adapter) not in (None, read_vocabulary(Path(path))):  # lm-eval makes room for added tokens
+        if read_vocabulary(adapter) not in (None, read_vocabulary(Path(path))):  # lm-eval resizes embeddings for it
             arguments["tokenizer"] = arguments["peft"]
     if several:
         return Asked("hf", arguments, "cuda", environment=visible(names))

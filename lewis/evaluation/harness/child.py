@@ -62,7 +62,7 @@ def main(descriptor: str, loaded: str = "") -> None:
             _, ends, _, _ = socket.recv_fds(messages, 1, 3)
             if not ends:
                 with suppress(ChildProcessError):
-                    os.wait()  # until all have ended: as the first process of a namespace, it takes them along
+                    os.wait()  # wait for all: if the first process of a namespace ends, so do they
                 return
             if os.fork() == 0:
                 break
@@ -262,7 +262,7 @@ def _part(
 
 
 def _as_drawn(rows: list[Any], indices: list[int]) -> list[Any]:
-    """The rows in the order of the drawn documents: the first ones, of which more is asked, are those of each look."""
+    """The rows in the order in which documents are drawn, so that the first rows are in every look."""
     places = {index: place for place, index in enumerate(indices)}
     return sorted(rows, key=lambda row: places[row["doc_id"]])
 
@@ -278,7 +278,7 @@ def _load(manager: Any, tasks: list[str]) -> Any:
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise ValueError(f"task {name}: lm-eval cannot use its YAML file or its data: {problem}") from error
-        raise  # each loads alone: for example, a task that is in one of the groups too
+        raise  # each loads alone, so together they clash: such as a task and its group
 
 
 def _source(task: Any) -> dict[str, str | None] | None:
@@ -295,7 +295,7 @@ def _source(task: Any) -> dict[str, str | None] | None:
 
 
 def _pool(name: str, hashes: list[str], documents: str, limit: int | float | None, seed: str) -> list[int]:
-    """Indices of the documents of a task, of whose hashes one list is given."""
+    """Indices of the documents that may be scored, in the order in which they are drawn; `hashes`: of all documents."""
     indices = list(range(len(hashes)))
     if documents in _HALVES:
         wanted = _HALVES.index(documents)

@@ -48,7 +48,7 @@ class KeptAnswers:
 
     @contextmanager
     def of(self, lm: Any) -> Iterator[None]:
-        """Meanwhile, a model of lm-eval answers from the file what is in there, and writes what is not."""
+        """A context in which lm-eval's model takes answers from the file if it has them, else asks and writes them."""
         hook = lm.cache_hook
         with ExitStack() as replaced:
             lm.set_cache_hook(self)
@@ -61,7 +61,7 @@ class KeptAnswers:
             yield
 
     def once(self, name: str, of: Any, compute: Callable[[], Any]) -> Any:
-        """What was computed of plain data before, in this process or an earlier one; else it is computed, and kept."""
+        """Call `compute` unless its result for this name and input is kept, from this process or an earlier one."""
         key = self._key(name, of)
         if self._kept[key]:
             return self._kept[key].popleft()
@@ -126,10 +126,10 @@ class KeptAnswers:
 
     @contextmanager
     def _ends_of_batches(self, lm: Any) -> Iterator[None]:
-        """Meanwhile, a batch is written when the model is asked for the next one."""
+        """A context in which each batch is written once the model is asked for the next one."""
         with ExitStack() as replaced:
             model: Any = getattr(lm, "model", None)
-            if hasattr(model, "get_input_embeddings"):  # which each forward pass of transformers begins with
+            if hasattr(model, "get_input_embeddings"):  # transformers calls it at the start of each forward pass
                 handle = model.get_input_embeddings().register_forward_pre_hook(lambda *_: self._flush())
                 replaced.callback(handle.remove)
             elif hasattr(model, "generate"):  # vLLM and SGLang
@@ -179,7 +179,7 @@ def _plain(answer: Any) -> Any:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Meanwhile, an object has another attribute of its own, which hides that of its class."""
+    """A context in which an object has this attribute in place of its class's."""
     own = vars(owner).get(name)
     setattr(owner, name, value)
     try:

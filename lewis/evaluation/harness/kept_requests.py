@@ -1,4 +1,4 @@
-"""What a model was asked and answered, in full, for a few documents: a server that has it can be asked the same."""
+"""Requests and answers of a model for a few documents, in full, so that a server of it can be asked the same."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -43,7 +43,7 @@ def requests_of(
 
 
 def add_answers(lm: Any, requests: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Let lm-eval's model go on from the prompts that have no greedy answer yet, those of choices."""
+    """Add greedy answers to the prompts that have none yet (multiple choice): lm-eval's model continues them."""
     from lm_eval.api.instance import Instance
 
     missing = [each for of_task in requests.values() for each in of_task if "answer" not in each]

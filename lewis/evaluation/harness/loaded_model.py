@@ -44,7 +44,7 @@ def opened(name: str, arguments: dict[str, Any], batch_size: int | str, device: 
 
 
 def noted_chats(lm: Any) -> dict[str, list[dict[str, str]]]:
-    """A mapping that gets each prompt that the chat template makes from now on, and the messages that it is made of."""
+    """Record what the chat template does from now on: a mapping, which grows, of each prompt to its messages."""
     found, apply = dict[str, list[dict[str, str]]](), getattr(lm, "apply_chat_template", None)
     if apply is None:
         return found
@@ -89,7 +89,7 @@ def _encoder(lm: Any) -> Any:
 
 @contextmanager
 def _keep_rows(adapter: str | None) -> Iterator[None]:
-    """Meanwhile, embeddings are resized only to what an adapter needs.
+    """A context in which embeddings are resized only as far as the adapter needs.
 
     lm-eval resizes the base's embeddings to the number of tokens, for adapters with tokens of their own. Many bases
     have more rows than tokens. An adapter that saves all of them would then not load, and one that does not would be
@@ -110,7 +110,7 @@ def _keep_rows(adapter: str | None) -> Iterator[None]:
 
 
 def _rows(adapter: Path) -> int | None:
-    """How many rows the embeddings and the head have that an adapter changes; None if it changes none."""
+    """How many rows the embeddings and the head have in an adapter; None if it changes neither."""
     for name, (_, shape) in file_headers(adapter / WEIGHTS).items():
         if name.endswith((*PER_TOKEN, "lm_head.lora_B.weight")):
             return shape[0]

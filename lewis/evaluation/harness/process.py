@@ -214,7 +214,7 @@ class Child:
         os.close(self._status)
 
     def _reads_within(self, seconds: float) -> bool:
-        """Read what the keeper writes; whether there was something, be it the end."""
+        """Read what the keeper writes; returns whether something came, or its end."""
         if not select.select([self._status], [], [], seconds)[0]:
             return False
         data = os.read(self._status, 64)
@@ -268,7 +268,7 @@ class _ForkServer:
         """Let the server end; its children continue."""
         self._socket.close()
         self._output.close()
-        threading.Thread(target=self._process.wait, daemon=True).start()  # it may still be importing
+        threading.Thread(target=self._process.wait, daemon=True).start()  # the server may still be importing
 
 
 def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool, shown: Sequence[Path] = ()) -> Child:
@@ -306,14 +306,14 @@ def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool, sh
 
 
 def _start(environment: Mapping[str, str], network: bool, shown: Sequence[Path]) -> tuple[object, ...]:
-    """What a server depends on: this process, the variables that are read when it imports, and its namespaces."""
+    """What decides whether a server can be used again: this process, variables read at import, and its namespaces."""
     read = {name: value for name, value in environment.items() if not name.startswith(_NOT_READ_WHEN_LOADED)}
     temporary = temporary_folders(_needed(environment, shown))
     return os.getpid(), read, secrets.files(), network, temporary
 
 
 def _needed(environment: Mapping[str, str], shown: Sequence[Path]) -> list[Path]:
-    """What a child needs: also the Python that runs, and the files and folders that variables name."""
+    """The paths that a child must be able to read, among them this Python and the paths in its variables."""
     words = (word for value in environment.values() for word in value.split(os.pathsep))
     named = (Path(word) for word in (*words, *sys.path, sys.prefix, sys.base_prefix) if os.path.isabs(word))
     return [*named, _seen(os.getpid()), store.home(), *shown]

@@ -90,7 +90,7 @@ def serving(
     if is_url():
         url = setting().rstrip("/")
         _check_model(url, model, _models(url, direct=False))
-        yield Served(url, way_to_the_hub(os.environ))  # the proxies: it may be far away
+        yield Served(url, way_to_the_hub(os.environ))  # with proxies, as the server may be elsewhere
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -165,7 +165,7 @@ def _models(url: str, *, direct: bool) -> list[str]:
 
 
 def _check_model(url: str, model: str, names: list[str]) -> None:
-    """A server that has another model might answer for that, whatever name it is asked for."""
+    """Check that the server has this model: some servers answer with whatever model they have, for any name."""
     if model not in names:
         raise InputError(
             f"LEWIS_EVALUATION_SERVER: the server at {redacted(url)} has not the model {model}, but "

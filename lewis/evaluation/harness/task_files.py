@@ -192,7 +192,7 @@ def builtin_task(name: str) -> tuple[Mapping[str, Any], list[Any] | None]:
 
 
 def members(config: Mapping[str, Any]) -> list[Any]:
-    """What the list `task` of a group holds: names, and mappings that define a member or change it."""
+    """The items of a group's list `task`: names, and mappings that define a member or change it."""
     listed = config.get("task")
     return listed if isinstance(listed, list) else [listed] if isinstance(listed, str) else []
 

@@ -1,4 +1,4 @@
-"""What task files say of their scores: the names, to find a wrong one before any work, and the Hub's datasets."""
+"""The names of the scores that task files give, so that a wrong one is found before any work; and their datasets."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,7 +72,7 @@ def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
 
 
 def read(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
-    """As `builtin_task`, also of the recipe's own tasks."""
+    """As `builtin_task`, and for the recipe's own tasks, too."""
     if name not in found.files:
         return builtin_task(name)
     config = found.files[name].config

@@ -171,7 +171,7 @@ class _Tests:
         exec(code, {"__name__": "__main__", **{name: self._value(name) for name in _needed(code, names)}})
 
     def ask(self, operation: str, /, *arguments: Any, **named: Any) -> Any:
-        """What the program answers.
+        """Send a request to the program's process; returns its answer.
 
         Raises:
             Exception: of the kind that the program raised, if that is a built-in one, else RuntimeError.

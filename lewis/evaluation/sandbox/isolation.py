@@ -89,7 +89,7 @@ exec "$@"
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """What an evaluation needs of a worker's environment. Variables that are not known to be harmless are left out."""
+    """The part of a worker's environment for an evaluation: only variables that are known to be harmless."""
     known = {name: value for name, value in environment.items() if name in _NAMES or name.startswith(_PREFIXES)}
     return {name: value for name, value in known.items() if not name.endswith(_SECRET)} | FIXED
 

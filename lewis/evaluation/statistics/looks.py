@@ -1,4 +1,4 @@
-"""When an evaluation may end early: after how many documents the gate looks, and which part of the error a look spends.
+"""When an evaluation may end early: after how many documents the gate looks, and how much error each look may use.
 
 Each look has twice the documents of the one before, drawn at random. A test that is made at every look would be wrong
 more often than one that is made once. So a look has only a part of a test's error, and all parts add up to it: this

@@ -1,4 +1,4 @@
-"""What so many documents show: margins, which losses and gains are seen, and the error that a release may spend.
+"""What a number of documents can show: margins, losses and gains that are found, and the error of each release.
 
 A score from 0 to 1 is meant, such as the share of right answers. Two releases of one merge are taken to differ on one
 document in ten (`CHANGED`); a pair that differs on more needs more documents.

@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 
 def shown(by_label: Mapping[str, _T]) -> dict[str, _T]:
-    """What tables and files have of the scored models: all but what only the gate looks at."""
+    """The scored models for tables and files: without those that only the gate needs."""
     return {label: each for label, each in by_label.items() if label != _MARK}
 
 

@@ -48,7 +48,7 @@ def merge_tensor(merge: Prepared, name: str, write: Write) -> bool:
 
 
 def _prepare_run(merge: Prepared, name: str) -> Run | None:
-    """What merges the chunks of a tensor; None if the method's function has to."""
+    """A function that merges a tensor chunk by chunk in compiled loops; None if the method has none for it."""
     loops = merge.method.compiled
     if merge.method.coefficients:
         return _linear_combination(merge, name)
@@ -163,7 +163,7 @@ def _pair(inputs: Inputs, expert: int, columns: int, scales: ScaleLayouts) -> Pa
 
 
 def _kept(loops: Loops, values: dict[str, Any], expert: int, pair: Pair, key: np.uint64 | None) -> Kept:
-    """What the parameters let stand of one expert's task vector."""
+    """The part of one expert's task vector that the parameters keep."""
     return Kept(
         pair,
         values["density"][expert] if "density" in values else 1.0,

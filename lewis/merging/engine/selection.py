@@ -272,7 +272,7 @@ def address_of(mask: np.ndarray | None) -> np.uint64:
 
 
 def _selector() -> Selector:
-    """This thread's own."""
+    """The selector of this thread."""
     if not hasattr(_own, "selector"):
         _own.selector = Selector()
     selector: Selector = _own.selector

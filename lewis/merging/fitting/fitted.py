@@ -1,4 +1,4 @@
-"""The tensors that a merge has fitted so far, on disk, and the merged model that is read of them before it is written.
+"""The tensors that a merge has fitted so far, on disk, and the merged model, readable before it is written.
 
 A process that goes on after a kill finds the fitted tensors again.
 """

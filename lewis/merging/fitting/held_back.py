@@ -5,8 +5,8 @@ the merge would be without a fit. A fit that loses more than the anchor, or that
 repeated with a larger ridge and prior, which leave less to the few rows. If that does not help, the anchor is taken,
 unless its rows lose even more.
 
-The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts; with it
-says nothing that the anchor is better, since no expert was trained to predict prompts: then only broken rows count.
+The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts. An anchor
+that is better by this loss proves nothing, since no expert was trained to predict prompts: then only broken rows count.
 
 The base's loss on the same rows shows what each expert brings. Where answers are known, one that brings nothing is
 named before the fit.
@@ -42,7 +42,7 @@ class Distance:
 
     Attributes:
         mean: nats per token above each expert on its own rows, the mean over the experts.
-        worst: of the row that loses most.
+        worst: nats per token that the worst row is above its expert.
         experts: reference of each expert -> the mean over its rows.
     """
 
@@ -83,7 +83,7 @@ class Verdict:
         return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"], data.get("gains") or {})
 
     def to_text(self) -> str:
-        """A sentence."""
+        """The verdict in a sentence."""
         taken = self.anchor if self.taken is None else self.fits[self.taken]
         text = (
             f"{self.rows} held-back rows: {taken.mean:+.4f} nats per {'answer ' * self.of_answers}token from the "
@@ -163,7 +163,10 @@ def fit_and_judge(
 
 
 def _part(progress: Report | None, begin: float, width: float) -> Report:
-    """Reports a part of the work as the whole of it: experts, base, anchor, `FIT` times as long the fit, its result."""
+    """A `Report` for one part of the work, which shows it as a share of all.
+
+    The parts: experts, base, anchor, the fit (`FIT` times as long as each other part), its result.
+    """
 
     def report(_: str, done: int, total: int) -> None:
         if progress:

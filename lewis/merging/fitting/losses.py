@@ -42,7 +42,7 @@ def predicts_next_token(model: Any) -> bool:
 def row_losses(
     model: Any, sets: Sequence[Calibration], threads: int | None = None, progress: Report = silent
 ) -> list[list[RowLoss]]:
-    """The loss of each row, of each set; the rows of a set by length, longest first, alike for all models.
+    """The loss of each row of each set. The rows of a set are sorted by length, longest first, for all models alike.
 
     At any time there are in memory: what lies outside of the blocks, one block, and the hidden states of all rows.
 

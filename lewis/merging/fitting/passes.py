@@ -1,4 +1,4 @@
-"""Forward passes that stop in front of every projection, so that many of them can be led side by side."""
+"""Forward passes that stop in front of every projection, so that many can advance together."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Pass(Stepping):
             self.rows = None if inputs is None else self.spill.keep(self.without_padding(inputs, self.taken))
 
     def stop(self) -> None:
-        """End what waits here, in its own thread."""
+        """End the waiting pass, in its own thread."""
         super().stop()
         self._raw = self.rows = self.call = self.output = None
         self.streams = {}
 
     def run_ahead(self, module: nn.Module) -> torch.Tensor:
-        """Compute what the module gives, in front of which this waits; gives it without padding, as `rows`.
+        """Run the module that the pass waits for, ahead of its turn. Returns the output without padding, as `rows`.
 
         The module, whose `forward` must be `answering`, does not compute it again.
         """
@@ -88,7 +88,7 @@ def stop_with_call(path: str, module: nn.Module, args: tuple[Any, ...], named: d
 
 
 def answering(module: nn.Module) -> Callable[[], None]:
-    """Let a module give what `Pass.run_ahead` has computed for the pass that is running; gives what ends this."""
+    """Make a module return what `Pass.run_ahead` computed for the running pass. Returns a function that ends this."""
     forward = module.forward
 
     def answer(inputs: torch.Tensor) -> Any:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen.
+    """The ridge that was chosen, and what it was chosen by.
 
     Attributes:
         ridge: the one with the least loss; of equal ones the largest.
@@ -49,7 +49,7 @@ class Choice:
         return cls(data["ridge"], {ridge: math.inf if loss is None else loss for ridge, loss in data["losses"]})
 
     def to_text(self) -> str:
-        """A sentence."""
+        """The choice in a sentence."""
         losses = ", ".join(f"{loss:.4f} with {ridge:g}" for ridge, loss in self.losses.items())
         return f"ridge: auto chose {self.ridge:g}, by the loss on held-out calibration rows (nats per token): {losses}"
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Solver:
-    """Fits the projection that all passes have come to; what several share (q, k and v) is computed once."""
+    """Fits the projection that all passes wait for; q, k and v, which have the same inputs, share what they need."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Solver:
     def solve(
         self, place: str, covered: Covered, weights: Sequence[torch.Tensor], anchor: torch.Tensor
     ) -> torch.Tensor:
-        """Fit the tensor of one place.
+        """Fit the weight of the projection that the passes wait for.
 
         Args:
             place: path of the module.

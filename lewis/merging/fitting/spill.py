@@ -81,7 +81,7 @@ class Spill:
         return nullcontext() if self.folder is None else made
 
     def move_out(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Bring tensors to files, those that share their storage together. They are the same objects as before."""
+        """Move tensors into files; those that share storage go into one file. The tensor objects stay the same."""
         moved: dict[int, torch.Tensor] = {}
         for each in tensors:
             storage = each.untyped_storage()
@@ -103,7 +103,7 @@ class Made(TorchFunctionMode):
         self._made: list[weakref.ref[torch.Tensor]] = []
 
     def alive(self) -> list[torch.Tensor]:
-        """Those that something still refers to."""
+        """The noted tensors that something still refers to."""
         found = [each for each in (reference() for reference in self._made) if each is not None]
         self._made = [weakref.ref(each) for each in found]
         return found

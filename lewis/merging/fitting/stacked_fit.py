@@ -50,7 +50,7 @@ def tensors_in(stacks: Stacks) -> list[str]:
 
 
 class StackedFit:
-    """Fits the stacked experts that all passes have come to."""
+    """Fits a block's stacked experts once the passes of all experts wait in front of it."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class StackedFit:
         while any(covered.tensor not in self._fitted for group in left.values() for covered, _ in group):
             parameter, noted = self._noted(path, left)
             if parameter is None:
-                break  # no token goes to the others
+                break  # no token reaches the remaining stacks
             group = [each for each in left.pop(parameter) if each[0].tensor not in self._fitted]
             group.sort(key=lambda each: each[1][0].projection)  # those that share their inputs after each other
             for seen, each in zip(self._seen, noted, strict=True):
@@ -98,7 +98,7 @@ class StackedFit:
             self._merged.load([parameter])
 
     def warn(self) -> None:
-        """Warn of what few tokens reached."""
+        """Warn of stacked experts that few calibration tokens reached."""
         for expert, seen in zip(self._merge.experts, self._seen, strict=True):
             warn_of_few_tokens(expert.ref, seen)
 

@@ -111,7 +111,7 @@ def solve_group(
 
 
 class _Solver:
-    """Fits tensor after tensor. What follows from inputs that several share is kept for them."""
+    """Fits tensor after tensor; what is computed of shared inputs is kept for all tensors that share them."""
 
     def __init__(self, merge: Prepared, statistics: Sequence[Statistics], jobs: Jobs) -> None:
         self._merge, self._statistics, self._jobs = merge, statistics, jobs

@@ -31,7 +31,7 @@ IN_MEMORY_FITTED = 64 << 20  # bytes of fitted tensors that wait to be written t
 
 
 class Walk:
-    """All passes on their way from place to place."""
+    """Leads all passes of a fit through the blocks of their models."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Walk:
         self._in_block = [name for name in self._weights[-1].network.parameters_in(block) if name not in of_places]
         for weights in self._weights:
             weights.load(self._in_block)
-        for each in self._passes:  # what was noted in the blocks before is not needed any more
+        for each in self._passes:  # drop the inputs recorded in earlier blocks
             each.streams = {path: stream for path, stream in each.streams.items() if path == block}
 
     def _drop_block(self) -> None:

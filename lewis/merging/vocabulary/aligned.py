@@ -77,7 +77,7 @@ class Aligned(View):
         return self._copies[name]
 
     def done_with(self, name: str) -> None:
-        """Let go of a tensor, as of the model's, and of the file that was written for it."""
+        """Release a tensor of the model, and the file that was written for it."""
         self._copies.pop(name, None)
         super().done_with(name)
 

@@ -28,7 +28,7 @@ class Alignment:
         donor: folder of the tokenizer and the generation config.
         source: the model whose tokenizer it is.
         target: the result's vocabulary; None if the models have the same one and nothing has to be done.
-        views: id of a model -> the model as it has to be read.
+        views: id of a model -> the model with its rows in the order of `target`.
         digest: identity of what is done; None for nothing.
     """
 
@@ -172,7 +172,7 @@ def _target(
 def _match(
     target: Target, ids: Sequence[Mapping[str, int]], sizes: Sequence[int], source: int, *, has_base: bool
 ) -> tuple[list[np.ndarray], dict[int, Origin]]:
-    """Each model's own row for every row of the target, -1 for none; and what is read where a model has none.
+    """For every row of the target each model's own row, -1 if it has none; and the row that is read in its place.
 
     The row of a token that a model lacks is the base's, if the base has the token, else the mean of the rows of those
     that have it. A row of padding is the model's own, if it is padding there too, else the source's.

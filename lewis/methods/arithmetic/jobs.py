@@ -1,4 +1,4 @@
-"""Jobs that sums and factors are cut into, in a way that depends on their sizes only."""
+"""How sums and factors are cut into jobs: by their sizes only, so that any number of threads gives the same bits."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ DUAL_TOKENS = 4096  # tokens that the dual form keeps of such a layer, spread ev
 
 
 def keeps_rows(size: int, tokens: int) -> bool:
-    """Whether the inputs themselves are worth less room and time than the products of all pairs of them.
+    """Whether to keep the inputs themselves: they take less room and time than the products of all pairs of them.
 
     So it is with fewer tokens than half of the inputs, since the products are symmetric. A layer with more than
     `DUAL_ABOVE` inputs always keeps rows, at most `DUAL_TOKENS` of them.
@@ -218,7 +218,7 @@ class Inputs:
     def _from_carried(
         self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], factor: Factor, out: torch.Tensor
     ) -> torch.Tensor:
-        """W_a + sum_t c_t (W_t - W_a) [ X_t^T X_t (S + r I)^-1 ]: the brackets take less time than many outputs."""
+        """W_a + sum_t c_t (W_t - W_a) [ X_t^T X_t (S + r I)^-1 ]: quicker, by the brackets, where outputs are many."""
         if self._carried is None or self._carried[0] != self.ridge:
             carried = [torch.empty_like(products) for products in self._grams]
 
@@ -270,7 +270,7 @@ class Inputs:
         gram[columns.start :, columns] = block.T
 
     def _sum_of_products(self) -> torch.Tensor:
-        """S, fp64, on and above the diagonal; sets the X_t^T X_t, of which no more is computed."""
+        """S in fp64; puts each X_t^T X_t, fp32, into `_grams`. All are symmetric: only upper triangles are computed."""
         total, known = torch.empty(self.size, self.size, dtype=torch.float64), bool(self._grams)
         as_given = [isinstance(rows, Gram) and self.alpha == 1 for rows in self.experts]
         if not known:
@@ -290,7 +290,7 @@ class Inputs:
         return total
 
     def _damp(self, block: torch.Tensor, start: int) -> None:
-        """Multiply by alpha what lies off the diagonal of a product, which begins at column `start` of this part."""
+        """Multiply the off-diagonal of some rows of a product by alpha; the diagonal begins at column `start`."""
         if self.alpha < 1:
             own = block.diagonal(start).clone()
             block.mul_(self.alpha).diagonal(start).copy_(own)

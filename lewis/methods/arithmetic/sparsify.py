@@ -108,7 +108,7 @@ def largest(score: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _largest_there(values: torch.Tensor, k: int) -> torch.Tensor:
-    """`largest` for flat values on a GPU."""
+    """As `largest`, on a GPU: for flat values that are there already."""
     threshold = values.kthvalue(len(values) - k + 1).values
     keep = values > threshold
     ties, wanted = (values == threshold).nonzero().reshape(-1), k - int(keep.sum())

@@ -24,8 +24,8 @@ class Stacked:
         """
         Args:
             experts: the tokens of each.
-            besides: B_t of each.
-            taken: which tokens of each, ascending; None for all.
+            besides: B_t, the further outputs of each expert's tokens.
+            taken: indices of the tokens to take of each expert, ascending; None for all.
         """
         self.counts = [rows.tokens if kept is None else len(kept) for rows, kept in zip(experts, taken, strict=True)]
         total, size = sum(self.counts), experts[0].size
@@ -51,12 +51,12 @@ class Stacked:
 
 
 def within(taken: torch.Tensor, begin: int, length: int) -> torch.Tensor:
-    """Which rows of a part are taken, as indices into it; `begin`: its first token."""
+    """The rows of a part that are taken, as indices into the part, which begins at token `begin`."""
     return taken[(taken >= begin) & (taken < begin + length)] - begin
 
 
 def _scale(parts: Sequence[torch.Tensor], taken: torch.Tensor | None, scale: float, out: torch.Tensor) -> None:
-    """Write the rows that are taken of all parts, times `scale`, below each other."""
+    """Write the taken rows of all parts, times `scale`, one part below the other."""
     begin = filled = 0
     for part in parts:
         rows = part if taken is None else part[within(taken, begin, len(part))]

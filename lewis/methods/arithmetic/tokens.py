@@ -42,7 +42,7 @@ class Rows:
 
     @property
     def shifted(self) -> bool:
-        """Whether the inputs of the expert are others than those of the merged model."""
+        """Whether the expert's inputs differ from the merged model's."""
         return any(own is not merged for own, merged in zip(self.own, self.merged, strict=True))
 
 
@@ -67,7 +67,7 @@ class Gram:
 
     @property
     def share(self) -> float:
-        """What `mean` counts in S: c_t times the number of tokens."""
+        """The weight of `mean` in S: c_t times the number of tokens."""
         return self.weight
 
     @property

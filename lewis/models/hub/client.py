@@ -148,10 +148,10 @@ def _repeated(
     """Repeat a call of the client after errors for which `again` is true, while it moves on or has tries left.
 
     Args:
-        what: is asked for, for the log.
+        what: the name of what is asked for, for the log.
         question: the call.
         again: whether an error may go away.
-        done: how far the call came; more of it than at the error before gives all tries and waits back.
+        done: how far the call came. Progress since the last error resets the counts of tries and waits.
 
     Raises:
         Exception: the last one of the client.

@@ -28,6 +28,7 @@ from lewis.models.hub.client import api, ask, cache_folder, check_repo_id, offli
 from lewis.models.hub.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.names import is_buffer, unwrapped
 from lewis.models.quantised.headers import dequantised
+from lewis.settings import size_text
 from lewis.store import kinds
 from lewis.store.manifest import remembered_sha256
 from lewis.threads import ContextPool
@@ -72,7 +73,7 @@ def resolve(ref: str, root: Path) -> Pinned:
         return pin_folder(ref, as_folder(ref, fetch(pinned)))
     if _told.get(ref) != commit:  # log it once: waiting for a release asks every few seconds
         _told[ref] = commit
-        logger.info("%s is commit %s (%.2f GB)", ref, commit, pinned.size / 1e9)
+        logger.info("%s is commit %s (%s)", ref, commit, size_text(pinned.size))
     return pinned
 
 
@@ -127,7 +128,7 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
 
 
 def _complete(pinned: Pinned, folder: Path, names: list[str], files: Listing, *, card: bool) -> dict[str, str]:
-    """Download what a snapshot lacks; gives the files that are damaged now, and removes them.
+    """Download the files that a snapshot lacks. Returns those that are damaged, which it removes.
 
     Args:
         pinned: the model.
@@ -144,7 +145,7 @@ def _complete(pinned: Pinned, folder: Path, names: list[str], files: Listing, *,
         raise InputError(f"{pinned.ref}: HF_HUB_OFFLINE is set, and {missing[0]} is not in the cache; unset it")
     if missing:
         size = sum(files[name][0] for name in missing)
-        logger.info("%s: downloading %d files, %.2f GB", pinned.ref, len(missing), size / 1e9)
+        logger.info("%s: downloading %d files, %s", pinned.ref, len(missing), size_text(size))
         resume_downloads()
         wanted = [*(glob.escape(name) for name in names), *(["README.md"] if card else [])]
         download = functools.partial(api().snapshot_download, cache_dir=cache_folder(), allow_patterns=wanted)
@@ -221,7 +222,7 @@ def tensor_headers(pinned: Pinned) -> Headers:
 
 @contextmanager
 def blaming(pinned: Pinned, what: str, how: str = "broken") -> Iterator[None]:
-    """An error about what is in the files of a model, which were checked, says that they are broken on the Hub.
+    """Report an error in the content of intact files as a model that is broken on the Hub.
 
     Args:
         pinned: the model. Of a local folder, errors stay as they are.
@@ -234,7 +235,7 @@ def blaming(pinned: Pinned, what: str, how: str = "broken") -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if pinned.is_local or isinstance(error.__cause__, OSError):  # which says nothing about the content
+        if pinned.is_local or isinstance(error.__cause__, OSError):  # an OSError says nothing about the content
             raise
         raise _broken(pinned, what, error, how) from error
 
@@ -248,7 +249,7 @@ def _broken(pinned: Pinned, what: str, why: object, how: str = "broken") -> Brok
 
 
 def _is_of_the_commit(path: Path, listed: tuple[int, str], error: InputError) -> bool:
-    """Whether what cannot be read is what the commit has: read at the Hub, or downloaded and as the commit lists it."""
+    """Whether unreadable content is the commit's own and no broken download: its checksum fits, or the Hub was read."""
     if path.is_file():
         return _is_intact(path, *listed)
     return type(error.__cause__).__name__ == "SafetensorsParsingError"

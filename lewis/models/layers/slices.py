@@ -1,4 +1,4 @@
-"""The slices of a merge over the layers of its models: each as a merge of its own, and the names that it reads.
+"""Slices of layers: each is a merge of its own, and knows which tensors of its models it reads.
 
 Where every layer stays in its place, slices only give layers values of their own. Otherwise the result is a stack of
 other layers than any model's. What lies before the layers (embeddings) comes from the first slice, what lies after them

@@ -87,7 +87,7 @@ def layers_of(ref: str, names: Iterable[str]) -> Layers:
 
 
 def _of_text(stacks: Sequence[str], outside: Sequence[str]) -> str | None:
-    """Which stack text goes through, by prefixes; None if there is none, or others next to it (encoder and decoder)."""
+    """The prefix of the stack that text goes through; None if there is none, or several (encoder and decoder)."""
     if len(stacks) == 1:
         return stacks[0]
     found = [each for each in stacks if any(f"{_parent(each)}{name}" in outside for name in EMBEDDINGS)]
@@ -98,7 +98,7 @@ def _of_text(stacks: Sequence[str], outside: Sequence[str]) -> str | None:
 
 
 def _parent(prefix: str) -> str:
-    """What a stack is in: `model.` of `model.layers.`."""
+    """The module path that a stack is in: `model.` of `model.layers.`."""
     return prefix.removesuffix(".").rpartition(".")[0] + "."
 
 

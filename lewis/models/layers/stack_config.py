@@ -96,7 +96,7 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
         )
     block.update(dict.fromkeys(keys, len(origins)))
     for key in [*listed, *_NUMBERS, *_RULES, *keys] if block is not found else ():
-        found |= {key: block[key]} if key in found and key in block else {}  # some say it twice (Qwen2.5-VL)
+        found |= {key: block[key]} if key in found and key in block else {}  # Qwen2.5-VL states it twice
     return found
 
 
@@ -131,7 +131,7 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_derived(origin: Origin) -> dict[str, Any]:
-    """The part of a config about layers, with the lists (by layer) that transformers derives from its rules."""
+    """The part of a config about layers, with the per-layer lists that transformers derives from its other keys."""
     block = _block(dict(origin.config))
     alike = "sliding_window" if block.get("use_sliding_window") is False else ""
     rules = [key for key in _DERIVED if block.get(key) and key != alike]
@@ -150,7 +150,7 @@ def _with_derived(origin: Origin) -> dict[str, Any]:
         ) from error
     lists = {key: value for key, value in _block(made).items() if _is_list(key, value, origin.layers)}
     added = {key: value for key, value in lists.items() if key not in block}
-    if rules and not added and rules != ["sliding_window"]:  # which may hold for all layers
+    if rules and not added and rules != ["sliding_window"]:  # a sliding window may hold for all layers
         raise InputError(
             f"{origin.home / 'config.json'}: slices: {rules[0]} says of which kind layers are by number, and there is "
             "no list that could follow them; write layer_types into the config, or use models"
@@ -159,7 +159,7 @@ def _with_derived(origin: Origin) -> dict[str, Any]:
 
 
 def _is_list(key: str, value: Any, layers: int) -> bool:
-    """Whether it has an item for each layer."""
+    """Whether a value is a list with an item for each layer."""
     if key in _NUMBERS or key.endswith(_NO_LAYERS):
         return False
     return len(value) == layers if isinstance(value, list) or (isinstance(value, str) and key in _TEXTS) else False

@@ -172,7 +172,7 @@ def _is_rank(value: Any) -> bool:
 
 @dataclass
 class Keys:
-    """The keys of an adapter's file by what they are of.
+    """The keys of an adapter's file, by the module or parameter that they change.
 
     Attributes:
         parts: module, as its key calls it -> `A`, `B`, `bias` (of lora_B) or `magnitude` -> key.
@@ -191,7 +191,7 @@ class Keys:
     unknown: list[str] = field(default_factory=list)
 
     def add(self, key: str, settings: Mapping[str, Any]) -> None:
-        """File a key under what it is of."""
+        """Add a key, under the module or parameter that it changes."""
         name = unwrapped(key)
         if match := _FACTOR.match(name):
             part = match["part"][-1] if match["kind"] != "bias" else "bias"

@@ -45,7 +45,7 @@ class Replaced:
     shape: tuple[int, ...]
 
     def apply(self, values: torch.Tensor, start: int) -> None:
-        """Put the adapter's values there."""
+        """Overwrite `values` with the adapter's, from element `start` of the tensor on."""
         dtype, bits = self.raw(self.key)
         values.copy_(as_tensor(dtype, bits.reshape(-1)[start : start + values.numel()].copy()))
 
@@ -65,7 +65,7 @@ class NewRows:
     shape: tuple[int, ...]
 
     def apply(self, values: torch.Tensor, start: int) -> None:
-        """Put the rows there; `values` are the whole embedding."""
+        """Write the rows into `values`, the whole embedding."""
         dtype, bits = self.raw(self.key)
         values.view(self.shape)[torch.tensor(self.ids, dtype=torch.int64)] = as_tensor(dtype, bits.copy()).float()
 
@@ -80,7 +80,7 @@ class AddedBias:
     shape: tuple[int, ...]
 
     def apply(self, values: torch.Tensor, start: int) -> None:
-        """Add it."""
+        """Add the bias to `values`."""
         dtype, bits = self.raw(self.key)
         values.add_(as_tensor(dtype, bits[start : start + values.numel()].copy()).float().mul_(self.scale))
 
@@ -114,7 +114,7 @@ class LowRank:
 
     @property
     def needs_whole(self) -> bool:
-        """Whether it cannot be applied to a part: norms over the rows need all rows."""
+        """Whether the change needs the whole weight: the norms of DoRA are over all rows."""
         return self.transposed and self.magnitude is not None
 
     def delta(self, start: int = 0, stop: int | None = None) -> torch.Tensor:

@@ -27,7 +27,7 @@ def is_target(settings: Mapping[str, Any], module: str, *, linear: bool) -> bool
         return not settings.get("target_parameters")
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return linear
-    if isinstance(targets, str) or module in targets:  # its whole path is named: whatever its layer
+    if isinstance(targets, str) or module in targets:  # its whole path is named, so its layer does not matter
         return _names(targets, module)
     return _names(targets, module) and _is_in_layers(settings, module)
 

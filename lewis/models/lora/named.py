@@ -90,7 +90,7 @@ def _problems(
 def check_whole(
     base: Model, settings: Mapping[str, Any], file: Path, whole: Collection[str], rows: Collection[str]
 ) -> None:
-    """Check that the file has all that the settings say is saved as it is.
+    """Check that the file has every module that the settings save whole.
 
     Args:
         base: what the adapter is on.

@@ -97,7 +97,7 @@ class Targets:
         self.summary = f"{len(moved)} of its changes are read under the base's names ({moved[0]})" if moved else ""
 
     def _leave_out(self) -> None:
-        """Leave out what PEFT leaves out: tensors of the file that the settings do not name, with a warning.
+        """Drop tensors of the file that the settings do not name, with a warning; PEFT ignores them as well.
 
         Raises:
             InputError: if the settings name nothing, or a module that PEFT puts no factors on.
@@ -126,7 +126,7 @@ class Targets:
             )
 
     def _check_whole(self) -> None:
-        """Check that all is there that the settings say is saved whole, and that a tied head stays tied."""
+        """Check that the file has every module that the settings save whole, and that a tied head stays tied."""
         if not self.parts:
             raise InputError(
                 f"{self._where}: {CONFIG} names none of its tensors; the config belongs to another adapter"
@@ -246,7 +246,7 @@ class Targets:
         return a[0] // stack
 
     def _path(self, name: str) -> str:
-        """What patterns are compared with: the path of a module, or of a parameter of `target_parameters`."""
+        """The path that patterns are matched with: a module's, or with `target_parameters` a parameter's."""
         return name if name in self._parameters.values() else name.removesuffix(".weight")
 
     def _is_transposed(self, name: str, parts: Mapping[str, str], stack: int) -> bool:
@@ -295,7 +295,7 @@ class Targets:
 
     @cached_property
     def _theirs(self) -> Layout:
-        """The weights that the base has no tensor of that name for."""
+        """The adapter's weights for which the base has no tensor of the same name."""
         known = (*self._base.tensors, *self._base.tied)
         return Layout(self._network, {t.name: t.change.shape for t in self._targets if t.name not in known})
 
@@ -321,7 +321,7 @@ class Targets:
         return found
 
     def _place(self, target: _Target) -> Iterator[tuple[str, Part]]:
-        """The base's tensors that a change is of."""
+        """The base's tensors that a change goes to."""
         name, change = target.name, target.change
         if name in self._base.tied:
             raise self._changes_head(target.key)

@@ -62,7 +62,7 @@ def keeps_inputs(converter: Any, dimensions: int) -> str:
 
 
 def below_block(tensor: str) -> str:
-    """What a tensor is called in its block: what follows the first number."""
+    """The name of a tensor within its block: what follows the first number."""
     return re.sub(r"^.*?(?:^|\.)\d+\.", "", tensor, count=1).removesuffix(".weight")
 
 

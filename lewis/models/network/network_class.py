@@ -102,7 +102,7 @@ def text_tower(network: Any) -> Any:
 
 
 def input_embeddings(network: Any) -> Any:
-    """The module that gives a token its vector; of a decoder on an encoder without words (PP-FormulaNet), its own."""
+    """The module that gives a token its vector: the decoder's, if the encoder reads no text (PP-FormulaNet)."""
     try:
         return network.get_input_embeddings()
     except NotImplementedError:

@@ -1,10 +1,10 @@
 """A model that has the base's weights under other names, or cut otherwise: read as if it had the base's tensors.
 
 Versions of transformers name and cut the weights of one model differently (`h.0` and `transformer.h.0`, every expert a
-tensor or all in one). Their own tables of conversion tell which parameter of the network a tensor is, or which part of
-it. A tensor of the base that is a part of one of the model's is a view of the model's file; one that several make is
-put together when it is read; where a conversion does more than cut, join and stack along rows, it is done, and undone,
-when the tensor is read. Nothing is rounded, and no model is ever whole in memory.
+tensor or all in one). The conversion tables of transformers say which parameter of the network a tensor is, or which
+part of it. A tensor of the base that is a part of one of the model's is a view of the model's file. One that is made of
+several is put together when it is read. A conversion that does more than cut, join and stack along rows is computed, in
+either direction, when the tensor is read. Nothing is rounded, and no model is ever whole in memory.
 """
 
 from __future__ import annotations
@@ -173,9 +173,9 @@ class Renamed(View):
         return as_tensor(dtype, bits.copy()).reshape(self.tensors[self.tied.get(name, name)].shape)
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype and bits, as `Checkpoint.raw`: a view of the file if one run of a tensor makes it.
+        """One tensor's dtype and bits, as `Checkpoint.raw`: a view of the file if it is a part of one tensor there.
 
-        It is fp32 if tensors of several dtypes make it.
+        It is fp32 if it is put together from tensors of several dtypes.
         """
         if (stored := self.tied.get(name, name)) in self._made:
             return self._converted(stored)
@@ -200,7 +200,7 @@ class Renamed(View):
         return list(self._made[name]) if name in self._made else [run.name for run in self._of(name)]
 
     def _converted(self, name: str) -> tuple[str, np.ndarray]:
-        """What a conversion makes, which is kept likewise: one conversion may make many tensors."""
+        """A tensor that a conversion makes. All tensors of the last conversion are kept, since one makes many."""
         with self._lock:
             if name not in self._kept:
                 made = self._conversions.make(name, self.model.read)
@@ -208,7 +208,7 @@ class Renamed(View):
             return self._kept[name]
 
     def _bits(self, run: Run) -> tuple[str, np.ndarray]:
-        """The values of a run. What is computed is kept until another tensor is: its parts are read one by one."""
+        """The dtype and bits of a run. A computed tensor is kept for its further runs, until another is computed."""
         if not self.model.computes(run.name):
             dtype, bits = self.model.raw(run.name)
         else:

@@ -1,4 +1,4 @@
-"""Which elements of a network's parameters the tensors of a checkpoint hold.
+"""Which tensors of a checkpoint hold which elements of a network's parameters.
 
 Checkpoints of one model differ in how its weights are cut: every expert a tensor, or all of a layer in one; q, k and v
 apart or joined. Where a conversion of transformers only stacks, joins or cuts tensors along their rows, each tensor is

@@ -245,7 +245,7 @@ class _Finder:
 
 
 def not_here(parts: Any) -> np.ndarray:
-    """What a weight has for `decode` whose shape is unknown, since only headers have been read."""
+    """The `decode` of a weight of which only the header has been read: it fails, since the shape is not known."""
     raise AssertionError("only the headers of this model have been read")
 
 

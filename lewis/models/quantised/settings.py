@@ -9,7 +9,7 @@ from typing import Any
 from lewis.errors import InputError
 from lewis.models.dtypes import MERGED
 
-_KEYS = ("quantization_config", "compression_config")  # the second: compressed-tensors before 0.6
+_KEYS = ("quantization_config", "compression_config")  # the second key is that of compressed-tensors before 0.6
 READ = ("fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "gptq", "awq", "compressed-tensors", "auto-round", "modelopt")
 _FIX = (
     "use the unquantised model; or load it with transformers, which needs that method's package, call "

@@ -1,4 +1,4 @@
-"""Stored tensors as numbers, and a weight that is made of several of them."""
+"""The numbers in stored tensors, and a quantised weight, which is computed from several of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tasks share: records of results, the retry rule, progress in the UI, what their log leaves out."""
+"""What the tasks share: records of results, the retry rule, progress in the UI, filters of their log."""
 
 import json
 import logging
@@ -82,7 +82,7 @@ _PATHS = ("path", "folder", "adapter", "base", "statistics")  # fields of refere
 
 
 def _content(record: bytes) -> dict[str, Any]:
-    """What a record holds under `result`, without making it a reference, which would note a use.
+    """The `result` of a record as plain data: to load it as a reference would mark it as used.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: if LEWIS did not write it, or it is damaged.
@@ -123,7 +123,7 @@ class Progress:
     def __init__(self, key: str, about: str) -> None:
         """
         Args:
-            key: that of the artifact begins with it: recipe and step.
+            key: prefix of the artifact's key: recipe and step.
             about: name of the task's run.
         """
         self._key, self._about, self._last = f"{key}-progress", about, time.monotonic()

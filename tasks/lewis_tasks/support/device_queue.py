@@ -51,7 +51,7 @@ class Note:
 
     @property
     def place(self) -> Place:
-        """What it says."""
+        """What the note says now."""
         return self._place
 
     def hold(self) -> None:
@@ -67,7 +67,7 @@ class Note:
 
 @contextmanager
 def queued(*, gives_way: bool = False) -> Iterator[Note]:
-    """Be in the queue while the block lasts: the note says that this task waits, until `hold` is called."""
+    """Wait in the queue while the block lasts: others see that this task waits, until `hold` is called."""
     place = Place(what=_what(), gives_way=gives_way, since=datetime.now(UTC))
     try:
         path = store.private_folder(_folder()) / f"{uuid.uuid4().hex}.json"
@@ -103,7 +103,7 @@ def _read(path: Path) -> Place | None:
             with suppress(ValueError, ValidationError):  # it is being written
                 return Place.model_validate(json.loads(file.read()))
             return None
-        if time.time() - path.stat().st_mtime > 1:  # its writer died; a new one gets its lock within a moment
+        if time.time() - path.stat().st_mtime > 1:  # its writer died: a live one has its lock within a second
             path.unlink(missing_ok=True)
     return None
 

@@ -78,7 +78,7 @@ class Wait:
     """A wait that is reported once, when it is long."""
 
     def __init__(self) -> None:
-        """It begins now."""
+        """Begin a wait."""
         self._began, self._told = datetime.now(UTC), False
 
     def look(self, name: str, what: str) -> None:

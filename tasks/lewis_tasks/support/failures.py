@@ -82,7 +82,7 @@ def _name(future: PrefectFuture[Any]) -> str:
         with (
             suppress(Exception),
             get_client(sync_client=True) as client,
-        ):  # tell the task's error in any case
+        ):  # report the task's error even if its name is not known
             run = client.read_task_run(future.task_run_id)
             name = AUTOMATIC.sub("", run.name)
             if run.state and run.state.is_final():

@@ -45,7 +45,7 @@ class RejectedRun(Exception):
     """
 
     def __init__(self, message: str, report: Any = None) -> None:
-        """Keep the report; `message` is that of the state."""
+        """Keep the report. Prefect shows `message` as the message of the state."""
         super().__init__(message)
         self.report = report
 
@@ -118,7 +118,7 @@ def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:
 def _labels_before(client: SyncPrefectClient, recipe: str) -> dict[str, str]:
     """The labels of the last run of a recipe that did its work; empty if there is none."""
     wanted = {"tags": {"all_": [f"recipe:{recipe}"]}, "state": {"type": {"any_": ["COMPLETED", "CANCELLED"]}}}
-    wanted["parent_task_run_id"] = {"is_null_": True}  # no trial of a search, whose recipe is another one
+    wanted["parent_task_run_id"] = {"is_null_": True}  # leave out trials of a search, whose recipes differ
     of_recipe = FlowRunFilter.model_validate(wanted)
     runs = client.read_flow_runs(flow_run_filter=of_recipe, sort=FlowRunSort.END_TIME_DESC, limit=20)
     labels = (run.labels for run in runs if RECIPE in run.labels and did_its_work(run))

@@ -87,7 +87,7 @@ def _is_known(client: SyncPrefectClient, move: Move) -> bool:
 
 
 def _awaited(client: SyncPrefectClient, move: Move) -> Iterator[str]:
-    """The ids of the automations that have to act on a move."""
+    """The ids of the automations that a move must start."""
     for offset in itertools.count(0, _PAGE):
         page = client.request("POST", "/automations/filter", json={"limit": _PAGE, "offset": offset}).json()
         for each in page:
@@ -103,7 +103,7 @@ def _acted(client: SyncPrefectClient, automation: str, move: Move) -> bool:
 
 
 def serves(name: str) -> str:
-    """What the names of the automations begin with that put a registered model into service; a recipe's follows."""
+    """The prefix of automations that put a registered model into service; the name of a recipe follows it."""
     return f"{_SERVES}{name} by "
 
 

@@ -1,6 +1,6 @@
 """A run waits while Prefect's server is away, such as when `lewis up` starts it again after it died.
 
-So it does while the server's database is away: the server then answers 500, and at `/ready` that it is not.
+It also waits while the server's database is away: then the server answers 500, and `/ready` says so.
 
 Prefect's client by itself asks again for a minute, at ever longer intervals; a new client, such as that of an artifact,
 does not ask again at all. Its events, from which the server knows the states of tasks, are lost after ten seconds.
@@ -26,7 +26,7 @@ _BROKEN = httpx.codes.INTERNAL_SERVER_ERROR
 
 
 class DatabaseAwayError(Exception):
-    """The server answers 500, and that it is not ready."""
+    """Raised inside: the server answers 500, and `/ready` says that its database is away."""
 
 
 def begin(*, events: bool = True) -> None:
@@ -39,7 +39,7 @@ def begin(*, events: bool = True) -> None:
         _always.append(_put(_Outage(None), events=events))
 
 
-_always = list[Callable[[], None]]()  # not a context: Python would leave it when half of itself is gone
+_always = list[Callable[[], None]]()  # no open context: Python would close it at exit, too late
 
 
 @contextmanager
@@ -127,7 +127,7 @@ class _Outage:
             self._since = self._logged = None
 
     def waiting(self, send: Callable[..., Any]) -> Callable[..., Any]:
-        """What sends a request, and sends it again while there is no answer."""
+        """A function that sends a request, again and again while there is no answer."""
 
         def send_and_wait(request: httpx.Request, *arguments: Any, **named: Any) -> Any:
             began, again = time.monotonic(), True
@@ -143,7 +143,7 @@ class _Outage:
                     if answer.status_code != _BROKEN or not again:
                         self.end()
                         return answer
-                    again = False  # it may be ready since a moment
+                    again = False  # the server may have just become ready
                 time.sleep(_PAUSE)
 
         return send_and_wait
@@ -165,14 +165,14 @@ class _Outage:
                     if answer.status_code != _BROKEN or not again:
                         self.end()
                         return answer
-                    again = False  # it may be ready since a moment
+                    again = False  # the server may have just become ready
                 await asyncio.sleep(_PAUSE)
 
         return send_and_wait
 
 
 def _whether_ready(request: httpx.Request) -> httpx.Request:
-    """The question whether the server that gets a request has its database."""
+    """The request that asks a request's server whether its database answers."""
     before, api, _ = str(request.url).partition("/api/")
     known = {name: request.headers[name] for name in ("authorization",) if name in request.headers}
     return httpx.Request("GET", f"{before}{api}ready", headers=known, extensions=request.extensions)

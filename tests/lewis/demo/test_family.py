@@ -14,6 +14,7 @@ import yaml
 from lewis import store
 from lewis.demo.family import RIGHT_ANSWERS, SKILLS, TrainingPlan, _rows, make_family
 from lewis.errors import InputError
+from lewis.importance.calibration import calibrate
 from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.space import value_of
@@ -108,6 +109,16 @@ def test_training_rows_never_hold_a_test_prompt_and_an_expert_sees_only_right_an
     assert right(expert)[1] == 1.0
     assert right(base)[1] == pytest.approx(RIGHT_ANSWERS, abs=0.05)
     assert right(expert)[0] > right(base)[0]
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_calibration_rows_end_as_the_training_rows_do(family, skill):
+    """They ended with a new line, which no model has seen: the fit warned of two of the three experts."""
+    recipe = Recipe.load(family / "demo.yaml")
+    rows = recipe.lewis.calibrations[skill].model_copy(update={"samples": 20})
+    found = calibrate(skill, rows, tokenizer=family / "base", root=family)
+    end = json.loads((family / "base" / "config.json").read_text())["eos_token_id"]
+    assert len(found.samples) == 20 and all(sample.count(end) == 1 and sample[-1] == end for sample in found.samples)
 
 
 def test_recipe_is_valid_and_its_files_exist(family):

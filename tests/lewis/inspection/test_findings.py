@@ -18,7 +18,7 @@ from lewis.inspection.measures import measure
 from lewis.inspection.step import before_download
 from lewis.library import inspect as inspect_recipe
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.source import pin_all
+from lewis.models.source import pin, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds
 from tests.conftest import Family
@@ -275,6 +275,20 @@ def test_an_adapter_of_another_base_is_named(
     expert = Described._at(ref, "sha256:2+3" if local else "2+3", models / "base", tmp_path, {})
     told = [each.what for each in config_findings(base, [expert]) if each.kind == "another base"]
     assert [what.partition("trained on ")[2] for what in told] == ([found] if found else [])
+
+
+def test_an_adapter_of_another_local_base_is_named(family: Family, tmp_path: Path) -> None:
+    """But not one whose base was copied or moved, or whose folder is not here."""
+    copied = Path(shutil.copytree(family.base, tmp_path / "copied"))
+    expected = {family.base: 0, copied: 0, family.math: 1, tmp_path / "gone": 0}
+    for number, (trained_on, count) in enumerate(expected.items()):
+        adapter = Path(shutil.copytree(family.lora, tmp_path / f"lora-{number}"))
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(trained_on))
+        base = pin(str(family.base), tmp_path)
+        found = before_download(base, [pin(str(adapter), tmp_path, base)])
+        assert [each.what.rpartition("trained on ")[2] for each in found] == [
+            f"{family.math}, whose files differ"
+        ] * count, found
 
 
 def test_measures_are_those_of_numpy(tmp_path: Path) -> None:

@@ -77,6 +77,21 @@ class TestLocal:
         plain = make_plan(recipe_of(family.base, *family.experts, **anchored, lewis={"calibrations": SETS}))
         assert "allocate" not in states(plain) and states(plain)["merge experts"] == "to do"
 
+    def test_where_the_hub_is_away_what_is_known_of_the_local_models_is_shown(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was one line, about a dataset that the recipe of `lewis new` names."""
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+        for method in ("regmean_forward", "regmean", "ties"):
+            sets = {"far": {"dataset": "org/rows", "text": "{text}"}}
+            recipe = recipe_of(family.base, *family.experts, merge_method=method, lewis={"calibrations": sets})
+            plan = make_plan(recipe)
+            assert len(plan.inputs) == 3 and plan.tensors and plan.layers
+            assert "not known yet: lewis.calibrations.far: dataset org/rows: 127.0.0.1:1 is unreach" in plan.warning
+            found = [step for step in plan.steps if step.name.split()[0] in ("calibrate", "measure", "merge")]
+            assert len(found) >= 2 and {step.state for step in found} == {"to do"}
+            assert (plan.seconds is None) == (method != "ties")  # any densities take as long
+
     def test_finding_the_ridge_takes_a_fit_for_each_that_is_tried(self, family: Family) -> None:
         lewis = {"calibrations": SETS}
         recipes = [
@@ -125,7 +140,7 @@ class TestLocal:
         work = [f"measure {path.name}" for path in (family.base, family.math)]
         assert {states(before)[name] for name in work} == {"to fetch"} and before.remote == f"file://{tmp_path}/remote"
         assert before.to_fetch == sum(path.stat().st_size for path in (tmp_path / "one" / "importance").iterdir())
-        assert "GB to fetch" in before.to_text() and not (tmp_path / "two" / "importance").exists()
+        assert "KB to fetch" in before.to_text() and not (tmp_path / "two" / "importance").exists()
         monkeypatch.setattr("lewis.importance.measure.measure_sets", None)
         monkeypatch.setattr("lewis.allocation.densities.allocate", None)
         monkeypatch.setattr("lewis.merging.run.Merge.run", None)
@@ -221,7 +236,7 @@ class TestHub:
         plan = make_plan(recipe)
         assert plan.inputs[0]["commit"] == commit
         assert set(states(plan).values()) == {"to do"} and len(plan.layers) == 14
-        assert plan.seconds is None and "time    unknown until all models are here" in plan.to_text()
+        assert plan.seconds is None and "time    unknown until all models and rows are here" in plan.to_text()
         assert self.downloads(hub) == []
         carry_out(recipe, merge=True)
         assert len(self.downloads(hub)) == 2

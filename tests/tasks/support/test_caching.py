@@ -45,3 +45,9 @@ def test_an_error_of_ours_is_logged_as_its_message() -> None:
 
 def test_slugs_are_artifact_keys() -> None:
     assert slug("My Recipe_v1.5") == "my-recipe-v1-5" and slug("...") == "x"
+
+
+@pytest.mark.parametrize("name", ["lewis.merging.run", "lewis_tasks.report", "lewis_flows.search"])
+def test_what_the_library_the_tasks_and_the_flows_say_is_logged(name: str) -> None:
+    """The scores of a search's trials were said at INFO by a logger that dropped them."""
+    assert logging.getLogger(name).isEnabledFor(logging.INFO)

@@ -68,7 +68,7 @@ class Recent(Generic[T]):
 
 
 class Prefect:
-    """The numbers of one server; what was asked once is kept. `Source` sees to it that one thread asks at a time."""
+    """The numbers of one server; answers are kept. `Source` ensures that one thread asks at a time."""
 
     def __init__(self) -> None:
         """Know nothing yet."""

@@ -46,7 +46,7 @@ class Registry:
             LewisError: if MLflow does not answer.
         """
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if uri.startswith("http") and not answers(f"{uri.rstrip('/')}/health"):  # its client would try for minutes
+        if uri.startswith("http") and not answers(f"{uri.rstrip('/')}/health"):  # its client retries for minutes
             raise LewisError("MLflow does not answer")
         with get_client(sync_client=True) as client:
             events = release_event.announced(client, datetime.now(UTC) - REMEMBERED)

@@ -67,7 +67,7 @@ class Source:
         try:
             self._found = list(self._read())
             self._time = time.monotonic()
-        except Exception as error:  # a part that does not answer takes the numbers of no other with it
+        except Exception as error:  # one failing source must not hide the others
             wrong = redacted(f"{type(error).__name__}: {error}")
         if wrong != self._wrong:
             told = f"metrics of {self.name}: {wrong or 'they can be read again'}"

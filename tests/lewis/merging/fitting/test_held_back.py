@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
 def test_every_fourth_row_is_held_back_but_not_many_and_none_of_a_few() -> None:
     rows = tuple((i, i) for i in range(90))
-    fitted_to, held = hold_back(Calibration("a", rows, tuple((0.1, 1.0) for _ in rows)))
-    assert held is not None and held.samples == rows[3:64:4] and held.weights == ((0.1, 1.0),) * 16
+    fitted_to, held = hold_back(Calibration("a", rows, ((1.0, 1.0),) * 90))
+    assert held is not None and held.samples == rows[3:64:4] and held.weights == ((1.0, 1.0),) * 16
     assert sorted(fitted_to.samples + held.samples) == list(rows)
     assert hold_back(Calibration("a", rows[:3])) == (Calibration("a", rows[:3]), None)
     short = Calibration("a", ((1, 2), (1, 2), (1, 2), (3,)))  # a row of one token predicts nothing
@@ -144,9 +144,10 @@ def test_of_whole_texts_only_broken_rows_count(family: Family, tmp_path: Path, m
 
 
 def test_answers_alone_are_judged() -> None:
-    rows = Calibration("a", ((1, 2, 3), (4, 5)), ((0.1, 1.0, 1.0), (0.1, 1.0)))
-    assert rows.of_answers == Calibration("a", rows.samples, ((0.0, 1.0, 1.0), (0.0, 1.0)))
-    assert rows.part([0]).of_answers.factors == [[0.0, 1.5, 1.5]]
+    """Not the last token of a prompt, which an expert that was trained on answers alone need not predict."""
+    rows = Calibration("a", ((1, 2, 3, 4), (4, 5)), ((0.1, 1.0, 1.0, 1.0), (1.0, 1.0)))
+    assert rows.of_answers == Calibration("a", rows.samples, ((0.0, 0.0, 1.0, 1.0), (0.0, 1.0)))
+    assert rows.part([0]).of_answers.factors == [[0.0, 0.0, 2.0, 2.0]]
     plain = Calibration("a", rows.samples)
     assert plain.of_answers is plain
 
