@@ -32,18 +32,23 @@ def is_target(settings: Mapping[str, Any], module: str, *, linear: bool) -> bool
     return _names(targets, module) and _is_in_layers(settings, module)
 
 
-def is_saved(settings: Mapping[str, Any], tensor: str) -> bool:
-    """Whether a tensor is of a module that the adapter saves whole: one whose path ends with a name that is given.
+def saved_in(settings: Mapping[str, Any], tensor: str) -> list[str]:
+    """The modules that a tensor is of and the adapter saves whole, inner ones first: their paths end with given names.
 
     PEFT does not ask for a dot before that end: `norm` is `input_layernorm` too.
     """
     names = tuple(settings.get("modules_to_save") or ())
-    module = tensor
+    module, found = tensor, []
     while module and names:
         module = module.rpartition(".")[0]
         if module.endswith(names):
-            return True
-    return False
+            found.append(module)
+    return found
+
+
+def is_saved(settings: Mapping[str, Any], tensor: str) -> bool:
+    """Whether a tensor is of a module that the adapter saves whole."""
+    return bool(saved_in(settings, tensor))
 
 
 def token_indices(settings: Mapping[str, Any], module: str) -> list[int] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.models.lora.modules import CONFIG, is_saved, is_target
+from lewis.models.lora.modules import CONFIG, is_saved, is_target, saved_in
 from lewis.models.model import Model
 from lewis.models.names import HEADS, layer_of
 
@@ -100,8 +100,13 @@ def check_whole(
         rows: the modules that it has trained rows of.
 
     Raises:
-        InputError: naming what is missing.
+        InputError: naming what is missing, or a module that is saved within another one, which PEFT cannot load.
     """
+    for inner, outer, *_ in (found for each in base.tensors if len(found := saved_in(settings, each)) > 1):
+        raise InputError(
+            f"{file.with_name(CONFIG)}: modules_to_save names {inner!r} and {outer!r}, which it is in; PEFT cannot "
+            "load such an adapter; train it with the outer one alone"
+        )
     missing = [
         (tensor, "modules_to_save")
         for tensor in (*base.tensors, *base.tied)

@@ -241,6 +241,10 @@ class TestRefused:
             ({"target_modules": 3}, "target_modules: expected names, or a pattern, got 3"),
             ({"modules_to_save": ["model.norm"]}, "no 'model.norm.weight', which modules_to_save in"),
             (
+                {"modules_to_save": ["mlp", "down_proj"]},
+                "names 'model.layers.0.mlp.down_proj' and 'model.layers.0.mlp', which it is in",
+            ),
+            (
                 {"trainable_token_indices": [1]},
                 "no 'embedding.trainable_tokens_delta', which trainable_token_indices in",
             ),
