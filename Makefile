@@ -64,7 +64,7 @@ KILLED := $(addprefix tests/faults/test_killed_,service.py runs.py)
 faults: setup  # the longest files first, side by side
 	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder \
 		--durations=60 --timeout 36000 $(KILLED) $(filter-out $(KILLED),$(wildcard tests/faults/test_*.py)) \
-		$(addprefix tests/flows/test_,run.py champion.py search.py evaluate_elsewhere.py) \
+		$(addprefix tests/flows/test_,run.py champion.py search.py evaluate_elsewhere.py readme_commands.py) \
 		tests/flows/runners $(addprefix tests/flows/service/test_,up.py browser.py)
 
 test-serve: setup
