@@ -89,7 +89,7 @@ def client(doing: str) -> Iterator["MlflowClient"]:
     try:
         # Two processes that create the same database or experiment at once fail, and a client creates both.
         with store.lock("mlflow"), quick_imports():
-            _create_database(uri)
+            create_database(uri)
             mlflow.set_tracking_uri(uri)
             connected = mlflow.MlflowClient(uri)
             experiment(connected)
@@ -306,8 +306,11 @@ def cut(text: str, limit: int, whole: str) -> str:
     return text if len(text) <= limit else text[: limit - len(note)] + note
 
 
-def _create_database(uri: str) -> None:
-    """Create a sqlite database under a scratch name and rename it: MLflow cannot use one with half of its tables."""
+def create_database(uri: str) -> None:
+    """Create a sqlite database in the store, unless it is there; one on a server is left to MLflow.
+
+    It is made under a scratch name and renamed, as MLflow cannot use one with half of its tables.
+    """
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path.exists():
         return

@@ -4,8 +4,8 @@
 
 It is `mlflow server`, with the arguments that it is given, and in one process: by itself, that waits with 200 MB next
 to the server that it starts. By itself, MLflow takes every page of this machine for its own, whatever its port, and
-every name that begins like a private address. `--prepare`: the registry is prepared first, its database and our
-experiment.
+every name that begins like a private address. `--prepare`: the registry is prepared first, its database and, if the
+store has its files, our experiment.
 """
 
 import os
@@ -22,6 +22,7 @@ from lewis_flows.service.own_pages import OwnPages, split_origins
 
 PREPARE = "--prepare"
 ORIGINS = "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"
+FILES = "MLFLOW_ARTIFACTS_DESTINATION"
 _HOSTS = "MLFLOW_SERVER_ALLOWED_HOSTS"
 _FACTORIES = {"basic-auth": "with_passwords"}
 
@@ -47,10 +48,8 @@ def main() -> None:
         sys.exit(f"{ORIGINS}: expected the addresses of the server's own pages, such as http://127.0.0.1:5000")
     given = [each for each in sys.argv[1:] if each != PREPARE]
     if PREPARE in sys.argv:
-        from lewis.registry import versions
-
         try:
-            versions.configure()
+            _prepare()
         except LewisError as error:
             sys.exit(f"ERROR: {error}")
     # MLflow's own check of names, as narrow.
@@ -62,6 +61,21 @@ def main() -> None:
 
     named = any(each.partition("=")[0] == "--app-name" for each in given)
     cli(["server", *given, *([] if named else ["--app-name", "open"])])
+
+
+def _prepare() -> None:
+    """Create the database; and the experiment, whose files clients write themselves if they are in the store.
+
+    If they are elsewhere, the first client makes it through the server, and this takes the files.
+    """
+    from lewis import store
+    from lewis.registry import tracking, versions
+
+    if os.environ.get(FILES, own := tracking.artifacts_folder().as_uri()) == own:
+        versions.configure()
+        return
+    with store.lock("mlflow"):
+        tracking.create_database(os.environ["MLFLOW_BACKEND_STORE_URI"])
 
 
 def _become(command: Sequence[str], *, extra_env: Mapping[str, str], **_: Any) -> NoReturn:

@@ -140,7 +140,7 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": database}
     environment[mlflow_app.ORIGINS] = os.environ.get(mlflow_app.ORIGINS) or ",".join(own_origins(port))
     # Of experiments that others make through this server; else they would go into the folder that it is started in.
-    files = "MLFLOW_ARTIFACTS_DESTINATION"
+    files = mlflow_app.FILES
     environment[files] = os.environ.get(files) or tracking.artifacts_folder().as_uri()
     if settings.MLFLOW_AUTH.get():
         command += ["--app-name", "basic-auth"]

@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from lewis import settings
 from lewis.errors import InputError
 from lewis.registry import tracking
 from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
-from lewis_flows.service import credentials, note, worker
+from lewis_flows.service import credentials, mlflow_app, note, worker
 from lewis_flows.service.servers import mlflow_process
 
 
@@ -86,6 +87,21 @@ def test_files_of_other_peoples_experiments_go_into_the_store(home: Path, monkey
     assert destination() == (home / "mlflow" / "artifacts").as_uri()
     monkeypatch.setenv("MLFLOW_ARTIFACTS_DESTINATION", "s3://bucket/files")
     assert destination() == "s3://bucket/files"
+
+
+def test_an_experiment_whose_files_are_elsewhere_is_left_to_the_server(
+    home: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made before that, it would have them in the store."""
+    (home / "mlflow").mkdir(parents=True, exist_ok=True)
+    database = Path(shutil.copy(empty_database, home / "mlflow" / "mlflow.db"))
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{database}")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for destination, expected in (("s3://bucket/files", set()), ((home / "mlflow" / "artifacts").as_uri(), {"lewis"})):
+        monkeypatch.setenv("MLFLOW_ARTIFACTS_DESTINATION", destination)
+        mlflow_app._prepare()
+        with closing(sqlite3.connect(database)) as connection:
+            assert {name for [name] in connection.execute("SELECT name FROM experiments")} - {"Default"} == expected
 
 
 def test_it_can_be_switched_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

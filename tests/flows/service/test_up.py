@@ -75,7 +75,8 @@ def service(
     root = tmp_path_factory.mktemp("service")
     with LocalHub(root / "hub") as hub:
         hub.commit("org/base", family.base)
-        for name in ("other", "shared", "late", *NAMES):
+        hub.commit("org/other", family.math)  # two of the same weights are refused
+        for name in ("shared", "late", *NAMES):
             hub.commit(f"org/{name}", family.code)
         service = Service(root, hub)
         put_prefect(common, service.home)
@@ -210,7 +211,7 @@ def test_a_cron_run_starts_at_its_minute(service: Service) -> None:
     minute, hour = map(int, named["once"]["schedule"]["cron"].split()[:2])
     began = datetime.fromtimestamp(seconds(run) + 1, ZoneInfo("Europe/Berlin"))  # Prefect begins a moment early
     assert (began.hour, began.minute) == (hour, minute) and began.second < 16
-    assert run["state_name"] == "Promoted" and len(merged_from(service, "cron")) == 1
+    assert run["state_name"] == "Promoted" and len(merged_from(service, "cron")) == 1, run["state"]["message"]
 
 
 @full
