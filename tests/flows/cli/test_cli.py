@@ -212,7 +212,7 @@ def test_merge_writes_a_model_and_replaces_only_its_own(
     out = home.parent / "merged"
     assert main(["merge", str(recipe), "-o", str(out), "--max-shard-size", "20KB"]) == 0
     first, effort = capsys.readouterr().out.split("digest ")[1].splitlines()
-    assert re.fullmatch(r"\d+\.\d s(, \d+\.\d\d GB/s read and written)?, \d+\.\d MB of memory at the peak", effort)
+    assert re.fullmatch(r"\d+\.\d s(, \d+\.\d\d GB/s read and written)?, \d+\.\d+ [MG]B of memory at the peak", effort)
     assert len(list(out.glob("model-*.safetensors"))) > 1
     card = (out / "README.md").read_text()
     assert "## Licences of the parents" in card and "](density.png)" in card and (out / "density.png").is_file()
