@@ -50,6 +50,11 @@ class Up(Service):
             return ""
 
 
+def left_by(up: Up) -> list[str]:
+    """What is left over, without what a worker of Prefect that was killed leaves: a few kB, which nobody removes."""
+    return [each for each in left_over(up.home, up.temporary) if "prefect" not in Path(each).name]
+
+
 def recipe_of(name: str, i: int) -> str:
     return re.sub(r"\W+", "-", f"{name}-{i}").lower()
 
@@ -113,9 +118,8 @@ def test_a_service_that_was_killed_comes_back_and_the_next_run_has_the_same_resu
             expected.digest, expected.files = by_the_library(up.recipes / f"{recipe}.yaml", tmp_path / recipe)
             digests = {str(each.tags["lewis.digest"]) for each in up.versions(recipe)}
             expected.compare(tally, up.home, "".join(digests), where, recipe)
-            # A worker of Prefect that was killed leaves folders of its own, a few kB, which nobody removes.
-            left = [each for each in left_over(up.home, up.temporary) if "prefect" not in Path(each).name]
-            tally.note("left over", bool(left), f"{where}: {left}")
+            until(lambda: not left_by(up), 30)  # the run's process ends after the run
+            tally.note("left over", bool(left_by(up)), f"{where}: {left_by(up)}")
         at = told.find("Traceback (most")
         tally.note("tracebacks", at >= 0, f"{where}: {told[max(0, at - 500) : at + 2500]}")
         shutil.rmtree(tmp_path / recipe, ignore_errors=True)
