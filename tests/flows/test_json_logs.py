@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import prefect.logging
 import pytest
@@ -21,9 +23,11 @@ KEYS = {"time", "level", "logger", "line"}
 
 
 @pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(json_logs.CONSOLE, "x")  # so that the teardown undoes what is set
-    monkeypatch.delenv(json_logs.CONSOLE)
+def _as_before() -> Iterator[None]:
+    """Commands and the worker set variables of this process, which the tests after these must not have."""
+    with patch.dict(os.environ):
+        os.environ.pop(json_logs.CONSOLE, None)
+        yield
 
 
 def record(name: str, text: str, **more: object) -> logging.LogRecord:
