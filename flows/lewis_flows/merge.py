@@ -108,8 +108,7 @@ def _answered(run: FlowRun, version: str, path: Path, overrides: list[str]) -> S
     if state.name == approval.APPROVED:
         try:
             plan = load(path, overrides)
-            early = plan.evaluate and plan.evaluate.stop == "known" and plan.evaluate.full_scores == "promoted"
-            if plan.publish or early:
+            if plan.publish or (plan.evaluate and plan.evaluate.completes):
                 approval.go_on(run)
         except (LewisError, httpx.HTTPError) as error:
             logger.warning("%s is the champion; the next run of the recipe does what is left: %s", version, error)

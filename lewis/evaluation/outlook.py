@@ -63,7 +63,7 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     if evaluate.stop != "never" and (sizes := looks.sizes(last.of)):
         what = "is certain" if evaluate.stop == "known" else "is certain to be no"
         lines.append(f"scoring ends after {', '.join(map(str, sizes))} documents of each task, if the verdict {what}")
-        if evaluate.stop == "known" and evaluate.full_scores == "promoted":
+        if evaluate.completes:
             lines.append("what passes early is scored on all documents after its promotion")
     if gate.judge:
         where = redacted(settings.JUDGE.get()) or "LEWIS_JUDGE, which is not set here"

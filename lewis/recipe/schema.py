@@ -336,6 +336,11 @@ class Evaluate(Block):
         return self
 
     @property
+    def completes(self) -> bool:
+        """Whether a verdict may be certain early, and what passes is then scored on all documents."""
+        return self.stop == "known" and self.full_scores == "promoted"
+
+    @property
     def runs_model_code(self) -> bool:
         """Whether code that comes with a model is run."""
         return self.model_args.get("trust_remote_code") is True

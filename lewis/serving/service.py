@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -30,7 +30,6 @@ from lewis.serving import (
     webhook,
 )
 from lewis.serving.records import Served
-from lewis.store.kinds import SERVED
 
 logger = logging.getLogger(__name__)
 AGAIN = timedelta(minutes=5)  # after an attempt that failed because a server was away
@@ -171,10 +170,9 @@ def _bring(
     try:
         return _check(kind, target, ready, before, settings), alias
     except server_gate.RefusedError:
-        folder = SERVED.path(before.alias) if before.alias else None
-        if folder and folder.is_dir():  # clients reach it already: go back to the version before
-            version = before.uri.rpartition("/")[2]
-            kind.put(target, model.Model(before.name, version, before.digest, folder, ready.output), before)
+        last = replace(model.recorded(before), output=ready.output)
+        if before.alias and last.folder.is_dir():  # clients reach it already: go back to the version before
+            kind.put(target, last, before)
         raise
 
 

@@ -157,8 +157,8 @@ class Plan:
             lines.append(f"remote  {moved}, {self.remote}")
         if self.memory:
             lines.append(f"memory  about {size_text(self.memory)}")
-        told = "unknown until all models and rows are here" if self.seconds is None else f"about {self.seconds:.1f} s"
-        lines.append(f"time    {told}, for the merges")
+        time = "unknown until all models and rows are here" if self.seconds is None else f"about {self.seconds:.1f} s"
+        lines.append(f"time    {time}, for the merges")
         lines += (
             [f"        about {self.measuring:.1f} s, for statistics of the experts' inputs"] if self.measuring else []
         )

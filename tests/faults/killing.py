@@ -1,7 +1,7 @@
 """What the tests of killed runs and of a killed service share: who is killed, when, and what has to be right after it.
 
-After each point: no process is left, no traceback was told, and the run is done again. Then digest and bytes are those
-of a run that nobody disturbed, and there is one version, which is the champion.
+After each point: no process is left, no traceback was printed, and the run is done again. Then digest and bytes are
+those of a run that nobody disturbed, and there is one version, which is the champion.
 """
 
 import os

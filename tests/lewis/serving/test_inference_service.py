@@ -1,20 +1,17 @@
 """Traffic moves between the revisions of an InferenceService by its canary percent."""
 
-import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
-from urllib.parse import parse_qs
+from pathlib import Path
 
 import pytest
 
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.recipe.serve import KserveTarget
-from lewis.serving import canary, inference_service, kubernetes, service
+from lewis.serving import inference_service, service
 from lewis.serving.canary import WorseError
 from lewis.serving.model import Model
 from lewis.serving.records import Served
 from tests.conftest import Family
-from tests.support.http_sink import HttpSink, Request
+from tests.support.kserve_place import Place, full, kserve_place
 from tests.support.kubernetes_api import Knative
 from tests.support.lineage import crowned
 from tests.support.routed import model
@@ -23,42 +20,13 @@ pytestmark = pytest.mark.slow
 FIRST = Served("tiny", "kserve", "kserve")
 
 
-class Place(NamedTuple):
-    """A cluster, revisions whose share of errors is not 0.001, the queries of Prometheus, and the target."""
-
-    cluster: Knative
-    errors: dict[str, float]
-    asked: list[str]
-    target: KserveTarget
-
-
 @pytest.fixture
-def place(home: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    for module in (canary, kubernetes):
-        monkeypatch.setattr(module, "sleep", lambda _: time.sleep(0.02))
-    errors, asked = dict[str, float](), list[str]()
-
-    def answer(request: Request) -> Any:
-        [query] = parse_qs(request.body)["query"]
-        asked.append(query)
-        of_errors, number = "abort|error" in query, query.startswith("sum(increase") and " / " not in query
-        of_server = next((value for name, value in errors.items() if f'revision="{name}"' in query), 0.001)
-        value = of_server if of_errors else 99 if number else 0.2
-        return {"status": "success", "data": {"result": [{"value": [0, str(value)]}]}}
-
-    with Knative() as cluster, HttpSink(answer) as prometheus:
-        fields = {"prometheus": prometheus.url, "minutes": 0.002, "patience_minutes": 0.01, "start_minutes": 0.05}
-        where = {"api": cluster.url, "namespace": "models", "services": "tiny"}
-        target = KserveTarget(kind="kserve", uri="pvc://store/served/{served_as}", **where, **fields)
-        yield Place(cluster, errors, asked, target)
+def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place[Knative]]:
+    with kserve_place(Knative(), "tiny", monkeypatch) as found:
+        yield found
 
 
-def full(number: int) -> Model:
-    made = model(number)
-    return Model("tiny", made.version, made.digest, made.folder, "full")
-
-
-def serve(place: Place, new: Model, before: Served) -> Served:
+def serve(place: Place[Knative], new: Model, before: Served) -> Served:
     inference_service.offer(place.target, new, before)
     return before.took(new.uri, new.digest, inference_service.put(place.target, new, before), "")
 
@@ -67,7 +35,7 @@ def uri(new: Model) -> str:
     return f"pvc://store/served/{new.alias}"
 
 
-def test_a_new_revision_starts_without_traffic_and_gets_it_when_every_step_holds(place: Place) -> None:
+def test_a_new_revision_starts_without_traffic_and_gets_it_when_every_step_holds(place: Place[Knative]) -> None:
     cluster, (first, second) = place.cluster, map(full, (1, 2))
     record = serve(place, first, FIRST)
     names = list(cluster.revisions)
@@ -88,7 +56,7 @@ def test_a_new_revision_starts_without_traffic_and_gets_it_when_every_step_holds
     assert not inference_service.holds(place.target, record)
 
 
-def test_a_process_that_died_is_taken_up_where_it_was(place: Place) -> None:
+def test_a_process_that_died_is_taken_up_where_it_was(place: Place[Knative]) -> None:
     cluster, (first, second) = place.cluster, map(full, (1, 2))
     record = serve(place, first, FIRST)
     inference_service.offer(place.target, second, record)
@@ -103,7 +71,7 @@ def test_a_process_that_died_is_taken_up_where_it_was(place: Place) -> None:
     assert again.alias == second.alias and inference_service.holds(place.target, again)
 
 
-def test_a_version_that_is_worse_loses_its_traffic(place: Place, family: Family) -> None:
+def test_a_version_that_is_worse_loses_its_traffic(place: Place[Knative], family: Family) -> None:
     cluster, target = place.cluster, place.target.model_copy(update={"check": None})
     first = crowned(family.base, "a")
     assert service.serve(target, first)[1]
@@ -124,7 +92,7 @@ def test_a_version_that_is_worse_loses_its_traffic(place: Place, family: Family)
     assert cluster.shares[-4:] == [*({new: share, good: 100 - share} for share in (0, 10, 50)), {new: 100}]
 
 
-def test_a_revision_that_is_lost_in_its_canary_has_no_traffic(place: Place) -> None:
+def test_a_revision_that_is_lost_in_its_canary_has_no_traffic(place: Place[Knative]) -> None:
     record = serve(place, full(1), FIRST)
     inference_service.offer(place.target, full(2), record)
     place.cluster.services["tiny"]["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
@@ -133,7 +101,7 @@ def test_a_revision_that_is_lost_in_its_canary_has_no_traffic(place: Place) -> N
     assert place.cluster.shares[-1] == {"tiny-predictor-00003": 0, "tiny-predictor-00002": 100}
 
 
-def test_the_newest_revision_is_checked_at_a_url_of_its_own(place: Place) -> None:
+def test_the_newest_revision_is_checked_at_a_url_of_its_own(place: Place[Knative]) -> None:
     assert inference_service.api(place.target, full(1), FIRST) is None, "without the annotation there is none"
     inference_service.offer(place.target, full(1), FIRST)
     assert inference_service.api(place.target, full(1), FIRST) == ("http://latest-tiny.models/openai/v1", "tiny")
@@ -141,7 +109,7 @@ def test_the_newest_revision_is_checked_at_a_url_of_its_own(place: Place) -> Non
     assert inference_service.api(other, full(1), FIRST) == ("http://latest-tiny.models/v1", "ours")
 
 
-def test_what_has_no_revisions_is_refused(place: Place) -> None:
+def test_what_has_no_revisions_is_refused(place: Place[Knative]) -> None:
     with pytest.raises(
         InputError, match=r"models:/tiny/1 is an adapter; set `output: full`, or serve it by two LLMInf"
     ):

@@ -3,23 +3,19 @@
 import shutil
 import ssl
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import parse_qs
 
 import pytest
 import yaml
 
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.recipe.serve import KserveTarget
-from lewis.serving import canary, kserve, kubernetes, service
+from lewis.serving import kserve, kubernetes, service
 from lewis.serving.canary import WorseError
 from lewis.serving.model import Model
 from lewis.serving.records import Served, canary_of
 from tests.conftest import Family
-from tests.support.http_sink import HttpSink, Request
+from tests.support.kserve_place import Place, full, kserve_place
 from tests.support.kubernetes_api import INFERENCE_PLACE, PLACE, Cluster
 from tests.support.lineage import crowned
 from tests.support.routed import model
@@ -27,47 +23,18 @@ from tests.support.routed import model
 pytestmark = pytest.mark.slow
 
 
-class Place(NamedTuple):
-    """A cluster, a Prometheus that answers by the server's name as a test says, and the target."""
-
-    cluster: Cluster
-    values: dict[str, float]
-    asked: list[str]
-    target: KserveTarget
-
-
 @pytest.fixture
-def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    for module in (canary, kubernetes):
-        monkeypatch.setattr(module, "sleep", lambda _: time.sleep(0.02))
-    values, asked = dict[str, float](), list[str]()
-
-    def answer(request: Request) -> Any:
-        [query] = parse_qs(request.body)["query"]
-        asked.append(query)
-        server = "blue" if 'llm_isvc_name="blue"' in query else "green"
-        of_errors, number = "abort|error" in query, query.startswith("sum(increase") and " / " not in query
-        value = values.get(server, 0.001) if of_errors else 99 if number else 0.2
-        return {"status": "success", "data": {"result": [{"value": [0, str(value)]}]}}
-
-    with Cluster("blue", "green") as cluster, HttpSink(answer) as prometheus:
-        fields = {"prometheus": prometheus.url, "minutes": 0.002, "patience_minutes": 0.01, "start_minutes": 0.05}
-        where = {"api": cluster.url, "namespace": "models", "services": ("blue", "green")}
-        target = KserveTarget(kind="kserve", uri="pvc://store/served/{served_as}", **where, **fields)
-        yield Place(cluster, values, asked, target)
+def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place[Cluster]]:
+    with kserve_place(Cluster("blue", "green"), ("blue", "green"), monkeypatch) as found:
+        yield found
 
 
-def full(number: int) -> Model:
-    made = model(number)
-    return Model("tiny", made.version, made.digest, made.folder, "full")
-
-
-def serve(place: Place, new: Model, before: Served) -> Served:
+def serve(place: Place[Cluster], new: Model, before: Served) -> Served:
     kserve.offer(place.target, new, before)
     return before.took(new.uri, new.digest, kserve.put(place.target, new, before), "")
 
 
-def test_a_new_version_starts_without_traffic_and_gets_it_when_every_step_holds(place: Place) -> None:
+def test_a_new_version_starts_without_traffic_and_gets_it_when_every_step_holds(place: Place[Cluster]) -> None:
     first, second, third = map(full, (1, 2, 3))
     record = serve(place, first, Served("tiny", "kserve", "kserve"))
     cluster = place.cluster
@@ -98,12 +65,14 @@ def test_a_new_version_starts_without_traffic_and_gets_it_when_every_step_holds(
     assert not kserve.holds(place.target, record)
 
 
-def test_a_version_that_is_worse_loses_its_traffic_and_the_numbers_are_kept(place: Place, family: Family) -> None:
+def test_a_version_that_is_worse_loses_its_traffic_and_the_numbers_are_kept(
+    place: Place[Cluster], family: Family
+) -> None:
     cluster, target = place.cluster, place.target.model_copy(update={"check": None})
     first = crowned(family.base, "a")
     assert service.serve(target, first)[1]
     second = crowned(family.base, "b")
-    place.values.update(blue=0.2)
+    place.errors.update(blue=0.2)
     with pytest.raises(WorseError, match=r"tiny/1 stays in service: canary at 10 %, 99 requests.*errors 0.2 vs 0.001"):
         service.serve(target, second)
     assert cluster.shares() == {"blue": 0, "green": 100}
@@ -117,7 +86,7 @@ def test_a_version_that_is_worse_loses_its_traffic_and_the_numbers_are_kept(plac
     assert cluster.shares() == {"blue": 0, "green": 100}
 
 
-def test_the_account_of_the_manifest_may_do_what_is_done_and_nothing_else(place: Place) -> None:
+def test_the_account_of_the_manifest_may_do_what_is_done_and_nothing_else(place: Place[Cluster]) -> None:
     text = (Path(__file__).resolve().parents[3] / "deployments" / "kubernetes" / "kserve.yaml").read_text()
     role, binding = yaml.safe_load_all(text)
     serve(place, full(1), Served("tiny", "kserve", "kserve"))
@@ -128,7 +97,7 @@ def test_the_account_of_the_manifest_may_do_what_is_done_and_nothing_else(place:
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
 
 
-def test_an_adapter_takes_the_place_of_the_one_that_the_service_has(place: Place) -> None:
+def test_an_adapter_takes_the_place_of_the_one_that_the_service_has(place: Place[Cluster]) -> None:
     serve(place, model(1), Served("tiny", "kserve", "kserve"))
     content = place.cluster.services["green"]["spec"]["model"]
     own = {"name": "tiny", "uri": f"pvc://store/served/{model(1).alias}"}
@@ -141,7 +110,7 @@ def test_an_adapter_takes_the_place_of_the_one_that_the_service_has(place: Place
     assert kserve.api(place.target, model(2), Served("tiny", "kserve", "kserve")) is None
 
 
-def test_what_the_cluster_does_not_take_is_named(place: Place) -> None:
+def test_what_the_cluster_does_not_take_is_named(place: Place[Cluster]) -> None:
     with pytest.raises(LewisError, match=r'answered 400: .*unknown field \\"spec.router.route.wait\\"'):
         kserve.patch(place.target, "blue", {"spec": {"router": {"route": {"wait": 1}}}})
     with pytest.raises(LewisError, match=r"answered 400: .*weight: expected int, got '5'"):
@@ -156,7 +125,7 @@ def test_what_the_cluster_does_not_take_is_named(place: Place) -> None:
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl")
 def test_the_account_s_token_goes_only_where_the_cluster_s_certificate_is(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place[Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster, account = place.cluster, tmp_path / "account"
     monkeypatch.setattr(kubernetes, "ACCOUNT", account)
