@@ -17,13 +17,14 @@ from tests.faults.running import Tally, half_done, logged_weights, merged, until
 from tests.support.service import children
 
 GROUP, ALL, SERVER, EVALUATION, WORKER = "group", "everything", "prefect_app", "harness.child", "worker start"
+AT_ONCE = "the group, SIGKILL"
 OF_A_RUN = {
     "every process, SIGKILL": (ALL, signal.SIGKILL, 5),
     "the Prefect server, SIGKILL": (SERVER, signal.SIGKILL, 5),
     "the evaluation's child, SIGKILL": (EVALUATION, signal.SIGKILL, 5),
     "the group, SIGTERM": (GROUP, signal.SIGTERM, 5),
     "the group, SIGINT": (GROUP, signal.SIGINT, 5),
-    "the group, SIGKILL": (GROUP, signal.SIGKILL, 1),
+    AT_ONCE: (GROUP, signal.SIGKILL, 1),
 }
 OF_THE_SERVICE = {**OF_A_RUN, "the worker, SIGKILL": (WORKER, signal.SIGKILL, 5)}
 """Who is killed, by what, and for how many of the POINTS there is one."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family, full
-from tests.faults.killing import ALL, OF_A_RUN, SERVER, Undisturbed, points, strike
+from tests.faults.killing import ALL, AT_ONCE, OF_A_RUN, SERVER, Undisturbed, points, strike
 from tests.faults.running import Run, Tally, half_done, left_over, merged, until, write_recipe
 from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 from tests.support.orphans import adopted
@@ -34,23 +34,40 @@ def run(
         yield found, recipe
 
 
-@pytest.mark.parametrize("name", OF_A_RUN)
-def test_a_run_that_was_killed_is_done_again_with_the_same_result(
-    name: str,
-    run: tuple[Undisturbed, Path],
-    shared_server: str,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+Shared = tuple[tuple[Undisturbed, Path], str]
+
+
+@pytest.fixture
+def shared(run: tuple[Undisturbed, Path], shared_server: str) -> Shared:  # noqa: F811
+    return run, shared_server
+
+
+class TestKilledAtOnce:  # a class of its own is a process of its own in `make faults`
+    def test_is_done_again_with_the_same_result(
+        self, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        kill_and_run_again(AT_ONCE, shared, tmp_path, capsys)
+
+
+class TestKilledOtherwise:
+    @pytest.mark.parametrize("name", [name for name in OF_A_RUN if name != AT_ONCE])
+    def test_is_done_again_with_the_same_result(
+        self, name: str, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        kill_and_run_again(name, shared, tmp_path, capsys)
+
+
+def kill_and_run_again(name: str, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every second run uses a server that is there already, unless servers are killed too."""
-    undisturbed, recipe = run
+    (undisturbed, recipe), api = shared
     victim, number, one_of = OF_A_RUN[name]
     tally = Tally(f"`lewis run`: {name}")
     for i, point in enumerate(points(one_of)):
         home = tmp_path / f"home{i}"
         shutil.copytree(undisturbed.store, home)
-        shared = i % 2 and victim not in (ALL, SERVER)
-        server = {"PREFECT_API_URL": shared_server, "PREFECT_HOME": str(home / "prefect")} if shared else {}
+        server = {}
+        if i % 2 and victim not in (ALL, SERVER):
+            server = {"PREFECT_API_URL": api, "PREFECT_HOME": str(home / "prefect")}
         killed = Run(home, "run", recipe, "--json", **server)
         struck = bool(strike(undisturbed, victim, number, point, killed.parts, killed.process.pid))
         tally.points += struck

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family, full
-from tests.faults.killing import ALL, GROUP, OF_THE_SERVICE, Undisturbed, alive, count, points, strike
+from tests.faults.killing import ALL, AT_ONCE, GROUP, OF_THE_SERVICE, Undisturbed, alive, count, points, strike
 from tests.faults.running import Tally, below, left_over, merged, until, write_recipe
 from tests.flows import test_run
 from tests.support.local_hub import LocalHub
@@ -83,8 +83,22 @@ def service(
     assert until(lambda: not below().keys() - before, 30), below()
 
 
-@pytest.mark.parametrize("name", OF_THE_SERVICE)
-def test_a_service_that_was_killed_comes_back_and_the_next_run_has_the_same_result(
+class TestKilledAtOnce:  # a class of its own is a process of its own in `make faults`
+    def test_comes_back_and_the_next_run_has_the_same_result(
+        self, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        kill_and_run_again(AT_ONCE, service, tmp_path, capsys)
+
+
+class TestKilledOtherwise:
+    @pytest.mark.parametrize("name", [name for name in OF_THE_SERVICE if name != AT_ONCE])
+    def test_comes_back_and_the_next_run_has_the_same_result(
+        self, name: str, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        kill_and_run_again(name, service, tmp_path, capsys)
+
+
+def kill_and_run_again(
     name: str, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed, up = service
