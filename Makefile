@@ -60,10 +60,9 @@ real: setup
 drill: setup
 	LEWIS_DRILL=1 $(BIN)/pytest -s --timeout 3600 tests/flows/service/test_drill.py
 
-FIRST := $(addprefix tests/faults/test_,killed_service.py killed_runs.py fuzz_adapters.py fuzz_webhooks.py quota.py)
-faults: setup  # the longest first, side by side, then two short ones: a process takes its next file before its last test
+faults: setup
 	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest \
-		-n 5 --dist loadscope --no-loadscope-reorder --durations=60 --timeout 36000 $(FIRST) $(filter-out $(FIRST),$(wildcard tests/faults/test_*.py)) \
+		-n 5 --dist loadscope --no-loadscope-reorder --durations=60 --timeout 36000 tests/faults \
 		$(addprefix tests/flows/test_,run.py champion.py search.py evaluate_elsewhere.py readme_commands.py) \
 		tests/flows/runners $(addprefix tests/flows/service/test_,up.py browser.py)
 

@@ -42,7 +42,9 @@ full = pytest.mark.skipif(not POINTS, reason="make faults")
 """Tests of minutes that only `make faults` runs."""
 SERVERS = {"hub", "empty_database", "installed", "subprocess", "LocalHub"}
 """Fixtures and names in a test that say that it starts a server or a process, or makes a database."""
-LONGEST = ("test_up.py", "test_demo.py", "test_run.py", "test_search.py", "test_wheel.py")
+KILLS = ("test_killed_service.py", "test_killed_runs.py")
+SHORT = ("test_fuzz_webhooks.py", "test_quota.py")  # a process takes its next file before its last test
+LONGEST = (*KILLS, "test_up.py", *SHORT, "test_demo.py", "test_run.py", "test_search.py", "test_wheel.py")
 
 
 @dataclass(frozen=True)

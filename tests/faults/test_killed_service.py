@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family, full
-from tests.faults.killing import ALL, AT_ONCE, GROUP, OF_THE_SERVICE, Undisturbed, alive, count, points, strike
+from tests.faults.killing import ALL, AT_ONCE, GROUP, OF_THE_SERVICE, Undisturbed, alive, points, strike
 from tests.faults.running import Tally, below, left_over, merged, until, write_recipe
 from tests.flows import test_run
 from tests.support.local_hub import LocalHub
@@ -26,12 +26,21 @@ class Up(Service):
     def __init__(self, root: Path, hub: LocalHub, family: Family) -> None:
         super().__init__(root, hub)
         self.patience = 900.0  # on a machine that does much else
-        names = ["tiny", *(recipe_of(name, i) for name, each in OF_THE_SERVICE.items() for i in range(count(each[2])))]
-        for i, name in enumerate(names):
-            write_recipe(self.recipes, family, name=name, rows=i)
+        self.family, self.rows = family, 0
+        self.have("tiny")
+
+    def have(self, *names: str) -> None:
+        """Let these be the recipes of the folder."""
+        for path in self.recipes.glob("*.yaml"):
+            if path.stem not in names:
+                path.unlink()
+        for name in names:
+            if not (self.recipes / f"{name}.yaml").exists():
+                write_recipe(self.recipes, self.family, name=name, rows=self.rows)
+                self.rows += 1
 
     def merge(self, recipe: str) -> str:
-        return self.until(lambda: self.start_run(f"merge/{recipe}"), 600)  # a start deploys a hundred recipes
+        return self.until(lambda: self.start_run(f"merge/{recipe}"), 600)
 
     def step(self, run: str) -> str:
         """The step of a run that was begun last, by the server's database, as the server may be dead."""
@@ -106,6 +115,7 @@ def kill_and_run_again(
     tally = Tally(f"`lewis up`: {name}")
     for i, point in enumerate(points(one_of)):
         recipe, where, begun = recipe_of(name, i), f"at {point:.3f}", up.log.stat().st_size
+        up.have(recipe, recipe_of(name, i + 1))  # the next is deployed when the service has come back
         run = up.merge(recipe)
         doomed = strike(undisturbed, victim, number, point, up.parts, up.process.pid)
         landed = up.step(run)

@@ -24,7 +24,7 @@ import pytest
 from mlflow import MlflowClient
 
 from lewis.evaluation.sandbox import isolation
-from tests.conftest import Family, full
+from tests.conftest import POINTS, Family, full
 from tests.flows.conftest import TASK, write_words
 from tests.flows.test_run import SLOW
 from tests.support.canary import CANARY
@@ -63,6 +63,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "busy": {"status": 503, "times": 3},
     "corrupted": {"corrupt": True, "times": 1},
 }
+BUSY = 4 if POINTS else 1  # times as long as `make test`: `make faults` has five processes of tests on two cores
 # Each test has a recipe of its own, with an expert of the same name.
 NAMES = ("scored", "missed", "cron", "restarted", "killed", *FAULTS)
 
@@ -164,7 +165,7 @@ def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service:
     committed = time.time()
     sha = release(service, "scored", family)
     run = service.finished("scored", 1, 180)[-1]
-    assert seconds(run) - committed < 15
+    assert seconds(run) - committed < 15 * BUSY
     assert run["state_name"] == "Promoted", run["state"]["message"]
     if isolation._possible():  # then the code of a task finds no secret of the worker, in whatever file or socket
         looked, found, _ = ast.literal_eval((service.recipes / "tasks" / "told").read_text())
@@ -183,7 +184,7 @@ def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service:
 
     service.start_run("merge/scored")
     again = service.finished("scored", 2)[-1]
-    assert again["state_name"] == "Cached" and again["total_run_time"] < 20
+    assert again["state_name"] == "Cached" and again["total_run_time"] < 20 * BUSY
     assert len(service.versions("scored")) == 1
 
 
@@ -210,7 +211,7 @@ def test_a_cron_run_starts_at_its_minute(service: Service) -> None:
     (run,) = service.finished("cron", 1, 240)
     minute, hour = map(int, named["once"]["schedule"]["cron"].split()[:2])
     began = datetime.fromtimestamp(seconds(run) + 1, ZoneInfo("Europe/Berlin"))  # Prefect begins a moment early
-    assert (began.hour, began.minute) == (hour, minute) and began.second < 16
+    assert (began.hour, began.minute) == (hour, minute) and began.second < 15 * BUSY
     assert run["state_name"] == "Promoted" and len(merged_from(service, "cron")) == 1, run["state"]["message"]
 
 
