@@ -169,8 +169,7 @@ def refuse_functions() -> None:
 
 def evaluate(
     *,
-    include: str | None,
-    defaults: bool,
+    include: list[str],
     model: str,
     model_args: dict[str, Any],
     tasks: list[str],
@@ -187,8 +186,7 @@ def evaluate(
     """Run `simple_evaluate`, keep the value of each document, then measure what the gate's guards check.
 
     Args:
-        include: a folder of task files; None if there are none.
-        defaults: whether lm-eval's own tasks are needed.
+        include: folders of the files of all tasks; a name that two of them define counts as in the last.
         model, model_args, device: as `lewis.evaluation.harness.backends.Asked`.
         tasks: names.
         documents: `all`; one half of every task's documents, `search` or `confirm`; or those that `seed` draws,
@@ -210,7 +208,7 @@ def evaluate(
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    manager: Any = TaskManager(include_path=include, include_defaults=defaults)
+    manager: Any = TaskManager(include_path=include, include_defaults=False)
     loaded = _load(manager, tasks)
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again
     lm = loaded_model.opened(model, model_args, batch_size, device)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError, LewisError
-from lewis.evaluation.harness import backends, process, server
+from lewis.evaluation.harness import backends, builtin_tasks, process, server
 from lewis.evaluation.harness.permission import check_code, runs_code
-from lewis.evaluation.harness.task_files import FoundTasks, check_builtin, data_files, find_tasks, reads_hub
+from lewis.evaluation.harness.task_files import FoundTasks, data_files, find_tasks, reads_hub
 from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.progress import Report, silent
 from lewis.recipe.schema import Backend, Documents, Evaluate
@@ -99,7 +99,7 @@ def check_tasks(settings: EvalSettings) -> None:
     for name, task in found.files.items():
         data_files(task, settings.root)
         check_code(name, task, settings.allow_code_execution)
-    check_builtin(found.builtin, found.local)
+    builtin_tasks.check_builtin(found.builtin, found.local)
 
 
 def tasks_digest(settings: EvalSettings) -> str:
@@ -168,10 +168,12 @@ def evaluate(
     # Keys are kept from code that the recipe brings.
     code = any(map(runs_code, found.files.values())) or bool(settings.model_args.get("trust_remote_code"))
     with ExitStack() as held:
-        include = held.enter_context(process.scratch_folder())
-        for number, task in enumerate(found.files.values()):
-            # A link, which lm-eval follows: so it finds the functions next to the file.
-            (include / f"{number}.yaml").symlink_to(task.path)
+        include = [held.enter_context(process.scratch_folder()) for _ in range(2)]  # a name counts as in the last
+        own = [task.path for task in found.files.values()]
+        for folder, paths in zip(include, (builtin_tasks.files(found.builtin), own), strict=True):
+            for number, path in enumerate(paths):
+                # A link, which lm-eval follows: so it finds the functions next to the file.
+                (folder / f"{number}.yaml").symlink_to(path)
         asked = held.enter_context(
             backends.asked(
                 settings.backend,
@@ -188,8 +190,7 @@ def evaluate(
             "model": asked.model,
             "model_args": asked.arguments,
             "tasks": found.names,
-            "include": str(include),
-            "defaults": bool(found.builtin),
+            "include": [str(folder) for folder in include],
             "device": asked.device,
             "batch_size": settings.batch_size,
             "limit": settings.limit,

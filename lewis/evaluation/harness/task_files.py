@@ -1,11 +1,9 @@
 """Find, read and check the lm-eval tasks that a recipe names, before a model is loaded.
 
-A name is looked up in the recipe's folder first. lm-eval's index of 14 000 tasks takes 7 seconds to read, so it is read
-only for a name that is not found there.
+A name is looked up in the recipe's folder first; one that is not found there has to be one of lm-eval's own tasks
+(`lewis.evaluation.harness.builtin_tasks`).
 """
 
-import difflib
-import functools
 import glob
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
@@ -153,58 +151,10 @@ def reads_hub(found: FoundTasks, root: Path) -> bool:
     return bool(found.builtin)
 
 
-def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
-    """Check that lm-eval has these tasks, and that none of them runs generated code.
-
-    Raises:
-        InputError: with the nearest names, of lm-eval's and the `local` ones.
-    """
-    for name in names:
-        index = _builtin_index()
-        if name not in index:
-            near = difflib.get_close_matches(name, [*local, *index], n=3, cutoff=0.7)
-            hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-            raise InputError(
-                f"evaluate.tasks: expected a YAML file or a task of lm-eval, got {name!r}, which is neither; {hint}"
-            )
-        if any(block.get("unsafe_code") for block in blocks(_builtin_configs(name))):
-            raise InputError(
-                f"evaluate.tasks: {name} of lm-eval runs code that the model writes, on the bare machine; "
-                "use a task file that runs it in lewis.evaluation.sandbox, "
-                "as deployments/recipes/tasks/mbpp_generate.yaml does"
-            )
-
-
-@functools.cache
-def _builtin_index() -> Mapping[str, Any]:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager().task_index
-
-
-def builtin_task(name: str) -> tuple[Mapping[str, Any], list[Any] | None]:
-    """The config of a task or group of lm-eval, and the members of a group or tag; None for a task."""
-    entry = _builtin_index().get(name)
-    if entry is None:
-        return {}, None
-    config = entry.cfg or {}
-    return config, {"GROUP": members(config), "TAG": list(entry.tags)}.get(entry.kind.name)
-
-
 def members(config: Mapping[str, Any]) -> list[Any]:
     """The items of a group's list `task`: names, and mappings that define a member or change it."""
     listed = config.get("task")
     return listed if isinstance(listed, list) else [listed] if isinstance(listed, str) else []
-
-
-def _builtin_configs(name: str) -> list[Any]:
-    """The configs of a built-in task, or of all members of a group or a tag."""
-    configs, pending = [], [name]
-    for name in pending:
-        config, inside = builtin_task(name)
-        configs.append(config)
-        pending += [member for member in _names(inside or ()) if member not in pending]
-    return configs
 
 
 def _read_folders(folders: Iterable[Path]) -> dict[str, TaskFile]:

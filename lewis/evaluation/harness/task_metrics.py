@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from lewis.errors import InputError, nearest
-from lewis.evaluation.harness.task_files import FoundTasks, builtin_task, find_tasks, members
+from lewis.evaluation.harness.builtin_tasks import builtin_task
+from lewis.evaluation.harness.task_files import FoundTasks, find_tasks, members
 from lewis.evaluation.statistics.scored import WEIGHTED
 from lewis.evaluation.statistics.scores import Score
 from lewis.recipe.schema import Evaluate, Gate
@@ -173,7 +174,7 @@ def _dataset(task: str, found: FoundTasks) -> str | None:
         config: Mapping[str, Any] = {}
         if task in found.files:
             config = found.files[task].config
-        elif found.builtin and task != WEIGHTED[0]:  # reading lm-eval's own tasks takes ten seconds
+        elif found.builtin and task != WEIGHTED[0]:
             config = builtin_task(task)[0]
     except InputError:
         return None

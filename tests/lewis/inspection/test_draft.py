@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lewis.evaluation.harness.task_files import builtin_task
+from lewis.evaluation.harness.builtin_tasks import builtin_task
 from lewis.evaluation.harness.task_metrics import check_names
 from lewis.inspection.draft import GENERAL, TOPICS, Topic, topic_of
 from lewis.recipe.recipe import Recipe

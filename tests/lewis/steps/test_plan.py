@@ -10,7 +10,7 @@ import pytest
 from lewis import store
 from lewis.devices import default_device
 from lewis.errors import InputError
-from lewis.evaluation.harness import task_files
+from lewis.evaluation.harness import builtin_tasks
 from lewis.importance.step import ImportanceEntry
 from lewis.recipe.recipe import Recipe
 from lewis.steps.plan import Plan, make_plan
@@ -211,7 +211,7 @@ class TestLocal:
         ours = {"merge experts", "merge uniform", "evaluate merged sums", "evaluate uniform sums", "evaluate base sums"}
         assert ours == {name for name in found if name.startswith(("merge", "evaluate"))}  # no expert is scored
         assert found["evaluate merged sums"] == "to do"
-        monkeypatch.setattr(task_files, "_builtin_index", dict)  # to read lm-eval's takes seconds
+        monkeypatch.setattr(builtin_tasks, "index", dict)  # to read lm-eval's takes seconds
         data["evaluate"]["tasks"] = ["smus"]
         with pytest.raises(InputError, match="smus"):
             make_plan(parse(data, root=tmp_path))

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from lewis.errors import InputError
-from lewis.evaluation.harness import task_files
+from lewis.evaluation.harness import builtin_tasks
+from lewis.evaluation.harness.builtin_tasks import Builtin
 from lewis.evaluation.harness.task_metrics import check_names, known_scores
 from tests.support.models import parse
 
@@ -53,16 +54,15 @@ def test_scores_are_known_from_the_files(root: Path) -> None:
     assert known_scores(["changed"], root) is None
 
 
-@pytest.mark.slow
-def test_lm_evals_own_are_known_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm_eval.tasks._index import Entry, Kind
-
+def test_lm_evals_own_are_known_too(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs.yml").write_text(yaml.safe_dump({**CHOICE, "task": "theirs"}))
+    (tmp_path / "group.yml").write_text("group: group\ntask: [theirs]\n")
     index = {
-        "theirs": Entry("theirs", Kind.TASK, None, {**CHOICE, "task": "theirs"}),
-        "group": Entry("group", Kind.GROUP, None, {"group": "group", "task": ["theirs"]}),
-        "tag": Entry("tag", Kind.TAG, None, None, {"theirs"}),
+        "theirs": Builtin("TASK", str(tmp_path / "theirs.yml"), ()),
+        "group": Builtin("GROUP", str(tmp_path / "group.yml"), ()),
+        "tag": Builtin("TAG", None, ("theirs",)),
     }
-    monkeypatch.setattr(task_files, "_builtin_index", lambda: index)
+    monkeypatch.setattr(builtin_tasks, "index", lambda: index)
     scores = ["acc,none", "acc_norm,none"]
     assert known_scores(["group", "tag"], root) == {"group": [], "tag": [], "theirs": scores}
 
