@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from lewis.errors import InputError, LewisError
 from lewis.input_files import open_regular
+from lewis.settings import size_text
 from lewis.store import size
 from lewis.store.folders import holds, home, make_folder, restrict, umask
 from lewis.store.scratch import beside, is_dead
@@ -114,9 +115,9 @@ def check_space(folder: Path, needed: int, what: str = "the output") -> None:
     free, by_quota = _free(folder)
     if free < needed:
         fix = "raise LEWIS_QUOTA, remove what you can do without (`lewis gc --days 1`)" if by_quota else "free some"
-        where = f"LEWIS_QUOTA leaves {free / 1e9:.2f} GB" if by_quota else f"{free / 1e9:.2f} GB are free"
+        where = f"LEWIS_QUOTA leaves {size_text(free)}" if by_quota else f"{size_text(free)} are free"
         raise InputError(
-            f"{folder}: no space: {what} needs {needed / 1e9:.2f} GB, {where}; "
+            f"{folder}: no space: {what} needs {size_text(needed)}, {where}; "
             f"{fix}, or write elsewhere (-o, or LEWIS_HOME)"
         )
 

@@ -21,6 +21,7 @@ from filelock import Timeout
 
 from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis.settings import size_text
 from lewis.store import kinds
 from lewis.store.kinds import Kind
 
@@ -108,7 +109,7 @@ def remove(items: list[Removable]) -> int:
             failures.append(f"{item.path}: {error.strerror}")
     if failures:
         raise LewisError(
-            f"{len(failures)} of {len(items)} entries could not be removed (the rest is: {freed / 1e9:.3f} GB); "
+            f"{len(failures)} of {len(items)} entries could not be removed (the rest is: {size_text(freed)}); "
             f"the first: {failures[0]}; run it as the owner of the store"
         )
     return freed

@@ -235,7 +235,7 @@ def _arrive(system: Any, kind: Kind, there: str, path: Path, head: bytes) -> Non
     parts = kind.parts(path, head)
     make_folder(path.parent)
     if (free := shutil.disk_usage(path.parent).free) < (size := sum(size for size, _ in parts.values())):
-        raise OSError(f"{size / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free in {home()}")
+        raise OSError(f"{settings.size_text(size)} to fetch, {settings.size_text(free)} free in {home()}")
     if not kind.manifest:
         for name, expected in parts.items():
             with files.written_beside(path.parent / name) as second:

@@ -631,7 +631,7 @@ class TestRefused:
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1, 1, 1000))
         merge = open_merge("ties", family.base, family.experts)
-        self.fails(merge, tmp_path / "out", "no space: the output needs 0.01 GB")
+        self.fails(merge, tmp_path / "out", "no space: the output needs 10.0 MB, 1.0 KB are free")
 
     @pytest.mark.parametrize("failing", ["writer.CheckpointWriter._lay_out", "folder.shutil.copyfile"])
     def test_a_disk_that_fails_beside_the_tensors(
