@@ -2,9 +2,9 @@
 # make test   sets everything up and runs ruff, the contract of the imports, mypy and the tests
 # make coverage   runs the tests of lewis/ and checks that they go through at least 90 % of its lines: to count takes a quarter
 #             of the time that they take
-# make faults has ten thousand inputs for each fuzzer of tests/faults, where make test has a few hundred, and kills runs at
-#             fifty points, races them, and takes disk, store and servers from them; and the longest tests of the service, the
-#             search and the pages in a browser: hours. LEWIS_FAULTS_POINTS=12 is fewer
+# make faults is tests/faults in full: ten thousand inputs for each fuzzer, where make test has a few hundred; runs and the
+#             service killed at fifty points, races, full disks, servers that are away: hours. LEWIS_FAULTS_POINTS=12 is fewer
+# make test-long  runs the tests of the service, the search and the pages in a browser that take minutes each
 # make real   runs the DAG on the real SmolLM2-135M, its experts and data, where they are in ../shared: minutes
 # make test-production  runs the service on real servers: PostgreSQL, S3, Prefect and MLflow with passwords, workers without
 #             a shared disk; and kills them. Minutes; PostgreSQL is Debian's: apt install postgresql
@@ -23,7 +23,7 @@ SLOW := datasets, lm_eval.evaluator, lm_eval.models.huggingface, matplotlib.pypl
 	prefect.cli, prefect.engine, prefect.server.api.server, prefect.workers.process, \
 	transformers.models.auto.modeling_auto, transformers.models.auto.processing_auto, transformers.models.llama.modeling_llama
 
-.PHONY: setup demo test types suite coverage real faults test-production test-serve drill clean
+.PHONY: setup demo test types suite coverage real faults test-long test-production test-serve drill clean
 
 setup: .venv/.installed
 
@@ -62,9 +62,10 @@ drill: setup
 
 faults: setup
 	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest \
-		-n 5 --dist loadscope --no-loadscope-reorder --durations=60 --timeout 36000 tests/faults \
-		$(addprefix tests/flows/test_,run.py champion.py search.py evaluate_elsewhere.py readme_commands.py) \
-		tests/flows/runners $(addprefix tests/flows/service/test_,up.py browser.py)
+		-n 5 --dist loadscope --no-loadscope-reorder --durations=60 --timeout 36000 tests/faults
+
+test-long: setup
+	LEWIS_LONG=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --timeout 3600 -m long
 
 test-serve: setup
 	LEWIS_SERVE=1 $(BIN)/pytest -s --timeout 1800 tests/serve

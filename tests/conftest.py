@@ -39,7 +39,7 @@ settings.load_profile("busy")
 POINTS = int(os.environ.get("LEWIS_FAULTS_POINTS", "0"))
 """At how many points `make faults` kills a run; 0 in `make test`."""
 full = pytest.mark.skipif(not POINTS, reason="make faults")
-"""Tests of minutes that only `make faults` runs."""
+"""Faults that only `make faults` tries."""
 SERVERS = {"hub", "empty_database", "installed", "subprocess", "LocalHub"}
 """Fixtures and names in a test that say that it starts a server or a process, or makes a database."""
 KILLS = ("test_killed_service.py", "test_killed_runs.py")
@@ -75,6 +75,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
+        if item.get_closest_marker("long") and not os.environ.get("LEWIS_LONG"):
+            item.add_marker(pytest.mark.skip("make test-long"))
         if _is_unit(item):
             item.add_marker(pytest.mark.unit)
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):

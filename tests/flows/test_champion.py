@@ -23,7 +23,6 @@ from lewis.steps.plan import make_plan
 from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
 from lewis_flows.cli.run import print_merge
-from tests.conftest import full
 from tests.flows.conftest import TASK, Command, write_words
 from tests.support.damage import damage
 from tests.support.judge_server import by_reference, judging
@@ -304,7 +303,7 @@ def test_what_passes_is_shown_to_a_judge_and_without_its_answer_nothing_is_promo
         assert not worse.promoted and worse.verdict[0].endswith(": fail") and aliases(home)["champion"] == "1"
 
 
-@full
+@pytest.mark.long
 def test_scoring_ends_once_the_verdict_is_known(
     run: Callable[..., Any], recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -467,7 +466,7 @@ def test_what_waits_after_an_early_end_is_scored_on_all_documents_only_once_a_pe
             client.delete_deployment(deployment)
 
 
-@full
+@pytest.mark.long
 def test_documents_are_drawn_for_each_release(run: Callable[..., Any], recipe: Path, home: Path) -> None:
     """Other documents for the second version, on which the champion is scored, too."""
     from mlflow import MlflowClient
@@ -490,7 +489,7 @@ def test_documents_are_drawn_for_each_release(run: Callable[..., Any], recipe: P
     assert None in of_champion and any(score and 0 < score < 1 for score in of_champion)
 
 
-@full
+@pytest.mark.long
 def test_a_search_gives_up_trials_that_are_worse_than_the_best(
     recipe: Path, run: Callable[..., Any], prefect_url: str
 ) -> None:
@@ -509,7 +508,7 @@ def test_a_search_gives_up_trials_that_are_worse_than_the_best(
     assert states == {(1.0, "done"), (0.0, "pruned")} and found.best == {"parameters.lambda": 1.0}
 
 
-@full
+@pytest.mark.long
 def test_a_flipped_bit_never_becomes_champion(
     run: Callable[[str], Any], recipe: Path, home: Path, prefect_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

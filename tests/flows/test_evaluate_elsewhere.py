@@ -22,7 +22,7 @@ from lewis_flows import evaluate_elsewhere as elsewhere
 from lewis_flows import recipes_folder, walk
 from lewis_flows.evaluate import evaluate_flow
 from lewis_flows.service import up
-from tests.conftest import Family, full
+from tests.conftest import Family
 from tests.flows.conftest import TASK
 from tests.support import pipeline
 
@@ -237,7 +237,7 @@ def test_the_furthest_look_is_found_where_tasks_were_scored_on_different_devices
     assert step.furthest_look("merged", "key", settings) is None
 
 
-@pytest.mark.parametrize("output", [pytest.param([], id="full"), pytest.param(LORA, id="lora", marks=full)])
+@pytest.mark.parametrize("output", [pytest.param([], id="full"), pytest.param(LORA, id="lora", marks=pytest.mark.long)])
 def test_the_run_scores_what_the_merge_names_and_only_then(
     output: list[str], recipe: Path, home: Path, family: Family, prefect_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

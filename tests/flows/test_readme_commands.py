@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import Family, full
+from tests.conftest import Family
 from tests.flows.conftest import TASK, Command, write_words
 from tests.flows.test_run import finished
 
@@ -43,7 +43,7 @@ def write_recipe(folder: Path, family: Family) -> None:
         write_words(place.parent)  # a task's data are next to the recipe
 
 
-@full
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_its_lines_run_one_after_the_other(lewis: Command, program: Path, family: Family, tmp_path: Path) -> None:
     folder = tmp_path / "empty"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lewis.recipe.recipe import Recipe
-from tests.conftest import Family, full
+from tests.conftest import Family
 from tests.flows.conftest import Command
 from tests.support import pipeline
 from tests.support.local_hub import LocalHub
@@ -103,7 +103,7 @@ def test_a_killed_run_is_resumed_with_the_same_result(
     assert found == by_the_library(recipe, tmp_path / "merged")
 
 
-@full
+@pytest.mark.long
 def test_ctrl_c_leaves_nothing_half_written(lewis: Command, recipe: Path, home: Path) -> None:
     patch = SLOW.replace("time.sleep(60)", "time.sleep(3)")
     process = lewis("run", recipe, *NO_SCORES, patch=patch)
@@ -115,7 +115,7 @@ def test_ctrl_c_leaves_nothing_half_written(lewis: Command, recipe: Path, home: 
     assert (home / "merged").is_dir()
 
 
-@full
+@pytest.mark.long
 def test_two_runs_at_once_compute_once_and_a_truncated_merge_is_made_again(
     lewis: Command, recipe: Path, home: Path
 ) -> None:
@@ -137,7 +137,7 @@ def test_two_runs_at_once_compute_once_and_a_truncated_merge_is_made_again(
     assert Path(again["folder"]) == weights.parent and weights.read_bytes() == content
 
 
-@full
+@pytest.mark.long
 def test_models_from_a_hub_that_stumbles_and_back_to_it(
     lewis: Command, recipe: Path, family: Family, tmp_path: Path, home: Path
 ) -> None:

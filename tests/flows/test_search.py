@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import full
+import pytest
+
 from tests.flows.conftest import Command
 from tests.flows.test_champion import newest_ended
 from tests.flows.test_run import finished, versions
@@ -44,7 +45,7 @@ def nested(home: Path, parent: Any) -> list[Any]:
     return [run for run in runs(home) if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
 
 
-@full
+@pytest.mark.long
 def test_it_goes_on_after_a_kill_and_the_best_is_confirmed_on_other_documents(
     lewis: Command, recipe: Path, home: Path, prefect_url: str
 ) -> None:

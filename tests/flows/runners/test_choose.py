@@ -13,7 +13,6 @@ import pytest
 
 from lewis.errors import InputError
 from lewis_flows.runners import choose
-from tests.conftest import full
 from tests.flows.conftest import Command
 from tests.flows.test_run import NO_SCORES, by_the_library, finished, leftovers, report
 from tests.support.service import children
@@ -91,7 +90,7 @@ MEET = """
 """
 
 
-@full
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["process", pytest.param("dask", marks=dask), pytest.param("ray", marks=ray)])
 def test_passes_run_on_two_workers_and_the_merge_is_the_same(
     name: str, lewis: Command, recipe: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,7 +165,7 @@ SLOW_MERGE = """
 """
 
 
-@full
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_processes_end_with_the_flow(number: signal.Signals, lewis: Command, recipe: Path, home: Path) -> None:
     settings = {"LEWIS_TASK_RUNNER": "process", "LEWIS_MAX_WORKERS": "1"}

@@ -27,10 +27,13 @@ from lewis_flows.service import credentials
 from lewis_flows.service.processes import free_port
 from lewis_flows.service.servers import mlflow_process
 from tests.benchmarks.browser import CHROMIUM, Browser
-from tests.conftest import Family, full
+from tests.conftest import Family
 from tests.support.prefect_key import KEY
 
-pytestmark = [full, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}: apt-get install chromium")]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}: apt-get install chromium"),
+]
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from lewis.evaluation.statistics.scores import Score, Texts
 from lewis.reports.page import PageFacts, StepTime, to_html
 from lewis.reports.run_report import Change, RunFacts
 from tests.benchmarks.browser import CHROMIUM, Browser
-from tests.conftest import full
 
 BAD = "</pre><script>document.title='owned'</script><img src=http://elsewhere.example/x.png onerror=alert(1)>\ud800"
 KEPT = {"expert": "org/math", "task": "sums/acc,none ↑", "base": "0.25", "expert's score": "0.75", "merged": "0.7"}
@@ -131,7 +130,7 @@ def test_a_run_without_scores_has_no_empty_part() -> None:
     assert re.findall("<h2>(.*?)</h2>", page) == []
 
 
-@full
+@pytest.mark.long
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}: apt-get install chromium")
 def test_a_browser_shows_it_and_asks_nobody(page: str, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text(page)
