@@ -15,6 +15,7 @@ from lewis.errors import InputError, LewisError
 from lewis.importance.row_texts import Text, text_of
 from lewis.input_files import check_regular
 from lewis.models.config import needs_code
+from lewis.quick_imports import quick_imports
 from lewis.recipe.schema import LOCAL, CalibrationSet
 from lewis.store import kinds
 from lewis.store.manifest import remembered_sha256
@@ -273,7 +274,7 @@ def _place(where: str, file: str, root: Path) -> str:
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    with _LOADING:  # datasets looks into transformers, which must not be half loaded then
+    with _LOADING, quick_imports():  # datasets looks into transformers, which must not be half loaded then
         from transformers import AutoTokenizer
 
     try:

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from lewis import private_names
 from lewis.errors import LewisError
+from lewis.quick_imports import quick_imports
 from lewis_flows.service.own_pages import OwnPages, split_origins
 
 PREPARE = "--prepare"
@@ -29,14 +30,16 @@ _FACTORIES = {"basic-auth": "with_passwords"}
 
 def with_passwords() -> ASGIApp:
     """MLflow with its basic authentication."""
-    from mlflow.server.auth import create_app
+    with quick_imports():
+        from mlflow.server.auth import create_app
 
     return OwnPages(create_app(), split_origins(os.environ[ORIGINS]))
 
 
 def open_to_all() -> ASGIApp:
     """MLflow that asks for no password."""
-    from mlflow.server.fastapi_app import app
+    with quick_imports():
+        from mlflow.server.fastapi_app import app
 
     return OwnPages(app, split_origins(os.environ[ORIGINS]))
 
