@@ -25,8 +25,16 @@ import pytest
 from tests.conftest import Family
 from tests.flows.conftest import RECIPE, REPO, TASK
 from tests.support.models import WORDS
+from tests.support.warm import WarmPython
 
 KINDS = ("wrong models", "half versions", "left over", "orphans", "tracebacks", "runs that failed again")
+APART = """
+import os
+os.setsid()
+for number, path in ((1, {out!r}), (2, {err!r})):
+    os.dup2(os.open(path, os.O_WRONLY), number)
+"""
+"""For a forked process: a session of its own, and its output in files."""
 LEFT_OUT = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI")
 
 
@@ -71,10 +79,13 @@ class Run:
     Args:
         home: its store.
         patch: Python that runs before it.
+        warm: what it is forked from, with the libraries; None: it is started, which takes some seconds of CPU more.
         environment: variables in addition to those of the tests.
     """
 
-    def __init__(self, home: Path, *arguments: str | Path, patch: str = "", **environment: str) -> None:
+    def __init__(
+        self, home: Path, *arguments: str | Path, patch: str = "", warm: WarmPython | None = None, **environment: str
+    ) -> None:
         self.before = set(below())
         code = f"{patch}\nimport sys\nfrom lewis_flows.cli.main import main\nsys.exit(main(sys.argv[1:]))"
         number = len(list(home.parent.glob(f"{home.name}-*.out")))
@@ -82,13 +93,25 @@ class Run:
         self.temporary = home.parent / f"{home.name}-tmp"  # where the device slot is: stores do not share it
         self.temporary.mkdir(exist_ok=True)
         kept = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
+        words = list(map(str, arguments))
+        environment = {**kept, "LEWIS_HOME": str(home), "TMPDIR": str(self.temporary), **environment}
+        if warm and warm.fits(environment):
+            code = APART.format(out=str(self.out), err=str(self.err)) + code
+            self.out.touch()
+            self.err.touch()
+            self.process = warm.run(code, words, folder=REPO, environment=environment)
+            for pipe in (self.process.stdout, self.process.stderr):
+                assert pipe
+                pipe.close()
+            return
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code, *map(str, arguments)],
+                [sys.executable, "-c", code, *words],
                 stdout=out,
                 stderr=err,
+                text=True,
                 cwd=REPO,
-                env={**kept, "LEWIS_HOME": str(home), "TMPDIR": str(self.temporary), **environment},
+                env=environment,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the shell ignores it
                 start_new_session=True,
             )

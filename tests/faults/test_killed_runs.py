@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,19 @@ from tests.conftest import Family, full
 from tests.faults.killing import ALL, AT_ONCE, OF_A_RUN, SERVER, Undisturbed, points, strike
 from tests.faults.running import Run, Tally, half_done, left_over, merged, until, write_recipe
 from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
+from tests.flows.conftest import warm  # noqa: F401
 from tests.support.orphans import adopted
+from tests.support.warm import WarmPython
 
 pytestmark = full
 
 
 @pytest.fixture(scope="module")
 def run(
-    family: Family, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
+    family: Family,
+    empty_store: Path,
+    warm: WarmPython,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Undisturbed, Path]]:
     """A run that nobody disturbs, and its recipe."""
     folder = tmp_path_factory.mktemp("kills")
@@ -25,7 +31,7 @@ def run(
     found = Undisturbed(empty_store)
     shutil.copytree(found.store, folder / "first")
     with adopted():
-        undisturbed = Run(folder / "first", "run", recipe, "--json")
+        undisturbed = Run(folder / "first", "run", recipe, "--json", warm=warm)
         found.watch(undisturbed.parts, undisturbed.ended)
         report = undisturbed.report()
         assert report, undisturbed.told()
@@ -34,12 +40,19 @@ def run(
         yield found, recipe
 
 
-Shared = tuple[tuple[Undisturbed, Path], str]
+@dataclass(frozen=True)
+class Shared:
+    """What all points share: the undisturbed run, its recipe, a server for every second point, and the libraries."""
+
+    undisturbed: Undisturbed
+    recipe: Path
+    api: str
+    warm: WarmPython
 
 
 @pytest.fixture
-def shared(run: tuple[Undisturbed, Path], shared_server: str) -> Shared:  # noqa: F811
-    return run, shared_server
+def shared(run: tuple[Undisturbed, Path], shared_server: str, warm: WarmPython) -> Shared:  # noqa: F811
+    return Shared(*run, shared_server, warm)
 
 
 class TestKilledAtOnce:  # a class of its own is a process of its own in `make faults`
@@ -59,7 +72,7 @@ class TestKilledOtherwise:
 
 def kill_and_run_again(name: str, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every second run uses a server that is there already, unless servers are killed too."""
-    (undisturbed, recipe), api = shared
+    undisturbed, recipe = shared.undisturbed, shared.recipe
     victim, number, one_of = OF_A_RUN[name]
     tally = Tally(f"`lewis run`: {name}")
     for i, point in enumerate(points(one_of)):
@@ -67,8 +80,8 @@ def kill_and_run_again(name: str, shared: Shared, tmp_path: Path, capsys: pytest
         shutil.copytree(undisturbed.store, home)
         server = {}
         if i % 2 and victim not in (ALL, SERVER):
-            server = {"PREFECT_API_URL": api, "PREFECT_HOME": str(home / "prefect")}
-        killed = Run(home, "run", recipe, "--json", **server)
+            server = {"PREFECT_API_URL": shared.api, "PREFECT_HOME": str(home / "prefect")}
+        killed = Run(home, "run", recipe, "--json", warm=shared.warm, **server)
         struck = bool(strike(undisturbed, victim, number, point, killed.parts, killed.process.pid))
         tally.points += struck
         tally.landed[killed.step()] += struck
@@ -79,7 +92,7 @@ def kill_and_run_again(name: str, shared: Shared, tmp_path: Path, capsys: pytest
         left = killed.orphans()
         tally.note("orphans", bool(left), f"{where}: {left}")
 
-        again = Run(home, "run", recipe, "--json", **server)
+        again = Run(home, "run", recipe, "--json", warm=shared.warm, **server)
         report = again.report()
         tally.note("runs that failed again", not report, f"{where}: {again.told()[-2000:]}")
         left = again.orphans()  # and with them the server, before its database is read
