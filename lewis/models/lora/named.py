@@ -100,13 +100,20 @@ def check_whole(
         rows: the modules that it has trained rows of.
 
     Raises:
-        InputError: naming what is missing, or a module that is saved within another one, which PEFT cannot load.
+        InputError: naming what is missing, a module that is saved within another one, or one that has both factors
+            and trained rows: PEFT cannot load those.
     """
     for inner, outer, *_ in (found for each in base.tensors if len(found := saved_in(settings, each)) > 1):
         raise InputError(
             f"{file.with_name(CONFIG)}: modules_to_save names {inner!r} and {outer!r}, which it is in; PEFT cannot "
             "load such an adapter; train it with the outer one alone"
         )
+    for module in rows if settings.get("target_modules") else ():
+        if is_on(settings, module, linear=False):
+            raise InputError(
+                f"{file.with_name(CONFIG)}: target_modules and trainable_token_indices both name {module!r}, which "
+                f"PEFT refuses too; {_OTHER}"
+            )
     missing = [
         (tensor, "modules_to_save")
         for tensor in (*base.tensors, *base.tied)

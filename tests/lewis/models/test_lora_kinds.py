@@ -167,6 +167,12 @@ class TestRefused:
         with pytest.raises(InputError, match=r"for 2 tokens up to 64, and .* is \[64, 16\] in the base"):
             LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
 
+    def test_trained_rows_and_factors_of_one_embedding(self, family: Family, tmp_path: Path) -> None:
+        adapter = write_lora(family.base, tmp_path / "adapter", trainable_token_indices=[3, 4])
+        edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "embed_tokens"])
+        with pytest.raises(InputError, match="target_modules and trainable_token_indices both name .*embed_tokens'"):
+            LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
+
     def test_a_magnitude_of_another_length(self, family: Family, tmp_path: Path) -> None:
         adapter = write_lora(family.base, tmp_path / "adapter", use_dora=True)
         tensors = {k: t[:3] if "magnitude" in k else t for k, t in load_file(adapter / WEIGHTS).items()}
