@@ -170,7 +170,7 @@ class TestRefused:
     def test_trained_rows_and_factors_of_one_embedding(self, family: Family, tmp_path: Path) -> None:
         adapter = write_lora(family.base, tmp_path / "adapter", trainable_token_indices=[3, 4])
         edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "embed_tokens"])
-        with pytest.raises(InputError, match="target_modules and trainable_token_indices both name .*embed_tokens'"):
+        with pytest.raises(InputError, match=r"target_modules and trainable_token_indices both name .*embed_tokens'"):
             LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
 
     def test_a_magnitude_of_another_length(self, family: Family, tmp_path: Path) -> None:
