@@ -179,4 +179,4 @@ def test_no_space(
     )
     monkeypatch.setattr("lewis.store.files._free", lambda _: (1000, False))
     assert main(["merge", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "out")]) == 2
-    assert "no space: the output needs 0.01 GB" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "no space: the output needs 10.0 MB" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -39,7 +39,7 @@ def test_what_is_unused_longest_makes_way(filled: list[Path], caplog: pytest.Log
     store.check_space(kinds.MERGED.folder, free + 500_000)
     make_room(20 * 10**6)  # more than it can ever hold
     assert left(filled) == [False, False, True]
-    with pytest.raises(InputError, match=r"output needs 0.02 GB, LEWIS_QUOTA leaves 0.01 GB; raise LEWIS_QUOTA"):
+    with pytest.raises(InputError, match=r"output needs 20.0 MB, LEWIS_QUOTA leaves 9.0 MB; raise LEWIS_QUOTA"):
         store.check_space(kinds.MERGED.folder, 20 * 10**6)
 
 

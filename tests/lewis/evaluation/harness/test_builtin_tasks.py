@@ -1,6 +1,7 @@
 """lm-eval's own tasks: the kept index is that of the files that are there; an evaluation gets all files it needs."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ FILES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def read(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def read(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A package `lm_eval` with `FILES`, and a number for each time that lm-eval has read them all."""
     from lm_eval import tasks
     from lm_eval.tasks import TaskManager
@@ -48,7 +49,8 @@ def read(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> list[in
     monkeypatch.setattr(tasks, "TaskManager", manager)
     home.mkdir()
     builtin_tasks.index.cache_clear()
-    return times
+    yield times
+    builtin_tasks.index.cache_clear()
 
 
 def names(asked: str) -> list[str]:
