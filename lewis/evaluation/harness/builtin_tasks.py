@@ -7,7 +7,7 @@ kept in the store, for as long as none of these files changes; an evaluation get
 import difflib
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.harness.task_files import blocks, members, read_task
+from lewis.store import sealed_json
 
 
 class Builtin(NamedTuple):
@@ -30,36 +31,28 @@ class Builtin(NamedTuple):
 
     kind: str
     path: str | None
-    tags: tuple[str, ...]
+    tags: Sequence[str]
 
 
 @functools.cache
 def index() -> Mapping[str, Builtin]:
     """All tasks, groups and tags of lm-eval, by name."""
     kept, state = store.home() / "lm-eval-tasks.json", _state()
-    if (found := _read(store.read_json(kept), state)) is not None:
-        return found
+    with suppress(OSError, sealed_json.DamagedError):  # absent, or damaged
+        found = sealed_json.loads(kept.read_bytes())
+        if found["state"] == state:
+            return {name: Builtin(*entry) for name, entry in found["tasks"].items()}
     from lm_eval.tasks import TaskManager
 
     entries = TaskManager().task_index.items()
-    found = {
-        name: Builtin(entry.kind.name, str(entry.yaml_path) if entry.yaml_path else None, tuple(sorted(entry.tags)))
+    tasks = {
+        name: Builtin(entry.kind.name, str(entry.yaml_path) if entry.yaml_path else None, sorted(entry.tags))
         for name, entry in entries
     }
     if store.home().is_dir():
         with suppress(OSError):  # a store that cannot be written to
-            store.write_json(kept, {"state": state, "sha256": store.digest(found), "tasks": found})
-    return found
-
-
-def _read(kept: Any, state: str) -> Mapping[str, Builtin] | None:
-    """The index as it was kept; None if it is of other files, or damaged."""
-    try:
-        if kept["state"] != state or kept["sha256"] != store.digest(kept["tasks"]):
-            return None
-        return {name: Builtin(kind, path, tuple(tags)) for name, (kind, path, tags) in kept["tasks"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None
+            store.write_text(kept, sealed_json.dumps({"state": state, "tasks": tasks}))
+    return tasks
 
 
 def _state() -> str:
