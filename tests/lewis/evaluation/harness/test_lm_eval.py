@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -42,6 +43,7 @@ from tests.support.local_hub import LocalHub
 
 pytestmark = pytest.mark.slow
 
+SECRET = secrets.token_hex(16)  # no other run's files, nor this one's sources, hold it
 RECIPES = Path(__file__).parents[4] / "deployments/recipes"
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "red", "blue", "is", "sky", "and", "who", "?"]
 CHOICES = [" cat", " dog", " red"]
@@ -483,7 +485,7 @@ class TestTrust:
     @pytest.fixture(autouse=True)
     def secrets(self, monkeypatch):
         for name in ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "PREFECT_API_KEY", "OTHER"):
-            monkeypatch.setenv(name, "s3cret")
+            monkeypatch.setenv(name, SECRET)
 
     @pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target", "description"])
     def test_a_template_runs_no_command(self, model, root, tmp_path, key):
@@ -501,7 +503,7 @@ class TestTrust:
             more.write(f"\nopen('{told}2', 'w').write(repr(dict(os.environ)))\n")
         evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
         for text in (told.read_text(), Path(f"{told}2").read_text()):
-            assert "PATH" in text and "s3cret" not in text
+            assert "PATH" in text and SECRET not in text
 
     def test_code_that_is_allowed_finds_no_secrets(self, model, root, tmp_path, monkeypatch):
         """Not in any file, environment or socket; Prefect's worker keeps its whole environment in a temporary file."""
@@ -511,16 +513,16 @@ class TestTrust:
         names = ("webhook-secret", "mlflow-password", "metrics-key", "open.html", "prefect/x.db", ".netrc", ".ssh/id")
         for name in names:
             (tmp_path / "home" / name).parent.mkdir(exist_ok=True)
-            (tmp_path / "home" / name).write_text("s3cret")
+            (tmp_path / "home" / name).write_text(SECRET)
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         told = tmp_path / "told"
         (root / "tasks/canary.py").write_text(CANARY)
-        look = f"__import__('runpy').run_path('{root}/tasks/canary.py')['look']('s3cret')"
+        look = f"__import__('runpy').run_path('{root}/tasks/canary.py')['look']('{SECRET}')"
         task = faulty(root, f"pathlib.Path('{told}').write_text(repr({look}))\nreturn rows")
         with ExitStack() as stack:
             for folder in filter(os.path.isdir, {tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"}):
                 place = stack.enter_context(tempfile.TemporaryDirectory("", "prefect-workspace-attempt-", folder))
-                Path(place, "workspace.json").write_text('{"environment": {"TOKEN": "s3cret"}}')
+                Path(place, "workspace.json").write_text(json.dumps({"environment": {"TOKEN": SECRET}}))
                 listening = stack.enter_context(socket.socket(socket.AF_UNIX))
                 listening.bind(f"{place}/socket")
                 listening.listen()
