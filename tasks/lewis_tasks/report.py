@@ -120,7 +120,7 @@ def report_run(
         the path of the page.
     """
     run = flow_run.this_run()
-    links = {"Prefect run": flow_run.url()}
+    links = {flow_run.url_text(): flow_run.url()}
     if version:
         report, charts_of_all = versions.run_pages(version)
         links |= {"MLflow version": versions.link(version), "MLflow run": versions.run_link(version)}

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from lewis_flows.cli.run import print_merge
+from lewis_flows.cli.run import _with_prefect, print_merge
 from lewis_flows.merge import MergeReport
+from lewis_flows.service import note
+from lewis_tasks.support import flow_run
 from tests.conftest import Family
 from tests.flows.conftest import Command
 from tests.flows.test_run import NO_SCORES, finished, report
@@ -430,3 +432,20 @@ def _whys(client: Any, deployment: Any, why: Callable[[Any], str]) -> set[str]:
 
     wanted = DeploymentFilter.model_validate({"id": {"any_": [deployment]}})
     return {why(run) for run in client.read_flow_runs(deployment_filter=wanted)}
+
+
+def test_the_link_of_a_run_whose_server_ends_with_it_leads_to_the_server_of_the_service(
+    home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen() -> tuple[str, str]:
+        return _with_prefect(lambda: (flow_run.url_text(), flow_run.url()), as_json=False)
+
+    monkeypatch.setattr(flow_run, "later", "")
+    monkeypatch.setenv("PREFECT_SERVER_API_PORT", "4999")
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    assert seen()[0] == "Prefect run"
+    monkeypatch.delenv("PREFECT_API_URL")
+    text, url = seen()
+    assert text == "Prefect run, while `lewis up` runs" and url.startswith("http://127.0.0.1:4999/runs/flow-run/")
+    note.write({"prefect": prefect_url})
+    assert seen()[0] == "Prefect run"

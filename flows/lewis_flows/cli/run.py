@@ -162,20 +162,22 @@ def print_merge(report: "MergeReport") -> None:
 def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
     """Run a flow on the server that there is, or on one that is started for it; if that dies, end as if killed."""
     from lewis_flows.service.credentials import connected
-    from lewis_flows.service.servers import prefect_server
+    from lewis_flows.service.servers import prefect_port, prefect_server, running
 
     def leave(reason: str) -> NoReturn:
         say_error(f"it failed: {reason}; finished steps are kept, run the same command to go on", as_json=as_json)
         os._exit(1)  # its children end too; the next run marks this one as Crashed
 
+    alone = not running()
     with prefect_server(leave) as url, connected(url):
         with quick_imports():
             from prefect import tags
             from prefect.logging.handlers import APILogWorker
 
             from lewis_flows.turn import crash_dead_runs
-            from lewis_tasks.support import moves, patience
+            from lewis_tasks.support import flow_run, moves, patience
 
+        flow_run.later = f"http://127.0.0.1:{prefect_port()}" if alone else ""
         crash_dead_runs()
         signal.signal(signal.SIGINT, _stop_tasks)
         try:

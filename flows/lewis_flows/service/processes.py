@@ -62,31 +62,45 @@ class Process:
         self.log = kinds.LOGS.path(f"{name}-{store.writer()}")
 
     def start(self) -> None:
-        """Start it and wait until it is ready.
+        """Start it and wait until it is ready, as `begin` and `wait`.
 
         Raises:
             LewisError: if it ends or does not answer in time; names its log.
         """
+        self.begin()
+        self.wait()
+
+    def begin(self) -> None:
+        """Start it. Until it is ready no other of its name starts on this store: the first migrates the database."""
         store.make_folder(self.log.parent)
         self._keep_logs()
-        with store.lock(f"{self.name}-start"):  # one start at a time, because the first migrates the database
-            self._child = subprocess.Popen(
-                guard.guarded(self._command, self._grace),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env={**os.environ, **self._environment},
-                umask=store.umask() if self._private else -1,
-                start_new_session=True,  # Ctrl-C reaches only this process, which stops the parts in order
-            )
-            assert self._child.stdout is not None
-            threading.Thread(target=self._read, args=(self._child.stdout,), daemon=True).start()
-            try:
-                self._wait_until_ready()
-            except BaseException:
-                self._end()
-                raise
+        self._starting = store.lock(f"{self.name}-start")
+        self._starting.acquire()
+        self._child = subprocess.Popen(
+            guard.guarded(self._command, self._grace),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, **self._environment},
+            umask=store.umask() if self._private else -1,
+            start_new_session=True,  # Ctrl-C reaches only this process, which stops the parts in order
+        )
+        assert self._child.stdout is not None
+        threading.Thread(target=self._read, args=(self._child.stdout,), daemon=True).start()
+
+    def wait(self) -> None:
+        """Wait until it is ready; it is ended if it does not become ready.
+
+        Raises:
+            LewisError: as `start`.
+        """
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self._end()
+            raise
+        self._starting.release()
 
     def _keep_logs(self) -> None:
         """Rename the logs of earlier starts; the oldest is removed."""
@@ -113,6 +127,7 @@ class Process:
         with suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
+        self._starting.release()
 
     def _read(self, lines: IO[str]) -> None:
         with self.log.open("w") as log:

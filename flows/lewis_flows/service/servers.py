@@ -81,6 +81,11 @@ def running() -> str | None:
     return found
 
 
+def prefect_port() -> str:
+    """The port of `lewis up`'s Prefect server."""
+    return os.environ.get("PREFECT_SERVER_API_PORT") or "4200"
+
+
 def client_environment() -> dict[str, str]:
     """The variables by which clients of MLflow and Prefect find the servers of this store, with what those ask for.
 

@@ -19,7 +19,7 @@ from lewis.serving import slots
 from lewis.store.secrets import PREFECT_KEY
 from lewis_flows.service import credentials, note, worker
 from lewis_flows.service.processes import Process, usable_port
-from lewis_flows.service.servers import mlflow_process, prefect_process
+from lewis_flows.service.servers import mlflow_process, prefect_port, prefect_process
 
 Say = Callable[[str, str], None]
 """Called with the name of a part and a line of its output."""
@@ -68,7 +68,7 @@ def up(
 
         def add(part: Process) -> None:
             say("lewis", f"starting {part.name}")
-            part.start()
+            part.begin()
             stack.callback(part.stop)
             stack.callback(say, "lewis", f"stopping {part.name}")
             parts.append(part)
@@ -78,6 +78,8 @@ def up(
         else:
             _apart("champion", "choose", serve)
         urls = _start_servers(add, say)
+        for part in parts:  # both are on their way: each imports for seconds
+            part.wait()
         if serve is not None:
             add(_champion(urls, say))
         asks = settings.MLFLOW_AUTH.get() and any(part.name == "mlflow" for part in parts)
@@ -88,6 +90,8 @@ def up(
         _apart("deploy", "begin", *([str(prefect_file)] if prefect_file else []))
         add(Process("worker", _worker(), {}, echo=_echo("worker", say)))
         add(_receiver(urls, say))
+        for part in parts:
+            part.wait()
         note.write(known | urls)
         ready(urls)
         _keep_up(parts, say, {"worker": lambda: _apart("deploy", "worker-died")})
@@ -110,7 +114,7 @@ def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
     """Start the servers that the environment does not name; gives the URLs, and sets `PREFECT_API_URL` and its key."""
     urls = {"prefect": os.environ.get("PREFECT_API_URL", "")}
     if not urls["prefect"]:
-        port = usable_port("PREFECT_SERVER_API_PORT", os.environ.get("PREFECT_SERVER_API_PORT") or "4200")
+        port = usable_port("PREFECT_SERVER_API_PORT", prefect_port())
         server, urls["prefect"] = prefect_process(port, _echo("prefect", say))
         add(server)
         os.environ.update({"PREFECT_API_URL": urls["prefect"], credentials.PREFECT_SENT: PREFECT_KEY.read()})

@@ -35,6 +35,8 @@ RECIPE, MODEL = "lewis.recipe", "lewis.model."
 """Labels of a run: the digest of its recipe; of each model, by its reference, the commits."""
 EDITED = "edited"  # tag of a run that an edit of its recipe started
 ANSWERED = "answered"  # tag of a run that a person's approval started
+later = ""
+"""If the Prefect server ends with the run: the URL of the server that will show the run, that of `lewis up`."""
 
 
 class RejectedRun(Exception):
@@ -175,8 +177,15 @@ def tags() -> dict[str, str]:
 
 
 def url() -> str:
-    """Where Prefect's UI shows the flow run."""
+    """Where Prefect's UI shows the flow run, now or `later`."""
+    if later:
+        return f"{later}/runs/flow-run/{current.id}"
     return redacted(url_for("flow-run", obj_id=str(current.id)) or "")
+
+
+def url_text() -> str:
+    """What `url` leads to, as the text of a link."""
+    return "Prefect run, while `lewis up` runs" if later else "Prefect run"
 
 
 def this_run() -> FlowRun:
