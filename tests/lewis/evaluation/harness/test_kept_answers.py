@@ -18,13 +18,13 @@ from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scores import places_of
 from lewis.models.source import ModelFiles
 from lewis.store import kinds, sealed_json
-from tests.conftest import POINTS, Family
+from tests.conftest import Family
 from tests.support.completions_server import serving
 from tests.support.killed_evaluation import asked, killed_at, lines
 
 pytestmark = pytest.mark.slow
 
-KILLS = 10 if POINTS else 2
+KILLS = 2
 DOCUMENTS, BATCH = 120, 4
 COMMON = {
     "dataset_path": "json",
@@ -94,26 +94,28 @@ def test_a_killed_evaluation_goes_on_with_the_same_batches_to_the_same_bytes(
 def test_a_server_is_asked_again_for_one_batch_at_most(
     root: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted by the server, for requests one after another and for several at the same time."""
-    tasks = ("choice", "written")
+    """Counted by the server, for several requests at the same time."""
+    concurrent, path = 3, tmp_path / "answers.jsonl"
     with serving(family.math) as (url, answers):
         monkeypatch.setenv("LEWIS_EVALUATION_SERVER", url)
-        for concurrent in (1, 3) if POINTS else (3,):
-            settings = EvalSettings(
-                tasks, root, batch_size=BATCH, backend="openai", model_args={"num_concurrent": concurrent}, limit=40
-            )
-            path = tmp_path / f"{concurrent}.jsonl"
-            answers.asked.clear()
-            whole = lm_eval.evaluate(family.math, settings, answers=tmp_path / f"whole-{concurrent}.jsonl")
-            once = asked(answers.asked)
-            answers.asked.clear()
-            points = [35 * (n + 1) // (KILLS + 1) for n in range(KILLS)]
-            for point in points:
-                with killed_at(path, root, point), pytest.raises(LewisError, match="killed by SIGKILL"):
-                    lm_eval.evaluate(family.math, settings, answers=path)
-            again = lm_eval.evaluate(family.math, settings, answers=path)
-            assert once <= asked(answers.asked) <= once + len(points) * concurrent * BATCH
-            assert again.content == whole.content
+        settings = EvalSettings(
+            ("choice", "written"),
+            root,
+            batch_size=BATCH,
+            backend="openai",
+            model_args={"num_concurrent": concurrent},
+            limit=40,
+        )
+        whole = lm_eval.evaluate(family.math, settings, answers=tmp_path / "whole.jsonl")
+        once = asked(answers.asked)
+        answers.asked.clear()
+        points = [35 * (n + 1) // (KILLS + 1) for n in range(KILLS)]
+        for point in points:
+            with killed_at(path, root, point), pytest.raises(LewisError, match="killed by SIGKILL"):
+                lm_eval.evaluate(family.math, settings, answers=path)
+        again = lm_eval.evaluate(family.math, settings, answers=path)
+        assert once <= asked(answers.asked) <= once + len(points) * concurrent * BATCH
+        assert again.content == whole.content
 
 
 def test_a_step_keeps_answers_until_its_entry_is_written(root: Path, family: Family) -> None:
