@@ -11,6 +11,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.states import Completed, Pending, Running
 from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import LewisError
@@ -137,6 +138,27 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, cli
     again()
     assert recipe_deployments._read(client, "merge/good") is None and of("merge/better").name == "better"
     assert client.read_automations_by_name("release of good") == []
+
+
+def test_a_deployment_stays_while_a_run_of_it_goes_on(folder: Path, client: SyncPrefectClient) -> None:
+    """Its limit went with it, and Prefect's server answered the state that ends the run with an error."""
+    follower, recipe = Follower(print), folder / "good.yaml"
+    recipe.write_text(SEARCH)
+    follower.follow()
+    search = client.read_deployment_by_name("search/good").id
+    begun = client.create_flow_run_from_deployment(search).id
+    for state in (Pending(), Running()):
+        client.set_flow_run_state(begun, state)
+    recipe.write_text(GOOD)  # no search any more
+    follower.follow()
+    recipe.unlink()
+    follower.follow()
+    assert recipe_deployments._read(client, "merge/good") is None
+    assert recipe_deployments._read(client, "search/good") is not None
+    client.set_flow_run_state(begun, Completed())
+    assert client.read_flow_run(begun).state_name == "Completed"
+    follower.follow()
+    assert recipe_deployments._read(client, "search/good") is None
 
 
 def test_the_form_of_a_deployment_asks_for_what_the_flow_takes(folder: Path) -> None:
