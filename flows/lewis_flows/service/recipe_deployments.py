@@ -37,7 +37,6 @@ from lewis.serving import hub
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
 from lewis_tasks.support import events
-from lewis_tasks.support.caching import slug
 from lewis_tasks.support.flow_run import EDITED
 from lewis_tasks.support.moves import PROMOTED, serves
 
@@ -110,7 +109,6 @@ class Folder:
             self._files, self._seen = [each for each in read if each], now
         # A folder of a model may come and go while no file of the recipes' folder changes.
         found = [replace(each, why=missing_folder(each.recipe) or "") if each.recipe else each for each in self._files]
-        found = [*_with_own_keys(found)]
         reasons = {each.name: each.why for each in found if each.recipe and each.why}  # `load_all` logs the others
         for name, why in reasons.items():
             if self._logged.get(name) != why:
@@ -119,21 +117,12 @@ class Folder:
         return found
 
 
-def _with_own_keys(files: list[RecipeFile]) -> Iterator[RecipeFile]:
-    """The files; one cannot run if its artifacts would have the same keys as those of an earlier one."""
-    first = {slug(each.name): each.name for each in reversed(files)}
-    for each in files:
-        other = first[slug(each.name)]
-        why = f"its artifacts and secrets would be those of {other}, whose name differs in case or signs: rename it"
-        yield each if other == each.name or each.why else replace(each, why=why)
-
-
 def _read_file(name: str, recipe: Recipe | None) -> RecipeFile | None:
     try:
         content = read_bytes(recipes_folder.find(name), yaml_text.MAX_BYTES)
     except (LewisError, OSError):  # the file was removed just now
         return None
-    why = "" if recipe else "its file is wrong: `lewis plan` says where"
+    why = "" if recipe else "it is wrong: `lewis status` says where"
     comment = _first_comment(content.decode(errors="replace"))
     return RecipeFile(name, hashlib.sha256(content).hexdigest()[:12], comment, recipe, why)
 

@@ -14,7 +14,8 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.states import Completed, Pending, Running
 from prefect.utilities.callables import parameter_schema
 
-from lewis.errors import LewisError
+from lewis.errors import InputError, LewisError
+from lewis_flows import recipes_folder
 from lewis_flows.merge import merge_flow
 from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments
@@ -80,7 +81,10 @@ def test_whatever_happens_to_a_recipe_counts(folder: Path, caplog: pytest.LogCap
     assert runnable(seen) == ["good", "local"]
     (folder / "Good.yaml").write_text(GOOD)  # a search in capital letters, or in small ones, finds both
     assert runnable(seen) == ["Good", "local"]
-    assert "good cannot run: its artifacts and secrets would be those of Good" in caplog.text
+    shared = "its artifacts and secrets would be those of Good"
+    assert shared in caplog.text and "Traceback" not in caplog.text
+    with pytest.raises(InputError, match=shared):  # as `lewis status` and the poll read it
+        recipes_folder.load("good")
 
 
 def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, client: SyncPrefectClient) -> None:
@@ -129,7 +133,7 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, cli
 
     client.resume_deployment(of().id)
     recipe.write_text("models: [")
-    assert "good was edited and is not merged: its file is wrong: `lewis plan` says where" in again()
+    assert "good was edited and is not merged: it is wrong: `lewis status` says where" in again()
     assert of().paused and "It cannot run" in of().description
     recipe.write_text(GOOD)
     assert again() == [kept[1]] and not of().paused and "cannot-run" not in of().tags and len(runs()) == 1
