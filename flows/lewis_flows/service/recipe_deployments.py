@@ -8,6 +8,7 @@ for. What an operator changed stays: a pause, the schedule, the work queue, the 
 import hashlib
 import logging
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -34,7 +35,7 @@ from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
 from lewis.serving import hub
-from lewis_flows import prefect_runs, recipes_folder
+from lewis_flows import approval, prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
 from lewis_tasks.support import events
 from lewis_tasks.support.flow_run import EDITED
@@ -232,10 +233,10 @@ def remove(client: SyncPrefectClient, name: str) -> bool:
         if client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(holding), limit=1):
             return False
         client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
-        try:
+        approval.lapse(client, found.id, "no recipe asks for its deployment any more; `lewis approve` takes an answer")
+        with suppress(ObjectNotFound):  # another process was quicker
             client.delete_deployment(found.id)
-        except ObjectNotFound:  # another process was quicker
-            return
+    return True
 
 
 def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.states import Completed, Pending, Running
+from prefect.states import Completed, Pending, Running, Suspended
 from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import InputError, LewisError
@@ -153,15 +153,19 @@ def test_a_deployment_stays_while_a_run_of_it_goes_on(folder: Path, client: Sync
     begun = client.create_flow_run_from_deployment(search).id
     for state in (Pending(), Running()):
         client.set_flow_run_state(begun, state)
+    merge = client.read_deployment_by_name("merge/good").id
+    asks = client.create_flow_run_from_deployment(merge, state=Suspended()).id
     recipe.write_text(GOOD)  # no search any more
     follower.follow()
     recipe.unlink()
     follower.follow()
     assert recipe_deployments._read(client, "merge/good") is None
     assert recipe_deployments._read(client, "search/good") is not None
+    assert recipe_deployments.remove_stale(client, [])
+    assert client.read_flow_run(asks).state_name == "Lapsed"  # its answer would have been lost
     client.set_flow_run_state(begun, Completed())
     assert client.read_flow_run(begun).state_name == "Completed"
-    follower.follow()
+    assert not recipe_deployments.remove_stale(client, [])
     assert recipe_deployments._read(client, "search/good") is None
 
 
