@@ -6,10 +6,11 @@ then moves the champion, or refuses the version. Whether that still may be done 
 
 import logging
 from typing import Any
+from uuid import UUID
 
 import httpx
 from prefect import State
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.flow_runs import resume_flow_run, suspend_flow_run
 from prefect.input import RunInput
@@ -54,7 +55,9 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
         InputError: if the version can no longer be approved or refused.
     """
     if not asked(run):
-        _end_others(run)
+        assert run.deployment_id is not None  # no other run is suspended
+        with get_client(sync_client=True) as client:  # the versions of others were replaced by this run's
+            lapse(client, run.deployment_id, f"nobody answered; the run {run.name} asks about a newer version")
         run_tags.tag(verdict="awaitingapproval", awaits=version)
     text = f"**{version}** passed its gate and waits for a person.\n\n{verdict}"
     name, number = version.removeprefix("models:/").rsplit("/", 1)
@@ -73,7 +76,7 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
 
 def go_on(run: FlowRun) -> None:
     """Start a run like one whose version was approved; it begins when that one has ended."""
-    assert run.deployment_id is not None  # no other run is suspended
+    assert run.deployment_id is not None
     with get_client(sync_client=True) as client:
         client.create_flow_run_from_deployment(
             run.deployment_id, parameters=run.parameters, tags=[run_tags.ANSWERED], idempotency_key=f"after-{run.id}"
@@ -91,13 +94,9 @@ def resume(version: str, why: str, *, approve: bool) -> None:
         logger.warning("the run that waits for %s stays suspended: %s", version, error)
 
 
-def _end_others(run: FlowRun) -> None:
-    """End other waiting runs of the same deployment: their versions were replaced by this run's."""
-    paused, same = {"type": {"any_": ["PAUSED"]}}, {"any_": [run.deployment_id]}
-    with get_client(sync_client=True) as client:
-        for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), paused, deployment_id=same):
-            lapsed: State[Any] = Completed(
-                name="Lapsed", message=f"nobody answered; the run {run.name} asks about a newer version"
-            )
-            client.set_flow_run_state(other.id, lapsed, force=True)
-            run_tags.tag(other.id, verdict="lapsed")
+def lapse(client: SyncPrefectClient, deployment: UUID, why: str) -> None:
+    """End the runs of a deployment that wait for an answer, which can be given no longer, or elsewhere."""
+    paused, same = {"type": {"any_": ["PAUSED"]}}, {"any_": [deployment]}
+    for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), paused, deployment_id=same):
+        client.set_flow_run_state(run.id, Completed(name="Lapsed", message=why), force=True)
+        run_tags.tag(run.id, verdict="lapsed")

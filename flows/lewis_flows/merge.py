@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 from prefect import State, flow
 from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.runtime import deployment, flow_run
 from prefect.utilities.annotations import quote
@@ -39,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 
 def _run_name() -> str:
+    """The recipe's, until it is known what moved; a run that a person has answered keeps the name that it has."""
+    if (context := FlowRunContext.get()) and context.flow_run and approval.asked(context.flow_run):
+        return context.flow_run.name
     return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
 
 

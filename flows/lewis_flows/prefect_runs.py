@@ -9,6 +9,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
 from lewis.errors import LewisError
@@ -92,6 +93,17 @@ def waits(run: FlowRun) -> bool:
     """Whether a scheduled run waits to begin: not one that a schedule plans for later."""
     later = run.auto_scheduled and run.state_name == "Scheduled"
     return not later or (run.expected_start_time or datetime.now(UTC)) <= datetime.now(UTC)
+
+
+def is_paused(client: SyncPrefectClient, recipe: str) -> bool:
+    """Whether the deployment of a recipe is paused: then no release starts a merge of it.
+
+    The server would start one: to it, a pause only ends the schedules.
+    """
+    try:
+        return client.read_deployment_by_name(f"{MERGE}/{recipe}").paused
+    except ObjectNotFound:
+        return False
 
 
 def skip(client: SyncPrefectClient, run: FlowRun, why: str) -> None:

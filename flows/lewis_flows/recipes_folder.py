@@ -160,21 +160,29 @@ def registered_name(recipe: str) -> str:
 def check_alone(path: Path, recipe: Recipe) -> None:
     """Check that no other recipe of the folder registers the same model, unless both name one `register.group`.
 
-    A file of the same name elsewhere is the same recipe: its versions and runs have that name.
+    Nor may an earlier one have the same keys in Prefect. A file of the same name elsewhere is the same recipe: its
+    versions and runs have that name.
 
     Args:
         path: the recipe's file, in the folder or elsewhere.
         recipe: what was read from it.
 
     Raises:
-        InputError: naming another recipe that registers the same model.
+        InputError: naming the other recipe.
     """
-    block = recipe.register_as
-    if block is None or not location().is_dir():
+    from lewis_tasks.support.caching import slug  # completion, which needs this module, does not wait for Prefect
+
+    if not location().is_dir():
         return
+    block = recipe.register_as
     for other, (name, group) in _all_registers(location(), tuple(signature())).items():
-        apart = group != block.group or not group
-        if name == block.model and apart and other.stem != path.stem:
+        if other.stem < path.stem and slug(other.stem) == slug(path.stem):
+            raise InputError(
+                f"{path.name}: its artifacts and secrets would be those of {other.name}, whose name differs in case or "
+                "signs; rename one of them"
+            )
+        same = block is not None and name == block.model and (group != block.group or not group)
+        if same and other.stem != path.stem:
             raise InputError(
                 f"register.name: {name!r} is registered by {path.name} and by {other.name}, which would replace each "
                 "other's champion; give one of them another name or `register.team`, or both the same `register.group` "

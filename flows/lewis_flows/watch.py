@@ -47,7 +47,7 @@ class WatchReport(BaseModel):
         checked: recipes that were compared with the registry.
         announced: `recipe: ref` of each release that this poll announced.
         waiting: `recipe: ref` of each release that was announced before, and whose run has not failed; or that waits
-            for another commit of a model that is broken on the Hub itself.
+            for another commit of a model that is broken on the Hub itself, or until a paused deployment is resumed.
         problems: recipe -> why it could not be checked.
     """
 
@@ -163,8 +163,10 @@ def _is_broken(recipe: str, heads: Mapping[str, str]) -> bool:
 
 
 def _is_news(recipe: str, move: Moved) -> bool:
-    """Whether to announce a release: it was not announced yet, or its run did not merge it."""
+    """Whether to announce a release: it was not announced yet, or its run did not merge it; and nobody paused it."""
     with _prefect() as client:
+        if prefect_runs.is_paused(client, recipe):
+            return False
         now = datetime.now(UTC) + events.ahead(client)  # the server says when runs ended
         times = _announcements(client, recipe, move, now)
         if not times:

@@ -16,7 +16,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
 
 from lewis.evaluation.gate import Verdict
 from lewis.registry import history, outbox, promotion
-from lewis_flows import approval, prefect_runs
+from lewis_flows import approval, merge, prefect_runs
 from lewis_flows.cli.main import main
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.failures import says_why
@@ -32,9 +32,9 @@ def client(prefect_url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield client
 
 
-@flow(name=prefect_runs.MERGE)
+@flow(name=prefect_runs.MERGE, flow_run_name=merge._run_name)
 @says_why
-def _merge(version: str) -> State[Any]:
+def _merge(version: str, recipe: str) -> State[Any]:
     """The end of a merge whose version waits."""
     run = run_tags.this_run()
     return approval.ask(run, approval.asked(run) or version, "* a rule: pass")
@@ -56,16 +56,19 @@ def test_a_run_waits_for_a_person_on_its_page_or_on_the_command_line(
     def asks(digit: str, champion: str) -> UUID:
         version = registered(family.base, digit, {}, "asked", None)
         promotion.promote(version, Verdict(True, ("a rule: pass",), champion, approve_hours=1.0))
-        of = client.create_flow_run_from_deployment(deployment, parameters={"version": version.uri}).id
-        assert run(of).name == "Suspended"
+        given = {"version": version.uri, "recipe": "asked"}
+        of = client.create_flow_run_from_deployment(deployment, parameters=given).id
+        assert run(of).name == "Suspended" and client.read_flow_run(of).name == "merge asked"
         return of
 
     first = asks("a", "base")
     keyset = client.read_flow_run(first).state.state_details.run_input_keyset
     shown = client.read_flow_run_input(first, keyset["description"])
     assert "models:/asked/1" in str(shown) and "a rule: pass" in str(shown)
+    client.update_flow_run(first, name="asked: first merge")  # as `rename` does
     resume_flow_run(first, run_input={"approve": True, "why": "it is the first"})
     state = run(first)
+    assert client.read_flow_run(first).name == "asked: first merge"
     assert (state.name, state.message) == ("Approved", "models:/asked/1 is the champion: it is the first")
     assert "verdict:approved" in client.read_flow_run(first).tags
 

@@ -13,7 +13,7 @@ from prefect import flow, task
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.states import Crashed
+from prefect.states import Cancelling, Crashed
 
 from lewis import store
 from lewis.errors import LewisError, TransientError
@@ -129,3 +129,15 @@ def test_a_run_that_the_server_marks_as_crashed_has_a_verdict_too(client: SyncPr
     for _ in range(2):
         tag_crashed_runs()
         assert sorted(client.read_flow_run(run.id).tags) == [*tags, "verdict:crashed"]
+
+
+def test_a_run_that_is_being_cancelled_has_the_verdict_that_it_ends_with(client: SyncPrefectClient) -> None:
+    """It had `cancelling` for ever."""
+
+    @flow(name=prefect_runs.MERGE)
+    def merge() -> None:
+        """Stands for the merge in the server's records."""
+
+    run = client.create_flow_run(merge, state=Cancelling())
+    flow_run.tag_end(merge, run, Cancelling())
+    assert client.read_flow_run(run.id).tags == ["verdict:cancelled"]

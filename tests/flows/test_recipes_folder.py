@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from lewis.errors import InputError
 from lewis.methods import METHODS
@@ -243,7 +244,9 @@ def test_a_bad_recipe_stops_no_other(with_bad_ones: Path, caplog: pytest.LogCapt
     assert "good" in [each.name for each in Folder().files() if not each.why]
 
 
-def test_a_delivery_for_a_good_recipe_is_taken(with_bad_ones: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_delivery_for_a_good_recipe_is_taken(
+    with_bad_ones: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     announced = []
     monkeypatch.setattr(receiver, "announce", lambda *given: announced.append(given) or "id")
     body = {
@@ -251,7 +254,8 @@ def test_a_delivery_for_a_good_recipe_is_taken(with_bad_ones: Path, monkeypatch:
         "repo": {"type": "model", "name": "org/math"},
         "updatedRefs": [{"ref": "refs/heads/main", "oldSha": None, "newSha": "f" * 40}],
     }
-    status, answer = receiver.Receiver().take(json.dumps(body).encode())
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        status, answer = receiver.Receiver().take(json.dumps(body).encode())
     assert (status, answer["recipes"]) == (202, ["good"]) and announced[0][0] == "good"
 
 

@@ -1,5 +1,6 @@
 """The poll against a real Prefect server, a real MLflow and a Hub on loopback."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +21,11 @@ from lewis.models.source import pin_all
 from lewis.registry import releases, tracking
 from lewis.registry.releases import Moved
 from lewis_flows import behind, release_event, watch
+from lewis_flows.service.receiver import Receiver
 from lewis_flows.watch import WatchReport, poll
 from lewis_tasks.support.flow_run import tag
 from tests.conftest import Family
+from tests.flows.service.test_webhook import payload
 from tests.support.forgetful import Forgetful
 from tests.support.lineage import registered
 from tests.support.local_hub import LocalHub
@@ -122,6 +125,24 @@ def test_a_release_is_announced_once_and_not_again_after_the_merge(
     assert poll().announced == ["life: org/code"]
     until(lambda: len(events(client, "life")) == 3)
     assert events(client, "life")[0] == {**second, "new": newer}
+
+
+def test_a_release_of_a_paused_recipe_waits_until_it_is_resumed(
+    hub: LocalHub, recipes: Path, client: SyncPrefectClient
+) -> None:
+    """It was merged: to Prefect's server a pause only ends the schedules."""
+    (recipes / "paused.yaml").write_text(RECIPE % "paused")
+    deployment = client.create_deployment(client.create_flow(_merge), "paused")
+    client.pause_deployment(deployment)
+    math = hub.repos["model", "org/math"].branches["main"]
+    assert poll() == WatchReport(checked=["paused"], waiting=["paused: org/math"])
+    assert (
+        Receiver().take(json.dumps(payload("org/math", math)).encode())[1]["why"]
+        == "the recipes that follow this repo are paused"
+    )
+    client.resume_deployment(deployment)
+    assert poll().announced == ["paused: org/math"]
+    client.delete_deployment(deployment)
 
 
 def test_what_is_broken_does_not_stop_the_others(

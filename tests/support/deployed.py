@@ -15,5 +15,5 @@ def deploying(url: str) -> Iterator[SyncPrefectClient]:
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         deploy._put_pool(client, deploy.POOL)
         yield client
-        recipe_deployments.remove_stale(client, set())
+        recipe_deployments.remove_stale(client, [])
         client.delete_work_pool(deploy.POOL)

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -91,6 +92,19 @@ def status_options(command: argparse.ArgumentParser) -> None:
     forms.add_argument("--html", metavar="FILE", type=Path, help="write one page of all recipes")
 
 
+@contextmanager
+def _no_news() -> Iterator[None]:
+    """Log no commits that are found: what is printed has them, and stderr is for problems."""
+    models = logging.getLogger("lewis.models")
+    before = models.level
+    models.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        models.setLevel(before)
+
+
+@_no_news()
 def status(options: argparse.Namespace) -> int:
     """Print the status; the exit code is 1 if a part of the service is down, and of `--check` as its help says."""
     from lewis.registry import tracking

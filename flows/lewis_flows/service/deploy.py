@@ -160,6 +160,7 @@ class Follower:
         """
         self._say, self._folder, self._problem = say, Folder(), ""
         self._known: list[RecipeFile] | None = None  # before the first deploy
+        self._stays = False  # a deployment that no recipe asks for, and a run of it goes on
 
     def runnable(self) -> list[str]:
         """The names of the deployed recipes that can run."""
@@ -177,7 +178,7 @@ class Follower:
             for each in files:
                 for line in recipe_deployments.put(client, each) if each not in (self._known or ()) else ():
                     self._say(line)
-            recipe_deployments.remove_stale(client, {each.name for each in files})
+            self._stays = recipe_deployments.remove_stale(client, files)
         self._known = files
 
     def follow(self) -> None:
@@ -186,8 +187,10 @@ class Follower:
         The folder or the server may be away for a moment.
         """
         try:
-            if self._known is None or self._folder.files() != self._known:
+            changed = self._known is None or self._folder.files() != self._known
+            if changed or self._stays:
                 self.deploy()
+            if changed:
                 self._say(f"recipes in {recipes_folder.folder()}: {', '.join(self.runnable()) or 'none'}")
             self._problem = ""
         except (LewisError, httpx.HTTPError, PrefectException) as error:

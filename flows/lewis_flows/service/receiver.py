@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lewis.errors import LewisError
 from lewis.redact import printable, redacted
-from lewis_flows import recipes_folder
+from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.release_event import announce, announced, hub_repos
 
 _BRANCH = "refs/heads/main"
@@ -133,6 +133,10 @@ class Receiver:
         followers = dict(_followers(name))
         if not followers:
             return 200, {"status": "ignored", "why": "no recipe follows the main branch of this repo", "repo": name}
+        for paused in [each for each in followers if _is_paused(each)]:  # once it is resumed, the poll announces it
+            del followers[paused]
+        if not followers:
+            return 200, {"status": "ignored", "why": "the recipes that follow this repo are paused", "repo": name}
         new = str(push.newSha)
         release = (name, new)
         about = {"repo": name, "new": new, "recipes": sorted(followers)}
@@ -147,6 +151,15 @@ class Receiver:
         if not events:  # a repeated delivery after a restart, or the poll was faster
             return 200, {"status": "duplicate", **about}
         return 202, {"status": "accepted", **about, "recipes": list(unknown), "events": events}
+
+
+def _is_paused(recipe: str) -> bool:
+    """Whether a recipe's deployment is paused; False if Prefect does not answer."""
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+            return prefect_runs.is_paused(client, recipe)
+    except httpx.HTTPError:
+        return False
 
 
 def _is_announced(recipe: str, repo: str, ref: str, new: str) -> bool:

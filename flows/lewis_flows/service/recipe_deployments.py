@@ -7,14 +7,16 @@ for. What an operator changed stays: a pause, the schedule, the work queue, the 
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any, cast
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
-from prefect.client.schemas.filters import DeploymentFilter
+from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
@@ -33,10 +35,9 @@ from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
 from lewis.serving import hub
-from lewis_flows import prefect_runs, recipes_folder
+from lewis_flows import approval, prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
 from lewis_tasks.support import events
-from lewis_tasks.support.caching import slug
 from lewis_tasks.support.flow_run import EDITED
 from lewis_tasks.support.moves import PROMOTED, serves
 
@@ -47,6 +48,7 @@ TAG = "lewis"
 
 _CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its recipe cannot run
 _OURS = (TAG, _CANNOT_RUN, "recipe:", "team:")  # tags, or how they begin
+_HOLDING = ["PENDING", "RUNNING", "CANCELLING"]  # state types of a run that holds a slot of its deployment's limit
 _GRACE = 90  # seconds from Pending to Running; a worker that dies between them holds the slot for so long
 _EARLIER = ("merge-nightly", "merge-on-release", "watch-releases", "search", "approve")  # before recipes had their own
 _ENTRYPOINTS = {
@@ -108,7 +110,6 @@ class Folder:
             self._files, self._seen = [each for each in read if each], now
         # A folder of a model may come and go while no file of the recipes' folder changes.
         found = [replace(each, why=missing_folder(each.recipe) or "") if each.recipe else each for each in self._files]
-        found = [*_with_own_keys(found)]
         reasons = {each.name: each.why for each in found if each.recipe and each.why}  # `load_all` logs the others
         for name, why in reasons.items():
             if self._logged.get(name) != why:
@@ -117,21 +118,12 @@ class Folder:
         return found
 
 
-def _with_own_keys(files: list[RecipeFile]) -> Iterator[RecipeFile]:
-    """The files; one cannot run if its artifacts would have the same keys as those of an earlier one."""
-    first = {slug(each.name): each.name for each in reversed(files)}
-    for each in files:
-        other = first[slug(each.name)]
-        why = f"its artifacts and secrets would be those of {other}, whose name differs in case or signs: rename it"
-        yield each if other == each.name or each.why else replace(each, why=why)
-
-
 def _read_file(name: str, recipe: Recipe | None) -> RecipeFile | None:
     try:
         content = read_bytes(recipes_folder.find(name), yaml_text.MAX_BYTES)
     except (LewisError, OSError):  # the file was removed just now
         return None
-    why = "" if recipe else "its file is wrong: `lewis plan` says where"
+    why = "" if recipe else "it is wrong: `lewis status` says where"
     comment = _first_comment(content.decode(errors="replace"))
     return RecipeFile(name, hashlib.sha256(content).hexdigest()[:12], comment, recipe, why)
 
@@ -160,9 +152,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
     Yields:
         Sentences: what an operator changed and is kept, and what an edit leads to.
     """
-    recipe = file.recipe
-    further = {prefect_runs.SEARCH: recipe.search, prefect_runs.SERVE: hub.targets(recipe)} if recipe else {}
-    for flow in (prefect_runs.MERGE, *(flow for flow, block in further.items() if block)):
+    for flow in (prefect_runs.MERGE, *(flow for flow, block in _further(file).items() if block)):
         before = _read(client, f"{flow}/{file.name}")
         fields = _fields(flow, file, before)
         if before is None:
@@ -189,8 +179,12 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
             yield f"{file.name} was edited: it is merged now"
             start: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client) + SETTLE)
             client.create_flow_run_from_deployment(before.id, state=start, tags=[EDITED])
-    for flow in (flow for flow, block in further.items() if not block):
-        remove(client, f"{flow}/{file.name}")
+
+
+def _further(file: RecipeFile) -> dict[str, object]:
+    """Flow -> the block of the recipe that asks for a deployment of it; nothing is known of a file that is wrong."""
+    recipe = file.recipe
+    return {prefect_runs.SEARCH: recipe.search, prefect_runs.SERVE: hub.targets(recipe)} if recipe else {}
 
 
 def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, before: DeploymentResponse | None) -> None:
@@ -205,29 +199,44 @@ def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, bef
         client.create_flow_run_from_deployment(made, state=start, tags=[EDITED])
 
 
-def remove_stale(client: SyncPrefectClient, names: set[str]) -> None:
-    """Remove the deployments of recipes that the folder has no file of, and those of earlier versions of the project.
+def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bool:
+    """Remove the deployments that no recipe of the folder asks for, and those of earlier versions of the project.
+
+    One with a run that goes on stays: with the deployment goes the limit that the run holds a slot of, and a server
+    that cannot free the slot answers each state that would end the run with an error.
 
     Args:
         client: of the server.
-        names: of the recipes.
+        files: all recipes of the folder.
+
+    Returns:
+        Whether one stays for that reason, to be removed by a later call.
     """
+    stays, names = False, {each.name for each in files}
+    dropped = {f"{flow}/{each.name}" for each in files for flow, block in _further(each).items() if not block}
     ours = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
+    read_flow = cache(client.read_flow)
     for deployment in list(client.read_deployments(deployment_filter=ours, limit=prefect_runs.PAGE)):
+        name = f"{read_flow(deployment.flow_id).name}/{deployment.name}"
         of_recipe = f"recipe:{deployment.name}" in deployment.tags
-        if (of_recipe or deployment.name in _EARLIER) and deployment.name not in names:
-            remove(client, f"{client.read_flow(deployment.flow_id).name}/{deployment.name}")
-            logger.info("the deployment %s is removed: there is no such recipe", deployment.name)
+        if name in dropped or ((of_recipe or deployment.name in _EARLIER) and deployment.name not in names):
+            if removed := remove(client, name):
+                logger.info("the deployment %s is removed: no recipe asks for it", name)
+            stays = stays or not removed
+    return stays
 
 
-def remove(client: SyncPrefectClient, name: str) -> None:
-    """Remove a deployment `flow/name` with its automation, if there is one."""
+def remove(client: SyncPrefectClient, name: str) -> bool:
+    """Remove a deployment `flow/name` with its automation, if there is one; False if a run of it goes on."""
     if found := _read(client, name):
+        holding = {"deployment_id": {"any_": [found.id]}, "state": {"type": {"any_": _HOLDING}}}
+        if client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(holding), limit=1):
+            return False
         client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
-        try:
+        approval.lapse(client, found.id, "no recipe asks for its deployment any more; `lewis approve` takes an answer")
+        with suppress(ObjectNotFound):  # another process was quicker
             client.delete_deployment(found.id)
-        except ObjectNotFound:  # another process was quicker
-            return
+    return True
 
 
 def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> dict[str, Any]:

@@ -151,8 +151,11 @@ def tag(run: UUID | None = None, **values: str) -> None:
 
 
 def tag_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A hook of flows: tag a run that failed, crashed or was cancelled with the name of that state as its verdict."""
-    tag(flow_run.id, verdict=(state.name or state.type.value).lower())
+    """A hook of flows: tag a run that failed, crashed or was cancelled with the name of that state as its verdict.
+
+    Of a run that is being cancelled, the verdict is `cancelled` already: Prefect calls no hook when it has ended.
+    """
+    tag(flow_run.id, verdict="cancelled" if state.is_cancelling() else (state.name or state.type.value).lower())
 
 
 HOOKS: dict[str, Any] = {"on_failure": [tag_end], "on_crashed": [tag_end], "on_cancellation": [tag_end]}

@@ -11,9 +11,11 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.states import Completed, Pending, Running, Suspended
 from prefect.utilities.callables import parameter_schema
 
-from lewis.errors import LewisError
+from lewis.errors import InputError, LewisError
+from lewis_flows import recipes_folder
 from lewis_flows.merge import merge_flow
 from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments
@@ -79,7 +81,10 @@ def test_whatever_happens_to_a_recipe_counts(folder: Path, caplog: pytest.LogCap
     assert runnable(seen) == ["good", "local"]
     (folder / "Good.yaml").write_text(GOOD)  # a search in capital letters, or in small ones, finds both
     assert runnable(seen) == ["Good", "local"]
-    assert "good cannot run: its artifacts and secrets would be those of Good" in caplog.text
+    shared = "its artifacts and secrets would be those of Good"
+    assert shared in caplog.text and "Traceback" not in caplog.text
+    with pytest.raises(InputError, match=shared):  # as `lewis status` and the poll read it
+        recipes_folder.load("good")
 
 
 def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, client: SyncPrefectClient) -> None:
@@ -128,7 +133,7 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, cli
 
     client.resume_deployment(of().id)
     recipe.write_text("models: [")
-    assert "good was edited and is not merged: its file is wrong: `lewis plan` says where" in again()
+    assert "good was edited and is not merged: it is wrong: `lewis status` says where" in again()
     assert of().paused and "It cannot run" in of().description
     recipe.write_text(GOOD)
     assert again() == [kept[1]] and not of().paused and "cannot-run" not in of().tags and len(runs()) == 1
@@ -137,6 +142,31 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, cli
     again()
     assert recipe_deployments._read(client, "merge/good") is None and of("merge/better").name == "better"
     assert client.read_automations_by_name("release of good") == []
+
+
+def test_a_deployment_stays_while_a_run_of_it_goes_on(folder: Path, client: SyncPrefectClient) -> None:
+    """Its limit went with it, and Prefect's server answered the state that ends the run with an error."""
+    follower, recipe = Follower(print), folder / "good.yaml"
+    recipe.write_text(SEARCH)
+    follower.follow()
+    search = client.read_deployment_by_name("search/good").id
+    begun = client.create_flow_run_from_deployment(search).id
+    for state in (Pending(), Running()):
+        client.set_flow_run_state(begun, state)
+    merge = client.read_deployment_by_name("merge/good").id
+    asks = client.create_flow_run_from_deployment(merge, state=Suspended()).id
+    recipe.write_text(GOOD)  # no search any more
+    follower.follow()
+    recipe.unlink()
+    follower.follow()
+    assert recipe_deployments._read(client, "merge/good") is None
+    assert recipe_deployments._read(client, "search/good") is not None
+    assert recipe_deployments.remove_stale(client, [])
+    assert client.read_flow_run(asks).state_name == "Lapsed"  # its answer would have been lost
+    client.set_flow_run_state(begun, Completed())
+    assert client.read_flow_run(begun).state_name == "Completed"
+    assert not recipe_deployments.remove_stale(client, [])
+    assert recipe_deployments._read(client, "search/good") is None
 
 
 def test_the_form_of_a_deployment_asks_for_what_the_flow_takes(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -86,6 +88,14 @@ def started(client: SyncPrefectClient, recipe: str, name: str, *states: State, f
 def part(found: Status, name: str) -> Part:
     (one,) = [part for part in found.parts if part.name == name]
     return one
+
+
+def test_the_check_writes_no_news_to_stderr(home: Path, hub: LocalHub, recipes: Path) -> None:
+    """Which commit each model is: a mail from cron every minute."""
+    (recipes / "tiny.yaml").write_text(RECIPE % "tiny")
+    command = [sys.executable, "-m", "lewis_flows.cli.main", "status", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (10, "") and "Prefect: is not running" in done.stdout
 
 
 def test_champion_and_newer_heads(home: Path, hub: LocalHub, recipes: Path, family: Family) -> None:
