@@ -18,7 +18,7 @@ from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import Node, graph
 from lewis.steps.run import begin, run
-from lewis.steps.table import EVALUATE
+from lewis.steps.table import ALLOCATE, EVALUATE
 from tests.conftest import Family
 from tests.lewis.merging.fitting.test_static_fit import mixture
 from tests.support.models import parse
@@ -164,3 +164,15 @@ def test_a_step_opens_its_models_once_and_another_process_opens_them_itself(
         other = pickle.loads(pickle.dumps(given))
         assert other == given and set(vars(other)) == {each.name for each in fields(given)}
         assert step.key(other) == step.key(given)
+
+
+def test_the_densities_of_a_merge_that_is_held_back_have_a_key_of_their_own(
+    family: Family, home: Path, tmp_path: Path
+) -> None:
+    """A run took its record of the densities without the base's activations, and left `aim` out of the merge."""
+    walked, known = graph(recipe := recipes(family, tmp_path)["activation"]), begin(recipe)
+    aimed = walked["allocate"].given(run(walked, "allocate", known=known))
+    plain = replace(aimed, aim=False)
+    found = [ALLOCATE.find(each) for each in (aimed, plain)]
+    assert [each and bool(each.base) for each in found] == [True, False]
+    assert ALLOCATE.key(aimed) != ALLOCATE.key(plain)
