@@ -65,6 +65,19 @@ def test_it_merges_and_its_version_is_part_of_the_digest(install: Install, tmp_p
     assert open_merge("half", folders[0], [folders[1]], parameters={"share": 0.5}).digest != merge.digest
 
 
+def test_a_second_method_of_its_module_has_its_version_too(install: Install) -> None:
+    install(HALF + HALF.replace("half", "quarter"))
+    assert recipe("quarter").merge_method == "quarter"
+    assert METHODS["quarter"].origin == METHODS["half"].origin == "lewis-half 1.2" and not METHODS["ties"].origin
+
+
+def test_one_without_a_version_is_refused(install: Install, tmp_path: Path) -> None:
+    install(HALF)
+    (tmp_path / "lewis_half-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lewis-half\n")
+    with pytest.raises(InputError, match=r"lewis-half None: .* is of a package without a version, which digests need"):
+        recipe()
+
+
 def test_a_process_that_parses_no_recipe_finds_it_too(install: Install) -> None:
     install(HALF)
     assert find("half").origin == "lewis-half 1.2"
