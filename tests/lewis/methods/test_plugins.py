@@ -100,6 +100,7 @@ def test_a_process_that_parses_no_recipe_finds_it_too(install: Install) -> None:
         (HALF.replace('"half"', '"ties"'), {}, "lewis-half 1.2: .*the merge method 'ties' exists already"),
         ("", {"entry": "ties = lewis_half"}, "takes a name that there is already, in lewis.methods.ties; rename"),
         (HALF.replace("float]", "str]").replace("0.5", "'a'"), {}, "share: a parameter is a float, int or bool"),
+        (HALF.replace("share: PerExpert[float] =", "share="), {}, "TypeError: share: a parameter is a float, int or"),
     ],
 )
 def test_one_that_fails_is_told_by_its_package(
