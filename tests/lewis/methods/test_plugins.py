@@ -65,6 +65,29 @@ def test_it_merges_and_its_version_is_part_of_the_digest(install: Install, tmp_p
     assert open_merge("half", folders[0], [folders[1]], parameters={"share": 0.5}).digest != merge.digest
 
 
+IN_PLACE = """
+from lewis.methods import merge_method
+
+@merge_method("mean", paper="https://example.org", on="weights")
+def mean(models, *, normalize: bool = True):
+    models /= len(models)
+    return models.sum(0)
+
+@merge_method("towards", paper="https://example.org")
+def towards(task_vectors, base):
+    base *= 0
+    return task_vectors[0]
+"""
+
+
+def test_one_may_write_into_what_it_is_given(install: Install, tmp_path: Path) -> None:
+    """Elements that all models share came out divided, and a base that was written into was the result's."""
+    install(IN_PLACE, entry="mean = lewis_half\ntowards = lewis_half")
+    folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor([8.0, i, 4.0])}) for i in range(2)]
+    assert open_merge("mean", None, folders).tensor("w").tolist() == [8, 0.5, 4]
+    assert open_merge("towards", folders[0], folders[1:]).tensor("w").tolist() == [8, 1, 4]
+
+
 def test_a_second_method_of_its_module_has_its_version_too(install: Install) -> None:
     install(HALF + HALF.replace("half", "quarter"))
     assert recipe("quarter").merge_method == "quarter"
