@@ -176,3 +176,17 @@ def test_the_densities_of_a_merge_that_is_held_back_have_a_key_of_their_own(
     found = [ALLOCATE.find(each) for each in (aimed, plain)]
     assert [each and bool(each.base) for each in found] == [True, False]
     assert ALLOCATE.key(aimed) != ALLOCATE.key(plain)
+
+
+def test_a_warning_about_the_method_is_not_found_with_the_densities_of_another(
+    family: Family, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`dare_linear` was warned of in a merge by `ties`, and after `rescale: false`, which the warning asks for."""
+    density = {"strategy": "depth_gradient", "min": 0.2, "max": 0.9}
+    data = {"base_model": str(family.base), "models": [{"model": str(family.math)}], "lewis": {"density": density}}
+    rescaling = {"merge_method": "dare_linear"}
+    for block in (rescaling, {"merge_method": "ties"}, rescaling | {"parameters": {"rescale": False}}, rescaling):
+        caplog.clear()
+        recipe = parse(data | block, root=tmp_path)
+        run(graph(recipe), "allocate", known=begin(recipe))
+        assert ("dare_linear brings each tensor back to its norm" in caplog.text) == (block is rescaling)
