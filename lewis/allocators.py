@@ -93,7 +93,7 @@ class Allocator(Row):
     uses: tuple[str, ...] = ()
 
     def __call__(self, layers: Sequence[Layer], evidence: Evidence, policy: Policy) -> dict[str, float]:
-        return dict(self.function(layers, evidence, policy))
+        return dict(self.function(list(layers), dict(evidence), policy))  # its own: a plug-in may change them
 
     def evidence_by(self, metric: str) -> str:
         """The kind of its evidence in a recipe whose `lewis.importance.metric` is `metric`."""

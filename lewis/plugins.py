@@ -112,6 +112,8 @@ class Table(dict[str, R], Generic[R]):
     def _load(self, point: EntryPoint) -> None:
         package = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
         which = f"{package}: its entry point {point.name} = {point.value!r} of the group {self.group}"
+        if not (point.dist and point.dist.version):  # nothing would be computed again after a change of the package
+            raise InputError(f"{which} is of a package without a version, which digests need; install it with pip")
         try:
             point.load()
         except (Exception, SystemExit) as error:  # whatever another package's import raises
@@ -123,10 +125,13 @@ class Table(dict[str, R], Generic[R]):
             raise InputError(
                 f"{which} registers no {self._noun} of that name; name the entry point as the {self._noun}"
             )
+        own = point.module.partition(".")[0]
         home = row.function.__module__
-        if home.partition(".")[0] != point.module.partition(".")[0]:
+        if home.partition(".")[0] != own:
             raise InputError(f"{which} takes a name that there is already, in {home}; rename its {self._noun}")
-        self[point.name] = replace(row, origin=package)
+        for name, each in self.items():  # its module may register more rows than the one that the entry point names
+            if name == point.name or (not each.origin and each.function.__module__.partition(".")[0] == own):
+                self[name] = replace(each, origin=package)
 
 
 def _place(function: Callable[..., Any]) -> tuple[str, str]:

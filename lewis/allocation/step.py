@@ -139,6 +139,7 @@ def digest(given: AllocationInput) -> str:
     more += [[[[s.model, *s.layer_range] for s in e.sources] for e in config.slices]] if config.slices else []
     origin = given.density.allocator.origin
     more += [{"allocator": origin}] if origin else []
+    more += [{"rescales": config.guided_method}] if given.guides and _rescales(config) else []  # as a warning says
     return store.digest([densities.SEMANTICS, policy, models, passes, *more])
 
 
@@ -251,15 +252,20 @@ def _rescaled(
     given: AllocationInput, layers: Mapping[str, Sequence[Layer]], found: Mapping[str, Allocation]
 ) -> str | None:
     config = given.config
-    rescale = find(config.guided_method).parameters.get("rescale")
-    value = config.anchor_value if config.anchor else config.value
     distances = [densities.distance_to_uniform(layers[ref], each) for ref, each in found.items()]
     first = next((each[0].tensor for each in layers.values() if each), "")
     uneven = max(distances) >= densities.NEAR_UNIFORM
-    if not (given.guides and uneven and rescale and value(rescale, None, first, 0.0)):
+    if not (given.guides and uneven and _rescales(config, first)):
         return None
     return (
         f"{config.guided_method} brings each tensor back to its norm, so what is kept of a layer of low density is "
         "scaled up most: in our study uneven densities did such merges more harm than good; compare with the uniform "
         "baseline, or set parameters.rescale: false"
     )
+
+
+def _rescales(config: MergeConfig, tensor: str = "") -> bool:
+    """Whether the merge method brings a trimmed tensor back to its norm; without a name, what holds for most."""
+    rescale = find(config.guided_method).parameters.get("rescale")
+    value = config.anchor_value if config.anchor else config.value
+    return bool(rescale and value(rescale, None, tensor, 0.0))

@@ -237,7 +237,7 @@ def merge_method(
 
 def _hints(function: Callable[..., Any], names: Sequence[str]) -> dict[str, Any]:
     """The annotations of these arguments, evaluated. Those of the tensors are not, since that would import torch."""
-    chosen = {name: function.__annotations__[name] for name in names}
+    chosen = {name: function.__annotations__.get(name) for name in names}
     holder = SimpleNamespace(__annotations__=chosen)
     return get_type_hints(holder, globalns=getattr(function, "__globals__", None), include_extras=True)
 

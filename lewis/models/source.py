@@ -250,6 +250,8 @@ def pin(ref: str, root: Path, base: Source | None = None, first: Source | None =
     of_names = first or base
     named = of_names.model if of_names else None
     model, *adapters = parts_of(ref, root)
+    if "" in (model, *adapters):
+        raise InputError(f"{ref}: expected model+adapter, got a '+' with nothing before or after it")
     pinned = repository.resolve(model, root)
     if adapters or not holds_adapter(repository.file_names(pinned)):
         put = [repository.resolve(each, root) for each in adapters]

@@ -228,7 +228,8 @@ class Allocate(Step[AllocationInput, AllocationEntry]):
     name, kind, timeout = "allocate", kinds.ALLOCATIONS, 0.5 * HOURS
 
     def key(self, given: AllocationInput) -> str:
-        return allocation.digest(given)
+        digest = allocation.digest(given)  # of the entry, which `aim` leaves as it is; the result names more then
+        return store.digest([digest, "aim"]) if given.aim else digest
 
     def find(self, given: AllocationInput) -> AllocationEntry | None:
         return allocation.find_allocated(given)

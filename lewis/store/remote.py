@@ -86,7 +86,7 @@ def opened() -> tuple[Any, str]:
     """
     from fsspec.core import url_to_fs
 
-    own = {"auto_mkdir": True} if url().startswith("file:") else {}
+    own = {"auto_mkdir": True} if url().startswith(("/", "file:", "local:")) else {}
     try:
         system, root = url_to_fs(url(), use_listings_cache=False, **own)
     except (ImportError, ValueError) as error:

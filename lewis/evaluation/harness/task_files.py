@@ -4,6 +4,7 @@ A name is looked up in the recipe's folder first; one that is not found there ha
 (`lewis.evaluation.harness.builtin_tasks`).
 """
 
+import ast
 import glob
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +27,8 @@ class TaskFile:
     Attributes:
         name: the value of its key `group` or `task`.
         config: its content, merged with the files that it includes; a `!function` tag is kept as text.
-        sources: the YAML file, the files that it includes and the Python files that its functions are in.
+        sources: the YAML file, the files that it includes, the Python files that its functions are in, and those next
+            to them that they import.
         functions: the values of its `!function` tags, as `module.function`.
     """
 
@@ -181,7 +183,7 @@ def _read_yaml(path: Path, sources: list[Path], functions: list[str]) -> dict[st
         module = text.rpartition(".")[0]
         file = path.parent / (module.replace(".", "/") + ".py")
         if file.is_file():
-            sources.extend([file] if file not in sources else [])
+            _with_imports(file, sources)
         elif not module or importlib.util.find_spec(module.partition(".")[0]) is None:
             raise ValueError(f"!function {text}: no file {file}")
         return text
@@ -194,6 +196,23 @@ def _read_yaml(path: Path, sources: list[Path], functions: list[str]) -> dict[st
     for included in _texts(config.pop("include", None)):
         merged |= _read_yaml((path.parent / included).resolve(), sources, functions)
     return merged | config
+
+
+def _with_imports(file: Path, sources: list[Path]) -> None:
+    """Add a Python file to `sources`, and the files that it imports from its folder."""
+    if file in sources:
+        return
+    sources.append(file)
+    with suppress(SyntaxError, ValueError):  # lm-eval says so when it imports the file
+        for node in ast.walk(ast.parse(read_bytes(file, MAX_BYTES))):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{name}" for name in names]
+            for parts in (name.split(".") for name in names):
+                places = [file.parent.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)]
+                for each in (path for place in places for path in (place.with_suffix(".py"), place / "__init__.py")):
+                    if each.is_file():
+                        _with_imports(each, sources)
 
 
 def _names(listed: Iterable[Any]) -> Iterator[str]:

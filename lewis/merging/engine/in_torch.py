@@ -139,10 +139,12 @@ class _Tensor:
 
     def _on_weights(self, rows: slice | None, finish: Finish) -> torch.Tensor:
         piece = self._piece(rows)
-        merged = self._finished(finish, piece, piece.tensors[0])
-        if self._values.get("normalize"):
-            same = (piece.tensors == piece.tensors[0]).all(dim=0)
-            merged = torch.where(same, piece.tensors[0], merged)  # an average of equals is exact
+        first, like = piece.tensors[0], self._values.get("normalize")
+        same = (piece.tensors == first).all(dim=0) if like else None
+        first = first.clone() if like and self._method.origin else first  # a plug-in may write into what it is given
+        merged = self._finished(finish, piece, first)
+        if same is not None:
+            merged = torch.where(same, first, merged)  # an average of equals is exact
         if self._method.takes_base:
             return merged
         for weight in piece.tensors:
@@ -154,7 +156,8 @@ class _Tensor:
         base = self._finite(merge.base, rows)
         if "density" in self._values and not any(active):
             return base
-        delta = self._finished(finish, self._piece(rows, base), base)
+        given = base.clone() if self._method.takes_base and self._method.origin else base  # a plug-in may write into it
+        delta = self._finished(finish, self._piece(rows, given), base)
         if self._name in merge.held_back:
             delta = delta * self._of_rows(merge.held_back[self._name], rows)
         # The models are read a second time instead of being kept in memory.

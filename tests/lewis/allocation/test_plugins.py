@@ -149,3 +149,11 @@ def test_an_unknown_name_is_refused_at_its_path(install: Install, family: Family
         guided(family, strategy="loud", scale="rank")
     with pytest.raises(InputError, match=r"there is no allocator 'lod'; install the package that brings it"):
         ALLOCATORS.find("lod")
+
+
+def test_one_may_empty_the_list_of_layers_that_it_is_given(install: Install) -> None:
+    """All of every task vector was kept: the layers counted as ones that no token had reached."""
+    body = "found = {}\n    while layers:\n        found[layers.pop().key] = 0.5\n    return found"
+    install(LOUD.replace("return {x.key: policy.max if x.index == 0 else policy.min for x in layers}", body))
+    found = allocate(LAYERS, [x.tensor for x in LAYERS], Density(strategy="loud"), None)
+    assert list(found.densities.values()) == [0.5, 0.5]

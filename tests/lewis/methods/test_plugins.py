@@ -65,6 +65,42 @@ def test_it_merges_and_its_version_is_part_of_the_digest(install: Install, tmp_p
     assert open_merge("half", folders[0], [folders[1]], parameters={"share": 0.5}).digest != merge.digest
 
 
+IN_PLACE = """
+from lewis.methods import merge_method
+
+@merge_method("mean", paper="https://example.org", on="weights")
+def mean(models, *, normalize: bool = True):
+    models /= len(models)
+    return models.sum(0)
+
+@merge_method("towards", paper="https://example.org")
+def towards(task_vectors, base):
+    base *= 0
+    return task_vectors[0]
+"""
+
+
+def test_one_may_write_into_what_it_is_given(install: Install, tmp_path: Path) -> None:
+    """Elements that all models share came out divided, and a base that was written into was the result's."""
+    install(IN_PLACE, entry="mean = lewis_half\ntowards = lewis_half")
+    folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor([8.0, i, 4.0])}) for i in range(2)]
+    assert open_merge("mean", None, folders).tensor("w").tolist() == [8, 0.5, 4]
+    assert open_merge("towards", folders[0], folders[1:]).tensor("w").tolist() == [8, 1, 4]
+
+
+def test_a_second_method_of_its_module_has_its_version_too(install: Install) -> None:
+    install(HALF + HALF.replace("half", "quarter"))
+    assert recipe("quarter").merge_method == "quarter"
+    assert METHODS["quarter"].origin == METHODS["half"].origin == "lewis-half 1.2" and not METHODS["ties"].origin
+
+
+def test_one_without_a_version_is_refused(install: Install, tmp_path: Path) -> None:
+    install(HALF)
+    (tmp_path / "lewis_half-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lewis-half\n")
+    with pytest.raises(InputError, match=r"lewis-half None: .* is of a package without a version, which digests need"):
+        recipe()
+
+
 def test_a_process_that_parses_no_recipe_finds_it_too(install: Install) -> None:
     install(HALF)
     assert find("half").origin == "lewis-half 1.2"
@@ -87,6 +123,7 @@ def test_a_process_that_parses_no_recipe_finds_it_too(install: Install) -> None:
         (HALF.replace('"half"', '"ties"'), {}, "lewis-half 1.2: .*the merge method 'ties' exists already"),
         ("", {"entry": "ties = lewis_half"}, "takes a name that there is already, in lewis.methods.ties; rename"),
         (HALF.replace("float]", "str]").replace("0.5", "'a'"), {}, "share: a parameter is a float, int or bool"),
+        (HALF.replace("share: PerExpert[float] =", "share="), {}, "TypeError: share: a parameter is a float, int or"),
     ],
 )
 def test_one_that_fails_is_told_by_its_package(

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -36,6 +37,14 @@ from tests.support.models import write_expert, write_llama
 def test_adapters_are_split_off_unless_a_folder_has_this_name(tmp_path: Path, ref: str, parts: tuple[str, ...]) -> None:
     (tmp_path / "a+b").mkdir()
     assert parts_of(ref, tmp_path) == parts
+
+
+@pytest.mark.parametrize("ref", ["+", "base+", "+lora", "base++lora", "{base}+"])
+def test_a_plus_without_a_name_next_to_it_is_reported_with_the_reference(family: Family, ref: str) -> None:
+    """The error said only that a reference was empty, not which."""
+    given = ref.format(base=family.base)
+    with pytest.raises(InputError, match=re.escape(f"{given}: expected model+adapter, got a '+' with nothing")):
+        pin(given, Path("/"))
 
 
 def test_a_folder_in_the_home_folder_may_have_a_plus_in_its_name(

@@ -18,7 +18,7 @@ from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import Node, graph
 from lewis.steps.run import begin, run
-from lewis.steps.table import EVALUATE
+from lewis.steps.table import ALLOCATE, EVALUATE
 from tests.conftest import Family
 from tests.lewis.merging.fitting.test_static_fit import mixture
 from tests.support.models import parse
@@ -164,3 +164,29 @@ def test_a_step_opens_its_models_once_and_another_process_opens_them_itself(
         other = pickle.loads(pickle.dumps(given))
         assert other == given and set(vars(other)) == {each.name for each in fields(given)}
         assert step.key(other) == step.key(given)
+
+
+def test_the_densities_of_a_merge_that_is_held_back_have_a_key_of_their_own(
+    family: Family, home: Path, tmp_path: Path
+) -> None:
+    """A run took its record of the densities without the base's activations, and left `aim` out of the merge."""
+    walked, known = graph(recipe := recipes(family, tmp_path)["activation"]), begin(recipe)
+    aimed = walked["allocate"].given(run(walked, "allocate", known=known))
+    plain = replace(aimed, aim=False)
+    found = [ALLOCATE.find(each) for each in (aimed, plain)]
+    assert [each and bool(each.base) for each in found] == [True, False]
+    assert ALLOCATE.key(aimed) != ALLOCATE.key(plain)
+
+
+def test_a_warning_about_the_method_is_not_found_with_the_densities_of_another(
+    family: Family, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`dare_linear` was warned of in a merge by `ties`, and after `rescale: false`, which the warning asks for."""
+    density = {"strategy": "depth_gradient", "min": 0.2, "max": 0.9}
+    data = {"base_model": str(family.base), "models": [{"model": str(family.math)}], "lewis": {"density": density}}
+    rescaling = {"merge_method": "dare_linear"}
+    for block in (rescaling, {"merge_method": "ties"}, rescaling | {"parameters": {"rescale": False}}, rescaling):
+        caplog.clear()
+        recipe = parse(data | block, root=tmp_path)
+        run(graph(recipe), "allocate", known=begin(recipe))
+        assert ("dare_linear brings each tensor back to its norm" in caplog.text) == (block is rescaling)

@@ -78,6 +78,17 @@ def whole(path: Path) -> bool:
 MAKERS: list[Callable[[], Path]] = [scores, grams, importance]
 
 
+@pytest.mark.parametrize("scheme", ["", "local://"])
+def test_a_path_without_a_scheme_is_a_folder_that_need_not_exist(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """Nothing was ever pushed there: its folders were missing."""
+    monkeypatch.setenv("LEWIS_STORE", f"{scheme}{machines.remote}")
+    scores()
+    machines.use("two")
+    assert store.read_entry(kinds.SCORES.path("5c")) is not None
+
+
 @pytest.mark.parametrize("make", MAKERS)
 def test_what_one_machine_made_another_fetches(machines: Machines, make: Callable[[], Path]) -> None:
     made = make()

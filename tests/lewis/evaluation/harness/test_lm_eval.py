@@ -701,6 +701,22 @@ class TestDigest:
         (coded / file).write_text((coded / file).read_text() + "\n")
         assert tasks_digest(settings) != before
 
+    @pytest.mark.parametrize("file", ["helper.py", "kit/__init__.py", "kit/deep.py"])
+    def test_changes_with_the_files_that_its_functions_import(self, coded, file):
+        (coded / "tasks/kit").mkdir()
+        for name in ("helper.py", "kit/__init__.py", "kit/deep.py", "other.py"):
+            (coded / "tasks" / name).write_text("x = 0\n")
+        (coded / "tasks/code.py").write_text(
+            "import helper\ndef docs(rows):\n    from kit import deep\n    return rows\n"
+        )
+        (coded / "tasks/helper.py").write_text("import code, os.path\n")  # a circle
+        settings = EvalSettings(("coded",), coded)
+        before = tasks_digest(settings)
+        (coded / "tasks/other.py").write_text("x = 1\n")
+        assert tasks_digest(settings) == before
+        (coded / "tasks" / file).write_text("x = 1\n")
+        assert tasks_digest(settings) != before
+
     def test_covers_what_changes_scores_and_nothing_else(self, coded, tmp_path):
         def digest(**options):
             return tasks_digest(EvalSettings(**{"tasks": ("pets", "coded"), "root": coded, **options}))
