@@ -6,8 +6,9 @@ They are drawn from the expert's own distribution (temperature 1), which is what
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lewis import store
@@ -21,7 +22,8 @@ from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
 from lewis.store import kinds
 
-SEMANTICS = "1"  # bump when the same prompts would be continued otherwise
+logger = logging.getLogger(__name__)
+SEMANTICS = "2"  # bump when the same prompts would be continued otherwise
 BATCH = 32  # continuations that are written side by side
 _PURE: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
 
@@ -85,25 +87,33 @@ def continue_prompts(given: ContinueInput, report: Report = silent, device: str 
 
 def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
     prompts = Calibration.load(given.prompts.path)
+    network, ends = _loaded(given.files, device), _ends(given.files)
+    takes = measure.positions(network)
+    given = replace(given, max_tokens=int(min(given.max_tokens, takes)))
     rows = [row for row in prompts.samples if len(row) < given.max_tokens]
+    where = f"lewis.calibrations.{prompts.name}"
+    limit = f"max_tokens ({given.max_tokens})" if given.max_tokens < takes else f"the {takes} tokens that it takes"
     if not rows:
         raise InputError(
-            f"lewis.calibrations.{prompts.name}: every prompt fills max_tokens ({given.max_tokens}) and leaves no "
-            "room to continue it; raise max_tokens"
+            f"{where}: every prompt fills {limit} and leaves no room to continue it; raise max_tokens, or give shorter "
+            "prompts"
         )
+    if left := len(prompts.samples) - len(rows):
+        logger.warning("%s: %d of %d prompts fill %s and are left out", where, left, len(prompts.samples), limit)
     rows = sorted((row for row in rows for _ in range(given.count)), key=len, reverse=True)
-    network, ends = _loaded(given.files, device), _ends(given.files)
     samples, weights, what = list[tuple[int, ...]](), list[tuple[float, ...]](), f"{given.files.ref} continues"
     report(what, 0, len(rows))
     with torch.random.fork_rng():
         torch.manual_seed(given.seed)
-        for begin in range(0, len(rows), BATCH):
-            batch = rows[begin : begin + BATCH]
+        while len(samples) < len(rows):
+            batch = rows[len(samples) : len(samples) + BATCH]
+            # The longest prompt is continued by as many tokens as the shortest.
+            batch = [row for row in batch if given.max_tokens + len(batch[0]) - len(row) <= takes]
             for prompt, more in zip(batch, _continued(network, batch, given, ends, device), strict=True):
                 samples.append(prompt + more)
                 # The last token of a prompt predicts the first of the answer.
                 weights.append((*[given.weight] * (len(prompt) - 1), 1.0, *[1.0] * len(more)))
-            report(what, min(begin + BATCH, len(rows)), len(rows))
+            report(what, len(samples), len(rows))
     return Calibration(prompts.name, tuple(samples), None if given.weight == 1 else tuple(weights))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lewis.errors import InputError, RecipeError
 from lewis.importance.calibration import Calibration
@@ -16,7 +16,7 @@ from lewis.models.source import ModelFiles
 from lewis.store import kinds
 from tests.conftest import Family
 from tests.support import pipeline
-from tests.support.models import parse, rewrite, write_llama
+from tests.support.models import parse, rewrite, write_llama, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("home")
 PROMPTS = ((5, 6, 7), (8,), (9, 10, 11, 12, 13))
@@ -101,6 +101,25 @@ def test_an_adapter_writes_too(family: Family) -> None:
 def test_prompts_without_room_are_named(family: Family) -> None:
     with pytest.raises(InputError, match=r"lewis.calibrations.sums: every prompt fills max_tokens \(3\)"):
         continue_prompts(given(family.math, ((5, 6, 7),), max_tokens=3))
+
+
+def learned_positions(folder: Path) -> Path:
+    """A GPT-2 that takes 12 tokens: it has no position for another one."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=12, n_embd=16, n_layer=1, n_head=2, eos_token_id=63, bos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def test_a_model_writes_no_more_than_it_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It was a traceback: also of a short prompt next to a long one, and of a prompt that is too long."""
+    model = learned_positions(tmp_path / "gpt2")
+    written = Calibration.load(continue_prompts(given(model, ((5, 6, 7), (8,) * 11, (9,) * 13))).path)
+    assert max(map(len, written.samples)) == 12 and len(written.samples) == 4
+    assert "lewis.calibrations.sums: 1 of 3 prompts fill the 12 tokens that it takes and are left out" in caplog.text
+    with pytest.raises(InputError, match="every prompt fills the 12 tokens that it takes and leaves no room"):
+        continue_prompts(given(model, ((9,) * 13,)))
 
 
 SET = {"dataset": "json", "data_files": "x.jsonl", "prompt": "{q}", "continue": 4}
