@@ -24,6 +24,7 @@ from lewis.store import kinds
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same prompts would be continued otherwise
+TURN = 4  # prompts that take turns: all continuations of the last are every fourth row, as those that judge a fit
 BATCH = 32  # continuations that are written side by side
 _PURE: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
 
@@ -100,20 +101,23 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
         )
     if left := len(prompts.samples) - len(rows):
         logger.warning("%s: %d of %d prompts fill %s and are left out", where, left, len(prompts.samples), limit)
-    rows = sorted((row for row in rows for _ in range(given.count)), key=len, reverse=True)
-    samples, weights, what = list[tuple[int, ...]](), list[tuple[float, ...]](), f"{given.files.ref} continues"
+    places = [(i // TURN, turn, i) for i in range(len(rows)) for turn in range(given.count)]
+    places.sort(key=lambda place: len(rows[place[-1]]), reverse=True)
+    rows, written, what = [rows[i] for *_, i in places], list[tuple[int, ...]](), f"{given.files.ref} continues"
     report(what, 0, len(rows))
     with torch.random.fork_rng():
         torch.manual_seed(given.seed)
-        while len(samples) < len(rows):
-            batch = rows[len(samples) : len(samples) + BATCH]
+        while len(written) < len(rows):
+            batch = rows[len(written) : len(written) + BATCH]
             # The longest prompt is continued by as many tokens as the shortest.
             batch = [row for row in batch if given.max_tokens + len(batch[0]) - len(row) <= takes]
-            for prompt, more in zip(batch, _continued(network, batch, given, ends, device), strict=True):
-                samples.append(prompt + more)
-                # The last token of a prompt predicts the first of the answer.
-                weights.append((*[given.weight] * (len(prompt) - 1), 1.0, *[1.0] * len(more)))
-            report(what, len(samples), len(rows))
+            written += _continued(network, batch, given, ends, device)
+            report(what, len(written), len(rows))
+    samples, weights = list[tuple[int, ...]](), list[tuple[float, ...]]()
+    for _, prompt, more in sorted(zip(places, rows, written, strict=True)):
+        samples.append(prompt + more)
+        # The last token of a prompt predicts the first of the answer.
+        weights.append((*[given.weight] * (len(prompt) - 1), 1.0, *[1.0] * len(more)))
     return Calibration(prompts.name, tuple(samples), None if given.weight == 1 else tuple(weights))
 
 

@@ -12,6 +12,7 @@ from lewis.errors import InputError, RecipeError
 from lewis.importance.calibration import Calibration
 from lewis.importance.continuations import ContinueInput, continue_prompts, find_continued
 from lewis.importance.step import CalibrationEntry
+from lewis.merging.calibration_rows import hold_back
 from lewis.models.source import ModelFiles
 from lewis.store import kinds
 from tests.conftest import Family
@@ -43,10 +44,10 @@ def test_they_are_what_generate_gives_of_a_model_without_doubts(family: Family, 
     entry = continue_prompts(given(model))
     rows = Calibration.load(entry.path)
     network, expected = AutoModelForCausalLM.from_pretrained(model), []
-    for prompt in sorted(PROMPTS, key=len, reverse=True):
+    for prompt in PROMPTS:
         whole = network.generate(torch.tensor([prompt]), max_length=20, do_sample=False, pad_token_id=0)
-        expected += [tuple(whole[0].tolist())] * 2
-    assert list(rows.samples) == expected and entry.tokens == sum(map(len, expected))
+        expected.append(tuple(whole[0].tolist()))
+    assert list(rows.samples) == 2 * expected and entry.tokens == 2 * sum(map(len, expected))
     assert rows.weights is not None
     for row, weights in zip(rows.samples, rows.weights, strict=True):
         prompt = next(each for each in PROMPTS if row[: len(each)] == each)
@@ -101,6 +102,16 @@ def test_an_adapter_writes_too(family: Family) -> None:
 def test_prompts_without_room_are_named(family: Family) -> None:
     with pytest.raises(InputError, match=r"lewis.calibrations.sums: every prompt fills max_tokens \(3\)"):
         continue_prompts(given(family.math, ((5, 6, 7),), max_tokens=3))
+
+
+def test_no_prompt_of_a_held_back_row_is_fitted_to(family: Family) -> None:
+    """They were sorted by the length of the prompts: the longest judged, and the fit saw these prompts too."""
+    prompts = tuple((5 + i, *(4,) * (i % 3)) for i in range(20))
+    rows = Calibration.load(continue_prompts(given(family.math, prompts, count=3, max_tokens=6)).path)
+    fitted_to, held = hold_back(rows)
+    assert held is not None and len(held.samples) == 15
+    assert {row[0] for row in held.samples} == {prompts[i][0] for i in range(3, 20, 4)}
+    assert not {row[0] for row in held.samples} & {row[0] for row in fitted_to.samples}
 
 
 def learned_positions(folder: Path) -> Path:
