@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
@@ -322,7 +322,7 @@ def check_lengths(model: Model, network: Network, calibration: Calibration) -> N
         )
 
 
-def positions(module: torch.nn.Module) -> float:
+def positions(module: Any) -> float:
     """How many tokens of one text a network takes; infinity if its config sets no limit."""
     limit = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     return limit if limit and limit > 0 else math.inf
