@@ -19,6 +19,7 @@ from lewis.importance.calibration import Calibration, path_of
 from lewis.importance.step import CalibrationEntry
 from lewis.lazy_torch import torch
 from lewis.models.source import ModelFiles
+from lewis.models.tokenizer import clash, tokenizer_folder
 from lewis.progress import Report, silent
 from lewis.store import kinds
 
@@ -40,6 +41,7 @@ class ContinueInput:
         max_tokens: of a prompt with its continuation, at most.
         seed: of the draws.
         weight: how much a token of a prompt counts, where one of a continuation counts 1.
+        base: whose token ids the prompts are; None: the expert's.
     """
 
     prompts: CalibrationEntry
@@ -48,6 +50,7 @@ class ContinueInput:
     max_tokens: int
     seed: int
     weight: float
+    base: ModelFiles | None = None
 
     def digest(self, device: str) -> str:
         """Identity of the rows that the expert writes on a device."""
@@ -73,7 +76,8 @@ def continue_prompts(given: ContinueInput, report: Report = silent, device: str 
         report: called with the continuations done and in all.
 
     Raises:
-        InputError: if the model predicts no next token, or no prompt leaves room for a continuation.
+        InputError: if the model predicts no next token or has other token ids than the base, or no prompt leaves room
+            for a continuation.
     """
     digest = given.digest(device)
     with store.turn(kinds.CALIBRATIONS, digest):
@@ -88,6 +92,12 @@ def continue_prompts(given: ContinueInput, report: Report = silent, device: str 
 
 def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
     prompts = Calibration.load(given.prompts.path)
+    folders = [tokenizer_folder(each.open()) for each in (given.base, given.files) if each]
+    if other := clash(folders[0], folders[-1]):
+        raise InputError(
+            f"{given.files.ref}: another vocabulary: {other}; the prompts of lewis.calibrations.{prompts.name} become "
+            "the base's token ids, so this expert cannot continue them: give it rows with answers"
+        )
     network, ends = _loaded(given.files, device), _ends(given.files)
     takes = measure.positions(network)
     given = replace(given, max_tokens=int(min(given.max_tokens, takes)))

@@ -17,7 +17,7 @@ from lewis.models.source import ModelFiles
 from lewis.store import kinds
 from tests.conftest import Family
 from tests.support import pipeline
-from tests.support.models import parse, rewrite, write_llama, write_tokenizer
+from tests.support.models import WORDS, parse, rewrite, write_llama, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("home")
 PROMPTS = ((5, 6, 7), (8,), (9, 10, 11, 12, 13))
@@ -131,6 +131,16 @@ def test_a_model_writes_no_more_than_it_takes(tmp_path: Path, caplog: pytest.Log
     assert "lewis.calibrations.sums: 1 of 3 prompts fill the 12 tokens that it takes and are left out" in caplog.text
     with pytest.raises(InputError, match="every prompt fills the 12 tokens that it takes and leaves no room"):
         continue_prompts(given(model, ((9,) * 13,)))
+
+
+def test_an_expert_with_other_token_ids_writes_nothing(family: Family, tmp_path: Path) -> None:
+    """It read the base's ids as its own, and its ids were taken for the base's, without a word."""
+    other = rewrite(family.math, tmp_path / "other", lambda _, tensor: tensor)
+    write_tokenizer(other, WORDS[::-1])
+    with pytest.raises(
+        InputError, match="another vocabulary: the token 'w0' is 62, in the base it is 3; the prompts of"
+    ):
+        continue_prompts(given(other, base=files(family.base)))
 
 
 SET = {"dataset": "json", "data_files": "x.jsonl", "prompt": "{q}", "continue": 4}
