@@ -47,6 +47,16 @@ def test_a_model_that_no_row_can_judge_is_fitted_to_all(tmp_path: Path) -> None:
         assert own.held_back is None and own.calibration is not None and len(own.calibration.samples) == 9
 
 
+@pytest.mark.parametrize("hold_back", [True, False])
+def test_experts_whose_rows_do_not_judge_are_named(hold_back: bool, family: Family, caplog: Any) -> None:
+    sets = {"a": {"texts": texts(1, 3)}, "b": {"texts": texts(2, 4)}}
+    models = [{"model": str(path), "calibration": name} for path, name in zip(family.experts, sets, strict=True)]
+    block = {"calibrations": sets, "hold_back": hold_back}
+    held_back.warn_of_unjudged(prepare(recipe_of(family.base, [], models=models, lewis=block)))
+    [told] = [each for each in caplog.messages if "judges the fit" in each]
+    assert told.startswith(f"{family.math}: no held-back row judges the fit to it") and "got 3 rows;" in told
+
+
 def held(family: Family, folder: Path | None = None, **parameters: Any) -> Merge:
     """A merge that is judged by rows whose answers are known if they come from a folder."""
     sets = {f"s{path.name}": {"texts": texts(len(path.name), 9), "samples": 9} for path in family.experts}
