@@ -224,7 +224,7 @@ def make_plan(recipe: Recipe) -> Plan:
     headers = result_headers(recipe, base, experts)
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())
-    if recipe.lewis and base:
+    if (recipe.lewis or recipe.fits) and base:
         shapes = {name: shape for name, (_, shape) in repository.tensor_headers(base.model).items()}
         configs = repository.fetch(base.model, weights=False)
         covered, plan.uncovered = covered_tensors(configs, shapes, measured=recipe.runs_models)

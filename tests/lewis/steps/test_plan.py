@@ -193,6 +193,11 @@ class TestLocal:
         pipeline.merge(recipe, pipeline.download(base), [pipeline.download(source) for source in experts])
         assert states(make_plan(recipe))["merge experts"] == "cached"
 
+    def test_a_fit_without_rows_is_no_plain_merge(self, family: Family, home: Path) -> None:
+        models = [{"model": str(each)} for each in family.experts]
+        plan = make_plan(parse({"merge_method": "regmean", "base_model": str(family.base), "models": models}))
+        assert len(plan.layers) == 14 and "covered self_attn.q_proj: 2 layers" in plan.to_text()
+
     def test_scores_and_baselines(
         self, family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
