@@ -15,6 +15,7 @@ class MergeReport(BaseModel):
         recipe: its name.
         digest, folder: of the merged checkpoint, or adapter, in the store.
         adapter: what the adapter holds and what error it leaves; None for a full model.
+        fit: what `ridge: auto` chose and what held-back rows say of the fit, as a sentence; else empty.
         mean_density: expert -> parameter-weighted mean density; empty for a plain merge.
         scores: rows of the score table.
         comparison: rows of the merged model against each other model: gain, interval, wins, losses, p.
@@ -32,6 +33,7 @@ class MergeReport(BaseModel):
     digest: str
     folder: Path
     adapter: str | None = None
+    fit: str = ""
     mean_density: dict[str, float] = {}
     scores: list[dict[str, str]] = []
     comparison: list[dict[str, str]] = []
@@ -49,4 +51,11 @@ class MergeReport(BaseModel):
         """The report of a merge before it is scored."""
         adapter = merged.adapter.to_text() if merged.adapter else None
         means = allocated.means if allocated else {}
-        return cls(recipe=recipe, digest=merged.digest, folder=merged.folder, adapter=adapter, mean_density=means)
+        return cls(
+            recipe=recipe,
+            digest=merged.digest,
+            folder=merged.folder,
+            adapter=adapter,
+            fit=merged.fit,
+            mean_density=means,
+        )

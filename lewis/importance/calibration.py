@@ -68,6 +68,11 @@ class Calibration:
         weights = tuple(tuple(float(before == own == 1) for before, own in sample) for sample in after)
         return replace(self, weights=weights)
 
+    @property
+    def predicts(self) -> bool:
+        """Whether any token counts that is predicted from those before it."""
+        return any(any(weights[1:]) for weights in self.weights or [[1.0] * len(row) for row in self.samples])
+
     def part(self, rows: Iterable[int]) -> "Calibration":
         """A set of only these samples."""
         chosen = list(rows)

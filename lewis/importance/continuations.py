@@ -6,8 +6,9 @@ They are drawn from the expert's own distribution (temperature 1), which is what
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lewis import store
@@ -18,10 +19,13 @@ from lewis.importance.calibration import Calibration, path_of
 from lewis.importance.step import CalibrationEntry
 from lewis.lazy_torch import torch
 from lewis.models.source import ModelFiles
+from lewis.models.tokenizer import clash, tokenizer_folder
 from lewis.progress import Report, silent
 from lewis.store import kinds
 
-SEMANTICS = "1"  # bump when the same prompts would be continued otherwise
+logger = logging.getLogger(__name__)
+SEMANTICS = "2"  # bump when the same prompts would be continued otherwise
+TURN = 4  # prompts that take turns: all continuations of the last are every fourth row, as those that judge a fit
 BATCH = 32  # continuations that are written side by side
 _PURE: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
 
@@ -37,6 +41,7 @@ class ContinueInput:
         max_tokens: of a prompt with its continuation, at most.
         seed: of the draws.
         weight: how much a token of a prompt counts, where one of a continuation counts 1.
+        base: whose token ids the prompts are; None: the expert's.
     """
 
     prompts: CalibrationEntry
@@ -45,6 +50,7 @@ class ContinueInput:
     max_tokens: int
     seed: int
     weight: float
+    base: ModelFiles | None = None
 
     def digest(self, device: str) -> str:
         """Identity of the rows that the expert writes on a device."""
@@ -70,7 +76,8 @@ def continue_prompts(given: ContinueInput, report: Report = silent, device: str 
         report: called with the continuations done and in all.
 
     Raises:
-        InputError: if the model predicts no next token, or no prompt leaves room for a continuation.
+        InputError: if the model predicts no next token or has other token ids than the base, or no prompt leaves room
+            for a continuation.
     """
     digest = given.digest(device)
     with store.turn(kinds.CALIBRATIONS, digest):
@@ -85,25 +92,42 @@ def continue_prompts(given: ContinueInput, report: Report = silent, device: str 
 
 def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
     prompts = Calibration.load(given.prompts.path)
+    folders = [tokenizer_folder(each.open()) for each in (given.base, given.files) if each]
+    if other := clash(folders[0], folders[-1]):
+        raise InputError(
+            f"{given.files.ref}: another vocabulary: {other}; the prompts of lewis.calibrations.{prompts.name} become "
+            "the base's token ids, so this expert cannot continue them: give it rows with answers"
+        )
+    network, ends = _loaded(given.files, device), _ends(given.files)
+    takes = measure.positions(network)
+    given = replace(given, max_tokens=int(min(given.max_tokens, takes)))
     rows = [row for row in prompts.samples if len(row) < given.max_tokens]
+    where = f"lewis.calibrations.{prompts.name}"
+    limit = f"max_tokens ({given.max_tokens})" if given.max_tokens < takes else f"the {takes} tokens that it takes"
     if not rows:
         raise InputError(
-            f"lewis.calibrations.{prompts.name}: every prompt fills max_tokens ({given.max_tokens}) and leaves no "
-            "room to continue it; raise max_tokens"
+            f"{where}: every prompt fills {limit} and leaves no room to continue it; raise max_tokens, or give shorter "
+            "prompts"
         )
-    rows = sorted((row for row in rows for _ in range(given.count)), key=len, reverse=True)
-    network, ends = _loaded(given.files, device), _ends(given.files)
-    samples, weights, what = list[tuple[int, ...]](), list[tuple[float, ...]](), f"{given.files.ref} continues"
+    if left := len(prompts.samples) - len(rows):
+        logger.warning("%s: %d of %d prompts fill %s and are left out", where, left, len(prompts.samples), limit)
+    places = [(i // TURN, turn, i) for i in range(len(rows)) for turn in range(given.count)]
+    places.sort(key=lambda place: len(rows[place[-1]]), reverse=True)
+    rows, written, what = [rows[i] for *_, i in places], list[tuple[int, ...]](), f"{given.files.ref} continues"
     report(what, 0, len(rows))
     with torch.random.fork_rng():
         torch.manual_seed(given.seed)
-        for begin in range(0, len(rows), BATCH):
-            batch = rows[begin : begin + BATCH]
-            for prompt, more in zip(batch, _continued(network, batch, given, ends, device), strict=True):
-                samples.append(prompt + more)
-                # The last token of a prompt predicts the first of the answer.
-                weights.append((*[given.weight] * (len(prompt) - 1), 1.0, *[1.0] * len(more)))
-            report(what, min(begin + BATCH, len(rows)), len(rows))
+        while len(written) < len(rows):
+            batch = rows[len(written) : len(written) + BATCH]
+            # The longest prompt is continued by as many tokens as the shortest.
+            batch = [row for row in batch if given.max_tokens + len(batch[0]) - len(row) <= takes]
+            written += _continued(network, batch, given, ends, device)
+            report(what, len(written), len(rows))
+    samples, weights = list[tuple[int, ...]](), list[tuple[float, ...]]()
+    for _, prompt, more in sorted(zip(places, rows, written, strict=True)):
+        samples.append(prompt + more)
+        # The last token of a prompt predicts the first of the answer.
+        weights.append((*[given.weight] * (len(prompt) - 1), 1.0, *[1.0] * len(more)))
     return Calibration(prompts.name, tuple(samples), None if given.weight == 1 else tuple(weights))
 
 

@@ -7,13 +7,14 @@ Covered are the projections in the repeated blocks, as `lewis.models.network.mod
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lewis.devices import one_thread
 from lewis.errors import InputError, LewisError
@@ -308,13 +309,23 @@ def check_samples(model: Model, network: Network, calibration: Calibration) -> N
         raise InputError(
             f"{model.folder}: token {largest} of set {calibration.name!r} is outside its {vocabulary} embeddings"
         )
-    longest = max(map(len, calibration.samples))
-    limit = getattr(network.module.config.get_text_config(), "max_position_embeddings", None)
-    if limit and 0 < limit < longest:
+    check_lengths(model, network, calibration)
+
+
+def check_lengths(model: Model, network: Network, calibration: Calibration) -> None:
+    """Raise InputError if a sample of a set has more tokens than the model takes."""
+    longest, limit = max(map(len, calibration.samples), default=0), positions(network.module)
+    if limit < longest:
         raise InputError(
             f"{model.folder}: a sample of set {calibration.name!r} has {longest} tokens, the model takes {limit}; "
             f"set lewis.calibrations.{calibration.name}.max_tokens to {limit} or less"
         )
+
+
+def positions(module: Any) -> float:
+    """How many tokens of one text a network takes; infinity if its config sets no limit."""
+    limit = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit and limit > 0 else math.inf
 
 
 def _begin(moments: SecondMoments, group: Sequence[Batch], i: int) -> None:

@@ -102,7 +102,7 @@ def _chat(where: str, column: str, row: Mapping[str, Any], tokenizer: Any) -> Te
         content, answers = written(len(turns)), list[tuple[int, int]]()
         for i, turn in enumerate(turns):
             if turn["role"] == "assistant":
-                before, after = written(i, ask=True), written(i + 1)
+                before, after = written(i, ask=True) if i else "", written(i + 1)
                 if content.startswith(before) and content.startswith(after):
                     answers.append((len(before), len(after)))
                 elif i == len(turns) - 1:  # a template that shows the thoughts of the last turn alone

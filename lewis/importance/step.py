@@ -329,7 +329,10 @@ def layers_of(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
     kinds = ", ".join(sorted({layer.projection for layer in layers}))
     logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), kinds, 100 * share)
     if left:
-        logger.warning("not covered, so they follow lewis.density.uncovered: %s", told(left))
+        logger.warning(
+            "not covered, so a fit leaves them as its anchor has them, and densities follow density.uncovered: %s",
+            told(left),
+        )
     return layers
 
 

@@ -20,9 +20,10 @@ def row_findings(given: MergeInput) -> list[Finding]:
     """A finding for each expert whose loss on some rows of its set is not below the base's.
 
     Args:
-        given: of a merge. Nothing is checked if it fits no rows, or its models do not predict the next token.
+        given: of a merge. Nothing is checked if it fits no rows, its models do not predict the next token, or they
+            have vocabularies of their own, as rows are the base's token ids. Nor are rows that predict nothing.
     """
-    if given.base is None or not given.sets:
+    if given.base is None or not given.sets or given.config.vocabulary is not None:
         return []
     from lewis.merging.fitting.losses import predicts_next_token  # brings torch with it
 
@@ -34,9 +35,11 @@ def row_findings(given: MergeInput) -> list[Finding]:
     with suppress(LewisError):  # a model that does not run its blocks in one order: the fit says so
         base = dict(zip(rows, _losses(given.base, list(rows.values())), strict=True))
         for expert in experts:
-            [own] = _losses(expert, [rows[expert.ref]])
+            its = rows[expert.ref]
+            if not its.predicts:
+                continue
+            [own] = _losses(expert, [its])
             if own >= base[expert.ref]:
-                its = rows[expert.ref]
                 per = "token" if its.weights is None else "answer token"
                 what = f"on {len(its.samples)} rows of `{its.name}` its loss is {own:.3f} nats per {per}"
                 found.append(Finding("calibration", expert.ref, f"{what}, the base's {base[expert.ref]:.3f}"))

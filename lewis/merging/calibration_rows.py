@@ -29,8 +29,7 @@ def hold_back(calibration: Calibration) -> tuple[Calibration, Calibration | None
     """
     count = len(calibration.samples)
     held = list(range(EVERY - 1, count, EVERY))[:MOST]
-    judging = calibration.part(held).of_answers
-    if not any(any(weights[1:]) for weights in judging.weights or [[1.0] * len(row) for row in judging.samples]):
+    if not calibration.part(held).of_answers.predicts:
         return calibration, None
     return calibration.part(i for i in range(count) if i not in held), calibration.part(held)
 

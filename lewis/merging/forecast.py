@@ -51,6 +51,8 @@ def forecast(merge: Merge) -> Forecast:
     Raises:
         LewisError: as the merge.
     """
+    from lewis.merging.fitting.fit import check_rows
+
     elements = {name: merge.base.tensors[name].elements for name in merge.layout}
     order = sorted(elements, key=lambda name: -elements[name])
     begun = time.perf_counter()
@@ -77,6 +79,7 @@ def forecast(merge: Merge) -> Forecast:
     seconds, peak = loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before))
     disk = 0
     if merge.method.fits:
+        check_rows(merge, network_of(merge.base))
         of_fit = _of_static_fit(merge) if merge.method.fits == "static" else _of_fit(merge)
         seconds, peak, disk = seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory), of_fit.disk
         seconds += _seconds_of_judging(merge)

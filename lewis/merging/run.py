@@ -218,8 +218,9 @@ class Merge(Prepared):
             if progress:
                 progress("fit", int((before + times * (done / total)) * self.elements), self.steps)
 
-        from lewis.merging.fitting.held_back import fit_and_judge, is_needed
+        from lewis.merging.fitting.held_back import fit_and_judge, is_needed, warn_of_unjudged
 
+        warn_of_unjudged(self)
         merge: Prepared = self
         facts = dict[str, Any]()
         if self.tunes:

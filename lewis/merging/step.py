@@ -169,7 +169,13 @@ def _prepare(given: MergeInput, device: str) -> Merge:
     scales = allocated.scales() if allocated else {}
     held_back = allocated.held_back(given.omega) if allocated and given.omega is not None else None
     sets = {each.path: Calibration.load(each.path) for each in (given.sets or {}).values()}
-    parts = {path: hold_back(each) if given.holds_back else (each, None) for path, each in sets.items()}
+    base = given.base.open() if given.base else None
+    holds_back = given.holds_back and base is not None
+    if holds_back:
+        from lewis.merging.fitting.losses import predicts_next_token  # brings torch with it
+
+        holds_back = predicts_next_token(base)
+    parts = {path: hold_back(each) if holds_back else (each, None) for path, each in sets.items()}
     rows = {ref: parts[each.path] for ref, each in (given.sets or {}).items()}
     if given.sets is None:
         rows = {entry.model: (Calibration("none", ()), None) for entry in config.experts}
@@ -185,7 +191,6 @@ def _prepare(given: MergeInput, device: str) -> Merge:
         )
         for entry, files in zip(config.experts, given.experts, strict=True)
     ]
-    base = given.base.open() if given.base else None
     if another_vocabulary and base is not None:
         _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
     return prepare(config, base, opened, held_back, device)

@@ -215,12 +215,14 @@ def _continuations(recipe: Recipe) -> Iterator[Node]:
 def _continuation(recipe: Recipe, name: str, expert: str) -> Node:
     assert recipe.lewis is not None
     block, prompts, model = recipe.lewis.calibrations[name], f"calibrate {name}", f"download {expert}"
+    base = f"download {recipe.base_model}"
 
     def to_continue(results: Results) -> ContinueInput:
         length, seed, weight = block.max_tokens, block.seed, block.prompt_weight
-        return ContinueInput(results[prompts], results[model], block.continues or 0, length, seed, weight)
+        count = block.continues or 0
+        return ContinueInput(results[prompts], results[model], count, length, seed, weight, results[base])
 
-    needs, short = (prompts, model, "inspect"), short_refs(recipe)[expert]
+    needs, short = (prompts, base, model, "inspect"), short_refs(recipe)[expert]
     return Node(f"continue {name}", table.CONTINUE, to_continue, needs, model=short)
 
 

@@ -47,7 +47,7 @@ from lewis.steps.graph import (
 )
 from lewis.steps.run import check_tasks, pinned
 from lewis.steps.step import Cost
-from lewis.steps.table import CALIBRATE, CHECK, DOWNLOAD, EVALUATE, MERGE, ScoreInput, by_task
+from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DOWNLOAD, EVALUATE, MERGE, ScoreInput, by_task
 from lewis.store import remote
 from lewis.store.remote import Found
 
@@ -224,7 +224,7 @@ def make_plan(recipe: Recipe) -> Plan:
     headers = result_headers(recipe, base, experts)
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())
-    if recipe.lewis and base:
+    if (recipe.lewis or recipe.fits) and base:
         shapes = {name: shape for name, (_, shape) in repository.tensor_headers(base.model).items()}
         configs = repository.fetch(base.model, weights=False)
         covered, plan.uncovered = covered_tensors(configs, shapes, measured=recipe.runs_models)
@@ -282,6 +282,9 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
                     results[node.name] = _UNREACHED
                     plan.steps.append(PlannedStep(node.label, "to do"))
                     plan.warning = "; ".join(filter(None, (plan.warning, f"not known yet: {error}")))
+        if waiting := [node.label for node in walked.of(CONTINUE) if results[node.name] is None]:
+            short = f"until {' and '.join(waiting)} is done, time and memory count the prompts alone"
+            plan.warning = "; ".join(filter(None, (plan.warning, short)))
         block, merged = recipe.evaluate, results.get("merge experts")
         if block and block.stop != "never" and merged and merged.key:  # else it is not known at which look it will end
             champion = results.get(CHAMPION)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from lewis import library as lewis_library
+from lewis.merging.step import MergedModel
 from lewis_flows.cli.run import _with_prefect, print_merge
 from lewis_flows.merge import MergeReport
 from lewis_flows.service import note
@@ -39,6 +41,16 @@ def client(prefect_url: str) -> Iterator[Any]:
 def own(recipe: Path) -> Path:
     """The recipe under a name that no other test on this server uses."""
     return recipe.rename(recipe.with_name(f"r{time.time_ns()}.yaml"))
+
+
+def test_the_terminal_shows_what_held_back_rows_say_of_the_fit(home: Path, family: Family, capsys: Any) -> None:
+    """Of a merge that was found in the store, no line of the run said that its fit was left out."""
+    sets = {"a": {"texts": ["w1 w2 w3 w4"] * 4, "samples": 4}}
+    models = [{"model": str(each), "calibration": "a"} for each in family.experts]
+    recipe = {"merge_method": "regmean_forward", "base_model": str(family.base), "models": models}
+    made = lewis_library.merge(parse({**recipe, "lewis": {"calibrations": sets}}), home.parent / "out")
+    print_merge(MergeReport.of("r", MergedModel(digest=made.digest, folder=made.folder), None))
+    assert made.fit and made.fit in capsys.readouterr().out.splitlines()
 
 
 def eventually(find: Callable[[], Any], patience: float = 120) -> Any:

@@ -146,8 +146,8 @@ def print_merge(report: "MergeReport") -> None:
     for expert, mean in report.mean_density.items():
         print(f"mean density of {expert}: {mean:.3f}")
     print(f"merged model: {report.folder}")
-    if report.adapter:
-        print(report.adapter)
+    for sentence in filter(None, (report.adapter, report.fit)):
+        print(sentence)
     if report.version:
         print(f"MLflow: {report.version} ({'new' if report.created else 'registered before'})")
         waits = f"passed, waits for: lewis approve {report.version.removeprefix('models:/')} --why ..."

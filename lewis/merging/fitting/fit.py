@@ -63,7 +63,8 @@ def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: 
         threads: by default one per core; any number gives the same bytes.
 
     Raises:
-        InputError: if transformers cannot build the model, nothing can be fitted, or there is no space.
+        InputError: if transformers cannot build the model, a row is longer than it takes, nothing can be fitted, or
+            there is no space.
         LewisError: if activations or weights are not finite, naming the projection.
     """
     from lewis.importance.batches import batches
@@ -71,6 +72,7 @@ def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: 
     from lewis.importance.streaming import Weights
 
     network = network_of(merge.base)
+    check_rows(merge, network)
     places = {each.parameter.rpartition(".")[0]: each for each in in_order(network) if merge.merges(each.tensor)}
     stacks = stacks_of(network, merge)
     if not places and not stacks:
@@ -187,6 +189,15 @@ def _warn_of_few_tokens(merge: Prepared, covered: Collection[Covered]) -> None:
     for expert in merge.experts:
         tokens = expert.calibration.tokens if expert.calibration else 0
         warn_of_few_tokens(expert.ref, {name: (tokens, size) for name, size in inputs.items()})
+
+
+def check_rows(merge: Prepared, network: Network) -> None:
+    """Raise InputError if a row of the experts' calibration sets is longer than the model takes."""
+    from lewis.importance.measure import check_lengths
+
+    for expert in merge.experts:
+        for rows in filter(None, (expert.calibration, expert.held_back)):
+            check_lengths(merge.base, network, rows)
 
 
 def in_order(network: Network) -> list[Covered]:

@@ -53,13 +53,16 @@ def row_losses(
         progress: called with (losses, blocks done, blocks in all).
 
     Raises:
+        InputError: if a row has more tokens than the model takes.
         LewisError: if the model does not run its blocks in one order for every text.
     """
     from lewis.importance.batches import Batch, batches
-    from lewis.importance.measure import network_of
+    from lewis.importance.measure import check_lengths, network_of
     from lewis.importance.streaming import Weights
 
     network = network_of(model)
+    for each in sets:
+        check_lengths(model, network, each)
     weights = Weights(network, model, "cpu", torch.float32)
     found: dict[Batch, list[RowLoss]] = {}
 

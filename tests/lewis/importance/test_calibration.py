@@ -157,12 +157,14 @@ class TestSamples:
         edit_json(tokenizer / "tokenizer_config.json", chat_template=template)
         turns = [("user", "w5"), ("assistant", "w6 w7"), ("user", "w8"), ("assistant", "w9")]
         row = {"chat": [{"role": role, "content": content} for role, content in turns], "bad": "w1"}
+        row["greeting"] = row["chat"][1:3]  # it was refused: the template does not take the empty chat before it
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
         file = {"dataset": "json", "data_files": "rows.jsonl"}
         found = run(tokenizer, tmp_path, **file, messages="chat")
         assert found.samples == (ids(1, 5, 2, 6, 7, 1, 8, 2, 9),)
         assert found.weights == ((0.1, 0.1, 1, 1, 1, 0.1, 0.1, 1, 1),)
-        with pytest.raises(InputError, match="there is no column 'talk'; the dataset has chat, bad"):
+        assert run(tokenizer, tmp_path, **file, messages="greeting").weights == ((1, 1, 1, 0.1, 0.1),)
+        with pytest.raises(InputError, match="there is no column 'talk'; the dataset has chat, bad, greeting"):
             run(tokenizer, tmp_path, **file, messages="talk")
         with pytest.raises(InputError, match="expected a list of turns with `role` and `content` in column 'bad'"):
             run(tokenizer, tmp_path, **file, messages="bad")

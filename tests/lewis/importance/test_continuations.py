@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lewis.errors import InputError, RecipeError
 from lewis.importance.calibration import Calibration
 from lewis.importance.continuations import ContinueInput, continue_prompts, find_continued
 from lewis.importance.step import CalibrationEntry
+from lewis.merging.calibration_rows import hold_back
 from lewis.models.source import ModelFiles
 from lewis.store import kinds
 from tests.conftest import Family
 from tests.support import pipeline
-from tests.support.models import parse, rewrite, write_llama
+from tests.support.models import WORDS, parse, rewrite, write_llama, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("home")
 PROMPTS = ((5, 6, 7), (8,), (9, 10, 11, 12, 13))
@@ -43,10 +44,10 @@ def test_they_are_what_generate_gives_of_a_model_without_doubts(family: Family, 
     entry = continue_prompts(given(model))
     rows = Calibration.load(entry.path)
     network, expected = AutoModelForCausalLM.from_pretrained(model), []
-    for prompt in sorted(PROMPTS, key=len, reverse=True):
+    for prompt in PROMPTS:
         whole = network.generate(torch.tensor([prompt]), max_length=20, do_sample=False, pad_token_id=0)
-        expected += [tuple(whole[0].tolist())] * 2
-    assert list(rows.samples) == expected and entry.tokens == sum(map(len, expected))
+        expected.append(tuple(whole[0].tolist()))
+    assert list(rows.samples) == 2 * expected and entry.tokens == 2 * sum(map(len, expected))
     assert rows.weights is not None
     for row, weights in zip(rows.samples, rows.weights, strict=True):
         prompt = next(each for each in PROMPTS if row[: len(each)] == each)
@@ -101,6 +102,45 @@ def test_an_adapter_writes_too(family: Family) -> None:
 def test_prompts_without_room_are_named(family: Family) -> None:
     with pytest.raises(InputError, match=r"lewis.calibrations.sums: every prompt fills max_tokens \(3\)"):
         continue_prompts(given(family.math, ((5, 6, 7),), max_tokens=3))
+
+
+def test_no_prompt_of_a_held_back_row_is_fitted_to(family: Family) -> None:
+    """They were sorted by the length of the prompts: the longest judged, and the fit saw these prompts too."""
+    prompts = tuple((5 + i, *(4,) * (i % 3)) for i in range(20))
+    rows = Calibration.load(continue_prompts(given(family.math, prompts, count=3, max_tokens=6)).path)
+    fitted_to, held = hold_back(rows)
+    assert held is not None and len(held.samples) == 15
+    assert {row[0] for row in held.samples} == {prompts[i][0] for i in range(3, 20, 4)}
+    assert not {row[0] for row in held.samples} & {row[0] for row in fitted_to.samples}
+
+
+def learned_positions(folder: Path) -> Path:
+    """A GPT-2 that takes 12 tokens: it has no position for another one."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=12, n_embd=16, n_layer=1, n_head=2, eos_token_id=63, bos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def test_a_model_writes_no_more_than_it_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It was a traceback: also of a short prompt next to a long one, and of a prompt that is too long."""
+    model = learned_positions(tmp_path / "gpt2")
+    written = Calibration.load(continue_prompts(given(model, ((5, 6, 7), (8,) * 11, (9,) * 13))).path)
+    assert max(map(len, written.samples)) == 12 and len(written.samples) == 4
+    assert "lewis.calibrations.sums: 1 of 3 prompts fill the 12 tokens that it takes and are left out" in caplog.text
+    with pytest.raises(InputError, match="every prompt fills the 12 tokens that it takes and leaves no room"):
+        continue_prompts(given(model, ((9,) * 13,)))
+
+
+def test_an_expert_with_other_token_ids_writes_nothing(family: Family, tmp_path: Path) -> None:
+    """It read the base's ids as its own, and its ids were taken for the base's, without a word."""
+    other = rewrite(family.math, tmp_path / "other", lambda _, tensor: tensor)
+    write_tokenizer(other, WORDS[::-1])
+    with pytest.raises(
+        InputError, match="another vocabulary: the token 'w0' is 62, in the base it is 3; the prompts of"
+    ):
+        continue_prompts(given(other, base=files(family.base)))
 
 
 SET = {"dataset": "json", "data_files": "x.jsonl", "prompt": "{q}", "continue": 4}

@@ -12,7 +12,9 @@ from lewis.importance import streaming
 from lewis.importance.calibration import Calibration
 from lewis.importance.coverage import covered_tensors, told
 from lewis.importance.measure import measure
+from lewis.importance.step import layers_of
 from lewis.models.checkpoint import Checkpoint
+from lewis.models.source import ModelFiles
 from tests.support.models import write_tensors
 from tests.support.tiny_architectures import tiny
 
@@ -25,6 +27,16 @@ def test_a_vision_tower_is_told_as_one(tmp_path: Path) -> None:
     assert {each.tensor.split(".")[0] for each in covered} == {"language_model"}
     assert any(name.startswith("vision_tower") for name in left) and sum(left.values()) > 0.3
     assert "% of the parameters" in told(left)
+
+
+def test_what_is_not_covered_is_told_of_fits_and_of_densities(
+    tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fit, which has no densities, was told to follow a policy for them."""
+    tiny("gpt2").save_pretrained(tmp_path / "gpt2")
+    layers_of(ModelFiles.at("gpt2", "key", tmp_path / "gpt2"))
+    assert "not covered, so a fit leaves them as its anchor has them, and densities follow" in caplog.text
+    assert "transformer.wpe.weight" in caplog.text
 
 
 def test_a_weight_that_is_used_in_another_way_is_not_said_to_get_no_token(

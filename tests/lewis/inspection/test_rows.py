@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import lewis
 from tests.conftest import Family
+from tests.support.models import WORDS, edit_json, write_tokenizer
 
 ROWS = {name: [f"w{i} w{i + 1} w{i + 2} w{i + 3}" for i in range(at, at + 6)] for name, at in (("own", 1), ("odd", 31))}
 
@@ -68,3 +70,27 @@ def test_rows_that_cannot_be_had_stop_no_inspection(given: Path, caplog: pytest.
     given.write_text(yaml.safe_dump(data))
     assert "calibration" not in {each.kind for each in lewis.inspect(given).findings}
     assert "the calibration rows are not checked" in caplog.text and "gone.jsonl" in caplog.text
+
+
+def test_rows_that_predict_nothing_say_nothing(given: Path) -> None:
+    """The loss of both was 0.000 then: prompts that the expert is to continue, and rows of one token."""
+    data = yaml.safe_load(given.read_text())
+    sets = data["lewis"]["calibrations"]
+    sets["own"], sets["odd"] = {"texts": ["w1"] * 6}, {**sets["odd"], "continue": 1}
+    given.write_text(yaml.safe_dump(data))
+    assert "calibration" not in {each.kind for each in lewis.inspect(given).findings}
+
+
+def test_rows_are_not_read_in_another_vocabulary(given: Path) -> None:
+    """They are the base's token ids, which mean other tokens to the expert; some are beyond its last."""
+    data = yaml.safe_load(given.read_text())
+    lost = Path(data["models"][1]["model"])
+    few = shutil.copytree(lost, lost.parent / "few")
+    tensors = load_file(lost / "model.safetensors")
+    save_file({n: t[:40].clone() if len(t) == 64 else t for n, t in tensors.items()}, few / "model.safetensors")
+    edit_json(few / "config.json", vocab_size=40)
+    write_tokenizer(few, WORDS[:37])
+    data["models"][1] |= {"model": str(few), "calibration": "own"}
+    data["lewis"]["calibrations"]["own"]["texts"] = ["w40 w41 w42"] * 6
+    given.write_text(yaml.safe_dump(data | {"tokenizer_source": "base"}))
+    assert "calibration" not in {each.kind for each in lewis.inspect(given).findings}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lewis import store
+from lewis import library, store
 from lewis.devices import default_device
 from lewis.errors import InputError
 from lewis.evaluation.harness import builtin_tasks
@@ -192,6 +192,22 @@ class TestLocal:
         assert base is not None
         pipeline.merge(recipe, pipeline.download(base), [pipeline.download(source) for source in experts])
         assert states(make_plan(recipe))["merge experts"] == "cached"
+
+    def test_a_fit_without_rows_is_no_plain_merge(self, family: Family, home: Path) -> None:
+        models = [{"model": str(each)} for each in family.experts]
+        plan = make_plan(parse({"merge_method": "regmean", "base_model": str(family.base), "models": models}))
+        assert len(plan.layers) == 14 and "covered self_attn.q_proj: 2 layers" in plan.to_text()
+
+    def test_prompts_that_are_not_continued_yet_are_named(self, family: Family, home: Path) -> None:
+        """Time and memory were those of the prompts, a small part of what the fit goes by, without a word."""
+        prompts = {"texts": ["w1 w2"] * 4, "samples": 4, "continue": 4, "max_tokens": 20}
+        models = [{"model": str(family.math)}]
+        recipe = {"merge_method": "regmean_forward", "base_model": str(family.base), "models": models}
+        recipe = parse({**recipe, "lewis": {"calibrations": {"chat": prompts}}})
+        told = "until continue math is done, time and memory count the prompts alone"
+        assert f"warning: {told}" in make_plan(recipe).to_text()
+        library.prepare(recipe)
+        assert told not in make_plan(recipe).to_text()
 
     def test_scores_and_baselines(
         self, family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

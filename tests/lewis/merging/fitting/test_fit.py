@@ -453,6 +453,20 @@ class TestRefused:
         with pytest.raises(InputError, match=r"other: its calibration rows have the token 'w7', which this expert's"):
             prepare(recipe_of(family.base, [family.code, other], tokenizer_source="base", **rows))
 
+    @pytest.mark.parametrize("held_back", [False, True])
+    def test_rows_that_are_longer_than_the_model_takes(self, held_back: bool, family: Family, tmp_path: Path) -> None:
+        """Of a model with learned positions it was a traceback; `plan` did not say so."""
+        from lewis.merging.forecast import forecast
+
+        sets = {"s": {"texts": ["w1 " * 65] * 4}}
+        models = [{"model": str(each), "calibration": "s"} for each in family.experts]
+        recipe = recipe_of(family.base, [], models=models, lewis={"calibrations": sets, "hold_back": held_back})
+        told = r"a sample of set 's' has 65 tokens, the model takes 64; set lewis.calibrations.s.max_tokens to 64"
+        with pytest.raises(InputError, match=told):
+            run(recipe, tmp_path / "out")
+        with pytest.raises(InputError, match=told):
+            forecast(prepare(recipe))
+
     def test_no_space(self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lewis.store.files._free", lambda _: (1000, False))
         with pytest.raises(InputError, match="no space"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from lewis.importance.calibration import Calibration
 from lewis.merging.calibration_rows import hold_back
@@ -19,7 +19,7 @@ from lewis.merging.run import Merge, text_of_fit
 from lewis.models.network.module_tree import Network
 from tests.conftest import Family
 from tests.lewis.merging.fitting.test_fit import prepare, recipe_of, texts
-from tests.support.models import write_expert, write_llama
+from tests.support.models import write_expert, write_llama, write_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
@@ -35,6 +35,26 @@ def test_every_fourth_row_is_held_back_but_not_many_and_none_of_a_few() -> None:
     # Where prompts fill the held-back rows, they say nothing of answers; it ended in a division by zero.
     cut = Calibration("a", rows, tuple((0.1, 0.1) if i % 4 == 3 else (0.1, 1.0) for i in range(len(rows))))
     assert hold_back(cut) == (cut, None)
+
+
+def test_a_model_that_no_row_can_judge_is_fitted_to_all(tmp_path: Path) -> None:
+    """A quarter of the rows was held back for nothing."""
+    config = BertConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    experts = [write_expert(tmp_path / "base", tmp_path / name, seed=1) for name in ("a", "bb")]
+    for own in held(Family(tmp_path / "base", *experts, lora=tmp_path)).experts:
+        assert own.held_back is None and own.calibration is not None and len(own.calibration.samples) == 9
+
+
+@pytest.mark.parametrize("hold_back", [True, False])
+def test_experts_whose_rows_do_not_judge_are_named(hold_back: bool, family: Family, caplog: Any) -> None:
+    sets = {"a": {"texts": texts(1, 3)}, "b": {"texts": texts(2, 4)}}
+    models = [{"model": str(path), "calibration": name} for path, name in zip(family.experts, sets, strict=True)]
+    block = {"calibrations": sets, "hold_back": hold_back}
+    held_back.warn_of_unjudged(prepare(recipe_of(family.base, [], models=models, lewis=block)))
+    [told] = [each for each in caplog.messages if "judges the fit" in each]
+    assert told.startswith(f"{family.math}: no held-back row judges the fit to it") and "got 3 rows;" in told
 
 
 def held(family: Family, folder: Path | None = None, **parameters: Any) -> Merge:
