@@ -21,7 +21,7 @@ from lewis.store import kinds
 from lewis.store.manifest import remembered_sha256
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "2"  # bump when the same rows would give other token ids
+SEMANTICS = "3"  # bump when the same rows would give other token ids
 SAMPLES = "samples"  # what a set in the store is whole with
 WEIGHTS = "weights"
 # One set at a time: threads that load at once trip over tqdm's shared state inside datasets.

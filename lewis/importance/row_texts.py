@@ -3,21 +3,24 @@
 import re
 import string
 from collections.abc import Mapping
-from itertools import zip_longest
+from itertools import groupby, zip_longest
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from lewis.errors import InputError
 from lewis.recipe.schema import CalibrationSet
 
 MAX_FIELDS = 100  # of a template, each of four digits of width at most: with more, a text could take gigabytes
+_MARK = re.compile(r"\{%-?\s*generation\b")
 _KINDS = {list: "a list", tuple: "a list", dict: "a mapping", bytes: "bytes"}
+Spans = tuple[tuple[int, int], ...]  # where each begins and ends, in characters
 
 
 class Text(NamedTuple):
     """A text, where its answers begin and end, and whether the tokenizer adds its special tokens to it."""
 
     content: str
-    answers: tuple[tuple[int, int], ...]
+    answers: Spans
     special: bool = True
 
     def tokens(self, encode: Any, spec: CalibrationSet) -> tuple[list[int], list[float]]:
@@ -95,23 +98,47 @@ def _chat(where: str, column: str, row: Mapping[str, Any], tokenizer: Any) -> Te
             f"{where}: expected a list of turns with `role` and `content` in column {column!r}, got {turns!r:.80}"
         )
 
-    def written(count: int, ask: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=ask))
-
     try:
-        content, answers = written(len(turns)), list[tuple[int, int]]()
-        for i, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                before, after = written(i, ask=True) if i else "", written(i + 1)
-                if content.startswith(before) and content.startswith(after):
-                    answers.append((len(before), len(after)))
-                elif i == len(turns) - 1:  # a template that shows the thoughts of the last turn alone
-                    answers.append((len(written(i)), len(content)))
+        marked = _MARK.search(str(tokenizer.get_chat_template()))
+        content, answers = (_marked if marked else _found)(turns, tokenizer)
     except Exception as error:  # a template may raise anything
         raise InputError(
             f"{where}: the base's chat template does not take a row: {' '.join(str(error).split())[:200]}"
         ) from error
-    return Text(content, tuple(answers), special=False)
+    return Text(content, answers, special=False)
+
+
+def _marked(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
+    """A chat and its answers, by a template that marks what an assistant writes (`{% generation %}`)."""
+    offsets = {"tokenizer_kwargs": {"return_offsets_mapping": True}}
+    tokens = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True, **offsets)
+    places = zip(tokens["assistant_masks"], tokens["offset_mapping"], strict=True)
+    runs = [list(run) for marked, run in groupby(places, key=itemgetter(0)) if marked]
+    answers = tuple((run[0][1][0], run[-1][1][1]) for run in runs)
+    return str(tokenizer.apply_chat_template(turns, tokenize=False)), answers
+
+
+def _found(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
+    """A chat and its answers, by what the template adds for each turn of the assistant."""
+
+    def written(count: int, ask: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=ask))
+
+    content, answers = written(len(turns)), list[tuple[int, int]]()
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before, after = written(i, ask=True) if i else "", written(i + 1)
+        said = str(turn["content"]).strip()
+        if content.startswith(before) and content.startswith(after):
+            answers.append((len(before), len(after)))
+        elif i == len(turns) - 1:  # a template that shows the thoughts of the last turn alone
+            answers.append((len(written(i)), len(content)))
+        elif said and content.startswith(before) and (begin := content.find(said, len(before))) >= 0:
+            # A template that writes this turn otherwise while it is the last.
+            end, ends = begin + len(said), after[after.rfind(said) + len(said) :]
+            answers.append((len(before), end + len(ends) * content.startswith(ends, end)))
+    return content, tuple(answers)
 
 
 def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:

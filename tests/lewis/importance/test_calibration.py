@@ -171,6 +171,36 @@ class TestSamples:
         with pytest.raises(InputError, match="has no chat template; write `prompt` and `answer` instead"):
             run(family.base, tmp_path, **file, messages="chat")
 
+    @pytest.mark.parametrize(
+        ("template", "text", "weights"),
+        [
+            (  # thoughts in the last turn alone, as some templates have it: the first answer counted as a prompt
+                "{% for m in messages %}{{ 'w1 ' if m.role == 'user' else 'w2 ' }}"
+                "{% if m.role != 'user' and loop.last %}w10 {% endif %}{{ m.content }} w3 {% endfor %}"
+                "{% if add_generation_prompt %}w2 {% endif %}",
+                ids(1, 5, 3, 2, 6, 7, 3, 1, 8, 3, 2, 10, 9, 3),
+                (0.1, 0.1, 0.1, 1, 1, 1, 1, 0.1, 0.1, 0.1, 1, 1, 1, 1),
+            ),
+            (  # no generation prompt, but marks
+                "{% for m in messages %}{% if m.role == 'user' %}w1 {{ m.content }} {% else %}w2 "
+                "{% generation %}{{ m.content }} {% endgeneration %}w3 {% endif %}{% endfor %}",
+                ids(1, 5, 2, 6, 7, 3, 1, 8, 2, 9, 3),
+                (0.1, 0.1, 1, 1, 1, 0.1, 0.1, 0.1, 1, 1, 0.1),
+            ),
+        ],
+        ids=["thoughts", "marks"],
+    )
+    def test_of_chats_have_all_answers_of_the_assistant(
+        self, template: str, text: tuple[int, ...], weights: tuple[float, ...], family: Family, tmp_path: Path
+    ) -> None:
+        tokenizer = shard(family.base, tmp_path / "chatty", parts=1)
+        edit_json(tokenizer / "tokenizer_config.json", chat_template=template)
+        turns = [("user", "w5"), ("assistant", "w6 w7"), ("user", "w8"), ("assistant", "w9")]
+        row = {"chat": [{"role": role, "content": content} for role, content in turns]}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        found = run(tokenizer, tmp_path, dataset="json", data_files="rows.jsonl", messages="chat")
+        assert (found.samples, found.weights) == ((text,), (weights,))
+
     def test_follow_a_tokenizer_that_changed_in_place(self, family: Family, tmp_path: Path) -> None:
         write_tokenizer(tmp_path / "t", ["a", "b"])
         before = run(tmp_path / "t", texts=["b"]).samples
