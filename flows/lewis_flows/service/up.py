@@ -64,6 +64,7 @@ def up(
         ) from None
     with alone, ExitStack() as stack:
         stack.callback(note.remove)
+        note.write({})  # another `lewis up` says which process is in its way
         parts: list[Process] = []
 
         def add(part: Process) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lewis.errors import InputError
 from lewis.store import kinds
+from lewis_flows.service import up
 from lewis_flows.service.processes import Process
 from tests.support.service import children
 
@@ -121,3 +123,18 @@ def test_an_exit_code_is_passed_on(home: Path) -> None:
     while process.ended() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.ended() == 7
+
+
+def test_a_second_service_of_a_store_names_the_first_while_that_starts(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It named the process None."""
+
+    def start(*_: object) -> dict[str, str]:
+        up.up(lambda *_: None, lambda _: None)
+        return {}
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(up, "_start_servers", start)
+    with pytest.raises(InputError, match=rf"already \(process {os.getpid()}\); stop it first"):
+        up.up(lambda *_: None, lambda _: None)
