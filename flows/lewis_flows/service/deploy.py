@@ -1,6 +1,7 @@
 """Put work pool, device limit, deployments and automations on a Prefect server, and keep them up to date."""
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from lewis.recipe import yaml_text
 from lewis_flows import environment, prefect_runs, recipes_folder
 from lewis_flows.service import orphaned_runs, recipe_deployments, worker
 from lewis_flows.service.automations import put_automations
+from lewis_flows.service.credentials import connected
 from lewis_flows.service.recipe_deployments import Folder, RecipeFile
 from lewis_flows.turn import crash_dead_runs
 from lewis_tasks.support import moves
@@ -205,15 +207,16 @@ def main() -> int:
     """What `lewis up` does with Prefect's client: `... -m lewis_flows.service.deploy begin [FILE]`, or `worker-died`.
 
     Returns:
-        The exit code: 2 if a setting is wrong, 1 after another error; what is wrong is on stdout.
+        The exit code: 2 if a setting or the key is wrong, 1 after another error; what is wrong is on stdout.
     """
     what, *file = sys.argv[1:]
     try:
         environment.prepare()
-        if what == "begin":
-            begin(*map(Path, file))
-        else:
-            worker_died()
+        with connected(os.environ["PREFECT_API_URL"]):
+            if what == "begin":
+                begin(*map(Path, file))
+            else:
+                worker_died()
     except LewisError as error:
         print(error)  # noqa: T201
         return 2 if isinstance(error, InputError) else 1

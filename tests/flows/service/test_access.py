@@ -260,6 +260,18 @@ def test_a_wrong_key_is_told(prefect_url: str, monkeypatch: pytest.MonkeyPatch) 
         client.read_flow_runs()
 
 
+def test_a_service_on_a_server_with_another_key_says_so(
+    prefect_url: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended in a traceback."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    monkeypatch.setenv(PREFECT_SENT, "wrong")
+    monkeypatch.setattr(deploy.environment, "prepare", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["deploy", "begin"])
+    assert deploy.main() == 2
+    assert "wants another key; set PREFECT_API_AUTH_STRING" in capsys.readouterr().out
+
+
 def test_a_block_leaves_no_setting_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from prefect.settings import PREFECT_API_AUTH_STRING
 
