@@ -44,7 +44,9 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     }
     if parts and gate.metric == WEIGHTED_KEY and parts.keys() <= counted.keys():
         spreads[WEIGHTED_KEY] = power.spread([(weight, counted[task]) for task, weight in parts.items()])
-    gains = [name for name in spreads if gate.policy == "better" and gate.metric.startswith(name)]
+    gains = [
+        name for name in spreads if gate.policy == "better" and name in (gate.metric, gate.metric.partition("/")[0])
+    ]
     tests = len(set(tasks.names) | ({WEIGHTED_KEY} & {gate.metric})) - len(gains)
     for name, spread in spreads.items():
         about = f"{name}: {counted[name]} documents" if name in counted else name

@@ -77,6 +77,12 @@ def test_a_gain_needs_more_the_more_versions_were_compared_before(root: Path) ->
     assert "a gain of 0.13 is seen 8 times in 10" in said(root, {"metric": "sums/acc,none", "min_gain": 0.1}, "sums")[1]
 
 
+def test_a_gain_is_asked_of_the_task_of_the_metric_not_of_one_whose_name_begins_alike(root: Path) -> None:
+    (root / "sum.yaml").write_text(yaml.safe_dump({**TASK, "task": "sum"}))
+    _, first, second = said(root, {"metric": "sums/acc,none", "policy": "better"}, "sum", "sums")
+    assert first.startswith("sum: 200 documents, margin 0.065:") and second.startswith("sums: 200 documents, a gain")
+
+
 def test_who_is_asked_about_what_passes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asks = {"metric": "odd/acc,none", "judge": {"model": "wise"}, "approve": True, "approve_hours": 2}
     wise, person = "what passes is shown to the judge wise at", "what passes waits up to 2 hours for a person"
