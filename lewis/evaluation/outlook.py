@@ -78,7 +78,8 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
 def _margin(gate: Gate, name: str, spread: float, tests: int) -> float:
     given = gate.tolerance
     if isinstance(given, Mapping):
-        given = next((given[key] for key in given if key.partition("/")[0] == name or key == name), None)
+        own = [key for key in given if key == name or key.partition("/")[0] == name]
+        given = given[max(own, key=lambda key: "/" in key)] if own else None  # that of a metric wins, as in the gate
     return power.margin(spread, tests) if given is None else given
 
 

@@ -46,6 +46,8 @@ def test_margins_follow_from_the_documents_and_the_number_of_tests(root: Path) -
     assert [line.split(":")[0] for line in lines] == ["sums", "words", "weighted/mean,none, margin 0.055"]
     given = said(root, {"metric": "sums/acc,none", "tolerance": {"sums": 0.02}}, "sums")[1]
     assert "margin 0.02: an equal version passes 23%, a loss of 0.002 is refused" in given
+    both = said(root, {"metric": "sums/acc,none", "tolerance": {"sums": 0.02, "sums/acc,none": 0.05}}, "sums")[1]
+    assert "margin 0.05:" in both
     small = said(root, {"metric": "sums/acc,none", "tolerance": 0.01}, "sums")[1]
     assert small.endswith("an equal version passes 12%, it needs a larger register.gate.tolerance")
 
