@@ -149,11 +149,13 @@ def draft(
         choose: called with each expert and the topic that its name or card suggests; gives the one to take.
 
     Raises:
-        InputError: if a model does not exist, or does not fit the base.
+        InputError: if a model does not exist, does not fit the base, or is given twice.
         TransientError: if the Hub cannot be asked right now.
     """
     root = file.parent
     refs = [_placed(each, root) for each in (base, *experts)]
+    if twice := next((ref for ref in refs[1:] if refs.count(ref) > 1 and ref != refs[0]), None):
+        raise InputError(f"{twice}: given twice; name each expert once, and count one more by its weight in the recipe")
     first = pin(refs[0], root)
     others = [pin(ref, root, first) for ref in refs[1:]]
     topics = dict[str, Topic]()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lewis.errors import InputError
 from lewis.evaluation.harness.builtin_tasks import builtin_task
 from lewis.evaluation.harness.task_metrics import check_names
 from lewis.inspection.draft import GENERAL, TOPICS, Topic, draft, topic_of
@@ -81,3 +82,8 @@ def test_it_writes_a_recipe_that_fits(
 def test_the_commands_in_it_name_the_file_that_it_is(family: Family, tmp_path: Path) -> None:
     text = draft(str(family.base), [str(family.math)], tmp_path / "r.yml").text
     assert "# lewis run r.yml " in text and "r.yaml" not in text
+
+
+def test_an_expert_that_is_given_twice_is_refused_as_a_recipe_refuses_it(family: Family, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="math: given twice"):
+        draft(str(family.base), [str(family.math), str(family.code), f"{family.math}/"], tmp_path / "r.yaml")
