@@ -272,7 +272,13 @@ def _not_worse(gate: Gate, candidate: Scored, reference: Scored, look: Look, tha
     judged = _judged(gate, candidate)
     for key, samples in judged.items():
         found = gain(candidate, reference, key)
-        if found is not None:
+        if found is None:
+            continue
+        score = reference.by_name[key]
+        if not score.value and not score.higher_is_better:  # a share of 0 is no margin
+            passed = found.delta >= 0 and look.documents is None
+            yield RuleResult(f"{key} must not be worse{than}: 0 before, gain {found.delta:+.4f}", passed)
+        else:
             margin = _margin(gate, samples, reference, len(judged), look)
             p = found.p_inferior(margin)
             lost = 1 - p < CHANCE * look.failing

@@ -10,6 +10,7 @@ import pytest
 from lewis.errors import InputError
 from lewis.evaluation.gate import Incumbent, Standing, decide, judge
 from lewis.evaluation.statistics.comparison import PairingError
+from lewis.evaluation.statistics.looks import Look
 from lewis.evaluation.statistics.scored import Scored
 from lewis.evaluation.statistics.scores import Ends, Evaluated, Part, Samples, Score
 from lewis.recipe.schema import Gate
@@ -192,6 +193,15 @@ def test_a_tolerance_is_relative_where_scores_are_not_shares() -> None:
     worse = model("m", higher=False, maths=[v - 5 for v in values], prose=[v + 1.1 for v in values])
     [reason] = failed(verdict(gate(), worse, base))
     assert reason.startswith("prose/exact_match,none must not be worse by 1.025: gain -1.1000")
+
+
+def test_an_error_rate_of_0_must_stay_so_and_keeps_no_equal_version_out() -> None:
+    clean = model("base", higher=False, maths=right(0))
+    found = verdict(not_worse(), model("m", higher=False, maths=right(0)), clean)
+    assert found.passed and found.reasons[0] == f"{KEY} must not be worse: 0 before, gain +0.0000: pass"
+    assert not verdict(not_worse(), model("m", higher=False, maths=right(1)), clean).passed
+    early = Look(100, {"maths": 1000}, 0.5, 0.5)
+    assert not verdict(not_worse(), model("m", higher=False, maths=right(0)), clean, look=early).passed
 
 
 def test_a_group_stands_for_its_members_and_a_weighted_mean_for_none() -> None:
