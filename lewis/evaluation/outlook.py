@@ -39,9 +39,10 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     counted = _documents(evaluate, tasks, root)
     last = looks.look_at(evaluate.stop, None, counted)
     spreads = {task: power.spread([(1.0, count)]) for task, count in counted.items()}
-    parts = {
-        name.partition("/")[0]: weight / sum(evaluate.weights.values()) for name, weight in evaluate.weights.items()
-    }
+    parts = dict[str, float]()  # two scores of a task have its documents in common
+    for name, weight in evaluate.weights.items():
+        task = name.partition("/")[0]
+        parts[task] = parts.get(task, 0.0) + weight / sum(evaluate.weights.values())
     if parts and gate.metric == WEIGHTED_KEY and parts.keys() <= counted.keys():
         spreads[WEIGHTED_KEY] = power.spread([(weight, counted[task]) for task, weight in parts.items()])
     gains = [

@@ -235,6 +235,23 @@ def test_the_guards(ends: Ends, reason: str) -> None:
     assert told.startswith(reason) and not found.passed
 
 
+def test_the_mean_of_two_metrics_of_a_task_is_judged_as_one_of_them() -> None:
+    weights = {"maths/exact_match,none": 1.0, "maths/flexible,none": 1.0}
+
+    def twice(label: str, number: int) -> Scored:
+        one = model(label, maths=right(number))
+        scores = [*one.scores, replace(one.scores[0], metric="flexible,none")]
+        samples = [*one.samples, replace(one.samples[0], metric="flexible,none")]
+        return Scored.of(label, label, Evaluated(scores, samples, GOOD, {}), weights)
+
+    rule = not_worse(metric="weighted/mean,none", tolerance=None)
+    alone = [model(label, maths=right(number), weights={"maths": 1.0}) for label, number in (("m", 55), ("base", 50))]
+    found, expected = verdict(rule, twice("m", 55), twice("base", 50)), verdict(rule, *alone)
+    assert found.reasons[0].partition(", p")[0] == expected.reasons[0].partition(", p")[0]  # the margin, and from where
+    assert found.luck == pytest.approx(expected.luck)
+    assert twice("m", 55).by_name["weighted/mean,none"].stderr == pytest.approx(0.01)
+
+
 def test_a_guard_asks_for_no_more_than_the_base_does() -> None:
     poor = Ends({"maths": 0.3}, 4, 0, None)
     found = verdict(gate(), model("m", poor, maths=right(80)), model("base", poor, maths=right(50)))

@@ -44,6 +44,10 @@ def test_margins_follow_from_the_documents_and_the_number_of_tests(root: Path) -
     weights = {"weights": {"sums": 1, "words/acc,none": 1}}
     _, *lines = said(root, {"metric": "weighted/mean,none"}, "sums", "words", **weights)
     assert [line.split(":")[0] for line in lines] == ["sums", "words", "weighted/mean,none, margin 0.055"]
+    weights = {"weights": {"sums/acc,none": 1, "sums/f1,none": 1}}
+    assert said(root, {"metric": "weighted/mean,none"}, "sums", **weights)[-1].startswith(
+        "weighted/mean,none, margin 0.073"
+    )
     given = said(root, {"metric": "sums/acc,none", "tolerance": {"sums": 0.02}}, "sums")[1]
     assert "margin 0.02: an equal version passes 23%, a loss of 0.002 is refused" in given
     both = said(root, {"metric": "sums/acc,none", "tolerance": {"sums": 0.02, "sums/acc,none": 0.05}}, "sums")[1]
