@@ -272,7 +272,13 @@ def _not_worse(gate: Gate, candidate: Scored, reference: Scored, look: Look, tha
     judged = _judged(gate, candidate)
     for key, samples in judged.items():
         found = gain(candidate, reference, key)
-        if found is not None:
+        if found is None:
+            continue
+        score = reference.by_name[key]
+        if not score.value and not score.higher_is_better:  # a share of 0 is no margin
+            passed = found.delta >= 0 and look.documents is None
+            yield RuleResult(f"{key} must not be worse{than}: 0 before, gain {found.delta:+.4f}", passed)
+        else:
             margin = _margin(gate, samples, reference, len(judged), look)
             p = found.p_inferior(margin)
             lost = 1 - p < CHANCE * look.failing
@@ -318,8 +324,11 @@ def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int, look: L
     if isinstance(given, Mapping):
         given = given.get(samples.key, given.get(samples.task))
     if given is None and share:
-        counts = ((part.weight, look.pools.get(part.task, len(part.documents))) for part in samples.parts)
-        return power.margin(power.spread(counts), tests)
+        weights, counts = dict[str, float](), dict[str, int]()
+        for part in samples.parts:  # several metrics of a task have its documents in common
+            weights[part.task] = weights.get(part.task, 0.0) + part.weight
+            counts[part.task] = look.pools.get(part.task, len(part.documents))
+        return power.margin(power.spread((weights[task], count) for task, count in counts.items()), tests)
     return (TOLERANCE if given is None else given) * (1.0 if share else abs(score.value))
 
 

@@ -39,12 +39,15 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     counted = _documents(evaluate, tasks, root)
     last = looks.look_at(evaluate.stop, None, counted)
     spreads = {task: power.spread([(1.0, count)]) for task, count in counted.items()}
-    parts = {
-        name.partition("/")[0]: weight / sum(evaluate.weights.values()) for name, weight in evaluate.weights.items()
-    }
+    parts = dict[str, float]()  # two scores of a task have its documents in common
+    for name, weight in evaluate.weights.items():
+        task = name.partition("/")[0]
+        parts[task] = parts.get(task, 0.0) + weight / sum(evaluate.weights.values())
     if parts and gate.metric == WEIGHTED_KEY and parts.keys() <= counted.keys():
         spreads[WEIGHTED_KEY] = power.spread([(weight, counted[task]) for task, weight in parts.items()])
-    gains = [name for name in spreads if gate.policy == "better" and gate.metric.startswith(name)]
+    gains = [
+        name for name in spreads if gate.policy == "better" and name in (gate.metric, gate.metric.partition("/")[0])
+    ]
     tests = len(set(tasks.names) | ({WEIGHTED_KEY} & {gate.metric})) - len(gains)
     for name, spread in spreads.items():
         about = f"{name}: {counted[name]} documents" if name in counted else name
@@ -76,7 +79,8 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
 def _margin(gate: Gate, name: str, spread: float, tests: int) -> float:
     given = gate.tolerance
     if isinstance(given, Mapping):
-        given = next((given[key] for key in given if key.partition("/")[0] == name or key == name), None)
+        own = [key for key in given if key == name or key.partition("/")[0] == name]
+        given = given[max(own, key=lambda key: "/" in key)] if own else None  # that of a metric wins, as in the gate
     return power.margin(spread, tests) if given is None else given
 
 

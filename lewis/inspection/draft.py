@@ -149,11 +149,13 @@ def draft(
         choose: called with each expert and the topic that its name or card suggests; gives the one to take.
 
     Raises:
-        InputError: if a model does not exist, or does not fit the base.
+        InputError: if a model does not exist, does not fit the base, or is given twice.
         TransientError: if the Hub cannot be asked right now.
     """
     root = file.parent
     refs = [_placed(each, root) for each in (base, *experts)]
+    if twice := next((ref for ref in refs[1:] if refs.count(ref) > 1 and ref != refs[0]), None):
+        raise InputError(f"{twice}: given twice; name each expert once, and count one more by its weight in the recipe")
     first = pin(refs[0], root)
     others = [pin(ref, root, first) for ref in refs[1:]]
     topics = dict[str, Topic]()
@@ -163,7 +165,7 @@ def draft(
             topic = replace(topic, name=f"{topic.name}_2")
         topics[source.ref] = topic
     tasks = tuple(dict.fromkeys(topic.task for topic in topics.values() if topic.task)) or (GENERAL.task,)
-    text = _compose(first, topics, tasks, file.stem)
+    text = _compose(first, topics, tasks, file)
     recipe = Recipe.parse(text, root=root, name=file.stem)
     preflight(recipe, first, others)
     found = tuple(step.before_download(first, others))
@@ -200,7 +202,7 @@ def _end(folder: Path) -> str:
     return str(token.get("content") if isinstance(token, dict) else token or "")
 
 
-def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], name: str) -> str:
+def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], file: Path) -> str:
     folder = repository.fetch(base.model, weights=False)
     config = read_config(folder)
     dtype = config.get("dtype") or config.get("torch_dtype")
@@ -208,9 +210,9 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], nam
     sets = {topic.name: topic for topic in topics.values()}
     end = _end(folder).replace("{", "{{").replace("}", "}}")
     lines = [
-        f"# lewis plan {name}.yaml      what a run would do: downloads, disk, memory, time",
-        f"# lewis inspect {name}.yaml   whether the models belong together",
-        f"# lewis run {name}.yaml       the whole run",
+        f"# lewis plan {file.name}      what a run would do: downloads, disk, memory, time",
+        f"# lewis inspect {file.name}   whether the models belong together",
+        f"# lewis run {file.name}       the whole run",
         "merge_method: recommended       # fits each projection to what the experts do on their rows; or ties ...",
         f"base_model: {_quoted(base.ref)}",
         "models:",
@@ -249,7 +251,7 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], nam
         "  baselines: [base, experts]",
         "",
         "register:",
-        f"  name: {_quoted(name)}                # of the model in MLflow",
+        f"  name: {_quoted(file.stem)}                # of the model in MLflow",
         "  # promoted unless something got worse; policy: better asks for a significant gain over the champion",
         f"  gate: {{policy: not_worse, metric: {_quoted(metric)}}}",
         "",

@@ -52,7 +52,10 @@ def _of_file(path: Path, columns: list[str], count: int, found: Topic) -> Topic:
         return replace(own, prompt="", answer="", messages="messages")
     print(f"  columns: {', '.join(columns)}")
     prompt = next((name for name in PROMPTS if name in columns), columns[0])
-    answer = next((name for name in ANSWERS if name in columns and name != prompt), columns[-1])
+    answer = next((name for name in ANSWERS if name in columns and name != prompt), None)
+    if answer is None and (prompt == "text" or len(columns) == 1):  # one column has all of it
+        return replace(own, prompt="", answer=_template("text", f"{{{prompt}}}", columns))
+    answer = answer or next(name for name in reversed(columns) if name != prompt)
     return replace(
         own,
         prompt=_template("prompt", f"{{{prompt}}}", columns),

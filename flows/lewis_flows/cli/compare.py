@@ -75,10 +75,13 @@ def _side(given: str) -> "Side":
         return Side.of_store(given, {_digest(given)})
     if folder.is_file() and folder.name.startswith("results_"):
         raise InputError(f"{given}: expected the folder that lm-eval wrote, got a file; give {folder.parent}")
-    keys = {str((read_manifest(folder) or {}).get("digest"))} if folder.is_dir() else set()
+    merge = (read_manifest(folder) if folder.is_dir() else None) or {}
+    keys = {str(merge["digest"])} if "digest" in merge else set()
     try:
         keys.add(pin(given, Path.cwd()).key)
     except LewisError as error:
+        if keys:  # an adapter of a merge, which is no model without its base
+            return Side.of_store(label, keys)
         what = "has no results_*.json of lm-eval" if folder.is_dir() else "is no folder"
         raise InputError(f"{error}; and {folder} {what}") from error
     return Side.of_store(label, keys)

@@ -111,21 +111,24 @@ def compare(
     pairs = [_aligned(ours, theirs, who, whose) for ours, theirs in _parts(candidate, reference, who)]
     sign = 1.0 if higher_is_better else -1.0
     delta = sign * float(sum(_gain(part, sums.sum(axis=0)) for part, sums in pairs)) + 0.0  # no -0
-    draws = sign * _resampled(pairs, _gain) + 0.0
+    together = _together(pairs)
+    draws = sign * _resampled(together, _gain) + 0.0
     low, high = _interval(draws)
-    better = np.concatenate([sign * _per_document(part, sums) for part, sums in pairs])
+    better = np.concatenate(
+        [sum(sign * part.weight * _per_document(part, sums) for part, sums in of) for of in together]
+    )
     binary = len(pairs) == 1 and all(
         part.aggregation == "mean" and bool(np.isin(sums[:, [0, 2]], (0, 1)).all()) for part, sums in pairs
     )
     wins, losses = int((better > 0).sum()), int((better < 0).sum())
-    p = mcnemar(wins, losses) if binary else _permutation(pairs, abs(delta))
+    p = mcnemar(wins, losses) if binary else _permutation(together, abs(delta))
     return Comparison(candidate.key, candidate.count, delta, low, high, wins, losses, binary, p, np.sort(draws))
 
 
 @functools.lru_cache(256)
 def interval(samples: Samples) -> tuple[float, float]:
     """The 95 % interval of one model's value, from a bootstrap."""
-    return _interval(_resampled([(part, part.sums()) for part in samples.parts], _own))
+    return _interval(_resampled(_together([(part, part.sums()) for part in samples.parts]), _own))
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -164,6 +167,14 @@ def _parts(candidate: Samples, reference: Samples, who: str) -> list[tuple[Part,
     return list(zip(candidate.parts, reference.parts, strict=True))
 
 
+def _together(pairs: Sequence[tuple[Part, Array]]) -> list[list[tuple[Part, Array]]]:
+    """The parts by their documents: two metrics on the same documents vary together."""
+    found: dict[tuple[str, tuple[str, ...]], list[tuple[Part, Array]]] = {}
+    for part, sums in pairs:
+        found.setdefault((part.task, part.documents), []).append((part, sums))
+    return list(found.values())
+
+
 def _aligned(ours: Part, theirs: Part, who: str, whose: str) -> tuple[Part, Array]:
     """The sums of both models per document: fp64, shape (documents, 4), zero where a metric skips the document."""
     place = places_of(theirs.documents)
@@ -186,22 +197,29 @@ def _own(part: Part, sums: Array) -> Array:
     return part.weight * part.aggregate(sums)
 
 
-def _resampled(parts: Sequence[tuple[Part, Array]], statistic: Callable[[Part, Array], Array]) -> Array:
-    """The statistic on resamples of the documents within each part: fp64, shape (RESAMPLES,).
+def _resampled(together: Sequence[Sequence[tuple[Part, Array]]], statistic: Callable[[Part, Array], Array]) -> Array:
+    """The statistic on resamples of the documents, parts by their documents: fp64, shape (RESAMPLES,).
 
     The variance of a bootstrap is too small by (n - 1) / n, so small samples would look more certain than they are.
     The distance of each draw from the observed value is therefore scaled by the square root of n / (n - 1).
     """
     rng, total = np.random.default_rng(0), np.zeros(RESAMPLES)
-    for part, sums in parts:
-        count, observed = len(sums), statistic(part, sums.sum(axis=0))
+    for of in together:
+        sums = np.hstack([each for _, each in of])
+        count, observed = len(sums), _sum(statistic, of, sums.sum(axis=0))
         wider = math.sqrt(count / (count - 1)) if count > 1 else math.nan  # one document has no spread
         # Many documents have equal sums: right and wrong answers give only four kinds of rows.
         kinds, often = np.unique(sums, axis=0, return_counts=True)
         for rows in _chunks(RESAMPLES, len(kinds)):
             drawn = rng.multinomial(count, often / count, size=len(rows)).astype(np.float64)
-            total[rows] += observed + wider * (statistic(part, drawn @ kinds) - observed)
+            total[rows] += observed + wider * (_sum(statistic, of, drawn @ kinds) - observed)
     return total
+
+
+def _sum(statistic: Callable[[Part, Array], Array], of: Sequence[tuple[Part, Array]], sums: Array) -> Array:
+    """The statistic summed over parts whose sums are side by side: fp64, shape (..., columns) -> (...)."""
+    each = np.split(sums, len(of), axis=-1)
+    return np.sum([statistic(part, own) for (part, _), own in zip(of, each, strict=True)], axis=0)
 
 
 def _chunks(rows: int, columns: int) -> Iterator[range]:
@@ -223,14 +241,14 @@ def _per_document(part: Part, sums: Array) -> Array:
     return np.nan_to_num(np.where((sums[:, 1] > 0) & (sums[:, 3] > 0), gain, 0.0))
 
 
-def _permutation(pairs: Sequence[tuple[Part, Array]], observed: float) -> float:
+def _permutation(together: Sequence[Sequence[tuple[Part, Array]]], observed: float) -> float:
     """Two-sided p of a gain when the two models' values are swapped at random on each document.
 
     The test is exact for exchangeable models, such as two copies of one model. If few documents differ, all possible
     swaps are counted instead of random ones. Where no draw reaches the observed gain, Hoeffding's bound says more. No p
     is below that of the two swaps, none and all, which always reach it.
     """
-    unequal = [(sums[:, :2] != sums[:, 2:]).any(axis=1) for _, sums in pairs]
+    unequal = [np.any([(sums[:, :2] != sums[:, 2:]).any(axis=1) for _, sums in of], axis=0) for of in together]
     number = sum(int(each.sum()) for each in unequal)
     every = number <= math.log2(RESAMPLES)
     rounds, hits, squares = 2**number if every else RESAMPLES, 0, 0.0
@@ -241,11 +259,13 @@ def _permutation(pairs: Sequence[tuple[Part, Array]], observed: float) -> float:
         else:
             swapped = rng.integers(0, 2, (len(rows), number), dtype=np.int8)
         total, start = np.zeros(len(rows)), 0
-        for (part, sums), where in zip(pairs, unequal, strict=True):
-            moved, end = sums[where], start + int(where.sum())
-            change = np.hstack([moved[:, 2:] - moved[:, :2], moved[:, :2] - moved[:, 2:]])
-            total += _gain(part, sums.sum(axis=0) + swapped[:, start:end].astype(np.float64) @ change)
-            start = end
+        for of, where in zip(together, unequal, strict=True):
+            end = start + int(where.sum())
+            swaps, start = swapped[:, start:end].astype(np.float64), end
+            for part, sums in of:
+                moved = sums[where]
+                change = np.hstack([moved[:, 2:] - moved[:, :2], moved[:, :2] - moved[:, 2:]])
+                total += _gain(part, sums.sum(axis=0) + swaps @ change)
         hits += int(np.count_nonzero(~(np.abs(total) < observed - ROUNDING)))
         squares += float(total @ total)
     if every or hits:

@@ -131,7 +131,8 @@ def _weighted(
 ) -> tuple[Score, Samples]:
     of: list[tuple[Samples, float]] = []
     known = {score.key: score for score in scores}
-    directions, value, variance = set(), 0.0, 0.0
+    directions, value = set(), 0.0
+    errors = dict[str, float]()  # of each task: scores of one task vary together, at most as their sum
     for name, weight in weights.items():
         key = next((k for k, score in known.items() if name in (k, score.task) and k in samples), None)
         if key is None:
@@ -145,11 +146,12 @@ def _weighted(
         directions.add(known[key].higher_is_better)
         value += share * known[key].value
         stderr = known[key].stderr
-        variance += math.nan if stderr is None else (share * stderr) ** 2
+        own = math.nan if stderr is None else share * stderr
+        errors[known[key].task] = errors.get(known[key].task, 0.0) + own
     if len(directions) > 1:
         raise InputError("evaluate.weights: some of these scores are better high, others low; weight one kind only")
     mean = combined(*WEIGHTED, of)
-    spread = None if math.isnan(variance) else math.sqrt(variance)
+    spread = None if any(map(math.isnan, errors.values())) else math.hypot(*errors.values())
     return Score(*WEIGHTED, value, spread, directions.pop(), mean.count), mean
 
 

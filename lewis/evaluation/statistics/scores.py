@@ -70,7 +70,7 @@ class Samples:
     @property
     def count(self) -> int:
         """How many documents."""
-        return sum(len(part.documents) for part in self.parts)
+        return sum(len(documents) for _, documents in {(part.task, part.documents) for part in self.parts})
 
     def value(self) -> float:
         """The metric over all documents, as lm-eval computes it."""

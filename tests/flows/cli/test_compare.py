@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,14 @@ def test_models_that_were_scored_here(compared: Told, family: Family, home: Path
     # What lm-eval wrote elsewhere, against a model of the store.
     code, out, _ = compared(results(tmp_path / "out", RIGHT["better"]), family.math, "--json")
     assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.9, 0.2]
+
+
+def test_a_merged_adapter_is_known_by_its_folder(compared: Told, family: Family, tmp_path: Path) -> None:
+    with store.publish(tmp_path / "pulled", {"digest": "a" * 64}) as target:
+        shutil.copytree(family.lora, target, dirs_exist_ok=True)
+    store.write_entry(kinds.SCORES.path("1"), content(RIGHT["worse"], model="a" * 64, scored_as="x"))
+    code, out, _ = compared(tmp_path / "pulled", results(tmp_path / "out", RIGHT["better"]), "--json")
+    assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
 
 
 def test_versions(compared: Told, home: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`lewis new` in a terminal: it asks for rows, shows the plan and what an inspection finds, and offers to run."""
 
+import io
 import json
 import os
 import pty
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lewis.inspection.draft import GENERAL
 from lewis.recipe.recipe import Recipe
+from lewis_flows.cli.ask import rows_of
 from tests.conftest import Family
 
 
@@ -61,3 +64,13 @@ def test_it_asks_for_rows_and_shows_what_it_found(home: Path, family: Family, tm
     assert first.data_files == str(tmp_path / "one" / "train.jsonl") and len(recipe.lewis.calibrations) == 2
     assert "columns: question, answer, level" in shown and "memory  about" in shown
     assert re.search("no findings|warnings?: ", shown)  # of an inspection, as the models are here
+
+
+@pytest.mark.parametrize("row", [{"text": "w1 w2"}, {"text": "w1 w2", "source": "web"}, {"body": "w1 w2"}])
+def test_a_file_of_texts_is_no_prompt_that_is_its_own_answer(
+    row: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path / 'rows.jsonl'}\n\n"))
+    rows = rows_of("math", GENERAL)
+    assert rows.prompt == "" and rows.answer == f"{{{next(iter(row))}}}"  # a `text` of the recipe

@@ -10,6 +10,7 @@ import pytest
 from lewis.errors import InputError
 from lewis.evaluation.gate import Incumbent, Standing, decide, judge
 from lewis.evaluation.statistics.comparison import PairingError
+from lewis.evaluation.statistics.looks import Look
 from lewis.evaluation.statistics.scored import Scored
 from lewis.evaluation.statistics.scores import Ends, Evaluated, Part, Samples, Score
 from lewis.recipe.schema import Gate
@@ -194,6 +195,15 @@ def test_a_tolerance_is_relative_where_scores_are_not_shares() -> None:
     assert reason.startswith("prose/exact_match,none must not be worse by 1.025: gain -1.1000")
 
 
+def test_an_error_rate_of_0_must_stay_so_and_keeps_no_equal_version_out() -> None:
+    clean = model("base", higher=False, maths=right(0))
+    found = verdict(not_worse(), model("m", higher=False, maths=right(0)), clean)
+    assert found.passed and found.reasons[0] == f"{KEY} must not be worse: 0 before, gain +0.0000: pass"
+    assert not verdict(not_worse(), model("m", higher=False, maths=right(1)), clean).passed
+    early = Look(100, {"maths": 1000}, 0.5, 0.5)
+    assert not verdict(not_worse(), model("m", higher=False, maths=right(0)), clean, look=early).passed
+
+
 def test_a_group_stands_for_its_members_and_a_weighted_mean_for_none() -> None:
     base = model("base", maths=right(50), code=right(50), group="both")
     ours = model("m", maths=right(80), code=right(50), group="both")
@@ -223,6 +233,23 @@ def test_the_guards(ends: Ends, reason: str) -> None:
     found = verdict(gate(), model("m", ends, maths=right(80)), model("base", maths=right(50)))
     [told] = failed(found)
     assert told.startswith(reason) and not found.passed
+
+
+def test_the_mean_of_two_metrics_of_a_task_is_judged_as_one_of_them() -> None:
+    weights = {"maths/exact_match,none": 1.0, "maths/flexible,none": 1.0}
+
+    def twice(label: str, number: int) -> Scored:
+        one = model(label, maths=right(number))
+        scores = [*one.scores, replace(one.scores[0], metric="flexible,none")]
+        samples = [*one.samples, replace(one.samples[0], metric="flexible,none")]
+        return Scored.of(label, label, Evaluated(scores, samples, GOOD, {}), weights)
+
+    rule = not_worse(metric="weighted/mean,none", tolerance=None)
+    alone = [model(label, maths=right(number), weights={"maths": 1.0}) for label, number in (("m", 55), ("base", 50))]
+    found, expected = verdict(rule, twice("m", 55), twice("base", 50)), verdict(rule, *alone)
+    assert found.reasons[0].partition(", p")[0] == expected.reasons[0].partition(", p")[0]  # the margin, and from where
+    assert found.luck == pytest.approx(expected.luck)
+    assert twice("m", 55).by_name["weighted/mean,none"].stderr == pytest.approx(0.01)
 
 
 def test_a_guard_asks_for_no_more_than_the_base_does() -> None:

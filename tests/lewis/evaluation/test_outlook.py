@@ -44,8 +44,14 @@ def test_margins_follow_from_the_documents_and_the_number_of_tests(root: Path) -
     weights = {"weights": {"sums": 1, "words/acc,none": 1}}
     _, *lines = said(root, {"metric": "weighted/mean,none"}, "sums", "words", **weights)
     assert [line.split(":")[0] for line in lines] == ["sums", "words", "weighted/mean,none, margin 0.055"]
+    weights = {"weights": {"sums/acc,none": 1, "sums/f1,none": 1}}
+    assert said(root, {"metric": "weighted/mean,none"}, "sums", **weights)[-1].startswith(
+        "weighted/mean,none, margin 0.073"
+    )
     given = said(root, {"metric": "sums/acc,none", "tolerance": {"sums": 0.02}}, "sums")[1]
     assert "margin 0.02: an equal version passes 23%, a loss of 0.002 is refused" in given
+    both = said(root, {"metric": "sums/acc,none", "tolerance": {"sums": 0.02, "sums/acc,none": 0.05}}, "sums")[1]
+    assert "margin 0.05:" in both
     small = said(root, {"metric": "sums/acc,none", "tolerance": 0.01}, "sums")[1]
     assert small.endswith("an equal version passes 12%, it needs a larger register.gate.tolerance")
 
@@ -75,6 +81,12 @@ def test_a_gain_needs_more_the_more_versions_were_compared_before(root: Path) ->
     line = "sums: 200 documents, a gain of 0.085 is seen 8 times in 10, of 0.15 by the 10th version in a row"
     assert said(root, {"metric": "sums/acc,none", "policy": "better"}, "sums") == ["better", line]
     assert "a gain of 0.13 is seen 8 times in 10" in said(root, {"metric": "sums/acc,none", "min_gain": 0.1}, "sums")[1]
+
+
+def test_a_gain_is_asked_of_the_task_of_the_metric_not_of_one_whose_name_begins_alike(root: Path) -> None:
+    (root / "sum.yaml").write_text(yaml.safe_dump({**TASK, "task": "sum"}))
+    _, first, second = said(root, {"metric": "sums/acc,none", "policy": "better"}, "sum", "sums")
+    assert first.startswith("sum: 200 documents, margin 0.065:") and second.startswith("sums: 200 documents, a gain")
 
 
 def test_who_is_asked_about_what_passes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from lewis.errors import InputError
 from lewis.evaluation.harness.builtin_tasks import builtin_task
 from lewis.evaluation.harness.task_metrics import check_names
-from lewis.inspection.draft import GENERAL, TOPICS, Topic, topic_of
+from lewis.inspection.draft import GENERAL, TOPICS, Topic, draft, topic_of
 from lewis.recipe.recipe import Recipe
 from lewis_flows.cli.main import main
 from tests.conftest import Family
@@ -76,3 +77,13 @@ def test_it_writes_a_recipe_that_fits(
     before, odd = file.read_bytes(), write_llama(tmp_path / "odd", hidden=32)
     assert main(["new", str(base), str(odd), "-o", str(file), "--force"]) == 2
     assert str(odd.name) in capsys.readouterr().err and file.read_bytes() == before
+
+
+def test_the_commands_in_it_name_the_file_that_it_is(family: Family, tmp_path: Path) -> None:
+    text = draft(str(family.base), [str(family.math)], tmp_path / "r.yml").text
+    assert "# lewis run r.yml " in text and "r.yaml" not in text
+
+
+def test_an_expert_that_is_given_twice_is_refused_as_a_recipe_refuses_it(family: Family, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="math: given twice"):
+        draft(str(family.base), [str(family.math), str(family.code), f"{family.math}/"], tmp_path / "r.yaml")

@@ -82,6 +82,19 @@ def test_aggregations_are_lm_evals(aggregation, values, expected):
     assert getattr(metrics, aggregation)(given) == pytest.approx(expected)
 
 
+def test_the_mean_of_two_metrics_of_a_task_knows_no_more_than_its_documents():
+    """Strict and flexible answers to the same questions are not twice as many questions."""
+    one, other = [1] * 30 + [0] * 20, [0] * 5 + [1] * 25 + [0] * 20
+
+    def twice(values):
+        return combined("weighted", "mean,none", [(samples(values, metric=each), 0.5) for each in ("a", "b")])
+
+    once, found = compare(samples(one), samples(other)), compare(twice(one), twice(other))
+    assert (found.p, found.wins, found.documents) == (once.p, 5, 50) == (0.0625, once.wins, once.documents)
+    assert (found.low, found.high, found.spread) == pytest.approx((once.low, once.high, once.spread))
+    assert interval(twice(one)) == pytest.approx(interval(samples(one)))
+
+
 def test_perplexity_is_compared_on_log_likelihoods():
     rng = np.random.default_rng(3)
     base = -rng.exponential(2, 80)
