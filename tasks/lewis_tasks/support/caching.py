@@ -98,7 +98,7 @@ def _paths(reference: Any) -> Iterator[str]:
             yield from _paths(each)
     elif isinstance(reference, dict):
         for name, value in reference.items():
-            if name == "sizes":
+            if name == "sizes" and "folder" in reference:  # of a model; an expert may have this name, too
                 yield from value
             elif name in _PATHS and isinstance(value, str):
                 yield value
