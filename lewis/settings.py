@@ -19,6 +19,13 @@ from lewis.errors import InputError, nearest
 from lewis.redact import redacted
 
 T = TypeVar("T")
+_CRON = {  # field -> the least and the greatest number, and what may stand in place of a number
+    "minute": (0, 59, r"\*"),
+    "hour": (0, 23, r"\*"),
+    "day": (1, 31, r"[*?l]"),
+    "month": (1, 12, r"\*|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"),
+    "weekday": (0, 7, r"[*?]|l[0-7]|sun|mon|tue|wed|thu|fri|sat"),
+}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -116,11 +123,17 @@ def _resolved(text: str) -> Path:
 
 
 def _cron(text: str) -> str:
-    """Check that a cron expression has five fields, and give it; empty for `off`."""
+    """Check the five fields of a cron expression, and give it; empty for `off`."""
     if text == "off":
         return ""
-    if len(text.split()) != 5:
+    fields = text.split()
+    if len(fields) != len(_CRON):
         raise ValueError
+    for field, (what, (least, most, words)) in zip(fields, _CRON.items(), strict=True):
+        for value in re.split(r"[,-]", re.sub(r"/0*[1-9]\d*(?=,|$)|#[1-5](?=,|$)", "", field)):
+            number = re.fullmatch(r"\d{1,4}", value) and least <= int(value) <= most
+            if not number and not re.fullmatch(words, value, re.IGNORECASE):
+                raise ValueError(f"{field!r} is no {what}, {least} to {most}")
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from statistics import median
 from typing import Any
@@ -34,6 +34,7 @@ def weight_findings(
     *,
     candidates: int = 0,
     result: str | None = None,
+    apart: Callable[[int, int], bool] = lambda one, other: False,
 ) -> list[Finding]:
     """All findings that follow from the measured weights.
 
@@ -44,6 +45,7 @@ def weight_findings(
         dtypes: in which most elements of the base and of each expert are stored.
         candidates: how many of the last models are other possible bases.
         result: the dtype of the merged model, as safetensors names it.
+        apart: whether two experts differ in weights that were not measured.
     """
     experts = range(1, measures.models - candidates)
     found, sizes = list(_broken(refs[0], 0, measures, result)), dict[int, float]()
@@ -59,7 +61,7 @@ def weight_findings(
     for i in related:
         others = [sizes[j] for j in related if j != i and sizes[j] >= NOTHING]
         found += _amount(refs[i], sizes[i], others, dtypes[i], dtypes[0])
-    return found + [each for i, j in combinations(related, 2) for each in _pair(refs, i, j, measures)]
+    return found + [each for i, j in combinations(related, 2) for each in _pair(refs, i, j, measures, apart)]
 
 
 def _tensors(
@@ -177,14 +179,16 @@ def _coarse(ref: str, i: int, measures: Measures) -> Iterator[Finding]:
         )
 
 
-def _pair(refs: Sequence[str], i: int, j: int, measures: Measures) -> Iterator[Finding]:
+def _pair(
+    refs: Sequence[str], i: int, j: int, measures: Measures, differ: Callable[[int, int], bool]
+) -> Iterator[Finding]:
     gram = measures.gram
     shorter = min(gram[i, i], gram[j, j])
     apart = max(gram[i, i] + gram[j, j] - 2 * gram[i, j], 0.0)
     if not shorter:
         return
     cosine = measures.between(i, j)
-    if apart < ALIKE**2 * shorter:
+    if apart < ALIKE**2 * shorter and not differ(i, j):
         yield Finding("expert twice", refs[j], f"its weights are those of {refs[i]}")
     elif apart < SHARED**2 * shorter:
         yield Finding("shared origin", refs[j], f"its task vector has cosine {cosine:.2f} with that of {refs[i]}")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from lewis import store
 from lewis.errors import InputError
 from lewis.inspection.configs import Described, config_findings
 from lewis.inspection.findings import weight_findings
 from lewis.inspection.kinds import Finding
-from lewis.inspection.measures import SAMPLE, SEMANTICS, Measures, measure
+from lewis.inspection.measures import SAMPLE, SEMANTICS, Measures, measure, weights
 from lewis.inspection.result import Inspection
 from lewis.inspection.structure import moved_parts
 from lewis.models.compatible import check_compatible
@@ -23,6 +25,7 @@ from lewis.models.layers.stack import other_depth
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN
 from lewis.models.source import ModelFiles, Source
+from lewis.models.tokenizer import read_vocabulary, tokenizer_folder
 from lewis.progress import Report, silent
 from lewis.recipe.config import excluded
 from lewis.store import kinds
@@ -173,7 +176,8 @@ def look(given: InspectionInput, report: Report = silent) -> None:
     opened, dtypes = [each.model for each in chosen], [Described.on_disk(each.files).dtype for each in chosen]
     sample = _merged(measure(opened[0], opened[1:], per_token=not given.settings.by_token, most=SAMPLE), given)
     refs, nothing = [each.files.ref for each in chosen], [list[dict[str, Any]]()] * len(chosen[1:])
-    found = weight_findings(refs, sample, nothing, dtypes, result=given.settings.dtype)
+    apart = _differ_by_token(chosen) if given.settings.by_token else _never
+    found = weight_findings(refs, sample, nothing, dtypes, result=given.settings.dtype, apart=apart)
     keys = [each.key for each in given.first()[1]]
     if refused or len(keys) > len(set(keys)) or any(each.level == "error" or each.kind == "norms" for each in found):
         check_findings(inspect(given, report).findings, given.settings)
@@ -197,9 +201,31 @@ def _inspect(given: InspectionInput, report: Report, known: Sequence[Finding] | 
         [Described.on_disk(each.files).dtype for each in chosen],
         candidates=len(more),
         result=given.settings.dtype,
+        apart=_differ_by_token(chosen) if given.settings.by_token else _never,
     )
     findings = tuple(errors_first([*known, *refused, *found]))
     return Inspection(tuple(refs[: len(chosen)]), findings, measures, given.settings.root)
+
+
+def _never(one: int, other: int) -> bool:
+    return False
+
+
+def _differ_by_token(models: Sequence[_Opened]) -> Callable[[int, int], bool]:
+    """Says of the numbers of two models whether embeddings, heads or tokens differ, which the measures leave out."""
+
+    def rows(model: Model) -> dict[str, np.ndarray]:
+        names = (name for name in model.tensors if name.endswith(PER_TOKEN))
+        return {name: weights(model, name) for name in names if model.tensors[name].floating}
+
+    def differ(one: int, other: int) -> bool:
+        first, second = models[one].model, models[other].model
+        if read_vocabulary(tokenizer_folder(first)) != read_vocabulary(tokenizer_folder(second)):
+            return True
+        ours, theirs = rows(first), rows(second)
+        return ours.keys() != theirs.keys() or any(not np.array_equal(ours[name], theirs[name]) for name in ours)
+
+    return differ
 
 
 def sizes_by_layer(given: InspectionInput) -> dict[str, dict[int, float]]:

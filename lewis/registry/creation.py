@@ -63,6 +63,7 @@ def register(new: Registration) -> Version:
         if found is not None:
             _close_runs(client, name, new, finished=found.run_id)
             _complete(client, found, new)
+            _name_inputs(client, found, new)
         else:
             _clear_leftovers(client, name, new)
             found = _create(client, name, new)
@@ -134,6 +135,14 @@ def _complete(client: "MlflowClient", found: Version, new: Registration) -> None
             client.set_model_version_tag(found.name, found.version, LUCK, f"{on_all:.6g}")
         client.delete_model_version_tag(found.name, found.version, tracking.PART)
     logger.info("%s has the scores of all documents and tasks now", found.uri)
+
+
+def _name_inputs(client: "MlflowClient", found: Version, new: Registration) -> None:
+    """Note the same inputs under the references of this recipe, by which releases are compared with the version."""
+    known = client.get_model_version(found.name, found.version).tags
+    for tag, key in lineage.tags_of(new.lineage).items():
+        if known.get(tag) != key:
+            client.set_model_version_tag(found.name, found.version, tag, key)
 
 
 def _has_more(client: "MlflowClient", run_id: str, new: Registration) -> bool:
@@ -214,8 +223,7 @@ def _tags_of(new: Registration) -> dict[str, str]:
     own = {"lewis.recipe": new.source.removesuffix(".yaml")} if new.source else {}
     own |= {TEAM: new.team} if new.team else {}
     own |= {tag: value for tag, value in new.tags.items() if not tag.startswith(_OF_RUN)}
-    sources = {lineage.source_tag(ref): commit for ref, commit in new.lineage.items()}
-    return {"lewis.digest": new.digest, **own, **sources}
+    return {"lewis.digest": new.digest, **own, **lineage.tags_of(new.lineage)}
 
 
 def _create_registered_model(client: "MlflowClient", name: str, team: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lewis import store
 from lewis.registry import tracking
 
 if TYPE_CHECKING:
@@ -23,8 +25,25 @@ def lineage_of(
 
 
 def source_tag(ref: str) -> str:
-    """The tag of a version that holds the commit or content digest of an input."""
+    """The tag of a version that holds the commit or content digest of an input; several references may share one."""
     return tracking.key(f"{SOURCE}{ref.replace('/', '--')}")
+
+
+def _own_tag(ref: str) -> str:
+    """The tag of an input that shares its `source_tag` with another one of the version, as long paths may."""
+    end = f".{store.digest(ref)[:16]}"
+    return source_tag(ref)[: tracking.MAX_KEY - len(end)] + end
+
+
+def tags_of(lineage: Mapping[str, str]) -> dict[str, str]:
+    """Tag -> commit or content digest, of every input; the inverse of `commit_of`."""
+    shared = Counter(map(source_tag, lineage))
+    return {_own_tag(ref) if shared[source_tag(ref)] > 1 else source_tag(ref): key for ref, key in lineage.items()}
+
+
+def commit_of(sources: Mapping[str, str], ref: str) -> str | None:
+    """Commit or content digest of an input of a version, by its reference; None if the version has no such input."""
+    return sources.get(_own_tag(ref)) or sources.get(source_tag(ref))
 
 
 def sources(tags: Mapping[str, str]) -> dict[str, str]:
@@ -41,5 +60,6 @@ def by_reference(sources: Mapping[str, str], known: Iterable[str]) -> dict[str, 
         sources: as `sources` gives them.
         known: references to look for. Where a tag belongs to none of them, the reference is guessed from the tag.
     """
-    names = {source_tag(ref): ref for ref in known}
+    known = list(known)
+    names = {source_tag(ref): ref for ref in known} | {_own_tag(ref): ref for ref in known}
     return {names.get(tag) or tag.removeprefix(SOURCE).replace("--", "/"): key for tag, key in sources.items()}

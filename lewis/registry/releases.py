@@ -36,7 +36,7 @@ class Held:
 
     def commit_of(self, ref: str) -> str | None:
         """The commit key of an input, by its reference in the recipe; None if the version has no such input."""
-        return self.sources.get(lineage.source_tag(ref))
+        return lineage.commit_of(self.sources, ref)
 
 
 @dataclass(frozen=True)

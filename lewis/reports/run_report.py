@@ -184,7 +184,8 @@ def outcome(version: str | None, verdict: Verdict | None, champion: str | None, 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
     """What became of every input since the champion: first the inputs of this run, then those that it no longer has."""
-    gone = [Change(ref, key, None) for ref, key in before.items() if ref not in now]
+    kept = set(now.values())  # under another name, perhaps: a version may know an input by several
+    gone = [Change(ref, key, None) for ref, key in before.items() if ref not in now and key not in kept]
     return [Change(ref, before.get(ref), key) for ref, key in now.items()] + gone
 
 

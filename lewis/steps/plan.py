@@ -47,7 +47,7 @@ from lewis.steps.graph import (
 )
 from lewis.steps.run import check_tasks, pinned
 from lewis.steps.step import Cost
-from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DOWNLOAD, EVALUATE, MERGE, ScoreInput, by_task
+from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DOWNLOAD, EVALUATE, MEASURE, MERGE, ScoreInput, by_task
 from lewis.store import remote
 from lewis.store.remote import Found
 
@@ -310,7 +310,9 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
 def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> PlannedStep:
     """Look for the result of a step, and add it, or a stand-in, to the results."""
     step, before = node.step, len(asked)
-    missing = any(name in results and results[name] is None for name in node.needs)
+    unknown = [name for name in node.needs if name in results and results[name] is None]
+    # A merge is known without the statistics that it is fitted to: they follow from the models and the rows.
+    missing = any(not (step is MERGE and name.startswith(f"{MEASURE.name} ")) for name in unknown)
     absent = any(isinstance(results.get(name), _NotHere) for name in node.needs)
     unreached = any(results.get(name) is _UNREACHED for name in node.needs)
     # A merge is checked and timed without its densities; any take as long.

@@ -132,7 +132,8 @@ class Diagnose(Step[InspectionInput, list[dict[str, str]]]):
         refs = [each.ref for each in (*([given.base] if given.base else []), *given.experts)]
         settings = {**asdict(given.settings), "root": str(given.settings.root)}
         del settings["stops"]
-        return store.digest([inspection_digest(given), refs, settings])
+        compared = ["tokens"] if given.settings.by_token else []  # what the measures leave out
+        return store.digest([inspection_digest(given), refs, settings, *compared])
 
     def find(self, given: InspectionInput) -> list[dict[str, str]] | None:
         measured = store.entry(kinds.INSPECTIONS.path(inspection_digest(given)), InspectionEntry.holds)

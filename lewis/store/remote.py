@@ -97,7 +97,10 @@ def opened() -> tuple[Any, str]:
 
 @contextmanager
 def looking() -> Iterator[list[Found]]:
-    """Fetch nothing in this block: the entries that would be fetched are put into the list instead."""
+    """Fetch no folders in this block: those that would be fetched are put into the list instead.
+
+    Other entries are small, and what follows from them is found by what they hold: they are fetched.
+    """
     found = list[Found]()
     token = _looking.set(found)
     try:
@@ -125,7 +128,7 @@ def fetch(path: Path) -> bool:
     there = f"{root}/{_name(path)}"
     try:
         head = system.cat_file(head_object(kind, there))
-        if (found := _looking.get()) is not None:
+        if kind.manifest and (found := _looking.get()) is not None:
             found.append(Found(path, len(head) + sum(size for size, _ in kind.parts(path, head).values())))
             return False
         _arrive(system, kind, there, path, head)

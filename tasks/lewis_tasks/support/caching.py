@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -90,13 +91,26 @@ def _content(record: bytes) -> dict[str, Any]:
     return sealed_json.loads(json.loads(record)["result"].encode())
 
 
+def _paths(reference: Any) -> Iterator[str]:
+    """The paths in the fields of a reference, and of the references in it."""
+    if isinstance(reference, list):
+        for each in reference:
+            yield from _paths(each)
+    elif isinstance(reference, dict):
+        for name, value in reference.items():
+            if name == "sizes" and "folder" in reference:  # of a model; an expert may have this name, too
+                yield from value
+            elif name in _PATHS and isinstance(value, str):
+                yield value
+            else:
+                yield from _paths(value)
+
+
 def _targets(record: Path) -> list[Path]:
     """The files and folders that a record refers to; none if LEWIS did not write it."""
     try:
         found = _content(record.read_bytes())["result"]
-        named = list[str | None]()
-        for fields in [each["data"] for each in (found if isinstance(found, list) else [found])]:
-            named += [*map(fields.get, _PATHS), *fields.get("sizes", ())]
+        named = [name for each in (found if isinstance(found, list) else [found]) for name in _paths(each["data"])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
     return [Path(name) for name in named if name]

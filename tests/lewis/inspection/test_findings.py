@@ -327,6 +327,21 @@ def test_tokens_in_another_order_are_told_and_their_rows_not_compared(models: Pa
     assert by_token == {("special tokens", "odd")}
 
 
+def test_experts_that_differ_only_in_what_a_merge_matches_by_token_are_two(
+    models: Path, home: Path, tmp_path: Path
+) -> None:
+    def move(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 0.01 if "embed_tokens" in name else tensor
+
+    rows, tokens = rewrite(models / "math", tmp_path / "rows", move), shutil.copytree(models / "math", tmp_path / "t")
+    write_tokenizer(tokens, [*WORDS[:-1], "other"])
+    same = shutil.copytree(models / "math", tmp_path / "same")
+    edit_json(same / "config.json", note="other bytes")
+    for other, kind in ((rows, "shared origin"), (tokens, "shared origin"), (same, "expert twice")):
+        found = told(models / "base", models / "math", other, tokenizer_source="union")
+        assert (kind, other.name) in found and len({each for each, _ in found} & {"shared origin", "expert twice"}) == 1
+
+
 def test_damaged_measures_are_made_again(models: Path, home: Path) -> None:
     recipe = recipe_of(models / "base", models / "math", models / "code")
     first = inspect_recipe(recipe).to_json()

@@ -11,8 +11,10 @@ from lewis.errors import InputError, TransientError
 from lewis.evaluation.gate import Verdict
 from lewis.models.source import pin_all
 from lewis.recipe.recipe import Recipe
-from lewis.registry import promotion, releases
+from lewis.registry import lineage, promotion, releases
+from lewis.registry.lineage import by_reference
 from lewis.registry.releases import Moved
+from lewis.reports.run_report import changes
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered
 from tests.support.local_hub import LocalHub
@@ -107,6 +109,29 @@ def test_merged_tells_of_every_version_what_it_holds(home: Path, family: Family)
     assert oldest.commit_of("org/base") == OLD and oldest.commit_of("/data/math 100%") == NEW
     assert newest.commit_of("/data/math 100%") is None
     assert releases.merged("another") == []
+
+
+def test_inputs_whose_tags_would_be_one_are_kept_apart(home: Path, family: Family) -> None:
+    """The first two differ only behind the longest name that a tag may have, the others in a sign it may not have."""
+    long = "/data/" + 12 * "a-folder-with-a-long-name/"
+    heads = {f"{long}math": OLD, f"{long}code": NEW, "./a+b": OLD, "./a_b": NEW, "org/base": OLD}
+    registered(family.base, "a", heads, NAME)
+    [held] = releases.merged(NAME)
+    assert {ref: held.commit_of(ref) for ref in heads} == heads
+    assert by_reference(held.sources, heads) == heads and lineage.source_tag("org/base") in held.sources
+    assert releases.moved(heads, [held], base=None, root=home) == []
+
+
+def test_a_version_is_known_by_every_name_of_its_inputs(home: Path, family: Family) -> None:
+    """The same files by another path, or branch: the merge is the same, so there is no other version to hold them."""
+    before, now = {"org/base": OLD, "org/math": NEW}, {"org/base": OLD, "org/math@main": NEW}
+    for heads in (before, now, before):
+        registered(family.base, "a", heads, NAME)
+        [held] = releases.merged(NAME)
+        assert releases.moved(heads, [held], base=None, root=home) == []
+    assert releases.moved(now, [held], base=None, root=home) == []
+    report = changes(by_reference(held.sources, now), now)
+    assert [(each.ref, each.status) for each in report] == [("org/base", "unchanged"), ("org/math@main", "unchanged")]
 
 
 def test_what_lost_its_files_or_is_not_ours_holds_nothing(home: Path, family: Family) -> None:

@@ -120,8 +120,10 @@ class TestLocal:
         assert written / 3 < before.disk - after.disk < 3 * written and after.measuring == 0
         auto = make_plan(recipe_of(family.base, *family.experts, **(blocks | {"parameters": {"ridge": "auto"}})))
         assert auto.measuring > 0 and after.disk < auto.disk < before.disk  # passes over three of four rows
+        carry_out(recipe, merge=True)
         for entry in (home / "grams").iterdir():
             store.discard(entry)
+        assert states(make_plan(recipe))["merge experts"] == "cached"
         assert {states(make_plan(recipe))[name] for name in work} == {"to do"}
 
     @pytest.mark.slow
@@ -138,9 +140,11 @@ class TestLocal:
         monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "two"))
         before = make_plan(recipe)
         work = [f"measure {path.name}" for path in (family.base, family.math)]
-        assert {states(before)[name] for name in work} == {"to fetch"} and before.remote == f"file://{tmp_path}/remote"
-        assert before.to_fetch == sum(path.stat().st_size for path in (tmp_path / "one" / "importance").iterdir())
-        assert "KB to fetch" in before.to_text() and not (tmp_path / "two" / "importance").exists()
+        assert {states(before)[name] for name in [*work, "allocate"]} == {"cached"}  # what is small, it fetches
+        assert states(before)["merge experts"] == "to fetch" and before.remote == f"file://{tmp_path}/remote"
+        merged = (tmp_path / "one" / "merged").rglob("*")
+        assert before.to_fetch == sum(path.stat().st_size for path in merged if path.is_file())
+        assert "KB to fetch" in before.to_text() and not (tmp_path / "two" / "merged").exists()
         monkeypatch.setattr("lewis.importance.measure.measure_sets", None)
         monkeypatch.setattr("lewis.allocation.densities.allocate", None)
         monkeypatch.setattr("lewis.merging.run.Merge.run", None)

@@ -333,6 +333,19 @@ class TestRecords:
         gone.path.unlink()
         assert names(survey()) == {"results/measure-both"}
 
+    def test_one_goes_with_a_reference_in_its_reference(self, home: Path) -> None:
+        """Densities name the measurements that task vectors are pruned by, and with `aim` those of the base."""
+        expert, base = (self.importance(name) for name in ("expert", "base"))
+        path = home / "allocations" / "a.json"
+        store.write_entry(path, {"experts": {"r": {}}})
+        made = AllocationEntry(digest="a", path=path, means={"r": 0.5}, measured={"r": expert}, base=(base,))
+        self.record("allocate-a", made, age=3 * DAY)
+        for entry in (expert, base):
+            store.mark_used(entry.path)
+        assert names(survey()) == set()
+        base.path.unlink()
+        assert names(survey()) == {"results/allocate-a"}
+
     def test_one_that_was_just_written_stays(self, home: Path) -> None:
         self.record("measure-x", gone := self.importance("x"), age=0)
         gone.path.unlink()
