@@ -1,5 +1,6 @@
 """What commands print in the same way: log messages and tables."""
 
+import errno
 import logging
 import os
 import select
@@ -49,6 +50,16 @@ def nobody_reads() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains when it writes the rest at its end
     return True
+
+
+def output_is_full() -> bool:
+    """Whether there is no room where the output goes; if so, what is still to be written is dropped."""
+    try:
+        os.write(1, b"\n")  # what Python holds may be written already
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains when it writes the rest at its end
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def show_log() -> None:

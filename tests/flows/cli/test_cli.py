@@ -67,6 +67,20 @@ def test_streams_that_the_caller_has_closed_are_the_null_device(recipe: Path, ho
     assert (home / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["settings"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_output_is_not_taken_for_a_full_store(arguments: list[str], unbuffered: str) -> None:
+    """It said to free space where the store is; and `--version` ended with a traceback, or with 0."""
+    code = "import lewis_flows.cli.main as m; m.program()"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    told = "lewis: it failed: [Errno 28] No space left on device; there is no room for the output\n"
+    assert (done.returncode, done.stderr) == (1, told)
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
