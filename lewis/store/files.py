@@ -28,6 +28,7 @@ from lewis.store.folders import holds, home, make_folder, restrict, umask
 from lewis.store.scratch import beside, is_dead
 
 MANIFEST = "lewis.json"
+CARD = "README.md"  # written next to the files that a manifest lists, as it may change
 RESUMABLE = ".resumable.partial"
 _KEPT = 86400.0  # seconds; for so long a half-written folder is kept, to be continued
 
