@@ -20,7 +20,7 @@ REPO = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*", re.DOTALL)  # YAML that the Hub reads
 RECIPE = "\n\n## Recipe\n\n"  # begins the last part of a card
-NAME, HEAT_MAP, EVAL_RESULTS = store.CARD, "density.png", ".eval_results/lewis.yaml"
+NAME, HEAT_MAP, EVAL_RESULTS = store.CARD
 
 
 def model_card(

@@ -116,10 +116,10 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _unlisted(folder: Path) -> str | None:
-    """A file below a folder that its manifest does not list, and that is no model card."""
+    """A file below a folder that its manifest does not list, and that is not of a model card."""
     manifest = files.read_json(folder / MANIFEST)
     listed = manifest.get("files") if isinstance(manifest, dict) else None
-    known = {MANIFEST, CARD, *(listed if isinstance(listed, dict) else ())}
+    known = {MANIFEST, *CARD, *(listed if isinstance(listed, dict) else ())}
     found = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return next((name for name in found if name not in known), None)
 

@@ -242,6 +242,7 @@ def program() -> NoReturn:
         os._exit(status)
 
     terminal.open_closed()
+    terminal.show_controls()
     atexit.register(leave)  # the first that is registered is the last that runs
     try:
         status = main()

@@ -81,6 +81,29 @@ def test_a_full_output_is_not_taken_for_a_full_store(arguments: list[str], unbuf
     assert (done.returncode, done.stderr) == (1, told)
 
 
+def test_names_from_models_command_no_terminal(home: Path) -> None:
+    """The name of a tensor could set the window's title, or hide what followed."""
+    evil, shown = "x\x1b]0;mine\x07\x1b[8m", "x\\x1b]0;mine\\x07\\x1b[8m"
+    code = f"""
+import logging, sys
+from lewis.registry import history
+from lewis.errors import InputError
+from lewis_flows.cli import main, terminal
+def found(name):
+    terminal.show_log()
+    logging.getLogger("lewis.x").warning("said %s", {evil!r})
+    terminal.print_table([{{"name": {evil!r}, "[/b]": "[b]"}}])
+    print("\\x1b[1mbold\\x1b[0m " + {evil!r}[:9])
+    raise InputError({evil!r})
+history.history = found
+main.program()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "history", "m"], capture_output=True, text=True)
+    assert done.stderr == f"said {shown}\nlewis: {shown}\n"
+    assert f"  {shown}   [b]" in done.stdout and "[/b]" in done.stdout
+    assert done.stdout.endswith("\x1b[1mbold\x1b[0m x\\x1b]0;mine\n")
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
