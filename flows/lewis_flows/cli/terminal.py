@@ -38,8 +38,9 @@ class Visible(io.TextIOWrapper):
 
     def __init__(self, out: io.TextIOWrapper) -> None:
         """Write where `out` does, which lives as long: when it ends, it closes what both write to."""
-        kept = {"line_buffering": out.line_buffering, "write_through": out.write_through}
-        super().__init__(out.buffer, out.encoding, out.errors, **kept)
+        super().__init__(
+            out.buffer, out.encoding, out.errors, line_buffering=out.line_buffering, write_through=out.write_through
+        )
         self._out = out
 
     def write(self, text: str) -> int:
