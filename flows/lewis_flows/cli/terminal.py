@@ -39,12 +39,16 @@ class Visible(io.TextIOWrapper):
     def __init__(self, out: io.TextIOWrapper) -> None:
         """Write where `out` does, which lives as long: when it ends, it closes what both write to."""
         super().__init__(
-            out.buffer, out.encoding, out.errors, line_buffering=out.line_buffering, write_through=out.write_through
+            out.buffer,
+            out.encoding,
+            "backslashreplace",
+            line_buffering=out.line_buffering,
+            write_through=out.write_through,
         )
         self._out = out
 
     def write(self, text: str) -> int:
-        """Write a text; what else it has of control characters can be read."""
+        """Write a text; what else it has of control characters, and what the encoding lacks, can be read."""
         parts = _DRAWN.split(text)
         super().write("".join(part if i % 2 else visible(part) for i, part in enumerate(parts)))
         return len(text)

@@ -104,6 +104,14 @@ main.program()
     assert done.stdout.endswith("\x1b[1mbold\x1b[0m x\\x1b]0;mine\n")
 
 
+def test_a_terminal_that_lacks_characters_is_no_failure() -> None:
+    """Where the locale is not UTF-8, the pictures of `lewis inspect` ended it with a traceback."""
+    code = r"from lewis_flows.cli import terminal as t; t.show_controls(); print('\u2588 \udcff')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr) == ("\\u2588 \\udcff\n", "")
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
