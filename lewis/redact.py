@@ -1,4 +1,4 @@
-"""Remove passwords and tokens from texts that people and logs see."""
+"""Remove passwords and tokens from texts that people and logs see, and what would command their terminal."""
 
 import logging
 import re
@@ -13,6 +13,8 @@ _QUERY = re.compile(
     r"(?i)(?<=[?&;])([\w.\-]*(?:token|key|secret|pass|pwd|sig|auth|cred|session)[\w.\-]*=)[^&;#\s'\"<>]+"
 )
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
 
 def redacted(text: str) -> str:
     """A text without the passwords of the URLs in it.
@@ -25,13 +27,21 @@ def redacted(text: str) -> str:
     return _QUERY.sub(rf"\1{HIDDEN}", text) if "=" in text else text
 
 
+def visible(text: str) -> str:
+    """A text whose control characters, which a terminal would obey, can be read: `\\x1b`; line breaks and tabs stay.
+
+    The names of tensors, tokens and files come with models of strangers.
+    """
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def printable(text: str) -> str:
     """At most 500 characters of a text, with `?` for everything but printable ASCII."""
     return re.sub(r"[^ -~]", "?", text)[:500]
 
 
 def redact_logs() -> None:
-    """Remove passwords from everything that this process logs from now on, by any library, tracebacks included."""
+    """Clean everything that this process logs from now on, by any library: no passwords, no control characters."""
     made = logging.getLogRecordFactory()
     if getattr(made, "redacts", False):
         return
@@ -48,10 +58,10 @@ def _clean(record: logging.LogRecord) -> logging.LogRecord:
         said = record.getMessage()
     except Exception:  # the arguments do not fit the message: logging itself reports that
         return record
-    if (clean := redacted(said)) != said:
+    if (clean := visible(redacted(said))) != said:
         record.msg, record.args = clean, ()
     if record.exc_info and record.exc_info[0]:
         told = logging.Formatter().formatException(record.exc_info)
-        if (clean := redacted(told)) != told:
+        if (clean := visible(redacted(told))) != told:
             record.exc_text = clean  # formatters take this text instead of formatting the exception
     return record

@@ -148,7 +148,7 @@ def _targets(folder: Path, files: dict[str, object]) -> Iterator[tuple[str, Path
     places = {"store": store.home(), "recipes": recipes_folder.location(), "prefect": _prefect_home()}
     for name in sorted(files, key=lambda name: (name.endswith(".db"), name)):
         top, _, rest = name.partition("/")
-        if not rest or ".." in Path(rest).parts or top not in places:
+        if not rest or Path(rest).is_absolute() or ".." in Path(rest).parts or top not in places:
             raise InputError(f"{folder}: {name!r} is no file of a copy that `lewis backup` makes")
         yield name, places[top] / rest
 

@@ -15,6 +15,7 @@ from lewis.models.model import Model
 from lewis.models.network.renamed import Renamed
 
 TOKENIZER = "tokenizer.json"
+_MOST = 1 << 24  # tokens; rows are counted up to the highest id
 FIX = "to match embeddings by token, set tokenizer_source to base, union or a model"
 
 
@@ -44,7 +45,10 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
         if isinstance(vocabulary, list):  # a unigram's: [token, score] in the order of ids
             vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
         added = {token["content"]: int(token["id"]) for token in content.get("added_tokens") or []}
-        return {**vocabulary, **added}
+        found = {**vocabulary, **added}
+        if odd := next((t for t, number in found.items() if not 0 <= number < _MOST), None):
+            raise ValueError(f"the token {odd!r} has the id {found[odd]}")
+        return found
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / TOKENIZER}: no tokenizer: {error!r}; download it again") from error
 

@@ -413,7 +413,8 @@ class Register(Block):
         group: a name that all recipes state which register this model; empty if only this recipe registers it.
     """
 
-    name: str = Field(pattern=r"^[^/:]*[^/:.][^/:]*$", max_length=200)  # MLflow allows 256 characters, team included
+    # MLflow allows 256 characters, team included
+    name: str = Field(pattern=r"^[^/:\x00-\x1f\x7f]*[^/:.\x00-\x1f\x7f][^/:\x00-\x1f\x7f]*$", max_length=200)
     team: str = Field(default="", pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$", max_length=50)
     group: str = ""
     gate: Gate | None = None

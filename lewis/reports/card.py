@@ -14,13 +14,13 @@ from lewis.input_files import read_text
 from lewis.models.source import commits_of
 from lewis.recipe import yaml_text
 from lewis.recipe.block import parts_of
-from lewis.reports.markdown import block, markdown_table
+from lewis.reports.markdown import block, markdown_table, plain
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*", re.DOTALL)  # YAML that the Hub reads
 RECIPE = "\n\n## Recipe\n\n"  # begins the last part of a card
-NAME, HEAT_MAP, EVAL_RESULTS = "README.md", "density.png", ".eval_results/lewis.yaml"
+NAME, HEAT_MAP, EVAL_RESULTS = store.CARD
 
 
 def model_card(
@@ -82,7 +82,7 @@ def model_card(
     )
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {name}",
+        f"# {plain(name)}",
         f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`"
         f"{f', pulled towards a merge by `{anchor}`' if anchor else ''}{how if strategy else ''}"
         f"{', as a LoRA adapter on the base' * bool(adapter)}.",

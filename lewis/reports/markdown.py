@@ -50,4 +50,5 @@ def link(text: str, url: str) -> str:
 
 
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    line = str(value).replace("|", "\\|").replace("\n", " ")
+    return line if "`" in line else re.sub(r"(?<!\\)<", r"\\<", line)  # in a code span it begins no HTML

@@ -12,6 +12,7 @@ from lewis.store.entries import (
     write_entry,
 )
 from lewis.store.files import (
+    CARD,
     MANIFEST,
     bytes_on_disk,
     check_space,
@@ -35,9 +36,9 @@ from lewis.store.manifest import read_manifest
 from lewis.store.scratch import beside, is_dead, scratch_folder, writer
 
 __all__ = [
-    "MANIFEST", "MARK_EVERY", "beside", "bytes_on_disk", "check_replaceable", "check_space", "digest", "discard",
-    "discard_unless", "entry", "file_sha256", "free_space", "holds", "home", "is_abandoned", "is_dead", "lock",
-    "make_folder",
+    "CARD", "MANIFEST", "MARK_EVERY", "beside", "bytes_on_disk", "check_replaceable", "check_space", "digest",
+    "discard", "discard_unless", "entry", "file_sha256", "free_space", "holds", "home", "is_abandoned", "is_dead",
+    "lock", "make_folder",
     "mark_used", "noticing", "private_folder", "publish", "read_entry", "read_json", "read_manifest", "restrict",
     "restrict_all",
     "scratch_folder", "set_aside", "shared_lock", "sweep", "turn", "umask", "write_bytes", "write_entry",

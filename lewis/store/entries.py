@@ -15,7 +15,7 @@ from typing import Any
 
 from lewis.errors import InputError
 from lewis.store import files, kinds, remote, sealed_json
-from lewis.store.files import MANIFEST
+from lewis.store.files import CARD, MANIFEST
 from lewis.store.folders import holds, make_folder, make_read_only, restrict, restrict_all
 from lewis.store.scratch import beside
 
@@ -100,14 +100,28 @@ def _described(path: Path, sha256: str | None) -> dict[str, Any]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise InputError unless `folder` is empty, an earlier output of `publish`, or absent where one can be made."""
+    """Raise InputError unless `folder` is empty, an earlier output of `publish`, or absent where one can be made.
+
+    Outside of the store, where people put files of their own, nothing else may be in it.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder to write to, got a file; choose another path")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: not empty, and no earlier output of LEWIS ({MANIFEST} is missing); choose another")
+    if folder.is_dir() and not holds(folder) and (other := _unlisted(folder)):
+        raise InputError(f"{folder}: holds {other!r}, which LEWIS did not write; move it away, or choose another path")
     above = next((parent for parent in folder.absolute().parents if parent.exists()), folder)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"{folder}: {above} is no folder, or may not be written to; choose another path")
+
+
+def _unlisted(folder: Path) -> str | None:
+    """A file below a folder that its manifest does not list, and that is not of a model card."""
+    manifest = files.read_json(folder / MANIFEST)
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    known = {MANIFEST, *CARD, *(listed if isinstance(listed, dict) else ())}
+    found = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return next((name for name in found if name not in known), None)
 
 
 def write_entry(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:

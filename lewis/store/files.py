@@ -28,6 +28,8 @@ from lewis.store.folders import holds, home, make_folder, restrict, umask
 from lewis.store.scratch import beside, is_dead
 
 MANIFEST = "lewis.json"
+CARD = ("README.md", "density.png", ".eval_results/lewis.yaml")
+"""The model card, its picture and its scores: next to the files that a manifest lists, as they may change."""
 RESUMABLE = ".resumable.partial"
 _KEPT = 86400.0  # seconds; for so long a half-written folder is kept, to be continued
 

@@ -60,6 +60,8 @@ def check(folder: Path, *, again: bool = False, content: bool = True) -> dict[st
         expected = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST}: {getattr(error, 'strerror', None) or error}") from error
+    if outside := next((n for n in expected if Path(n).is_absolute() or ".." in Path(n).parts), None):
+        raise DamagedError(f"{MANIFEST}: {outside!r}: expected the name of a file in the folder")
     sizes = {name: (size, None) for name, (size, _) in expected.items()}
     check_files(folder, expected if content else sizes, again=again)
     return manifest

@@ -102,6 +102,7 @@ def check_output_folder(folder: Path) -> Path:
     """
     try:
         place = folder.resolve()
+        str(place).encode()  # raises for a name that is no UTF-8
         entries.check_replaceable(place)
         _try(place)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle

@@ -1,6 +1,7 @@
 """What is checked of the models before they are downloaded, and what their weights show of models that do not fit."""
 
 import logging
+from collections.abc import Mapping
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
@@ -38,7 +39,8 @@ def show_inspection(given: InspectionInput, prefix: str) -> None:
     """
     found = inspect(given)
     (logger.warning if found.findings else logger.info)("%s", found.verdict)
-    grids = "\n\n".join(markdown.markdown_table(rows) for rows in (found.rows, found.pairs) if rows)
+    tables = [[_shown(row) for row in rows] for rows in (found.rows, found.pairs) if rows]
+    grids = "\n\n".join(map(markdown.markdown_table, tables))
     drawn = markdown.picture("layers by experts", result.draw(found))
     create_markdown_artifact(
         f"# Do these models belong together?\n\n{found.to_markdown()}\n\n{grids}\n\n{drawn}",
@@ -46,3 +48,9 @@ def show_inspection(given: InspectionInput, prefix: str) -> None:
         description=found.verdict,
     )
     check_findings(found.findings, given.settings)
+
+
+def _shown(row: Mapping[str, object]) -> dict[str, object]:
+    """A row with the models' names, which its first cell has, as code."""
+    first = next(iter(row))
+    return {**row, first: markdown.code(str(row[first]))}

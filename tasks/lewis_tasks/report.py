@@ -29,7 +29,7 @@ from lewis.registry import history, versions
 from lewis.registry.lineage import by_reference, lineage_of
 from lewis.registry.versions import Champion, Version
 from lewis.reports import charts, tables
-from lewis.reports.markdown import picture
+from lewis.reports.markdown import code, picture
 from lewis.reports.page import PageFacts, to_html
 from lewis.reports.run_report import RunFacts, changes, outcome, score_columns, to_markdown
 from lewis.steps.graph import inspection_settings, warning_of_shared_set
@@ -42,7 +42,7 @@ from lewis_tasks.support.caching import RETRIES
 @task(name="report-densities", task_run_name="report densities", cache_policy=NO_CACHE, timeout_seconds=600)
 def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allocated: AllocationEntry) -> None:
     """The density heat map and the importance table."""
-    means = ", ".join(f"{ref}: {mean:.3f}" for ref, mean in allocated.means.items())
+    means = ", ".join(f"{code(ref)}: {mean:.3f}" for ref, mean in allocated.means.items())
     drawn = picture("densities", charts.densities(allocated))
     create_markdown_artifact(
         f"# Density per layer\n\nMean over the covered weights: {means}\n\n{drawn}",

@@ -15,6 +15,7 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.gate import Verdict
 from lewis.registry import history, promotion, versions
+from lewis.store import sealed_json
 from lewis_flows.backup import backup, restore
 from lewis_flows.cli.main import main
 from tests.conftest import Family
@@ -136,6 +137,25 @@ def test_what_cannot_be_put_back_is_refused_and_changes_nothing(
     with pytest.raises(InputError, match=expected):
         restore(copy)
     assert not (home / "mlflow").exists() and not (tmp_path / "recipes").exists()
+
+
+@pytest.mark.parametrize("to", ["store/{}", "recipes/{}"])
+def test_a_copy_writes_nowhere_else(home: Path, tmp_path: Path, to: str) -> None:
+    """`store//etc/cron.d/x` was written to /etc/cron.d/x."""
+    copy, elsewhere = tmp_path / "copy", tmp_path / "elsewhere"
+    backup(copy)
+    lose(home)
+    home.mkdir()
+    name = to.format(elsewhere)
+    (copy / name).parent.mkdir(parents=True)
+    (copy / name).write_text("evil")
+    made = json.loads((copy / "lewis.json").read_text())
+    made["files"][name] = {"size": 4, "sha256": store.file_sha256(copy / name)}
+    del made["checksum"]
+    (copy / "lewis.json").write_text(sealed_json.dumps(made))
+    with pytest.raises(InputError, match="is no file of a copy that `lewis backup` makes"):
+        restore(copy)
+    assert not elsewhere.exists()
 
 
 def test_what_servers_have_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

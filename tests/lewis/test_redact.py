@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lewis.errors import InputError, LewisError, RecipeError, TransientError
-from lewis.redact import redact_logs, redacted
+from lewis.redact import redact_logs, redacted, visible
 from lewis.registry import tracking
 from lewis_flows.service.status import status
 
@@ -31,6 +31,10 @@ from lewis_flows.service.status import status
 )
 def test_what_is_before_the_at_sign_and_secret_parameters_are_hidden(text: str, expected: str) -> None:
     assert redacted(text) == expected == redacted(redacted(text))
+
+
+def test_control_characters_can_be_read() -> None:
+    assert visible("a\tb\r\nc\x1b]0;title\x07\x9b2J\rd") == "a\tb\r\nc\\x1b]0;title\\x07\\x9b2J\\x0dd"
 
 
 @pytest.mark.parametrize("kind", [LewisError, InputError, TransientError, RecipeError])

@@ -23,7 +23,7 @@ def test_findings_become_an_artifact_and_an_error_stops_the_run(
 ) -> None:
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(inspect, "create_markdown_artifact", lambda text, **named: made.append({"text": text, **named}))
-    odd = rewrite(family.math, tmp_path / "odd", lambda name, t: t * (0 if "layers.0.mlp.up" in name else 1))
+    odd = rewrite(family.math, tmp_path / "odd<img>", lambda name, t: t * (0 if "layers.0.mlp.up" in name else 1))
     models = [{"model": str(odd)}, {"model": str(family.code)}]
     data = {"merge_method": "ties", "base_model": str(family.base), "models": models}
     recipe = parse({**data, "inspect": {"on": "warn"}})
@@ -45,6 +45,8 @@ def test_findings_become_an_artifact_and_an_error_stops_the_run(
         "Meaning: its task vector",
         "| model | size |",
         "data:image/png;base64,",
+        "| `odd<img>` | ",
+        "| `odd<img> and code` | ",
     ):
         assert part in artifact["text"]
     assert "1 error: zeroed tensor" in caplog.text

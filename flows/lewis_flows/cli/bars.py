@@ -105,7 +105,7 @@ def _bars(*columns: Any) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console, before = Console(stderr=True), (TextColumn("{task.description}"), BarColumn())
+    console, before = Console(stderr=True), (TextColumn("{task.description}", markup=False), BarColumn())
     columns = (*before, *columns, TimeRemainingColumn())
     return Progress(*columns, console=console, redirect_stdout=False, disable=not console.is_terminal)
 

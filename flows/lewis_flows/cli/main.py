@@ -242,6 +242,7 @@ def program() -> NoReturn:
         os._exit(status)
 
     terminal.open_closed()
+    terminal.show_controls()
     atexit.register(leave)  # the first that is registered is the last that runs
     try:
         status = main()
@@ -265,9 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    options = parser.parse_args(arguments)
     as_json = False
     try:
+        options = parser.parse_args(arguments)
         as_json = json_logs.is_json()
         environment.prepare()
         credentials.find()
@@ -288,7 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and terminal.nobody_reads():
             return terminal.SIGPIPE
-        terminal.say_error(f"it failed: {redacted(writable.explained(error))}", as_json=as_json)
+        full = error.filename is None and terminal.output_is_full()
+        told = f"{error}; there is no room for the output" if full else redacted(writable.explained(error))
+        terminal.say_error(f"it failed: {told}", as_json=as_json)
         return 1
     return code
 
@@ -299,7 +302,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        print(f"lewis {version('lewis-merge')}")
+        print(f"lewis {version('lewis-merge')}", flush=True)
         parser.exit()
 
 

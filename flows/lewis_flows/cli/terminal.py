@@ -1,16 +1,23 @@
 """What commands print in the same way: log messages and tables."""
 
+import errno
+import io
 import logging
 import os
+import re
 import select
 import stat
 import sys
 from collections.abc import Mapping, Sequence
 
+from lewis.redact import visible
 from lewis_flows import json_logs
 
 SIGPIPE = 141
 """The exit code if the program that reads the output, such as `head`, has ended: as of one that this signal ended."""
+
+
+_DRAWN = re.compile(r"(\x1b\[[0-9;]*m|\x1b\[2J\x1b\[H)")
 
 
 class Terminal(logging.Handler):
@@ -23,7 +30,34 @@ class Terminal(logging.Handler):
 
 def say_error(text: str, *, as_json: bool = False) -> None:
     """Print on stderr why a command ends."""
-    print(json_logs.error_line(text) if as_json else f"lewis: {text}", file=sys.stderr)
+    print(json_logs.error_line(text) if as_json else f"lewis: {visible(text)}", file=sys.stderr)
+
+
+class Visible(io.TextIOWrapper):
+    """An output in which only what commands draw themselves is obeyed by a terminal: colours, and a cleared screen."""
+
+    def __init__(self, out: io.TextIOWrapper) -> None:
+        """Write where `out` does, which lives as long: when it ends, it closes what both write to."""
+        super().__init__(
+            out.buffer,
+            out.encoding,
+            "backslashreplace",
+            line_buffering=out.line_buffering,
+            write_through=out.write_through,
+        )
+        self._out = out
+
+    def write(self, text: str) -> int:
+        """Write a text; what else it has of control characters, and what the encoding lacks, can be read."""
+        parts = _DRAWN.split(text)
+        super().write("".join(part if i % 2 else visible(part) for i, part in enumerate(parts)))
+        return len(text)
+
+
+def show_controls() -> None:
+    """Let stdout show control characters, which may stand in names that come with models of strangers."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = Visible(sys.stdout)
 
 
 def open_closed() -> None:
@@ -51,6 +85,16 @@ def nobody_reads() -> bool:
     return True
 
 
+def output_is_full() -> bool:
+    """Whether there is no room where the output goes; if so, what is still to be written is dropped."""
+    try:
+        os.write(1, b"\n")  # what Python holds may be written already
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains when it writes the rest at its end
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
+
+
 def show_log() -> None:
     """Show the messages of `lewis`; for commands without Prefect, which has handlers of its own."""
     handler = json_logs.JsonLines() if json_logs.is_json() else Terminal()
@@ -63,17 +107,20 @@ def print_table(rows: Sequence[Mapping[str, object]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console.width = 132
     for metric in dict.fromkeys(str(row.get("metric", "")) for row in rows):
-        table = Table(title=metric or None, title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=Text(metric) if metric else None, title_justify="left", box=box.SIMPLE_HEAD)
         shown = [{k: v for k, v in row.items() if k != "metric"} for row in rows if row.get("metric", "") == metric]
         for name in shown[0]:
-            table.add_column(name, overflow="fold")
+            table.add_column(Text(name), overflow="fold")
         for row in shown:
-            table.add_row(*(str(value) for value in row.values()))
+            table.add_row(
+                *(Text(visible(str(value))) for value in row.values())
+            )  # Text: a name with brackets is no markup
         with console.capture() as text:  # if the reader has ended, `print` raises, but a console would exit
             console.print(table)
         print(text.get(), end="")

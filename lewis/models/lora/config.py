@@ -87,10 +87,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         known = _KINDS.get(kind) if isinstance(kind, str) else None
         advice = f"this kind {known}" if known else _MERGE
         raise InputError(f"{path}: expected a LoRA adapter (peft_type LORA), got {kind!r}: {advice}")
-    refused = [f"{words} is not supported; {_MERGE}" for key, words in _REFUSED.items() if settings.get(key)]
-    refused += [f"{words} cannot be merged; leave it out" for key, words in _PER_TOKEN.items() if settings.get(key)]
+    on = {key for key, value in settings.items() if value or value == {}}  # an empty object is PEFT's defaults
+    refused = [f"{words} is not supported; {_MERGE}" for key, words in _REFUSED.items() if key in on]
+    refused += [f"{words} cannot be merged; leave it out" for key, words in _PER_TOKEN.items() if key in on]
     initial = settings.get("init_lora_weights")
-    if isinstance(initial, str) and initial.startswith(_UNLIKE_BASE):
+    if isinstance(initial, str) and initial.lower().startswith(_UNLIKE_BASE):  # PEFT takes OLoRA for olora
         problem = f"a LoRA that changes its base (init_lora_weights {initial}) is not supported; {_MERGE}"
         refused.append(problem + ", or save it with path_initial_model_for_weight_conversion")
     if refused:

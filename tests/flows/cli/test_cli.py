@@ -67,6 +67,51 @@ def test_streams_that_the_caller_has_closed_are_the_null_device(recipe: Path, ho
     assert (home / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["settings"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_output_is_not_taken_for_a_full_store(arguments: list[str], unbuffered: str) -> None:
+    """It said to free space where the store is; and `--version` ended with a traceback, or with 0."""
+    code = "import lewis_flows.cli.main as m; m.program()"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    told = "lewis: it failed: [Errno 28] No space left on device; there is no room for the output\n"
+    assert (done.returncode, done.stderr) == (1, told)
+
+
+def test_names_from_models_command_no_terminal(home: Path) -> None:
+    """The name of a tensor could set the window's title, or hide what followed."""
+    evil, shown = "x\x1b]0;mine\x07\x1b[8m", "x\\x1b]0;mine\\x07\\x1b[8m"
+    code = f"""
+import logging, sys
+from lewis.registry import history
+from lewis.errors import InputError
+from lewis_flows.cli import main, terminal
+def found(name):
+    terminal.show_log()
+    logging.getLogger("lewis.x").warning("said %s", {evil!r})
+    terminal.print_table([{{"name": {evil!r}, "[/b]": "[b]"}}])
+    print("\\x1b[1mbold\\x1b[0m " + {evil!r}[:9])
+    raise InputError({evil!r})
+history.history = found
+main.program()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "history", "m"], capture_output=True, text=True)
+    assert done.stderr == f"said {shown}\nlewis: {shown}\n"
+    assert f"  {shown}   [b]" in done.stdout and "[/b]" in done.stdout
+    assert done.stdout.endswith("\x1b[1mbold\x1b[0m x\\x1b]0;mine\n")
+
+
+def test_a_terminal_that_lacks_characters_is_no_failure() -> None:
+    """Where the locale is not UTF-8, the pictures of `lewis inspect` ended it with a traceback."""
+    code = r"from lewis_flows.cli import terminal as t; t.show_controls(); print('\u2588 \udcff')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr) == ("\\u2588 \\udcff\n", "")
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

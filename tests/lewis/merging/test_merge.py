@@ -657,6 +657,19 @@ class TestRefused:
             open_merge("ties", family.base, family.experts).run(tmp_path / "mine")
         assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
+    @pytest.mark.parametrize("name", ["notes.md", "expert/model.safetensors"])
+    def test_an_earlier_output_with_files_of_others(self, family: Family, tmp_path: Path, name: str) -> None:
+        """It was removed with all that somebody had put there, an expert of the merge among it."""
+        merge, folder = open_merge("ties", family.base, family.experts), tmp_path / "out"
+        merge.run(folder)
+        (folder / "README.md").write_text("the card")
+        merge.run(folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+        with pytest.raises(InputError, match=f"holds '{name}', which LEWIS did not write"):
+            merge.run(folder)
+        assert (folder / name).read_text() == "mine"
+
     def test_a_merge_that_is_interrupted(self, family: Family, tmp_path: Path) -> None:
         def interrupt(name: str, done: int, total: int) -> None:
             if done > total / 2:

@@ -182,7 +182,10 @@ class TestMistakes:
             ({"layer_slices": []}, "layer_slices: this is a config of bakllama"),
             ({"parameters": {"lambda": "auto"}}, "parameters.lambda: expected a number, got 'auto': what"),
             ({"parameters": {"weight": [1, "auto"]}}, "parameters.weight: expected a number, got 'auto': what"),
-            *(({"register": {"name": name}}, "register.name: ") for name in ("a/b", "..", "x" * 10_000)),
+            *(
+                ({"register": {"name": name}}, "register.name: ")
+                for name in ("a/b", "..", "a\nb", "a\x1b[8m", "x" * 10_000)
+            ),
             ({"register": {"name": "x", "team": "x" * 51}}, "register.team: "),
             ({"register": {"name": "x", "gate": {"metric": "m"}}}, "register.gate: there is nothing to compare"),
             (

@@ -7,6 +7,10 @@ def test_a_table_escapes_what_would_break_it() -> None:
     assert markdown_table([{"a": "x|y", "b": 1}, {"a": "two\nlines"}]) == (
         "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n| two lines |  |"
     )
+    assert markdown_table([{"<b>": "<img>", "c": "`<i>`", "d": plain("<u>")}]).splitlines()[::2] == [
+        "| \\<b> | c | d |",
+        "| \\<img> | `<i>` | \\<u\\> |",
+    ]
     assert markdown_table([]) == ""
 
 

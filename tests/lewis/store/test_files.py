@@ -14,7 +14,8 @@ import pytest
 
 from lewis import store
 from lewis.errors import InputError, RecipeError
-from lewis.store.manifest import remember, remembered_sha256
+from lewis.store import sealed_json
+from lewis.store.manifest import DamagedError, check, remember, remembered_sha256
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -104,6 +105,16 @@ class TestPublish:
         with store.publish(tmp_path / "out", {}):
             pass
         assert store.read_manifest(tmp_path / "out") == {"files": {}}
+
+    def test_a_manifest_names_no_file_elsewhere(self, tmp_path: Path) -> None:
+        """`lewis pull` copied it to the same place next to its own output."""
+        (tmp_path / "x").write_text("evil")
+        about = {"size": 4, "sha256": store.file_sha256(tmp_path / "x")}
+        (tmp_path / "out").mkdir()
+        for name in ("../x", str(tmp_path / "x")):
+            (tmp_path / "out" / "lewis.json").write_text(sealed_json.dumps({"files": {name: about}}))
+            with pytest.raises(DamagedError, match="expected the name of a file in the folder"):
+                check(tmp_path / "out")
 
     @pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
     def test_what_was_damaged_is_not_believed(self, tmp_path: Path, damage: str) -> None:

@@ -21,7 +21,7 @@ def places(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("home")
-@pytest.mark.parametrize("given", [*IMPOSSIBLE, "/dev/null", "/dev"])
+@pytest.mark.parametrize("given", [*IMPOSSIBLE, "/dev/null", "/dev", "no UTF-8: \udcff"])
 def test_a_folder_that_cannot_be_made_is_refused(places: Path, given: str) -> None:
     with pytest.raises(InputError):
         writable.check_output_folder(Path(given.format(places)))

@@ -21,6 +21,7 @@ from lewis.merging.run import Merge
 from lewis.merging.vocabulary.aligned import Aligned, Lenders
 from lewis.merging.vocabulary.tokens import Target
 from lewis.models.checkpoint import Checkpoint
+from lewis.models.tokenizer import read_vocabulary
 from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.models import (
@@ -271,6 +272,14 @@ def test_what_cannot_be_matched_is_refused(models: list[Path], tmp_path: Path) -
     (expert / "tokenizer.json").write_text('{"model": {"vocab": 3}}')
     with pytest.raises(InputError, match=r"tokenizer.json: no tokenizer: .*download it again"):
         open_merge("ties", base, [expert], tokenizer_source="union")
+
+
+@pytest.mark.parametrize("number", [-1, 10**11])
+def test_an_id_that_no_embedding_has(tmp_path: Path, number: int) -> None:
+    """It took memory for as many rows."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": number}}}))
+    with pytest.raises(InputError, match=f"no tokenizer: .*the token 'a' has the id {number}.*download it again"):
+        read_vocabulary(tmp_path)
 
 
 class TestAdapters:
