@@ -110,9 +110,13 @@ class Table(dict[str, R], Generic[R]):
         return self[name]
 
     def _load(self, point: EntryPoint) -> None:
-        package = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
+        try:
+            version = point.dist.version if point.dist else None
+        except KeyError:  # of importlib_metadata's packages; of importlib.metadata's it is None then
+            version = None
+        package = f"{point.dist.name} {version}" if point.dist else "an unknown package"
         which = f"{package}: its entry point {point.name} = {point.value!r} of the group {self.group}"
-        if not (point.dist and point.dist.version):  # nothing would be computed again after a change of the package
+        if not version:  # nothing would be computed again after a change of the package
             raise InputError(f"{which} is of a package without a version, which digests need; install it with pip")
         try:
             point.load()

@@ -37,15 +37,16 @@ class Visible(io.TextIOWrapper):
     """An output in which only what commands draw themselves is obeyed by a terminal: colours, and a cleared screen."""
 
     def __init__(self, out: io.TextIOWrapper) -> None:
-        """Write where `out` does, which lives as long: when it ends, it closes what both write to."""
+        """Write where `out` does, in place of it."""
+        out.flush()
         super().__init__(
-            out.buffer,
+            open(out.fileno(), "wb", closefd=False),  # noqa: SIM115  # as long as the process
             out.encoding,
             "backslashreplace",
             line_buffering=out.line_buffering,
             write_through=out.write_through,
         )
-        self._out = out
+        self._out = out  # which closes the file when nothing refers to it
 
     def write(self, text: str) -> int:
         """Write a text; what else it has of control characters, and what the encoding lacks, can be read."""
