@@ -39,8 +39,9 @@ class Visible(io.TextIOWrapper):
     def __init__(self, out: io.TextIOWrapper) -> None:
         """Write where `out` does, in place of it."""
         out.flush()
+        buffering = 0 if out.write_through else -1  # PYTHONUNBUFFERED
         super().__init__(
-            open(out.fileno(), "wb", closefd=False),  # noqa: SIM115  # as long as the process
+            open(out.fileno(), "wb", buffering, closefd=False),  # noqa: SIM115  # as long as the process
             out.encoding,
             "backslashreplace",
             line_buffering=out.line_buffering,

@@ -112,6 +112,12 @@ def test_a_terminal_that_lacks_characters_is_no_failure() -> None:
     assert (done.stdout, done.stderr) == ("\\u2588 \\udcff\n", "")
 
 
+def test_an_output_that_is_not_buffered_stays_so() -> None:
+    code = "import os; from lewis_flows.cli import terminal as t; t.show_controls(); print('now', end=' '); os._exit(0)"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment).stdout == b"now "
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
