@@ -21,6 +21,7 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import kinds, manifest, secrets
+from lewis.store.folders import leads_out
 from lewis_flows import recipes_folder
 
 _DATABASES = ("mlflow/*.db", "prefect/prefect.db")
@@ -148,7 +149,7 @@ def _targets(folder: Path, files: dict[str, object]) -> Iterator[tuple[str, Path
     places = {"store": store.home(), "recipes": recipes_folder.location(), "prefect": _prefect_home()}
     for name in sorted(files, key=lambda name: (name.endswith(".db"), name)):
         top, _, rest = name.partition("/")
-        if not rest or Path(rest).is_absolute() or ".." in Path(rest).parts or top not in places:
+        if not rest or leads_out(rest) or top not in places:
             raise InputError(f"{folder}: {name!r} is no file of a copy that `lewis backup` makes")
         yield name, places[top] / rest
 

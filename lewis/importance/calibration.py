@@ -22,6 +22,7 @@ from lewis.store.manifest import remembered_sha256
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "3"  # bump when the same rows would give other token ids
+EVERY = 4  # of so many rows, the last judges the fit to the others
 SAMPLES = "samples"  # what a set in the store is whole with
 WEIGHTS = "weights"
 # One set at a time: threads that load at once trip over tqdm's shared state inside datasets.

@@ -15,7 +15,7 @@ from lewis import store
 from lewis.devices import precision
 from lewis.errors import InputError
 from lewis.importance import measure
-from lewis.importance.calibration import Calibration, path_of
+from lewis.importance.calibration import EVERY, Calibration, path_of
 from lewis.importance.step import CalibrationEntry
 from lewis.lazy_torch import torch
 from lewis.models.source import ModelFiles
@@ -25,7 +25,6 @@ from lewis.store import kinds
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same prompts would be continued otherwise
-TURN = 4  # prompts that take turns: all continuations of the last are every fourth row, as those that judge a fit
 BATCH = 32  # continuations that are written side by side
 _PURE: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
 
@@ -111,7 +110,8 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
         )
     if left := len(prompts.samples) - len(rows):
         logger.warning("%s: %d of %d prompts fill %s and are left out", where, left, len(prompts.samples), limit)
-    places = [(i // TURN, turn, i) for i in range(len(rows)) for turn in range(given.count)]
+    # Prompts take turns, so that each row that judges a fit continues a prompt that no row of the fit does.
+    places = [(i // EVERY, turn, i) for i in range(len(rows)) for turn in range(given.count)]
     places.sort(key=lambda place: len(rows[place[-1]]), reverse=True)
     rows, written, what = [rows[i] for *_, i in places], list[tuple[int, ...]](), f"{given.files.ref} continues"
     report(what, 0, len(rows))

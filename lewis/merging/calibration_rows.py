@@ -4,12 +4,11 @@ import logging
 from collections.abc import Mapping
 
 from lewis.errors import InputError
-from lewis.importance.calibration import Calibration
+from lewis.importance.calibration import EVERY, Calibration
 
 logger = logging.getLogger(__name__)
 
 RIDGES = (1.0, 0.1, 0.01, 0.001)  # what `ridge: auto` tries
-EVERY = 4  # of so many rows, the last is held out
 MOST = 16  # rows of a set that are held back to judge a fit
 
 

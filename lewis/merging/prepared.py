@@ -20,9 +20,10 @@ from lewis import store
 from lewis.allocation.densities import Densities, ScalesByTensor, fingerprint
 from lewis.devices import default_device, precision
 from lewis.errors import InputError
+from lewis.importance.calibration import EVERY
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.lazy_torch import torch
-from lewis.merging.calibration_rows import EVERY, RIDGES
+from lewis.merging.calibration_rows import RIDGES
 from lewis.merging.checks import check_adapter, check_calibrations, check_parameters, check_scales
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.settings import Expert, MergeSettings

@@ -8,7 +8,7 @@ way. A checkpoint's files are read-only, so that no program can change one by a 
 import os
 import stat
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lewis import settings
 from lewis.errors import InputError
@@ -106,3 +106,9 @@ def _close_to_others(place: Path) -> None:
     is_ours = found.st_uid == os.getuid() and not mode & stat.S_ISVTX and (place / "locks").is_dir()
     if is_ours and mode & umask():
         place.chmod(mode & ~umask())
+
+
+def leads_out(name: str) -> bool:
+    """Whether the name of a file in a folder, as a stranger gives it, is that of one elsewhere."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts

@@ -8,14 +8,14 @@ entries, the remote half that shares them, `lewis verify`, housekeeping and back
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
 
 from lewis.store import files, sealed_json
 from lewis.store.files import MANIFEST
-from lewis.store.folders import home
+from lewis.store.folders import home, leads_out
 from lewis.store.sealed_json import DamagedError
 
 
@@ -104,7 +104,7 @@ class Kind:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{MANIFEST}: {error}" if self.manifest else str(error)) from error
         for name in found:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            if leads_out(name):
                 raise DamagedError(f"{name}: expected the name of a file in it")
         return found
 

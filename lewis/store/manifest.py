@@ -13,6 +13,7 @@ from lewis import store
 from lewis.store import files, kinds, remote, sealed_json
 from lewis.store.entries import mark_used, read_entry, set_aside, write_entry
 from lewis.store.files import MANIFEST
+from lewis.store.folders import leads_out
 from lewis.threads import ContextPool
 
 _LARGE = 1 << 28  # files above this size take longer to hash than a clock tick
@@ -60,7 +61,7 @@ def check(folder: Path, *, again: bool = False, content: bool = True) -> dict[st
         expected = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST}: {getattr(error, 'strerror', None) or error}") from error
-    if outside := next((n for n in expected if Path(n).is_absolute() or ".." in Path(n).parts), None):
+    if outside := next(filter(leads_out, expected), None):
         raise DamagedError(f"{MANIFEST}: {outside!r}: expected the name of a file in the folder")
     sizes = {name: (size, None) for name, (size, _) in expected.items()}
     check_files(folder, expected if content else sizes, again=again)

@@ -289,9 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and terminal.nobody_reads():
             return terminal.SIGPIPE
-        full = error.filename is None and terminal.output_is_full()
-        told = f"{error}; there is no room for the output" if full else redacted(writable.explained(error))
-        terminal.say_error(f"it failed: {told}", as_json=as_json)
+        full = terminal.output_is_full(error)
+        why = f"{error}; there is no room for the output" if full else redacted(writable.explained(error))
+        terminal.say_error(f"it failed: {why}", as_json=as_json)
         return 1
     return code
 

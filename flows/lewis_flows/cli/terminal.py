@@ -16,7 +16,7 @@ from lewis_flows import json_logs
 SIGPIPE = 141
 """The exit code if the program that reads the output, such as `head`, has ended: as of one that this signal ended."""
 
-
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DRAWN = re.compile(r"(\x1b\[[0-9;]*m|\x1b\[2J\x1b\[H)")
 
 
@@ -87,13 +87,18 @@ def nobody_reads() -> bool:
     return True
 
 
-def output_is_full() -> bool:
-    """Whether there is no room where the output goes; if so, what is still to be written is dropped."""
+def output_is_full(error: OSError) -> bool:
+    """Whether an error means that there is no room where the output goes; what is still to be written is dropped then.
+
+    An error that names a file is of that file.
+    """
+    if error.filename is not None or error.errno not in _FULL:
+        return False
     try:
         os.write(1, b"\n")  # what Python holds may be written already
-    except OSError as error:
+    except OSError as found:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains when it writes the rest at its end
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return found.errno in _FULL
     return False
 
 

@@ -20,8 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lewis.importance.calibration import Calibration
-from lewis.merging.calibration_rows import EVERY
+from lewis.importance.calibration import EVERY, Calibration
 from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.losses import RowLoss, mean_loss, predicts_next_token, row_losses
 from lewis.merging.prepared import Prepared

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from lewis import store
@@ -30,6 +30,7 @@ from lewis.models.names import is_buffer, unwrapped
 from lewis.models.quantised.headers import dequantised
 from lewis.settings import size_text
 from lewis.store import kinds
+from lewis.store.folders import leads_out
 from lewis.store.manifest import remembered_sha256
 from lewis.threads import ContextPool
 
@@ -303,8 +304,7 @@ def remember_listing(source: str, info: Any) -> Listing:
         InputError: if a file's name leads out of its folder.
     """
     files = {file.rfilename: (file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in info.siblings}
-    outside = next((name for name in files if ".." in PurePosixPath(name).parts or name.startswith("/")), None)
-    if outside:
+    if outside := next(filter(leads_out, files), None):
         raise InputError(f"{source}: refused: its file {outside!r} would land outside its folder")
     store.write_entry(_listing_entry(source, info.sha), {"files": files})
     return files

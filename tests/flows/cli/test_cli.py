@@ -19,7 +19,7 @@ from lewis import store
 from lewis.models.checkpoint import Checkpoint
 from lewis.store import files
 from lewis_flows.cli.main import main
-from lewis_flows.cli.terminal import Terminal
+from lewis_flows.cli.terminal import Terminal, output_is_full
 from tests.conftest import Family
 from tests.support.models import edit_json, rewrite, write_llama, write_tokenizer
 
@@ -116,6 +116,12 @@ def test_an_output_that_is_not_buffered_stays_so() -> None:
     code = "import os; from lewis_flows.cli import terminal as t; t.show_controls(); print('now', end=' '); os._exit(0)"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment).stdout == b"now "
+
+
+def test_an_error_of_something_else_writes_nothing_into_the_output(capfd: pytest.CaptureFixture[str]) -> None:
+    """It got an empty line, by which the program tried whether it is full."""
+    assert not output_is_full(ConnectionRefusedError("no server"))
+    assert capfd.readouterr().out == ""
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
