@@ -204,11 +204,11 @@ def inspect(recipe: Recipe | str | Path, *, candidates: Sequence[str] = (), repo
     base, experts = pin_all(recipe)
     others = [pin(ref, recipe.root) for ref in candidates]
     first = base or experts[0]
-    preflight(recipe, first, [])
+    preflight(recipe, first, [], network=recipe.needs_network)
     fitting, refused = [], []
     for source in experts if base else experts[1:]:
         try:
-            preflight(recipe, first, [source])
+            preflight(recipe, first, [source], network=recipe.needs_network)
             fitting.append(download(source))
         except RecipeError:
             raise

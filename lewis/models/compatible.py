@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 
 from lewis.errors import InputError
 from lewis.models.config import check_config, read_config
@@ -16,6 +15,7 @@ from lewis.models.lora.config import read_settings
 from lewis.models.lora.modules import CONFIG
 from lewis.models.model import Model
 from lewis.models.names import HEADS, PER_TOKEN, in_layers
+from lewis.models.network.network_class import check_network
 from lewis.models.network.renamed import differ, match
 from lewis.models.source import Source
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
@@ -58,8 +58,16 @@ def check_compatible(
         )
 
 
-def preflight(config: MergeConfig, base: Source | None, experts: Sequence[Source]) -> list[str]:
-    """Check names, shapes and filters from the headers of the weight files, before gigabytes are downloaded.
+def preflight(
+    config: MergeConfig, base: Source | None, experts: Sequence[Source], *, network: bool = False
+) -> list[str]:
+    """Check configs, names, shapes and filters by the headers of the weight files, before gigabytes are downloaded.
+
+    Args:
+        config: what is merged, and how.
+        base: the base; None: the first expert takes its place.
+        experts: in the recipe's order.
+        network: whether each model's network is built without weights, too, which takes seconds.
 
     Returns:
         Which models have other names for the base's tensors, and how they are read.
@@ -69,18 +77,17 @@ def preflight(config: MergeConfig, base: Source | None, experts: Sequence[Source
         RecipeError: naming every filter that matches nothing.
     """
     for source in ([base] if base else []) + list(experts):
-        if source.model.is_local:  # a folder that is broken by itself is reported first
-            read_config(Path(source.model.source))
-            weight_files(Path(source.model.source))
-        elif not source.model.source.endswith(".gguf"):
+        if not source.model.source.endswith(".gguf"):
             home = repository.fetch(source.model, weights=False)
             with repository.blaming(source.model, INDEX):
-                weight_files(home, repository.file_names(source.model))
+                weight_files(home, () if source.model.is_local else repository.file_names(source.model))
             with repository.blaming(source.model, "config.json"):
                 own = read_config(home)
             shapes = _shapes(source)
             with repository.blaming(source.model, "config.json"):
                 check_config(home, own, shapes)
+                if network:
+                    check_network(home, shapes)
         for adapter in source.adapters:
             folder = repository.fetch(adapter, weights=False)
             with repository.blaming(adapter, CONFIG, "unusable"):

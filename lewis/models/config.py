@@ -10,6 +10,7 @@ from typing import Any
 
 from lewis.errors import InputError
 from lewis.input_files import read_json
+from lewis.models.config_class import check_values
 from lewis.models.dtypes import MERGED
 from lewis.models.names import EMBEDDINGS, in_layers
 
@@ -111,6 +112,11 @@ def check_numbers(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, 
                     f"{folder}: config.json: {where}{key}: expected {expected}, got {str(value)[:80]}; no network can "
                     "be built of it: take the config.json that came with these weights"
                 )
+    for key, expected in _unlike_attention(config, shapes):
+        raise InputError(
+            f"{folder}: config.json: {key}: expected {expected}, got {config.get(key)}; take the config.json that came "
+            "with these weights"
+        )
     if _holds_nan(config):
         raise InputError(f"{folder}: config.json: holds NaN; take the config.json that came with these weights")
 
@@ -142,6 +148,23 @@ def _unlike_tensors(key: str, value: Any, sizes: Collection[int]) -> str:
     return ""
 
 
+def _unlike_attention(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]:
+    """Key -> what was expected, where the attention of a model of one tower has other keys, or a part has no biases."""
+    rows = {shape[0] for name, shape in shapes.items() if name.endswith(".self_attn.k_proj.weight") and len(shape) == 2}
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    inner = any(isinstance(value, dict) and "hidden_size" in value for value in config.values())
+    own = inner or "attention_head_dim" in config or "auto_map" in config  # sizes of other names
+    if rows and isinstance(heads, int) and isinstance(width, int) and not own:
+        key = "num_key_value_heads" if config.get("head_dim") is None else "head_dim"
+        count, size = config.get("num_key_value_heads"), config.get("head_dim")
+        count, size = heads if count is None else count, width // heads if size is None else size
+        if isinstance(count, int) and isinstance(size, int) and count * size not in rows:
+            yield key, f"keys of {' or '.join(map(str, sorted(rows)))} numbers, which the tensors k_proj give"
+    for key, part in (("attention_bias", "att"), ("mlp_bias", "mlp")):
+        if config.get(key) is True and not any(part in name and name.endswith(".bias") for name in shapes):
+            yield key, "false, as no tensor is such a bias"
+
+
 def _holds_nan(value: Any) -> bool:
     if isinstance(value, dict | list):
         return any(map(_holds_nan, value.values() if isinstance(value, dict) else value))
@@ -149,7 +172,7 @@ def _holds_nan(value: Any) -> bool:
 
 
 def check_config(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check `vocab_size` and `num_hidden_layers` of a config against the tensors; where one is silent, nothing is.
+    """Check the values of a config by the class of its `model_type`, and its sizes by the tensors.
 
     A config that speaks of several towers (`text_config`, `vision_config`) must be right about one of them.
 
@@ -157,6 +180,7 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, t
         InputError: naming the key and the tensors that contradict it.
     """
     check_numbers(folder, config, shapes)
+    check_values(folder, config)
     rows = {name: shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS) and shape}
     stated = set(_stated(config, "vocab_size"))
     # One more row: Moshi has a token that begins a text; Mllama has eight for its images, Molmo2 says how many.

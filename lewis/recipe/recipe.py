@@ -158,6 +158,11 @@ class Recipe(MergeConfig):
         return self.measures or self.measures_base or self.fits
 
     @property
+    def needs_network(self) -> bool:
+        """Whether a run needs the models' networks: to measure or fit them, or to score the merge."""
+        return self.runs_models or self.evaluate is not None
+
+    @property
     def measures_base(self) -> bool:
         """Whether the merge needs the importance pass of the base: for the difference of norms, or for `aim`."""
         block = self.allocator

@@ -2,14 +2,17 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lewis
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.models.config import check_config
+from lewis.models.config_class import _declared, check_values
 from tests.conftest import Family
 from tests.faults.fuzz import DRAWS
 from tests.support.models import edit_json, parse, rewrite
@@ -53,6 +56,42 @@ def test_of_every_architecture(kind: str) -> None:
                     check_config(Path("model"), changed, shapes)
 
 
+UNUSED = {"blt", "olmo3", "zamba2", "inkling2_text", "minimax_m3_vl_text"}  # no layer of the tiny ones uses that name
+VALUES = ["x", 1, -1, 0, 1.5, True, None, [], [1], ["a"], {}, {"a": 1}, {"rope_type": "x", "rope_theta": 1e4}]
+
+
+@pytest.mark.parametrize("kind", architectures() if DRAWS > 1000 else FEW)
+def test_values_as_the_class_of_the_config_takes_them(kind: str) -> None:
+    """Refused is what transformers refuses, by the types of its class or when it builds the network; no more."""
+    try:
+        model = tiny(kind)
+    except Exception as error:
+        pytest.skip(f"transformers has no tiny one: {error}")
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    check_values(Path("model"), config)
+    refused, missed = 0, []
+    for key, value in ((key, value) for key in config.keys() - {"model_type"} for value in VALUES):
+        changed = {**copy.deepcopy(config), key: value}
+        ours = theirs = ""
+        try:
+            check_values(Path("model"), changed)
+        except InputError as error:
+            ours = str(error)
+        try:
+            built = type(model.config).from_dict(copy.deepcopy(changed))
+            if ours:  # of names of functions, the class of the config knows nothing
+                with torch.device("meta"):
+                    type(model)(built)
+        except Exception as error:
+            theirs = str(error)
+        ignored = kind in UNUSED and ("a rope_type among" in ours or "an activation function" in ours)
+        assert theirs or not ours or ignored, f"{key}: {value!r}: transformers takes it; {ours}"
+        refused += bool(ours)
+        if not ours and f"Field '{key}'" in theirs and f"(value: {value!r})" in theirs:
+            missed.append(f"{key}: {value!r}: {theirs}")
+    assert len(missed) <= refused / 20 or not _declared(kind)[1], missed
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -61,6 +100,16 @@ def test_of_every_architecture(kind: str) -> None:
         {"num_hidden_layers": -1},
         {"vocab_size": 1e9},
         {"hidden_size": 17},
+        {"rms_norm_eps": "x"},
+        {"hidden_act": "os.system"},
+        {"tie_word_embeddings": "no"},
+        {"rope_parameters": {"rope_type": "unheard", "rope_theta": 1e4}},
+        {"rope_parameters": 4.0},
+        {"pad_token_id": "0"},
+        {"model_type": 3},
+        {"num_key_value_heads": 1},
+        {"head_dim": 0},
+        {"attention_bias": True},
     ],
 )
 @pytest.mark.parametrize("which", ["base", "expert"])
@@ -70,7 +119,7 @@ def test_before_any_work(family: Family, home: Path, tmp_path: Path, change: dic
     base, expert = (odd, family.math) if which == "base" else (family.base, odd)
     models = [{"model": str(expert)}, {"model": str(family.code)}]
     recipe = parse({"merge_method": "ties", "base_model": str(base), "models": models})
-    [key] = change
+    key = {"num_key_value_heads": "head_dim"}.get(*change, *change)  # the config says how large a head is
     for refused in (lambda: lewis.plan(recipe), lambda: lewis.merge(recipe, tmp_path / "merged")):
         with pytest.raises(InputError, match=f"odd: config.json: {key}: expected "):
             refused()
@@ -79,6 +128,32 @@ def test_before_any_work(family: Family, home: Path, tmp_path: Path, change: dic
         with pytest.raises(InputError, match=f"odd: config.json: {key}: expected "):
             lewis.inspect(recipe)
     else:
-        assert any(
-            each.kind == "no fit" and f"config.json: {key}" in each.what for each in lewis.inspect(recipe).errors
-        )
+        errors = lewis.inspect(recipe).errors
+        assert any(each.kind == "no fit" and f"config.json: {key}" in each.what for each in errors)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"layer_types": ["unheard", "unheard"]}, "transformers cannot build this model: "),
+        ({"pad_token_id": 9999}, "transformers cannot build this model: "),
+        ({"model_type": "qwen2"}, "config.json: '.*.q_proj.bias' is in the network of this config, but not in the "),
+        ({"model_type": "unheard"}, "config.json: model_type: expected one that transformers .* knows, got 'unheard'"),
+    ],
+)
+def test_a_network_that_is_not_of_these_tensors(
+    family: Family, home: Path, tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    """Its sizes and types alone say nothing; transformers builds it, or not, where a run needs it anyway."""
+    odd = rewrite(family.math, tmp_path / "odd", lambda name, tensor: tensor)
+    edit_json(odd / "config.json", **change)
+    models = [{"model": str(odd)}, {"model": str(family.code)}]
+    tasks = {"tasks": ["arc_easy"], "limit": 2}
+    recipe = parse({"merge_method": "ties", "base_model": str(family.base), "models": models, "evaluate": tasks})
+    for refused in (lewis.plan, lewis.inspect):
+        if refused is lewis.plan or "unheard" in change.values():
+            with pytest.raises(LewisError, match=f"odd: {told}"):
+                refused(recipe)
+        else:
+            [error] = refused(recipe).errors
+            assert error.kind == "no fit" and re.search(f"odd: {told}", error.what)

@@ -6,14 +6,15 @@ No architecture is named here, and no code that comes with a model is run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lewis import private_names
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import nn, torch
 from lewis.models.config import needs_code, read_config
 
@@ -66,6 +67,55 @@ def known_network(folder: Path) -> Any | None:
         return None
 
 
+def check_network(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Build the network of a config without weights, and compare its parameters with the tensors of the same names.
+
+    Nothing is checked if transformers has no class of the `model_type` that generates text, or if the model needs code
+    that comes with it or a package that is not installed.
+
+    Args:
+        folder: of the model.
+        shapes: of its tensors.
+
+    Raises:
+        InputError: if transformers cannot build the network, if a parameter has another number of elements than its
+            tensor, or if only one of both has the bias of a weight.
+        LewisError: if transformers does not know the `model_type`.
+    """
+    from transformers import CONFIG_MAPPING, __version__
+
+    config = read_config(folder)
+    if "auto_map" in config:
+        return
+    if (kind := config.get("model_type")) not in CONFIG_MAPPING:
+        raise LewisError(
+            f"{folder}: config.json: model_type: expected one that transformers {__version__} knows, got {kind!r}; "
+            "upgrade transformers, or merge the model without a lewis block and without evaluating it"
+        )
+    try:
+        network = _built(folder, (folder / "config.json").read_bytes())
+    except InputError as error:
+        if isinstance(error.__cause__, ImportError | _NoClassError):
+            return
+        raise
+    theirs = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    for name, shape in theirs.items():
+        wrong = ""
+        # Of some tensors the shape is another one, since transformers turns them when it loads them.
+        if name in shapes and math.prod(shapes[name]) != math.prod(shape):
+            wrong = f"{name!r} has shape {list(shapes[name])}, but in the network of this config it has {list(shape)}"
+        bias = name.removesuffix(".weight") + ".bias"
+        if name != bias and name in shapes and (bias in shapes) != (bias in theirs):
+            place, other = ("network of this config", "weights")[:: -1 if bias in shapes else 1]
+            wrong = f"{bias!r} is in the {place}, but not in the {other}"
+        if wrong:
+            raise InputError(f"{folder}: config.json: {wrong}; take the config.json that came with these weights")
+
+
+class _NoClassError(ValueError):
+    """transformers has no class for a model that generates text."""
+
+
 @lru_cache(maxsize=2)
 def _built(folder: Path, config: bytes) -> Any:
     return build(folder, torch.float32)
@@ -79,7 +129,7 @@ def _class_of(config: Any) -> Any:
     named = [found for name in wanted if (found := getattr(transformers, name, None)) is not None]
     own = [each for each in named if each in registered or (each.config_class is type(config) and each.can_generate())]
     if not own and not registered:
-        raise ValueError(f"{type(config).__name__} has no class that generates text")
+        raise _NoClassError(f"{type(config).__name__} has no class that generates text")
     return (own or registered)[0]
 
 

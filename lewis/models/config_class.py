@@ -1,0 +1,146 @@
+"""Which values a config.json may have, by the class that transformers has for its `model_type`.
+
+The source of the class is read, not imported: a merge needs neither transformers nor torch, which take four seconds.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import InputError
+
+_NAMED = {"int": int, "str": str, "bool": bool, "float": float, "dict": dict, "list": list, "tuple": tuple}
+_ROPES = ("rope_parameters", "rope_scaling")
+
+
+def check_values(folder: Path, config: Mapping[str, Any]) -> None:
+    """Check that each value of a config has the type that transformers' class declares, and names functions that exist.
+
+    A `model_type` that transformers does not know, and keys that its class does not declare, are not checked.
+
+    Args:
+        folder: of the model.
+        config: parsed.
+
+    Raises:
+        InputError: naming the key, what was expected and what was given.
+    """
+    for where, block in (("", config), *((f"{key}.", each) for key, each in config.items() if isinstance(each, dict))):
+        for key, expected in _unlike_class(block):
+            raise InputError(
+                f"{folder}: config.json: {where}{key}: expected {expected}, got {json.dumps(block[key])[:80]}; "
+                "transformers builds no network of it: take the config.json that came with these weights"
+            )
+
+
+def _unlike_class(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Key -> what was expected, for each value that the class would refuse."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        if kind is not None:
+            yield "model_type", "str"
+        return
+    source, fields, activations = _declared(kind)
+    for key, declared in fields.items():
+        if key not in config:
+            continue
+        value = config[key]
+        if not _accepts(declared, value):
+            yield key, ast.unparse(declared)
+        elif key in activations and isinstance(value, str) and value not in (known := _keys("activations", "ACT2CLS")):
+            yield key, f"an activation function of transformers, such as {', '.join(sorted(known & {'gelu', 'silu'}))}"
+    if "RopeParameters" in source:
+        known = _keys("modeling_rope_utils", "ROPE_INIT_FUNCTIONS") | {"default"}
+        for key in _ROPES:
+            if not isinstance(config.get(key), dict | None):
+                yield key, "dict | None"
+            for name in _rope_types(config.get(key)):
+                if name not in known and f'"{name}"' not in source:  # some classes have names of their own
+                    yield key, f"a rope_type among {', '.join(sorted(known))}"
+
+
+def _rope_types(value: Any) -> Iterator[str]:
+    """The names of kinds of positions in a block of a config: of all layers, or one for each kind of layer."""
+    if isinstance(value, dict):
+        found = value.get("rope_type", value.get("type"))
+        if isinstance(found, str):
+            yield found
+        for each in value.values():
+            yield from _rope_types(each)
+
+
+def _accepts(declared: ast.expr, value: Any) -> bool:
+    """Whether a value of JSON has a declared type, as huggingface_hub's strict dataclasses check it.
+
+    Classes of configs are objects in JSON; what else is no type of JSON accepts everything.
+    """
+    match declared:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _accepts(left, value) or _accepts(right, value)
+        case ast.Constant(value=None):
+            return value is None
+        case ast.Name(id="float") if isinstance(value, dict):
+            return value.keys() == {"__float__"}  # how transformers writes infinity
+        case ast.Name(id=name) if name in _NAMED:
+            fits = isinstance(value, _NAMED[name])
+            return fits and (name == "bool" or not isinstance(value, bool))
+        case ast.Name(id=name) if name.endswith(("Config", "RopeParameters")):
+            return isinstance(value, dict)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
+            return value in [each.value for each in ast.walk(inner) if isinstance(each, ast.Constant)]
+        case ast.Subscript(value=ast.Name(id="list"), slice=inner) if not isinstance(inner, ast.Tuple):
+            return isinstance(value, list) and all(_accepts(inner, each) for each in value)
+        case ast.Subscript(value=ast.Name(id="list" | "Sequence")):
+            return isinstance(value, list)
+        case ast.Subscript(value=ast.Name(id="tuple")):
+            return False  # JSON has lists, which are none
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, inner])):
+            return isinstance(value, dict) and all(
+                _accepts(key, one) and _accepts(inner, each) for one, each in value.items()
+            )
+    return True
+
+
+@lru_cache(maxsize=64)
+def _declared(kind: str) -> tuple[str, dict[str, ast.expr], frozenset[str]]:
+    """The class of a `model_type`: its file's source, its fields with their types, and which name activation functions.
+
+    All are empty if none is found.
+    """
+    tables = _source("models/auto/auto_mappings.py")
+    pairs = re.findall(rf'\("{re.escape(kind)}", "(\w+)"\)', tables)
+    named = next((each for each in pairs if each.endswith("Config")), "")
+    module = next((each for each in pairs if each.islower()), kind.replace("-", "_"))
+    if not named or not module.isidentifier():
+        return "", {}, frozenset()
+    source = _source(f"models/{module}/configuration_{module}.py")
+    classes = {each.name: each for each in ast.parse(source).body if isinstance(each, ast.ClassDef)}
+    fields: dict[str, ast.expr] = {}
+    wanted = [named]
+    while wanted:
+        if (found := classes.get(wanted.pop())) and any("strict" in ast.unparse(each) for each in found.decorator_list):
+            own = [each for each in found.body if isinstance(each, ast.AnnAssign)]
+            fields = {each.target.id: each.annotation for each in own if isinstance(each.target, ast.Name)} | fields
+            wanted += [each.id for each in found.bases if isinstance(each, ast.Name)]
+    network = _source(f"models/{module}/modeling_{module}.py")
+    activations = frozenset(re.findall(r"\bACT2FN\[(?:self\.)?config\.(\w+)\]", network))
+    return source, {name: each for name, each in fields.items() if "ClassVar" not in ast.unparse(each)}, activations
+
+
+@lru_cache
+def _keys(module: str, table: str) -> frozenset[str]:
+    """The keys of a dictionary that a module of transformers writes out."""
+    block = re.search(rf"^{table}\b.*?^}}", _source(f"{module}.py"), re.DOTALL | re.MULTILINE)
+    return frozenset(re.findall(r'^    "(\w+)":', block[0], re.MULTILINE) if block else ())
+
+
+def _source(path: str) -> str:
+    """A file of the installed transformers; empty if it has none."""
+    spec = find_spec("transformers")
+    file = Path(spec.origin).parent / path if spec and spec.origin else None
+    return file.read_text() if file and file.is_file() else ""
