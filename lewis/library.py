@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from lewis.inspection.step import inspect as inspect_models
 from lewis.merging.adapter import Adapter
 from lewis.merging.step import MergeInput, prepare_merge
 from lewis.models.compatible import preflight
+from lewis.models.lora.expert import is_adapter
 from lewis.models.source import ModelFiles, download, pin, pin_all
 from lewis.progress import Report, silent
 from lewis.recipe.recipe import Recipe
@@ -170,23 +172,26 @@ def score(recipe: Recipe | str | Path, folder: str | Path, *, report: Report = s
 
     Args:
         recipe: with an `evaluate` block.
-        folder: a checkpoint with its tokenizer, such as `merge` wrote.
+        folder: a checkpoint with its tokenizer, or an adapter on the recipe's base, such as `merge` wrote.
         report: called with (what, done, total).
 
     Raises:
         RecipeError: if the recipe has no such block.
         InputError, LewisError: as `merge`.
     """
-    recipe, folder = load(recipe), Path(folder)
+    recipe, folder = load(recipe), Path(folder).expanduser().absolute()
     if recipe.evaluate is None:
         raise RecipeError("evaluate: missing; it says what is scored")
-    files = download(pin(str(folder.absolute()), recipe.root))
+    base = pin(recipe.base_model, recipe.root) if recipe.base_model and is_adapter(folder) else None
+    files = download(pin(str(folder), recipe.root, base))
     return score_model(
         files, EvalSettings.of(recipe.evaluate, recipe.root), device=default_device(), progress=report
     ).scores
 
 
-def inspect(recipe: Recipe | str | Path, *, candidates: Sequence[str] = (), report: Report = silent) -> Inspection:
+def inspect(
+    recipe: Recipe | str | Path, *, candidates: Sequence[str | Path] = (), report: Report = silent
+) -> Inspection:
     """Whether the models of a recipe belong together: `found.findings`, `found.verdict`.
 
     What does not fit is a finding, and is not downloaded.
@@ -202,7 +207,7 @@ def inspect(recipe: Recipe | str | Path, *, candidates: Sequence[str] = (), repo
     """
     recipe = load(recipe)
     base, experts = pin_all(recipe)
-    others = [pin(ref, recipe.root) for ref in candidates]
+    others = [pin(str(ref), recipe.root) for ref in candidates]
     first = base or experts[0]
     preflight(recipe, first, [])
     fitting, refused = [], []
@@ -238,5 +243,16 @@ def _findings_on_rows(recipe: Recipe, here: Mapping[str, ModelFiles]) -> list[Fi
 
 
 def load(recipe: Recipe | str | Path) -> Recipe:
-    """A recipe, read from its file if it is one."""
-    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    """A recipe, read from its file if it is one.
+
+    Raises:
+        InputError: if it is neither, such as a dict; or as `Recipe.load`.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str | PathLike):
+        raise InputError(
+            f"recipe: expected the path of a YAML file or a lewis.Recipe, got {type(recipe).__name__}; "
+            "lewis.Recipe.parse(text, root=folder) makes one of YAML or JSON text"
+        )
+    return Recipe.load(recipe)
