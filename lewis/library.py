@@ -26,6 +26,7 @@ from lewis.inspection.step import inspect as inspect_models
 from lewis.merging.adapter import Adapter
 from lewis.merging.step import MergeInput, prepare_merge
 from lewis.models.compatible import preflight
+from lewis.models.files.writer import parse_size
 from lewis.models.lora.expert import is_adapter
 from lewis.models.source import ModelFiles, download, pin, pin_all
 from lewis.progress import Report, silent
@@ -74,25 +75,25 @@ class Merged:
 
 
 def merge(
-    recipe: Recipe | str | Path, folder: str | Path, *, max_shard_size: int = 5 * 10**9, report: Report = silent
+    recipe: Recipe | str | Path, folder: str | Path, *, max_shard_size: int | str = "5GB", report: Report = silent
 ) -> Merged:
     """Merge the models of a recipe into a folder, with a model card.
 
     Args:
         recipe: a YAML file, or a recipe.
         folder: absent, empty, or an earlier output. It appears whole or not at all.
-        max_shard_size: bytes of the largest weight file.
+        max_shard_size: of the largest weight file: bytes, or such as `5GB`.
         report: called with (what, done, total).
 
     Raises:
-        InputError: naming what is wrong with the recipe, the models or the folder.
+        InputError: naming what is wrong with the recipe, the models, the folder or the size.
         LewisError: if the work fails.
     """
-    recipe, folder = load(recipe), check_output_folder(Path(folder))
+    recipe, folder, shard = load(recipe), check_output_folder(Path(folder)), parse_size(str(max_shard_size))
     given, prepared = prepare(recipe, report)
     written = prepared.run(
         folder,
-        max_shard_size=max_shard_size,
+        max_shard_size=shard,
         manifest=given.lineage(),
         progress=report,
         unchanged=given.check_unchanged,

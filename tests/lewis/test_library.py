@@ -71,6 +71,17 @@ def test_a_recipe_that_is_neither_a_file_nor_a_recipe_is_refused(recipe: Path) -
             lewis.plan(given)  # type: ignore[arg-type]
 
 
+def test_the_size_of_a_file_is_checked_before_the_work(recipe: Path, tmp_path: Path) -> None:
+    """`5GB`, as transformers takes it, was a TypeError once all was measured and fitted."""
+    seen: list[str] = []
+    for wrong in ("much", 0, -1, None):
+        with pytest.raises(InputError, match=r"max_shard_size: expected a size such as 5GB or 500MB, got "):
+            lewis.merge(recipe, tmp_path / "x", max_shard_size=wrong, report=lambda what, *_: seen.append(what))  # type: ignore[arg-type]
+    assert not seen and not (tmp_path / "x").exists()
+    merged = lewis.merge(recipe, tmp_path / "x", max_shard_size="10KB")
+    assert len(list(merged.folder.glob("*.safetensors"))) > 1
+
+
 def test_a_candidate_may_be_a_path(recipe: Path, family: Family) -> None:
     assert lewis.inspect(recipe, candidates=[family.math]).verdict.startswith("no findings")
 
