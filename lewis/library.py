@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from lewis.inspection.step import inspect as inspect_models
 from lewis.merging.adapter import Adapter
 from lewis.merging.step import MergeInput, prepare_merge
 from lewis.models.compatible import preflight
+from lewis.models.files.writer import parse_size
+from lewis.models.lora.expert import is_adapter
 from lewis.models.source import ModelFiles, download, pin, pin_all
 from lewis.progress import Report, silent
 from lewis.recipe.recipe import Recipe
@@ -72,25 +75,25 @@ class Merged:
 
 
 def merge(
-    recipe: Recipe | str | Path, folder: str | Path, *, max_shard_size: int = 5 * 10**9, report: Report = silent
+    recipe: Recipe | str | Path, folder: str | Path, *, max_shard_size: int | str = "5GB", report: Report = silent
 ) -> Merged:
     """Merge the models of a recipe into a folder, with a model card.
 
     Args:
         recipe: a YAML file, or a recipe.
         folder: absent, empty, or an earlier output. It appears whole or not at all.
-        max_shard_size: bytes of the largest weight file.
+        max_shard_size: of the largest weight file: bytes, or such as `5GB`.
         report: called with (what, done, total).
 
     Raises:
-        InputError: naming what is wrong with the recipe, the models or the folder.
+        InputError: naming what is wrong with the recipe, the models, the folder or the size.
         LewisError: if the work fails.
     """
-    recipe, folder = load(recipe), check_output_folder(Path(folder))
+    recipe, folder, shard = load(recipe), check_output_folder(Path(folder)), parse_size(str(max_shard_size))
     given, prepared = prepare(recipe, report)
     written = prepared.run(
         folder,
-        max_shard_size=max_shard_size,
+        max_shard_size=shard,
         manifest=given.lineage(),
         progress=report,
         unchanged=given.check_unchanged,
@@ -170,23 +173,26 @@ def score(recipe: Recipe | str | Path, folder: str | Path, *, report: Report = s
 
     Args:
         recipe: with an `evaluate` block.
-        folder: a checkpoint with its tokenizer, such as `merge` wrote.
+        folder: a checkpoint with its tokenizer, or an adapter on the recipe's base, such as `merge` wrote.
         report: called with (what, done, total).
 
     Raises:
         RecipeError: if the recipe has no such block.
         InputError, LewisError: as `merge`.
     """
-    recipe, folder = load(recipe), Path(folder)
+    recipe, folder = load(recipe), Path(folder).expanduser().absolute()
     if recipe.evaluate is None:
         raise RecipeError("evaluate: missing; it says what is scored")
-    files = download(pin(str(folder.absolute()), recipe.root))
+    base = pin(recipe.base_model, recipe.root) if recipe.base_model and is_adapter(folder) else None
+    files = download(pin(str(folder), recipe.root, base))
     return score_model(
         files, EvalSettings.of(recipe.evaluate, recipe.root), device=default_device(), progress=report
     ).scores
 
 
-def inspect(recipe: Recipe | str | Path, *, candidates: Sequence[str] = (), report: Report = silent) -> Inspection:
+def inspect(
+    recipe: Recipe | str | Path, *, candidates: Sequence[str | Path] = (), report: Report = silent
+) -> Inspection:
     """Whether the models of a recipe belong together: `found.findings`, `found.verdict`.
 
     What does not fit is a finding, and is not downloaded.
@@ -202,7 +208,7 @@ def inspect(recipe: Recipe | str | Path, *, candidates: Sequence[str] = (), repo
     """
     recipe = load(recipe)
     base, experts = pin_all(recipe)
-    others = [pin(ref, recipe.root) for ref in candidates]
+    others = [pin(str(ref), recipe.root) for ref in candidates]
     first = base or experts[0]
     preflight(recipe, first, [], network=recipe.needs_network)
     fitting, refused = [], []
@@ -238,5 +244,16 @@ def _findings_on_rows(recipe: Recipe, here: Mapping[str, ModelFiles]) -> list[Fi
 
 
 def load(recipe: Recipe | str | Path) -> Recipe:
-    """A recipe, read from its file if it is one."""
-    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    """A recipe, read from its file if it is one.
+
+    Raises:
+        InputError: if it is neither, such as a dict; or as `Recipe.load`.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str | PathLike):
+        raise InputError(
+            f"recipe: expected the path of a YAML file or a lewis.Recipe, got {type(recipe).__name__}; "
+            "lewis.Recipe.parse(text, root=folder) makes one of YAML or JSON text"
+        )
+    return Recipe.load(recipe)

@@ -20,8 +20,8 @@ class Side:
 
     Attributes:
         label: in the table.
-        found: what was scored of it, the newest first: what else than the model decided the scores (empty if that is
-            not known), and the scores.
+        found: what was scored of it, the newest first, and the looks of evaluations that may end early last: what else
+            than the model decided the scores (empty if that is not known), and the scores.
     """
 
     label: str
@@ -50,6 +50,7 @@ class Side:
                 f"{label}: the store {store.home()} has no scores of this model; score it with `lewis run`, or give a "
                 "folder that lm-eval wrote with --log_samples"
             )
+        contents.sort(key=lambda each: "pools" in each)  # which a look alone has
         return cls(label, [(str(each.get("scored_as") or ""), Evaluated.of(label, each)) for each in contents])
 
     @property

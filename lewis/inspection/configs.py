@@ -137,9 +137,9 @@ class _Facts:
 
 def _origin(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
     """Whether an adapter's config names another base than the one it is put on: both on the Hub, or both folders."""
-    model = parts_of(expert.ref)[0] if len(parts_of(expert.ref)) > 1 else base.ref
-    named, given = (_HUB_NAME.match(ref.partition("@")[0]) for ref in (expert.trained_on, model))
     commit = commits_of(expert.key)[0]
+    model = base.ref if commit == commits_of(base.key)[0] else parts_of(expert.ref)[0]
+    named, given = (_HUB_NAME.match(ref.partition("@")[0]) for ref in (expert.trained_on, model))
     is_local = commit.startswith("sha256:")
     if named and given and not is_local and named[0].lower() != given[0].lower():
         yield "another base", f"its adapter_config.json says that it was trained on {named[0]}, not on {given[0]}"

@@ -107,7 +107,7 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
     """
     name = tracking.model_name(name)
     with store.shared_lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
-        return _move(client, name, version, "promoted by hand", why)
+        return _move(client, name, version, "promoted by hand", why, becomes_mark=True)
 
 
 def approve(name: str, version: str, why: str, by: str = "") -> str:
@@ -290,7 +290,14 @@ def _check_waits(client: "MlflowClient", name: str, version: str, champion: str 
 
 
 def _move(
-    client: "MlflowClient", name: str, version: str, what: str, why: str, withdrawing: str | None = None, by: str = ""
+    client: "MlflowClient",
+    name: str,
+    version: str,
+    what: str,
+    why: str,
+    withdrawing: str | None = None,
+    by: str = "",
+    becomes_mark: bool = False,
 ) -> str:
     if not why.strip():
         raise InputError("--why: expected a reason, which `lewis history` will show")
@@ -307,6 +314,8 @@ def _move(
         client.set_model_version_tag(name, withdrawing, WITHDRAWN, why)
     if WITHDRAWN in client.get_model_version(name, version).tags:
         client.delete_model_version_tag(name, version, WITHDRAWN)
+    if becomes_mark:  # a gate may have passed it before, and not found it better than an earlier one
+        client.set_model_version_tag(name, version, history.MARK, version)
     digest = dict(client.get_model_version(name, version).tags).get("lewis.digest", "")
     _crown(client, name, version, current, [f"{what}: {why}"], {"digest": digest})
     history.follow(client, name)

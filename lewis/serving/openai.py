@@ -33,8 +33,11 @@ def put(target: OpenaiTarget, model: Model, before: Served) -> str:
             raise LewisError(f"the server's answer: expected {key}={value!r}, got {given!r}: {answer.text[:500]}")
     if target.api:
         name = asked_for(target, model)
-        listed = send("GET", f"{target.api}/models", headers=with_key(target.api)).json()
-        names = [str(each.get("id")) for each in listed.get("data", [])]
+        listed = send("GET", f"{target.api.rstrip('/')}/models", headers=with_key(target.api))
+        try:
+            names = [str(each.get("id")) for each in listed.json()["data"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LewisError("its /models is no list of models; is `api` the URL of an OpenAI API, /v1?") from error
         if name not in names:
             raise LewisError(f"the server lists no model {name!r}, but {', '.join(names) or 'none'}")
     return model.alias

@@ -13,12 +13,12 @@ Log-likelihoods are compared per token, where the recipe says so: the server has
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lewis.errors import LewisError
 from lewis.evaluation.harness.lm_eval import EvalSettings
-from lewis.evaluation.step import find_score, scoring_devices
+from lewis.evaluation.step import find_score, furthest_look, scoring_devices
 from lewis.recipe.serve import Check
 from lewis.serving.requests_to import send, with_key
 from lewis.store import read_entry
@@ -107,12 +107,23 @@ class RefusedError(LewisError):
 def requests(digest: str, settings: EvalSettings | None) -> dict[str, list[dict[str, Any]]]:
     """The requests that a merge's evaluation has kept, by task; empty if it has kept none.
 
+    They are of the documents that decided: those drawn for the merge, those of the last look if the evaluation ended
+    early, or those that confirmed the result of a search.
+
     Args:
         digest: of the merge.
         settings: of the recipe's evaluation; None: it has none.
     """
+    if settings is None:
+        return {}
+    own = replace(settings, seed=digest if settings.documents == "by_release" else "")
+    tried = (own, replace(settings, documents="confirm"))
+    return next(filter(None, (_requests(digest, each) for each in tried)), {})
+
+
+def _requests(digest: str, settings: EvalSettings) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
-    for each in settings.by_task() if settings else ():
+    for each in replace(settings, look=furthest_look("champion", digest, settings)).by_task():
         entries = (find_score("champion", digest, each, device) for device in scoring_devices())
         entry = next(filter(None, entries), None)
         found |= ((read_entry(entry.path) or {}).get("requests") or {}) if entry else {}

@@ -6,7 +6,7 @@ Only configs and tokenizers are downloaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,18 @@ from lewis.models.source import ModelFiles, Source, commits_of, pin_all
 from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
-from lewis.registry import tracking, versions
+from lewis.registry import promotion, tracking, versions
+from lewis.registry.versions import Champion
 from lewis.settings import size_text
 from lewis.steps.graph import (
     CHAMPION,
     LOOK,
+    MARK,
     Graph,
     Node,
     graph,
     inspection_settings,
+    labels,
     look_to_show,
     warning_of_shared_set,
 )
@@ -269,7 +272,9 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
     """Add the steps of a recipe and what they take, and what the remote half of the store has of them."""
     walked, results = graph(recipe), dict(known)
     if EVALUATE.name in {node.step.name for node in walked}:
-        results[CHAMPION] = _champion(plan, recipe)
+        results[CHAMPION] = _champion(plan, recipe, versions.champion)
+        if results[CHAMPION] and MARK in labels(recipe).values():
+            results[MARK] = _champion(plan, recipe, promotion.mark)
     scores = {node.name for node in walked.of(EVALUATE)}
     with remote.looking() as asked:
         for node in walked:
@@ -359,12 +364,16 @@ def _state(given: ScoreInput, device: str, asked: Sequence[Found]) -> str:
     return "to fetch" if len(asked) > before else "to do"
 
 
-def _champion(plan: Plan, recipe: Recipe) -> _Unmade | None:
-    """The champion that a run would score next to the merged model; None if there is none, or MLflow does not say."""
+def _champion(plan: Plan, recipe: Recipe, find: Callable[[str], Champion | None]) -> _Unmade | None:
+    """The champion, or the gate's mark, that a run would score next to the merged model.
+
+    Returns:
+        None if there is none, or MLflow does not say.
+    """
     if recipe.register_as is None or not tracking.exists():
         return None
     try:
-        current = versions.champion(recipe.register_as.model)
+        current = find(recipe.register_as.model)
     except LewisError as error:
         plan.warning = " ".join(filter(None, (plan.warning, f"the champion is not known: {error}")))
         return None

@@ -101,11 +101,11 @@ def check_output_folder(folder: Path) -> Path:
         InputError: if it cannot, or holds something else.
     """
     try:
-        place = folder.resolve()
+        place = folder.expanduser().resolve()
         str(place).encode()  # raises for a name that is no UTF-8
         entries.check_replaceable(place)
         _try(place)
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle, or ~nobody
         if isinstance(error, InputError):
             raise
         raise _impossible(folder, error) from error
@@ -122,7 +122,7 @@ def check_output_file(file: Path) -> Path:
         InputError: if it cannot, or something is there that is no regular file.
     """
     try:
-        place = file.resolve()
+        place = file.expanduser().resolve()
         if place.exists() and not place.is_file():
             raise InputError(f"-o {file}: expected the name of a file, got a folder or a device; choose another path")
         _try(place)

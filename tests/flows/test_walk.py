@@ -12,6 +12,7 @@ from lewis.models.hub.pin import Pinned
 from lewis.models.source import Source
 from lewis.progress import silent
 from lewis.recipe.recipe import Recipe
+from lewis.registry import tracking
 from lewis.steps import plan as plans
 from lewis.steps.graph import CHAMPION, resolved
 from lewis.steps.plan import make_plan
@@ -82,6 +83,22 @@ def test_a_run_does_the_steps_of_the_plan_in_its_order_and_by_their_keys(
     assert done == planned and len(done) == len(set(done)) > 3
     again = {step.name: step.state for step in make_plan(recipe).steps if step.name in done}
     assert set(again.values()) <= {"cached", "always"} | ({"to do"} if recipe.evaluate else set())
+
+
+@pytest.mark.parametrize("recipe", ["champion"], indirect=True)
+def test_a_plan_has_the_mark_that_a_run_scores_on_the_documents_of_the_release(recipe: Recipe, home: Path) -> None:
+    with tracking.client("x") as client:
+        client.create_registered_model("tiny")
+        for digest in ("a" * 64, "b" * 64):
+            tags = {"lewis.digest": digest, "lewis.mark": "1"}
+            client.create_model_version("tiny", str(home), tags=tags, await_creation_for=0)
+        for champion, scored in (("1", {"champion"}), ("2", {"champion", "mark"})):
+            client.set_registered_model_alias("tiny", "champion", champion)
+            assert recipe.evaluate is not None
+            drawn = recipe.evaluate.model_copy(update={"documents": "by_release", "limit": 1})
+            names = [step.name for step in make_plan(recipe.model_copy(update={"evaluate": drawn})).steps]
+            assert {name for name in ("champion", "mark") if f"evaluate {name} words" in names} == scored
+            assert "evaluate mark words" not in [step.name for step in make_plan(recipe).steps]
 
 
 def test_an_input_that_is_wrong_has_no_key_so_that_the_task_itself_reports_it(

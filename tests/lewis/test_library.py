@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 import lewis
-from lewis.errors import RecipeError
+from lewis.errors import InputError, RecipeError
 from tests.conftest import Family
+from tests.support.word_tasks import WRITES
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -61,6 +62,42 @@ def test_what_a_recipe_has_not_is_said(recipe: Path, tmp_path: Path) -> None:
         lewis.score(tmp_path / "plain.yaml", tmp_path)
     with pytest.raises(AttributeError, match="no attribute 'merges'"):
         lewis.merges  # noqa: B018
+
+
+def test_a_recipe_that_is_neither_a_file_nor_a_recipe_is_refused(recipe: Path) -> None:
+    """It was a TypeError of pathlib."""
+    for given in (yaml.safe_load(recipe.read_text()), None, b"recipe.yaml"):
+        with pytest.raises(InputError, match=r"expected the path of a YAML file or a lewis.Recipe, got \w+; lewis.Rec"):
+            lewis.plan(given)  # type: ignore[arg-type]
+
+
+def test_the_size_of_a_file_is_checked_before_the_work(recipe: Path, tmp_path: Path) -> None:
+    """`5GB`, as transformers takes it, was a TypeError once all was measured and fitted."""
+    seen: list[str] = []
+    for wrong in ("much", 0, -1, None):
+        with pytest.raises(InputError, match=r"max_shard_size: expected a size such as 5GB or 500MB, got "):
+            lewis.merge(recipe, tmp_path / "x", max_shard_size=wrong, report=lambda what, *_: seen.append(what))  # type: ignore[arg-type]
+    assert not seen and not (tmp_path / "x").exists()
+    merged = lewis.merge(recipe, tmp_path / "x", max_shard_size="10KB")
+    assert len(list(merged.folder.glob("*.safetensors"))) > 1
+
+
+def test_a_candidate_may_be_a_path(recipe: Path, family: Family) -> None:
+    assert lewis.inspect(recipe, candidates=[family.math]).verdict.startswith("no findings")
+
+
+@pytest.mark.slow
+def test_a_merged_adapter_is_scored_on_the_base_of_its_recipe(recipe: Path, tmp_path: Path, family: Family) -> None:
+    """It was refused, with the advice to set the base that the recipe has."""
+    (tmp_path / "words.jsonl").write_text('{"question": "w1", "answer": "w2"}\n{"question": "w3", "answer": "w2"}\n')
+    (tmp_path / "writes.yaml").write_text(WRITES)
+    data = yaml.safe_load(recipe.read_text()) | {"evaluate": {"tasks": ["writes.yaml"]}}
+    data |= {"output": {"kind": "lora", "rank": 4}, "exclude": ["norm"]}
+    recipe.write_text(yaml.safe_dump(data))
+    merged = lewis.merge(recipe, tmp_path / "adapter")
+    assert merged.adapter is not None
+    [score] = lewis.score(recipe, merged.folder)
+    assert (score.key, score.samples) == ("writes/exact_match,none", 2)
 
 
 def test_the_import_is_light_and_typed() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lewis.errors import InputError
 from lewis.evaluation.harness import server
+from lewis.models.chat_template import template_in
 from lewis.models.tokenizer import read_vocabulary
 from lewis.recipe.schema import Backend
 
@@ -132,11 +133,17 @@ def _transformers(path: str, adapter: Path | None, names: list[str], model_args:
     }
     if adapter is not None:
         arguments["peft"] = str(adapter)
-        if read_vocabulary(adapter) not in (None, read_vocabulary(Path(path))):  # lm-eval resizes embeddings for it
+        if _has_own_tokenizer(adapter, Path(path)):
             arguments["tokenizer"] = arguments["peft"]
     if several:
         return Asked("hf", arguments, "cuda", environment=visible(names))
     return Asked("hf", arguments, names[0])
+
+
+def _has_own_tokenizer(adapter: Path, base: Path) -> bool:
+    """Whether an adapter has other tokens than its base, for which lm-eval resizes embeddings, or a chat template."""
+    own, template = read_vocabulary(adapter), template_in(adapter)
+    return own is not None and (own != read_vocabulary(base) or template not in (None, template_in(base)))
 
 
 def _client(path: str, served: server.Served, model_args: Mapping[str, Any], code: bool) -> Asked:

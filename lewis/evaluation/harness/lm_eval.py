@@ -20,6 +20,7 @@ from lewis.store import digest, file_sha256
 logger = logging.getLogger(__name__)
 
 SEMANTICS = 3  # raise it when the same model and tasks would get different scores
+CHAT_SEMANTICS = 2  # raise it when they would where a chat template is applied
 BOOTSTRAPS = 100  # for the standard error of metrics that have no formula for it
 
 
@@ -121,7 +122,7 @@ def tasks_digest(settings: EvalSettings) -> str:
             "files": files,
             "limit": settings.limit,
             "num_fewshot": settings.num_fewshot,
-            "apply_chat_template": settings.apply_chat_template,
+            "apply_chat_template": CHAT_SEMANTICS if settings.apply_chat_template else False,
             "documents": settings.documents,
             "allow_code_execution": settings.allow_code_execution,
             **({"seed": settings.seed} if settings.seed else {}),

@@ -27,8 +27,8 @@ class TaskFile:
     Attributes:
         name: the value of its key `group` or `task`.
         config: its content, merged with the files that it includes; a `!function` tag is kept as text.
-        sources: the YAML file, the files that it includes, the Python files that its functions are in, and those next
-            to them that they import.
+        sources: the YAML file, the files that it includes, the Python files that its functions are in, next to it or
+            in an installed package, and those next to them that they import.
         functions: the values of its `!function` tags, as `module.function`.
     """
 
@@ -182,10 +182,11 @@ def _read_yaml(path: Path, sources: list[Path], functions: list[str]) -> dict[st
         functions.append(text)
         module = text.rpartition(".")[0]
         file = path.parent / (module.replace(".", "/") + ".py")
-        if file.is_file():
-            _with_imports(file, sources)
-        elif not module or importlib.util.find_spec(module.partition(".")[0]) is None:
+        found = [file] if file.is_file() else _installed(module)
+        if found is None:
             raise ValueError(f"!function {text}: no file {file}")
+        for each in found:
+            _with_imports(each, sources)
         return text
 
     Loader.add_constructor("!function", function)
@@ -196,6 +197,18 @@ def _read_yaml(path: Path, sources: list[Path], functions: list[str]) -> dict[st
     for included in _texts(config.pop("include", None)):
         merged |= _read_yaml((path.parent / included).resolve(), sources, functions)
     return merged | config
+
+
+def _installed(module: str) -> list[Path] | None:
+    """The Python file of an installed module, which is not imported; empty without one; None if there is no module."""
+    first, *inner = module.split(".")
+    if not first or (spec := importlib.util.find_spec(first)) is None:
+        return None
+    files = [Path(spec.origin or "")] if not inner else list[Path]()
+    for folder in (spec.submodule_search_locations or ()) if inner else ():
+        place = Path(folder, *inner)
+        files += [place.with_suffix(".py"), place / "__init__.py"]
+    return [file for file in files if file.suffix == ".py" and file.is_file()]
 
 
 def _with_imports(file: Path, sources: list[Path]) -> None:

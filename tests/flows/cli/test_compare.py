@@ -154,6 +154,12 @@ def test_models_that_were_scored_here(compared: Told, family: Family, home: Path
     store.write_entry(kinds.SCORES.path("4"), content(RIGHT["worse"], model=keys[1], scored_as="z"))
     code, out, _ = compared(*family.experts, "--json")
     assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
+    # Nor a look of an evaluation that ended early, which may have been used later.
+    for number, (key, right) in enumerate(zip(keys, RIGHT.values(), strict=True)):
+        part = content(right[:4], model=key, scored_as="look", pools={"sums": 10})
+        store.write_entry(kinds.SCORES.path(f"look{number}"), part)
+    code, out, _ = compared(*family.experts, "--json")
+    assert code == 0 and json.loads(out)["rows"][0]["documents"] == 10
     # What lm-eval wrote elsewhere, against a model of the store.
     code, out, _ = compared(results(tmp_path / "out", RIGHT["better"]), family.math, "--json")
     assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.9, 0.2]

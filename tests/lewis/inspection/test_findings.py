@@ -261,6 +261,7 @@ def test_what_configs_tell_is_told_before_a_download(models: Path, home: Path, t
         ("org/other", "./lora", False, "org/other, not on org/Base"),
         ("org/other", "./lora", True, ""),
         ("org/base", "./lora", False, ""),
+        ("org/base", "loras/maths+code", False, ""),  # a folder
         ("org/other", "org/other@main+./lora", False, ""),
         ("org/base", "org/other+./lora", False, "org/base, not on org/other"),
         ("/home/me/base", "./lora", False, ""),
@@ -271,8 +272,10 @@ def test_an_adapter_of_another_base_is_named(
     named: str, ref: str, local: bool, found: str, models: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
-    base = Described._at("org/Base@v1", "1", models / "base", models / "base", {})
-    expert = Described._at(ref, "sha256:2+3" if local else "2+3", models / "base", tmp_path, {})
+    commit = "sha256:1" if local else "1"
+    base = Described._at("org/Base@v1", commit, models / "base", models / "base", {})
+    key = "2+3" if ref.startswith("org/") else f"{commit}+3"
+    expert = Described._at(ref, key, models / "base", tmp_path, {})
     told = [each.what for each in config_findings(base, [expert]) if each.kind == "another base"]
     assert [what.partition("trained on ")[2] for what in told] == ([found] if found else [])
 

@@ -710,6 +710,8 @@ def test_the_mark_stays_and_versions_are_counted_until_one_is_better(entry: Regi
     assert promotion.standing("tiny", "e" * 64) == Standing(Incumbent(fourth.uri, "d" * 64), 1)
     promotion.promote_by_hand("tiny", "2", "the customer wants it")
     assert promotion.standing("tiny", "e" * 64) == Standing(Incumbent(second.uri, "b" * 64), 1)
+    promotion.promote_by_hand("tiny", "5", "it is politer")  # which a gate has passed, and not found better than 1
+    assert promotion.standing("tiny", "e" * 64) == Standing(Incumbent("models:/tiny/5", "c" * 64), 1)
 
 
 def test_what_was_rolled_back_stays_out_when_it_is_registered_anew(entry: Registration, tiny_model: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,25 @@ def test_the_model_that_was_scored_passes_and_another_one_does_not(
         server_gate.judge(other)
     again = pickle.loads(pickle.dumps(error.value))
     assert str(again) == str(error.value) and again.differing == error.value.differing
+
+
+@pytest.mark.parametrize(
+    ("of_recipe", "scored"),
+    [
+        ({}, {"look": 32}),
+        ({"documents": "by_release"}, {"documents": "by_release", "seed": "a" * 64}),
+        ({"documents": "by_release"}, {"documents": "by_release", "seed": "a" * 64, "look": 32}),
+        ({}, {"documents": "confirm"}),
+    ],
+)
+def test_a_model_that_was_scored_on_a_part_of_the_documents_is_checked_too(
+    of_recipe: dict[str, Any], scored: dict[str, Any], home: Path, family: Family, settings: EvalSettings
+) -> None:
+    """Such a version went into service unchecked, also one that is scored on all documents after its promotion."""
+    settings = replace(settings, tasks=("words.yaml",), limit=2)
+    score(ModelFiles.at("merged", "a" * 64, family.base), replace(settings, **scored))
+    kept = server_gate.requests("a" * 64, replace(settings, **of_recipe))
+    assert {task: len(of) for task, of in kept.items()} == {"words": 2}
 
 
 def test_a_chat_is_asked_as_a_chat_so_that_the_servers_own_template_answers(home: Path) -> None:

@@ -82,6 +82,8 @@ def test_any_server_takes_a_model_by_a_call_of_the_recipe(home: Path, family: Fa
     def answer(request: Request) -> object:
         if request.path == "/v1/models":
             return {"data": [{"id": name} for name in has]}
+        if request.path == "/models":
+            return "<html>welcome</html>"
         has[:] = [request.json["nested"]["as"]]
         return {"success": request.json["model_path"].endswith("-1-aaaaaaaa")}
 
@@ -91,7 +93,7 @@ def test_any_server_takes_a_model_by_a_call_of_the_recipe(home: Path, family: Fa
             url=f"{server.url}/update_weights_from_disk",
             body={"model_path": "{path}", "nested": {"as": "{name}-{version}", "count": 2}},
             expect={"success": True},
-            api=f"{server.url}/v1",
+            api=f"{server.url}/v1/",
             model="{name}-{version}",
             method="patch",
             content_type="application/merge-patch+json",
@@ -109,6 +111,8 @@ def test_any_server_takes_a_model_by_a_call_of_the_recipe(home: Path, family: Fa
         other = target.model_copy(update={"expect": {}, "model": "{served_as}"})
         with pytest.raises(LewisError, match="the server lists no model 'tiny-2-bbbbbbbb', but tiny-2"):
             service.serve(other, second)
+        with pytest.raises(LewisError, match="tiny/1 stays in service: its /models is no list of models; is `api` the"):
+            service.serve(other.model_copy(update={"api": server.url}), second)
 
 
 def test_wherever_it_is_killed_clients_have_the_old_or_the_new_model_and_the_next_run_ends_it(

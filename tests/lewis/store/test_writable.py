@@ -41,6 +41,16 @@ def test_what_can_be_is_tried_and_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists() and not list(tmp_path.glob(".lewis-*"))
 
 
+@pytest.mark.usefixtures("home")
+def test_a_tilde_is_the_home_folder_as_in_the_paths_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a folder called ~ in the working directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert writable.check_output_folder(Path("~/merged")) == tmp_path / "merged"
+    assert writable.check_output_file(Path("~/a.json")) == tmp_path / "a.json"
+    with pytest.raises(InputError, match="cannot be written"):
+        writable.check_output_folder(Path("~nobody-of-that-name/merged"))
+
+
 @pytest.mark.parametrize("store", ["/proc/lewis", "{}/file", "{}/loop/x", "~nobody-of-that-name/x"])
 def test_a_store_that_cannot_be_written_names_its_setting(
     places: Path, store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

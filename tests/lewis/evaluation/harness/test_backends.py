@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import yaml
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.harness import backends, lm_eval, process, server
 from lewis.evaluation.harness.lm_eval import EvalSettings, tasks_digest
+from lewis.models.chat_template import write_template
+from lewis.models.files.folder import copy_tokenizer
 from tests.support.completions_server import serving
+from tests.support.models import write_lora
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +95,21 @@ def scores(settings: EvalSettings, model: Path) -> dict[str, Any]:
     """Score -> its value per document."""
     found = lm_eval.evaluate(model, settings)
     return {each.key: each.parts[0].values for each in found.samples} | {"ends": found.ends}
+
+
+def test_an_adapter_with_a_chat_template_of_its_own_is_asked_in_it(model: Path, root: Path, tmp_path: Path) -> None:
+    """Of `hf` it was the base's, while the other backends and whoever loads the adapter's tokenizer take its own."""
+    adapter = write_lora(model, tmp_path / "adapter")
+    settings = EvalSettings(("written.yaml",), root, apply_chat_template=True)
+    assert tasks_digest(settings) != tasks_digest(replace(settings, apply_chat_template=False))
+    prompts = []
+    for template in (None, "{% for each in messages %}on {{ each.content }}{% endfor %}"):
+        if template:
+            copy_tokenizer(model, adapter)
+            write_template(adapter, template)
+        found = lm_eval.evaluate(model, settings, adapter=adapter, to_serve=True).content["requests"]["written"]
+        prompts.append({each["prompt"] for each in found})
+    assert "<s>who the sky is " in prompts[0] and "on who the sky is" in prompts[1]
 
 
 class TestAServer:

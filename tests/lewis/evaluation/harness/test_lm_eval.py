@@ -717,6 +717,21 @@ class TestDigest:
         (coded / "tasks" / file).write_text("x = 1\n")
         assert tasks_digest(settings) != before
 
+    @pytest.mark.parametrize(("module", "file"), [("metrics_of_ours", "__init__.py"), ("metrics_of_ours.of", "of.py")])
+    def test_changes_with_a_package_that_its_functions_are_in(self, coded, tmp_path, monkeypatch, module, file):
+        """Scores were found again after a new version of the package."""
+        package = tmp_path / "installed/metrics_of_ours"
+        package.mkdir(parents=True)
+        for name in ("__init__.py", "of.py"):
+            (package / name).write_text("def docs(rows):\n    return rows\n")
+        monkeypatch.syspath_prepend(package.parent)
+        write_task(coded / "tasks/far.yaml", {**CHOICE, "task": "far"}, f"process_docs: !function {module}.docs\n")
+        settings = EvalSettings(("far",), coded)
+        before = tasks_digest(settings)
+        (package / file).write_text("def docs(rows):\n    return rows[1:]\n")
+        assert tasks_digest(settings) != before
+        assert module not in sys.modules
+
     def test_covers_what_changes_scores_and_nothing_else(self, coded, tmp_path):
         def digest(**options):
             return tasks_digest(EvalSettings(**{"tasks": ("pets", "coded"), "root": coded, **options}))
