@@ -184,7 +184,7 @@ def write_recipe(folder: Path, family: Family, *, expert: str = "code", name: st
     (folder / "tasks").mkdir(exist_ok=True)  # next to the recipe it would be taken for one
     data, task = f"words{rows}.jsonl", f"tasks/words{rows}.yaml"
     draw = random.Random(rows)
-    lines = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(40)]
+    lines = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(16)]
     (folder / data).write_text("\n".join(map(json.dumps, lines)))
     (folder / task).write_text(TASK.replace("words.jsonl", data))
     text = RECIPE.replace("[words.yaml]", "[words.yaml], baselines: [uniform]")
