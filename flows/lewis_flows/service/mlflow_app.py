@@ -86,7 +86,7 @@ def _prepare() -> None:
 def _become(command: Sequence[str], *, extra_env: Mapping[str, str], **_: Any) -> NoReturn:
     """Run `python -m uvicorn ...`: in a fresh Python, as what the arguments say may count when MLflow is imported.
 
-    With `--prepare` the arguments are those of `lewis up`, of which none does, and to import MLflow again takes seconds.
+    With `--prepare` the arguments are those of `lewis up`, of which none does, and to import MLflow again takes long.
     """
     sys.stdout.flush()
     if PREPARE not in sys.argv:
