@@ -29,15 +29,16 @@ register: {name: tiny}
 """
 
 
-@pytest.fixture(params=["empty", "with flows and tasks"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Where a user is: in an empty folder, or in one that has packages `flows` and `tasks`, as Prefect's users do."""
-    return make_folder(tmp_path / "user", crowded=request.param != "empty")
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a user is."""
+    return make_folder(tmp_path / "user")
 
 
-def make_folder(path: Path, *, crowded: bool) -> Path:
+def make_folder(path: Path) -> Path:
+    """A folder that has packages `flows` and `tasks`, as those of Prefect's users do."""
     path.mkdir()
-    for name in ("flows", "tasks") if crowded else ():
+    for name in ("flows", "tasks"):
         (path / name).mkdir()
         (path / name / "__init__.py").write_text("raise RuntimeError('the code of the user')")
     return path
@@ -86,7 +87,7 @@ def test_the_commands_start(installed: Path, folder: Path) -> None:
     assert done.returncode == 0 and "merge" in done.stdout, done.stderr
     done = run([installed / "bin" / "python", "-m", "lewis_flows.service.webhook"], folder)
     assert done.returncode == 2 and "PREFECT_API_URL is not set" in done.stderr, done.stderr
-    assert sorted(path.name for path in folder.iterdir()) in ([], ["flows", "tasks"])
+    assert sorted(path.name for path in folder.iterdir()) == ["flows", "tasks"]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def service(installed: Path, tmp_path_factory: pytest.TempPathFactory, family: F
         service = Service(root, hub)
         service.command, service.folder = (
             [str(installed / "bin" / "lewis"), "up"],
-            make_folder(root / "user", crowded=True),
+            make_folder(root / "user"),
         )
         service.environment["PYTHONPATH"] = "."
         del service.environment["LEWIS_RECIPES"]

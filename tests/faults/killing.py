@@ -81,7 +81,7 @@ def strike(
     """
     first, last = undisturbed.spans[victim]
     if victim not in (GROUP, ALL):
-        until(lambda: any(victim in words for words in parts().values()), 60 + 3 * last, 0.02)
+        until(lambda: any(victim in words for words in parts().values()), 60 + 3 * last, 0.05)
     time.sleep((last - first) * point)
     there = parts()
     # The evaluation's child is the last that was forked; a guard is older than what it guards.

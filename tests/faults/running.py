@@ -25,6 +25,7 @@ import pytest
 from tests.conftest import Family
 from tests.flows.conftest import RECIPE, REPO, TASK
 from tests.support.models import WORDS
+from tests.support.service import children
 from tests.support.warm import WarmPython
 
 KINDS = ("wrong models", "half versions", "left over", "orphans", "tracebacks", "runs that failed again")
@@ -161,24 +162,7 @@ def below(top: int | None = None) -> dict[int, str]:
 
     Under `adopted`, what lost its parent is among them.
     """
-    parents: dict[int, int] = {}
-    dead = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            parents[int(stat.parent.name)] = int(parent)
-            if state == "Z":
-                dead.add(int(stat.parent.name))
-    found: set[int] = set()
-    new = {top or os.getpid()}
-    while new:
-        new = {pid for pid, parent in parents.items() if parent in new} - found
-        found |= new
-    words = {}
-    for pid in found - dead:
-        with suppress(OSError):
-            words[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return words
+    return children(top or os.getpid())
 
 
 def until(found: Callable[[], Any], patience: float, pause: float = 0.1) -> bool:
@@ -200,7 +184,7 @@ def write_recipe(folder: Path, family: Family, *, expert: str = "code", name: st
     (folder / "tasks").mkdir(exist_ok=True)  # next to the recipe it would be taken for one
     data, task = f"words{rows}.jsonl", f"tasks/words{rows}.yaml"
     draw = random.Random(rows)
-    lines = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(40)]
+    lines = [{"question": " ".join(draw.choices(WORDS, k=5)), "answer": draw.choice(WORDS)} for _ in range(16)]
     (folder / data).write_text("\n".join(map(json.dumps, lines)))
     (folder / task).write_text(TASK.replace("words.jsonl", data))
     text = RECIPE.replace("[words.yaml]", "[words.yaml], baselines: [uniform]")

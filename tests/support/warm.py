@@ -1,8 +1,8 @@
 """Processes that have the slow libraries: forks of one Python that imported them once.
 
 A command of `lewis` takes eight seconds of CPU until torch, transformers and MLflow are imported, and the tests start
-dozens. What reads the environment while it is imported and that a test may set, Prefect and our own code, each process
-still imports for itself.
+dozens. What reads the environment while it is imported and that a test may set, Prefect and our own code but for the
+compiled loops, each process still imports for itself.
 """
 
 import importlib
@@ -24,11 +24,17 @@ from tests.support.orphans import adopted
 LIBRARIES = (
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",
+    "mlflow.transformers",
+    "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "datasets",
+    "git",
+    "peft",
     "transformers.models.llama.modeling_llama",
+    "lewis.inspection.loops",
+    "lewis.merging.engine.kernels",
 )
-READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "OMP_", "HUGGINGFACE_")  # what these names begin with
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "OMP_", "HUGGINGFACE_", "NUMBA_")  # what these names begin with
 
 
 class WarmPython:

@@ -49,14 +49,16 @@ def main() -> None:
     origins = split_origins(os.environ.get(ORIGINS, ""))
     if not origins:
         sys.exit(f"{ORIGINS}: expected the addresses of the server's own pages, such as http://127.0.0.1:5000")
+    # MLflow's own check of names, as narrow.
+    os.environ.setdefault(_HOSTS, ",".join(urlsplit(origin).netloc or origin for origin in origins))
     given = [each for each in sys.argv[1:] if each != PREPARE]
     if PREPARE in sys.argv:
+        import uvicorn  # noqa: F401  # by which MLflow, when it is imported, knows that it is a server
+
         try:
             _prepare()
         except LewisError as error:
             sys.exit(f"ERROR: {error}")
-    # MLflow's own check of names, as narrow.
-    os.environ.setdefault(_HOSTS, ",".join(urlsplit(origin).netloc or origin for origin in origins))
     module = "lewis_flows.service.mlflow_app"
     private_names.MLFLOW_FIND_APP.put(lambda name: f"{module}:{_FACTORIES.get(name, open_to_all.__name__)}")
     private_names.MLFLOW_START_SERVER.put(_become)
@@ -82,8 +84,17 @@ def _prepare() -> None:
 
 
 def _become(command: Sequence[str], *, extra_env: Mapping[str, str], **_: Any) -> NoReturn:
+    """Run `python -m uvicorn ...`: in a fresh Python, as what the arguments say may count when MLflow is imported.
+
+    With `--prepare` the arguments are those of `lewis up`, of which none does, and to import MLflow again takes long.
+    """
     sys.stdout.flush()
-    os.execvpe(command[0], list(command), {**os.environ, **extra_env})
+    if PREPARE not in sys.argv:
+        os.execvpe(command[0], list(command), {**os.environ, **extra_env})
+    from uvicorn.main import main as serve
+
+    os.environ.update(extra_env)
+    sys.exit(serve(list(command[command.index("uvicorn") + 1 :])))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from prefect.runtime import flow_run
-
 from lewis.errors import InputError, LewisError, TransientError
 
 if TYPE_CHECKING:
@@ -91,6 +89,8 @@ class Wait:
         if self._told or datetime.now(UTC) - self._began < LONG:
             return
         self._told = True
+        from prefect.runtime import flow_run  # a worker asks only for the clock, before it becomes Prefect's
+
         minutes = (datetime.now(UTC) - self._began).total_seconds() / 60
         message = f"{name} has waited {minutes:.0f} min for {what}"
         logger.warning("%s", message)
