@@ -11,11 +11,11 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.states import Completed, Pending, Running, Suspended
+from prefect.states import Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import InputError, LewisError
-from lewis_flows import recipes_folder
+from lewis_flows import approval, recipes_folder
 from lewis_flows.merge import merge_flow
 from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments
@@ -183,9 +183,13 @@ def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectC
         client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", "overrides": overrides})
         for overrides in ([], [], ["seed=1"])
     )
+    resuming, asks = Scheduled(name="Resuming"), [f"{approval._TAG}models:/good/1"]
+    answered = client.create_flow_run_from_deployment(
+        deployment, parameters=begins.parameters, state=resuming, tags=asks
+    )
     absorb(client.read_flow_run(begins.id))
-    states = [client.read_flow_run(run.id).state_name for run in (begins, waits, other)]
-    assert states == ["Scheduled", "Skipped", "Scheduled"]
+    states = [client.read_flow_run(run.id).state_name for run in (begins, waits, other, answered)]
+    assert states == ["Scheduled", "Skipped", "Scheduled", "Resuming"]
     assert "verdict:skipped" in client.read_flow_run(waits.id).tags
     planned = [run for run in client.read_flow_runs() if run.deployment_id == deployment and run.auto_scheduled]
     assert all(run.state_name == "Scheduled" and run.expected_start_time > datetime.now(UTC) for run in planned)
