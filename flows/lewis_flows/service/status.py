@@ -153,7 +153,7 @@ def _watched(name: str, mlflow: Part, facts: _Facts, *, hub: bool, scores: bool)
     for ref in dict.fromkeys(ref for ref in refs if ref):
         found.inputs.append(Input(ref=ref, held=champion.commit_of(ref) if champion else None, head=heads.get(ref)))
     if heads and found.registered and not found.unknown:
-        judged = [version for version in held if version.verdict]
+        judged = [version for version in held if version.verdict and not version.lapsed]
         found.settled = any(all(each.commit_of(ref) == head for ref, head in heads.items()) for each in judged)
     return found
 
