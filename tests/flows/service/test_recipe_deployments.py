@@ -18,7 +18,7 @@ from lewis.errors import InputError, LewisError
 from lewis_flows import approval, recipes_folder
 from lewis_flows.merge import merge_flow
 from lewis_flows.search import search_flow
-from lewis_flows.service import deploy, recipe_deployments
+from lewis_flows.service import deploy, recipe_deployments, webhook
 from lewis_flows.service.deploy import Follower
 from lewis_flows.turn import absorb
 from tests.support.deployed import deploying
@@ -219,6 +219,21 @@ def test_what_cannot_be_deployed_is_told_once_and_tried_again(
     follower.follow()
     follower.follow()
     assert [line.rpartition(": ")[2] for line in said] == ["good", "better", "none"]
+
+
+def test_a_recipe_has_its_deployment_before_the_poll_announces_its_release(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was announced before started nothing, and was repeated two minutes later."""
+    seen = list[str]()
+
+    def poll_once() -> bool:
+        seen.append(client.read_deployment_by_name("merge/good").name)
+        return False
+
+    monkeypatch.setattr(webhook.watch, "poll_once", poll_once)
+    webhook._poll(Follower(print))
+    assert seen == ["good"]
 
 
 def test_what_is_deployed_names_no_recipe() -> None:
