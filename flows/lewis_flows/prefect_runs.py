@@ -36,6 +36,9 @@ UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 """State types of a run that has ended."""
 
+SKIPPED = "Skipped"
+"""The state of a run that ended before it began, since another one merges what it would."""
+
 
 def of_flows(
     client: SyncPrefectClient,
@@ -115,5 +118,5 @@ def is_paused(client: SyncPrefectClient, recipe: str) -> bool:
 
 def skip(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
     """End a run that has not begun."""
-    client.set_flow_run_state(run.id, Completed(name="Skipped", message=why), force=True)
+    client.set_flow_run_state(run.id, Completed(name=SKIPPED, message=why), force=True)
     run_tags.tag(run.id, verdict="skipped")

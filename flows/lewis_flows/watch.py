@@ -220,7 +220,7 @@ def _came_to_nothing(client: SyncPrefectClient, recipe: str, announced: datetime
 def _looked_since(run: FlowRun, announced: datetime) -> bool:
     """Whether a run looked up the newest commits after an announcement; a run that was skipped did not."""
     began = run.start_time or run.expected_start_time
-    return run.state_name != "Skipped" and began is not None and began >= announced
+    return run.state_name != prefect_runs.SKIPPED and began is not None and began >= announced
 
 
 def _tell_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: datetime) -> None:

@@ -272,8 +272,9 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
 
 
 def _finished(client: SyncPrefectClient, only: str) -> list[Run]:
-    """The last merge and the last search of each recipe, or the last five of one; the newest first."""
-    runs = _runs(client, (MERGE, SEARCH), prefect_runs.ENDED, FlowRunSort.END_TIME_DESC)
+    """The last merge and the last search of each recipe, or the last five of one; the newest first, none skipped."""
+    ended = {"type": {"any_": prefect_runs.ENDED}, "name": {"not_any_": [prefect_runs.SKIPPED]}}
+    runs = prefect_runs.of_flows(client, (MERGE, SEARCH), ended, FlowRunSort.END_TIME_DESC)
     if only:
         last = [run for run in runs if recipe_of(run) == only][:LAST]
     else:

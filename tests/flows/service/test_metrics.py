@@ -76,6 +76,8 @@ def test_what_happened_is_on_the_page(
             client.set_task_run_state(UUID(id_), Running(), force=True)
             client.set_task_run_state(UUID(id_), state, force=True)
     client.set_flow_run_state(run.id, Completed(name="Rejected"), force=True)
+    skipped = client.create_flow_run(merge, parameters={"recipe": name}, state=Running())
+    client.set_flow_run_state(skipped.id, Completed(name="Skipped"), force=True)  # it is no last run
     announce(name, "org/math", "org/math", None, "a" * 40)
     version = registered(family.base, "a", {"org/math": "a" * 40}, "model")
     with tracking.client("a score") as mlflow:

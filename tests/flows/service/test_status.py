@@ -22,6 +22,7 @@ from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion
 from lewis_flows.cli.main import main
 from lewis_flows.service import recipes_page, status_data
+from lewis_flows.service.links import last_run
 from lewis_flows.service.status import status
 from lewis_flows.service.status_data import Part, Run, Status, Watched
 from lewis_flows.service.status_text import as_text, moment
@@ -274,6 +275,9 @@ def test_runs_and_what_comes_next(home: Path, recipes: Path, client: SyncPrefect
     started(client, "night", "going on", Running())
     started(client, "night", "tried", Running(), Completed(), flow=_search)
     started(client, "night", "tries", Running(), flow=_search)
+    started(client, "night", "skipped", Scheduled(), Completed(name="Skipped"))  # the log of none, in `lewis logs`
+    last = last_run(client, "night")
+    assert last and last.name == "tries"
 
     (going,) = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"any_": ["going on"]}}))
     (home / "runs").mkdir()

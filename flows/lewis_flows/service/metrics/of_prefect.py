@@ -106,8 +106,8 @@ class Prefect:
 
     def _note_last(self, runs: Mapping[UUID, Run]) -> None:
         for each in runs.values():
-            known = self._last.get(each.recipe)
-            if each.flow == MERGE and (known is None or known.time < each.time):
+            known, skipped = self._last.get(each.recipe), each.outcome == prefect_runs.SKIPPED.lower()
+            if each.flow == MERGE and not skipped and (known is None or known.time < each.time):
                 self._last[each.recipe] = each
 
     def _ended_runs(self, client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Run]]:
