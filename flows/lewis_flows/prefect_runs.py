@@ -8,6 +8,7 @@ from typing import Any
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
@@ -34,6 +35,9 @@ UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
 
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 """State types of a run that has ended."""
+
+SKIPPED = "Skipped"
+"""The state of a run that ended before it began, since another one merges what it would."""
 
 
 def of_flows(
@@ -95,18 +99,24 @@ def waits(run: FlowRun) -> bool:
     return not later or (run.expected_start_time or datetime.now(UTC)) <= datetime.now(UTC)
 
 
+def deployment_of(client: SyncPrefectClient, recipe: str) -> DeploymentResponse | None:
+    """The deployment that merges a recipe; None if there is none."""
+    try:
+        return client.read_deployment_by_name(f"{MERGE}/{recipe}")
+    except ObjectNotFound:
+        return None
+
+
 def is_paused(client: SyncPrefectClient, recipe: str) -> bool:
     """Whether the deployment of a recipe is paused: then no release starts a merge of it.
 
     The server would start one: to it, a pause only ends the schedules.
     """
-    try:
-        return client.read_deployment_by_name(f"{MERGE}/{recipe}").paused
-    except ObjectNotFound:
-        return False
+    deployment = deployment_of(client, recipe)
+    return deployment is not None and deployment.paused
 
 
 def skip(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
     """End a run that has not begun."""
-    client.set_flow_run_state(run.id, Completed(name="Skipped", message=why), force=True)
+    client.set_flow_run_state(run.id, Completed(name=SKIPPED, message=why), force=True)
     run_tags.tag(run.id, verdict="skipped")

@@ -4,6 +4,7 @@ The folder is the one that `LEWIS_RECIPES` names. If that is not set, it is `dep
 project, and `recipes` in the store (`LEWIS_HOME`) where the package was installed from a wheel.
 """
 
+import hashlib
 import logging
 import re
 import shutil
@@ -74,6 +75,19 @@ def make() -> None:
 def names() -> list[str]:
     """The names of the recipes, sorted; a recipe has the name of its file without the ending."""
     return sorted({path.stem for path in _files()})
+
+
+def is_there(recipe: str) -> bool:
+    """Whether a recipe, by its name or a path, was not removed from the folder; True if that cannot be read."""
+    try:
+        return "/" in recipe or recipe in names()
+    except LewisError:
+        return True
+
+
+def version(content: bytes) -> str:
+    """Identity of a file's content, 12 hex digits: the version of its deployment."""
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def signature() -> list[tuple[str, int, int, int]]:

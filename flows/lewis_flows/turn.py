@@ -22,7 +22,7 @@ from prefect.states import Crashed
 
 from lewis import store
 from lewis.store.lease import SharedLock
-from lewis_flows import prefect_runs, recipes_folder
+from lewis_flows import approval, prefect_runs, recipes_folder
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.events import Wait
 
@@ -57,8 +57,9 @@ def turn(recipe: Path, run: str) -> Iterator[None]:
 def absorb(run: FlowRun) -> None:
     """End the waiting runs of the same deployment: this one begins now, so it finds what they would.
 
-    What they would merge is what this run merges, so they end as `Skipped`. Runs with other parameters stay, and those
-    that a schedule plans for later. Nothing is done for a run without a deployment.
+    What they would merge is what this run merges, so they end as `Skipped`. Runs with other parameters stay, those that
+    a schedule plans for later, and those that a person has answered, which move the champion. Nothing is done for a run
+    without a deployment.
     """
     if run.deployment_id is None:
         return
@@ -66,7 +67,8 @@ def absorb(run: FlowRun) -> None:
         with get_client(sync_client=True) as client:
             scheduled, same = {"type": {"any_": ["SCHEDULED"]}}, {"any_": [run.deployment_id]}
             for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), scheduled, deployment_id=same):
-                if prefect_runs.waits(other) and other.id != run.id and other.parameters == run.parameters:
+                alike = other.id != run.id and other.parameters == run.parameters and not approval.asked(other)
+                if alike and prefect_runs.waits(other):
                     prefect_runs.skip(client, other, f"the run {run.name} merges the newest state")
     except httpx.HTTPError as error:  # then they run after this one, and find all steps done
         logger.info("runs that wait stay: %s", type(error).__name__)

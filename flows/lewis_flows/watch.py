@@ -7,7 +7,7 @@ event that was lost, or a run that died. What the last poll found is kept in the
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -26,7 +26,7 @@ from lewis.models.source import commits_of, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from lewis_flows import behind, polls, prefect_runs, recipes_folder, release_event, secret_blocks
+from lewis_flows import behind, edits, polls, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import events, moves
@@ -45,9 +45,10 @@ class WatchReport(BaseModel):
 
     Attributes:
         checked: recipes that were compared with the registry.
-        announced: `recipe: ref` of each release that this poll announced.
-        waiting: `recipe: ref` of each release that was announced before, and whose run has not failed; or that waits
-            for another commit of a model that is broken on the Hub itself, or until a paused deployment is resumed.
+        announced: `recipe: ref` of each release that this poll announced; `recipe: its file` of a text that it
+            started a merge of.
+        waiting: of each release or edit that was announced before, and whose run has not failed; or that waits for
+            another commit of a model that is broken on the Hub itself, or until a paused deployment is resumed.
         problems: recipe -> why it could not be checked.
     """
 
@@ -103,7 +104,7 @@ def poll(recipes: list[str] | None = None) -> WatchReport:
     secret_blocks.load_for_run(None)
     moves.tell()
     tag_crashed_runs()
-    found, problems = _compare(recipes)
+    found, problems, loaded = _compare(recipes)
     transient = [str(problem) for problem in problems.values() if isinstance(problem, TransientError)]
     if transient and not found:
         raise TransientError("nothing could be checked:\n" + "\n".join(dict.fromkeys(transient)))
@@ -116,18 +117,38 @@ def poll(recipes: list[str] | None = None) -> WatchReport:
                 logger.info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)
                 release_event.announce(name, move.ref, move.repo, move.old, move.new)
             (report.announced if news else report.waiting).append(f"{name}: {move.ref}")
+    # Where a model has moved too, the run of that release merges the file as it is.
+    also = {name for name, (moved, _) in found.items() if moved}.union(problems)
+    _merge_edits([recipe for name, recipe in loaded.items() if name not in also], report)
     return report
+
+
+def _merge_edits(recipes: Sequence[Recipe], report: WatchReport) -> None:
+    """Start a merge of each recipe whose text no run has merged, if nothing came of the run that its edit started."""
+    with _prefect() as client:
+        merged = edits.merged(client, [recipe.name for recipe in recipes])
+        for name, text in [(each.name, each.text) for each in recipes if edits.is_unmerged(each, merged)]:
+            deployment = prefect_runs.deployment_of(client, name)
+            if deployment is None or deployment.version != recipes_folder.version(text.encode()):
+                continue  # the deploy of the file starts a run
+            began, now = edits.started(client, deployment), datetime.now(UTC) + events.ahead(client)
+            waits = deployment.paused or _is_due(client, name, now)
+            news = not waits and (began is None or _came_to_nothing(client, name, began, now))
+            if news:
+                logger.info("%s: no run has merged what its file says now; one starts", name)
+                edits.start(client, deployment.id)
+            (report.announced if news else report.waiting).append(f"{name}: its file")
 
 
 def _compare(
     recipes: list[str] | None,
-) -> tuple[dict[str, tuple[list[Moved], dict[str, str]]], dict[str, Exception]]:
-    """What moved, and the newest commits, of each recipe that could be checked; and the errors of the others."""
-    problems: dict[str, Exception] = {}
+) -> tuple[dict[str, tuple[list[Moved], dict[str, str]]], dict[str, Exception], dict[str, Recipe]]:
+    """What moved, and the newest commits, of each recipe that could be checked; errors; all that could be read."""
+    problems, loaded = dict[str, Exception](), dict[str, Recipe]()
     plans: dict[str, tuple[Recipe, list[Held]]] = {}
     for name in map(recipes_folder.name_of, recipes or recipes_folder.names()):
         try:
-            plan = recipes_folder.load(name)
+            loaded[name] = plan = recipes_folder.load(name)
             if plan.register_as is None:
                 logger.debug("%s has no `register` block: there is nothing to compare releases with", name)
             else:
@@ -147,7 +168,7 @@ def _compare(
             except (LewisError, OSError) as error:
                 problems[name] = error
     behind.note(heads, {name: held for name, (_, held) in plans.items()}, recipes_folder.names())
-    return found, problems
+    return found, problems, loaded
 
 
 def _heads(recipe: Recipe) -> dict[str, str]:
@@ -171,12 +192,22 @@ def _is_news(recipe: str, move: Moved) -> bool:
         times = _announcements(client, recipe, move, now)
         if not times:
             return True
-        announced = max(times)
         _tell_if_stuck(client, recipe, move, min(times))
-        soon = {"before_": now + ANSWER_WITHIN}  # leave out the runs that a schedule plans for later days
-        if _runs(client, recipe, ("SCHEDULED", *prefect_runs.UNFINISHED), expected_start_time=soon):
-            return False
-        ended = _runs(client, recipe, prefect_runs.ENDED, end_time={"after_": announced})
+        return not _is_due(client, recipe, now) and _came_to_nothing(client, recipe, max(times), now)
+
+
+def _is_due(client: SyncPrefectClient, recipe: str, now: datetime) -> bool:
+    """Whether a run of a recipe goes on, or begins soon; one that waits for a person has done its work."""
+    soon = {"before_": now + ANSWER_WITHIN}  # leave out the runs that a schedule plans for later days
+    states = ("SCHEDULED", *(state for state in prefect_runs.UNFINISHED if state != "PAUSED"))
+    return bool(_runs(client, recipe, states, expected_start_time=soon))
+
+
+def _came_to_nothing(client: SyncPrefectClient, recipe: str, announced: datetime, now: datetime) -> bool:
+    """Whether no run that ended, or waits for a person, has merged what was announced at a time."""
+    if any(_looked_since(run, announced) for run in _runs(client, recipe, ("PAUSED",))):
+        return False
+    ended = _runs(client, recipe, prefect_runs.ENDED, end_time={"after_": announced})
     answers = [run for run in ended if not did_its_work(run) or _looked_since(run, announced)]
     if not answers:
         return now - announced >= ANSWER_WITHIN
@@ -189,7 +220,7 @@ def _is_news(recipe: str, move: Moved) -> bool:
 def _looked_since(run: FlowRun, announced: datetime) -> bool:
     """Whether a run looked up the newest commits after an announcement; a run that was skipped did not."""
     began = run.start_time or run.expected_start_time
-    return run.state_name != "Skipped" and began is not None and began >= announced
+    return run.state_name != prefect_runs.SKIPPED and began is not None and began >= announced
 
 
 def _tell_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: datetime) -> None:

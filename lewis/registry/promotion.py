@@ -139,6 +139,21 @@ def is_waiting(name: str, version: str) -> bool:
         return client.get_model_version(name, version).tags.get("lewis.verdict") == WAITING
 
 
+def has_lapsed(tags: Mapping[str, str], champion: str) -> bool:
+    """Whether a version that waits for approval can no longer be approved; `champion` is the number of that, or empty.
+
+    Args:
+        tags: of the version.
+    """
+    late = datetime.fromisoformat(tags[_UNTIL]) < datetime.now(UTC)
+    return late or _number(tags[_BESIDE]) != champion
+
+
+def _number(compared: str) -> str:
+    """The number of the champion that a gate compared with; empty if that was the base."""
+    return compared.rpartition("/")[2] if compared.startswith("models:/") else ""
+
+
 def is_champion(name: str, version: str) -> bool:
     """Whether a version is the champion."""
     name = tracking.model_name(name)
@@ -284,9 +299,9 @@ def _check_waits(client: "MlflowClient", name: str, version: str, champion: str 
     until = datetime.fromisoformat(tags[_UNTIL])
     if until < datetime.now(UTC):
         raise InputError(f"{uri}: it waited for approval until {until:%Y-%m-%d %H:%M} UTC; {again}")
-    compared, now = tags[_BESIDE], f"models:/{name}/{champion}" if champion else None
-    if now != (compared if compared.startswith("models:/") else None):
-        raise InputError(f"{uri}: the gate compared it with {compared}, but the champion is {now} by now; {again}")
+    if has_lapsed(tags, champion or ""):
+        now = f"models:/{name}/{champion}" if champion else None
+        raise InputError(f"{uri}: the gate compared it with {tags[_BESIDE]}, but the champion is {now} by now; {again}")
 
 
 def _move(

@@ -11,7 +11,7 @@ from lewis.models.hub.pin import find_folder
 from lewis.models.source import Source, commits_of
 from lewis.recipe.block import parts_of
 from lewis.registry import lineage, tracking
-from lewis.registry.promotion import WAITING
+from lewis.registry.promotion import WAITING, has_lapsed
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Held:
         aliases: the aliases that point to it, sorted.
         sources: tag -> commit key of an input; see `commit_of`.
         published: `org/name@commit` on the Hub; empty if it is not there.
+        lapsed: whether it waited for a person's approval, and can no longer be approved.
     """
 
     version: str
@@ -33,6 +34,7 @@ class Held:
     aliases: tuple[str, ...]
     sources: Mapping[str, str]
     published: str = ""
+    lapsed: bool = False
 
     def commit_of(self, ref: str) -> str | None:
         """The commit key of an input, by its reference in the recipe; None if the version has no such input."""
@@ -79,6 +81,7 @@ def merged(name: str) -> list[Held]:
                 return []
             raise
         versions = [v for v in client.search_model_versions(f"name='{name}'") if v.tags.get("lewis.digest")]
+    number = str(aliases.get("champion", ""))
     return [
         Held(
             version=str(version.version),
@@ -87,6 +90,7 @@ def merged(name: str) -> list[Held]:
             aliases=tuple(sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))),
             sources=lineage.sources(version.tags),
             published=version.tags.get("lewis.published", ""),
+            lapsed=version.tags.get("lewis.verdict") == WAITING and has_lapsed(version.tags, number),
         )
         for version in sorted(versions, key=lambda version: int(version.version), reverse=True)
     ]
@@ -98,8 +102,9 @@ def champion(held: Sequence[Held]) -> Held | None:
 
 
 def waiting(held: Sequence[Held]) -> Held | None:
-    """The version that passed its gate and waits for a person; an older one that did no longer counts."""
-    return next((each for each in held if each.verdict == WAITING and "challenger" in each.aliases), None)
+    """The version that waits for a person who can still approve it; an older one that did no longer counts."""
+    waits = (each for each in held if each.verdict == WAITING and not each.lapsed)
+    return next((each for each in waits if "challenger" in each.aliases), None)
 
 
 def moved(heads: Mapping[str, str], held: list[Held], *, base: str | None, root: Path) -> list[Moved]:

@@ -11,18 +11,23 @@ from typing import Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.events.filters import EventFilter
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled, State
+from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled, State, Suspended
 
+from lewis import store
 from lewis.errors import TransientError
 from lewis.models.source import pin_all
 from lewis.registry import releases, tracking
 from lewis.registry.releases import Moved
-from lewis_flows import behind, release_event, watch
+from lewis_flows import behind, recipes_folder, release_event, watch
 from lewis_flows.service.receiver import Receiver
+from lewis_flows.service.status import status
 from lewis_flows.watch import WatchReport, poll
+from lewis_tasks.support.flow_run import RECIPE as TEXT
 from lewis_tasks.support.flow_run import tag
 from tests.conftest import Family
 from tests.flows.service.test_webhook import payload
@@ -106,8 +111,6 @@ def test_a_release_is_announced_once_and_not_again_after_the_merge(
     assert events(client, "life") == [first]
     assert poll().waiting == ["life: org/math"]
 
-    from lewis_flows import recipes_folder
-
     heads = releases.heads(*pin_all(recipes_folder.load("life")))
     registered(family.base, "a", heads, "life")
     with tracking.client("a champion") as mlflow:
@@ -142,6 +145,55 @@ def test_a_release_of_a_paused_recipe_waits_until_it_is_resumed(
     )
     client.resume_deployment(deployment)
     assert poll().announced == ["paused: org/math"]
+    client.delete_deployment(deployment)
+
+
+def test_an_edit_is_merged_again_if_nothing_came_of_it(
+    hub: LocalHub, recipes: Path, client: SyncPrefectClient, prefect_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a release is; the recipe registers nothing, so no release of a model stands in for the edit."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    before, now = (RECIPE.split("register:")[0] + f"dtype: {each}" for each in ("float32", "bfloat16"))
+    (recipes / "edit.yaml").write_text(now)
+    version = recipes_folder.version(before.encode())
+    deployment = client.create_deployment(client.create_flow(_merge), "edit", version=version)
+    merged = started(client, "edit", Running(), Completed())
+    client.update_flow_run_labels(merged.id, {TEXT: store.digest(before)})
+    assert poll() == WatchReport()  # the deploy of the file starts a run
+    client.update_deployment(deployment, DeploymentUpdate(version=recipes_folder.version(now.encode())))
+
+    def ended(run: FlowRun, *states: State) -> None:
+        for state in states:
+            client.set_flow_run_state(run.id, state, force=True)
+
+    def newest() -> FlowRun:
+        wanted = FlowRunFilter.model_validate({"deployment_id": {"any_": [deployment]}})
+        runs = client.read_flow_runs(flow_run_filter=wanted)
+        return max(runs, key=lambda run: run.created or NOW)
+
+    client.pause_deployment(deployment)
+    assert poll() == WatchReport(waiting=["edit: its file"])
+    client.resume_deployment(deployment)
+    client.update_deployment(deployment, DeploymentUpdate(parameters={"recipe": "edit"}))
+    assert poll() == WatchReport(announced=["edit: its file"])  # it was edited during the pause
+    assert poll() == WatchReport(waiting=["edit: its file"])
+    (found,) = status("edit", hub=False).recipes or []
+    assert found.unmerged and found.next_attempt is None
+    ended(newest(), Running(), Crashed())
+    (found,) = status("edit", hub=False).recipes or []
+    assert found.attempt(datetime.now(UTC)) == "at the next poll"
+    assert poll() == WatchReport(announced=["edit: its file"])
+    ended(newest(), Running(), Failed())
+    assert poll() == WatchReport(waiting=["edit: its file"])
+    (found,) = status("edit", hub=False).recipes or []
+    assert found.next_attempt and found.next_attempt > datetime.now(UTC) + timedelta(minutes=50)
+    monkeypatch.setattr(watch, "RETRY_AFTER", timedelta(0))
+    assert poll() == WatchReport(announced=["edit: its file"])
+    last = newest()
+    ended(last, Running(), Cancelled())
+    client.update_flow_run_labels(last.id, {TEXT: store.digest(now)})
+    tag(last.id, awaits="models:/edit/1")  # it was cancelled while it waited for a person
+    assert poll() == WatchReport()
     client.delete_deployment(deployment)
 
 
@@ -249,6 +301,7 @@ CASES: dict[str, tuple[list[tuple[State, ...]], dict[str, timedelta], bool]] = {
     "failed, then crashed": ([(Running(), Failed()), (Running(), Crashed())], {}, True),
     "crashed, then failed": ([(Running(), Crashed()), (Running(), Failed())], {}, False),
     "only skipped": ([(Running(), Completed(name="Skipped"))], MINUTES_GONE, True),
+    "waits for a person": ([(Running(), Suspended())], MINUTES_GONE | HOUR_GONE, False),
     "skipped for one that failed": ([(Running(), Completed(name="Skipped")), (Running(), Failed())], HOUR_GONE, True),
 }
 
@@ -277,10 +330,27 @@ def test_an_announcement_is_repeated_if_nothing_came_of_it(
     assert watch._is_news("unheard of", Moved("org/math", "org/math", OLD_RELEASE, RELEASE))
 
 
+def test_a_release_is_repeated_though_an_older_version_waits_for_a_person(
+    client: SyncPrefectClient, recipes: Path, announced: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run was taken for one of the release, for as long as nobody answered."""
+    started(client, "asks", Running(), Suspended())
+    release_event.announce("asks", "org/math", "org/math", OLD_RELEASE, RELEASE)
+    until(lambda: bool(events(client, "asks")))
+    started(client, "asks", Running(), Crashed())
+    assert watch._is_news("asks", Moved("org/math", "org/math", OLD_RELEASE, RELEASE))
+
+
 def test_a_release_that_is_broken_on_the_hub_waits_for_another_commit(
-    hub: LocalHub, client: SyncPrefectClient, recipes: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub,
+    client: SyncPrefectClient,
+    prefect_url: str,
+    recipes: Path,
+    family: Family,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However long that takes: also when the announcement is forgotten."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
     (recipes / "broken.yaml").write_text(RECIPE % "broken")
     assert poll().announced == ["broken: org/math"]
     run = started(client, "broken", Running(), Failed())
@@ -288,8 +358,11 @@ def test_a_release_that_is_broken_on_the_hub_waits_for_another_commit(
     for name, value in ({"REMEMBER": timedelta(0)} | MINUTES_GONE | HOUR_GONE).items():
         monkeypatch.setattr(watch, name, value)
     assert poll().announced == ["broken: org/math"]
+    assert (status("broken").recipes or [])[0].attempt(NOW + timedelta(hours=1)) == "at the next poll"
     tag(run.id, broken=hub.repos["model", "org/code"].branches["main"])
     assert poll().waiting == ["broken: org/math"]
+    told = "after another commit of org/code, which is broken on the Hub"
+    assert (status("broken").recipes or [])[0].attempt(NOW) == told
     hub.commit("org/math", family.base)  # which does not mend the other one
     assert poll().waiting == ["broken: org/math"]
     hub.commit("org/code", family.base)

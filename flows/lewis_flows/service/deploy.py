@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -152,7 +153,7 @@ def worker_died() -> None:
 
 
 class Follower:
-    """Keeps the deployments of the recipes equal to the folder."""
+    """Keeps the deployments of the recipes equal to the folder; threads may share it."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         """Deploy nothing yet.
@@ -160,7 +161,7 @@ class Follower:
         Args:
             say: called with what is done.
         """
-        self._say, self._folder, self._problem = say, Folder(), ""
+        self._say, self._folder, self._problem, self._lock = say, Folder(), "", threading.Lock()
         self._known: list[RecipeFile] | None = None  # before the first deploy
         self._stays = False  # a deployment that no recipe asks for, and a run of it goes on
 
@@ -189,9 +190,10 @@ class Follower:
         The folder or the server may be away for a moment.
         """
         try:
-            changed = self._known is None or self._folder.files() != self._known
-            if changed or self._stays:
-                self.deploy()
+            with self._lock:
+                changed = self._known is None or self._folder.files() != self._known
+                if changed or self._stays:
+                    self.deploy()
             if changed:
                 self._say(f"recipes in {recipes_folder.folder()}: {', '.join(self.runnable()) or 'none'}")
             self._problem = ""

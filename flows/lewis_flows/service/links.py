@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from typing import Any
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -134,7 +135,11 @@ def server() -> Iterator[tuple[SyncPrefectClient, str]]:
 
 
 def last_run(client: SyncPrefectClient, recipe: str) -> FlowRun | None:
-    """The merge or search of a recipe that began last; None if there is none among the newest 2,000."""
+    """The merge or search of a recipe that began last; None if there is none among the newest 2,000.
+
+    One that was skipped counts as begun to the server, which is when another one began.
+    """
     flows, newest = (prefect_runs.MERGE, prefect_runs.SEARCH), FlowRunSort.START_TIME_DESC
-    runs = prefect_runs.all_of_flows(client, flows, {}, newest, most=2000, start_time={"is_null_": False})
+    began: dict[str, Any] = {"name": {"not_any_": [prefect_runs.SKIPPED]}}
+    runs = prefect_runs.all_of_flows(client, flows, began, newest, most=2000, start_time={"is_null_": False})
     return next((run for run in runs if prefect_runs.recipe_of(run) == recipe), None)

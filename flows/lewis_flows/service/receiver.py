@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -133,17 +133,16 @@ class Receiver:
         followers = dict(_followers(name))
         if not followers:
             return 200, {"status": "ignored", "why": "no recipe follows the main branch of this repo", "repo": name}
-        for paused in [each for each in followers if _is_paused(each)]:  # once it is resumed, the poll announces it
-            del followers[paused]
-        if not followers:
+        paused, known = _ask(followers, str(push.newSha))
+        if not followers.keys() - paused:  # once one is resumed, the poll announces it
             return 200, {"status": "ignored", "why": "the recipes that follow this repo are paused", "repo": name}
         new = str(push.newSha)
         release = (name, new)
-        about = {"repo": name, "new": new, "recipes": sorted(followers)}
+        about = {"repo": name, "new": new, "recipes": sorted(followers.keys() - paused)}
         if release in self._taken:
             self._taken.move_to_end(release)
             return 200, {"status": "duplicate", **about}
-        unknown = {each: of for each, of in sorted(followers.items()) if not _is_announced(each, *of, new)}
+        unknown = {each: of for each, of in sorted(followers.items()) if each not in paused | known}
         events = [announce(recipe, ref, repo, push.oldSha, new) for recipe, (repo, ref) in unknown.items()]
         self._taken[release] = None
         if len(self._taken) > _REMEMBERED:
@@ -153,23 +152,25 @@ class Receiver:
         return 202, {"status": "accepted", **about, "recipes": list(unknown), "events": events}
 
 
-def _is_paused(recipe: str) -> bool:
-    """Whether a recipe's deployment is paused; False if Prefect does not answer."""
+def _ask(followers: Mapping[str, tuple[str, str]], new: str) -> tuple[set[str], set[str]]:
+    """The followers that are paused, and those of which Prefect knows the release; none if it does not answer.
+
+    Args:
+        followers: recipe -> repo and reference.
+        new: the commit.
+    """
+    paused, known, since = set[str](), set[str](), datetime.now(UTC) - _KNOWN
     try:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
-            return prefect_runs.is_paused(client, recipe)
+            for recipe, (repo, ref) in followers.items():
+                if prefect_runs.is_paused(client, recipe):
+                    paused.add(recipe)
+                told = (event.payload for event in announced(client, since, recipe, repo))
+                if any(each.get("ref") == ref and each.get("new") == new for each in told):
+                    known.add(recipe)
     except httpx.HTTPError:
-        return False
-
-
-def _is_announced(recipe: str, repo: str, ref: str, new: str) -> bool:
-    """Whether Prefect knows of a release of a recipe; False if it does not answer."""
-    try:
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
-            known = announced(client, datetime.now(UTC) - _KNOWN, recipe, repo)
-    except httpx.HTTPError:
-        return False
-    return any(event.payload.get("ref") == ref and event.payload.get("new") == new for event in known)
+        logger.info("Prefect does not say which recipes are paused, or which releases it knows")
+    return paused, known
 
 
 def _followers(name: str) -> Iterator[tuple[str, tuple[str, str]]]:

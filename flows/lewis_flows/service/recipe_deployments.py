@@ -5,7 +5,6 @@ and *Quick Run*. A file that is added, edited, renamed, broken or removed leads 
 for. What an operator changed stays: a pause, the schedule, the work queue, the automation of releases.
 """
 
-import hashlib
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import Any, cast
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
-from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowRunFilter
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
@@ -35,7 +34,7 @@ from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
 from lewis.serving import hub
-from lewis_flows import approval, prefect_runs, recipes_folder
+from lewis_flows import approval, edits, prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
 from lewis_tasks.support import events
 from lewis_tasks.support.flow_run import EDITED
@@ -125,7 +124,7 @@ def _read_file(name: str, recipe: Recipe | None) -> RecipeFile | None:
         return None
     why = "" if recipe else "it is wrong: `lewis status` says where"
     comment = _first_comment(content.decode(errors="replace"))
-    return RecipeFile(name, hashlib.sha256(content).hexdigest()[:12], comment, recipe, why)
+    return RecipeFile(name, recipes_folder.version(content), comment, recipe, why)
 
 
 def time_zone() -> str:
@@ -177,8 +176,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
             yield f"{file.name} was edited and is not merged: {file.why or 'its deployment is paused'}"
         else:
             yield f"{file.name} was edited: it is merged now"
-            start: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client) + SETTLE)
-            client.create_flow_run_from_deployment(before.id, state=start, tags=[EDITED])
+            edits.start(client, before.id)
 
 
 def _further(file: RecipeFile) -> dict[str, object]:
@@ -197,6 +195,17 @@ def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, bef
     if new and not file.why:
         start: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client))
         client.create_flow_run_from_deployment(made, state=start, tags=[EDITED])
+
+
+def paused(client: SyncPrefectClient) -> set[str]:
+    """The recipes whose merges somebody paused."""
+    ours, merges = {"tags": {"all_": [TAG]}}, {"name": {"any_": [prefect_runs.MERGE]}}
+    found = client.read_deployments(
+        flow_filter=FlowFilter.model_validate(merges),
+        deployment_filter=DeploymentFilter.model_validate(ours),
+        limit=prefect_runs.PAGE,
+    )
+    return {each.name for each in found if each.paused and _CANNOT_RUN not in each.tags}
 
 
 def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bool:

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -16,14 +18,14 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from lewis import settings, store
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
-from lewis.models.source import pin_all
+from lewis.models.source import commits_of, pin_all
 from lewis.redact import redacted
 from lewis.registry import history, releases
 from lewis.registry.releases import Held
 from lewis.serving import records, slots
-from lewis_flows import behind, polls, prefect_runs, recipes_folder, turn
+from lewis_flows import behind, edits, polls, prefect_runs, recipes_folder, turn, watch
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, recipe_of
-from lewis_flows.service import note
+from lewis_flows.service import note, recipe_deployments
 from lewis_flows.service.credentials import connected
 from lewis_flows.service.deploy import POOL
 from lewis_flows.service.status_data import Input, Part, Run, Status, Watched
@@ -53,9 +55,10 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
         parts.append(Part(name="champion", url=f"{url}/v1", up=up, state=state))
     found = Status(parts=parts, polled=polls.last())
     found.devices = device_queue.queue()
+    facts = _Facts()
     if prefect.up:
         try:
-            _ask_prefect(found, api, only)
+            facts = _ask_prefect(found, api, only)
         except (httpx.HTTPError, LewisError) as error:
             found.unknown["runs"] = redacted(f"Prefect answers with an error: {error}")
     else:
@@ -67,22 +70,50 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
         return found
     since = behind.since()
     with ThreadPoolExecutor(8) as pool:
-        found.recipes = list(pool.map(lambda name: _watched(name, mlflow, hub=hub, scores=scores), names))
-    last = {run.recipe: run for run in found.last_runs() if run.flow == MERGE}
+        found.recipes = list(pool.map(lambda name: _watched(name, mlflow, facts, hub=hub, scores=scores), names))
     for recipe in found.recipes:
-        _add_times(recipe, since.get(recipe.recipe), last.get(recipe.recipe))
+        _add_times(recipe, found, since.get(recipe.recipe), facts)
     return found
 
 
-def _add_times(recipe: Watched, seen: datetime | None, last: Run | None) -> None:
+@dataclass
+class _Facts:
+    """What Prefect knows of recipes that no run shows: digests of merged texts, broken commits, who is paused."""
+
+    merged: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, set[str]] = field(default_factory=dict)
+    paused: set[str] = field(default_factory=set)
+
+
+def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Facts) -> None:
     """Add since when the champion is behind, as polls saw it, and when a failed merge is tried again.
 
-    What a version with a verdict holds is not tried again; nor is a run that crashed after a pause: the next poll does.
+    What a version with a verdict holds is not tried again, unless the recipe was edited.
     """
     recipe.behind_since = seen if recipe.settled is None or recipe.is_behind else None
+    recipe.paused = recipe.recipe in facts.paused
     open_ = bool(seen) or not recipe.champion if recipe.settled is None else not recipe.settled
-    if open_ and recipe.registered and last and last.since and last.state in ("Failed", "TimedOut"):
-        recipe.next_attempt = last.since + polls.RETRY_AFTER
+    last = next((run for run in found.last_runs() if run.flow == MERGE and run.recipe == recipe.recipe), None)
+    if not ((recipe.registered and open_) or recipe.unmerged) or _is_due(recipe.recipe, found):
+        return
+    if last is None or last.since is None or last.state not in ("Failed", "TimedOut", "Crashed", "Cancelled"):
+        return
+    broken = facts.broken.get(recipe.recipe, set())
+    refs = [each.ref for each in recipe.inputs if each.head and broken & set(commits_of(each.head))]
+    if recipe.paused:
+        recipe.after = "its deployment is resumed"
+    elif refs:
+        recipe.after = f"another commit of {' and '.join(refs)}, which is broken on the Hub"
+    elif not broken or any(each.head for each in recipe.inputs):  # else nobody knows
+        recipe.next_attempt = last.since + (polls.RETRY_AFTER if last.state in ("Failed", "TimedOut") else timedelta())
+
+
+def _is_due(recipe: str, found: Status) -> bool:
+    """Whether a merge of a recipe goes on or begins within minutes."""
+    soon = datetime.now(UTC) + watch.ANSWER_WITHIN
+    going = [run for run in found.running or [] if run.state != "Suspended"]
+    runs = [*going, *(run for run in found.scheduled or [] if run.since is None or run.since < soon)]
+    return any(run.flow == MERGE and run.recipe == recipe for run in runs)
 
 
 def _part(name: str, url: str) -> Part:
@@ -99,7 +130,7 @@ def _part(name: str, url: str) -> Part:
     return Part(name=name, url=shown, up=False, state=state)
 
 
-def _watched(name: str, mlflow: Part, *, hub: bool, scores: bool) -> Watched:
+def _watched(name: str, mlflow: Part, facts: _Facts, *, hub: bool, scores: bool) -> Watched:
     """One recipe: what its champion holds, and the newest commits."""
     found = Watched(recipe=name)
     try:
@@ -109,6 +140,7 @@ def _watched(name: str, mlflow: Part, *, hub: bool, scores: bool) -> Watched:
         found.broken, found.registered = True, recipes_folder.registered_name(name)
         _ask_registry(found, mlflow, scores=scores)
         return found
+    found.unmerged = name in facts.merged and edits.is_unmerged(recipe, facts.merged)
     heads: dict[str, str] = {}
     try:
         heads = releases.heads(*pin_all(recipe)) if hub else {}
@@ -121,7 +153,7 @@ def _watched(name: str, mlflow: Part, *, hub: bool, scores: bool) -> Watched:
     for ref in dict.fromkeys(ref for ref in refs if ref):
         found.inputs.append(Input(ref=ref, held=champion.commit_of(ref) if champion else None, head=heads.get(ref)))
     if heads and found.registered and not found.unknown:
-        judged = [version for version in held if version.verdict]
+        judged = [version for version in held if version.verdict and not version.lapsed]
         found.settled = any(all(each.commit_of(ref) == head for ref, head in heads.items()) for each in judged)
     return found
 
@@ -148,7 +180,7 @@ _FLOWS = FlowFilter(name=FlowFilterName(any_=list(prefect_runs.ALL)))
 LAST = 5  # runs of one recipe that are shown
 
 
-def _ask_prefect(found: Status, api: str, only: str) -> None:
+def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
     """Add the work pools and the runs that the Prefect server at `api` knows, `only` those of one recipe.
 
     Raises:
@@ -164,10 +196,24 @@ def _ask_prefect(found: Status, api: str, only: str) -> None:
             found.parts += [_workers(client, pool), *_queues(client, pool)]
         found.running, found.scheduled = _running(client), _scheduled(client)
         found.finished = _finished(client, only)
+        names: list[str] = []
+        with suppress(LewisError):  # there is no folder of recipes
+            names = recipes_folder.names()
+        facts = _Facts(edits.merged(client, names), _broken(client), recipe_deployments.paused(client))
     if only:
         found.running, found.scheduled = (
             [run for run in runs if run.recipe == only] for runs in (found.running, found.scheduled)
         )
+    return facts
+
+
+def _broken(client: SyncPrefectClient) -> dict[str, set[str]]:
+    """Recipe -> the commits that its runs found broken on the Hub itself."""
+    commits: dict[str, set[str]] = {}
+    for run in _runs(client, (MERGE,), ("FAILED",), FlowRunSort.END_TIME_DESC):
+        broken = {tag.removeprefix("broken:") for tag in run.tags if tag.startswith("broken:")}
+        commits.setdefault(recipe_of(run), set()).update(broken)
+    return commits
 
 
 def _pools(client: SyncPrefectClient) -> list[str]:
@@ -226,8 +272,9 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
 
 
 def _finished(client: SyncPrefectClient, only: str) -> list[Run]:
-    """The last merge and the last search of each recipe, or the last five of one; the newest first."""
-    runs = _runs(client, (MERGE, SEARCH), prefect_runs.ENDED, FlowRunSort.END_TIME_DESC)
+    """The last merge and the last search of each recipe, or the last five of one; the newest first, none skipped."""
+    ended = {"type": {"any_": prefect_runs.ENDED}, "name": {"not_any_": [prefect_runs.SKIPPED]}}
+    runs = prefect_runs.of_flows(client, (MERGE, SEARCH), ended, FlowRunSort.END_TIME_DESC)
     if only:
         last = [run for run in runs if recipe_of(run) == only][:LAST]
     else:

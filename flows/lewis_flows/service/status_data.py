@@ -63,7 +63,10 @@ class Watched(BaseModel):
         served: what its targets have in service, a line each, as `lewis served`.
         settled: whether a version with a verdict holds the newest commits of all of them; None if unknown.
         behind_since: when a poll first saw a commit that the champion misses; None if there is none, or no poll saw it.
-        next_attempt: when a release whose merge failed is tried again; None if nothing failed.
+        paused: whether its deployment is paused, so that neither a schedule nor a release starts a merge.
+        unmerged: whether no run has merged what its file says now; False if Prefect does not answer.
+        next_attempt: when a release or an edit whose merge failed is tried again; None if nothing is, or `after`.
+        after: what has to happen before it is tried again; empty if nothing has.
         scores: number of a version -> the score that its gate looked at, oldest first; only where they were asked for.
         unknown: what could not be found out, and why.
         broken: whether the recipe's file is wrong; `unknown` begins with why.
@@ -77,7 +80,10 @@ class Watched(BaseModel):
     served: list[str] = []
     settled: bool | None = None
     behind_since: datetime | None = None
+    paused: bool = False
+    unmerged: bool = False
     next_attempt: datetime | None = None
+    after: str = ""
     scores: dict[int, float] = {}
     unknown: list[str] = []
     broken: bool = False
@@ -86,6 +92,14 @@ class Watched(BaseModel):
     def is_behind(self) -> bool:
         """Whether a model is newer than what the champion holds; False if the newest commits are not known."""
         return any(each.held and each.head and each.held != each.head for each in self.inputs)
+
+    def attempt(self, now: datetime) -> str:
+        """When what failed is tried again, seen at a time; empty if nothing is."""
+        if self.after:
+            return f"after {self.after}"
+        if self.next_attempt is None:
+            return ""
+        return f"at {self.next_attempt.astimezone():%Y-%m-%d %H:%M}" if self.next_attempt > now else "at the next poll"
 
 
 class Status(BaseModel):
@@ -149,7 +163,7 @@ def problems(status: Status, now: datetime) -> list[Problem]:
 def _problems(status: Status, now: datetime) -> Iterator[Problem]:
     yield from (Problem(code=DOWN, about=part.name, text=part.state) for part in status.parts if not part.up)
     yield from _unknown(status)
-    yield from _of_runs(status)
+    yield from _of_runs(status, now)
     yield from _of_champions(status, now)
 
 
@@ -163,13 +177,16 @@ def _unknown(status: Status) -> Iterator[Problem]:
             yield Problem(code=BROKEN if recipe.broken else UNKNOWN, about=recipe.recipe, text=why)
 
 
-def _of_runs(status: Status) -> Iterator[Problem]:
-    attempts = {each.recipe: each.next_attempt for each in status.recipes or [] if each.next_attempt}
-    suspended = {(run.flow, run.recipe) for run in status.running or [] if run.state == "Suspended"}  # its work is done
+def _of_runs(status: Status, now: datetime) -> Iterator[Problem]:
+    attempts = {each.recipe: each.attempt(now) for each in status.recipes or []}
+    began = {(run.flow, run.recipe): run.since for run in status.running or [] if run.state == "Suspended"}
     for run in status.last_runs():
-        if run.state in FAILURES and (run.flow, run.recipe) not in suspended:
-            attempt = attempts.get(run.recipe) if run.flow == MERGE else None
-            again = f" (tried again at {attempt.astimezone():%Y-%m-%d %H:%M})" if attempt else ""
+        if status.recipes is not None and run.recipe not in attempts and "/" not in run.recipe:
+            continue  # the recipe was removed
+        suspended = began.get((run.flow, run.recipe))  # its work is done
+        if run.state in FAILURES and not (suspended and run.since and suspended >= run.since):
+            attempt = attempts.get(run.recipe) if run.flow == MERGE else ""
+            again = f" (tried again {attempt})" if attempt else ""
             yield Problem(code=FAILED, about=run.recipe, text=f"{_described(run)}{again}")
     for run in status.scheduled or []:
         if run.state == "Late":
@@ -177,12 +194,13 @@ def _of_runs(status: Status) -> Iterator[Problem]:
 
 
 def _of_champions(status: Status, now: datetime) -> Iterator[Problem]:
-    busy = {run.recipe for run in status.running or []}
+    busy = {run.recipe for run in status.running or [] if run.state != "Suspended"}
     for recipe in status.recipes or []:
         since = recipe.behind_since
         if since and now - since > GRACE and not recipe.settled and recipe.recipe not in busy:
             text = f"its champion is behind since {since.astimezone():%Y-%m-%d %H:%M}"
-            yield Problem(code=BEHIND, about=recipe.recipe, text=f"{text}, and no run has merged what is newer")
+            why = "its deployment is paused" if recipe.paused else "no run has merged what is newer"
+            yield Problem(code=BEHIND, about=recipe.recipe, text=f"{text}, and {why}")
         if recipe.waiting:
             name = f"{recipe.registered}/{recipe.waiting}"
             yield Problem(code=WAITS, about=recipe.recipe, text=f"{name} waits for `lewis approve {name} --why TEXT`")

@@ -65,13 +65,14 @@ def _runs(runs: Sequence[Run], now: datetime) -> Table:
 
 def _heading(recipe: Watched) -> str:
     if not recipe.registered:
-        return f"Recipe {recipe.recipe}" + ("" if recipe.unknown else ": registers nothing")
+        paused = "; paused" if recipe.paused else ""
+        return f"Recipe {recipe.recipe}" + ("" if recipe.unknown else f": registers nothing{paused}")
     unknown = any(line.startswith("the champion: ") for line in recipe.unknown)
     champion = f"champion version {recipe.champion}" if recipe.champion else "no champion yet"
     if recipe.waiting:
         champion += f"; version {recipe.waiting} waits for `lewis approve`"
-    broken = "; its file is wrong" if recipe.broken else ""
-    return f"Recipe {recipe.recipe}: {recipe.registered}, {'champion unknown' if unknown else champion}{broken}"
+    state = ("; paused" if recipe.paused else "") + ("; its file is wrong" if recipe.broken else "")
+    return f"Recipe {recipe.recipe}: {recipe.registered}, {'champion unknown' if unknown else champion}{state}"
 
 
 def _recipe(recipe: Watched, now: datetime) -> Table:
@@ -79,9 +80,12 @@ def _recipe(recipe: Watched, now: datetime) -> Table:
     table = _table(("model", "champion holds", "now"), rows)
     if recipe.behind_since:
         table.add_row(Text("behind since"), Text(""), Text(moment(recipe.behind_since, now)))
-    if recipe.next_attempt:
-        told = f"{moment(recipe.next_attempt, now)}, since the last merge failed"
-        table.add_row(Text("next attempt"), Text(""), Text(told if recipe.next_attempt > now else "at the next poll"))
+    if recipe.unmerged:
+        table.add_row(Text("not merged"), Text(""), Text("no run has merged what its file says now"))
+    if attempt := recipe.attempt(now):
+        when = recipe.next_attempt if recipe.next_attempt and recipe.next_attempt > now else None
+        told = f"{moment(when, now)}, since the last merge failed" if when else attempt
+        table.add_row(Text("next attempt"), Text(""), Text(told))
     if recipe.scores:
         (first, *_), (last, value) = recipe.scores, list(recipe.scores.items())[-1]
         line = f"{sparkline(list(recipe.scores.values()))}  versions {first} to {last}, the last {value:.4g}"

@@ -172,8 +172,12 @@ def _impatient() -> type[asyncio.Protocol]:
     return Impatient
 
 
-def _poll() -> None:
-    """One poll; the page of all recipes follows it."""
+def _poll(follower: Follower) -> None:
+    """One poll; the page of all recipes follows it.
+
+    A recipe that was just added gets its deployment first: what is announced before starts nothing.
+    """
+    follower.follow()
     if watch.poll_once():
         recipes_page.keep()
 
@@ -203,9 +207,10 @@ def serve(host: str, port: int, secret: str) -> None:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+    follower = Follower(logger.info)
     loops = [
-        Loop("recipes", Follower(logger.info).follow, FOLLOW),
-        Loop("poll", _poll, settings.POLL_SECONDS.get()),
+        Loop("recipes", follower.follow, FOLLOW),
+        Loop("poll", lambda: _poll(follower), settings.POLL_SECONDS.get()),
         Loop("served", keep_served.look, keep_served.EVERY),
     ]
     logger.info("listening on http://%s:%d/webhook", *listening.getsockname()[:2])

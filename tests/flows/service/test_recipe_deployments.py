@@ -11,14 +11,14 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.states import Completed, Pending, Running, Suspended
+from prefect.states import Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import InputError, LewisError
-from lewis_flows import recipes_folder
+from lewis_flows import approval, recipes_folder
 from lewis_flows.merge import merge_flow
 from lewis_flows.search import search_flow
-from lewis_flows.service import deploy, recipe_deployments
+from lewis_flows.service import deploy, recipe_deployments, webhook
 from lewis_flows.service.deploy import Follower
 from lewis_flows.turn import absorb
 from tests.support.deployed import deploying
@@ -183,9 +183,13 @@ def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectC
         client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", "overrides": overrides})
         for overrides in ([], [], ["seed=1"])
     )
+    resuming, asks = Scheduled(name="Resuming"), [f"{approval._TAG}models:/good/1"]
+    answered = client.create_flow_run_from_deployment(
+        deployment, parameters=begins.parameters, state=resuming, tags=asks
+    )
     absorb(client.read_flow_run(begins.id))
-    states = [client.read_flow_run(run.id).state_name for run in (begins, waits, other)]
-    assert states == ["Scheduled", "Skipped", "Scheduled"]
+    states = [client.read_flow_run(run.id).state_name for run in (begins, waits, other, answered)]
+    assert states == ["Scheduled", "Skipped", "Scheduled", "Resuming"]
     assert "verdict:skipped" in client.read_flow_run(waits.id).tags
     planned = [run for run in client.read_flow_runs() if run.deployment_id == deployment and run.auto_scheduled]
     assert all(run.state_name == "Scheduled" and run.expected_start_time > datetime.now(UTC) for run in planned)
@@ -215,6 +219,21 @@ def test_what_cannot_be_deployed_is_told_once_and_tried_again(
     follower.follow()
     follower.follow()
     assert [line.rpartition(": ")[2] for line in said] == ["good", "better", "none"]
+
+
+def test_a_recipe_has_its_deployment_before_the_poll_announces_its_release(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was announced before started nothing, and was repeated two minutes later."""
+    seen = list[str]()
+
+    def poll_once() -> bool:
+        seen.append(client.read_deployment_by_name("merge/good").name)
+        return False
+
+    monkeypatch.setattr(webhook.watch, "poll_once", poll_once)
+    webhook._poll(Follower(print))
+    assert seen == ["good"]
 
 
 def test_what_is_deployed_names_no_recipe() -> None:

@@ -22,6 +22,7 @@ from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion
 from lewis_flows.cli.main import main
 from lewis_flows.service import recipes_page, status_data
+from lewis_flows.service.links import last_run
 from lewis_flows.service.status import status
 from lewis_flows.service.status_data import Part, Run, Status, Watched
 from lewis_flows.service.status_text import as_text, moment
@@ -184,6 +185,19 @@ def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys:
     tiny = Watched(recipe="tiny", next_attempt=since + timedelta(hours=1))
     (told,) = status_data.problems(well.model_copy(update={"finished": [merge], "recipes": [tiny]}), since)
     assert f"(tried again at {tiny.next_attempt.astimezone():%Y-%m-%d %H:%M})" in told.text
+    tiny = Watched(recipe="tiny", after="its deployment is resumed")
+    (told,) = status_data.problems(well.model_copy(update={"finished": [merge], "recipes": [tiny]}), since)
+    assert told.text.endswith("(tried again after its deployment is resumed)")
+    older = merge.model_copy(update={"state": "Suspended", "since": since - timedelta(hours=1)})
+    asked = {"finished": [merge], "running": [older], "recipes": [tiny]}
+    (told,) = status_data.problems(well.model_copy(update=asked), since)
+    assert told.code == status_data.FAILED  # a version that waits for a person is no answer to a later failure
+    late = behind.model_copy(update={"paused": True})
+    asks = older.model_copy(update={"recipe": "slow"})
+    (told,) = status_data.problems(well.model_copy(update={"running": [asks], "recipes": [late]}), since)
+    assert (told.code, told.text.partition(", and ")[2]) == (status_data.BEHIND, "its deployment is paused")
+    removed = {"finished": [merge], "recipes": [recent]}
+    assert status_data.problems(well.model_copy(update=removed), since) == []
 
 
 def test_one_page_of_all_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +275,9 @@ def test_runs_and_what_comes_next(home: Path, recipes: Path, client: SyncPrefect
     started(client, "night", "going on", Running())
     started(client, "night", "tried", Running(), Completed(), flow=_search)
     started(client, "night", "tries", Running(), flow=_search)
+    started(client, "night", "skipped", Scheduled(), Completed(name="Skipped"))  # the log of none, in `lewis logs`
+    last = last_run(client, "night")
+    assert last and last.name == "tries"
 
     (going,) = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"any_": ["going on"]}}))
     (home / "runs").mkdir()
@@ -280,7 +297,7 @@ def test_runs_and_what_comes_next(home: Path, recipes: Path, client: SyncPrefect
     assert Status.model_validate_json(found.model_dump_json()) == found
 
     (night,) = found.recipes or []
-    assert (night.settled, night.next_attempt) == (None, run.since + timedelta(hours=1))
+    assert (night.settled, night.attempt(soon)) == (None, "")  # one goes on
     one = status("night", hub=False)
     assert [each.name for each in one.finished or []] == ["tried", "newer", "older"]
     assert {each.recipe for each in [*(one.running or []), *(one.scheduled or [])]} == {"night"}

@@ -64,6 +64,7 @@ def test_a_version_waits_until_a_person_approves(home: Path, family: Family) -> 
 
     asked(third, second.uri)
     promotion.promote_by_hand("tiny", "1", "no reason")
+    assert releases.waiting(releases.merged("tiny")) is None  # `lewis status` asked for it all the same
     with pytest.raises(InputError, match=r"compared it with models:/tiny/2, but the champion is models:/tiny/1 by now"):
         promotion.approve("tiny", "3", "x")
     asked(third, first.uri)
@@ -77,8 +78,11 @@ def test_nobody_approves_in_time(home: Path, family: Family) -> None:
     asked(version, "base")
     with tracking.client("making it late") as client:
         client.set_model_version_tag("tiny", "1", "lewis.approve_until", "2026-01-01T00:00:00+00:00")
+    (held,) = releases.merged("tiny")
+    assert held.lapsed and releases.waiting([held]) is None
     with pytest.raises(InputError, match="waited for approval until 2026-01-01 00:00 UTC; run its recipe again"):
         promotion.approve("tiny", "1", "x")
     asked(version, "base")
+    assert releases.waiting(releases.merged("tiny"))
     promotion.approve("tiny", "1", "x")
     assert told() == ["waits 1", "lapsed 1", "waits 1", "approved 1"]

@@ -18,7 +18,7 @@ from prefect.events import Event
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from lewis_flows import prefect_runs, release_event
+from lewis_flows import prefect_runs, recipes_folder, release_event
 from lewis_flows.prefect_runs import ALL, ENDED, MERGE, PAGE, UNFINISHED
 
 WINDOW = timedelta(days=1)
@@ -99,14 +99,15 @@ class Prefect:
         yield gauge("lewis_runs", about, ["flow", "outcome", "recipe"], counts)
         yield from _step_counts(steps.values(), {key: each.recipe for key, each in runs.items()})
         yield released_now
-        last = {(name, each.outcome): each.time.timestamp() for name, each in self._last.items()}
-        about = "When the last merge of a recipe ended (Unix time), with its verdict."
+        there = {name: each for name, each in self._last.items() if recipes_folder.is_there(name)}
+        last = {(name, each.outcome): each.time.timestamp() for name, each in there.items()}
+        about = "When the last merge of a recipe ended (Unix time), with its verdict; none of one that was removed."
         yield gauge("lewis_last_run_timestamp_seconds", about, ["recipe", "outcome"], last)
 
     def _note_last(self, runs: Mapping[UUID, Run]) -> None:
         for each in runs.values():
-            known = self._last.get(each.recipe)
-            if each.flow == MERGE and (known is None or known.time < each.time):
+            known, skipped = self._last.get(each.recipe), each.outcome == prefect_runs.SKIPPED.lower()
+            if each.flow == MERGE and not skipped and (known is None or known.time < each.time):
                 self._last[each.recipe] = each
 
     def _ended_runs(self, client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Run]]:
