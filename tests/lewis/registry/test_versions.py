@@ -34,6 +34,7 @@ from lewis.registry.pull import pull
 from lewis.registry.registration import Registration
 from lewis.registry.tracking import RunInput
 from lewis.registry.versions import Version
+from lewis.store import manifest
 from lewis.store.kinds import check_png
 from tests.support.damage import damage
 from tests.support.lineage import make_home
@@ -288,6 +289,23 @@ def test_a_damaged_version_is_not_pulled(file: str, entry: Registration, home: P
     promotion.promote(creation.register(entry), PASSED)
     damage(next(artifacts(home).rglob(f"model/{file}")), "flipped")
     with pytest.raises(LewisError, match=r"models:/tiny/1 is damaged: model/.*: expected SHA-256"):
+        pull("tiny", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_the_disk_changed_without_a_stamp_is_not_pulled(
+    entry: Registration, home: Path, tmp_path: Path
+) -> None:
+    """It got a manifest with the checksum of what it had become."""
+    promotion.promote(creation.register(entry), PASSED)
+    path = next(artifacts(home).rglob("model/model-*.safetensors"))
+    right = store.file_sha256(path)
+    damage(path, "flipped")
+    time.sleep(0.2)
+    manifest.remembered_sha256(path, again=True)
+    known = manifest.place_of(str(path.resolve()))
+    store.write_entry(known, {**(store.read_entry(known) or {}), "sha256": right})
+    with pytest.raises(LewisError, match=r"models:/tiny/1 is damaged: model-.*: expected SHA-256"):
         pull("tiny", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
