@@ -45,7 +45,7 @@ def publish(
     """Give a scratch folder to write into; if the block raises nothing, add the manifest and rename it to `folder`.
 
     In the store the files are read-only then: MLflow's copy of the weights may be a hard link of the same file, and one
-    slip must not damage both.
+    slip must not damage both. A link is no part of what is published: it may lead anywhere.
 
     Args:
         folder: where the finished folder goes. An older folder that has a manifest is replaced.
@@ -68,7 +68,7 @@ def publish(
             # What a process left that died when it was almost done.
             for path in (scratch / MANIFEST, *scratch.glob(".*.partial")):
                 path.unlink(missing_ok=True)
-            paths = sorted(p for p in scratch.rglob("*") if p.is_file())
+            paths = sorted(p for p in scratch.rglob("*") if p.is_file() and not p.is_symlink())
             names = [str(path.relative_to(scratch)) for path in paths]
             described = {n: _described(p, (checksums or {}).get(n)) for n, p in zip(names, paths, strict=True)}
             files.write_text(scratch / MANIFEST, sealed_json.dumps({**manifest, "files": described}))
@@ -85,7 +85,7 @@ def publish(
 
 
 def _put(scratch: Path, folder: Path) -> None:
-    """Put a folder in the place of an earlier one. A kill leaves no part of that one, which would pass for a stranger's."""
+    """Put a folder in the place of an earlier one, of which a kill leaves no part: it would pass for a stranger's."""
     earlier = beside(folder)
     with suppress(FileNotFoundError):
         os.rename(folder, earlier)

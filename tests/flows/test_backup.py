@@ -178,7 +178,7 @@ def test_a_copy_gives_way_to_no_worse_one(home: Path, tmp_path: Path, monkeypatc
     database = home / "mlflow" / "mlflow.db"
     whole = database.read_bytes()
     database.write_bytes(whole[:8192] + bytes(4096) + whole[12288:])
-    with pytest.raises(LewisError, match="the copy could not be made: .*(damaged|malformed)"):
+    with pytest.raises(LewisError, match=r"the copy could not be made: .*(damaged|malformed)"):
         backup(copy)
     assert store.file_sha256(copy / "lewis.json") == right
     database.write_bytes(whole)

@@ -18,7 +18,6 @@ from lewis.errors import InputError, RecipeError
 from lewis.store import sealed_json
 from lewis.store.manifest import DamagedError, check, remember, remembered_sha256
 
-
 KILLED_WHILE_IT_REMOVES = """
 import os, signal, sys
 from pathlib import Path
