@@ -22,6 +22,7 @@ from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import kinds, manifest, secrets
 from lewis.store.folders import leads_out
+from lewis.store.verification import problem_of_database
 from lewis_flows import recipes_folder
 
 _DATABASES = ("mlflow/*.db", "prefect/prefect.db")
@@ -129,8 +130,8 @@ def _copy_database(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path)) as there, closing(sqlite3.connect(target)) as copy:
         there.backup(copy)
-        if (told := copy.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(f"{path} is damaged: {told}; restore an earlier copy")
+    if why := problem_of_database(target):
+        raise sqlite3.DatabaseError(f"{path} is damaged: {why}; stop `lewis up`, and put back an earlier copy's")
     target.chmod(0o600)
 
 

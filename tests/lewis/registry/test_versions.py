@@ -678,6 +678,17 @@ def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, file: 
     assert registry.find("tiny", DIGEST) is not None  # the model is whole
 
 
+def test_verify_reads_the_databases(entry: Registration, home: Path) -> None:
+    creation.register(entry)
+    path = home / "mlflow" / "mlflow.db"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + bytes(4096) + whole[12288:])
+    (found,) = repair.verify().damaged
+    assert (found.kind, found.entry) == ("database", str(path)) and "put back a backup's" in found.why
+    path.write_bytes(whole)
+    assert repair.verify().damaged == []
+
+
 def test_a_process_that_died_before_the_aliases_moved_leaves_them_to_the_next(
     entry: Registration, tiny_model: Path
 ) -> None:
