@@ -126,6 +126,8 @@ def check_replaceable(folder: Path, manifest: Mapping[str, Any] = MappingProxyTy
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder to write to, got a file; choose another path")
+    if folder.is_mount():
+        raise InputError(f"{folder}: a disk is mounted there, so it cannot be replaced as a whole; name a folder in it")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: not empty, and no earlier output of LEWIS ({MANIFEST} is missing); choose another")
     if folder.is_dir() and not holds(folder) and (other := _unlisted(folder)):

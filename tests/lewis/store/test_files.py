@@ -142,6 +142,10 @@ class TestPublish:
         with pytest.raises(InputError, match="file is no folder, or may not be written to"):
             store.check_replaceable(tmp_path / "file" / "some" / "out")
 
+    def test_a_place_where_a_disk_is_mounted_is_refused_before_the_work(self) -> None:
+        with pytest.raises(InputError, match="/proc: a disk is mounted there"):
+            store.check_replaceable(Path("/proc"))
+
     def test_may_fill_an_empty_folder(self, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         with store.publish(tmp_path / "out", {}):
