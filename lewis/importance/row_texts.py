@@ -11,6 +11,7 @@ from lewis.importance.chats import Spans, written
 from lewis.recipe.schema import CalibrationSet
 
 MAX_FIELDS = 100  # of a template, each of four digits of width at most: with more, a text could take gigabytes
+_LEAST, _PER_TOKEN = 10_000, 64  # characters of a text that are looked at first
 _KINDS = {list: "a list", tuple: "a list", dict: "a mapping", bytes: "bytes"}
 
 
@@ -25,8 +26,14 @@ class Text(NamedTuple):
         """Token ids and how much each counts: 1 where it, or the one that it predicts, is of an answer."""
         alike = spec.prompt_weight == 1
         offsets = {} if alike else {"return_offsets_mapping": True}
+        length = max(_LEAST, _PER_TOKEN * spec.max_tokens)
         try:
-            found = encode(self.content, truncation=False, add_special_tokens=self.special, **offsets)
+            # Of a long text only a part, with as many tokens again as are kept: a text of 90 MB took 7 GB and minutes.
+            while True:
+                found = encode(self.content[:length], truncation=False, add_special_tokens=self.special, **offsets)
+                if length >= len(self.content) or len(found["input_ids"]) >= 2 * spec.max_tokens:
+                    break
+                length *= 4
         except NotImplementedError as error:  # a tokenizer in Python has no offsets
             raise InputError(
                 "this model's tokenizer does not say which characters a token is of (it has no tokenizer.json), so "

@@ -63,8 +63,8 @@ def verify() -> Verified:
     count, damaged = 0, []
     for path in (path for folder in kinds.FOREIGN for path in sorted((home() / folder).glob("*.db"))):
         count += 1
-        if why := problem_of_database(path):
-            damaged.append(Damage(DATABASE, str(path), f"{why}; stop `lewis up`, and put back a backup's"))
+        if problem := problem_of_database(path):
+            damaged.append(Damage(DATABASE, str(path), f"{problem}; stop `lewis up`, and put back a backup's"))
     for kind in kinds.TABLE.values():
         for path in kind.entries() if kind.check else ():
             why = _problem(kind, path)

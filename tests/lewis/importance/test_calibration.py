@@ -16,6 +16,7 @@ import pytest
 from lewis.errors import InputError, LewisError
 from lewis.importance import chats
 from lewis.importance.calibration import Calibration, calibrate
+from lewis.importance.row_texts import Text
 from lewis.recipe.schema import CalibrationSet
 from tests.conftest import Family
 from tests.support.local_hub import LocalHub
@@ -201,6 +202,24 @@ class TestSamples:
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
         found = run(tokenizer, tmp_path, dataset="json", data_files="rows.jsonl", messages="chat")
         assert (found.samples, found.weights) == ((text,), (weights,))
+
+    @pytest.mark.parametrize("word", ["w1 ", f"{' ' * 30_000}w1 "])
+    def test_of_a_long_text_only_a_part_is_looked_at(self, word: str, family: Family) -> None:
+        """A row of 90 MB took 7 GB and minutes, for its first 512 tokens."""
+        from transformers import AutoTokenizer
+
+        encode, seen = AutoTokenizer.from_pretrained(family.base), list[int]()
+
+        def noted(text: str, **options: Any) -> Any:
+            seen.append(len(text))
+            return encode(text, **options)
+
+        spec = CalibrationSet(dataset="json", data_files="x", prompt="{a}", answer="{b}", max_tokens=40)
+        text = Text(word * (10**6 // len(word)) + "w2", ((0, len(word)),))
+        found, weights = text.tokens(noted, spec)
+        whole = encode(text.content)["input_ids"][:40]
+        assert found == whole and weights[:2] == [1, 0.1] and len(weights) == len(whole)
+        assert sum(seen) < 2 * len(text.content) and (len(word) > 3 or seen == [10_000])
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
