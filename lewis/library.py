@@ -37,6 +37,7 @@ from lewis.steps.graph import graph, inspection_settings
 from lewis.steps.plan import Plan, make_plan
 from lewis.steps.run import begin, run
 from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DIAGNOSE, DOWNLOAD, MEASURE
+from lewis.store.runs import noted
 from lewis.store.writable import check_output_folder
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Merged:
         return (self.folder / card.NAME).read_text()
 
 
+@noted()
 def merge(
     recipe: Recipe | str | Path, folder: str | Path, *, max_shard_size: int | str = "5GB", report: Report = silent
 ) -> Merged:
@@ -136,6 +138,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     return make_plan(load(recipe))
 
 
+@noted()
 def measure(recipe: Recipe | str | Path, *, report: Report = silent) -> list[ImportanceEntry]:
     """The importance of the layers of each model that the recipe measures: `entry.norms`, `entry.moments`.
 
@@ -152,6 +155,7 @@ def measure(recipe: Recipe | str | Path, *, report: Report = silent) -> list[Imp
     return [entry for name in names for entry in results[name]]
 
 
+@noted()
 def allocate(recipe: Recipe | str | Path, *, report: Report = silent) -> AllocationEntry:
     """The densities of each expert: `entry.experts()[reference].densities`.
 
@@ -190,6 +194,7 @@ def score(recipe: Recipe | str | Path, folder: str | Path, *, report: Report = s
     ).scores
 
 
+@noted()
 def inspect(
     recipe: Recipe | str | Path, *, candidates: Sequence[str | Path] = (), report: Report = silent
 ) -> Inspection:

@@ -191,6 +191,9 @@ GGUF_PROCESSOR = PrivateName(
 GGUF_NAMES = PrivateName(
     "transformers", "transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map", ">=5.17,<6",
     "know the names of the tensors of a GGUF file", "lewis.models.gguf")
+CHAT_TEMPLATES = PrivateName(
+    "transformers", "transformers.utils.chat_template_utils.render_jinja_template", ">=5.17,<6",
+    "write chats by a template in a process without the tokenizer", "lewis.importance.chats")
 PIPELINE_TASK = PrivateName(
     "transformers", "transformers.pipelines.check_task", ">=5.17,<6",
     "let MLflow find the class of the pipeline", "lewis.registry.logged_model",

@@ -22,6 +22,7 @@ from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import kinds, manifest, secrets
 from lewis.store.folders import leads_out
+from lewis.store.verification import problem_of_database
 from lewis_flows import recipes_folder
 
 _DATABASES = ("mlflow/*.db", "prefect/prefect.db")
@@ -53,13 +54,14 @@ def backup(folder: Path) -> Copied:
     """Copy to a folder, also while the service runs: each database is of one moment, MLflow's files are of later ones.
 
     Raises:
-        InputError: if the folder holds something else than an earlier copy, or is in the store.
-        LewisError: if a database cannot be read, or the folder not be written.
+        InputError: if the folder holds something else than an earlier copy of this store, or is in the store, or if the
+            earlier copy has a database that is not there any more.
+        LewisError: if a database cannot be read or is damaged, or the folder not be written.
     """
     folder = folder.absolute()
     if store.holds(folder):
         raise InputError(f"{folder}: expected a folder outside of the store, which is copied; choose another one")
-    about = {"backup": str(store.home()), "made": datetime.now(UTC).isoformat()}
+    about = {store.COPIED: str(store.home()), "made": datetime.now(UTC).isoformat()}
     try:
         with store.publish(folder, about) as scratch:
             scratch.chmod(0o700)  # there are secrets in it
@@ -68,6 +70,7 @@ def backup(folder: Path) -> Copied:
                 _copy_database(own, scratch / "prefect" / own.name)
             with suppress(InputError):  # there is none
                 shutil.copytree(recipes_folder.folder(), scratch / "recipes")
+            _check_complete(folder, scratch)
     except (OSError, sqlite3.Error, shutil.Error) as error:
         raise LewisError(f"{folder}: the copy could not be made: {error}") from error
     files = (store.read_manifest(folder) or {})["files"]
@@ -89,7 +92,7 @@ def restore(folder: Path) -> Copied:
         found = manifest.check(folder, again=True)
     except manifest.DamagedError as error:
         raise InputError(f"{folder}: expected a whole copy that `lewis backup` made: {error}") from error
-    home = found.get("backup")
+    home = found.get(store.COPIED)
     if home != str(store.home()):
         raise InputError(
             f"{folder}: expected a copy of the store {store.home()}, got {f'one of {home}' if home else 'another'}; "
@@ -127,7 +130,20 @@ def _copy_database(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path)) as there, closing(sqlite3.connect(target)) as copy:
         there.backup(copy)
+    if why := problem_of_database(target):
+        raise sqlite3.DatabaseError(f"{path} is damaged: {why}; stop `lewis up`, and put back an earlier copy's")
     target.chmod(0o600)
+
+
+def _check_complete(earlier: Path, made: Path) -> None:
+    """Raise InputError if an earlier copy has a database that a new one lacks: the store's disk may not be mounted."""
+    known = (store.read_json(earlier / store.MANIFEST) or {}).get("files") or {}
+    for name in known:
+        if name.endswith(".db") and not (made / name).exists():
+            raise InputError(
+                f"{earlier}: the copy that is there has {name}, and the store {store.home()} has none any more: is its "
+                "disk mounted? To copy it as it is, choose another folder"
+            )
 
 
 def _prefect_home() -> Path:

@@ -21,6 +21,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Crashed
 
 from lewis import store
+from lewis.store import runs
 from lewis.store.lease import SharedLock
 from lewis_flows import approval, prefect_runs, recipes_folder
 from lewis_tasks.support import flow_run as run_tags
@@ -43,15 +44,15 @@ def turn(recipe: Path, run: str) -> Iterator[None]:
         recipe: the recipe's file.
         run: id of the flow run.
     """
-    running, note = _lock(recipe), _note(run)
-    with store.lock(f"run-{run}"):
+    running, note = _lock(recipe), runs.note_of(run)
+    with runs.lock(run):
         store.write_text(note, str(recipe))
         try:
             _take(running, recipe, note)
             yield
         finally:
             running.release()
-        _forget(run)  # before the lock is free: a note without a holder is that of a dead run
+        runs.forget(run)  # before the lock is free: a note without a holder is that of a dead run
 
 
 def absorb(run: FlowRun) -> None:
@@ -76,16 +77,11 @@ def absorb(run: FlowRun) -> None:
 
 def end_turn(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """A hook of flows, which Prefect calls once its server has taken the state that a run ended in."""
-    _forget(str(flow_run.id))
+    runs.forget(str(flow_run.id))
 
 
 HOOKS: dict[str, Any] = {ending: [*hooks, end_turn] for ending, hooks in run_tags.HOOKS.items()}
 """Arguments of `@flow` for flows that take turns."""
-
-
-def _forget(run: str) -> None:
-    _note(run).unlink(missing_ok=True)
-    Path(store.lock(f"run-{run}").lock_file).unlink(missing_ok=True)
 
 
 def _lock(recipe: Path) -> FileLock | SharedLock:
@@ -115,16 +111,10 @@ def _wait(running: FileLock | SharedLock, recipe: Path) -> None:
             wait.look(f"a run of {recipe.stem}", f"its turn: another run of {recipe.stem} is going on")
 
 
-def active_since() -> float | None:
-    """Start of the oldest run that is going on (Unix time, seconds); None if none is."""
-    started = [note.stat().st_mtime for note in _notes() if not _is_dead(note.name)]
-    return min(started, default=None)
-
-
 def waits(run: str) -> bool:
     """Whether a flow run that goes on in this store waits for its turn."""
     try:
-        return _note(run).read_text().endswith(f"\n{_WAITS}")
+        return runs.note_of(run).read_text().endswith(f"\n{_WAITS}")
     except OSError:
         return False
 
@@ -136,12 +126,11 @@ def crash_dead_runs() -> None:
     """
     flows, running = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE), {"type": {"any_": ["RUNNING"]}}
     with get_client(sync_client=True) as client:
-        runs = prefect_runs.of_flows(client, flows, running)
-        for run in filter(_died, runs):
+        for run in filter(_died, prefect_runs.of_flows(client, flows, running)):
             mark_crashed(client, run)
-    for note in _notes():
-        if _is_dead(note.name):
-            _forget(note.name)
+    for note in runs.notes():
+        if runs.is_dead(note.name):
+            runs.forget(note.name)
 
 
 def mark_crashed(client: SyncPrefectClient, run: FlowRun) -> None:
@@ -157,32 +146,14 @@ def tag_crashed_runs() -> None:
     flows, crashed = prefect_runs.OF_RECIPES, {"type": {"any_": ["CRASHED"]}}
     try:
         with get_client(sync_client=True) as client:
-            runs = prefect_runs.of_flows(client, flows, crashed, FlowRunSort.END_TIME_DESC)
+            found = prefect_runs.of_flows(client, flows, crashed, FlowRunSort.END_TIME_DESC)
     except httpx.HTTPError as error:
         logger.info("runs that died get their verdict later: %s", type(error).__name__)
         return
-    for run in runs:
+    for run in found:
         if "verdict:crashed" not in run.tags:
             run_tags.tag(run.id, verdict="crashed")
 
 
 def _died(run: FlowRun) -> bool:
-    return _note(str(run.id)).exists() and _is_dead(str(run.id))
-
-
-def _is_dead(run: str) -> bool:
-    lock = store.lock(f"run-{run}")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    lock.release()
-    return True
-
-
-def _note(run: str) -> Path:
-    return store.home() / "runs" / run
-
-
-def _notes() -> list[Path]:
-    return [path for path in (store.home() / "runs").glob("*") if not path.name.startswith(".")]
+    return runs.note_of(str(run.id)).exists() and runs.is_dead(str(run.id))

@@ -12,7 +12,7 @@ import numpy as np
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis.importance.row_texts import Text, text_of
+from lewis.importance.row_texts import Text, texts_of
 from lewis.input_files import check_regular
 from lewis.models.config import needs_code
 from lewis.quick_imports import quick_imports
@@ -183,7 +183,7 @@ def _texts(where: str, spec: CalibrationSet, rows: Any, tokenizer: Any) -> list[
         chosen = [rows[int(i)] for i in order]
     except UnicodeDecodeError as error:  # JSON is decoded when a row is read
         raise InputError(f"{where}: a row is no UTF-8 text: {error.reason} at {error.object[:40]!r}") from error
-    return [text_of(where, spec, row, tokenizer) for row in chosen]
+    return texts_of(where, spec, chosen, tokenizer)
 
 
 def _check_unicode(where: str, text: str) -> None:

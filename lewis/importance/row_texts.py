@@ -2,18 +2,17 @@
 
 import re
 import string
-from collections.abc import Mapping
-from itertools import groupby, zip_longest
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from lewis.errors import InputError
+from lewis.importance.chats import Spans, written
 from lewis.recipe.schema import CalibrationSet
 
 MAX_FIELDS = 100  # of a template, each of four digits of width at most: with more, a text could take gigabytes
-_MARK = re.compile(r"\{%-?\s*generation\b")
+_LEAST, _PER_TOKEN = 10_000, 64  # characters of a text that are looked at first
 _KINDS = {list: "a list", tuple: "a list", dict: "a mapping", bytes: "bytes"}
-Spans = tuple[tuple[int, int], ...]  # where each begins and ends, in characters
 
 
 class Text(NamedTuple):
@@ -27,8 +26,14 @@ class Text(NamedTuple):
         """Token ids and how much each counts: 1 where it, or the one that it predicts, is of an answer."""
         alike = spec.prompt_weight == 1
         offsets = {} if alike else {"return_offsets_mapping": True}
+        length = max(_LEAST, _PER_TOKEN * spec.max_tokens)
         try:
-            found = encode(self.content, truncation=False, add_special_tokens=self.special, **offsets)
+            # Of a long text only a part, with as many tokens again as are kept: a text of 90 MB took 7 GB and minutes.
+            while True:
+                found = encode(self.content[:length], truncation=False, add_special_tokens=self.special, **offsets)
+                if length >= len(self.content) or len(found["input_ids"]) >= 2 * spec.max_tokens:
+                    break
+                length *= 4
         except NotImplementedError as error:  # a tokenizer in Python has no offsets
             raise InputError(
                 "this model's tokenizer does not say which characters a token is of (it has no tokenizer.json), so "
@@ -46,22 +51,26 @@ class Text(NamedTuple):
         return ids, weights[: spec.max_tokens]
 
 
-def text_of(where: str, spec: CalibrationSet, row: Any, tokenizer: Any) -> Text:
-    """The text of a row.
+def texts_of(where: str, spec: CalibrationSet, rows: Sequence[Any], tokenizer: Any) -> list[Text]:
+    """The texts of rows.
 
     Args:
         where: what to call the set in errors.
         spec: its block.
-        row: of the dataset; a text if the texts are given inline.
+        rows: of the dataset; texts if these are given inline.
         tokenizer: of the base, which may have a chat template.
 
     Raises:
-        InputError: naming the key that does not fit the row.
+        InputError: naming the key that does not fit a row, or the base whose chat template does not take one.
     """
+    if spec.messages:
+        return _chats(where, spec.messages, rows, tokenizer)
+    return [_text_of(where, spec, row) for row in rows]
+
+
+def _text_of(where: str, spec: CalibrationSet, row: Any) -> Text:
     if isinstance(row, str):
         return Text(row, ())
-    if spec.messages:
-        return _chat(where, spec.messages, row, tokenizer)
     if spec.text:
         content = _fill(f"{where}.text", spec.text, row)
         begin = (
@@ -83,62 +92,30 @@ def _begin_of_last_field(where: str, template: str, row: Mapping[str, Any], cont
     return len(content) - len(after)
 
 
-def _chat(where: str, column: str, row: Mapping[str, Any], tokenizer: Any) -> Text:
-    """A chat as the chat template of the base writes it; the assistant's turns are its answers."""
+def _chats(where: str, column: str, rows: Sequence[Any], tokenizer: Any) -> list[Text]:
+    """Chats as the chat template of the base writes them; the assistant's turns are their answers."""
     where = f"{where}.messages"
-    if column not in row:
-        raise InputError(f"{where}: there is no column {column!r}; the dataset has {', '.join(row)}")
+    for row in rows:
+        if column not in row:
+            raise InputError(f"{where}: there is no column {column!r}; the dataset has {', '.join(row)}")
     if not tokenizer.chat_template:
         raise InputError(f"{where}: the base's tokenizer has no chat template; write `prompt` and `answer` instead")
-    turns = row[column]
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
-    ):
-        raise InputError(
-            f"{where}: expected a list of turns with `role` and `content` in column {column!r}, got {turns!r:.80}"
-        )
-
+    for turns in (row[column] for row in rows):
+        if not (isinstance(turns, list) and turns) or not all(
+            isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
+        ):
+            raise InputError(
+                f"{where}: expected a list of turns with `role` and `content` in column {column!r}, got {turns!r:.80}"
+            )
     try:
-        marked = _MARK.search(str(tokenizer.get_chat_template()))
-        content, answers = (_marked if marked else _found)(turns, tokenizer)
-    except Exception as error:  # a template may raise anything
+        template = str(tokenizer.get_chat_template())
+        found = written(template, tokenizer.special_tokens_map, [row[column] for row in rows])
+    except (InputError, ValueError) as error:  # of several templates, none is the default
+        why = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{where}: the base's chat template does not take a row: {' '.join(str(error).split())[:200]}"
+            f"{where}: the chat template of the base ({tokenizer.name_or_path}) does not take the rows: {why}"
         ) from error
-    return Text(content, answers, special=False)
-
-
-def _marked(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
-    """A chat and its answers, by a template that marks what an assistant writes (`{% generation %}`)."""
-    offsets = {"tokenizer_kwargs": {"return_offsets_mapping": True}}
-    tokens = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True, **offsets)
-    places = zip(tokens["assistant_masks"], tokens["offset_mapping"], strict=True)
-    runs = [list(run) for marked, run in groupby(places, key=itemgetter(0)) if marked]
-    answers = tuple((run[0][1][0], run[-1][1][1]) for run in runs)
-    return str(tokenizer.apply_chat_template(turns, tokenize=False)), answers
-
-
-def _found(turns: list[dict[str, Any]], tokenizer: Any) -> tuple[str, Spans]:
-    """A chat and its answers, by what the template adds for each turn of the assistant."""
-
-    def written(count: int, ask: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=ask))
-
-    content, answers = written(len(turns)), list[tuple[int, int]]()
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before, after = written(i, ask=True) if i else "", written(i + 1)
-        said = str(turn["content"]).strip()
-        if content.startswith(before) and content.startswith(after):
-            answers.append((len(before), len(after)))
-        elif i == len(turns) - 1:  # a template that shows the thoughts of the last turn alone
-            answers.append((len(written(i)), len(content)))
-        elif said and content.startswith(before) and (begin := content.find(said, len(before))) >= 0:
-            # A template that writes this turn otherwise while it is the last.
-            end, ends = begin + len(said), after[after.rfind(said) + len(said) :]
-            answers.append((len(before), end + len(ends) * content.startswith(ends, end)))
-    return content, tuple(answers)
+    return [Text(content, answers, special=False) for content, answers in found]
 
 
 def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:

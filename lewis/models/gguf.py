@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -29,7 +27,7 @@ from lewis.models.dtypes import DTYPES
 from lewis.models.files.folder import GGUF_LINK, GGUF_TABLE, copy_tokenizer
 from lewis.models.quantised.stored import Packed
 from lewis.store import kinds
-from lewis.store.manifest import remembered_sha256
+from lewis.store.manifest import remembered_sha256, set_damaged_aside
 
 logger = logging.getLogger(__name__)
 
@@ -83,18 +81,10 @@ def _made(ref: str, path: Path) -> Path:
     digest = store.digest(facts)
     folder = kinds.GGUF.path(digest)
     with kinds.GGUF.lock(digest):
-        store.mark_used(folder)
-        if not (folder / GGUF_TABLE).is_file():
-            store.make_folder(folder.parent)
-            scratch = store.beside(folder)
-            try:
-                scratch.mkdir()
+        set_damaged_aside(folder)
+        if not folder.exists():
+            with store.publish(folder, {"of": str(path)}) as scratch:
                 _fill(ref, path, scratch)
-                store.restrict_all(scratch)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(scratch, folder)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

@@ -59,16 +59,20 @@ def pull(what: str, folder: Path) -> Pulled:
         merge = manifest.check(model.folder)
     except DamagedError as error:
         raise _damaged(model.version.uri, error) from error
-    names = [*merge["files"]]
-    with store.publish(folder, {key: value for key, value in merge.items() if key != "files"}) as target:
-        for each in names:
+    expected = {name: (int(file["size"]), str(file["sha256"])) for name, file in merge["files"].items()}
+    about = {key: value for key, value in merge.items() if key != "files"}
+    with store.publish(folder, about, checksums={name: sha256 for name, (_, sha256) in expected.items()}) as target:
+        for each in expected:
             (target / each).parent.mkdir(parents=True, exist_ok=True)
             if Path(each).match(logged_model.WEIGHTS):
                 logged_model.link(model.folder / each, target / each)
             else:
                 shutil.copyfile(model.folder / each, target / each)
-    size = sum((folder / each).stat().st_size for each in names)
-    return Pulled(model.version.uri, folder, model.digest, size)
+        try:  # again: what was remembered of a file does not show what the disk did to it since
+            manifest.check_files(target, expected, again=True)
+        except DamagedError as error:
+            raise _damaged(model.version.uri, error) from error
+    return Pulled(model.version.uri, folder, model.digest, sum(size for size, _ in expected.values()))
 
 
 def version_of(client: "MlflowClient", what: str) -> "ModelVersion":

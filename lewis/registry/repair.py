@@ -30,7 +30,8 @@ _INHERITED = (WITHDRAWN, "lewis.verdict", "lewis.published", history.MARK)
 def verify() -> Verified:
     """Read all files of the store and of the registered versions again; remembered checksums are not trusted.
 
-    A version whose files are lost or damaged is tagged. The next run of its recipe registers it again.
+    A version whose files are lost or damaged is tagged. The next run of its recipe registers it again. Versions are not
+    looked at where a database is damaged.
 
     Raises:
         TransientError: if MLflow does not answer.
@@ -38,7 +39,8 @@ def verify() -> Verified:
     """
     found = verification.verify()
     checked, damaged = found.checked, list(found.damaged)
-    if tracking.exists():  # without a database nothing was registered, and a look should not create one
+    readable = all(each.kind != verification.DATABASE for each in damaged)
+    if readable and tracking.exists():  # without a database nothing was registered, and a look should not create one
         with tracking.client("checking the registered versions") as client:
             for version in all_versions(client):
                 digest = version.tags.get("lewis.digest")

@@ -14,6 +14,7 @@ from lewis.registry import history, lineage, logged_model, tracking
 from lewis.store import housekeeping, kinds, size
 from lewis.store.housekeeping import Needed
 from lewis.store.outdated import Outdated
+from lewis.store.runs import notes
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -191,7 +192,7 @@ def make_room(needed: int) -> int:
     if quota is None or (missing := size.total() + needed - quota) <= 0:
         return 0
     # The notes of runs, also of dead ones that nobody has cleared yet: then more stays.
-    began = min((note.stat().st_mtime for note in (store.home() / "runs").glob("[!.]*")), default=None)
+    began = min((note.stat().st_mtime for note in notes()), default=None)
     found = housekeeping.survey(0, needed=by_versions(), active_since=began)
     chosen, sum_ = list[housekeeping.Removable](), 0
     for item in sorted(found, key=lambda each: each.last_used):

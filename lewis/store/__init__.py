@@ -1,6 +1,7 @@
 """What is on disk: content-addressed entries, written whole or not at all, and their upkeep."""
 
 from lewis.store.entries import (
+    COPIED,
     MARK_EVERY,
     check_replaceable,
     entry,
@@ -36,7 +37,7 @@ from lewis.store.manifest import read_manifest
 from lewis.store.scratch import beside, is_dead, scratch_folder, writer
 
 __all__ = [
-    "CARD", "MANIFEST", "MARK_EVERY", "beside", "bytes_on_disk", "check_replaceable", "check_space", "digest",
+    "CARD", "COPIED", "MANIFEST", "MARK_EVERY", "beside", "bytes_on_disk", "check_replaceable", "check_space", "digest",
     "discard", "discard_unless", "entry", "file_sha256", "free_space", "holds", "home", "is_abandoned", "is_dead",
     "lock", "make_folder",
     "mark_used", "noticing", "private_folder", "publish", "read_entry", "read_json", "read_manifest", "restrict",

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lewis.errors import InputError
@@ -21,6 +22,7 @@ from lewis.store.scratch import beside
 
 logger = logging.getLogger(__name__)
 
+COPIED = "backup"  # key of a manifest: the store that the folder is a copy of
 MARK_EVERY = 3600.0  # seconds; the mark of `mark_used` is at most this much older than the last use
 _making: ContextVar[list[Path] | None] = ContextVar("making", default=None)
 
@@ -43,7 +45,7 @@ def publish(
     """Give a scratch folder to write into; if the block raises nothing, add the manifest and rename it to `folder`.
 
     In the store the files are read-only then: MLflow's copy of the weights may be a hard link of the same file, and one
-    slip must not damage both.
+    slip must not damage both. A link is no part of what is published: it may lead anywhere.
 
     Args:
         folder: where the finished folder goes. An older folder that has a manifest is replaced.
@@ -55,7 +57,7 @@ def publish(
     Raises:
         InputError: if `folder` holds something that was not written by this function.
     """
-    check_replaceable(folder)
+    check_replaceable(folder, manifest)
     make_folder(folder.parent)
     scratch = folder.with_name(f".{folder.name}.{key[:32]}{files.RESUMABLE}") if key else beside(folder)
     with files.lock(str(scratch.absolute())) if key else nullcontext():
@@ -66,7 +68,7 @@ def publish(
             # What a process left that died when it was almost done.
             for path in (scratch / MANIFEST, *scratch.glob(".*.partial")):
                 path.unlink(missing_ok=True)
-            paths = sorted(p for p in scratch.rglob("*") if p.is_file())
+            paths = sorted(p for p in scratch.rglob("*") if p.is_file() and not p.is_symlink())
             names = [str(path.relative_to(scratch)) for path in paths]
             described = {n: _described(p, (checksums or {}).get(n)) for n, p in zip(names, paths, strict=True)}
             files.write_text(scratch / MANIFEST, sealed_json.dumps({**manifest, "files": described}))
@@ -74,13 +76,26 @@ def publish(
                 restrict_all(scratch)
                 for path in paths:
                     make_read_only(path)
-            if folder.is_dir():
-                shutil.rmtree(folder)
-            os.replace(scratch, folder)
+            check_replaceable(folder, manifest)  # the block may have taken hours
+            _put(scratch, folder)
             if holds(folder):
                 _push(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put(scratch: Path, folder: Path) -> None:
+    """Put a folder in the place of an earlier one, of which a kill leaves no part: it would pass for a stranger's."""
+    earlier = beside(folder)
+    with suppress(FileNotFoundError):
+        os.rename(folder, earlier)
+    try:
+        os.replace(scratch, folder)
+    except OSError:
+        with suppress(FileNotFoundError):
+            os.rename(earlier, folder)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _make_scratch(scratch: Path, *, goes_on: bool) -> None:
@@ -99,17 +114,30 @@ def _described(path: Path, sha256: str | None) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256 or files.file_sha256(path)}
 
 
-def check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, manifest: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Raise InputError unless `folder` is empty, an earlier output of `publish`, or absent where one can be made.
 
-    Outside of the store, where people put files of their own, nothing else may be in it.
+    Outside of the store, where people put files of their own, nothing else may be in it. The copy of a store gives way
+    only to one of the same store.
+
+    Args:
+        folder: to write.
+        manifest: of what is written.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder to write to, got a file; choose another path")
+    if folder.is_mount():
+        raise InputError(f"{folder}: a disk is mounted there, so it cannot be replaced as a whole; name a folder in it")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: not empty, and no earlier output of LEWIS ({MANIFEST} is missing); choose another")
     if folder.is_dir() and not holds(folder) and (other := _unlisted(folder)):
         raise InputError(f"{folder}: holds {other!r}, which LEWIS did not write; move it away, or choose another path")
+    found = files.read_json(folder / MANIFEST)
+    copied = found.get(COPIED) if isinstance(found, dict) else None
+    if copied and copied != manifest.get(COPIED):
+        raise InputError(
+            f"{folder}: holds the copy of the store {copied} that `lewis backup` made; choose another path"
+        )
     above = next((parent for parent in folder.absolute().parents if parent.exists()), folder)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"{folder}: {above} is no folder, or may not be written to; choose another path")

@@ -137,7 +137,7 @@ GRAMS = Kind("grams", "*", "grams-", manifest=True, shared="always")  # second-o
 ALLOCATIONS = Kind("allocations", locks="allocation-", shared="always")  # densities
 CALIBRATIONS = Kind("calibrations", locks="calibration-", shared="always")  # token ids of calibration sets
 INSPECTIONS = Kind("inspections", locks="inspection-", shared="always")  # how the weights of base and experts differ
-GGUF = Kind("gguf", "*", "gguf-", check=None)  # a link to a GGUF file, its config, tokenizer, names
+GGUF = Kind("gguf", "*", "gguf-", manifest=True)  # a link to a GGUF file, its config, tokenizer, names
 SCORES = Kind("scores", locks="scores-", shared="always")  # what lm-eval said of one model
 ANSWERS = Kind("answers", "*.jsonl", check=None)  # finished batches of evaluations that are not done
 DIGESTS = Kind("digests")  # remembered checksums and other facts, which hold for this disk only

@@ -3,14 +3,18 @@
 Nothing is moved: the next run that needs a damaged entry sets it aside and makes it again.
 """
 
-from contextlib import nullcontext
+import sqlite3
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import Timeout
 
 from lewis.store import kinds, manifest
+from lewis.store.folders import home
 from lewis.store.kinds import Kind
+
+DATABASE = "database"
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,8 @@ class Damage:
     """Something that is not as it was written.
 
     Attributes:
-        kind: the name of its kind in the store, or `version` for a version of a registered model.
-        entry: the path of the entry, or `models:/name/version`.
+        kind: the name of its kind in the store, `DATABASE`, or `version` for a version of a registered model.
+        entry: the path of the entry or database, or `models:/name/version`.
         why: the file, and what is wrong with it.
     """
 
@@ -52,8 +56,15 @@ class Verified:
 
 
 def verify() -> Verified:
-    """Read and check every entry of the store that has checksums. An entry that a step works on is left out."""
+    """Read and check every entry of the store that has checksums, and SQLite's databases in it, as far as SQLite can.
+
+    An entry that a step works on is left out.
+    """
     count, damaged = 0, []
+    for path in (path for folder in kinds.FOREIGN for path in sorted((home() / folder).glob("*.db"))):
+        count += 1
+        if problem := problem_of_database(path):
+            damaged.append(Damage(DATABASE, str(path), f"{problem}; stop `lewis up`, and put back a backup's"))
     for kind in kinds.TABLE.values():
         for path in kind.entries() if kind.check else ():
             why = _problem(kind, path)
@@ -61,6 +72,16 @@ def verify() -> Verified:
             if why:
                 damaged.append(Damage(kind.name, str(path), why))
     return Verified(count, damaged)
+
+
+def problem_of_database(path: Path) -> str:
+    """What is wrong with the pages of an SQLite database; empty if nothing is. Values have no checksums."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as database:
+            found = str(database.execute("pragma integrity_check(1)").fetchone()[0])
+    except sqlite3.Error as error:
+        return str(error)
+    return "" if found == "ok" else " ".join(found.split())
 
 
 def _problem(kind: Kind, path: Path) -> str | None:

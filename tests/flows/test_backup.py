@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from lewis import store
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.evaluation.gate import Verdict
 from lewis.registry import history, promotion, versions
 from lewis.store import sealed_json
+from lewis.store.writable import check_output_folder
 from lewis_flows.backup import backup, restore
 from lewis_flows.cli.main import main
 from tests.conftest import Family
@@ -156,6 +157,32 @@ def test_a_copy_writes_nowhere_else(home: Path, tmp_path: Path, to: str) -> None
     with pytest.raises(InputError, match="is no file of a copy that `lewis backup` makes"):
         restore(copy)
     assert not elsewhere.exists()
+
+
+def test_a_copy_gives_way_to_no_worse_one(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that was not mounted, or LEWIS_HOME not set, left an empty copy in the place of the good one."""
+    copy = tmp_path / "copy"
+    backup(copy)
+    right = store.file_sha256(copy / "lewis.json")
+    with pytest.raises(InputError, match=f"holds the copy of the store {home} that `lewis backup` made"):
+        check_output_folder(copy)  # of `lewis merge -o`
+    with monkeypatch.context() as patch:
+        patch.setenv("LEWIS_HOME", str(tmp_path / "other"))
+        with pytest.raises(InputError, match=f"holds the copy of the store {home} that `lewis backup` made"):
+            backup(copy)
+    home.rename(tmp_path / "away")
+    with pytest.raises(InputError, match="has none any more: is its disk mounted"):
+        backup(copy)
+    shutil.rmtree(home, ignore_errors=True)
+    (tmp_path / "away").rename(home)
+    database = home / "mlflow" / "mlflow.db"
+    whole = database.read_bytes()
+    database.write_bytes(whole[:8192] + bytes(4096) + whole[12288:])
+    with pytest.raises(LewisError, match=r"the copy could not be made: .*(damaged|malformed)"):
+        backup(copy)
+    assert store.file_sha256(copy / "lewis.json") == right
+    database.write_bytes(whole)
+    assert backup(copy).files
 
 
 def test_what_servers_have_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

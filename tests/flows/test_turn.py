@@ -12,6 +12,7 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Running
 
+from lewis.store import runs
 from lewis_flows import prefect_runs, turn
 
 
@@ -54,8 +55,8 @@ def test_whether_a_run_waits_for_its_turn_is_known_to_others(tmp_path: Path, mon
 
 def test_a_run_that_ends_well_never_looks_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
-    forget, dead = turn._forget, []
-    monkeypatch.setattr(turn, "_forget", lambda run: (dead.append(turn._is_dead(run)), forget(run)))
+    forget, dead = runs.forget, []
+    monkeypatch.setattr(runs, "forget", lambda run: (dead.append(runs.is_dead(run)), forget(run)))
     with turn.turn(tmp_path / "x.yaml", "run"):
         pass
     assert dead == [False] and not [*(tmp_path / "home").rglob("*run*/*")]

@@ -1,14 +1,19 @@
 """The front door: what `import lewis` gives a notebook."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 import lewis
+from lewis import store
 from lewis.errors import InputError, RecipeError
+from lewis.registry import retention
+from lewis.store import kinds, runs
 from tests.conftest import Family
 from tests.support.word_tasks import WRITES
 
@@ -37,6 +42,31 @@ def test_a_merge_gives_what_was_merged_with_its_card(recipe: Path, tmp_path: Pat
     assert {f"{family.math} on sums", "model.norm.weight"} <= {what for what, _, _ in seen}
     assert all(0 <= done <= total for _, done, total in seen)
     assert lewis.merge(lewis.Recipe.load(recipe), tmp_path / "again").digest == merged.digest
+
+
+def test_what_a_long_merge_has_used_stays(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process with a quota removed what it had measured hours before, and what it was to read."""
+    home, left = store.home(), list[tuple[int, int]]()
+
+    def hours_ago(path: Path, hours: float) -> None:
+        os.utime(path, (time.time() - 3600 * hours,) * 2)
+
+    def report(what: str, done: int, total: int) -> None:
+        if what == "model.norm.weight":
+            (note,) = runs.notes()
+            hours_ago(note, 5)
+            entries = [path for kind in (kinds.IMPORTANCE, kinds.ALLOCATIONS) for path in kind.entries()]
+            for path in entries:
+                hours_ago(path, 4)
+            with monkeypatch.context() as patch:
+                patch.setenv("LEWIS_QUOTA", "1kB")
+                retention.make_room(10**6)
+            left.append((len(entries), sum(path.exists() for path in entries)))
+
+    (home / "runs").mkdir(parents=True)
+    (home / "runs" / "library-of-a-dead-process").touch()
+    lewis.merge(recipe, tmp_path / "merged", report=report)
+    assert left == [(4, 4)] and runs.notes() == [] and runs.active_since() is None
 
 
 def test_each_step_by_itself(recipe: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:

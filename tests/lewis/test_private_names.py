@@ -224,6 +224,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fail
     "GGUF_ARCHITECTURES": undocumented("GGUF_SUPPORTED_ARCHITECTURES"),
     "GGUF_PROCESSORS": undocumented("TENSOR_PROCESSORS"),
     "GGUF_PROCESSOR": undocumented("TensorProcessor"),
+    "CHAT_TEMPLATES": undocumented("render_jinja_template"),
     "GGUF_NAMES": undocumented("get_gguf_hf_weights_map"),
     "PIPELINE_TASK": pipeline_without_a_name,
     "MLFLOW_FIND_APP": trusts_loopback,

@@ -29,12 +29,11 @@ def _removal_options(command: argparse.ArgumentParser, what: str, days: float) -
 def gc(options: argparse.Namespace) -> None:
     """Show what can go, and with `--yes` remove it."""
     from lewis.registry.retention import by_versions
-    from lewis.store import housekeeping
-    from lewis_flows import turn
+    from lewis.store import housekeeping, runs
     from lewis_tasks.support import caching  # noqa: F401  adds Prefect's records to the kinds of entries
 
     show_log()
-    active_since = turn.active_since()  # asked first: what is used after this is kept, also if its run ends meanwhile
+    active_since = runs.active_since()  # asked first: what is used after this is kept, also if its run ends meanwhile
     found = housekeeping.survey(options.days, needed=by_versions(), active_since=active_since)
     freed, total = housekeeping.remove(found) if options.yes else 0, sum(item.bytes for item in found)
     if options.json:

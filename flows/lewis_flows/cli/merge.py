@@ -44,6 +44,7 @@ def merge(options: argparse.Namespace) -> None:
     from lewis.models.files.writer import parse_size
     from lewis.recipe.documents import load_documents
     from lewis.recipe.schema import Inspect
+    from lewis.store.runs import noted
     from lewis.store.writable import check_output_folder
 
     documents = load_documents(arguments.recipe_file(options), options.output)
@@ -59,7 +60,8 @@ def merge(options: argparse.Namespace) -> None:
     load_loops()
     told = []
     for (recipe, shown), folder in zip(jobs, folders, strict=True):
-        facts, text = _merge_one(recipe, folder, shard, again=not documents)
+        with noted():
+            facts, text = _merge_one(recipe, folder, shard, again=not documents)
         told.append(facts)
         if not options.json:
             print(f"{shown}: {text}")
@@ -204,6 +206,7 @@ def _allocate(options: argparse.Namespace) -> _Allocated:
     from lewis.steps.graph import graph
     from lewis.steps.run import begin, run
     from lewis.steps.table import ALLOCATE, DOWNLOAD, MEASURE
+    from lewis.store.runs import noted
 
     recipe = arguments.load(options)
     if recipe.fits and recipe.allocator is None:
@@ -214,13 +217,13 @@ def _allocate(options: argparse.Namespace) -> _Allocated:
     show_log()
     walked = graph(recipe)
     passes = set[str]()
-    with bars.progress() as report:
+    with bars.progress() as report, noted():
 
-        def noted(what: str, done: int, total: int) -> None:
+        def seen(what: str, done: int, total: int) -> None:
             passes.add(what)
             report(what, done, total)
 
-        results = run(walked, ALLOCATE.name, known=begin(recipe), report=noted, device=default_device())
+        results = run(walked, ALLOCATE.name, known=begin(recipe), report=seen, device=default_device())
     base = results[f"{DOWNLOAD.name} {recipe.base_model}"]
     parameters = sum(info.elements for info in base.open().tensors.values())
     covered = covered_layers(base, measured=recipe.runs_models)

@@ -66,7 +66,7 @@ def resolve(ref: str, root: Path) -> Pinned:
         info = ask(ref, lambda: api().model_info(source, revision=revision or None, files_metadata=True))
         if info.gated:
             ask(ref, lambda: api().auth_check(source))
-        commit, files = str(info.sha), remember_listing(source, info)
+        commit, files = _commit(ref, info), remember_listing(source, info)
     check_weights(ref, files)
     pinned = Pinned(ref, source, commit, sum(files[name][0] for name in needed(files)))
     if found := [name for name in needed(files) if name.endswith(".gguf")]:
@@ -94,6 +94,13 @@ def resolve_dataset(repo: str, revision: str | None) -> str:
     info = ask(ref, lambda: api().dataset_info(repo, revision=revision))
     if info.gated:
         ask(ref, lambda: api().auth_check(repo, repo_type="dataset"))
+    return _commit(ref, info)
+
+
+def _commit(ref: str, info: Any) -> str:
+    """The commit in an answer of the Hub, which becomes part of paths."""
+    if not COMMIT.fullmatch(str(info.sha)):
+        raise InputError(f"{ref}: refused: expected a commit (40 hex digits) from the Hub, got {str(info.sha)[:80]!r}")
     return str(info.sha)
 
 
@@ -301,12 +308,13 @@ def remember_listing(source: str, info: Any) -> Listing:
     """Keep the files of a commit in the store.
 
     Raises:
-        InputError: if a file's name leads out of its folder.
+        InputError: if a file's name leads out of its folder, or the commit is none.
     """
+    commit = _commit(source, info)
     files = {file.rfilename: (file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in info.siblings}
     if outside := next(filter(leads_out, files), None):
         raise InputError(f"{source}: refused: its file {outside!r} would land outside its folder")
-    store.write_entry(_listing_entry(source, info.sha), {"files": files})
+    store.write_entry(_listing_entry(source, commit), {"files": files})
     return files
 
 

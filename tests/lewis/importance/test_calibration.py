@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from lewis.errors import InputError, LewisError
+from lewis.importance import chats
 from lewis.importance.calibration import Calibration, calibrate
+from lewis.importance.row_texts import Text
 from lewis.recipe.schema import CalibrationSet
 from tests.conftest import Family
 from tests.support.local_hub import LocalHub
@@ -200,6 +202,46 @@ class TestSamples:
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
         found = run(tokenizer, tmp_path, dataset="json", data_files="rows.jsonl", messages="chat")
         assert (found.samples, found.weights) == ((text,), (weights,))
+
+    @pytest.mark.parametrize("word", ["w1 ", f"{' ' * 30_000}w1 "])
+    def test_of_a_long_text_only_a_part_is_looked_at(self, word: str, family: Family) -> None:
+        """A row of 90 MB took 7 GB and minutes, for its first 512 tokens."""
+        from transformers import AutoTokenizer
+
+        encode, seen = AutoTokenizer.from_pretrained(family.base), list[int]()
+
+        def noted(text: str, **options: Any) -> Any:
+            seen.append(len(text))
+            return encode(text, **options)
+
+        spec = CalibrationSet(dataset="json", data_files="x", prompt="{a}", answer="{b}", max_tokens=40)
+        text = Text(word * (10**6 // len(word)) + "w2", ((0, len(word)),))
+        found, weights = text.tokens(noted, spec)
+        whole = encode(text.content)["input_ids"][:40]
+        assert found == whole and weights[:2] == [1, 0.1] and len(weights) == len(whole)
+        assert sum(seen) < 2 * len(text.content) and (len(word) > 3 or seen == [10_000])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("template", "why"),
+        [
+            ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "for more than 2 s for"),
+            ("{{ 'a' * 10 ** 10 }}", "MemoryError"),
+            ("{{ 'a' * 10 ** 5 }}", "more than 50,000 characters"),
+            ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ],
+    )
+    def test_a_template_that_takes_all_time_or_memory_is_stopped(
+        self, template: str, why: str, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(chats, "_SECONDS", 2)
+        monkeypatch.setattr(chats, "LONGEST", 50_000)
+        tokenizer = shard(family.base, tmp_path / "hostile", parts=1)
+        edit_json(tokenizer / "tokenizer_config.json", chat_template=template)
+        row = {"chat": [{"role": "assistant", "content": "w5"}]}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(InputError, match=rf"base \(.*hostile\) does not take the rows: .*{why}"):
+            run(tokenizer, tmp_path, dataset="json", data_files="rows.jsonl", messages="chat")
 
     def test_follow_a_tokenizer_that_changed_in_place(self, family: Family, tmp_path: Path) -> None:
         write_tokenizer(tmp_path / "t", ["a", "b"])

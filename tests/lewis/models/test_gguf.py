@@ -16,6 +16,7 @@ from lewis.models import gguf
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.gguf import as_folder
 from lewis.models.hub import repository
+from lewis.store.verification import verify
 from tests.support import pipeline
 from tests.support.gguf_files import write_gguf
 from tests.support.models import bits, parse, write_expert, write_llama
@@ -43,6 +44,23 @@ def test_its_tensors_are_those_that_transformers_loads(kind: str, dtype: str, ba
         assert opened.tensors[name].dtype == dtype and opened.computes(name)
     assert repository.headers(folder) == {name: (dtype, shape) for name, shape in opened.shapes.items()}
     assert opened.config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_folder_that_is_damaged_is_made_again(base: Path, tmp_path: Path) -> None:
+    """A flipped digit of an offset gave other values for a tensor, and `verify` did not look."""
+    file = write_gguf(base, tmp_path / "m.gguf", "F32")
+    folder = as_folder("m.gguf", file)
+    right = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in sorted(right.keys() - {"model.gguf", "lewis.json"}):
+        data = bytearray(right[name])
+        data[len(data) // 2] ^= 1
+        (folder / name).chmod(0o600)
+        (folder / name).write_bytes(data)
+        assert [each.entry for each in verify().damaged] == [str(folder)], name
+        assert as_folder("m.gguf", file) == folder
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == right
+    file.unlink()
+    assert not verify().damaged
 
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2}

@@ -28,7 +28,7 @@ from lewis.models.hub import client
 from lewis.models.hub import errors as hub_errors
 from lewis.models.hub.errors import retryable
 from lewis.models.hub.pin import Pinned
-from lewis.models.hub.repository import fetch, folder_of, resolve, resolve_dataset, tensor_headers
+from lewis.models.hub.repository import fetch, folder_of, remember_listing, resolve, resolve_dataset, tensor_headers
 from lewis.models.source import download, pin, pin_all
 from lewis.recipe import Recipe
 from lewis.store import files
@@ -204,6 +204,14 @@ def test_malformed_token_is_not_quoted(hub: LocalHub, tmp_path: Path, monkeypatc
     with pytest.raises(InputError, match="HF_TOKEN holds characters") as caught:
         resolve("org/x", tmp_path)
     assert "secret" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("sha", ["../../../x", "main", None, "A" * 40])
+def test_what_is_no_commit_becomes_no_path(sha: str | None, home: Path) -> None:
+    """A Hub that answered `../x` had its listing written next to the store's, outside of its folder."""
+    with pytest.raises(InputError, match=r"org/x: refused: expected a commit \(40 hex digits\) from the Hub"):
+        remember_listing("org/x", SimpleNamespace(sha=sha, siblings=[]))
+    assert not home.exists()
 
 
 def test_only_safetensors_are_accepted(hub: LocalHub, tmp_path: Path) -> None:

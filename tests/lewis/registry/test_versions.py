@@ -34,6 +34,7 @@ from lewis.registry.pull import pull
 from lewis.registry.registration import Registration
 from lewis.registry.tracking import RunInput
 from lewis.registry.versions import Version
+from lewis.store import manifest
 from lewis.store.kinds import check_png
 from tests.support.damage import damage
 from tests.support.lineage import make_home
@@ -288,6 +289,23 @@ def test_a_damaged_version_is_not_pulled(file: str, entry: Registration, home: P
     promotion.promote(creation.register(entry), PASSED)
     damage(next(artifacts(home).rglob(f"model/{file}")), "flipped")
     with pytest.raises(LewisError, match=r"models:/tiny/1 is damaged: model/.*: expected SHA-256"):
+        pull("tiny", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_the_disk_changed_without_a_stamp_is_not_pulled(
+    entry: Registration, home: Path, tmp_path: Path
+) -> None:
+    """It got a manifest with the checksum of what it had become."""
+    promotion.promote(creation.register(entry), PASSED)
+    path = next(artifacts(home).rglob("model/model-*.safetensors"))
+    right = store.file_sha256(path)
+    damage(path, "flipped")
+    time.sleep(0.2)
+    manifest.remembered_sha256(path, again=True)
+    known = manifest.place_of(str(path.resolve()))
+    store.write_entry(known, {**(store.read_entry(known) or {}), "sha256": right})
+    with pytest.raises(LewisError, match=r"models:/tiny/1 is damaged: model-.*: expected SHA-256"):
         pull("tiny", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -658,6 +676,17 @@ def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, file: 
     (found,) = repair.verify().damaged
     assert (found.kind, found.entry) == ("run", f"runs:/{version.run_id}") and found.why.startswith(file)
     assert registry.find("tiny", DIGEST) is not None  # the model is whole
+
+
+def test_verify_reads_the_databases(entry: Registration, home: Path) -> None:
+    creation.register(entry)
+    path = home / "mlflow" / "mlflow.db"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + bytes(4096) + whole[12288:])
+    (found,) = repair.verify().damaged
+    assert (found.kind, found.entry) == ("database", str(path)) and "put back a backup's" in found.why
+    path.write_bytes(whole)
+    assert repair.verify().damaged == []
 
 
 def test_a_process_that_died_before_the_aliases_moved_leaves_them_to_the_next(

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,25 @@ from lewis import store
 from lewis.errors import InputError, RecipeError
 from lewis.store import sealed_json
 from lewis.store.manifest import DamagedError, check, remember, remembered_sha256
+
+KILLED_WHILE_IT_REMOVES = """
+import os, signal, sys
+from pathlib import Path
+from lewis import store
+
+left = int(sys.argv[2])
+
+def look(event, arguments):
+    global left
+    if event in ("os.remove", "os.rmdir"):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+with store.publish(Path(sys.argv[1]), {"made": "new"}) as scratch:
+    (scratch / "b.txt").write_text("new")
+    sys.addaudithook(look)
+"""
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -86,6 +106,28 @@ class TestPublish:
                 (scratch / text).write_text(text)
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["lewis.json", "new"]
 
+    def test_a_kill_while_an_earlier_output_goes_leaves_none_of_it(self, home: Path, tmp_path: Path) -> None:
+        """What was left of it without its manifest looked like a stranger's, and was refused ever after."""
+        out, found = tmp_path / "out", list[str | None]()
+        for number in range(5):  # two scratch names of its own, then two files and the folder
+            with store.publish(out, {"made": "old"}) as scratch:
+                (scratch / "a.txt").write_text("old")
+            command = [sys.executable, "-c", KILLED_WHILE_IT_REMOVES, str(out), str(number)]
+            assert subprocess.run(command).returncode == -signal.SIGKILL
+            found.append((store.read_manifest(out) or {}).get("made"))
+        assert found == ["old", "old", "new", "new", "new"]
+        with store.publish(out, {}):
+            pass
+        assert leftovers(tmp_path) == []
+
+    def test_what_came_into_it_meanwhile_is_kept(self, home: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        with store.publish(out, {}):
+            pass
+        with pytest.raises(InputError, match="holds 'mine'"), store.publish(out, {}):
+            (out / "mine").touch()
+        assert (out / "mine").exists()
+
     @pytest.mark.parametrize("kind, expected", [("file", "got a file"), ("folder", "not empty")])
     def test_touches_nothing_that_is_not_ours(self, tmp_path: Path, kind: str, expected: str) -> None:
         mine = tmp_path / "out" if kind == "file" else tmp_path / "out" / "thesis.txt"
@@ -99,6 +141,10 @@ class TestPublish:
         (tmp_path / "file").write_text("mine")
         with pytest.raises(InputError, match="file is no folder, or may not be written to"):
             store.check_replaceable(tmp_path / "file" / "some" / "out")
+
+    def test_a_place_where_a_disk_is_mounted_is_refused_before_the_work(self) -> None:
+        with pytest.raises(InputError, match="/proc: a disk is mounted there"):
+            store.check_replaceable(Path("/proc"))
 
     def test_may_fill_an_empty_folder(self, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()

@@ -399,11 +399,11 @@ def test_logs_of_living_processes_stay(home: Path) -> None:
 def test_what_was_read_of_a_gguf_file_goes_when_it_is_unused(home: Path) -> None:
     folders = [home / "gguf" / name for name in ("used", "unused")]
     for folder in folders:
-        folder.mkdir(parents=True)
-        (folder / "table.json").write_text("{}")
-        (folder / "model.gguf").symlink_to(home / "elsewhere.gguf")
-        old(folder, 30 * DAY)
-    store.mark_used(folders[0])
+        with store.publish(folder, {}) as scratch:
+            (scratch / "table.json").write_text("{}")
+            (scratch / "model.gguf").symlink_to(home / "elsewhere.gguf")
+        old(folder / store.MANIFEST, 30 * DAY)
+    assert store.read_manifest(folders[0])
     found = survey()
     assert names(found) == {"gguf/unused"} and remove(found) > 0
     assert [folder.exists() for folder in folders] == [True, False]
