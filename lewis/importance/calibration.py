@@ -70,6 +70,11 @@ class Calibration:
         return replace(self, weights=weights)
 
     @property
+    def counts(self) -> bool:
+        """Whether any token counts."""
+        return any(map(any, self.weights)) if self.weights else self.tokens > 0
+
+    @property
     def predicts(self) -> bool:
         """Whether any token counts that is predicted from those before it."""
         return any(any(weights[1:]) for weights in self.weights or [[1.0] * len(row) for row in self.samples])

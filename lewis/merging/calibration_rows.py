@@ -24,26 +24,26 @@ def hold_back(calibration: Calibration) -> tuple[Calibration, Calibration | None
 
     Returns:
         The two parts; the whole set and None if it has fewer than four rows, or held-back rows would predict nothing,
-        or no answer where the set says which tokens these are.
+        or no answer where the set says which tokens these are, or no token of the other rows would count.
     """
     count = len(calibration.samples)
     held = list(range(EVERY - 1, count, EVERY))[:MOST]
-    if not calibration.part(held).of_answers.predicts:
-        return calibration, None
-    return calibration.part(i for i in range(count) if i not in held), calibration.part(held)
+    fitted_to, back = calibration.part(i for i in range(count) if i not in held), calibration.part(held)
+    return (fitted_to, back) if fitted_to.counts and back.of_answers.predicts else (calibration, None)
 
 
 def check_split(expert: str, calibration: Calibration) -> None:
-    """Check that a set can be split and has tokens to predict.
+    """Check that a set can be split into rows that count and rows that hold tokens to predict.
 
     Raises:
         InputError: naming the expert and its set.
     """
     fitted_to, held = split(calibration)
-    if not fitted_to.samples or max(map(len, held.samples)) < 2:
+    if not fitted_to.counts or not held.of_answers.predicts:
         raise InputError(
             f"{expert}: parameters.ridge: auto holds out every fourth row of the calibration set {calibration.name!r}, "
-            f"which has {len(calibration.samples)} rows; give it more rows of two tokens or more, or give a number"
+            f"which has {len(calibration.samples)} rows: expected rows to fit to, and answers to predict in those; "
+            "give it more rows of two tokens or more, with answers, or give a number"
         )
 
 

@@ -35,6 +35,9 @@ def test_every_fourth_row_is_held_back_but_not_many_and_none_of_a_few() -> None:
     # Where prompts fill the held-back rows, they say nothing of answers; it ended in a division by zero.
     cut = Calibration("a", rows, tuple((0.1, 0.1) if i % 4 == 3 else (0.1, 1.0) for i in range(len(rows))))
     assert hold_back(cut) == (cut, None)
+    # Where prompts weigh nothing and only held-back rows have answers, nothing is left to fit to.
+    only = Calibration("a", rows, tuple((0.0, 0.0) if i % 4 < 3 or i > 63 else (1.0, 1.0) for i in range(len(rows))))
+    assert hold_back(only) == (only, None)
 
 
 def test_a_model_that_no_row_can_judge_is_fitted_to_all(tmp_path: Path) -> None:

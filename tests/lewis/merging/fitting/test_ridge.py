@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lewis.errors import InputError, LewisError
 from lewis.importance.calibration import Calibration
-from lewis.merging.calibration_rows import RIDGES, split
+from lewis.merging.calibration_rows import RIDGES, check_split, split
 from lewis.merging.fitting import fit as forward_order
 from lewis.merging.fitting import ridge
 from lewis.merging.fitting.fitted import Unwritten
@@ -155,6 +155,13 @@ def test_a_set_of_one_row_is_refused_before_any_work(family: Family) -> None:
     )
     with pytest.raises(InputError, match=r"parameters\.ridge: auto holds out every fourth row .* has 1 rows"):
         prepare(recipe)
+
+
+@pytest.mark.parametrize("weights", [((1.0, 1.0), (0.1, 0.1)), ((0.0, 0.0), (1.0, 1.0))])
+def test_rows_without_an_answer_to_judge_by_or_to_fit_to_are_refused(weights: Any) -> None:
+    """It ended in a division by zero, in the middle of the merge."""
+    with pytest.raises(InputError, match=r"has 2 rows: expected rows to fit to, and answers to predict in those"):
+        check_split("a", Calibration("s", ((1, 2), (1, 2)), weights))
 
 
 def test_a_model_that_does_not_predict_the_next_token_is_refused_before_it_is_fitted(
