@@ -156,16 +156,17 @@ def fit_and_judge(
             *(ref, gains[ref]),
         )
 
-    def distance(model: Unwritten, begin: float) -> Distance:
-        return _distance(dict(zip(sets, losses(model, whole, begin), strict=True)), experts)
+    def distance(model: Unwritten, begin: float, width: float = 1.0) -> Distance:
+        return _distance(dict(zip(sets, losses(model, whole, begin, width), strict=True)), experts)
 
     def holds(found: Distance) -> bool:
         return found.worst <= BROKEN and (found.mean <= anchor.mean or not of_answers)
 
     anchor, fits, fitted = distance(Unwritten(merge), 2), list[Distance](), list[Fitted]()
     for number, candidate in enumerate((merge, merge.with_parameters(_larger))):
-        fitted.append(fit(candidate, folder / f"fit-{number}", _part(progress, 3, FIT), threads))
-        fits.append(distance(Unwritten(candidate, fitted[-1]), 3 + FIT))
+        begin, unit = (4 + FIT, 1 / (FIT + 1)) if number else (3, 1)  # a second fit, which is rare, has little room
+        fitted.append(fit(candidate, folder / f"fit-{number}", _part(progress, begin, unit * FIT), threads))
+        fits.append(distance(Unwritten(candidate, fitted[-1]), begin + unit * FIT, unit))
         if holds(fits[-1]):
             break
     better = [i for i, each in enumerate(fits) if each.mean <= anchor.mean and each.worst <= anchor.worst]
@@ -178,12 +179,12 @@ def fit_and_judge(
 def _part(progress: Report | None, begin: float, width: float) -> Report:
     """A `Report` for one part of the work, which shows it as a share of all.
 
-    The parts: experts, base, anchor, the fit (`FIT` times as long as each other part), its result.
+    The parts: experts, base, anchor, the fit (`FIT` times as long as each other part), its result, a second fit.
     """
 
     def report(_: str, done: int, total: int) -> None:
         if progress:
-            progress("fit", round(1000 * (begin + width * done / max(total, 1))), 1000 * (4 + FIT))
+            progress("fit", round(1000 * (begin + width * done / max(total, 1))), 1000 * (5 + FIT))
 
     return report
 

@@ -1,5 +1,6 @@
 """Rows that are held back to judge a fit: which they are, and what is concluded from them."""
 
+import itertools
 import json
 import logging
 from dataclasses import replace
@@ -77,8 +78,8 @@ def test_the_numbers_are_those_of_the_written_model_and_the_experts(tmp_path: Pa
     merge = held(Family(base, *experts, lora=base))
     steps: list[float] = []
     written = merge.run(tmp_path / "out", threads=1, progress=lambda _, done, total: steps.append(done / total))
-    parts = [0.5 * part / (4 + held_back.FIT) for part in (0, 1, 2, 3, 3 + held_back.FIT)]  # half is the merge itself
-    assert all(any(low < step <= high for step in steps) for low, high in zip(parts, [*parts[1:], 0.5], strict=True))
+    parts = [0.5 * part / (5 + held_back.FIT) for part in (0, 1, 2, 3, 3 + held_back.FIT, 4 + held_back.FIT)]
+    assert all(any(low < step <= high for step in steps) for low, high in itertools.pairwise(parts))
     verdict = Verdict.from_json(json.loads((tmp_path / "out" / "lewis.json").read_text())["held_back"])
     assert written.fit == verdict.to_text() and verdict.rows == 4
 
@@ -138,8 +139,10 @@ def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
 ) -> None:
     merge, distances = held(family, tmp_path, prior=0.5), [Distance(*each) for each in seen]
     monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
+    steps: list[int] = []
     with caplog.at_level(logging.INFO):
-        written = merge.run(tmp_path / "out")
+        written = merge.run(tmp_path / "out", progress=lambda _, done, total: steps.append(done))
+    assert steps == sorted(steps)
     verdict = Verdict.from_json(written.manifest["held_back"])
     assert verdict.taken == taken and len(verdict.fits) == len(seen) - 1 and not distances
     assert written.fit == text_of_fit(written.manifest) and written.fit in caplog.text
