@@ -24,6 +24,7 @@ from lewis.merging.run import Merge
 from lewis.methods import Method
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
 from lewis.models.files.writer import CheckpointWriter
+from lewis.models.network.module_tree import Network
 
 _WARM_UP = 1 << 20  # elements that are merged before the first sample, since a process is slow at first
 _FIRST = 1 << 22  # elements of the first sample; each further one is four times as large
@@ -79,17 +80,18 @@ def forecast(merge: Merge) -> Forecast:
     seconds, peak = loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before))
     disk = 0
     if merge.method.fits:
-        check_rows(merge, network_of(merge.base))
-        of_fit = _of_static_fit(merge) if merge.method.fits == "static" else _of_fit(merge)
+        network = network_of(merge.base)
+        check_rows(merge, network)
+        of_fit = _of_static_fit(merge, network) if merge.method.fits == "static" else _of_fit(merge, network)
         seconds, peak, disk = seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory), of_fit.disk
-        seconds += _seconds_of_judging(merge)
+        seconds += _seconds_of_judging(merge) if network.predicts_next_token else 0
     if merge.as_adapter:
         of_factors = _of_factors(merge)
         seconds, peak = seconds + of_factors.seconds, max(peak, of_factors.memory)
     return Forecast(seconds, peak, disk)
 
 
-def _of_fit(merge: Merge) -> Forecast:
+def _of_fit(merge: Merge, network: Network) -> Forecast:
     """What the regression takes, from the number of tokens and the sizes of the projections.
 
     Each token costs about 8.5 operations for each weight that is fitted: two passes, and the products of inputs. This
@@ -100,7 +102,6 @@ def _of_fit(merge: Merge) -> Forecast:
     from lewis.merging.fitting.spill import IN_MEMORY
     from lewis.merging.fitting.stacked_fit import stacks_of
 
-    network = network_of(merge.base)
     tokens = sum(expert.calibration.tokens for expert in merge.experts if expert.calibration)
     weights, solving = 0, 0
     for each in in_order(network):
@@ -125,23 +126,18 @@ def _of_fit(merge: Merge) -> Forecast:
 
 def _seconds_of_judging(merge: Merge) -> float:
     """Seconds for the held-back rows: each expert runs its own; base, anchor and result run those of all."""
-    from lewis.merging.fitting.held_back import is_needed
-
-    if not is_needed(merge):
-        return 0.0
     tokens = sum(expert.held_back.tokens for expert in merge.experts if expert.held_back)
     weights = sum(info.elements for info in merge.base.tensors.values())
     return 4 * 2 * tokens * weights / (operations_per_second() * merge.threads)
 
 
-def _of_static_fit(merge: Merge) -> Forecast:
+def _of_static_fit(merge: Merge, network: Network) -> Forecast:
     """What a fit to statistics takes, once these are there, from the sizes of the projections.
 
     Of a projection (out, in), the fit takes 2 out in^2 operations for each expert, twice as many in fp64 for the
     solution, and in^3 / 3 in fp64 for the factor of the inputs that it shares with others; in fp64 each counts twice.
     In memory are one projection of each model, as stored, the anchor whose place the result takes, and what is written.
     """
-    network = network_of(merge.base)
     operations, held = 0.0, 0
     for parameter, transposed in {each.parameter: each.transposed for each in network.covered}.items():
         shape = network.empty(parameter).shape

@@ -21,6 +21,7 @@ from lewis.importance.calibration import Calibration
 from lewis.merging.run import Merge
 from lewis.merging.settings import Expert, resolve
 from lewis.models.checkpoint import Checkpoint
+from lewis.models.network.module_tree import Network
 from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import warning_of_shared_set
 from lewis.steps.plan import Plan
@@ -393,11 +394,14 @@ def test_experts_that_share_a_set_by_default_are_told(family: Family, caplog: An
     assert told in caplog.text and f"warning: {told}" in Plan("a", "b", warning=warning_of_shared_set(recipe)).to_text()
 
 
-def test_a_forecast_counts_the_fit(family: Family) -> None:
+def test_a_forecast_counts_the_fit(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     from lewis.merging.forecast import forecast
 
-    few, many = (recipe_of(family.base, [family.math]), recipe_of(family.base, family.experts))
-    found = [forecast(prepare(each)) for each in (few, many)]
+    few, many = (prepare(recipe_of(family.base, each)) for each in ([family.math], family.experts))
+    init, made = Network.__init__, []
+    monkeypatch.setattr(Network, "__init__", lambda *given: made.append(1) or init(*given))
+    found = [forecast(each) for each in (few, many)]
+    assert len(made) == 2  # of a large model it takes seconds
     assert found[0].seconds > 0 and found[0].memory < found[1].memory < 2e9
 
 
