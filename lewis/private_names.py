@@ -156,6 +156,10 @@ LM_EVAL_IMPORT_FUNCTION = PrivateName(
     "lm_eval", "lm_eval.tasks._yaml_loader._import_func_in_yml", ">=0.4.13,<0.5",
     "import no code of a task file without permission", "lewis.evaluation.harness.child",
     "lm-eval: no way to refuse the code of a task file")
+LM_EVAL_LOAD = PrivateName(
+    "lm_eval", "lm_eval.tasks._yaml_loader.load_yaml", ">=0.4.13,<0.5",
+    "read a file that many tasks include once", "lewis.evaluation.harness.builtin_tasks",
+    "lm-eval: the index reads an included file again for each task")
 LM_EVAL_ENVIRONMENT = PrivateName(
     "lm_eval", "lm_eval.evaluator.add_env_info", ">=0.4.13,<0.5",
     "save the seconds in which pip lists all packages", "lewis.evaluation.harness.child",
