@@ -156,6 +156,10 @@ LM_EVAL_IMPORT_FUNCTION = PrivateName(
     "lm_eval", "lm_eval.tasks._yaml_loader._import_func_in_yml", ">=0.4.13,<0.5",
     "import no code of a task file without permission", "lewis.evaluation.harness.child",
     "lm-eval: no way to refuse the code of a task file")
+LM_EVAL_LOAD = PrivateName(
+    "lm_eval", "lm_eval.tasks._yaml_loader.load_yaml", ">=0.4.13,<0.5",
+    "read a file that many tasks include once", "lewis.evaluation.harness.builtin_tasks",
+    "lm-eval: the index reads an included file again for each task")
 LM_EVAL_ENVIRONMENT = PrivateName(
     "lm_eval", "lm_eval.evaluator.add_env_info", ">=0.4.13,<0.5",
     "save the seconds in which pip lists all packages", "lewis.evaluation.harness.child",
@@ -206,6 +210,10 @@ MLFLOW_SQL_STORE = PrivateName(
     "mlflow", "mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", ">=3.17,<4",
     "create a whole database before another process sees it", "lewis.registry.tracking",
     "MLflow: two processes that create one SQLite database break it")
+MLFLOW_TRACES = PrivateName(
+    "mlflow", "mlflow.tracing.client.TracingClient", ">=3.17,<4",
+    "log traces in a fourth of the time: MLflow logs the span first, and then writes its trace twice",
+    "lewis.registry.traces")
 MLFLOW_START_SERVER = PrivateName(
     "mlflow", "mlflow.server._exec_cmd", ">=3.17,<4",
     "save the 200 MB of a process that waits for the server", "lewis_flows.service.mlflow_app",

@@ -4,16 +4,20 @@ Each answer is a trace of its own, linked with the run that compared the models 
 of one document are a session.
 """
 
+import base64
+import json
 import logging
-import os
-import random
+import time
+import uuid
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lewis import private_names
 from lewis.evaluation.documents import SideBySide
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Span, TraceInfo
 
 logger = logging.getLogger(__name__)
 
@@ -25,37 +29,79 @@ def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, m
     """Log the documents on which the two models differ, in score first; equal answers need no feedback.
 
     Args:
-        client: of the tracking store, which is MLflow's current one.
+        client: of the tracking store.
         experiment, run: their ids.
         beside: the two models.
         models: label -> id of the logged model, where there is one.
     """
-    import mlflow
     from mlflow.exceptions import MlflowException
 
-    os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"  # else a trace is not there yet when it is annotated
-    random.seed()  # ids of traces are drawn from this generator, which lm-eval seeds where it runs in this process
+    traces = private_names.MLFLOW_TRACES.get()(client.tracking_uri)
+    spans: list[Span] = []
     shown = [each for each in beside.shown(MOST) if each.answers_differ]
-    for number, each in enumerate(shown):
-        assert each.texts is not None
-        task, document, _ = each.name
-        about = {_RUN: run, _SESSION: f"{run[:8]} {task} {document}"}
-        for label, score, texts in zip(
-            (beside.ours, beside.reference), (each.ours, each.theirs), each.texts, strict=True
-        ):
-            tags = {"task": task, "answer of": label, each.key: f"{score:.4g}", "document": f"{number + 1}"}
-            model = {_MODEL: models[label]} if label in models else {}
-            span = mlflow.start_span_no_context(
-                f"{task}: {label}",
-                inputs={"end of the prompt": texts.prompt},
-                tags=tags,
-                metadata={**about, **model},
-                experiment_id=experiment,
-            )
-            span.set_outputs(texts.answer)
-            span.end()
-            try:
-                mlflow.log_expectation(trace_id=span.trace_id, name="expected", value=texts.target)
-            except MlflowException as error:  # such as a server without traces; the version itself is registered
-                logger.warning("the answers of %s are not in MLflow's traces: %s", label, error)
-                return
+    try:
+        for number, each in enumerate(shown):
+            assert each.texts is not None
+            task, document, _ = each.name
+            about = {_RUN: run, _SESSION: f"{run[:8]} {task} {document}"}
+            for label, score, texts in zip(
+                (beside.ours, beside.reference), (each.ours, each.theirs), each.texts, strict=True
+            ):
+                tags = {"task": task, "answer of": label, each.key: f"{score:.4g}", "document": f"{number + 1}"}
+                model = {_MODEL: models[label]} if label in models else {}
+                trace, span = _trace(
+                    experiment, f"{task}: {label}", texts.prompt, texts.answer, texts.target, tags, about | model
+                )
+                traces.start_trace(trace)
+                spans.append(span)
+        if spans:
+            traces.log_spans(
+                experiment, spans
+            )  # after their traces: MLflow writes a trace twice that has spans already
+    except (MlflowException, NotImplementedError) as error:  # such as a server without traces
+        logger.warning(
+            "the answers of %s and %s are not all in MLflow's traces, the version itself is registered: %s",
+            beside.ours,
+            beside.reference,
+            error,
+        )
+
+
+def _trace(
+    experiment: str, title: str, prompt: str, answer: str, target: str, tags: Mapping[str, str], about: dict[str, str]
+) -> "tuple[TraceInfo, Span]":
+    """A trace with what is expected of it, and its only span."""
+    from mlflow.entities import Expectation, Span, TraceInfo, TraceLocation, TraceState
+
+    number, now = uuid.uuid4(), time.time_ns()
+    name, question = f"tr-{number.hex}", {"end of the prompt": prompt}
+    info = TraceInfo(
+        name,
+        TraceLocation.from_experiment_id(experiment),
+        now // 1_000_000,
+        TraceState.OK,
+        execution_duration=0,
+        trace_metadata=about | {"mlflow.trace_schema.version": "3"},
+        tags={**tags, "mlflow.traceName": title},
+        assessments=[Expectation("expected", target)],
+    )
+    attributes: dict[str, Any] = {
+        "mlflow.traceRequestId": name,
+        "mlflow.spanType": "UNKNOWN",
+        "mlflow.spanInputs": question,
+        "mlflow.spanOutputs": answer,
+    }
+    span = Span.from_dict(
+        {
+            "trace_id": base64.b64encode(number.bytes).decode(),
+            "span_id": base64.b64encode(number.bytes[:8]).decode(),
+            "parent_span_id": None,
+            "name": title,
+            "start_time_unix_nano": now,
+            "end_time_unix_nano": now,
+            "status": {"code": "STATUS_CODE_OK", "message": ""},
+            "attributes": {key: json.dumps(value) for key, value in attributes.items()},
+            "events": [],
+        }
+    )
+    return info, span

@@ -130,6 +130,20 @@ def lists_packages(_: Path) -> bool:
     return "add_env_info(results)" in inspect.getsource(evaluator.simple_evaluate)
 
 
+def reads_an_included_file_again(folder: Path) -> bool:
+    """The index reads a file once for each task that includes it."""
+    from lm_eval.tasks import TaskManager
+
+    for name in ("a", "b"):
+        (folder / f"{name}.yaml").write_text(f"include: both.txt\ntask: {name}\n")
+    (folder / "both.txt").write_text("tag: letters\n")
+    load = private_names.LM_EVAL_LOAD.get()
+    with private_names.LM_EVAL_LOAD.replaced(mock.Mock(wraps=load)):
+        counted = private_names.LM_EVAL_LOAD.get()
+        assert TaskManager(include_path=str(folder), include_defaults=False).task_index["letters"].tags == {"a", "b"}
+    return counted.call_count == 2
+
+
 def cuts_embeddings(_: Path) -> bool:
     from lm_eval.models.huggingface import HFLM
 
@@ -153,6 +167,22 @@ def pipeline_without_a_name(folder: Path) -> bool:
     with pytest.raises(AttributeError, match="__name__"):
         build(**arguments)
     return True
+
+
+def logs_spans_first(folder: Path) -> bool:
+    """MLflow logs a span before its trace, which then has to be merged into what the span has made."""
+    import mlflow
+
+    traces, order = private_names.MLFLOW_TRACES.get(), list[str]()
+    mlflow.set_tracking_uri(f"sqlite:///{folder / 'traces.db'}")
+    with (
+        mock.patch.dict("os.environ", MLFLOW_ENABLE_ASYNC_TRACE_LOGGING="false"),
+        mock.patch.object(traces, "log_spans", lambda *_: order.append("span")),
+        mock.patch.object(traces, "start_trace", lambda *_: order.append("trace")),
+    ):
+        mlflow.tracing.reset()
+        mlflow.start_span_no_context("x", experiment_id="0").end()
+    return order == ["span", "trace"]
 
 
 def waits_for_its_server(_: Path) -> bool:
@@ -214,6 +244,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fail
     "PREFECT_EVENTS_CLIENT": loses_events,
     "LM_EVAL_ENV": no_sandbox,
     "LM_EVAL_IMPORT_FUNCTION": imports_code,
+    "LM_EVAL_LOAD": reads_an_included_file_again,
     "LM_EVAL_ENVIRONMENT": lists_packages,
     "LM_EVAL_TOKENS": keeps_rolling_answers_at_the_end,
     "RESIZE_EMBEDDINGS": cuts_embeddings,
@@ -229,6 +260,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fail
     "PIPELINE_TASK": pipeline_without_a_name,
     "MLFLOW_FIND_APP": trusts_loopback,
     "MLFLOW_SQL_STORE": half_a_database,
+    "MLFLOW_TRACES": logs_spans_first,
     "MLFLOW_START_SERVER": waits_for_its_server,
     "HUB_WITHOUT_XET": "tests/lewis/registry/test_publishing.py::test_a_hub_without_xet_gets_the_weights_by_lfs",
     "HUB_GET": loses_what_arrived,

@@ -1,20 +1,21 @@
 """lm-eval's own tasks: which there are, and the YAML files of one.
 
-lm-eval reads all of its 14,000 files before it can say where a task is, which takes eight seconds. What it found is
-kept in the store, for as long as none of these files changes; an evaluation gets the files of its tasks alone.
+lm-eval reads all of its 14,000 files before it can say where a task is, and an included file again for each of 12,500
+includes. Here that is read once, which saves half of its eight seconds. What was found is kept in the store, for as
+long as none of these files changes; an evaluation gets the files of its tasks alone.
 """
 
 import difflib
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lewis import store
+from lewis import private_names, store
 from lewis.errors import InputError
 from lewis.evaluation.harness.task_files import blocks, members, read_task
 from lewis.store import sealed_json
@@ -42,9 +43,10 @@ def index() -> Mapping[str, Builtin]:
         found = sealed_json.loads(kept.read_bytes())
         if found["state"] == state:
             return {name: Builtin(*entry) for name, entry in found["tasks"].items()}
-    from lm_eval.tasks import TaskManager
+    with private_names.LM_EVAL_LOAD.replaced(_read_once(private_names.LM_EVAL_LOAD.get())):
+        from lm_eval.tasks import TaskManager
 
-    entries = TaskManager().task_index.items()
+        entries = TaskManager().task_index.items()
     tasks = {
         name: Builtin(entry.kind.name, str(entry.yaml_path) if entry.yaml_path else None, sorted(entry.tags))
         for name, entry in entries
@@ -53,6 +55,12 @@ def index() -> Mapping[str, Builtin]:
         with suppress(OSError):  # a store that cannot be written to
             store.write_text(kept, sealed_json.dumps({"state": state, "tasks": tasks}))
     return tasks
+
+
+def _read_once(load: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Read an included file only when it is included first; lm-eval changes the result, so it is copied."""
+    once = functools.cache(functools.partial(load, resolve_func=False))
+    return lambda path, **_: dict(once(path))
 
 
 def _state() -> str:

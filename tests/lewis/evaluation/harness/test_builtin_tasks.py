@@ -84,6 +84,20 @@ def test_what_was_read_is_kept_until_a_file_changes(read: list[int], tmp_path: P
     assert again() == sorted([*first, "new"]) and again() and read == [0, 1]
 
 
+def test_an_included_file_is_read_once_and_each_task_gets_its_own_copy(read: list[int], tmp_path: Path) -> None:
+    from lewis import private_names
+
+    folder = tmp_path / "package" / "tasks"
+    (folder / "common").write_text("tag: letters\ndataset_path: json\ntask_list: []\n")
+    for name in ("a", "b"):
+        (folder / f"{name}.yaml").write_text(f"include: common\ntask: {name}\n")
+    row, loads = private_names.LM_EVAL_LOAD, list[str]()
+    load = row.get()
+    with row.replaced(lambda path, **how: loads.append(Path(path).name) or load(path, **how)):
+        assert set(again()) == {*FILES, "easy", "letters", "a", "b"}
+    assert loads == ["common"] and builtin_tasks.index()["letters"].tags == ["a", "b"] and row.get() is load
+
+
 @pytest.mark.parametrize("damage", ["cut", "a name", "a number", "a list"])
 def test_what_was_kept_and_is_damaged_is_read_again(damage: str, read: list[int]) -> None:
     first, kept = again(), store.home() / "lm-eval-tasks.json"
