@@ -49,8 +49,7 @@ class Guard:
     def run(self, command: list[str]) -> int:
         """Start the command, wait until it and everything that it started has ended, and give its exit code."""
         signal.signal(signal.SIGTERM, self._note)
-        if _LINUX:
-            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        adopt_orphans()
         child = _start(command)
         told, deadline = False, float("inf")
         while child not in self._codes:
@@ -94,7 +93,7 @@ class Guard:
         deadline = time.monotonic() + self._patience()
         asked: set[int] = set()
         while self._reap():
-            left = _descendants()  # misses a process whose parent ended while /proc was read: the next look finds it
+            left = descendants()  # misses a process whose parent ended while /proc was read: the next look finds it
             late = time.monotonic() > deadline
             for pid in left if late else left - asked:
                 with suppress(ProcessLookupError, PermissionError):
@@ -103,6 +102,12 @@ class Guard:
                 return  # a process is stuck in a system call
             asked |= left
             time.sleep(_PAUSE)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of each descendant whose parent ends; only on Linux."""
+    if _LINUX:
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _start(command: list[str]) -> int:
@@ -119,7 +124,7 @@ def _start(command: list[str]) -> int:
         os._exit(127)
 
 
-def _descendants() -> set[int]:
+def descendants() -> set[int]:
     """The processes below this one; on other systems than Linux none are found."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):

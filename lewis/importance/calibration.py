@@ -157,7 +157,13 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
         texts = _texts(where, spec, rows, encode)
     for text in texts:
         _check_unicode(where, text.content)
-    cut = [text.tokens(encode, spec) for text in texts]
+    try:
+        cut = [text.tokens(encode, spec) for text in texts]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a tokenizer in Rust; it is no Exception
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{where}: the base's tokenizer ({tokenizer}) does not take the texts: {why}") from error
     special = set(encode.all_special_ids)
     if all(special.issuperset(ids) for ids, _ in cut):
         unknown = ", or of nothing that the tokenizer knows" if any(ids for ids, _ in cut) else ""

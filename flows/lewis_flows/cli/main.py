@@ -261,13 +261,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = _parser()
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what can come next
-        import argcomplete
-
-        argcomplete.autocomplete(parser)
     as_json = False
     try:
+        parser = _parser()
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what can come next
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
         options = parser.parse_args(arguments)
         as_json = json_logs.is_json()
         environment.prepare()

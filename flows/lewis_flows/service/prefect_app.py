@@ -12,7 +12,6 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lewis import private_names
@@ -24,6 +23,7 @@ DEAD_RUNS, DEAD_AFTER = "lewis-dead-runs", timedelta(seconds=75)
 """The automation that marks a run as Crashed, and after how long without a heartbeat, which comes every 30 s."""
 
 _AT_ONCE = 500  # events that one query asks for
+_LONGEST = 1 << 20  # bytes of a query that is read before the application has asked for the key
 
 
 class NewestFirst:
@@ -40,13 +40,18 @@ class NewestFirst:
         """Let the application answer a request."""
         if scope["type"] != "http" or scope["path"] != "/api/artifacts/filter":
             return await self._app(scope, receive, send)
-        body = await Request(scope, receive).body()
-        with suppress(ValueError, TypeError):  # the application reports a body that is no object
-            body = json.dumps({"sort": "CREATED_DESC", **json.loads(body)}).encode()
-        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        messages, body = list[Message](), b""
+        while len(body) <= _LONGEST:
+            messages.append(message := await receive())
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                with suppress(ValueError, TypeError):  # the application reports a body that is no object
+                    body = json.dumps({"sort": "CREATED_DESC", **json.loads(body)}).encode()
+                    messages = [{"type": "http.request", "body": body, "more_body": False}]
+                break
 
         async def replay() -> Message:
-            return messages.pop() if messages else await receive()
+            return messages.pop(0) if messages else await receive()
 
         await self._app(scope, replay, send)
 

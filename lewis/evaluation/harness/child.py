@@ -27,7 +27,7 @@ from jinja2 import Template, runtime
 from jinja2.sandbox import SandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 
-from lewis import private_names
+from lewis import guard, private_names
 from lewis.evaluation.harness import loaded_model
 from lewis.evaluation.harness.answer_texts import texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
@@ -58,14 +58,17 @@ def main(descriptor: str, loaded: str = "") -> None:
             with suppress(ImportError), quick_imports():  # the child will report it
                 importlib.import_module(name)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: nothing waits for the keepers
+        keepers: list[int] = []
         while True:
             _, ends, _, _ = socket.recv_fds(messages, 1, 3)
             if not ends:
-                with suppress(ChildProcessError):
-                    os.wait()  # wait for all: if the first process of a namespace ends, so do they
+                for keeper in keepers:  # if the first process of a namespace ends, so do they
+                    with suppress(ChildProcessError):
+                        os.waitpid(keeper, 0)
                 return
-            if os.fork() == 0:
+            if (keeper := os.fork()) == 0:
                 break
+            keepers.append(keeper)
             for end in ends:
                 os.close(end)
     _become_child(*ends)
@@ -76,16 +79,21 @@ def _become_child(stdin: int, stdout: int, status: int) -> None:
     """Fork: the new process returns, and this one becomes its keeper.
 
     The keeper waits for it and reports how it ended. Then, or earlier if the parent is dead or has closed the child's
-    input, it kills the child, all processes that the child started, and itself.
+    input, it kills the child, all processes that the child started, also in sessions of their own, and itself.
     """
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    guard.adopt_orphans()
     child = os.fork()
     if child:
         os.close(stdout)
         threading.Thread(target=_kill_at_end, args=(stdin,), daemon=True).start()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.write(status, str(code).encode())
+        with suppress(ChildProcessError):
+            while True:  # the children of each that ends come to this process
+                _kill_descendants()
+                os.waitpid(-1, 0)
         os.killpg(0, signal.SIGKILL)
     for end, place in ((stdin, 0), (stdout, 1), (stdout, 2)):
         os.dup2(end, place)
@@ -94,11 +102,17 @@ def _become_child(stdin: int, stdout: int, status: int) -> None:
 
 
 def _kill_at_end(stdin: int) -> None:
-    """Kill this process's group once nobody can write to a pipe any more; what is written is left to the child."""
+    """Kill what this process started once nobody can write to a pipe; what is written is left to the child."""
     poll = select.poll()
     poll.register(stdin, 0)  # the end of a pipe is always reported
     poll.poll()
-    os.killpg(0, signal.SIGKILL)
+    _kill_descendants()
+
+
+def _kill_descendants() -> None:
+    for pid in guard.descendants():
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _answer() -> None:

@@ -72,6 +72,17 @@ def test_the_page_of_a_run_shows_its_newest_artifacts_first(client: SyncPrefectC
         order(["no object"])
 
 
+def test_the_key_is_asked_for_before_a_long_body_is_read(prefect_url: str) -> None:
+    """The server kept all of it in memory, for somebody without the key."""
+    parts = urlsplit(prefect_url)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=20)
+    connection.putrequest("POST", "/api/artifacts/filter")
+    connection.putheader("Content-Length", str(1 << 30))
+    connection.endheaders(b"[" * (2 << 20))
+    assert connection.getresponse().status == 401
+    connection.close()
+
+
 def test_the_api_asks_for_the_key(prefect_url: str) -> None:
     filter_runs = ("/api/flow_runs/filter", "POST", {})
     assert ask(prefect_url, *filter_runs, Content_Type="application/json").status == 401

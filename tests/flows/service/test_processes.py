@@ -83,8 +83,8 @@ class TestNothingIsLeft:
     def test_of_an_orphan_that_a_look_at_proc_missed(self) -> None:
         """While /proc is read, a process can start another and end: the look finds neither."""
         missed = (
-            "import sys; from lewis import guard; look, looks = guard._descendants, iter([set()])\n"
-            "guard._descendants = lambda: next(looks, look())\n"
+            "import sys; from lewis import guard; look, looks = guard.descendants, iter([set()])\n"
+            "guard.descendants = lambda: next(looks, look())\n"
             "sys.exit(guard.Guard(int(sys.argv[1]), 0.5).run(sys.argv[2:]))"
         )
         orphan = "import subprocess; print(subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL).pid)"

@@ -332,6 +332,15 @@ class TestMistakes:
             split="test",
         )
 
+    def test_texts_that_the_tokenizer_does_not_take(self, tmp_path: Path) -> None:
+        """It panics, which was a traceback."""
+        write_tokenizer(tmp_path)
+        split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+        edit_json(tmp_path / "tokenizer.json", pre_tokenizer=split)
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a" * 40 + "!"}))
+        with pytest.raises(InputError, match=r"tokenizer \(.*\) does not take the texts: Onig: .*retry-limit"):
+            run(tmp_path, tmp_path, dataset="json", data_files="rows.jsonl", text="{text}", samples=1)
+
     def test_no_tokenizer(self, tmp_path: Path) -> None:
         self.refused(f"{tmp_path}: its tokenizer cannot be loaded", tmp_path, texts=["w1"])
 

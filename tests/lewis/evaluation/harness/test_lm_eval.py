@@ -190,12 +190,13 @@ def wait_until(condition, seconds: float = 60) -> bool:
     return bool(condition())
 
 
-def hold(lock: Path) -> str:
+def hold(lock: Path, own_session: bool = False) -> str:
     """Code that holds a lock until its process and all that it starts with `close_fds=False` have ended."""
     return (
         f"lock = os.open('{lock}.new', os.O_RDWR | os.O_CREAT)\n"
         "os.set_inheritable(lock, True)\nfcntl.flock(lock, fcntl.LOCK_EX)\n"
-        f"sleeper = subprocess.Popen(['sleep', '600'], close_fds=False)\nos.rename('{lock}.new', '{lock}')\n"
+        f"sleeper = subprocess.Popen(['sleep', '600'], close_fds=False, start_new_session={own_session})\n"
+        f"os.rename('{lock}.new', '{lock}')\n"
     )
 
 
@@ -601,8 +602,9 @@ class TestBadEnds:
                 os.kill(parent.pid, signal.SIGKILL)
         assert wait_until(lambda: not alive(forking) and not held(lock), 30)
 
-    def test_what_an_evaluation_leaves_running_is_ended(self, model, root, tmp_path):
-        task = faulty(root, hold(tmp_path / "lock") + "return rows")
+    @pytest.mark.parametrize("own_session", [False, True])
+    def test_what_an_evaluation_leaves_running_is_ended(self, model, root, tmp_path, own_session):
+        task = faulty(root, hold(tmp_path / "lock", own_session) + "return rows")
         evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
         assert wait_until(lambda: not held(tmp_path / "lock"))
 
