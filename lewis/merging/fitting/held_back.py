@@ -172,9 +172,7 @@ def fit_and_judge(
         if holds(fits[-1]):
             break
     better = [
-        i
-        for i, each in enumerate(fits)
-        if each.worst <= anchor.worst and (each.mean <= anchor.mean or not of_answers)
+        i for i, each in enumerate(fits) if each.worst <= anchor.worst and (each.mean <= anchor.mean or not of_answers)
     ]
     least = min(better, key=lambda i: fits[i].mean if of_answers else fits[i].worst, default=None)
     taken = len(fits) - 1 if holds(fits[-1]) else least
