@@ -209,3 +209,14 @@ def test_nothing_is_judged_where_nothing_can_be(
     assert held(family).digest != prepare(recipe_of(family.base, family.experts, parameters={"ridge": 0.1})).digest
     monkeypatch.setattr(Network, "looks_ahead", True)
     assert not held_back.is_needed(held(family))
+
+
+def test_verdicts_by_answers_and_by_whole_texts_have_versions_of_their_own(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts_alone, answers = held(family), held(family, tmp_path)
+    before = texts_alone.digest, answers.digest
+    monkeypatch.setattr("lewis.merging.prepared.TEXTS_SEMANTICS", "raised")
+    assert replace(answers).digest == before[1] and replace(texts_alone).digest != before[0]
+    monkeypatch.setattr("lewis.merging.prepared.JUDGE_SEMANTICS", "raised")
+    assert replace(answers).digest != before[1]
