@@ -6,7 +6,8 @@ repeated with a larger ridge and prior, which leave less to the few rows. If tha
 unless its rows lose even more.
 
 The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts. An anchor
-that is better by this loss proves nothing, since no expert was trained to predict prompts: then only broken rows count.
+that is better by this loss proves nothing, since no expert was trained to predict prompts: then only broken rows count,
+and if all merges break rows, the one whose worst row loses least is taken.
 
 The base's loss on the same rows shows what each expert brings. Where answers are known, one that brings nothing is
 named before the fit.
@@ -15,6 +16,7 @@ named before the fit.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -169,8 +171,11 @@ def fit_and_judge(
         fits.append(distance(Unwritten(candidate, fitted[-1]), begin + unit * FIT, unit))
         if holds(fits[-1]):
             break
-    better = [i for i, each in enumerate(fits) if each.mean <= anchor.mean and each.worst <= anchor.worst]
-    taken = len(fits) - 1 if holds(fits[-1]) else min(better, key=lambda i: fits[i].mean, default=None)
+    better = [
+        i for i, each in enumerate(fits) if each.worst <= anchor.worst and (each.mean <= anchor.mean or not of_answers)
+    ]
+    least = min(better, key=lambda i: fits[i].mean if of_answers else fits[i].worst, default=None)
+    taken = len(fits) - 1 if holds(fits[-1]) else least
     verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken, of_answers, gains)
     logger.log(logging.INFO if holds(fits[-1]) else logging.WARNING, "%s", verdict.to_text())
     return Fitted(folder / "anchor") if taken is None else fitted[taken], verdict
@@ -191,9 +196,14 @@ def _part(progress: Report | None, begin: float, width: float) -> Report:
 
 def _distance(merged: Mapping[str, Sequence[RowLoss]], experts: Mapping[str, Sequence[RowLoss]]) -> Distance:
     pairs = [pair for ref in experts for pair in zip(merged[ref], experts[ref], strict=True)]
-    worst = max((own.nats / own.weight - expert.nats / expert.weight for own, expert in pairs), default=0.0)
-    each = {ref: mean_loss([merged[ref]]) - mean_loss([experts[ref]]) for ref in experts}
+    worst = max((_number(own.nats / own.weight - expert.nats / expert.weight) for own, expert in pairs), default=0.0)
+    each = {ref: _number(mean_loss([merged[ref]]) - mean_loss([experts[ref]])) for ref in experts}
     return Distance(sum(each.values()) / len(each), worst, each)
+
+
+def _number(loss: float) -> float:
+    """A loss that can be compared: NaN, which a model gives whose numbers overflow, counts as infinite."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def _gains(base: Sequence[Sequence[RowLoss]], experts: Mapping[str, Sequence[RowLoss]]) -> dict[str, float]:

@@ -326,13 +326,15 @@ class Inputs:
             alone = Uncorrelated(parts, shifts, self.alpha)
             alone.add_ridge(self.ridge * self._mean(alone.diagonal(len(known))))
         left = merged if alone is None else merged * (self.alpha / alone.pull).float()
-        if self._factor is None or self._factor[0] != self.ridge or self.prior:
+        if self._factor is not None and self._factor[0] == self.ridge and not self.prior:
+            factor = self._factor[1]
+        else:
             kernel = self._kernel(merged, left)
             of_tokens = kernel.diagonal()[: sum(stacked.counts[: len(known)])]
             ridge, mean = (self.ridge, self._mean(of_tokens)) if alone is None else (1.0, 1.0)
-            self._factor = self.ridge, factorised(kernel, ridge, self.jobs, mean)
+            factor = factorised(kernel, ridge, self.jobs, mean)
+            self._factor = None if self.prior else (self.ridge, factor)  # the next layer has another prior
             del kernel
-        factor = self._factor[1]
 
         def job(part: slice) -> None:
             start, known = anchor[part], [weight[part].float() for weight in weights]

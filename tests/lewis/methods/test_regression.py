@@ -277,8 +277,9 @@ def test_rows_of_a_prior_count_as_tokens_of_their_expert(
         assert torch.allclose(found.double(), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_a_prior_belongs_to_one_layer_of_those_that_share_inputs() -> None:
-    rows, anchor, weights = draw(1, 60, 8), draw(2, 4, 8), [draw(3, 4, 8), draw(4, 4, 8)]
+@pytest.mark.parametrize("size", [8, 200])  # the primal and the dual form, whose prior's factor was kept
+def test_a_prior_belongs_to_one_layer_of_those_that_share_inputs(size: int) -> None:
+    rows, anchor, weights = draw(1, 30, size), draw(2, 4, size), [draw(3, 4, size), draw(4, 4, size)]
     shared = Inputs([Rows([rows], [rows]), Rows([rows], [rows])], 0.1)
     plain = shared.solve(anchor, weights)
     for strength in (1.0, 0.2):
@@ -287,4 +288,4 @@ def test_a_prior_belongs_to_one_layer_of_those_that_share_inputs() -> None:
         assert torch.equal(shared.solve(anchor, weights), alone.solve(anchor, weights))
     shared.prior = ()
     assert torch.equal(shared.solve(anchor, weights), plain)
-    assert [each.tokens for each in prior_rows(shared.experts, [draw(5, 4, 8), torch.zeros(4, 8)], 1.0)] == [4, 0]
+    assert [each.tokens for each in prior_rows(shared.experts, [draw(5, 4, size), 0 * anchor], 1.0)] == [4, 0]

@@ -42,7 +42,7 @@ CONFIG = {
         "intermediate_size": INNER,
         "vocab_size": VOCABULARY,
         "num_attention_heads": 1,
-        "head_dim": 4,
+        "head_dim": KEYS,
     },
 }
 

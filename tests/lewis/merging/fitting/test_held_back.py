@@ -16,6 +16,7 @@ from lewis.importance.calibration import Calibration
 from lewis.merging.calibration_rows import hold_back
 from lewis.merging.fitting import held_back
 from lewis.merging.fitting.held_back import Distance, Verdict
+from lewis.merging.fitting.losses import RowLoss
 from lewis.merging.run import Merge, text_of_fit
 from lewis.models.network.module_tree import Network
 from tests.conftest import Family
@@ -161,12 +162,35 @@ def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_of_whole_texts_only_broken_rows_count(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "seen, taken",
+    [
+        ([(0.1, 0.7), (0.2, 0.3)], 0),
+        ([(0.1, 3.0), (0.2, 1.5), (0.3, 1.2)], 1),  # all break a row, the anchor most of all
+        ([(0.1, 3.0), (0.3, 1.2), (0.2, 1.5)], 0),
+        ([(0.1, 1.1), (0.05, 1.5), (0.05, 1.2)], None),
+    ],
+)
+def test_of_whole_texts_only_broken_rows_count(
+    seen: list[tuple[float, float]],
+    taken: int | None,
+    family: Family,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The sum of the task vectors of the demo predicts prompts better than its experts, and answers far worse."""
-    distances = [Distance(0.1, 0.7), Distance(0.2, 0.3)]
+    distances = [Distance(*each) for each in seen]
     monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
     written = held(family).run(tmp_path / "out")
-    assert written.manifest["held_back"]["taken"] == 0 and "nats per token" in written.fit
+    assert written.manifest["held_back"]["taken"] == taken and "nats per token" in written.fit
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_loss_that_is_no_number_is_the_worst(broken: int) -> None:
+    """The largest of 0.1 and NaN is 0.1 for Python: a fit that overflows on one row held."""
+    rows = [RowLoss(float("nan") if i == broken else 1.0, 10) for i in range(3)]
+    found = held_back._distance({"a": rows}, {"a": [RowLoss(1.0, 10)] * 3})
+    assert found.worst == found.mean == float("inf")
 
 
 def test_answers_alone_are_judged() -> None:
@@ -185,3 +209,14 @@ def test_nothing_is_judged_where_nothing_can_be(
     assert held(family).digest != prepare(recipe_of(family.base, family.experts, parameters={"ridge": 0.1})).digest
     monkeypatch.setattr(Network, "looks_ahead", True)
     assert not held_back.is_needed(held(family))
+
+
+def test_verdicts_by_answers_and_by_whole_texts_have_versions_of_their_own(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts_alone, answers = held(family), held(family, tmp_path)
+    before = texts_alone.digest, answers.digest
+    monkeypatch.setattr("lewis.merging.prepared.TEXTS_SEMANTICS", "raised")
+    assert replace(answers).digest == before[1] and replace(texts_alone).digest != before[0]
+    monkeypatch.setattr("lewis.merging.prepared.JUDGE_SEMANTICS", "raised")
+    assert replace(answers).digest != before[1]
