@@ -273,7 +273,13 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
         "description": _description(file),
         "tags": tags,
         "parameters": {"recipe": file.name},
-        "parameter_openapi_schema": {"type": "object", "title": "Parameters", "properties": properties},
+        # The process of a run with another parameter would end before it could say why.
+        "parameter_openapi_schema": {
+            "type": "object",
+            "title": "Parameters",
+            "properties": properties,
+            "additionalProperties": False,
+        },
         "enforce_parameter_schema": True,
         "entrypoint": _ENTRYPOINTS[flow],
         "pull_steps": [],

@@ -11,6 +11,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
@@ -179,17 +180,19 @@ def test_the_form_of_a_deployment_asks_for_what_the_flow_takes(folder: Path) -> 
 def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectClient) -> None:
     Follower(print).deploy()
     deployment = client.read_deployment_by_name("merge/good").id
-    begins, waits, other = (
-        client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", "overrides": overrides})
-        for overrides in ([], [], ["seed=1"])
+    begins, waits, other, quick = (
+        client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", **given})
+        for given in ({"overrides": []}, {"overrides": []}, {"overrides": ["seed=1"]}, {})  # the last: a Quick Run
     )
+    with pytest.raises(PrefectHTTPStatusError, match="'bogus' was unexpected"):
+        client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", "bogus": 1})
     resuming, asks = Scheduled(name="Resuming"), [f"{approval._TAG}models:/good/1"]
     answered = client.create_flow_run_from_deployment(
         deployment, parameters=begins.parameters, state=resuming, tags=asks
     )
     absorb(client.read_flow_run(begins.id))
-    states = [client.read_flow_run(run.id).state_name for run in (begins, waits, other, answered)]
-    assert states == ["Scheduled", "Skipped", "Scheduled", "Resuming"]
+    states = [client.read_flow_run(run.id).state_name for run in (begins, waits, other, quick, answered)]
+    assert states == ["Scheduled", "Skipped", "Scheduled", "Skipped", "Resuming"]
     assert "verdict:skipped" in client.read_flow_run(waits.id).tags
     planned = [run for run in client.read_flow_runs() if run.deployment_id == deployment and run.auto_scheduled]
     assert all(run.state_name == "Scheduled" and run.expected_start_time > datetime.now(UTC) for run in planned)
