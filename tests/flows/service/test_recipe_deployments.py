@@ -88,7 +88,9 @@ def test_whatever_happens_to_a_recipe_counts(folder: Path, caplog: pytest.LogCap
         recipes_folder.load("good")
 
 
-def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, client: SyncPrefectClient) -> None:
+def test_a_recipe_has_a_deployment_that_an_operator_can_change(
+    folder: Path, client: SyncPrefectClient, caplog: pytest.LogCaptureFixture
+) -> None:
     said, recipe = list[str](), folder / "good.yaml"
     follower = Follower(said.append)
 
@@ -139,8 +141,14 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, cli
     recipe.write_text(GOOD)
     assert again() == [kept[1]] and not of().paused and "cannot-run" not in of().tags and len(runs()) == 1
 
+    client.pause_deployment(of().id)
     recipe.rename(folder / "better.yaml")
-    again()
+    with caplog.at_level(logging.INFO):
+        again()
+    lost = (
+        "the deployment merge/good is removed: no recipe asks for it; it was paused, and it had a schedule of its own"
+    )
+    assert f"{lost}: 0 4 * * *" in caplog.messages
     assert recipe_deployments._read(client, "merge/good") is None and of("merge/better").name == "better"
     assert client.read_automations_by_name("release of good") == []
 
