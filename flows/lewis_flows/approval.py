@@ -40,6 +40,11 @@ def asked(run: FlowRun) -> str:
     return next((tag.removeprefix(_TAG) for tag in run.tags if tag.startswith(_TAG)), "")
 
 
+def answered(run: FlowRun) -> str:
+    """The version that a run has asked about, if it goes on with an answer; empty if it is repeated (*Retry*)."""
+    return asked(run) if run.empirical_policy.pause_keys else ""  # which the server empties when a run begins again
+
+
 def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     """Suspend the run until a person has answered, and do what the answer says. In a resumed run, return immediately.
 
@@ -54,7 +59,7 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     Raises:
         InputError: if the version can no longer be approved or refused.
     """
-    if not asked(run):
+    if not answered(run):
         assert run.deployment_id is not None  # no other run is suspended
         with get_client(sync_client=True) as client:  # the versions of others were replaced by this run's
             lapse(client, run.deployment_id, f"nobody answered; the run {run.name} asks about a newer version")

@@ -69,7 +69,8 @@ def backup(folder: Path) -> Copied:
             if (own := _prefect_home() / "prefect.db").is_file() and not store.holds(own):
                 _copy_database(own, scratch / "prefect" / own.name)
             with suppress(InputError):  # there is none
-                shutil.copytree(recipes_folder.folder(), scratch / "recipes")
+                # A link that leads nowhere is no recipe: an editor's mark of an open file is one.
+                shutil.copytree(recipes_folder.folder(), scratch / "recipes", ignore_dangling_symlinks=True)
             _check_complete(folder, scratch)
     except (OSError, sqlite3.Error, shutil.Error) as error:
         raise LewisError(f"{folder}: the copy could not be made: {error}") from error

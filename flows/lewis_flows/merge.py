@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 def _run_name() -> str:
     """The recipe's, until it is known what moved; a run that a person has answered keeps the name that it has."""
-    if (context := FlowRunContext.get()) and context.flow_run and approval.asked(context.flow_run):
+    if (context := FlowRunContext.get()) and context.flow_run and approval.answered(context.flow_run):
         return context.flow_run.name
     return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
 
@@ -62,7 +62,7 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
     """
     path = begin(recipe)
     run = run_tags.this_run()
-    if version := approval.asked(run):
+    if version := approval.answered(run):
         return _answered(run, version, path, overrides or [])
     trigger = run_tags.trigger(run)
     run_tags.tag(recipe=path.stem, trigger=trigger)

@@ -68,11 +68,16 @@ def absorb(run: FlowRun) -> None:
         with get_client(sync_client=True) as client:
             scheduled, same = {"type": {"any_": ["SCHEDULED"]}}, {"any_": [run.deployment_id]}
             for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), scheduled, deployment_id=same):
-                alike = other.id != run.id and other.parameters == run.parameters and not approval.asked(other)
+                alike = other.id != run.id and _given(other) == _given(run) and not approval.asked(other)
                 if alike and prefect_runs.waits(other):
                     prefect_runs.skip(client, other, f"the run {run.name} merges the newest state")
     except httpx.HTTPError as error:  # then they run after this one, and find all steps done
         logger.info("runs that wait stay: %s", type(error).__name__)
+
+
+def _given(run: FlowRun) -> dict[str, Any]:
+    """The parameters of a run that were filled in: the form of *Custom run* sends empty ones too."""
+    return {name: value for name, value in run.parameters.items() if value}
 
 
 def end_turn(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

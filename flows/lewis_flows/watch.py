@@ -117,10 +117,37 @@ def poll(recipes: list[str] | None = None) -> WatchReport:
                 logger.info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)
                 release_event.announce(name, move.ref, move.repo, move.old, move.new)
             (report.announced if news else report.waiting).append(f"{name}: {move.ref}")
+    _repeat_releases([name for name, recipe in loaded.items() if not recipe.register_as], report)
     # Where a model has moved too, the run of that release merges the file as it is.
     also = {name for name, (moved, _) in found.items() if moved}.union(problems)
     _merge_edits([recipe for name, recipe in loaded.items() if name not in also], report)
     return report
+
+
+def _repeat_releases(recipes: Sequence[str], report: WatchReport) -> None:
+    """Announce the last release of each recipe again whose run came to nothing: of recipes that register nothing.
+
+    No version says what these were merged from, so their releases come by webhook alone.
+    """
+    for name in recipes:
+        move = _unmerged_release(name)
+        if move and not _is_broken(name, {move.ref: move.new}) and _is_news(name, move):
+            logger.info("%s: no run has merged %s %s; it is announced again", name, move.ref, move.new)
+            release_event.announce(name, move.ref, move.repo, move.old, move.new)
+            report.announced.append(f"{name}: {move.ref}")
+
+
+def _unmerged_release(recipe: str) -> Moved | None:
+    """The last release of a recipe that was announced, if no run has merged the newest commits since."""
+    with _prefect() as client:
+        found = release_event.announced(client, datetime.now(UTC) - REMEMBER, recipe)
+        if not found:
+            return None
+        last, told = found[0], found[0].payload
+        for run in _runs(client, recipe, prefect_runs.ENDED, end_time={"after_": last.occurred}):
+            if did_its_work(run) and _looked_since(run, last.occurred) and not run.parameters.get("overrides"):
+                return None
+    return Moved(str(told.get("ref")), str(told.get("repo")), told.get("old"), str(told.get("new")))
 
 
 def _merge_edits(recipes: Sequence[Recipe], report: WatchReport) -> None:

@@ -13,6 +13,7 @@ from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 from prefect.flow_runs import resume_flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.states import AwaitingRetry
 
 from lewis.evaluation.gate import Verdict
 from lewis.registry import history, outbox, promotion
@@ -37,7 +38,7 @@ def client(prefect_url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 def _merge(version: str, recipe: str) -> State[Any]:
     """The end of a merge whose version waits."""
     run = run_tags.this_run()
-    return approval.ask(run, approval.asked(run) or version, "* a rule: pass")
+    return approval.ask(run, approval.answered(run) or version, "* a rule: pass")
 
 
 def test_a_run_waits_for_a_person_on_its_page_or_on_the_command_line(
@@ -71,6 +72,11 @@ def test_a_run_waits_for_a_person_on_its_page_or_on_the_command_line(
     assert client.read_flow_run(first).name == "asked: first merge"
     assert (state.name, state.message) == ("Approved", "models:/asked/1 is the champion: it is the first")
     assert "verdict:approved" in client.read_flow_run(first).tags
+    # Retried, it merges what is newest: it asked again about its version, which is the champion.
+    assert approval.answered(client.read_flow_run(first)) == "models:/asked/1"
+    client.set_flow_run_state(first, AwaitingRetry())
+    assert approval.answered(client.read_flow_run(first)) == ""
+    client.set_flow_run_state(first, state, force=True)
 
     older, second = asks("b", "models:/asked/1"), asks("c", "models:/asked/1")
     assert client.read_flow_run(older).state_name == "Lapsed"

@@ -57,6 +57,7 @@ def test_all_is_back(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     champion = versions.champion("tiny")
     assert champion and champion.folder
     weights, told = (champion.folder / "model.safetensors").read_bytes(), history.history("tiny")
+    (tmp_path / "recipes" / ".#words.yaml").symlink_to("somebody@machine.123")  # Emacs's mark of an open file
     copy = tmp_path / "copy"
     assert main(["backup", str(copy), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -369,6 +369,23 @@ def test_a_release_that_is_broken_on_the_hub_waits_for_another_commit(
     assert poll().announced == ["broken: org/math"]
 
 
+def test_a_release_of_a_recipe_that_registers_nothing_is_repeated_until_a_run_has_merged_it(
+    hub: LocalHub, client: SyncPrefectClient, recipes: Path
+) -> None:
+    """It waited for the night, as no version says what was merged."""
+    (recipes / "unkept.yaml").write_text(RECIPE.split("register:")[0])
+    assert poll() == WatchReport()
+    release_event.announce("unkept", "org/math", "org/math", OLD_RELEASE, RELEASE)
+    until(lambda: bool(events(client, "unkept")))
+    assert poll().announced == []  # its run may come
+    started(client, "unkept", Running(), Crashed())
+    assert poll() == WatchReport(announced=["unkept: org/math"])
+    until(lambda: len(events(client, "unkept")) == 2)
+    started(client, "unkept", Running(), Completed())
+    started(client, "unkept", Running(), Crashed())  # of something else
+    assert poll() == WatchReport()
+
+
 def test_a_release_whose_runs_fail_three_times_is_told(
     announced: None, client: SyncPrefectClient, recipes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

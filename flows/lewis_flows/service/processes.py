@@ -3,9 +3,11 @@
 Each is started by a guard, which ends it and whatever it has started, also if this process is killed.
 """
 
+import errno
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from http.client import HTTPException
 from itertools import pairwise
 from typing import IO
 
@@ -25,6 +28,7 @@ _READY = 420  # seconds to answer after a start; a busy machine takes minutes to
 _STOP = 15.0  # seconds to end after SIGTERM, before it is killed
 _KEPT = 3  # logs of earlier starts
 _KILLED = 15.0  # seconds to wait for a killed process to be gone
+_claims: dict[int, socket.socket] = {}  # of ports, for as long as this process lives
 
 
 class Process:
@@ -153,7 +157,7 @@ def answers(health: str) -> bool:
     try:
         with urllib.request.urlopen(health, timeout=5) as answer:
             return bool(answer.status == 200)
-    except OSError:
+    except (OSError, HTTPException):  # where nobody listens yet, the kernel may connect a socket to itself
         return False
 
 
@@ -165,7 +169,7 @@ def free_port() -> int:
 
 
 def usable_port(variable: str, text: str) -> int:
-    """The port that a text names, if nobody listens on it.
+    """The port that a text names, if nobody listens on it; until this process ends, no other one gets it from here.
 
     Args:
         variable: the environment variable with the port, for error messages.
@@ -176,7 +180,38 @@ def usable_port(variable: str, text: str) -> int:
     """
     if not text.isdigit() or not 0 < int(text) < 65536:
         raise InputError(f"{variable}: expected a port, 1 to 65535, got {text!r}")
+    port = int(text)
+    holder = _claim(port)
     with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", int(text))) == 0:
-            raise InputError(f"127.0.0.1:{text} is taken (by another `lewis up`?); stop it, or set {variable}")
-    return int(text)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server do not count
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise InputError(f"{variable}: port {port} cannot be used: {error.strerror}") from error
+            holder = holder or "another `lewis up`?"
+    if holder:
+        raise InputError(f"127.0.0.1:{port} is taken ({holder}); stop it, or set {variable}")
+    return port
+
+
+def _claim(port: int) -> str:
+    """Claim a port for this process, whose server listens on it only seconds later; who has claimed it, else empty.
+
+    The claim is a socket with a name in the kernel (Linux), which is free as soon as its process has died.
+    """
+    if port in _claims or sys.platform != "linux":
+        return ""
+    claim, name = socket.socket(socket.AF_UNIX), f"\0lewis-port-{port}"
+    try:
+        claim.bind(name)
+        claim.listen()
+    except OSError:
+        claim.close()
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as other:  # it may end just now
+            other.connect(name)
+            pid, _, _ = struct.unpack("3i", other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return f"by the `lewis up` of process {pid}"
+        return ""
+    _claims[port] = claim
+    return ""

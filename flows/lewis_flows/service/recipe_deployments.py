@@ -169,7 +169,8 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
         if before is None:
             continue
         paused = before.paused and _CANNOT_RUN not in before.tags
-        yield from _kept(file.name, before, paused=paused)
+        stays = f"{file.name} stays paused, as somebody paused it"
+        yield from _changed(before, stays, f"{file.name} keeps its own schedule")
         if before.version == file.version:
             continue
         if file.why or paused:
@@ -230,7 +231,9 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
         of_recipe = f"recipe:{deployment.name}" in deployment.tags
         if name in dropped or ((of_recipe or deployment.name in _EARLIER) and deployment.name not in names):
             if removed := remove(client, name):
-                logger.info("the deployment %s is removed: no recipe asks for it", name)
+                changed = _changed(deployment, "it was paused", "it had a schedule of its own")
+                lost = ", and ".join(changed) if name.startswith(f"{prefect_runs.MERGE}/") else ""
+                logger.info("the deployment %s is removed: no recipe asks for it%s", name, lost and f"; {lost}")
             stays = stays or not removed
     return stays
 
@@ -273,7 +276,13 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
         "description": _description(file),
         "tags": tags,
         "parameters": {"recipe": file.name},
-        "parameter_openapi_schema": {"type": "object", "title": "Parameters", "properties": properties},
+        # The process of a run with another parameter would end before it could say why.
+        "parameter_openapi_schema": {
+            "type": "object",
+            "title": "Parameters",
+            "properties": properties,
+            "additionalProperties": False,
+        },
         "enforce_parameter_schema": True,
         "entrypoint": _ENTRYPOINTS[flow],
         "pull_steps": [],
@@ -323,14 +332,14 @@ def _on_promotion(file: RecipeFile, deployment: Any) -> Any:
     return trigger.as_automation()
 
 
-def _kept(name: str, before: DeploymentResponse, *, paused: bool) -> Iterator[str]:
-    """The settings of a deployment that the operator changed, which a deploy keeps."""
-    if paused:
-        yield f"{name} stays paused, as somebody paused it"
+def _changed(deployment: DeploymentResponse, paused: str, schedule: str) -> Iterator[str]:
+    """What an operator changed of a deployment: `paused` if it is, and `schedule` with its hours if it has others."""
+    if deployment.paused and _CANNOT_RUN not in deployment.tags:
+        yield paused
     nightly = settings.NIGHTLY.get()
-    crons = [getattr(each.schedule, "cron", str(each.schedule)) for each in before.schedules if each.active]
+    crons = [getattr(each.schedule, "cron", str(each.schedule)) for each in deployment.schedules if each.active]
     if crons != ([nightly] if nightly else []):
-        yield f"{name} keeps its own schedule: {', '.join(crons) or 'none'}"
+        yield f"{schedule}: {', '.join(crons) or 'none'}"
 
 
 def _description(file: RecipeFile) -> str:

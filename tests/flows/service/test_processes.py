@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 from lewis.errors import InputError
 from lewis.store import kinds
 from lewis_flows.service import up
-from lewis_flows.service.processes import Process
+from lewis_flows.service.processes import Process, answers, free_port, usable_port
 from tests.support.service import children
 
 STUBBORN = """
@@ -27,7 +28,7 @@ time.sleep(60)
 """
 PARENT = f"""
 import time
-from lewis_flows.service.processes import Process
+from lewis_flows.service.processes import Process, answers, free_port, usable_port
 Process("stub", ["-c", {STUBBORN!r}], {{}}, grace=0.5, echo=lambda line: print(line, flush=True)).start()
 time.sleep(60)
 """
@@ -138,3 +139,34 @@ def test_a_second_service_of_a_store_names_the_first_while_that_starts(
     monkeypatch.setattr(up, "_start_servers", start)
     with pytest.raises(InputError, match=rf"already \(process {os.getpid()}\); stop it first"):
         up.up(lambda *_: None, lambda _: None)
+
+
+def test_an_answer_that_is_no_http_is_none() -> None:
+    """Where nobody listens, the kernel may connect a socket to itself: it reads its own request."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def echo() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(connection.recv(1000))
+
+        threading.Thread(target=echo, daemon=True).start()
+        assert not answers(f"http://127.0.0.1:{server.getsockname()[1]}/health")
+
+
+def test_a_port_is_taken_from_when_another_process_starts_a_server_on_it() -> None:
+    port = str(free_port())
+    code = (
+        f"from lewis_flows.service.processes import usable_port; usable_port('P', {port!r}); print(flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdin is not None and first.stdout is not None and first.stdout.readline()
+        taken = rf"127.0.0.1:{port} is taken \(by the `lewis up` of process {first.pid}\); stop it, or set MLFLOW_PORT"
+        with pytest.raises(InputError, match=taken):
+            usable_port("MLFLOW_PORT", port)
+        first.kill()
+    assert usable_port("MLFLOW_PORT", port) == int(port)
+
+
+def test_a_port_that_another_server_listens_on_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(InputError, match="is taken"):
+        usable_port("MLFLOW_PORT", str(server.getsockname()[1]))

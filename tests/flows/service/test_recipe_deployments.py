@@ -11,6 +11,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
@@ -87,7 +88,9 @@ def test_whatever_happens_to_a_recipe_counts(folder: Path, caplog: pytest.LogCap
         recipes_folder.load("good")
 
 
-def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, client: SyncPrefectClient) -> None:
+def test_a_recipe_has_a_deployment_that_an_operator_can_change(
+    folder: Path, client: SyncPrefectClient, caplog: pytest.LogCaptureFixture
+) -> None:
     said, recipe = list[str](), folder / "good.yaml"
     follower = Follower(said.append)
 
@@ -138,8 +141,14 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(folder: Path, cli
     recipe.write_text(GOOD)
     assert again() == [kept[1]] and not of().paused and "cannot-run" not in of().tags and len(runs()) == 1
 
+    client.pause_deployment(of().id)
     recipe.rename(folder / "better.yaml")
-    again()
+    with caplog.at_level(logging.INFO):
+        again()
+    lost = (
+        "the deployment merge/good is removed: no recipe asks for it; it was paused, and it had a schedule of its own"
+    )
+    assert f"{lost}: 0 4 * * *" in caplog.messages
     assert recipe_deployments._read(client, "merge/good") is None and of("merge/better").name == "better"
     assert client.read_automations_by_name("release of good") == []
 
@@ -179,17 +188,19 @@ def test_the_form_of_a_deployment_asks_for_what_the_flow_takes(folder: Path) -> 
 def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectClient) -> None:
     Follower(print).deploy()
     deployment = client.read_deployment_by_name("merge/good").id
-    begins, waits, other = (
-        client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", "overrides": overrides})
-        for overrides in ([], [], ["seed=1"])
+    begins, waits, other, quick = (
+        client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", **given})
+        for given in ({"overrides": []}, {"overrides": []}, {"overrides": ["seed=1"]}, {})  # the last: a Quick Run
     )
+    with pytest.raises(PrefectHTTPStatusError, match="'bogus' was unexpected"):
+        client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", "bogus": 1})
     resuming, asks = Scheduled(name="Resuming"), [f"{approval._TAG}models:/good/1"]
     answered = client.create_flow_run_from_deployment(
         deployment, parameters=begins.parameters, state=resuming, tags=asks
     )
     absorb(client.read_flow_run(begins.id))
-    states = [client.read_flow_run(run.id).state_name for run in (begins, waits, other, answered)]
-    assert states == ["Scheduled", "Skipped", "Scheduled", "Resuming"]
+    states = [client.read_flow_run(run.id).state_name for run in (begins, waits, other, quick, answered)]
+    assert states == ["Scheduled", "Skipped", "Scheduled", "Skipped", "Resuming"]
     assert "verdict:skipped" in client.read_flow_run(waits.id).tags
     planned = [run for run in client.read_flow_runs() if run.deployment_id == deployment and run.auto_scheduled]
     assert all(run.state_name == "Scheduled" and run.expected_start_time > datetime.now(UTC) for run in planned)
