@@ -43,7 +43,6 @@ SEMANTICS = "6"  # bump when the same inputs would give other bytes
 FIT_SEMANTICS = "3"  # bump when a method that fits in forward order would give other bytes
 STACKED_SEMANTICS = "2"  # bump when a method that fits in forward order would give other stacked experts
 JUDGE_SEMANTICS = "2"  # bump when held-back rows would lead to another fit
-TEXTS_SEMANTICS = "3"  # the same, of rows of which it is not known which tokens are answers
 STATIC_SEMANTICS = "3"  # bump when a method that fits statically would give other bytes
 
 
@@ -292,11 +291,8 @@ class Prepared:
     def _fit_digest(self) -> list[Any]:
         sets: list[Any] = [expert.calibration.digest for expert in self.experts if expert.calibration]
         sets += [[AUTO, JUDGE_SEMANTICS, RIDGES, EVERY]] if self.tunes else []
-        held = [expert.held_back for expert in self.experts if expert.held_back]
-        if held:
-            judged = JUDGE_SEMANTICS if all(each.weights is not None for each in held) else TEXTS_SEMANTICS
-            digests = [expert.held_back.digest if expert.held_back else "" for expert in self.experts]
-            sets.append(["held back", judged, digests])
+        held = [expert.held_back.digest if expert.held_back else "" for expert in self.experts]
+        sets += [["held back", JUDGE_SEMANTICS, held]] if any(held) else []
         if self.method.fits == "static":  # to statistics, which depend on the number format of the passes
             return [STATIC_SEMANTICS, GRAMS_SEMANTICS, precision(default_device()), *sets]
         stacked = any(

@@ -6,8 +6,7 @@ repeated with a larger ridge and prior, which leave less to the few rows. If tha
 unless its rows lose even more.
 
 The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts. An anchor
-that is better by this loss proves nothing, since no expert was trained to predict prompts: then only broken rows count,
-and if all merges break rows, the one whose worst row loses least is taken.
+that is better by this loss proves nothing, since no expert was trained to predict prompts: then only broken rows count.
 
 The base's loss on the same rows shows what each expert brings. Where answers are known, one that brings nothing is
 named before the fit.
@@ -171,11 +170,8 @@ def fit_and_judge(
         fits.append(distance(Unwritten(candidate, fitted[-1]), begin + unit * FIT, unit))
         if holds(fits[-1]):
             break
-    better = [
-        i for i, each in enumerate(fits) if each.worst <= anchor.worst and (each.mean <= anchor.mean or not of_answers)
-    ]
-    least = min(better, key=lambda i: fits[i].mean if of_answers else fits[i].worst, default=None)
-    taken = len(fits) - 1 if holds(fits[-1]) else least
+    better = [i for i, each in enumerate(fits) if each.mean <= anchor.mean and each.worst <= anchor.worst]
+    taken = len(fits) - 1 if holds(fits[-1]) else min(better, key=lambda i: fits[i].mean, default=None)
     verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken, of_answers, gains)
     logger.log(logging.INFO if holds(fits[-1]) else logging.WARNING, "%s", verdict.to_text())
     return Fitted(folder / "anchor") if taken is None else fitted[taken], verdict
