@@ -176,9 +176,11 @@ class _NotHere(ModelFiles):
     @classmethod
     def of(cls, source: Source) -> _NotHere:
         """What is known of a pinned model without its weights."""
-        folder = repository.fetch(source.model, weights=False)
+        folder, *adapters = [repository.fetch(each, weights=False) for each in (source.model, *source.adapters)]
+        *under, adapter = adapters or [None]
         shapes = {name: shape for name, (_, shape) in repository.tensor_headers(source.model).items()}
-        return cls(ref=source.ref, key=source.key, folder=folder, sizes={}, shapes=shapes)
+        own = {"folder": folder, "under": under, "adapter": adapter}
+        return cls(ref=source.ref, key=source.key, **own, sizes={}, shapes=shapes)
 
     @property
     def read_as(self) -> str:
