@@ -72,7 +72,7 @@ class Merged:
     @property
     def card(self) -> str:
         """The model card, Markdown, as it stands in the folder."""
-        return (self.folder / card.NAME).read_text()
+        return (self.folder / card.NAME).read_text(encoding="utf-8")
 
 
 @noted()

@@ -52,9 +52,10 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
 
     The run ends as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers nothing; as `Cached` if
-    nothing was left to do; as `Unpublished` if the Hub has not taken the champion. If a person has to approve the
-    version, the run waits suspended and ends as `Approved` or `Refused`, and another one publishes what was approved;
-    without a deployment it ends as `AwaitingApproval`. Its tags name the recipe, what started it, and the verdict.
+    nothing was left to do, and the verdict is the last one's; as `Unpublished` if the Hub has not taken the champion.
+    If a person has to approve the version, the run waits suspended and ends as `Approved` or `Refused`, and another one
+    publishes what was approved; without a deployment it ends as `AwaitingApproval`. Its tags name the recipe, what
+    started it, and the verdict.
 
     Args:
         recipe: the name of a recipe in the recipes folder. From the command line, a YAML file's path too.
@@ -120,7 +121,7 @@ def _answered(run: FlowRun, version: str, path: Path, overrides: list[str]) -> S
 
 
 def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport, bool, tuple[str, str]]:
-    """The DAG; gives its report, whether anything was computed, registered, promoted or published, and its verdict."""
+    """The DAG; gives its report, whether anything is new, if only the verdict, and how it ended."""
     # The recipe is quoted: else Prefect takes each name in it for the result of a task that returned the same name, and
     # draws edges between tasks that have nothing to do with each other.
     queue = evaluate_elsewhere.queue_for(path) if plan.evaluate else ""
@@ -150,7 +151,7 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
             raise NotPublishedError(f"{': '.join(ended.line)}; not published: {error}") from error
     # Not the downloads: on a machine that lost its store, models are loaded again, and nothing new comes of it.
     computed = any(future.state.name != "Cached" for future in walk.of(MEASURE, ALLOCATE, MERGE, EVALUATE))
-    return report, computed or report.created or ended.moved or bool(ended.there and ended.there.new), ended.line
+    return report, computed or report.created or ended.changed or bool(ended.there and ended.there.new), ended.line
 
 
 def _write_report(

@@ -29,7 +29,7 @@ class Ended:
         scores: what tables show, if it was scored on all documents after its promotion; else empty.
         verdict, version, promoted, published: futures; None if the recipe does not register, or publish.
         there: where the champion was published, if that went well.
-        moved: whether the champion is another one now.
+        changed: whether the champion is another one now, or the verdict or its reasons are.
         line: name and message of the run's state.
     """
 
@@ -39,7 +39,7 @@ class Ended:
     promoted: PrefectFuture[Any] | None = None
     published: PrefectFuture[Any] | None = None
     there: Any = None
-    moved: bool = False
+    changed: bool = False
     line: tuple[str, str] = ("Completed", "merged; the recipe registers nothing")
 
 
@@ -60,7 +60,8 @@ def register_merge(
     promoted = submit(promote, quote(plan), version, known(verdict), known(merged))
     finish(promoted)
     report.version, report.created = version.result().uri, version.result().created
-    report.verdict, report.promoted = list(verdict.result().reasons), promoted.result()
+    report.promoted, new = promoted.result()
+    report.verdict = list(verdict.result().reasons)
     report.waits = verdict.result().waits and not report.promoted
     current = champion.result() if champion else None
     in_use = current.version.uri if current else None
@@ -72,8 +73,8 @@ def register_merge(
         published = submit(publish, quote(plan), known(version), known(merged), wait_for=[promoted])
         published.wait()  # an error is raised only after the report
         there = published.result() if published.state.is_completed() else None
-    moved = report.promoted and in_use != report.version
-    return Ended(on_all, verdict, version, promoted, published, there, moved, line)
+    changed = new or (report.promoted and in_use != report.version)
+    return Ended(on_all, verdict, version, promoted, published, there, changed, line)
 
 
 def report_tables(plan: Recipe, report: MergeReport, scores: Scores) -> None:

@@ -108,7 +108,8 @@ class CalibrationInput:
         libraries = [version("datasets"), version("transformers")]
         rows = calibration.origin(f"lewis.calibrations.{self.name}", self.spec, self.root)
         block = self.spec.model_dump(mode="json", exclude_unset=True)
-        return place_of([calibration.SEMANTICS, libraries, self.base.key, block, rows])
+        own = ["of the adapter"] if self.base.tokenizer != self.base.folder else []
+        return place_of([calibration.SEMANTICS, libraries, self.base.key, block, rows, *own])
 
 
 def find_calibration(given: CalibrationInput) -> CalibrationEntry | None:
@@ -133,7 +134,7 @@ def prepare_calibration(given: CalibrationInput) -> CalibrationEntry:
     place = given.place()
     if found := find_calibration(given):
         return found
-    made = calibration.calibrate(given.name, given.spec, tokenizer=given.base.folder, root=given.root)
+    made = calibration.calibrate(given.name, given.spec, tokenizer=given.base.tokenizer, root=given.root)
     known, path = {"digest": made.digest, "tokens": made.tokens}, made.save()
     if given.place() == place:  # the rows did not change meanwhile
         store.write_entry(place, {"calibration": known})

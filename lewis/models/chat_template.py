@@ -63,7 +63,7 @@ def chosen_template(wanted: str | None, folders: Sequence[Path]) -> str | None:
 
 def write_template(folder: Path, template: str) -> None:
     """Give the tokenizer in a folder this chat template in place of its own."""
-    (folder / FILE).write_text(template)
+    (folder / FILE).write_text(template, encoding="utf-8")
     settings = store.read_json(folder / SETTINGS)
     if settings and settings.pop("chat_template", None) is not None:
-        (folder / SETTINGS).write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n")
+        (folder / SETTINGS).write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -75,7 +75,7 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
             if isinstance(inner, dict):
                 inner.update({key: name for key in ("dtype", "torch_dtype") if inner.get(key)})
     given = donor / "config.json"
-    if given.is_file() and changed == json.loads(given.read_text()):
+    if given.is_file() and changed == json.loads(given.read_bytes()):
         shutil.copyfile(given, folder / "config.json")
     else:
         (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n")

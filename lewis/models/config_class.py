@@ -143,4 +143,4 @@ def _source(path: str) -> str:
     """A file of the installed transformers; empty if it has none."""
     spec = find_spec("transformers")
     file = Path(spec.origin).parent / path if spec and spec.origin else None
-    return file.read_text() if file and file.is_file() else ""
+    return file.read_text(encoding="utf-8") if file and file.is_file() else ""

@@ -23,6 +23,7 @@ from lewis.models.lora.expert import LoraExpert, holds_adapter
 from lewis.models.model import Model
 from lewis.models.names import short_or_whole
 from lewis.models.network.renamed import Matched, differ, match, under_names_of, with_tied
+from lewis.models.tokenizer import TOKENIZER
 from lewis.recipe.block import parts_of
 from lewis.recipe.config import MergeConfig
 from lewis.store import kinds, manifest
@@ -114,6 +115,11 @@ class ModelFiles(Reference):
     def folders(self) -> list[Path]:
         """The model's folder, then those of its adapters in the order that they are put on it."""
         return [self.folder, *self.under, *([self.adapter] if self.adapter else [])]
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder with its tokenizer: an adapter may have its own."""
+        return next((each for each in reversed(self.folders) if (each / TOKENIZER).is_file()), self.folder)
 
     @property
     def read_as(self) -> str:

@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -75,14 +75,19 @@ def history(name: str) -> list[Record]:
 
 def record(
     client: "MlflowClient", name: str, what: str, version: str, champion: str | None, why: str, by: str = ""
-) -> None:
-    """Append a record, unless the newest record says the same. Call it under the registry's lock."""
+) -> bool:
+    """Append a record, unless the newest record says the same. Call it under the registry's lock.
+
+    Returns:
+        whether there is a new record.
+    """
     new = Record(datetime.now(UTC).isoformat(), what, version, champion, why, by or getpass.getuser())
     known = read(client, name)
-    if known and (known[-1].what, known[-1].version, known[-1].champion) == (what, version, champion):
-        return
+    if known and replace(known[-1], time=new.time, by=new.by) == new:
+        return False
     text = json.dumps(asdict(new), ensure_ascii=False)
     client.set_registered_model_tag(name, f"{TAG}{new.time.replace(':', '.')[:26]}-{uuid4().hex[:4]}", text)
+    return True
 
 
 def judged(records: Sequence[Record], mark: str | None) -> list[str]:

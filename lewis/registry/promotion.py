@@ -42,11 +42,13 @@ class Promotion:
 
     Attributes:
         moved: whether the alias `champion` moved to the version.
+        new: whether the history has a record of it that it did not have: another verdict, or other reasons.
         previous: `uri` of the version that had the alias before; None if there was no champion.
     """
 
     moved: bool
     previous: str | None
+    new: bool = False
 
 
 def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str, Any] | None = None) -> Promotion:
@@ -87,7 +89,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         for key, value in tags.items():
             client.set_model_version_tag(version.name, version.version, key, value)
         what = "waits" if verdict.waits else "promoted" if verdict.passed else "rejected"
-        history.record(client, version.name, what, version.uri, before, "; ".join(verdict.reasons), by)
+        new = history.record(client, version.name, what, version.uri, before, "; ".join(verdict.reasons), by)
         moves = verdict.passed and not verdict.waits
         if moves:
             number = current.version.version if current else None
@@ -95,7 +97,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         else:
             set_alias(client, version.name, "challenger", version.version)
         history.follow(client, version.name)
-        return Promotion(moved=moves, previous=before)
+        return Promotion(moves, before, new)
 
 
 def promote_by_hand(name: str, version: str, why: str) -> str:

@@ -176,9 +176,11 @@ class _NotHere(ModelFiles):
     @classmethod
     def of(cls, source: Source) -> _NotHere:
         """What is known of a pinned model without its weights."""
-        folder = repository.fetch(source.model, weights=False)
+        folder, *adapters = [repository.fetch(each, weights=False) for each in (source.model, *source.adapters)]
         shapes = {name: shape for name, (_, shape) in repository.tensor_headers(source.model).items()}
-        return cls(ref=source.ref, key=source.key, folder=folder, sizes={}, shapes=shapes)
+        under, adapter = tuple(adapters[:-1]), adapters[-1] if adapters else None
+        ref, key = source.ref, source.key
+        return cls(ref=ref, key=key, folder=folder, adapter=adapter, under=under, sizes={}, shapes=shapes)
 
     @property
     def read_as(self) -> str:

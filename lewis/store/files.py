@@ -98,7 +98,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any | None:
     """The content of a JSON file, or None if it is absent or no JSON. Entries are read by `lewis.store.entries`."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except (OSError, RecursionError, ValueError):
         return None
 

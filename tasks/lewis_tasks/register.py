@@ -143,8 +143,12 @@ def register(
 
 
 @task(name="promote", task_run_name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
-def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> bool:
-    """Move the alias `champion` if the verdict allows it; return whether the version is the champion now."""
+def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> tuple[bool, bool]:
+    """Move the alias `champion` if the verdict allows it.
+
+    Returns:
+        whether the version is the champion now, and whether the history has something new.
+    """
     about = {"recipe": recipe.name, "digest": merged.digest, "flow_run": str(flow_run.current.id or "")}
     done = promotion.promote(version, verdict, f"the run {flow_run.url()}", about)
     number, name = version.version, f"{version.name}/{version.version}"
@@ -163,4 +167,4 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     text = f"{version.uri} (run {version.run_id})"
     create_link_artifact(versions.link(version), text, key=artifact_key(recipe, "mlflow"), description="Model version")
     create_markdown_artifact("\n\n".join(lines), key=artifact_key(recipe, "verdict"), description="The gate's verdict")
-    return verdict.passed and (done.moved or done.previous == version.uri)
+    return verdict.passed and (done.moved or done.previous == version.uri), done.new

@@ -303,6 +303,23 @@ def test_what_passes_is_shown_to_a_judge_and_without_its_answer_nothing_is_promo
         assert not worse.promoted and worse.verdict[0].endswith(": fail") and aliases(home)["champion"] == "1"
 
 
+def test_a_run_that_changes_only_the_verdict_says_so(
+    run: Callable[..., Any], recipe: Path, home: Path, prefect_url: str
+) -> None:
+    """It was Cached, with "nothing has changed", while a version began to wait for a person."""
+    rewrite(recipe.parent / "half", recipe.parent / "equal", lambda _, tensor: tensor * 1.01)
+    run("half")
+    run("equal")
+    assert newest_run(prefect_url) == "Rejected"
+    run("equal")
+    assert newest_run(prefect_url) == "Cached"
+    looser = ("register.gate.policy=not_worse", "register.gate.tolerance=1", "register.gate.approve=true")
+    assert run("equal", *looser).waits and versions(home)["2"] == "waiting"
+    assert newest_run(prefect_url) == "AwaitingApproval"
+    run("equal")
+    assert newest_run(prefect_url) == "Rejected" and versions(home)["2"] == "failed"
+
+
 @pytest.mark.long
 def test_scoring_ends_once_the_verdict_is_known(
     run: Callable[..., Any], recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
@@ -335,7 +352,7 @@ def test_scoring_ends_once_the_verdict_is_known(
     again = run("good", "evaluate.stop=known")
     assert newest_run(prefect_url) == "Cached" and again.comparison[-1] == better.comparison[-1]
     run("noise", "evaluate.stop=known", "register.gate.policy=not_worse")
-    assert newest_run(prefect_url) == "Cached"
+    assert newest_run(prefect_url) == "Rejected"  # by another champion
 
 
 def test_what_is_promoted_early_is_scored_on_all_documents_afterwards(

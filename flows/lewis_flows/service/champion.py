@@ -4,8 +4,8 @@
     python -m lewis_flows.service.champion run PORT
 
 `choose` checks what is needed and notes the model of a recipe, which the slots are to have; `run` does what
-`lewis.serving.slots` says is wanted. It starts again what ends, with growing pauses. HAProxy asks clients for the key,
-lets them do what the OpenAI API has and nothing else, and answers 503 while no server has the model.
+`lewis.serving.slots` says is wanted. It starts again what ends or hangs, with growing pauses. HAProxy asks clients for
+the key, lets them do what the OpenAI API has and nothing else, and answers 503 while no server has the model.
 """
 
 import importlib.util
@@ -31,6 +31,8 @@ from lewis_flows.service.processes import answers, free_port
 _TICK = 0.2  # seconds between two looks
 _GRACE = 10.0  # seconds from SIGTERM to SIGKILL, for a server or its orphans
 _DRAIN = 600.0  # seconds that a server may take for the requests that it has
+_ASK = 10.0  # seconds between two questions whether a server that is ready still answers
+_SILENT = 120.0  # a server that was ready and answers nothing for this long (s) hangs
 _STABLE = 60.0  # a server that ran this long (s) starts a new count of failures
 _MOST = 60.0  # longest pause between two starts, seconds
 _SHOWN = 1500  # characters at the end of a server's log that a message shows
@@ -64,7 +66,7 @@ class Server:
         self._router, self._folder = router, folder
         self._process: subprocess.Popen[bytes] | None = None
         self._log = Path()
-        self._started = self._next = self._closed = 0.0
+        self._started = self._next = self._closed = self._asked = self._heard = 0.0
         self._ending = False
 
     @property
@@ -86,9 +88,23 @@ class Server:
             return
         elif wanted and self.has and self._fits(wanted):
             self.has, self._closed = wanted, 0.0
-            self.ready = self.ready or answers(f"{self.url}/health")
+            self._look()
         else:
             self._drain()
+
+    def _look(self) -> None:
+        """Find out whether it answers; one that hangs is ended, and starts again as one that died."""
+        if self.ready and time.monotonic() < self._asked + _ASK:
+            return
+        if answers(f"{self.url}/health"):
+            self.ready, self._heard = True, time.monotonic()
+        elif self.ready and time.monotonic() > self._heard + _SILENT:
+            assert self._process is not None
+            print(f"{self.name}: the server has not answered for {_SILENT:.0f} s; it is ended", flush=True)  # noqa: T201
+            self._router.close(self.name)
+            self._process.send_signal(signal.SIGTERM)  # its guard kills it
+            self.ready = False
+        self._asked = time.monotonic()
 
     def now(self, share: int) -> Running:
         """The state of the server, for the note that other processes read."""

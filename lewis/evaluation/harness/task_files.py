@@ -62,13 +62,14 @@ def find_tasks(tasks: Iterable[str], root: Path, among: Iterable[str] = ()) -> F
     Args:
         tasks: paths of YAML files relative to `root`, and names of tasks or groups.
         root: the recipe's folder; a name is looked up next to the named files, in `root/tasks` and in `root`.
-        among: the tasks of the recipe, if `tasks` are some of them: names are looked up next to all named files.
+        among: the tasks of the recipe, if `tasks` are some of them: names are looked up next to all named files, in
+            the recipe's order.
 
     Raises:
         InputError: if a named file cannot be read, or two named files define the same task.
     """
     tasks = list(tasks)
-    named = {item: read_task(root / item) for item in (*tasks, *among) if item.endswith((".yaml", ".yml"))}
+    named = {item: read_task(root / item) for item in (*among, *tasks) if item.endswith((".yaml", ".yml"))}
     folders = dict.fromkeys(
         [*(task.path.parent for task in named.values()), (root / "tasks").resolve(), root.resolve()]
     )

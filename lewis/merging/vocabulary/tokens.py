@@ -42,7 +42,7 @@ class Target:
     def finish(self, folder: Path, source: Mapping[str, Any]) -> None:
         """Change the result's config and tokenizer files, copied from base and donor, to this vocabulary."""
         path = folder / "config.json"
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
         before = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
         changed = config | {key: source[key] for key in config.keys() & source.keys() if key.endswith("_token_id")}
         for block in (changed, *(value for value in changed.values() if isinstance(value, dict))):
@@ -84,7 +84,7 @@ def plain_entry(token: str, number: int) -> dict[str, Any]:
 
 def _add_tokens(folder: Path, added: Sequence[Mapping[str, Any]]) -> None:
     path = folder / TOKENIZER
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_bytes())
     content["added_tokens"] = [*(content.get("added_tokens") or []), *added]
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     settings = store.read_json(folder / "tokenizer_config.json")

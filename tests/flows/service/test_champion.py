@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ from lewis.serving.local import LocalTarget
 from lewis.serving.records import served
 from lewis.store.secrets import UP_SERVE_KEY
 from lewis_flows.service import champion
+from lewis_flows.service.champion_router import Router
 from tests.conftest import Family
 from tests.support.here import Here, clients
 from tests.support.lineage import crowned, with_tokenizer
 from tests.support.models import write_llama
+from tests.support.service import free_port
 from tests.support.vllm_stub import write_vllm
 
 pytestmark = pytest.mark.skipif(champion.program("haproxy") is None, reason="apt install haproxy")
@@ -86,6 +89,39 @@ def test_what_dies_is_started_again_with_what_it_had(here: Here, family: Family,
     here.__enter__()
     here.until(record.alias)
     assert service.serve(LOCAL, back()) == (served("tiny")[0], False)
+
+
+def test_a_server_that_hangs_is_started_again(
+    home: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kept all requests, each of which waited for an hour, and status had nothing to say."""
+    monkeypatch.setenv("LEWIS_UP_SERVE_COMMAND", write_vllm(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name, seconds in {"_ASK": 0.1, "_SILENT": 1.0, "_GRACE": 0.5}.items():
+        monkeypatch.setattr(champion, name, seconds)
+    ports = {name: free_port() for name in slots.NAMES}
+    router = Router(free_port(), ports)
+    server = champion.Server("blue", ports["blue"], "tiny", router, tmp_path / "slots")
+
+    def until(found: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not found():
+            assert time.monotonic() < deadline
+            router.start()
+            server.follow(slots.Slot("tiny-1", str(family.base)), start=True)
+            time.sleep(0.05)
+
+    try:
+        until(lambda: server.ready)
+        found = subprocess.run(["pgrep", "-f", f"port {ports['blue']}"], capture_output=True, text=True)
+        os.kill(int(found.stdout.split()[-1]), signal.SIGSTOP)  # the first is its guard
+        until(lambda: server.failures == 1)
+        until(lambda: server.ready)
+    finally:
+        for process in (server._process, router._process):
+            if process:
+                process.terminate()
+                process.wait(30)
 
 
 def test_what_does_not_start_or_is_refused_leaves_the_old_one(

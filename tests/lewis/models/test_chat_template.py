@@ -1,6 +1,9 @@
 """One answer to what chat template a folder has, wherever a version of transformers keeps it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +33,20 @@ def test_the_template_of_a_folder(tmp_path: Path, files: dict[str, object], expe
         text = content if isinstance(content, str | bytes) else json.dumps(content)
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     assert template_in(tmp_path) == expected
+
+
+def test_files_are_utf_8_in_every_locale(tmp_path: Path) -> None:
+    """An entry of the store counted as absent, a plan ended in a traceback, and a template could not be written."""
+    code = (
+        "import sys; from pathlib import Path; from lewis import store\n"
+        "from lewis.models.chat_template import template_in, write_template\n"
+        "from lewis.models.config_class import _source\n"
+        "folder, text = Path(sys.argv[1]), 'gr\\xfc\\xdfe'\n"
+        "store.write_json(folder / 'tokenizer_config.json', {'chat_template': 'old', 'name': text})\n"
+        "write_template(folder, text); store.write_json(folder / 'x.json', [text])\n"
+        "assert template_in(folder) == text and store.read_json(folder / 'x.json') == [text]\n"
+        "assert _source('models/auto/auto_mappings.py')\n"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, env=os.environ | plain)
+    assert done.returncode == 0, done.stderr.decode()

@@ -528,8 +528,9 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
         for d in "abc"
     )
     promotion.promote(first, replace(PASSED, metric="addition/acc,none", luck=0.01), by="the run x")
-    promotion.promote(second, FAILED)
-    promotion.promote(second, FAILED)  # again and nothing new: the next night's run
+    assert promotion.promote(second, FAILED).new
+    assert not promotion.promote(second, FAILED).new  # the next night's run
+    assert promotion.promote(second, replace(FAILED, reasons=("another rule: fail",))).new
     promotion.promote(third, replace(PASSED, compared_with=first.uri))
     assert promotion.promote_by_hand("tiny", "2", "the customer wants it") == third.uri
     assert aliases() == {"champion": "2", "previous": "3", "challenger": "2"}
@@ -539,18 +540,20 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
     assert [(each.what, each.version[-1], (each.champion or "-")[-1]) for each in told] == [
         ("promoted", "1", "-"),
         ("rejected", "2", "1"),
+        ("rejected", "2", "1"),
         ("promoted", "3", "1"),
         ("promoted by hand", "2", "3"),
         ("rolled back", "3", "2"),
     ]
-    assert [each.why for each in told[1:4:2]] == [FAILED.reasons[0], "the customer wants it"]
+    reasons = [FAILED.reasons[0], "another rule: fail", "the customer wants it"]
+    assert [told[place].why for place in (1, 2, 4)] == reasons
     newest, *_, oldest = history.lines(told)
     assert re.fullmatch(r"\S+ \S+  rolled back +v3 +in place of v2 +it was rude \(.*\)", newest)
     assert re.search(r"  promoted +v1 +the first +\(the run x\)$", oldest)  # whose rules all passed
     assert re.search(r" the first +addition/acc.*: pass \(the run x\)$", history.lines(told, verbose=True)[-1])
     assert "v1 stays" in history.lines(told)[3] and ": fail (" in history.lines(told)[3]
     assert all("\n" not in line for line in history.lines(told))
-    assert champion_over_versions("tiny") == [(1, 0.9), (2, 0.9), (3, 0.7), (3, 0.8), (3, 0.7)]
+    assert champion_over_versions("tiny") == [(1, 0.9), (2, 0.9), (2, 0.9), (3, 0.7), (3, 0.8), (3, 0.7)]
     check_png(history.picture("tiny"))
     assert promotion.withdrawn("tiny", "b" * 64) == "it was rude" and promotion.withdrawn("tiny", "c" * 64) is None
     with pytest.raises(InputError, match=r"models:/tiny/2, .* was rolled back itself \(it was rude\)"):

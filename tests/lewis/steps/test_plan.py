@@ -11,13 +11,14 @@ from lewis import library, store
 from lewis.devices import default_device
 from lewis.errors import InputError
 from lewis.evaluation.harness import builtin_tasks
-from lewis.importance.step import ImportanceEntry
+from lewis.importance.calibration import Calibration
+from lewis.importance.step import CalibrationInput, ImportanceEntry, find_calibration
 from lewis.recipe.recipe import Recipe
 from lewis.steps.plan import Plan, make_plan
 from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.local_hub import LocalHub
-from tests.support.models import parse, write_llama
+from tests.support.models import WORDS, parse, write_llama, write_tokenizer
 
 SETS = {"sums": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}}
 
@@ -273,6 +274,25 @@ class TestHub:
             "to do",
             "to do",
         )
+
+    def test_rows_are_written_by_the_tokenizer_of_an_adapter_in_the_base(
+        self, family: Family, hub: LocalHub, tmp_path: Path
+    ) -> None:
+        """The merge has that tokenizer; rows were written by that of the model below it."""
+        own = shutil.copytree(family.lora, tmp_path / "own")
+        write_tokenizer(own, WORDS[::-1])
+        for name, folder in (("base", family.base), ("own", own), ("math", family.math)):
+            hub.commit(f"org/{name}", folder)
+        recipe = recipe_of("org/base+org/own", "org/math", lewis={"calibrations": SETS})
+        make_plan(recipe)
+        assert self.downloads(hub) == []
+        base, _ = pipeline.pin_all(recipe)
+        assert base is not None and recipe.lewis is not None
+        files = pipeline.download(base)
+        found = find_calibration(CalibrationInput("sums", recipe.lewis.calibrations["sums"], recipe.root, files))
+        assert found is not None  # the plan's is that of the run
+        expected = [tuple(62 - int(word[1:]) for word in text.split()) for text in SETS["sums"]["texts"]]
+        assert sorted(Calibration.load(found.path).samples) == sorted(expected)
 
     def test_refuses_other_shapes_before_downloading_them(self, family: Family, hub: LocalHub, tmp_path: Path) -> None:
         hub.commit("org/base", family.base)

@@ -760,6 +760,15 @@ class TestDigest:
         assert mats == tasks_digest(EvalSettings(("more/mats.yaml",), coded))
         assert rows == tasks_digest(EvalSettings(("more/rows.yaml",), coded))
 
+    def test_a_name_that_two_folders_define_is_that_of_the_first_file_of_the_recipe(self, root):
+        """Alone, a task of the second file was looked up next to that: another one was checked than scored."""
+        for folder, member in (("a", CHOICE), ("b", ANSWERS)):
+            (root / folder).mkdir()
+            write_task(root / folder / "inner.yaml", {**member, "task": "inner"})
+            write_task(root / folder / "group.yaml", {"group": folder, "task": ["inner"]})
+        settings = EvalSettings(("a/group.yaml", "b/group.yaml", "inner"), root)
+        assert {each.found().files["inner"].path for each in (settings, *settings.by_task())} == {root / "a/inner.yaml"}
+
     def test_a_group_covers_its_members(self, root):
         write_task(root / "tasks/both.yaml", {"group": "both", "task": ["pets", "answers"]})
         before = tasks_digest(EvalSettings(("both",), root))
