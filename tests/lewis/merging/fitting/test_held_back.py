@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from lewis.importance.calibration import Calibration
@@ -14,7 +17,7 @@ from lewis.merging.calibration_rows import hold_back
 from lewis.merging.fitting import held_back
 from lewis.merging.fitting.held_back import Distance, Verdict
 from lewis.merging.fitting.losses import RowLoss
-from lewis.merging.run import Merge
+from lewis.merging.run import Merge, text_of_fit
 from lewis.models.network.module_tree import Network
 from tests.conftest import Family
 from tests.lewis.merging.fitting.test_fit import prepare, recipe_of, texts
@@ -114,6 +117,49 @@ def test_an_expert_that_answers_no_better_than_the_base_is_named(
     useless = {expert.ref for expert in merge.experts if gains[expert.ref] <= 0}  # which is random: noise
     named = {ref for ref in gains if f"{ref}: on its held-back rows it is no better than the base" in caplog.text}
     assert named == useless and useless
+
+
+@pytest.mark.parametrize(
+    "seen, taken",
+    [
+        ([(0.2, 0.9), (0.1, 0.5)], 0),
+        ([(0.2, 0.9), (0.1, 1.5), (0.15, 0.8)], 1),  # a row is broken
+        ([(0.2, 0.9), (0.3, 0.5), (0.1, 0.5)], 1),  # worse than the anchor
+        ([(0.2, 0.9), (0.3, 0.5), (0.1, 1.5)], None),
+        ([(0.2, 2.0), (0.1, 1.5), (0.15, 1.4)], 0),  # broken, but the anchor is more so
+        ([(0.2, 0.9), (float("nan"), float("nan")), (0.1, 0.5)], 1),
+    ],
+)
+def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
+    seen: list[tuple[float, float]],
+    taken: int | None,
+    family: Family,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    merge, distances = held(family, tmp_path, prior=0.5), [Distance(*each) for each in seen]
+    monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
+    steps: list[int] = []
+    with caplog.at_level(logging.INFO):
+        written = merge.run(tmp_path / "out", progress=lambda _, done, total: steps.append(done))
+    assert steps == sorted(steps)
+    verdict = Verdict.from_json(written.manifest["held_back"])
+    assert verdict.taken == taken and len(verdict.fits) == len(seen) - 1 and not distances
+    assert written.fit == text_of_fit(written.manifest) and written.fit in caplog.text
+    assert ("the anchor is taken" in written.fit) == (taken is None)
+    plain = tmp_path / "plain"
+    if taken is None:
+        expected = {name: merge.tensor(name) for name in merge.layout}
+    else:
+        sets = [expert.calibration for expert in merge.experts]
+        values = {"ridge": 0.1, "prior": 0.5} if taken == 0 else {"ridge": 1.0, "prior": 3.0}
+        again = prepare(recipe_of(family.base, family.experts, parameters=values))
+        experts = tuple(replace(e, calibration=rows) for e, rows in zip(again.experts, sets, strict=True))
+        replace(again, experts=experts).run(plain)
+        expected = load_file(plain / "model.safetensors")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_of_whole_texts_only_broken_rows_count(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
