@@ -21,7 +21,8 @@ _ROPES = ("rope_parameters", "rope_scaling")
 def check_values(folder: Path, config: Mapping[str, Any]) -> None:
     """Check that each value of a config has the type that transformers' class declares, and names functions that exist.
 
-    A `model_type` that transformers does not know, and keys that its class does not declare, are not checked.
+    A `model_type` that transformers does not know, and keys that its class does not declare, are not checked; nor is a
+    config whose class comes with the model (`auto_map`).
 
     Args:
         folder: of the model.
@@ -30,6 +31,8 @@ def check_values(folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         InputError: naming the key, what was expected and what was given.
     """
+    if "auto_map" in config:
+        return
     for where, block in (("", config), *((f"{key}.", each) for key, each in config.items() if isinstance(each, dict))):
         for key, expected in _unlike_class(block):
             raise InputError(

@@ -158,3 +158,7 @@ def test_a_network_that_is_not_of_these_tensors(
         else:
             [error] = refused(recipe).errors
             assert error.kind == "no fit" and re.search(f"odd: {told}", error.what)
+
+
+def test_a_config_whose_class_comes_with_the_model_may_have_other_types() -> None:
+    check_values(Path("model"), {"model_type": "llama", "rms_norm_eps": "1e-6", "auto_map": {"AutoConfig": "own.Own"}})
