@@ -143,11 +143,12 @@ def _unmerged_release(recipe: str) -> Moved | None:
         found = release_event.announced(client, datetime.now(UTC) - REMEMBER, recipe)
         if not found:
             return None
-        last, told = found[0], found[0].payload
+        last = found[0]
         for run in _runs(client, recipe, prefect_runs.ENDED, end_time={"after_": last.occurred}):
             if did_its_work(run) and _looked_since(run, last.occurred) and not run.parameters.get("overrides"):
                 return None
-    return Moved(str(told.get("ref")), str(told.get("repo")), told.get("old"), str(told.get("new")))
+    release = last.payload
+    return Moved(str(release.get("ref")), str(release.get("repo")), release.get("old"), str(release.get("new")))
 
 
 def _merge_edits(recipes: Sequence[Recipe], report: WatchReport) -> None:

@@ -87,7 +87,7 @@ def preflight(
             with repository.blaming(source.model, "config.json"):
                 check_config(home, own, shapes)
                 if network:
-                    check_network(home, shapes)
+                    check_network(home, own, shapes)
         for adapter in source.adapters:
             folder = repository.fetch(adapter, weights=False)
             with repository.blaming(adapter, CONFIG, "unusable"):

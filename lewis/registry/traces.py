@@ -54,10 +54,8 @@ def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, m
                 )
                 traces.start_trace(trace)
                 spans.append(span)
-        if spans:
-            traces.log_spans(
-                experiment, spans
-            )  # after their traces: MLflow writes a trace twice that has spans already
+        if spans:  # after their traces: MLflow writes a trace twice that has spans already
+            traces.log_spans(experiment, spans)
     except (MlflowException, NotImplementedError) as error:  # such as a server without traces
         logger.warning(
             "the answers of %s and %s are not all in MLflow's traces, the version itself is registered: %s",

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
 def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
     """Refuse models that do not fit together, before they are downloaded, and show what their configs say."""
-    for told in compatible.preflight(recipe, base, experts, network=recipe.needs_network):
-        logger.info(told)
+    for renamed in compatible.preflight(recipe, base, experts, network=recipe.needs_network):
+        logger.info(renamed)
     settings = inspection_settings(recipe)
     findings = before_download(base, experts, settings) if recipe.inspect.on != "off" else []
     for finding in findings:

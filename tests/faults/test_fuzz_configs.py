@@ -37,13 +37,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind", architectures() if DRAWS > 1000 else FEW)
-def test_of_every_architecture(kind: str) -> None:
+def tiny_or_skip(kind: str) -> tuple[Any, dict[str, Any]]:
+    """A tiny model of an architecture, and its whole config."""
     try:
         model = tiny(kind)
     except Exception as error:
         pytest.skip(f"transformers has no tiny one: {error}")
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    return model, json.loads(model.config.to_json_string(use_diff=False))
+
+
+@pytest.mark.parametrize("kind", architectures() if DRAWS > 1000 else FEW)
+def test_of_every_architecture(kind: str) -> None:
+    model, config = tiny_or_skip(kind)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_config(Path("model"), config, shapes)
     for path in ((), ("text_config",)):
@@ -64,11 +69,7 @@ VALUES = ["x", 1, -1, 0, 1.5, True, None, [], [1], ["a"], {}, {"a": 1}, {"rope_t
 @pytest.mark.parametrize("kind", architectures() if DRAWS > 1000 else FEW)
 def test_values_as_the_class_of_the_config_takes_them(kind: str) -> None:
     """Refused is what transformers refuses, by the types of its class or when it builds the network; no more."""
-    try:
-        model = tiny(kind)
-    except Exception as error:
-        pytest.skip(f"transformers has no tiny one: {error}")
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    model, config = tiny_or_skip(kind)
     check_values(Path("model"), config)
     refused, missed = 0, []
     for key, value in ((key, value) for key in config.keys() - {"model_type"} for value in VALUES):
@@ -134,7 +135,7 @@ def test_before_any_work(family: Family, home: Path, tmp_path: Path, change: dic
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"layer_types": ["unheard", "unheard"]}, "transformers cannot build this model: "),
         ({"pad_token_id": 9999}, "transformers cannot build this model: "),
@@ -143,7 +144,7 @@ def test_before_any_work(family: Family, home: Path, tmp_path: Path, change: dic
     ],
 )
 def test_a_network_that_is_not_of_these_tensors(
-    family: Family, home: Path, tmp_path: Path, change: dict[str, Any], told: str
+    family: Family, home: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     """Its sizes and types alone say nothing; transformers builds it, or not, where a run needs it anyway."""
     odd = rewrite(family.math, tmp_path / "odd", lambda name, tensor: tensor)
@@ -153,11 +154,11 @@ def test_a_network_that_is_not_of_these_tensors(
     recipe = parse({"merge_method": "ties", "base_model": str(family.base), "models": models, "evaluate": tasks})
     for refused in (lewis.plan, lewis.inspect):
         if refused is lewis.plan or "unheard" in change.values():
-            with pytest.raises(LewisError, match=f"odd: {told}"):
+            with pytest.raises(LewisError, match=f"odd: {message}"):
                 refused(recipe)
         else:
             [error] = refused(recipe).errors
-            assert error.kind == "no fit" and re.search(f"odd: {told}", error.what)
+            assert error.kind == "no fit" and re.search(f"odd: {message}", error.what)
 
 
 def test_a_config_whose_class_comes_with_the_model_may_have_other_types() -> None:

@@ -125,9 +125,8 @@ def print_table(rows: Sequence[Mapping[str, object]]) -> None:
         for name in shown[0]:
             table.add_column(Text(name), overflow="fold")
         for row in shown:
-            table.add_row(
-                *(Text(visible(str(value))) for value in row.values())
-            )  # Text: a name with brackets is no markup
+            # As `Text`, a name with brackets is no markup.
+            table.add_row(*(Text(visible(str(value))) for value in row.values()))
         with console.capture() as text:  # if the reader has ended, `print` raises, but a console would exit
             console.print(table)
         print(text.get(), end="")

@@ -165,8 +165,8 @@ def _ask(followers: Mapping[str, tuple[str, str]], new: str) -> tuple[set[str], 
             for recipe, (repo, ref) in followers.items():
                 if prefect_runs.is_paused(client, recipe):
                     paused.add(recipe)
-                told = (event.payload for event in announced(client, since, recipe, repo))
-                if any(each.get("ref") == ref and each.get("new") == new for each in told):
+                payloads = (event.payload for event in announced(client, since, recipe, repo))
+                if any(each.get("ref") == ref and each.get("new") == new for each in payloads):
                     known.add(recipe)
     except httpx.HTTPError:
         logger.info("Prefect does not say which recipes are paused, or which releases it knows")

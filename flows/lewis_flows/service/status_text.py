@@ -84,8 +84,8 @@ def _recipe(recipe: Watched, now: datetime) -> Table:
         table.add_row(Text("not merged"), Text(""), Text("no run has merged what its file says now"))
     if attempt := recipe.attempt(now):
         when = recipe.next_attempt if recipe.next_attempt and recipe.next_attempt > now else None
-        told = f"{moment(when, now)}, since the last merge failed" if when else attempt
-        table.add_row(Text("next attempt"), Text(""), Text(told))
+        shown = f"{moment(when, now)}, since the last merge failed" if when else attempt
+        table.add_row(Text("next attempt"), Text(""), Text(shown))
     if recipe.scores:
         (first, *_), (last, value) = recipe.scores, list(recipe.scores.items())[-1]
         line = f"{sparkline(list(recipe.scores.values()))}  versions {first} to {last}, the last {value:.4g}"

@@ -67,7 +67,7 @@ def known_network(folder: Path) -> Any | None:
         return None
 
 
-def check_network(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_network(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Build the network of a config without weights, and compare its parameters with the tensors of the same names.
 
     Nothing is checked if transformers has no class of the `model_type` that generates text, or if the model needs code
@@ -75,6 +75,7 @@ def check_network(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
     Args:
         folder: of the model.
+        config: parsed.
         shapes: of its tensors.
 
     Raises:
@@ -84,7 +85,6 @@ def check_network(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """
     from transformers import CONFIG_MAPPING, __version__
 
-    config = read_config(folder)
     if "auto_map" in config:
         return
     if (kind := config.get("model_type")) not in CONFIG_MAPPING:
