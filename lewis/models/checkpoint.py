@@ -17,8 +17,8 @@ from lewis.models.files.safetensors_file import TensorFile, same_bits
 from lewis.models.gguf import open_gguf
 from lewis.models.model import TensorInfo
 from lewis.models.names import EMBEDDINGS, HEADS, is_buffer, unwrapped
-from lewis.models.quantised.find import check_plain, find
-from lewis.models.quantised.settings import dtype_of, settings_of, without
+from lewis.models.quantised.find import find
+from lewis.models.quantised.settings import without
 from lewis.models.quantised.stored import Packed, Stored
 
 
@@ -81,15 +81,10 @@ class Checkpoint:
         if not self._files and (self.folder / GGUF_TABLE).is_file():
             self._packed, dtype = open_gguf(self.folder, self.config)
             return {name: TensorInfo(dtype, packed.shape, GGUF_TABLE) for name, packed in self._packed.items()}
-        settings = settings_of(self.folder, self.config)
-        headers = {name: (info.dtype, info.shape) for name, info in self._stored.items()}
-        if settings is not None:
-            found = find(self.folder, settings, headers, self._part)
-            self.config, self._packed = without(self.config), found.weights
-            headers = found.logical(headers, dtype_of(self.config))
-        check_plain(self.folder, headers, settings)
-        if settings is None:
-            return self._stored
+        stored = {name: (info.dtype, info.shape) for name, info in self._stored.items()}
+        self._packed, headers = find(self.folder, self.config, stored, self._part)
+        if self._packed:
+            self.config = without(self.config)
         return {
             name: TensorInfo(dtype, shape, self._stored[self._parts(name)[0]].file)
             for name, (dtype, shape) in headers.items()

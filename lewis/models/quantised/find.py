@@ -14,11 +14,10 @@ import numpy as np
 
 from lewis.errors import InputError
 from lewis.models.dtypes import DTYPES, EIGHT_BIT_FLOATS, MERGED
+from lewis.models.files.safetensors_file import Headers
 from lewis.models.quantised import scaled, words
-from lewis.models.quantised.settings import Settings
+from lewis.models.quantised.settings import Settings, dtype_of, settings_of, without
 from lewis.models.quantised.stored import Packed, Read
-
-Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # stored tensor -> dtype as safetensors names it, shape
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")  # next to a `weight`
@@ -30,80 +29,72 @@ _UNUSED = (  # of activations, of the cache of keys and values, and of formats w
 _BNB = ".quant_state.bitsandbytes__"
 
 
-class Found:
-    """The weights that are computed, and the stored tensors that are none by themselves.
-
-    Attributes:
-        weights: name -> how it is computed.
-        parts: the stored tensors that weights are computed from, or that no weight needs.
-    """
-
-    def __init__(self) -> None:
-        self.weights: dict[str, Packed] = {}
-        self.parts: set[str] = set()
-
-    def logical(self, headers: Headers, default: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype and shape of every tensor of the model, in the order of the stored ones.
-
-        Args:
-            headers: of the stored tensors.
-            default: the dtype of dequantised weights where the checkpoint states none; empty: that of most tensors.
-        """
-        kept = Counter(dtype for name, (dtype, _) in headers.items() if name not in self.parts)
-        default = default or next((dtype for dtype, _ in kept.most_common() if dtype in MERGED.values()), "BF16")
-        found: dict[str, tuple[str, tuple[int, ...]]] = {}
-        first = {next(iter(packed.parts.values())): name for name, packed in self.weights.items()}
-        for stored, (dtype, shape) in headers.items():
-            if name := first.get(stored):
-                found[name] = (self.weights[name].dtype or default, self.weights[name].shape)
-            elif stored not in self.parts:
-                found[stored] = (dtype, shape)
-        return found
-
-
-def find(where: object, settings: Settings, headers: Headers, read: Read | None = None) -> Found:
-    """Find the weights of a quantised checkpoint.
+def find(
+    where: object, config: Mapping[str, Any], headers: Headers, read: Read | None = None
+) -> tuple[dict[str, Packed], Headers]:
+    """Find the quantised weights of a checkpoint, and what tensors its model has.
 
     Args:
         where: the model, for error messages.
-        settings: its quantisation, as config.json has it.
+        config: its parsed config.json, which says how it is quantised.
         headers: of its stored tensors.
         read: reads a stored tensor; None if only the headers are here: then the shape of a weight may be unknown.
 
+    Returns:
+        Quantised weight -> how it is computed, empty if the config names no quantisation; and dtype and shape of every
+        tensor of the model, in the order of the stored ones.
+
     Raises:
-        InputError: if a part is missing, or parts do not fit together, or nothing is quantised.
+        InputError: if the quantisation is not supported, a part is missing, parts do not fit together, nothing is
+            quantised though the config says so, or what is not quantised cannot be merged.
     """
+    settings = settings_of(where, config)
+    weights, parts = _weights(where, settings, headers, read) if settings else (dict[str, Packed](), set[str]())
+    kept = Counter(dtype for name, (dtype, _) in headers.items() if name not in parts)
+    most = next((dtype for dtype, _ in kept.most_common() if dtype in MERGED.values()), "BF16")
+    default = dtype_of(without(config)) or most
+    found: Headers = {}
+    first = {next(iter(packed.parts.values())): name for name, packed in weights.items()}
+    for stored, header in headers.items():
+        if name := first.get(stored):
+            found[name] = (weights[name].dtype or default, weights[name].shape)
+        elif stored not in parts:
+            found[stored] = header
+    _check_plain(where, found, settings)
+    return weights, found
+
+
+def _weights(
+    where: object, settings: Settings, headers: Headers, read: Read | None
+) -> tuple[dict[str, Packed], set[str]]:
+    """The quantised weights; and the stored tensors that they are computed from, or that no weight needs."""
     if smoothed := next((name for name in headers if name.endswith(".pre_quant_scale")), None):
         raise InputError(
             f"{where}: {smoothed!r}: activations are multiplied before they come to this weight, which a merge cannot "
             "do; use the unquantised model"
         )
     finder = _Finder(where, settings, headers, read)
-    found = Found()
+    weights = dict[str, Packed]()
+    parts = {name for name in headers if name.rpartition(".")[2] in _UNUSED or _BNB in name}
     for name in headers:
         try:
             for weight, packed in finder.weights_at(name):
                 if settings.stores_transposed(weight):
                     packed = _transposed(packed)
-                found.weights[weight] = packed
-                found.parts.update(packed.parts.values())
+                weights[weight] = packed
+                parts.update(packed.parts.values())
         except (ValueError, KeyError, IndexError, ZeroDivisionError, TypeError) as error:
             raise InputError(f"{where}: {name!r} cannot be read as {settings.method}: {error!r}") from error
-    if not found.weights:
+    if not weights:
         raise InputError(
             f"{where}: config.json says that the weights are quantised ({settings.method}), but no tensor is stored "
             "so; remove quantization_config from it if they are not, else take the config.json of these weights"
         )
-    found.parts |= {name for name in headers if name.rpartition(".")[2] in _UNUSED or _BNB in name}
-    return found
+    return weights, parts
 
 
-def check_plain(where: object, headers: Headers, settings: Settings | None) -> None:
-    """Check that what is left when the quantised weights are taken out can be merged.
-
-    Raises:
-        InputError: naming a tensor that is quantised itself.
-    """
+def _check_plain(where: object, headers: Headers, settings: Settings | None) -> None:
+    """Raise InputError if one of the model's tensors is still quantised."""
     for name, (dtype, shape) in headers.items():
         whole = name.endswith("weight") and dtype in ("I8", "U8", "I32") and len(shape) > 1
         if dtype in DTYPES and dtype not in EIGHT_BIT_FLOATS and not whole and not name.endswith(".qweight"):

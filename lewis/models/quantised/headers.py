@@ -10,14 +10,12 @@ from lewis.models.config import read_config
 from lewis.models.files.folder import GGUF_TABLE
 from lewis.models.files.safetensors_file import Headers, TensorFile
 from lewis.models.network.network_class import known_network
-from lewis.models.quantised.find import check_plain, find, not_here
-from lewis.models.quantised.settings import dtype_of, settings_of
+from lewis.models.quantised.find import find, not_here
+from lewis.models.quantised.settings import settings_of
 from lewis.models.quantised.stored import Stored
 
 
-def dequantised(
-    where: object, folder: Path, headers: Headers, files: Mapping[str, Collection[str]] | None
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def dequantised(where: object, folder: Path, headers: Headers, files: Mapping[str, Collection[str]] | None) -> Headers:
     """Dtype and shape of each tensor of the model, named as before it was quantised.
 
     Args:
@@ -31,23 +29,17 @@ def dequantised(
     """
     if not (folder / "config.json").is_file():
         return dict(headers)
-    config = read_config(folder)
-    settings = settings_of(where, config)
-    found: dict[str, tuple[str, tuple[int, ...]]] = dict(headers)
-    if settings is not None:
-        opened: dict[str, TensorFile] = {}
+    opened: dict[str, TensorFile] = {}
 
-        def read(name: str) -> Stored:
-            file = next(file for file, names in (files or {}).items() if name in names)
-            if file not in opened:
-                opened[file] = TensorFile(folder / file)
-            return Stored(*headers[name], opened[file].bits(name))
+    def read(name: str) -> Stored:
+        file = next(file for file, names in (files or {}).items() if name in names)
+        if file not in opened:
+            opened[file] = TensorFile(folder / file)
+        return Stored(*headers[name], opened[file].bits(name))
 
-        made = find(where, settings, headers, read if files else None)
-        found = made.logical(headers, dtype_of(config))
-        if unknown := {name for name, packed in made.weights.items() if packed.decode is not_here}:
-            found |= {name: (found[name][0], shape) for name, shape in _of_class(folder, found, unknown).items()}
-    check_plain(where, found, settings)
+    weights, found = find(where, read_config(folder), headers, read if files else None)
+    if unknown := {name for name, packed in weights.items() if packed.decode is not_here}:
+        found |= {name: (found[name][0], shape) for name, shape in _of_class(folder, found, unknown).items()}
     return found
 
 
