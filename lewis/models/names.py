@@ -9,8 +9,7 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 PER_TOKEN = (*EMBEDDINGS, *HEADS, "lm_head.bias", "embed_out.bias")  # their first dimension is the vocabulary
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _WRAPPED = ("module.", "base_model.model.")  # DistributedDataParallel, PEFT
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-
+NUMBER = re.compile(r"(?:^|\.)(\d+)\.")  # of the layer that a tensor is in
 
 _KEYS_AND_VALUES = {"k", "v", "kv", "qkv", "qkvz", "key", "value", "keys", "values", "wqkv", "wk", "wv"}
 # Projections that give keys and values among other things, or the state of a recurrence.
@@ -43,7 +42,7 @@ def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
 
 def layer_of(name: str) -> int | None:
     """The number of the layer that a tensor is in; None outside of the layers."""
-    match = _LAYER.search(name)
+    match = NUMBER.search(name)
     return int(match[1]) if match else None
 
 

@@ -12,9 +12,8 @@ from lewis.errors import InputError
 from lewis.lazy_torch import torch
 from lewis.models.files.safetensors_file import same_bits
 from lewis.models.model import Model, TensorInfo, View
-from lewis.models.names import EMBEDDINGS, HEADS, PER_TOKEN, layer_of
+from lewis.models.names import EMBEDDINGS, HEADS, NUMBER, PER_TOKEN, layer_of
 
-_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 _BEFORE = re.compile(r"embed(?!_out)|(^|\.)(wte|wpe|shared|project_in)(\.|$)")
 _AFTER = re.compile(r"embedding_norm")  # LFM2's last norm
 
@@ -58,7 +57,7 @@ def layers_of(ref: str, names: Iterable[str]) -> Layers:
     stacks: dict[str, dict[int, list[str]]] = {}
     outside = []
     for name in names:
-        match = _NUMBER.search(name)
+        match = NUMBER.search(name)
         if match is None:
             outside.append(name)
         else:
@@ -104,7 +103,8 @@ def _parent(prefix: str) -> str:
 
 def _comes_after(name: str, prefix: str, towers: Sequence[str]) -> bool:
     """Whether a tensor outside of the layers belongs to the output: it is the language model's, and no embedding."""
-    if is_before_layers(name):
+    embeds = _BEFORE.search(name) and not _AFTER.search(name)
+    if embeds and not name.endswith(HEADS):
         return False
     parent = _parent(prefix)
     depth = parent.count(".")
@@ -118,18 +118,9 @@ def other_depth(one: Model, other: Model) -> bool:
     return depths[0] != depths[1]
 
 
-def is_before_layers(name: str) -> bool:
-    """Whether a tensor outside of the layers belongs to the input: an embedding or its norm, not the head."""
-    return bool(_BEFORE.search(name)) and not _AFTER.search(name) and not name.endswith(HEADS)
-
-
 def as_source(tensor: str, moved: int) -> str:
     """The name of a layer's tensor in a model that has this layer `moved` places further up; others are as they are."""
-    return tensor if layer_of(tensor) is None else _NUMBER.sub(lambda m: _shifted(m, moved), tensor, count=1)
-
-
-def _shifted(match: re.Match[str], by: int) -> str:
-    return match[0].replace(match[1], str(int(match[1]) + by))
+    return NUMBER.sub(lambda match: match[0].replace(match[1], str(int(match[1]) + moved)), tensor, count=1)
 
 
 class Restacked(View):

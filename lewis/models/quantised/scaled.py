@@ -47,20 +47,15 @@ def times_scales(values: np.ndarray, scales: np.ndarray, block: Sequence[int] | 
     return values
 
 
-def decode_scaled(
-    parts: Mapping[str, Stored], block: Sequence[int] | None, grid: tuple[int, ...] | None = None
-) -> np.ndarray:
+def decode_scaled(parts: Mapping[str, Stored], block: Sequence[int] | None, grid: tuple[int, ...]) -> np.ndarray:
     """`weight * scale`: fp8 in any layout, int8 with a scale for each row.
 
     Args:
         parts: `weight`, `scale`, and for asymmetric int8 `zero`.
         block: as that of `times_scales`.
-        grid: shape of the scales; by default as they are stored.
+        grid: shape of the scales.
     """
-    weight, scale = parts["weight"], parts["scale"]
-    factors = powers_of_two(scale) if scale.dtype in ("U8", "F8_E8M0") else scale.floats()
-    factors = factors if grid is None else factors.reshape(grid)
-    values = weight.floats()
+    values, factors = parts["weight"].floats(), _factors(parts["scale"]).reshape(grid)
     if "zero" in parts:
         zero = parts["zero"].floats()
         if zero.size == values.shape[0]:
@@ -76,13 +71,17 @@ def decode_fp4(parts: Mapping[str, Stored], divided: bool) -> np.ndarray:
         parts: `weight`, shape (..., rows, columns / 2); `scale`, a grid; `global`, one more factor for all, if any.
         divided: whether the scales are divided by `global`, as compressed-tensors' are; else multiplied.
     """
-    weight, scale = parts["weight"], parts["scale"]
-    factors = powers_of_two(scale) if scale.dtype in ("U8", "F8_E8M0") else scale.floats()
+    weight, factors = parts["weight"], _factors(parts["scale"])
     if "global" in parts:
         more = parts["global"].floats().reshape(())
         factors = factors / more if divided else factors * more
     values = nibbles(weight.bytes(), E2M1).reshape(*weight.shape[:-1], 2 * weight.shape[-1])
     return times_scales(values, factors)
+
+
+def _factors(scale: Stored) -> np.ndarray:
+    """Scales in fp32, in their shape: numbers, or exponents of two."""
+    return powers_of_two(scale) if scale.dtype in ("U8", "F8_E8M0") else scale.floats()
 
 
 def decode_mxfp4(parts: Mapping[str, Stored]) -> np.ndarray:

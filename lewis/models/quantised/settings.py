@@ -10,7 +10,7 @@ from lewis.errors import InputError
 from lewis.models.dtypes import MERGED
 
 _KEYS = ("quantization_config", "compression_config")  # the second key is that of compressed-tensors before 0.6
-READ = ("fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "gptq", "awq", "compressed-tensors", "auto-round", "modelopt")
+_READ = ("fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "gptq", "awq", "compressed-tensors", "auto-round", "modelopt")
 _FIX = (
     "use the unquantised model; or load it with transformers, which needs that method's package, call "
     "model.dequantize() and save_pretrained()"
@@ -128,7 +128,7 @@ def _guessed(given: Mapping[str, Any]) -> str:
 
 
 def _of_method(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    if method not in READ and method != "intel/auto-round":
+    if method not in _READ and method != "intel/auto-round":
         raise _NotReadError("")
     if method.endswith("auto-round"):
         packing = str(given.get("packing_format"))
