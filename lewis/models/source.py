@@ -22,7 +22,7 @@ from lewis.models.hub.repository import COMMIT
 from lewis.models.lora.expert import LoraExpert, holds_adapter
 from lewis.models.model import Model
 from lewis.models.names import short_or_whole
-from lewis.models.network.renamed import Matched, differ, match, under_names_of, with_tied
+from lewis.models.network.renamed import Matched, Renamed, differ, match, with_tied
 from lewis.models.tokenizer import TOKENIZER
 from lewis.recipe.block import parts_of
 from lewis.recipe.config import MergeConfig
@@ -187,7 +187,7 @@ class ModelFiles(Reference):
         if not isinstance(found, Matched):
             return model
         names = store.digest([version("transformers"), base.shapes])[:16]
-        return _once((*identity, names), under_names_of, base, model, f"{self.key} as {names}", found)
+        return _once((*identity, names), Renamed, model, found, f"{self.key} as {names}")
 
     def _keep(self, *opened: object) -> None:
         """Keep the opened model for as long as this reference exists."""

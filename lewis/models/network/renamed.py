@@ -55,10 +55,15 @@ class Matched:
     conversions: Conversions
 
     @property
+    def whole(self) -> dict[str, str]:
+        """Tensor of the base -> the model's tensor that it is, value by value."""
+        return {name: runs[0].name for name, runs in self.runs.items() if runs[0].stop == _WHOLE}
+
+    @property
     def summary(self) -> str:
         """Which tensors are renamed, cut or joined when they are read, as a sentence."""
-        whole = {name: runs[0] for name, runs in self.runs.items() if len(runs) == 1 and self._is_whole(name)}
-        moved = [f"{run.name} as {name}" for name, run in whole.items() if run.name != name]
+        whole = self.whole
+        moved = [f"{own} as {name}" for name, own in whole.items() if own != name]
         cut = [name for name, runs in self.runs.items() if len(runs) == 1 and name not in whole]
         joined = [name for name, runs in self.runs.items() if len(runs) > 1]
         parts = [f"{len(moved)} tensors are renamed ({moved[0]})"] if moved else []
@@ -68,10 +73,6 @@ class Matched:
         if self.made:
             parts.append(f"{len(self.made)} are computed by transformers' conversion ({next(iter(self.made))})")
         return "read under the base's names: " + ", ".join(parts)
-
-    def _is_whole(self, name: str) -> bool:
-        [run] = self.runs[name]
-        return run.stop == _WHOLE
 
 
 def differ(base: Shapes, model: Shapes) -> bool:
@@ -122,26 +123,10 @@ def _runs(name: str, ours: Layout, theirs: Layout) -> tuple[Run, ...]:
     return tuple(run for each in found for run in each or ()) if all(found) else ()
 
 
-def under_names_of(base: Model, model: Model, key: str, found: Matched | None = None) -> Model:
-    """A model as it is read under the base's names; itself if it has them, or has none of theirs.
-
-    Args:
-        base: whose names.
-        model: to be read.
-        key: identity of what is read, if it is read under other names than its own.
-        found: what `match` gives of them, if that is known.
-    """
-    found = found or match(base.home, with_tied(base), with_tied(model))
-    if found is None:
-        return model
-    logger.info("%s: %s", model.folder, found.summary)
-    return Renamed(base, model, found, key)
-
-
 def with_tied(model: Model) -> dict[str, tuple[int, ...]]:
     """Tensor -> shape, with the tied ones."""
-    tied = {name: model.tensors[stored].shape for name, stored in model.tied.items() if stored in model.tensors}
-    return {**{name: info.shape for name, info in model.tensors.items()}, **tied}
+    shapes = model.shapes
+    return shapes | {name: shapes[stored] for name, stored in model.tied.items() if stored in shapes}
 
 
 class Renamed(View):
@@ -156,13 +141,23 @@ class Renamed(View):
         summary: what is read otherwise than it is stored.
     """
 
-    def __init__(self, base: Model, model: Model, matched: Matched, key: str) -> None:
+    def __init__(self, model: Model, matched: Matched, key: str) -> None:
+        """
+        Args:
+            model: to be read.
+            matched: what it has of the base's tensors, by `match`.
+            key: identity of what is read.
+        """
         self.model, self.folder, self.config, self.key = model, model.folder, model.config, key
         self.summary, self._runs, self._made = matched.summary, dict(matched.runs), matched.made
         self._conversions = matched.conversions
         self._kept: dict[str, tuple[str, np.ndarray]] = {}
         self._lock = Lock()
-        self.tied = self._find_tied(base)
+        logger.info("%s: %s", model.folder, self.summary)
+        names = {own: name for name, own in matched.whole.items()}
+        self.tied = {names.get(head, head): names[of] for head, of in model.tied.items() if of in names}
+        for head in self.tied:
+            self._runs.pop(head, None)
         self.tensors = {
             name: self._info(name, shape) for name, shape in matched.shapes.items() if name not in self.tied
         }
@@ -217,17 +212,6 @@ class Renamed(View):
                     self._kept = {run.name: self.model.raw(run.name)}
                 dtype, bits = self._kept[run.name]
         return dtype, bits if run.stop == _WHOLE else bits[run.start : run.stop]
-
-    def _find_tied(self, base: Model) -> dict[str, str]:
-        """The model's tied head by the base's names."""
-        names = {runs[0].name: name for name, runs in self._runs.items() if len(runs) == 1 and runs[0].stop == _WHOLE}
-        found = {}
-        for head, embedding in self.model.tied.items():
-            if embedding in names:
-                found[names.get(head, head)] = names[embedding]
-        for head in found:
-            self._runs.pop(head, None)
-        return found
 
     def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         infos = [self.model.tensors[self.model.tied.get(each, each)] for each in self._sources(name)]

@@ -14,8 +14,9 @@ from lewis.importance.calibration import Calibration
 from lewis.importance.measure import measure
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora.expert import LoraExpert
+from lewis.models.model import Model
 from lewis.models.names import unwrapped
-from lewis.models.network.renamed import Renamed, under_names_of
+from lewis.models.network.renamed import Renamed, match, with_tied
 from lewis.models.source import ModelFiles
 from lewis.steps.plan import make_plan
 from tests.conftest import Family
@@ -50,6 +51,12 @@ def loaded(kind: Any, folder: Path) -> dict[str, torch.Tensor]:
     model, info = kind.from_pretrained(folder, output_loading_info=True, dtype="auto")
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     return {name: t.detach() for name, t in model.state_dict().items()}
+
+
+def under_names_of(base: Model, model: Model, key: str) -> Model:
+    """As `ModelFiles.open` reads a model under the base's names."""
+    found = match(base.home, with_tied(base), with_tied(model))
+    return Renamed(model, found, key) if found else model
 
 
 def without(prefix: str) -> Names:
