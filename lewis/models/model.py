@@ -85,10 +85,11 @@ class View:
 
     Attributes:
         model: the other model.
-        tensors: as of a `Model`.
+        folder, tensors: as of a `Model`.
     """
 
     model: Model
+    folder: Path
     tensors: dict[str, TensorInfo]
 
     @property

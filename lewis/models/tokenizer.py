@@ -9,10 +9,7 @@ from pathlib import Path
 from lewis.errors import InputError
 from lewis.input_files import read_json
 from lewis.models.files.folder import tokenizer_files
-from lewis.models.layers.stack import Restacked
-from lewis.models.lora.expert import LoraExpert
-from lewis.models.model import Model
-from lewis.models.network.renamed import Renamed
+from lewis.models.model import Model, View
 
 TOKENIZER = "tokenizer.json"
 _MOST = 1 << 24  # tokens; rows are counted up to the highest id
@@ -21,10 +18,8 @@ FIX = "to match embeddings by token, set tokenizer_source to base, union or a mo
 
 def tokenizer_folder(model: Model) -> Path:
     """The folder with a model's tokenizer: an adapter may have its own."""
-    if isinstance(model, Renamed | Restacked):
-        return tokenizer_folder(model.model)
-    if isinstance(model, LoraExpert):
-        return model.folder if (model.folder / TOKENIZER).is_file() else tokenizer_folder(model.base)
+    while isinstance(model, View) and not (model.folder / TOKENIZER).is_file():
+        model = model.model
     return model.folder
 
 
