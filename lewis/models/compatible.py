@@ -9,6 +9,7 @@ from lewis.models.config import check_config, read_config
 from lewis.models.files.folder import INDEX, weight_files
 from lewis.models.files.safetensors_file import Headers
 from lewis.models.hub import repository
+from lewis.models.hub.pin import Pinned
 from lewis.models.layers.slices import check_ranges, in_place, slices_of
 from lewis.models.layers.stack import layers_of, same_tensor
 from lewis.models.lora.config import read_settings
@@ -76,31 +77,22 @@ def preflight(
         InputError: naming every expert and tensor that does not fit.
         RecipeError: naming every filter that matches nothing.
     """
-    for source in ([base] if base else []) + list(experts):
-        if not source.model.source.endswith(".gguf"):
-            home = repository.fetch(source.model, weights=False)
-            with repository.blaming(source.model, INDEX):
-                weight_files(home, () if source.model.is_local else repository.file_names(source.model))
-            with repository.blaming(source.model, "config.json"):
-                own = read_config(home)
-            shapes = _shapes(source)
-            with repository.blaming(source.model, "config.json"):
-                check_config(home, own, shapes)
-                if network:
-                    check_network(home, own, shapes)
-        for adapter in source.adapters:
-            folder = repository.fetch(adapter, weights=False)
-            with repository.blaming(adapter, CONFIG, "unusable"):
-                read_settings(folder)
-    first = base or experts[0]
-    if config.slices and _preflight_slices(config, first, experts):
+    sources = [*([base] if base else []), *experts]
+    first = sources[0]
+    shapes = {model: _check_model(model, network) for model in dict.fromkeys(source.model for source in sources)}
+    for adapter in (adapter for source in sources for adapter in source.adapters):
+        folder = repository.fetch(adapter, weights=False)
+        with repository.blaming(adapter, CONFIG, "unusable"):
+            read_settings(folder)
+    by_ref = {source.ref: shapes[source.model] for source in sources}
+    if config.slices and _preflight_slices(config, first.ref, by_ref):
         return []
-    ours, problems, renamed = _shapes(first), list[str](), list[str]()
+    ours, problems, renamed = shapes[first.model], list[str](), list[str]()
     left_out, by_token = {name for name in ours if config.excludes(name)}, config.vocabulary is not None
     for source in experts:
         if source.model.commit == first.model.commit:
             continue  # the base itself, or an adapter on it
-        theirs = _shapes(source)
+        theirs = shapes[source.model]
         if differ(ours, theirs) and (matched := match(repository.fetch(first.model, weights=False), ours, theirs)):
             theirs = matched.shapes
             renamed.append(f"{source.ref}: {matched.summary}")
@@ -114,23 +106,41 @@ def preflight(
     return renamed
 
 
-def _preflight_slices(config: MergeConfig, first: Source, experts: Sequence[Source]) -> bool:
+def _check_model(model: Pinned, network: bool) -> Shapes:
+    """Check the index and the config of a full model; `network` as that of `preflight`. Returns its tensors' shapes."""
+    home = repository.fetch(model, weights=False)
+    with repository.blaming(model, INDEX):
+        weight_files(home, () if model.is_local else repository.file_names(model))
+    with repository.blaming(model, "config.json"):
+        config = read_config(home)
+    shapes = repository.tensor_shapes(model)
+    with repository.blaming(model, "config.json"):
+        check_config(home, config, shapes)
+        if network:
+            check_network(home, config, shapes)
+    return shapes
+
+
+def _preflight_slices(config: MergeConfig, first: str, shapes: Mapping[str, Shapes]) -> bool:
     """`preflight` of slices that are stacked; False, and nothing is checked, if every layer stays in its place.
 
-    Models that are not among these are not looked at, and then filters are not either.
+    Args:
+        config: as that of `preflight`.
+        first: the reference of the base, or of what takes its place.
+        shapes: reference of a model -> shapes of its tensors. Other models of the slices are not looked at, and then
+            filters are not checked.
     """
-    shapes = {source.ref: _shapes(source) for source in (first, *experts)}
     layers = {ref: layers_of(ref, own) for ref, own in shapes.items()}
     counts = {ref: own.count for ref, own in layers.items()}
     slices = slices_of(config)
     check_ranges(slices, counts)
     if in_place(slices, config.base_model, counts):
         return False
-    problems, known = list[str](), dict.fromkeys(shapes[first.ref])
+    problems, known = list[str](), dict.fromkeys(shapes[first])
     for each in slices:
         read = {}
         for ref in each.starts.keys() & shapes.keys():
-            names = {new: old for new, old in each.names(ref, layers, layers[first.ref]).items() if old in shapes[ref]}
+            names = {new: old for new, old in each.names(ref, layers, layers[first]).items() if old in shapes[ref]}
             read[ref] = {new: shapes[ref][old] for new, old in names.items()}
             known |= dict.fromkeys([*names, *names.values()])
         ours = read.pop(each.lead, {})
@@ -149,9 +159,9 @@ def _preflight_slices(config: MergeConfig, first: Source, experts: Sequence[Sour
 def result_headers(config: MergeConfig, base: Source | None, experts: Sequence[Source]) -> Headers:
     """The tensors of the result: name -> dtype and shape, as the base has them, or what stands for it in each slice."""
     first = base or experts[0]
-    headers = {source.ref: repository.tensor_headers(source.model) for source in dict.fromkeys((first, *experts))}
     if not config.slices:
-        return headers[first.ref]
+        return repository.tensor_headers(first.model)
+    headers = {source.ref: repository.tensor_headers(source.model) for source in dict.fromkeys((first, *experts))}
     layers = {ref: layers_of(ref, own) for ref, own in headers.items()}
     return {
         new: headers[each.lead][old]
@@ -159,10 +169,6 @@ def result_headers(config: MergeConfig, base: Source | None, experts: Sequence[S
         for new, old in each.names(each.lead, layers, layers[first.ref]).items()
         if old in headers[each.lead]
     }
-
-
-def _shapes(source: Source) -> Shapes:
-    return {name: shape for name, (_, shape) in repository.tensor_headers(source.model).items()}
 
 
 def _differences(
@@ -198,9 +204,9 @@ def _flat(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 
 def _check_tensors(base: Model, expert: Model, excluded: Collection[str], by_token: bool) -> Iterator[str]:
-    ours = {name: info.shape for name, info in base.tensors.items()}
-    lent = {head: expert.tensors[embedding].shape for head, embedding in expert.tied.items() if head in ours}
-    theirs = {name: info.shape for name, info in expert.tensors.items() if name not in base.tied} | lent
+    ours, shapes = base.shapes, expert.shapes
+    lent = {head: shapes[embedding] for head, embedding in expert.tied.items() if head in ours}
+    theirs = {name: shape for name, shape in shapes.items() if name not in base.tied} | lent
     yield from _differences(ours, theirs, excluded, matched=True, by_token=by_token)
     extra = [name for name in theirs if name not in ours]
     if extra and not in_layers(extra):

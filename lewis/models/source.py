@@ -317,13 +317,9 @@ def download(source: Source) -> ModelFiles:
     folder, like = repository.fetch(source.model), None
     with repository.blaming(source.model, INDEX):
         weight_files(folder)
-    if source.like and differ(*(_shapes(each) for each in (source.like, source.model))):
+    if source.like and differ(*map(repository.tensor_shapes, (source.like, source.model))):
         like = repository.folder_of(source.like)
     return ModelFiles.at(source.ref, source.key, folder, put[-1] if put else None, put[:-1], like)
-
-
-def _shapes(pinned: Pinned) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, (_, shape) in repository.tensor_headers(pinned).items()}
 
 
 def short_name(ref: str, root: Path) -> str:

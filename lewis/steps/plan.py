@@ -177,7 +177,7 @@ class _NotHere(ModelFiles):
     def of(cls, source: Source) -> _NotHere:
         """What is known of a pinned model without its weights."""
         folder, *adapters = [repository.fetch(each, weights=False) for each in (source.model, *source.adapters)]
-        shapes = {name: shape for name, (_, shape) in repository.tensor_headers(source.model).items()}
+        shapes = repository.tensor_shapes(source.model)
         under, adapter = tuple(adapters[:-1]), adapters[-1] if adapters else None
         ref, key = source.ref, source.key
         return cls(ref=ref, key=key, folder=folder, adapter=adapter, under=under, sizes={}, shapes=shapes)
@@ -230,7 +230,7 @@ def make_plan(recipe: Recipe) -> Plan:
     count = {name: math.prod(shape) for name, (_, shape) in headers.items()}
     plan.tensors, plan.parameters = len(headers), sum(count.values())
     if (recipe.lewis or recipe.fits) and base:
-        shapes = {name: shape for name, (_, shape) in repository.tensor_headers(base.model).items()}
+        shapes = repository.tensor_shapes(base.model)
         configs = repository.fetch(base.model, weights=False)
         covered, plan.uncovered = covered_tensors(configs, shapes, measured=recipe.runs_models)
         plan.layers = [layer for each in covered for layer in each.layers]

@@ -228,6 +228,11 @@ def tensor_headers(pinned: Pinned) -> Headers:
     return {unwrapped(key): header for key, header in found.items()}
 
 
+def tensor_shapes(pinned: Pinned) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight, as `tensor_headers` finds them."""
+    return {name: shape for name, (_, shape) in tensor_headers(pinned).items()}
+
+
 @contextmanager
 def blaming(pinned: Pinned, what: str, how: str = "broken") -> Iterator[None]:
     """Report an error in the content of intact files as a model that is broken on the Hub.
