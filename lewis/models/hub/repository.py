@@ -21,7 +21,7 @@ from typing import Any
 
 from lewis import store
 from lewis.errors import BrokenModelError, InputError, TransientError
-from lewis.models.files.folder import ADAPTER, GGUF_TABLE, check_weights, needed
+from lewis.models.files.folder import ADAPTER, GGUF_TABLE, SINGLE, check_weights, needed
 from lewis.models.files.safetensors_file import Headers, file_headers
 from lewis.models.gguf import as_folder, headers, only
 from lewis.models.hub.client import api, ask, cache_folder, check_repo_id, offline, resume_downloads, snapshot
@@ -201,22 +201,20 @@ def tensor_headers(pinned: Pinned) -> Headers:
         return headers(folder)
     listing = {} if pinned.is_local else listing_of(pinned)
     names = [name for name in needed(listing or os.listdir(folder)) if name.endswith(".safetensors")]
-    names = [name for name in names if name != ADAPTER or len(names) == 1]  # an adapter next to a full model
+    # Next to a full model there may be an adapter, or heads for drafting: a merge does not read them.
+    names = [SINGLE] if SINGLE in names else [name for name in names if name != ADAPTER or len(names) == 1]
 
     def read(name: str) -> Headers:
+        path = folder / name
         try:
-            return read_one(name)
+            if pinned.is_local or (path.is_file() and path.stat().st_size == listing[name][0]):
+                return file_headers(path)
+            parse = api().parse_safetensors_file_metadata
+            found = ask(pinned.ref, lambda: parse(pinned.source, name, revision=pinned.commit))
         except InputError as error:
-            if pinned.is_local or not _is_of_the_commit(folder / name, listing[name], error):
+            if pinned.is_local or not _is_of_the_commit(path, listing[name], error):
                 raise
             raise _broken(pinned, name, error) from error
-
-    def read_one(name: str) -> Headers:
-        path = folder / name
-        if pinned.is_local or (path.is_file() and path.stat().st_size == listing[name][0]):
-            return file_headers(path)
-        parse = api().parse_safetensors_file_metadata
-        found = ask(pinned.ref, lambda: parse(pinned.source, name, revision=pinned.commit))
         return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()}
 
     with ContextPool(8) as pool:

@@ -459,6 +459,13 @@ def test_headers_of_a_local_folder_and_damage(hub: LocalHub, tmp_path: Path) -> 
         tensor_headers(pinned)
 
 
+def test_headers_are_those_of_the_file_that_a_merge_reads(home: Path, tmp_path: Path) -> None:
+    """A head for drafting next to the weights made the model another architecture."""
+    extra = save({"model.layers.9.eagle.weight": np.zeros((2, 2), np.float32)})
+    folder = write(tmp_path / "m", NEEDED | {"eagle.safetensors": extra})
+    assert tensor_headers(resolve(str(folder), tmp_path)) == HEADERS
+
+
 def test_a_config_that_no_network_can_have_and_a_shard_that_is_missing_are_broken_on_the_hub(
     hub: LocalHub, tmp_path: Path
 ) -> None:
