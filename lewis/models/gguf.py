@@ -95,7 +95,6 @@ def _fill(ref: str, path: Path, folder: Path) -> None:
     _check_known(ref, architecture)
     dtype = _dtype(reader)
     config = _config(ref, path, architecture, dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _write_tokenizer(ref, path, folder)
     stored = {
         each.name: [int(each.tensor_type), int(each.data_offset), [int(size) for size in each.data.shape]]
@@ -111,7 +110,8 @@ def _fill(ref: str, path: Path, folder: Path) -> None:
                 "file; put the model's own config.json next to the file"
             )
     if not config.get("architectures"):
-        (folder / "config.json").write_text(json.dumps({**config, "architectures": [class_name]}, indent=2) + "\n")
+        config = {**config, "architectures": [class_name]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name: {"from": parts, "shape": list(shapes[name])} for name, parts in found.items()}
     table = {"architecture": architecture, "dtype": dtype, "stored": stored, "tensors": tensors}
     (folder / GGUF_TABLE).write_text(json.dumps(table) + "\n")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,10 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _NUMBERS = ("mlp_only_layers", "full_attn_idxs", "cross_attention_layers", "hybrid_layer_ids")  # lists of numbers
 _NO_LAYERS = ("architectures", "token_id", "token_ids", "bad_words_ids", "suppress_tokens")  # ends of other lists' keys
 _TEXTS = ("hybrid_override_pattern",)  # a letter for each layer
-_DERIVED: tuple[str, ...] = (
-    "sliding_window",
-    "sliding_window_pattern",
-    "_sliding_window_pattern",
-    "full_attention_interval",
+_DERIVED = (  # transformers makes a list of these
+    *("sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"),
+    *("global_attn_every_n_layers", "no_rope_layer_interval"),
 )
-_DERIVED += ("global_attn_every_n_layers", "no_rope_layer_interval")  # transformers makes a list of these
 _RULES: dict[str, Callable[[Mapping[str, Any], int], bool]] = {  # which layers are of the other kind
     "first_k_dense_replace": lambda block, i: i < block["first_k_dense_replace"],
     "num_dense_layers": lambda block, i: i < block["num_dense_layers"],
@@ -36,7 +33,7 @@ _RULES: dict[str, Callable[[Mapping[str, Any], int], bool]] = {  # which layers 
     "attn_layer_period": lambda block, i: i % block["attn_layer_period"] == block.get("attn_layer_offset", 0),
     "expert_layer_period": lambda block, i: i % block["expert_layer_period"] == block.get("expert_layer_offset", 0),
 }
-_SHARING = ("num_kv_shared_layers", "num_hidden_groups")  # layers that take from others by their number
+_SHARING = {"num_kv_shared_layers": 1, "num_hidden_groups": 2}  # from this value on, layers share by their number
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,10 @@ class Origin:
     config: Mapping[str, Any]
     layer: int
     layers: int
+
+
+_Merged = Sequence[Origin]
+"""What a layer of the result is merged from; `config` is the part of the model's about layers, by `_with_derived`."""
 
 
 def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[Origin]]) -> dict[str, Any]:
@@ -83,14 +84,14 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
         raise InputError(f"{home / 'config.json'}: slices: none of {', '.join(_COUNTS)} says how many layers there are")
     of_model = {each.ref: each for merged in origins for each in merged}
     known = {ref: _with_derived(each) for ref, each in of_model.items()}
-    own = [[(each, known[each.ref]) for each in merged] for merged in origins]
-    listed = _listed([layer[0] for layer in own])
+    own = [[replace(each, config=known[each.ref]) for each in merged] for merged in origins]
+    lists = (key for first, *_ in own for key, value in first.config.items() if _is_list(key, value, first.layers))
+    listed = list(dict.fromkeys(lists))
     _follow_layers(block, own, listed)
     for key, rule in _RULES.items():
         if key not in listed and _active(block.get(key)):
             _keep_rule(key, rule, block, own)
-    shares = next((key for key in _SHARING if (block.get(key) or 0) > (key == "num_hidden_groups")), None)
-    if shares:
+    if shares := next((key for key, least in _SHARING.items() if (block.get(key) or 0) >= least), None):
         raise InputError(
             f"{home / 'config.json'}: slices: {shares}: layers take from others by their number; use models"
         )
@@ -100,26 +101,24 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
     return found
 
 
-def _follow_layers(
-    block: dict[str, Any], own: Sequence[Sequence[tuple[Origin, Mapping[str, Any]]]], listed: Sequence[str]
-) -> None:
+def _follow_layers(block: dict[str, Any], own: Sequence[_Merged], listed: Sequence[str]) -> None:
     """Fill in the lists of the result's config that depend on its layers.
 
     Two kinds: lists with an item for each layer, such as `layer_types`, and lists of layer numbers.
 
     Args:
         block: of the result's config; changed in place.
-        own: for each layer of the result: the layers that it is merged from, each with its config.
+        own: the layers of the result.
         listed: keys of the lists with an item for each layer.
     """
     for key in listed:
-        values = [[_at(each, theirs, key) for each, theirs in layer] for layer in own]
+        values = [[_at(each, key) for each in layer] for layer in own]
         _check_alike(key, own, values)
         firsts = [of_layer[0] for of_layer in values]
         block[key] = "".join(firsts) if key in _TEXTS else firsts
     for key in _NUMBERS:
-        if any(layer[0][1].get(key) for layer in own):
-            values = [[each.layer in (theirs.get(key) or ()) for each, theirs in layer] for layer in own]
+        if any(layer[0].config.get(key) for layer in own):
+            values = [[each.layer in (each.config.get(key) or ()) for each in layer] for layer in own]
             _check_alike(key, own, values)
             block[key] = [i for i, of_layer in enumerate(values) if of_layer[0]]
 
@@ -165,26 +164,19 @@ def _is_list(key: str, value: Any, layers: int) -> bool:
     return len(value) == layers if isinstance(value, list) or (isinstance(value, str) and key in _TEXTS) else False
 
 
-def _listed(firsts: Sequence[tuple[Origin, Mapping[str, Any]]]) -> list[str]:
-    keys = {key: None for each, block in firsts for key, value in block.items() if _is_list(key, value, each.layers)}
-    return list(keys)
-
-
-def _at(origin: Origin, block: Mapping[str, Any], key: str) -> Any:
-    value = block.get(key)
+def _at(origin: Origin, key: str) -> Any:
+    value = origin.config.get(key)
     if not _is_list(key, value, origin.layers):
         raise InputError(f"{origin.home / 'config.json'}: slices: expected {key} with {origin.layers} items, one for "
                          f"each layer, as another of the models has; got {value!r:.100}")  # fmt: skip
-    return value[origin.layer] if value is not None else None
+    return value[origin.layer]
 
 
-def _check_alike(
-    key: str, own: Sequence[Sequence[tuple[Origin, Mapping[str, Any]]]], values: Sequence[Sequence[Any]]
-) -> None:
+def _check_alike(key: str, own: Sequence[_Merged], values: Sequence[Sequence[Any]]) -> None:
     for number, (layer, of_layer) in enumerate(zip(own, values, strict=True)):
-        for (each, _), value in zip(layer, of_layer, strict=True):
+        for each, value in zip(layer, of_layer, strict=True):
             if value != of_layer[0]:
-                first = layer[0][0]
+                first = layer[0]
                 raise InputError(
                     f"slices: layer {number} of the result would be merged from layers of different kinds: {key} is "
                     f"{of_layer[0]!r} for layer {first.layer} of {first.ref}, {value!r} for layer {each.layer} of "
@@ -200,17 +192,17 @@ def _keep_rule(
     key: str,
     rule: Callable[[Mapping[str, Any], int], bool],
     block: dict[str, Any],
-    own: Sequence[Sequence[tuple[Origin, Mapping[str, Any]]]],
+    own: Sequence[_Merged],
 ) -> None:
     """Leave a rule as it is if it holds for the new numbers; the number of first layers may follow them."""
-    values = [[_active(theirs.get(key)) and rule(theirs, each.layer) for each, theirs in layer] for layer in own]
+    values = [[_active(each.config.get(key)) and rule(each.config, each.layer) for each in layer] for layer in own]
     _check_alike(key, own, values)
     kinds = [of_layer[0] for of_layer in values]
     if key in ("first_k_dense_replace", "num_dense_layers"):
         block[key] = kinds.index(False) if False in kinds else len(kinds)
     for number, (kind, layer) in enumerate(zip(kinds, own, strict=True)):
         if rule(block, number) != kind:
-            first = layer[0][0]
+            first = layer[0]
             raise InputError(
                 f"slices: {key} of {first.home / 'config.json'} says by their number of which kind layers are: layer "
                 f"{first.layer} would become layer {number}, which is of another kind; change layer_range"
