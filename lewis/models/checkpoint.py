@@ -43,25 +43,19 @@ class Checkpoint:
         """
         self.folder, self.key = folder, key
         self.config = read_config(folder)
-        self._files: dict[str, TensorFile] = {}
-        tensors: dict[str, TensorInfo] = {}
-        for file, wanted in weight_files(folder).items():
-            self._files[file] = TensorFile(folder / file, unwrapped)
-            places = self._files[file].places.items()
-            found = {name: TensorInfo(place.dtype, place.shape, file) for name, place in places}
-            missing = sorted(wanted - found.keys()) if wanted is not None else []
-            if missing:
-                raise InputError(
-                    f"{folder / file}: the index places {missing[0]!r} here, but the file has no such tensor"
-                )
-            chosen = {name: info for name, info in found.items() if wanted is None or name in wanted}
-            tensors |= {name: info for name, info in chosen.items() if not is_buffer(name, info.shape)}
-        if adapted := next((name for name in tensors if ".lora_A." in name or ".base_layer." in name), None):
+        self._stored: dict[str, TensorFile] = {}  # stored tensor -> its file
+        self._packed: dict[str, Packed] = {}
+        for file_name, wanted in weight_files(folder).items():
+            file = TensorFile(folder / file_name, unwrapped)
+            if missing := sorted((wanted or set()) - file.places.keys()):
+                raise InputError(f"{file.path}: the index places {missing[0]!r} here, but the file has no such tensor")
+            chosen = {name: place for name, place in file.places.items() if wanted is None or name in wanted}
+            self._stored |= {name: file for name, place in chosen.items() if not is_buffer(name, place.shape)}
+        if adapted := next((name for name in self._stored if ".lora_A." in name or ".base_layer." in name), None):
             raise InputError(
                 f"{folder}: {adapted!r} is of a PEFT model that was saved with its adapter next to its weights; call "
                 "merge_and_unload before save_pretrained, or give the adapter's own folder"
             )
-        self._stored, self._packed = tensors, dict[str, Packed]()
         tensors = self._dequantised()
         if not tensors:
             raise InputError(f"{folder}: its weight files hold no tensor; download it again")
@@ -78,21 +72,19 @@ class Checkpoint:
 
     def _dequantised(self) -> dict[str, TensorInfo]:
         """The tensors of the model: those that are stored, with quantised weights in the place of their parts."""
-        if not self._files and (self.folder / GGUF_TABLE).is_file():
+        if (self.folder / GGUF_TABLE).is_file():
             self._packed, dtype = open_gguf(self.folder, self.config)
-            return {name: TensorInfo(dtype, packed.shape, GGUF_TABLE) for name, packed in self._packed.items()}
-        stored = {name: (info.dtype, info.shape) for name, info in self._stored.items()}
+            return {name: TensorInfo(dtype, packed.shape) for name, packed in self._packed.items()}
+        places = {name: file.places[name] for name, file in self._stored.items()}
+        stored = {name: (place.dtype, place.shape) for name, place in places.items()}
         self._packed, headers = find(self.folder, self.config, stored, self._part)
         if self._packed:
             self.config = without(self.config)
-        return {
-            name: TensorInfo(dtype, shape, self._stored[self._parts(name)[0]].file)
-            for name, (dtype, shape) in headers.items()
-        }
+        return {name: TensorInfo(*header) for name, header in headers.items()}
 
     def _part(self, name: str) -> Stored:
-        info = self._stored[name]
-        return Stored(info.dtype, info.shape, self._files[info.file].bits(name))
+        file = self._stored[name]
+        return Stored(file.places[name].dtype, file.places[name].shape, file.bits(name))
 
     def _parts(self, name: str) -> list[str]:
         """The stored tensors that a tensor is made of: itself, if it is not quantised."""
@@ -128,8 +120,8 @@ class Checkpoint:
     def _bits(self, name: str) -> tuple[str, np.ndarray]:
         packed = self._packed.get(name)
         if packed is None:
-            info = self._stored[name]
-            return info.dtype, self._files[info.file].bits(name)
+            stored = self._part(name)
+            return stored.dtype, stored.bits
         try:
             with np.errstate(all="ignore"):  # a scale that is not finite is reported later, by the tensor's name
                 values = packed.values(self._part)
@@ -147,12 +139,12 @@ class Checkpoint:
     def will_need(self, name: str) -> None:
         """Ask the system to read a tensor ahead."""
         for part in self._parts(self.tied.get(name, name)):
-            self._files[self._stored[part].file].will_need(part)
+            self._stored[part].will_need(part)
 
     def done_with(self, name: str) -> None:
         """Release the memory that a tensor is mapped to."""
         for part in self._parts(self.tied.get(name, name)):
-            self._files[self._stored[part].file].done_with(part)
+            self._stored[part].done_with(part)
 
 
 def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folder: Path) -> dict[str, str]:

@@ -21,12 +21,10 @@ class TensorInfo:
     Attributes:
         dtype: as safetensors names it (`BF16`).
         shape: its shape.
-        file: name of the file that holds it.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    file: str
 
     @property
     def floating(self) -> bool:

@@ -214,9 +214,8 @@ class Renamed(View):
         return dtype, bits if run.stop == _WHOLE else bits[run.start : run.stop]
 
     def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        infos = [self.model.tensors[self.model.tied.get(each, each)] for each in self._sources(name)]
-        dtypes = {info.dtype for info in infos}
-        return TensorInfo(dtypes.pop() if len(dtypes) == 1 else "F32", shape, infos[0].file)
+        dtypes = {self.model.tensors[self.model.tied.get(each, each)].dtype for each in self._sources(name)}
+        return TensorInfo(dtypes.pop() if len(dtypes) == 1 else "F32", shape)
 
 
 def _bits_of(value: torch.Tensor) -> tuple[str, np.ndarray]:
