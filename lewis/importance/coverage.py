@@ -54,7 +54,7 @@ def _by_name(tensors: Mapping[str, tuple[int, ...]]) -> list[Covered]:
         if index is None or len(shape) not in (2, 3) or min(shape[-2:]) == 1 or name.endswith(PER_TOKEN):
             continue
         projection = name.removesuffix(".weight").rpartition(f".{index}.")[2]
-        found.append(Covered(name, (Layer(name, index, projection, prod(shape)),), (None,), name, None, False))
+        found.append(Covered(name, (Layer(name, index, projection, prod(shape)),), (None,), name))
     return found
 
 

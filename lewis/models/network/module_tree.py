@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ class Covered:
     layers: tuple[Layer, ...]
     rows: tuple[Rows | None, ...]
     parameter: str
-    expert: int | None
-    transposed: bool
+    expert: int | None = None
+    transposed: bool = False
     stack: int = 0
 
 
@@ -114,7 +115,6 @@ class Network:
         if tensors is None:
             tensors = {name: tuple(value.shape) for name, value in self._state.items()}
         self._placing = Placing(self.module, tensors)
-        self._sources, self._converters = self._placing.sources, self._placing.converters
         self.covered = tuple(self._find_covered(tensors))
 
     @property
@@ -140,7 +140,7 @@ class Network:
 
     def sources(self, parameter: str) -> list[str]:
         """The checkpoint tensors that a parameter (or buffer) is made of; none if the checkpoint does not have it."""
-        return [tensor for tensor, _ in self._sources.get(parameter, [])]
+        return [tensor for tensor, _ in self._placing.sources.get(parameter, [])]
 
     @property
     def parameters(self) -> list[str]:
@@ -150,8 +150,8 @@ class Network:
     @property
     def unconverted(self) -> dict[str, str]:
         """Checkpoint tensor -> the parameter that it is, value by value."""
-        single = {found[0][0]: name for name, found in self._sources.items() if len(found) == 1}
-        return {tensor: name for tensor, name in single.items() if name not in self._converters}
+        single = {found[0][0]: name for name, found in self._placing.sources.items() if len(found) == 1}
+        return {tensor: name for tensor, name in single.items() if name not in self._placing.converters}
 
     @property
     def unplaced(self) -> list[str]:
@@ -214,29 +214,27 @@ class Network:
         split = self._split(found)
         for path, name, module, weight in projections:
             parameter, (kind, _, index) = f"{name}.{weight}", path.rpartition(".")
-            below, prefix = parameter.removeprefix(f"{path}.").removesuffix(".weight"), ""
-            if len(kinds) > 1:
-                prefix = f"{kind}."
-            for tensor, pattern in self._sources.get(parameter, []):
+            prefix = f"{kind}." if len(kinds) > 1 else ""
+            below = prefix + parameter.removeprefix(f"{path}.").removesuffix(".weight")
+            for tensor, pattern in self._placing.sources.get(parameter, []):
                 shape, place = tensors[tensor], int(index)
                 if pattern is None and (count := stacked_in(module).get(weight)):
-                    layer = Layer(tensor, place, prefix + below, int(torch.Size(shape).numel()))
-                    yield Covered(tensor, (layer,), (None,), parameter, None, weight == "w2", count)
+                    layer = Layer(tensor, place, below, prod(shape))
+                    yield Covered(tensor, (layer,), (None,), parameter, transposed=weight == "w2", stack=count)
                     continue
                 if pattern is None:
-                    yield _covered(tensor, shape, place, prefix + below, parameter, None, module, self.module.config)
+                    yield _covered(tensor, shape, place, below, parameter, None, module, self.module.config)
                     continue
-                converter, projection = self._converters[parameter], prefix + below_block(tensor)
+                converter, projection = self._placing.converters[parameter], prefix + below_block(tensor)
                 first = parameter == self._placing.firsts[parameter]
                 if tensor in split:
                     if first:
                         yield self._covered_split(tensor, shape, place, projection, split[tensor])
                 elif kept := keeps_inputs(converter, self._state[parameter].dim()):
                     if first or kept == "joined":
-                        layer = Layer(tensor, place, projection, int(torch.Size(shape).numel()))
-                        yield Covered(tensor, (layer,), (None,), parameter, None, False)
+                        yield Covered(tensor, (Layer(tensor, place, projection, prod(shape)),), (None,), parameter)
                 elif only_stacks(converter):  # any other conversion mixes tensors: what is not covered is reported
-                    stack = [each for each, of in self._sources[parameter] if of == pattern]
+                    stack = [each for each, of in self._placing.sources[parameter] if of == pattern]
                     expert = stack.index(tensor)
                     yield _covered(tensor, shape, place, projection, parameter, expert, module, self.module.config)
 
@@ -244,9 +242,9 @@ class Network:
         """Tensor that is cut along its rows into weights of linear modules -> these; they share their inputs."""
         linear = {f"{name}.weight" for _, name, module in found if isinstance(module, nn.Linear)}
         parts: dict[str, list[str]] = {}
-        for name, converter in self._converters.items():
+        for name, converter in self._placing.converters.items():
             if len(converter.target_patterns) > 1 and operations_of(converter) in ([("Chunk", 0)], [("Split", 0)]):
-                parts.setdefault(self._sources[name][0][0], []).append(name)
+                parts.setdefault(self._placing.sources[name][0][0], []).append(name)
         return {tensor: names for tensor, names in parts.items() if linear.issuperset(names)}
 
     def _covered_split(
@@ -258,7 +256,7 @@ class Network:
             layers.append(Layer(tensor, index, f"{projection}.{part}", count * shape[1], part))
             rows.append(Rows(start, count, shape[0]))
             start += count
-        return Covered(tensor, tuple(layers), tuple(rows), names[0], None, False)
+        return Covered(tensor, tuple(layers), tuple(rows), names[0])
 
 
 def _covered(
@@ -273,7 +271,7 @@ def _covered(
 ) -> Covered:
     transposed = type(module).__name__ == "Conv1D" or (expert is None and stored_in_out(module))
     outputs = shape[-1] if transposed else shape[-2]
-    size = int(torch.Size(shape).numel())
+    size = prod(shape)
     parts = parts_of(parameter, outputs, config) if expert is None else {}
     if not parts:
         return Covered(tensor, (Layer(tensor, index, projection, size),), (None,), parameter, expert, transposed)
