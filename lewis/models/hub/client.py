@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -80,12 +80,11 @@ def check_repo_id(ref: str, source: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(source)
-    except HFValidationError as error:
-        raise InputError(f"{ref}: neither a Hub repo's name nor an existing folder; {FORMS}") from error
-    if "/" not in source:
-        raise InputError(f"{ref}: neither a Hub repo's name nor an existing folder; {FORMS}")
+        if "/" in source:
+            return
+    raise InputError(f"{ref}: neither a Hub repo's name nor an existing folder; {FORMS}")
 
 
 @contextmanager

@@ -44,8 +44,7 @@ _KINDS = {  # peft_type -> what it does, and what to do instead
     "FOURIERFT": f"stores coefficients of a Fourier transform; {_MERGE}",
     "VBLORA": f"takes its factors from a bank of vectors; {_MERGE}",
     "LN_TUNING": f"trains norms; {_MERGE}",
-    "XLORA": f"{_PER_INPUT}",
-    "POLY": f"{_PER_INPUT}",
+    **dict.fromkeys(("XLORA", "POLY"), _PER_INPUT),
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _NO_WEIGHTS),
     **dict.fromkeys(("ADAPTION_PROMPT", "CPT", "CARTRIDGE"), _NO_WEIGHTS),
 }
