@@ -24,7 +24,7 @@ from lewis.errors import InputError
 from lewis.input_files import check_regular, read_json
 from lewis.models.config import read_config
 from lewis.models.dtypes import DTYPES
-from lewis.models.files.folder import GGUF_LINK, GGUF_TABLE, copy_tokenizer
+from lewis.models.files.folder import GGUF_LINK, GGUF_TABLE, copy_tokenizer, tokenizer_files
 from lewis.models.quantised.stored import Packed
 from lewis.store import kinds
 from lewis.store.manifest import remembered_sha256, set_damaged_aside
@@ -77,7 +77,10 @@ def _made(ref: str, path: Path) -> Path:
         raise InputError(f"{ref}: a GGUF file needs the package gguf: pip install lewis-merge[gguf]") from error
     check_regular(path)
     beside = [path.with_name(name) for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
-    facts = [SEMANTICS, str(path), remembered_sha256(path), *(remembered_sha256(p) for p in beside if p.is_file())]
+    facts: list[object] = [SEMANTICS, str(path), *(remembered_sha256(p) for p in (path, *beside) if p.is_file())]
+    if path.with_name("tokenizer.json").is_file():  # then `_write_tokenizer` copies these
+        copied = [each for each in tokenizer_files(path.parent) if each not in beside]
+        facts += [[each.name, remembered_sha256(each)] for each in copied]
     digest = store.digest(facts)
     folder = kinds.GGUF.path(digest)
     with kinds.GGUF.lock(digest):

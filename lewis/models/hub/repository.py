@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 Listing = dict[str, tuple[int, str]]  # name -> size in bytes, SHA-256 (64 digits) or git blob id (40 digits)
-_told: dict[str, str] = {}  # reference -> commit, as last logged
+_logged: dict[str, str] = {}  # reference -> commit, as last logged
 
 
 def resolve(ref: str, root: Path) -> Pinned:
@@ -72,8 +72,8 @@ def resolve(ref: str, root: Path) -> Pinned:
     if found := [name for name in needed(files) if name.endswith(".gguf")]:
         only(ref, found)  # download it now: its config and tensors are known only from the file itself
         return pin_folder(ref, as_folder(ref, fetch(pinned)))
-    if _told.get(ref) != commit:  # log it once: waiting for a release asks every few seconds
-        _told[ref] = commit
+    if _logged.get(ref) != commit:  # log it once: waiting for a release asks every few seconds
+        _logged[ref] = commit
         logger.info("%s is commit %s (%s)", ref, commit, size_text(pinned.size))
     return pinned
 

@@ -63,6 +63,15 @@ def test_a_folder_that_is_damaged_is_made_again(base: Path, tmp_path: Path) -> N
     assert not verify().damaged
 
 
+def test_a_tokenizers_file_that_changed_is_copied_again(base: Path, tmp_path: Path) -> None:
+    """Only three files counted: a merge wrote the chat template that stood next to the file at first."""
+    file = write_gguf(base, tmp_path / "m.gguf", "F32")
+    (tmp_path / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    for template in ("one", "two"):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        assert (as_folder("m.gguf", file) / "chat_template.jinja").read_text() == template
+
+
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
