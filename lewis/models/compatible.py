@@ -15,7 +15,7 @@ from lewis.models.layers.stack import layers_of, same_tensor
 from lewis.models.lora.config import read_settings
 from lewis.models.lora.modules import CONFIG
 from lewis.models.model import Model
-from lewis.models.names import HEADS, PER_TOKEN, in_layers
+from lewis.models.names import HEADS, PER_TOKEN, Shapes, in_layers
 from lewis.models.network.network_class import check_network
 from lewis.models.network.renamed import differ, match
 from lewis.models.source import Source
@@ -23,8 +23,6 @@ from lewis.models.tokenizer import FIX, clash, tokenizer_folder
 from lewis.recipe.config import MergeConfig
 
 logger = logging.getLogger(__name__)
-
-Shapes = Mapping[str, tuple[int, ...]]  # tensor -> shape
 
 
 def check_compatible(

@@ -12,7 +12,7 @@ from lewis.errors import InputError
 from lewis.input_files import read_json
 from lewis.models.config_class import check_values
 from lewis.models.dtypes import MERGED
-from lewis.models.names import EMBEDDINGS, in_layers
+from lewis.models.names import EMBEDDINGS, Shapes, in_layers
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")  # each is a dimension of some tensor
 _PARTS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim")  # each divides one
@@ -81,7 +81,7 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
         (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
 
 
-def check_numbers(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_numbers(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
     """Check the sizes that a config gives, of the whole model and of its `text_config`, without building the network.
 
     The width must be a dimension of some tensor, and heads must divide one; the inner size and the vocabulary must not
@@ -148,7 +148,7 @@ def _unlike_tensors(key: str, value: Any, sizes: Collection[int]) -> str:
     return ""
 
 
-def _unlike_attention(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]:
+def _unlike_attention(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
     """Key -> what was expected, where the attention of a model of one tower has other keys, or a part has no biases."""
     rows = {shape[0] for name, shape in shapes.items() if name.endswith(".self_attn.k_proj.weight") and len(shape) == 2}
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
@@ -171,7 +171,7 @@ def _holds_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def check_config(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_config(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
     """Check the values of a config by the class of its `model_type`, and its sizes by the tensors.
 
     A config that speaks of several towers (`text_config`, `vision_config`) must be right about one of them.
@@ -179,7 +179,7 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, t
     Raises:
         InputError: naming the key and the tensors that contradict it.
     """
-    check_numbers(folder, config, shapes)
+    _check_numbers(folder, config, shapes)
     check_values(folder, config)
     rows = {name: shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS) and shape}
     stated = set(_stated(config, "vocab_size"))

@@ -25,6 +25,7 @@ from lewis.input_files import check_regular, read_json
 from lewis.models.config import read_config
 from lewis.models.dtypes import DTYPES
 from lewis.models.files.folder import GGUF_LINK, GGUF_TABLE, copy_tokenizer, tokenizer_files
+from lewis.models.files.safetensors_file import Headers
 from lewis.models.quantised.stored import Packed
 from lewis.store import kinds
 from lewis.store.manifest import remembered_sha256, set_damaged_aside
@@ -262,7 +263,7 @@ def open_gguf(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Packed
     return found, table["dtype"]
 
 
-def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def headers(folder: Path) -> Headers:
     """Dtype and shape of each tensor of such a folder."""
     table = read_json(folder / GGUF_TABLE)
     return {name: (table["dtype"], tuple(each["shape"])) for name, each in table["tensors"].items()}

@@ -10,7 +10,7 @@ from typing import Any
 from lewis.errors import InputError
 from lewis.models.lora.modules import CONFIG, is_saved, is_target, saved_in
 from lewis.models.model import Model
-from lewis.models.names import HEADS, layer_of
+from lewis.models.names import HEADS, Shapes, layer_of
 
 _OTHER = "the config belongs to another adapter"
 
@@ -20,7 +20,7 @@ def is_on(settings: Mapping[str, Any], module: str, *, linear: bool) -> bool:
     return is_target(settings, module, linear=linear and not f"{module}.weight".endswith(HEADS))
 
 
-def inputs_first(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def inputs_first(shapes: Shapes) -> bool:
     """Whether there are modules that store (in, out), as GPT-2's Conv1D: their bias is as long as a row."""
     biases = ((shapes.get(f"{name.removesuffix('.bias')}.weight"), shape) for name, shape in shapes.items())
     return any(matrix and len(matrix) == 2 and bias == matrix[1:] != matrix[:1] for matrix, bias in biases)

@@ -6,7 +6,7 @@ module (also GPT-2's `Conv1D`, which stores in x out) or a parameter of three di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from math import prod
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.lazy_torch import nn, torch
-from lewis.models.names import short_or_whole
+from lewis.models.names import Shapes, short_or_whole
 from lewis.models.network.layouts import (
     Rows,
     below_block,
@@ -90,7 +90,7 @@ class Network:
         covered: the covered tensors.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, tuple[int, ...]] | None, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, tensors: Shapes | None, dtype: torch.dtype) -> None:
         """Build the tree; no weight is read.
 
         Args:
@@ -203,7 +203,7 @@ class Network:
         """The parameter on the meta device, without its values."""
         return self._state[parameter]
 
-    def _find_covered(self, tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Covered]:
+    def _find_covered(self, tensors: Shapes) -> Iterator[Covered]:
         found = [
             (path, f"{path}.{name}".rstrip("."), module)
             for path, block in self.blocks.items()

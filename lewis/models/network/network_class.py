@@ -17,6 +17,7 @@ from lewis import private_names
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import nn, torch
 from lewis.models.config import needs_code, read_config
+from lewis.models.names import Shapes
 
 logger = logging.getLogger(__name__)
 _TABLES = (
@@ -67,7 +68,7 @@ def known_network(folder: Path) -> Any | None:
         return None
 
 
-def check_network(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_network(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
     """Build the network of a config without weights, and compare its parameters with the tensors of the same names.
 
     Nothing is checked if transformers has no class of the `model_type` that generates text, or if the model needs code

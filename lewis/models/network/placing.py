@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lewis import private_names
 from lewis.lazy_torch import torch
+from lewis.models.names import Shapes
 
-Shapes = Mapping[str, tuple[int, ...]]  # tensor -> shape
 Read = Callable[[str], "torch.Tensor"]
 
 

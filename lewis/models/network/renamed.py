@@ -22,9 +22,9 @@ import numpy as np
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import as_tensor, bits_dtype, bytes_of, name_of
 from lewis.models.model import Model, TensorInfo, View
-from lewis.models.names import HEADS, PER_TOKEN, in_layers
+from lewis.models.names import HEADS, PER_TOKEN, Shapes, in_layers
 from lewis.models.network.network_class import known_network
-from lewis.models.network.placing import Read, Shapes, operations_of
+from lewis.models.network.placing import Read, operations_of
 from lewis.models.network.segments import Layout, Role, Run
 
 logger = logging.getLogger(__name__)

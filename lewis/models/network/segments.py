@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from lewis.models.network.placing import Placing, Shapes, operations_of
+from lewis.models.names import Shapes
+from lewis.models.network.placing import Placing, operations_of
 
 Role = tuple[str, str | None, int]
 """The first parameter that a tensor is converted to, the pattern of the conversion, its number among those."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lewis.errors import InputError
-from lewis.models.dtypes import DTYPES, EIGHT_BIT_FLOATS, MERGED
+from lewis.models.dtypes import DTYPES, EIGHT_BIT_FLOATS, MERGED, size_of
 from lewis.models.files.safetensors_file import Headers
 from lewis.models.quantised import scaled, words
 from lewis.models.quantised.settings import Settings, dtype_of, settings_of, without
@@ -198,12 +198,13 @@ class _Finder:
             self._shape(f"{name}.{part}")
         if self._read is None:
             dtype, shape = self._headers[name]
-            elements = 2 * math.prod(shape) * _BYTES.get(dtype, 1)
-            return Packed(parts, (elements,), not_here)
+            return Packed(
+                parts, (2 * size_of(dtype, shape),), not_here
+            )  # two numbers to the byte
         state = json.loads(self._read(state_name).bytes().tobytes())
         shape = tuple(int(size) for size in state["shape"])
         decode = partial(scaled.decode_bnb4, state=state, shape=shape)
-        return Packed(parts, shape, decode, _DTYPES.get(state.get("dtype", ""), ""))
+        return Packed(parts, shape, decode, MERGED.get(state.get("dtype", ""), ""))
 
     def _of_scaled(self, name: str) -> Iterator[tuple[str, Packed]]:
         module, dtype, shape = name.rpartition(".")[0], *self._headers[name]
@@ -238,7 +239,3 @@ class _Finder:
 def not_here(parts: Any) -> np.ndarray:
     """The `decode` of a weight of which only the header has been read: it fails, since the shape is not known."""
     raise AssertionError("only the headers of this model have been read")
-
-
-_BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # what bnb_4bit_quant_storage may be, besides bytes
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

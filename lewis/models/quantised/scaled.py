@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +113,7 @@ def decode_bnb8(parts: Mapping[str, Stored]) -> np.ndarray:
     return values
 
 
-def decode_bnb4(parts: Mapping[str, Stored], state: Mapping[str, object], shape: tuple[int, ...]) -> np.ndarray:
+def decode_bnb4(parts: Mapping[str, Stored], state: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
     """NF4 or FP4 of bitsandbytes (arXiv 2305.14314): a table of 16 numbers, and a scale for each block of numbers.
 
     With double quantisation the scales are bytes themselves: a table of 256 numbers, a scale for each block of them,
@@ -128,13 +129,13 @@ def decode_bnb4(parts: Mapping[str, Stored], state: Mapping[str, object], shape:
         factors = _times_blocks(
             parts["nested_quant_map"].floats()[scales.bytes()],
             parts["nested_absmax"].floats(),
-            _number(state["nested_blocksize"]),
+            int(state["nested_blocksize"]),
         )
-        factors += np.float32(state["nested_offset"])  # type: ignore[arg-type]
+        factors += np.float32(state["nested_offset"])
     else:
         factors = scales.floats().reshape(-1)
     values = nibbles(parts["weight"].bytes(), parts["quant_map"].floats(), high_first=True)[: math.prod(shape)]
-    return _times_blocks(values, factors, _number(state["blocksize"])).reshape(shape)
+    return _times_blocks(values, factors, int(state["blocksize"])).reshape(shape)
 
 
 def _times_blocks(values: np.ndarray, scales: np.ndarray, size: int) -> np.ndarray:
@@ -144,7 +145,3 @@ def _times_blocks(values: np.ndarray, scales: np.ndarray, size: int) -> np.ndarr
     if values.size > whole * size:
         values[whole * size :] *= scales[whole]
     return values
-
-
-def _number(value: object) -> int:
-    return int(value)  # type: ignore[call-overload]
