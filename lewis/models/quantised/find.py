@@ -198,9 +198,7 @@ class _Finder:
             self._shape(f"{name}.{part}")
         if self._read is None:
             dtype, shape = self._headers[name]
-            return Packed(
-                parts, (2 * size_of(dtype, shape),), not_here
-            )  # two numbers to the byte
+            return Packed(parts, (2 * size_of(dtype, shape),), not_here)  # two numbers to the byte
         state = json.loads(self._read(state_name).bytes().tobytes())
         shape = tuple(int(size) for size in state["shape"])
         decode = partial(scaled.decode_bnb4, state=state, shape=shape)
