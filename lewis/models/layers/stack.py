@@ -97,8 +97,9 @@ def _of_text(stacks: Sequence[str], outside: Sequence[str]) -> str | None:
 
 
 def _parent(prefix: str) -> str:
-    """The module path that a stack is in: `model.` of `model.layers.`."""
-    return prefix.removesuffix(".").rpartition(".")[0] + "."
+    """The module path that a stack is in: `model.` of `model.layers.`; empty for `layers.`."""
+    module, dot, _ = prefix.removesuffix(".").rpartition(".")
+    return module + dot
 
 
 def _comes_after(name: str, prefix: str, towers: Sequence[str]) -> bool:

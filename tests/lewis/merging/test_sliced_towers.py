@@ -105,6 +105,13 @@ def test_a_tower_below_the_language_models_own_prefix_is_no_part_of_its_output()
     assert layers.prefix == "model.layers." and layers.after == ("model.norm.weight", "lm_head.bias")
 
 
+def test_a_language_model_at_the_root_is_found_next_to_a_tower() -> None:
+    """Its embedding was looked for under a name that began with a dot."""
+    names = ["embed_tokens.weight", "layers.0.w", "vision_tower.layers.0.w", "vision_tower.norm.weight", "norm.weight"]
+    layers = layers_of("root", names)
+    assert layers.prefix == "layers." and layers.after == ("norm.weight",)
+
+
 def test_a_text_config_that_leaves_out_what_is_as_usual_is_written_out(tmp_path: Path) -> None:
     config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "num_hidden_layers": 26}
     (tmp_path / "config.json").write_text(json.dumps(config))
