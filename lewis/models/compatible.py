@@ -48,8 +48,8 @@ def check_compatible(
     for expert in experts:
         if expert is not base:
             found = [*_check_tensors(base, expert, excluded, by_token), *_check_heads(base, expert)]
-            if not by_token and (differ := clash(tokenizer_folder(base), tokenizer_folder(expert))):
-                found.append(f"another vocabulary: {differ}; {FIX}")
+            if not by_token and (why := clash(tokenizer_folder(base), tokenizer_folder(expert))):
+                found.append(f"another vocabulary: {why}; {FIX}")
             problems += [f"{expert.folder}: {problem}" for problem in found]
     if problems:
         raise InputError(

@@ -144,8 +144,9 @@ class Targets:
     def _is_copy(self, key: str) -> bool:
         """Whether it is a tied head, equal to the embedding that is saved too: PEFT saves both."""
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        embedding = self._base.tied.get(name)
-        other = next((k for k in self._file.places if embedding and k.endswith(f".{embedding}")), None)
+        if (embedding := self._base.tied.get(name)) is None:
+            return False
+        other = next((k for k in self._file.places if k.endswith(f".{embedding}")), None)
         if other is None:
             return False
         place, embedded = self._file.places[key], self._file.places[other]
@@ -306,9 +307,8 @@ class Targets:
         if name in self._base.tied or known_network(self._base.home) is None:
             return None
         role = Layout(self._network, {name: ()}).roles.get(name)
-        return next(
-            (each for each, its in self._ours.roles.items() if its == role and each in self._base.tensors), None
-        )
+        stored = self._ours.by_role.get(role) if role else None
+        return stored if stored in self._base.tensors else None
 
     def _find_parameters(self) -> dict[str, str]:
         """Path in the adapter's keys -> the network's parameter, for an adapter with `target_parameters`."""
@@ -339,7 +339,7 @@ class Targets:
             runs: tuple[Run, ...] = (Run(name, 0, prod(change.shape)),)
         else:
             role = self._theirs.roles.get(name)
-            same = next((tensor for tensor, its in self._ours.roles.items() if role and its == role), None)
+            same = self._ours.by_role.get(role) if role else None
             if same in self._base.tensors:
                 yield same, self._direct(same, target)
                 return

@@ -25,7 +25,7 @@ from lewis.models.model import Model, TensorInfo, View
 from lewis.models.names import HEADS, PER_TOKEN, Shapes, in_layers
 from lewis.models.network.network_class import known_network
 from lewis.models.network.placing import Read, operations_of
-from lewis.models.network.segments import Layout, Role, Run
+from lewis.models.network.segments import Layout, Run
 
 logger = logging.getLogger(__name__)
 _WHOLE = -1  # as the end of a run: the tensor as it is, whatever its shape
@@ -97,11 +97,10 @@ def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
     if module is None:
         return None
     ours, theirs = Layout(module, base), Layout(module, model)
-    by_role = {role: tensor for tensor, role in theirs.roles.items()}
     runs: dict[str, tuple[Run, ...]] = {}
     made, conversions = dict[str, tuple[str, ...]](), Conversions(ours, theirs)
     for name, shape in base.items():
-        same = by_role.get(ours.roles[name]) if name in ours.roles else name if name in model else None
+        same = theirs.by_role.get(ours.roles[name]) if name in ours.roles else name if name in model else None
         if same is not None and (model[same] == shape or name.endswith(PER_TOKEN)):
             runs[name] = (Run(same, 0, _WHOLE),)
         elif found := _runs(name, ours, theirs):
@@ -113,7 +112,8 @@ def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
     used = {run.name for each in runs.values() for run in each} | {name for each in made.values() for name in each}
     shapes = {n: model[r[0].name] if r[0].stop == _WHOLE else base[n] for n, r in runs.items()}
     shapes |= {name: base[name] for name in made}
-    others = {name: shape for name, shape in model.items() if name not in used | shapes.keys()}
+    used |= shapes.keys()
+    others = {name: shape for name, shape in model.items() if name not in used}
     return Matched(runs, shapes | others, made, conversions)
 
 
@@ -228,7 +228,6 @@ class Conversions:
 
     def __init__(self, base: Layout, model: Layout) -> None:
         self._ours, self._theirs = base, model
-        self._own: dict[Role, str] = {role: tensor for tensor, role in base.roles.items()}
 
     def sources(self, name: str, shape: tuple[int, ...], shapes: Shapes) -> tuple[str, ...]:
         """The model's tensors that a tensor of the base is made of; none if it cannot be made. Nothing is read."""
@@ -285,7 +284,8 @@ class Conversions:
         made = back.convert(first, model=placing.module, config=placing.module.config)
         made = {each: value[0] if isinstance(value, list) else value for each, value in made.items()}
         roles = Layout(placing.module, {each: tuple(value.shape) for each, value in made.items()}).roles
-        return {self._own[its]: made[each] for each, its in roles.items() if its in self._own}
+        own = self._ours.by_role
+        return {own[its]: made[each] for each, its in roles.items() if its in own}
 
 
 def _only_moves(converter: Any) -> bool:

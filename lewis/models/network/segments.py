@@ -41,6 +41,7 @@ class Layout:
         runs: tensor -> the runs of parameters that it holds, in its own order. Not of tensors that a conversion changes
             otherwise, nor of those whose shapes do not fit the network.
         roles: tensor -> its role; not of tensors that the network has no place for.
+        by_role: role -> the tensor that has it.
     """
 
     def __init__(self, module: Any, tensors: Shapes) -> None:
@@ -48,6 +49,7 @@ class Layout:
         self.placing, self._shapes = Placing(module, tensors), tensors
         self.runs: dict[str, tuple[Run, ...]] = dict(self._find())
         self.roles = self._find_roles()
+        self.by_role = {role: tensor for tensor, role in self.roles.items()}
         held: dict[str, list[tuple[int, int, str, int]]] = {}
         for tensor, runs in self.runs.items():
             offset = 0
