@@ -255,7 +255,7 @@ def open_gguf(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Packed
         blob = np.memmap(folder / GGUF_LINK, np.uint8, mode="r")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / GGUF_LINK}: the GGUF file cannot be opened ({error}); was it moved?") from error
-    file = _File(folder / GGUF_LINK, blob, table["stored"], table["architecture"], dict(config))
+    file = _File(blob, table["stored"], table["architecture"], dict(config))
     found = {
         name: Packed({}, tuple(each["shape"]), partial(file.decode, name, each["from"], tuple(each["shape"])))
         for name, each in table["tensors"].items()
@@ -270,11 +270,8 @@ def headers(folder: Path) -> Headers:
 
 
 class _File:
-    def __init__(
-        self, path: Path, blob: np.ndarray, stored: Mapping[str, Any], architecture: str, config: dict[str, Any]
-    ) -> None:
-        self._path, self._blob, self._stored = path, blob, stored
-        self._architecture, self._config = architecture, config
+    def __init__(self, blob: np.ndarray, stored: Mapping[str, Any], architecture: str, config: dict[str, Any]) -> None:
+        self._blob, self._stored, self._architecture, self._config = blob, stored, architecture, config
 
     def decode(self, name: str, sources: Sequence[str], shape: tuple[int, ...], _: Any) -> np.ndarray:
         """A tensor of the model in fp32, by transformers' rules of which values llama.cpp stores otherwise."""
@@ -301,7 +298,7 @@ class _File:
 
         kind, start, shape = self._stored[source]
         dtype = {0: np.float32, 1: np.float16}.get(kind, np.uint8)
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         data = self._blob[start : start + size]
         if data.size != size:
             raise ValueError("the file was cut short")
