@@ -137,7 +137,7 @@ def _preflight_slices(config: MergeConfig, first: str, shapes: Mapping[str, Shap
     problems, known = list[str](), dict.fromkeys(shapes[first])
     for each in slices:
         read = {}
-        for ref in each.starts.keys() & shapes.keys():
+        for ref in filter(shapes.__contains__, each.starts):
             names = {new: old for new, old in each.names(ref, layers, layers[first]).items() if old in shapes[ref]}
             read[ref] = {new: shapes[ref][old] for new, old in names.items()}
             known |= dict.fromkeys([*names, *names.values()])

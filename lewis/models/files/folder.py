@@ -48,16 +48,12 @@ def check_weights(ref: str, names: Iterable[str]) -> None:
     names = sorted(names)
     if any(name.endswith((".safetensors", ".safetensors.index.json", ".gguf")) for name in needed(names)):
         return
-    refuse_pickled(ref, names)
+    _refuse_pickled(ref, names)
     raise InputError(f"{ref}: no *.safetensors in it; expected a model or a LoRA adapter in the Hugging Face layout")
 
 
-def refuse_pickled(ref: str, names: Iterable[str]) -> None:
-    """Refuse a model without safetensors weights that has pickled ones.
-
-    Raises:
-        InputError: if one of the files is pickled.
-    """
+def _refuse_pickled(ref: str, names: Iterable[str]) -> None:
+    """Raise InputError if one of the files of a model without safetensors weights is pickled."""
     pickled = next((name for name in sorted(names) if name.endswith(_PICKLED)), None)
     if pickled:
         raise InputError(
@@ -89,7 +85,7 @@ def weight_files(folder: Path, listed: Collection[str] = ()) -> dict[str, set[st
     index = folder / INDEX
     check_regular(index)
     if not index.is_file():
-        refuse_pickled(str(folder), [path.name for path in folder.glob("*")])
+        _refuse_pickled(str(folder), [path.name for path in folder.glob("*")])
         raise InputError(f"{folder}: no weights; expected {SINGLE} or {INDEX}")
     try:
         weight_map = {str(name): str(file) for name, file in read_json(index)["weight_map"].items()}

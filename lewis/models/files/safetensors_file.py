@@ -1,7 +1,4 @@
-"""One safetensors file, mapped into memory: its tensors are views of the file, so that reading them copies nothing.
-
-Neither does writing one.
-"""
+"""A safetensors file, read through a memory map and written, both without a copy of its tensors."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class CheckpointWriter:
         self._files: list[IO[bytes]] = []
         self._flusher, self._flushes, self._unflushed = ThreadPoolExecutor(1), list[Future[None]](), 0
         shards = divide({name: size_of(dtype, shape) for name, (dtype, shape) in layout.items()}, max_shard_size)
-        names = [SINGLE] if len(shards) == 1 else shard_names(len(shards))
+        names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
         self._journal = Journal(folder / _JOURNAL)
         for file_name, members in zip(names, shards, strict=True):
             self._lay_out(file_name, members)
@@ -268,7 +268,7 @@ def parse_size(text: str) -> int:
         raise InputError(f"max_shard_size: expected a size such as 5GB or 500MB, got {text!r}") from None
 
 
-def shard_names(count: int) -> list[str]:
+def _shard_names(count: int) -> list[str]:
     """File names as transformers chooses them."""
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 

@@ -37,7 +37,7 @@ from lewis.threads import ContextPool
 logger = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-Listing = dict[str, tuple[int, str]]  # name -> size in bytes, SHA-256 (64 digits) or git blob id (40 digits)
+_Listing = dict[str, tuple[int, str]]  # name -> size in bytes, SHA-256 (64 digits) or git blob id (40 digits)
 _logged: dict[str, str] = {}  # reference -> commit, as last logged
 
 
@@ -61,7 +61,7 @@ def resolve(ref: str, root: Path) -> Pinned:
     if at and not revision:
         raise InputError(f"{ref}: nothing after '@'; {FORMS}")
     if offline():
-        commit, files = revision, cached_listing(ref, source, revision)
+        commit, files = revision, _cached_listing(ref, source, revision)
     else:
         info = ask(ref, lambda: api().model_info(source, revision=revision or None, files_metadata=True))
         if info.gated:
@@ -121,7 +121,7 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
     """
     if pinned.is_local:
         return check_unchanged(pinned)
-    files = listing_of(pinned)
+    files = _listing_of(pinned)
     names = [name for name in needed(files) if weights or not name.endswith(".safetensors")]
     folder, before = snapshot(pinned.source, pinned.commit), dict[str, str]()
     while damaged := _complete(pinned, folder, names, files, card=weights):
@@ -135,7 +135,7 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
     return folder
 
 
-def _complete(pinned: Pinned, folder: Path, names: list[str], files: Listing, *, card: bool) -> dict[str, str]:
+def _complete(pinned: Pinned, folder: Path, names: list[str], files: _Listing, *, card: bool) -> dict[str, str]:
     """Download the files that a snapshot lacks. Returns those that are damaged, which it removes.
 
     Args:
@@ -169,7 +169,7 @@ def is_present(pinned: Pinned) -> bool:
     """Whether a fetch would download nothing: all files are here, as the commit lists them."""
     if pinned.is_local:
         return True
-    folder, files = snapshot(pinned.source, pinned.commit), listing_of(pinned)
+    folder, files = snapshot(pinned.source, pinned.commit), _listing_of(pinned)
     return all(_is_intact(folder / name, *files[name]) for name in needed(files))
 
 
@@ -184,7 +184,7 @@ def file_names(pinned: Pinned) -> list[str]:
     Raises:
         TransientError: if the Hub is busy or unreachable.
     """
-    return os.listdir(folder_of(pinned)) if pinned.is_local else list(listing_of(pinned))
+    return os.listdir(folder_of(pinned)) if pinned.is_local else list(_listing_of(pinned))
 
 
 def tensor_headers(pinned: Pinned) -> Headers:
@@ -199,7 +199,7 @@ def tensor_headers(pinned: Pinned) -> Headers:
     folder = folder_of(pinned)
     if (folder / GGUF_TABLE).is_file():
         return headers(folder)
-    listing = {} if pinned.is_local else listing_of(pinned)
+    listing = {} if pinned.is_local else _listing_of(pinned)
     names = [name for name in needed(listing or os.listdir(folder)) if name.endswith(".safetensors")]
     # Next to a full model there may be an adapter, or heads for drafting: a merge does not read them.
     names = [SINGLE] if SINGLE in names else [name for name in names if name != ADAPTER or len(names) == 1]
@@ -282,7 +282,7 @@ def _discard(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def listing_of(pinned: Pinned) -> Listing:
+def _listing_of(pinned: Pinned) -> _Listing:
     """The files of a pinned commit, from the store or else from the Hub.
 
     Raises:
@@ -293,7 +293,7 @@ def listing_of(pinned: Pinned) -> Listing:
     if known is not None:
         return known
     if offline():
-        return cached_listing(pinned.ref, pinned.source, pinned.commit)
+        return _cached_listing(pinned.ref, pinned.source, pinned.commit)
     info = ask(pinned.ref, lambda: api().model_info(pinned.source, revision=pinned.commit, files_metadata=True))
     return remember_listing(pinned.source, info)
 
@@ -302,12 +302,12 @@ def _listing_entry(source: str, commit: str) -> Path:
     return kinds.DIGESTS.path(f"{source.replace('/', '--')}@{commit}")
 
 
-def _remembered_listing(source: str, commit: str) -> Listing | None:
+def _remembered_listing(source: str, commit: str) -> _Listing | None:
     known = store.entry(_listing_entry(source, commit), "files")
     return None if known is None else {name: (size, checksum) for name, (size, checksum) in known.items()}
 
 
-def remember_listing(source: str, info: Any) -> Listing:
+def remember_listing(source: str, info: Any) -> _Listing:
     """Keep the files of a commit in the store.
 
     Raises:
@@ -321,7 +321,7 @@ def remember_listing(source: str, info: Any) -> Listing:
     return files
 
 
-def cached_listing(ref: str, source: str, revision: str) -> Listing:
+def _cached_listing(ref: str, source: str, revision: str) -> _Listing:
     """The files of a commit in the Hub client's cache, for work without the Hub.
 
     There each file is a link to a blob, and the blob's name is its checksum.

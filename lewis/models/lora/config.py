@@ -1,7 +1,4 @@
-"""The settings of a PEFT LoRA adapter, adapter_config.json, and the keys of its weights: read and checked.
-
-What is not supported is refused.
-"""
+"""The settings of a PEFT LoRA adapter (adapter_config.json) and the keys of its weights: read, or refused."""
 
 import math
 import re

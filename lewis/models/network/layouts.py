@@ -1,7 +1,4 @@
-"""How modules lay out their weights: stacks of experts, and projections that are kept in one tensor.
-
-And what transformers' conversions of checkpoint tensors do to them.
-"""
+"""How modules lay out their weights (stacks of experts, fused projections), and what conversions do to these."""
 
 from __future__ import annotations
 

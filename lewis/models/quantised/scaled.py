@@ -14,7 +14,7 @@ _AT_A_TIME = 1 << 18  # elements that are scaled at a time
 _BY_127 = 7.874015718698502e-3  # 1 / 127 as bitsandbytes writes it
 
 
-def times_scales(values: np.ndarray, scales: np.ndarray, block: Sequence[int] | None = None) -> np.ndarray:
+def _times_scales(values: np.ndarray, scales: np.ndarray, block: Sequence[int] | None = None) -> np.ndarray:
     """Multiply a weight by its scales, in place; each scale holds for a block of rows and columns.
 
     Args:
@@ -53,7 +53,7 @@ def decode_scaled(parts: Mapping[str, Stored], block: Sequence[int] | None, grid
 
     Args:
         parts: `weight`, `scale`, and for asymmetric int8 `zero`.
-        block: as that of `times_scales`.
+        block: as that of `_times_scales`.
         grid: shape of the scales.
     """
     values, factors = parts["weight"].floats(), _factors(parts["scale"]).reshape(grid)
@@ -62,7 +62,7 @@ def decode_scaled(parts: Mapping[str, Stored], block: Sequence[int] | None, grid
         if zero.size == values.shape[0]:
             zero = zero.reshape(-1, 1)
         values -= zero if 1 in zero.shape else np.repeat(zero, values.shape[1] // zero.shape[1], axis=1)
-    return times_scales(values, factors, block)
+    return _times_scales(values, factors, block)
 
 
 def decode_fp4(parts: Mapping[str, Stored], divided: bool) -> np.ndarray:
@@ -77,7 +77,7 @@ def decode_fp4(parts: Mapping[str, Stored], divided: bool) -> np.ndarray:
         more = parts["global"].floats().reshape(())
         factors = factors / more if divided else factors * more
     values = nibbles(weight.bytes(), E2M1).reshape(*weight.shape[:-1], 2 * weight.shape[-1])
-    return times_scales(values, factors)
+    return _times_scales(values, factors)
 
 
 def _factors(scale: Stored) -> np.ndarray:

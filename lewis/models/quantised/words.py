@@ -9,11 +9,11 @@ import numpy as np
 
 from lewis.models.quantised.stored import Stored
 
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbouring outputs each four bits of a word hold
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbouring outputs each four bits of a word hold
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # 1 in each number of a word
 
 
-def unpacked(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+def _unpacked(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> Iterator[tuple[slice, np.ndarray]]:
     """The numbers of packed words, which lie one after another along the first axis, lowest bits first.
 
     Args:
@@ -35,10 +35,10 @@ def unpacked(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -
         yield slice(order[i] if order else i, None, in_run), found
 
 
-def unpack(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:
-    """All numbers of `unpacked`, fp32."""
+def _unpack(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:
+    """All numbers of `_unpacked`, fp32."""
     found = np.empty((words.shape[0] * 32 // bits, words.shape[1]), np.float32)
-    for places, numbers in unpacked(words, bits, order):
+    for places, numbers in _unpacked(words, bits, order):
         found[places] = numbers
     return found
 
@@ -60,7 +60,7 @@ def decode_gptq(parts: Mapping[str, Stored], bits: int, group: int, plus_one: bo
     packed_zeros = parts["qzeros"].words()
     if plus_one and bits in _ONES:
         packed_zeros = packed_zeros + np.uint32(_ONES[bits])  # GPTQModel adds to the whole word likewise
-    zeros = np.ascontiguousarray(unpack(packed_zeros.T, bits).T)
+    zeros = np.ascontiguousarray(_unpack(packed_zeros.T, bits).T)
     if plus_one and bits not in _ONES:
         zeros = (zeros + 1) % (1 << bits)
     inputs = words.shape[0] * 32 // bits
@@ -83,7 +83,7 @@ def decode_pack_quantized(parts: Mapping[str, Stored], bits: int, group: int, sh
     middle = np.float32(1 << (bits - 1))
     zeros = np.broadcast_to(middle, scales.shape)
     if "zero" in parts:
-        zeros = unpack(parts["zero"].words(), bits)[:outputs].T
+        zeros = _unpack(parts["zero"].words(), bits)[:outputs].T
     order = parts["g_idx"].whole() if "g_idx" in parts else np.arange(inputs) // (group or inputs)
     return _by_inputs(np.ascontiguousarray(parts["packed"].words().T), bits, scales, zeros, order)
 
@@ -100,9 +100,9 @@ def decode_awq(parts: Mapping[str, Stored]) -> np.ndarray:
     """
     words, scales = parts["qweight"].words().T, parts["scales"].floats()
     inputs, (groups, outputs) = words.shape[1], scales.shape
-    zeros = unpack(parts["qzeros"].words().T, 4, AWQ_ORDER)
+    zeros = _unpack(parts["qzeros"].words().T, 4, _AWQ_ORDER)
     of_input, found = np.arange(inputs) // (inputs // groups), np.empty((outputs, inputs), np.float32)
-    for places, numbers in unpacked(words, 4, AWQ_ORDER):
+    for places, numbers in _unpacked(words, 4, _AWQ_ORDER):
         values = numbers.astype(np.float32)
         values -= zeros[places][:, of_input]
         values *= scales.T[places][:, of_input]
@@ -121,7 +121,7 @@ def _by_inputs(words: np.ndarray, bits: int, scales: np.ndarray, zeros: np.ndarr
     """
     inputs = len(groups)
     found = np.empty((words.shape[1], inputs), np.float32)
-    for places, numbers in unpacked(words, bits):
+    for places, numbers in _unpacked(words, bits):
         of = groups[places]
         values = numbers[: len(of)].astype(np.float32)
         values -= zeros[of]
