@@ -65,5 +65,5 @@ def write_template(folder: Path, template: str) -> None:
     """Give the tokenizer in a folder this chat template in place of its own."""
     (folder / FILE).write_text(template, encoding="utf-8")
     settings = store.read_json(folder / SETTINGS)
-    if settings and settings.pop("chat_template", None) is not None:
+    if isinstance(settings, dict) and settings.pop("chat_template", None) is not None:
         (folder / SETTINGS).write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lewis.models.chat_template import FILE, PROCESSOR, SETTINGS, template_in
+from lewis.models.chat_template import FILE, PROCESSOR, SETTINGS, template_in, write_template
 
 NAMED = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
 
@@ -33,6 +33,13 @@ def test_the_template_of_a_folder(tmp_path: Path, files: dict[str, object], expe
         text = content if isinstance(content, str | bytes) else json.dumps(content)
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     assert template_in(tmp_path) == expected
+
+
+def test_a_template_is_written_next_to_settings_that_are_no_object(tmp_path: Path) -> None:
+    """A merge of such a base ended with TypeError."""
+    (tmp_path / SETTINGS).write_text('["chat_template"]')
+    write_template(tmp_path, "J")
+    assert template_in(tmp_path) == "J"
 
 
 def test_files_are_utf_8_in_every_locale(tmp_path: Path) -> None:
