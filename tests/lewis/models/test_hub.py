@@ -491,6 +491,17 @@ def test_a_config_that_no_network_can_have_and_a_shard_that_is_missing_are_broke
         preflight(config, *pin_all(config))
 
 
+def test_a_preflight_reads_the_headers_of_each_model_once(hub: LocalHub, tmp_path: Path) -> None:
+    text = "merge_method: ties\nbase_model: org/base\nmodels: [{model: org/x}, {model: org/y}]"
+    config = Recipe.load(write(tmp_path, {"r.yaml": text}) / "r.yaml")
+    model = write_llama(tmp_path / "m", hidden=64, layers=1)
+    for name in ("base", "x", "y"):
+        hub.commit(f"org/{name}", {path.name: path.read_bytes() for path in model.iterdir()} | {"README.md": name})
+    preflight(config, *pin_all(config))
+    asked = [request.path for request in hub.log if request.range and "/resolve/" in request.path]
+    assert len(asked) == len(set(asked)) == 3
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
