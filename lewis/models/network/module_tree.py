@@ -7,7 +7,7 @@ module (also GPT-2's `Conv1D`, which stores in x out) or a parameter of three di
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from math import prod
 from pathlib import Path
@@ -217,26 +217,26 @@ class Network:
             prefix = f"{kind}." if len(kinds) > 1 else ""
             below = prefix + parameter.removeprefix(f"{path}.").removesuffix(".weight")
             for tensor, pattern in self._placing.sources.get(parameter, []):
-                shape, place = tensors[tensor], int(index)
-                if pattern is None and (count := stacked_in(module).get(weight)):
-                    layer = Layer(tensor, place, below, prod(shape))
-                    yield Covered(tensor, (layer,), (None,), parameter, transposed=weight == "w2", stack=count)
-                    continue
+                shape = tensors[tensor]
                 if pattern is None:
-                    yield _covered(tensor, shape, place, below, parameter, None, module, self.module.config)
+                    layer = Layer(tensor, int(index), below, prod(shape))
+                    if count := stacked_in(module).get(weight):
+                        yield Covered(tensor, (layer,), (None,), parameter, transposed=weight == "w2", stack=count)
+                    else:
+                        yield _in_parts(layer, shape, parameter, module, self.module.config)
                     continue
-                converter, projection = self._placing.converters[parameter], prefix + below_block(tensor)
+                layer = Layer(tensor, int(index), prefix + below_block(tensor), prod(shape))
+                converter = self._placing.converters[parameter]
                 first = parameter == self._placing.firsts[parameter]
                 if tensor in split:
                     if first:
-                        yield self._covered_split(tensor, shape, place, projection, split[tensor])
+                        yield self._in_split(layer, shape, split[tensor])
                 elif kept := keeps_inputs(converter, self._state[parameter].dim()):
                     if first or kept == "joined":
-                        yield Covered(tensor, (Layer(tensor, place, projection, prod(shape)),), (None,), parameter)
+                        yield Covered(tensor, (layer,), (None,), parameter)
                 elif only_stacks(converter):  # any other conversion mixes tensors: what is not covered is reported
                     stack = [each for each, of in self._placing.sources[parameter] if of == pattern]
-                    expert = stack.index(tensor)
-                    yield _covered(tensor, shape, place, projection, parameter, expert, module, self.module.config)
+                    yield Covered(tensor, (layer,), (None,), parameter, stack.index(tensor))
 
     def _split(self, found: Sequence[tuple[str, str, nn.Module]]) -> dict[str, list[str]]:
         """Tensor that is cut along its rows into weights of linear modules -> these; they share their inputs."""
@@ -247,35 +247,27 @@ class Network:
                 parts.setdefault(self._placing.sources[name][0][0], []).append(name)
         return {tensor: names for tensor, names in parts.items() if linear.issuperset(names)}
 
-    def _covered_split(
-        self, tensor: str, shape: tuple[int, ...], index: int, projection: str, names: Sequence[str]
-    ) -> Covered:
+    def _in_split(self, layer: Layer, shape: tuple[int, ...], names: Sequence[str]) -> Covered:
+        """The tensor of a layer, which is cut along its rows into these weights: a layer for each of them."""
         layers, rows, start = [], [], 0
         for name in names:
             count, part = self._state[name].shape[0], name.split(".")[-2]
-            layers.append(Layer(tensor, index, f"{projection}.{part}", count * shape[1], part))
+            layers.append(_part_of(layer, part, count * shape[1]))
             rows.append(Rows(start, count, shape[0]))
             start += count
-        return Covered(tensor, tuple(layers), tuple(rows), names[0])
+        return Covered(layer.tensor, tuple(layers), tuple(rows), names[0])
 
 
-def _covered(
-    tensor: str,
-    shape: tuple[int, ...],
-    index: int,
-    projection: str,
-    parameter: str,
-    expert: int | None,
-    module: nn.Module,
-    config: Any,
-) -> Covered:
-    transposed = type(module).__name__ == "Conv1D" or (expert is None and stored_in_out(module))
+def _in_parts(layer: Layer, shape: tuple[int, ...], parameter: str, module: nn.Module, config: Any) -> Covered:
+    """The tensor of a layer, which is a parameter; a layer for each part if it is fused."""
+    transposed = type(module).__name__ == "Conv1D" or stored_in_out(module)
     outputs = shape[-1] if transposed else shape[-2]
-    size = prod(shape)
-    parts = parts_of(parameter, outputs, config) if expert is None else {}
-    if not parts:
-        return Covered(tensor, (Layer(tensor, index, projection, size),), (None,), parameter, expert, transposed)
-    layers = tuple(
-        Layer(tensor, index, f"{projection}.{part}", size // outputs * rows.count, part) for part, rows in parts.items()
+    parts = parts_of(parameter, outputs, config)
+    layers = [_part_of(layer, part, layer.parameters // outputs * rows.count) for part, rows in parts.items()]
+    return Covered(
+        layer.tensor, tuple(layers) or (layer,), tuple(parts.values()) or (None,), parameter, transposed=transposed
     )
-    return Covered(tensor, layers, tuple(parts.values()), parameter, expert, transposed)
+
+
+def _part_of(layer: Layer, part: str, parameters: int) -> Layer:
+    return replace(layer, projection=f"{layer.projection}.{part}", parameters=parameters, part=part)
