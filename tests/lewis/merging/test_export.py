@@ -77,6 +77,24 @@ class TestConfig:
             "dtype": "float32",
         }
 
+    def test_models_whose_tokens_the_result_has_are_named_by_commit(self) -> None:
+        math, pinned = {"model": {"path": "org/math", "revision": "v1"}}, f"org/math@{'1' * 40}"
+        assert exported({"tokenizer_source": math})["tokenizer_source"] == pinned
+        zero, row = {"kind": "zero"}, {"kind": "model_token", "model": "org/math@v1", "token_id": 3}
+        sources = {"<a>": "org/math@v1", "<b>": math, "<c>": row, "<d>": zero, "<e>": "org/base"}
+        tokens = {token: {"source": source} for token, source in sources.items()} | {"<f>": {"force": True}}
+        assert exported({"tokenizer": {"source": "union", "tokens": tokens}})["tokenizer"] == {
+            "source": "union",
+            "tokens": {
+                "<a>": {"source": pinned},
+                "<b>": {"source": pinned},
+                "<c>": {"source": {**row, "model": pinned}},
+                "<d>": {"source": zero},
+                "<e>": {"source": f"org/base@{'b' * 40}"},
+                "<f>": {"force": True},
+            },
+        }
+
     @pytest.mark.parametrize(
         "own, common, rest",
         [
