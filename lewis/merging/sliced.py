@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from lewis import store
-from lewis.allocation.densities import Densities, ScalesByTensor
+from lewis.allocation.densities import ScalesByTensor
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
 from lewis.merging.memory_budget import MemoryBudget
@@ -251,10 +251,6 @@ class Stack(Merge):
             chat_template=chosen_template(settings.chat_template, [tokenizer_folder(each) for each in models.values()]),
             parts=tuple(replace(part, budget=budget) for part in parts),
         )
-
-    def with_densities(self, densities: Densities) -> Self:
-        """The same merge with these densities for every expert of every slice."""
-        return replace(self, parts=tuple(part.with_densities(densities) for part in self.parts))
 
     @cached_property
     def _giving(self) -> Mapping[str, Merge]:

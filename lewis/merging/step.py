@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -206,10 +206,8 @@ def check_output(given: MergeInput, prepared: Merge) -> None:
     """
     if given.config.output.kind != "lora" or given.uncovered not in (None, "expert"):
         return
-    if given.uncovered:  # what an adapter cannot hold is not covered, and so has density 1
-        whole = dict.fromkeys(prepared.layout, 1.0)
-        experts = tuple(replace(expert, densities=expert.densities or whole) for expert in prepared.experts)
-        prepared = replace(prepared, experts=experts)
+    if given.uncovered and not given.allocated:  # what an adapter cannot hold is not covered, and so has density 1
+        prepared = prepared.with_densities(dict.fromkeys(prepared.layout, 1.0))
     prepared.check_adapter()
 
 
