@@ -23,7 +23,7 @@ from typing import Any
 
 from lewis.importance.calibration import EVERY, Calibration
 from lewis.merging.fitting.fitted import Fitted, Unwritten
-from lewis.merging.fitting.losses import RowLoss, mean_loss, predicts_next_token, row_losses
+from lewis.merging.fitting.losses import RowLoss, from_json, mean_loss, predicts_next_token, row_losses, to_json
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
 from lewis.progress import Report
@@ -51,6 +51,17 @@ class Distance:
     worst: float
     experts: dict[str, float] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        experts = {ref: to_json(mean) for ref, mean in self.experts.items()}
+        return {"mean": to_json(self.mean), "worst": to_json(self.worst), "experts": experts}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Distance:
+        """What `to_json` gave."""
+        experts = {ref: from_json(mean) for ref, mean in data.get("experts", {}).items()}
+        return cls(from_json(data["mean"]), from_json(data["worst"]), experts)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -75,12 +86,12 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data, for the manifest of the merged model."""
-        return asdict(self)
+        return asdict(self) | {"anchor": self.anchor.to_json(), "fits": [each.to_json() for each in self.fits]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Verdict:
         """What `to_json` gave."""
-        anchor, fits = Distance(**data["anchor"]), tuple(Distance(**each) for each in data["fits"])
+        anchor, fits = Distance.from_json(data["anchor"]), tuple(map(Distance.from_json, data["fits"]))
         return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"], data.get("gains") or {})
 
     def to_text(self) -> str:

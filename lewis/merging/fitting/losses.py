@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -116,3 +117,13 @@ def mean_loss(rows: Sequence[Sequence[RowLoss]]) -> float:
     """Nats per predicted token: the mean over the tokens of each set by their weights, then over the sets."""
     means = [sum(row.nats for row in each) / sum(row.weight for row in each) for each in rows if each]
     return sum(means) / max(len(means), 1)
+
+
+def to_json(loss: float) -> float | None:
+    """A loss as JSON, which has no number for a loss that is not finite: None stands for it."""
+    return loss if math.isfinite(loss) else None
+
+
+def from_json(value: float | None) -> float:
+    """What `to_json` gave; infinite for None."""
+    return math.inf if value is None else value

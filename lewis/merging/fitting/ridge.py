@@ -18,7 +18,7 @@ from lewis.importance.calibration import Calibration
 from lewis.merging.calibration_rows import RIDGES, split
 from lewis.merging.fitting.fitted import Unwritten
 from lewis.merging.fitting.held_back import Fit
-from lewis.merging.fitting.losses import mean_loss, predicts_next_token, row_losses
+from lewis.merging.fitting.losses import from_json, mean_loss, predicts_next_token, row_losses, to_json
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
 from lewis.progress import Report
@@ -40,13 +40,12 @@ class Choice:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data, for the manifest of the merged model."""
-        losses = [[ridge, loss if math.isfinite(loss) else None] for ridge, loss in self.losses.items()]
-        return {"ridge": self.ridge, "losses": losses}
+        return {"ridge": self.ridge, "losses": [[ridge, to_json(loss)] for ridge, loss in self.losses.items()]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Choice:
         """What `to_json` gave."""
-        return cls(data["ridge"], {ridge: math.inf if loss is None else loss for ridge, loss in data["losses"]})
+        return cls(data["ridge"], {ridge: from_json(loss) for ridge, loss in data["losses"]})
 
     def to_text(self) -> str:
         """The choice in a sentence."""
@@ -90,12 +89,12 @@ def choose(
             place = folder / f"ridge-{ridge:g}"
             fitted = fit(candidate, place, report, threads)
             loss = mean_loss(row_losses(Unwritten(candidate, fitted), [held.of_answers for _, held in parts], threads))
-            known[str(ridge)] = loss if math.isfinite(loss) else None
+            known[str(ridge)] = to_json(loss)
             store.write_entry(file, known)
             store.discard(place)
             logger.info("ridge %g: %.4f nats per token on held-out calibration rows", ridge, loss)
         report("fit", 1, 1)
-    losses = {ridge: math.inf if known[str(ridge)] is None else known[str(ridge)] for ridge in RIDGES}
+    losses = {ridge: from_json(known[str(ridge)]) for ridge in RIDGES}
     if not any(map(math.isfinite, losses.values())):
         raise LewisError("parameters.ridge: auto found no finite loss on held-out calibration rows; give a number")
     found = Choice(min(RIDGES, key=lambda ridge: losses[ridge]), losses)

@@ -127,7 +127,7 @@ def test_an_expert_that_answers_no_better_than_the_base_is_named(
         ([(0.2, 0.9), (0.3, 0.5), (0.1, 0.5)], 1),  # worse than the anchor
         ([(0.2, 0.9), (0.3, 0.5), (0.1, 1.5)], None),
         ([(0.2, 2.0), (0.1, 1.5), (0.15, 1.4)], 0),  # broken, but the anchor is more so
-        ([(0.2, 0.9), (float("nan"), float("nan")), (0.1, 0.5)], 1),
+        ([(0.2, 0.9), (float("inf"), float("inf")), (0.1, 0.5)], 1),
     ],
 )
 def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
@@ -144,6 +144,7 @@ def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
     with caplog.at_level(logging.INFO):
         written = merge.run(tmp_path / "out", progress=lambda _, done, total: steps.append(done))
     assert steps == sorted(steps)
+    json.dumps(written.manifest, allow_nan=False)  # what other programs read as JSON, too
     verdict = Verdict.from_json(written.manifest["held_back"])
     assert verdict.taken == taken and len(verdict.fits) == len(seen) - 1 and not distances
     assert written.fit == text_of_fit(written.manifest) and written.fit in caplog.text
