@@ -168,5 +168,5 @@ def match_l1(kept: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 
 def _uniform(task_vector: torch.Tensor, stream: Stream) -> torch.Tensor:
-    numbers = stream.random(task_vector.numel(), dtype=np.float32)
+    numbers = stream.random(task_vector.numel())
     return torch.from_numpy(numbers).reshape(task_vector.shape).to(task_vector.device)
