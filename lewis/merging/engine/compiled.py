@@ -157,9 +157,8 @@ def _task_vectors(merge: Prepared, name: str, loops: Loops, weights: list[float]
 
 def _pair(inputs: Inputs, expert: int, columns: int, scales: ScaleLayouts) -> Pair:
     """The base's tensor and an expert's, with the scale that its elements are ranked by."""
-    addresses, kinds = inputs.addresses, inputs.kinds
-    of_expert = addresses[expert + 1], int(kinds[expert + 1])
-    return Pair((addresses[0], int(kinds[0]), *of_expert, inputs.size, columns, scales.addresses[expert]))
+    (base, own), kinds = inputs.addresses[[0, expert + 1]], inputs.kinds
+    return Pair(base, int(kinds[0]), own, int(kinds[expert + 1]), inputs.size, columns, scales.addresses[expert])
 
 
 def _kept(loops: Loops, values: dict[str, Any], expert: int, pair: Pair, key: np.uint64 | None) -> Kept:

@@ -172,7 +172,7 @@ def test_exactly_the_k_largest_are_kept(kind: str, share: float, monkeypatch: py
     elif kind == "zeros":
         values *= rng.random(size) < 0.1
     zeros, k = np.zeros_like(values), int(share * size)
-    pair = Pair((np.uint64(zeros.ctypes.data), 0, np.uint64(values.ctypes.data), 0, size, size, np.uint64(0)))
+    pair = Pair(np.uint64(zeros.ctypes.data), 0, np.uint64(values.ctypes.data), 0, size, size, np.uint64(0))
     threshold, cut = Selector().cut(pair, k)
     scores = np.abs(values).view(np.uint32)
     order = np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
