@@ -41,7 +41,7 @@ from lewis.methods.arithmetic.stacked import within
 from lewis.models.dtypes import size_of
 from lewis.models.network.module_tree import Covered, Network
 from lewis.models.network.network_class import input_embeddings
-from lewis.progress import Report
+from lewis.progress import Report, silent
 
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_PASS = 1024  # more passes share out better among threads, and stay in the cache
 
 
-def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: int | None = None) -> Fitted:
+def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int | None = None) -> Fitted:
     """Fit all tensors of a merge that can be fitted, block by block.
 
     Args:
@@ -115,8 +115,7 @@ def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: 
                 module = each.network.module.get_submodule(path)
                 contexts.callback(module.register_forward_pre_hook(partial(note_stream, path), prepend=True).remove)
         for done in walk.blocks():
-            if progress:
-                progress("fit", done, len(network.blocks))
+            progress("fit", done, len(network.blocks))
         stacked.warn()
     return fitted
 

@@ -26,14 +26,14 @@ from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.losses import RowLoss, from_json, mean_loss, predicts_next_token, row_losses, to_json
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
-from lewis.progress import Report
+from lewis.progress import Report, silent
 
 logger = logging.getLogger(__name__)
 BROKEN = 1.0  # nats per token that a row may lose
 FIT = 8  # times as long as a pass over the held-back rows, roughly: its share of the progress
 LARGER = {"ridge": (10.0, 0.1), "prior": (3.0, 3.0)}  # parameter -> its factor, and the least value, of a second fit
 
-Fit = Callable[[Prepared, Path, Report | None, int | None], Fitted]
+Fit = Callable[[Prepared, Path, Report, int | None], Fitted]
 """Fits a merge: takes the merge, the folder for its tensors, what reports the progress, and the threads."""
 
 
@@ -134,7 +134,7 @@ def warn_of_unjudged(merge: Prepared) -> None:
 
 
 def fit_and_judge(
-    merge: Prepared, folder: Path, fit: Fit, progress: Report | None = None, threads: int | None = None
+    merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, threads: int | None = None
 ) -> tuple[Fitted, Verdict]:
     """Fit a merge, and take the fit only if it holds on the rows that were held back.
 
@@ -188,15 +188,14 @@ def fit_and_judge(
     return Fitted(folder / "anchor") if taken is None else fitted[taken], verdict
 
 
-def _part(progress: Report | None, begin: float, width: float) -> Report:
+def _part(progress: Report, begin: float, width: float) -> Report:
     """A `Report` for one part of the work, which shows it as a share of all.
 
     The parts: experts, base, anchor, the fit (`FIT` times as long as each other part), its result, a second fit.
     """
 
     def report(_: str, done: int, total: int) -> None:
-        if progress:
-            progress("fit", round(1000 * (begin + width * done / max(total, 1))), 1000 * (5 + FIT))
+        progress("fit", round(1000 * (begin + width * done / max(total, 1))), 1000 * (5 + FIT))
 
     return report
 

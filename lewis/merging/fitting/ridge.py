@@ -21,7 +21,7 @@ from lewis.merging.fitting.held_back import Fit
 from lewis.merging.fitting.losses import from_json, mean_loss, predicts_next_token, row_losses, to_json
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
-from lewis.progress import Report
+from lewis.progress import Report, silent
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,7 @@ class Choice:
         return f"ridge: auto chose {self.ridge:g}, by the loss on held-out calibration rows (nats per token): {losses}"
 
 
-def choose(
-    merge: Prepared, folder: Path, fit: Fit, progress: Report | None = None, threads: int | None = None
-) -> Choice:
+def choose(merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, threads: int | None = None) -> Choice:
     """Fit the merge with each of `RIDGES` to three of four rows, and find the loss on the others.
 
     Args:
@@ -81,8 +79,7 @@ def choose(
     for i, ridge in enumerate(RIDGES):
 
         def report(what: str, done: int, total: int, before: int = i) -> None:
-            if progress:
-                progress(what, before * total + done, len(RIDGES) * total)
+            progress(what, before * total + done, len(RIDGES) * total)
 
         if str(ridge) not in known:
             candidate = with_ridge(merge, ridge, [fitted_to for fitted_to, _ in parts])
