@@ -67,7 +67,11 @@ def choose(merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, t
         InputError: if the model does not predict the next token.
         LewisError: as `fit` and `mean_loss`, or if no loss is finite.
     """
-    check(merge)
+    if not predicts_next_token(merge.base):
+        raise InputError(
+            f"{merge.base.folder}: parameters.ridge: auto goes by the loss of the next token, which this kind of "
+            "model does not predict; give a number"
+        )
     parts = [
         (expert.calibration, expert.held_back) if expert.held_back else split(expert.calibration)
         for expert in merge.experts
@@ -109,12 +113,3 @@ def with_ridge(merge: Prepared, ridge: float, sets: Sequence[Calibration] | None
     pairs = zip(merge.experts, given, strict=True)
     experts = tuple(replace(expert, calibration=calibration) for expert, calibration in pairs)
     return replace(merge.with_parameters(number), experts=experts)
-
-
-def check(merge: Prepared) -> None:
-    """Raise InputError if the model does not predict the next token from those before it."""
-    if not predicts_next_token(merge.base):
-        raise InputError(
-            f"{merge.base.folder}: parameters.ridge: auto goes by the loss of the next token, which this kind of "
-            "model does not predict; give a number"
-        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lewis.errors import LewisError
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
+from lewis.merging.fitting.fitted import rounded
 from lewis.merging.fitting.passes import Pair, Pass
 from lewis.merging.fitting.spill import Spill
 from lewis.merging.fitting.task_vectors import moved_rows
@@ -16,7 +17,6 @@ from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.tokens import Rows
-from lewis.models.dtypes import torch_dtype
 from lewis.models.names import feeds_other_tokens
 from lewis.models.network.module_tree import Covered
 
@@ -90,11 +90,7 @@ class Solver:
                 value = self._inputs[1].solve(anchor, weights, additions, out=anchor, whole=whole)
         except ValueError as error:
             raise LewisError(f"{name}: {error}; a model is damaged") from error
-        value = value.T if covered.transposed else value
-        rounded = value.to(torch_dtype(self._merge.layout[name][0])).contiguous()
-        if not bool(torch.isfinite(rounded).all()):
-            raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
-        return rounded
+        return rounded(self._merge, name, value.T if covered.transposed else value)
 
     def _prior(self, covered: Covered, strength: float, weights: Sequence[torch.Tensor]) -> list[Rows]:
         if not strength or self._inputs is None:
