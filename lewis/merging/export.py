@@ -14,7 +14,7 @@ from lewis.recipe.config import MergeConfig
 from lewis.recipe.dialect import as_recipe
 from lewis.recipe.schema import Lewis
 
-_OURS = ("lewis", "evaluate", "register", "publish", "search", "seed", "output")
+_THEIRS = MergeConfig.model_fields.keys() - {"anchor", "exclude", "output", "seed"}
 
 
 def check_exportable(config: MergeConfig, guide: Lewis | None) -> None:
@@ -69,7 +69,7 @@ def to_mergekit(
         InputError: as `check_exportable`, or if an expert is an adapter on an adapter.
     """
     check_exportable(config, guide)
-    data: dict[str, Any] = {key: value for key, value in as_recipe(yaml.safe_load(text)).items() if key not in _OURS}
+    data: dict[str, Any] = {key: value for key, value in as_recipe(yaml.safe_load(text)).items() if key in _THEIRS}
     names = {entry.model: _pinned_name(source) for entry, source in zip(config.experts, experts, strict=True)}
     if base is not None and config.base_model is not None:
         names[config.base_model] = data["base_model"] = _pinned_name(base)

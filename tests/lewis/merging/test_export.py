@@ -55,6 +55,7 @@ class TestConfig:
             "tokenizer_source": "org/math@v1",
         }
         data |= {"register": {"name": "x"}, "dtype": "float32", "publish": {"repo": "org/x"}}
+        data |= {"inspect": {"on": "warn"}, "serve": {"kind": "webhook", "url": "http://10.0.0.1/hook"}}
         data |= {"search": {"space": {"parameters.lambda": [1, 2]}, "metrics": ["x/acc,none"]}}
         assert exported(data, Allocation({"a.b": 0.25, "a.b.c": 0.5, "z": 1.0}, 0.5, {})) == {
             "merge_method": "ties",
