@@ -31,6 +31,7 @@ from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import warn_of_few_tokens
 from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.passes import Pair, Pass, answering, note_stream, stop, stop_with_call
+from lewis.merging.fitting.shared import Shared
 from lewis.merging.fitting.solver import Solver
 from lewis.merging.fitting.spill import IN_MEMORY, Spill, approximate_bytes
 from lewis.merging.fitting.stacked_fit import StackedFit, stacks_of, tensors_in
@@ -93,10 +94,9 @@ def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int |
     with ExitStack() as contexts:
         contexts.enter_context(one_thread())
         workers = contexts.enter_context(Workers(threads))
-        solver = Solver(merge, pairs, experts, merged, streams, workers, spill)
-        flat = [pair for each in pairs for pair in each]
-        stacked = StackedFit(merge, stacks, pairs, merged, workers, fitted)
-        walk = Walk(merge, places, [*experts, merged], flat, solver, stacked, workers, fitted, spill)
+        shared = Shared(merge, pairs, experts, merged, fitted, workers, spill)
+        stacked = StackedFit(shared, stacks)
+        walk = Walk(shared, places, Solver(shared, streams), stacked)
         contexts.callback(walk.stop)
         for each in (*experts, merged):
             each.check()

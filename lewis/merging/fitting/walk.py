@@ -12,15 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lewis.errors import LewisError
-from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
-from lewis.merging.fitting.fitted import Fitted
-from lewis.merging.fitting.passes import Pair
+from lewis.merging.fitting.shared import Shared
 from lewis.merging.fitting.solver import Solver
-from lewis.merging.fitting.spill import Spill
 from lewis.merging.fitting.stacked_fit import StackedFit
-from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.jobs import one_after_another
 from lewis.models.network.module_tree import Covered
 
@@ -33,35 +29,19 @@ IN_MEMORY_FITTED = 64 << 20  # bytes of fitted tensors that wait to be written t
 class Walk:
     """Leads all passes of a fit through the blocks of their models."""
 
-    def __init__(
-        self,
-        merge: Prepared,
-        places: Mapping[str, Covered],
-        weights: Sequence[Weights],
-        pairs: Sequence[Pair],
-        solver: Solver,
-        stacked: StackedFit,
-        workers: Workers,
-        fitted: Fitted,
-        spill: Spill,
-    ) -> None:
+    def __init__(self, shared: Shared, places: Mapping[str, Covered], solver: Solver, stacked: StackedFit) -> None:
         """
         Args:
-            merge: what is fitted.
+            shared: what is fitted, and the passes.
             places: path of a module -> its tensor.
-            weights: of the experts, then of the merged model.
-            pairs: of all batches.
             solver: fits the tensor of a place.
             stacked: fits stacked experts.
-            workers: run the passes.
-            fitted: takes the tensors.
-            spill: where the weights are kept.
         """
-        self._merge, self._places, self._weights = merge, places, weights
+        self._shared, self._places, self._solver, self._stacked = shared, places, solver, stacked
+        self._weights = [*shared.experts, shared.merged]
+        pairs = [pair for each in shared.pairs for pair in each]
         # First those of the experts, which have less to do: so each thread gets as many of them as of the others.
         self._passes = [*(pair.own for pair in pairs), *(pair.merged for pair in pairs)]
-        self._solver, self._stacked, self._workers = solver, stacked, workers
-        self._fitted, self._spill = fitted, spill
         self._loaded: list[tuple[Weights, list[str]]] = []
         self._in_block: list[str] = []
         self._found: dict[str, torch.Tensor] = {}
@@ -89,10 +69,10 @@ class Walk:
 
     def stop(self) -> None:
         """End the passes that still wait."""
-        self._workers.in_place([each.stop for each in self._passes])
+        self._shared.workers.in_place([each.stop for each in self._passes])
 
     def _next(self) -> str | None:
-        self._workers.in_place([each.go_on for each in self._passes])
+        self._shared.workers.in_place([each.go_on for each in self._passes])
         places = {each.place for each in self._passes}
         if len(places) > 1:
             raise LewisError(
@@ -128,16 +108,16 @@ class Walk:
 
     def _write(self) -> None:
         if self._found:
-            self._fitted.add(next(iter(self._found)), self._found)
+            self._shared.fitted.add(next(iter(self._found)), self._found)
             self._found = {}
 
     def _fit(self, place: str) -> None:
         """Give the projection its weight in each model; that of the merged model is fitted, unless it is known."""
         self._drop()
         covered = self._places[place]
-        known = covered.tensor in self._fitted
-        readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
-        readers.append(self._fitted.read if known else self._anchor)
+        known = covered.tensor in self._shared.fitted
+        readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._shared.merge.experts]
+        readers.append(self._shared.fitted.read if known else self._anchor)
         *weights, value = self._read(covered.tensor, readers)
         for each, weight in zip(self._weights, weights, strict=False):  # the last are those of the merged model
             self._put(each, covered.parameter, weight)
@@ -155,13 +135,14 @@ class Walk:
         found = [torch.empty(0)] * len(readers)
 
         def read(i: int) -> None:
-            found[i] = self._spill.keep(readers[i](tensor), torch.float32)
+            found[i] = self._shared.spill.keep(readers[i](tensor), torch.float32)
 
         # The last reader comes first: it merges, which takes longest. If tensors are kept in files, one is read at a
         # time, because each is in memory as a whole while it is read.
         jobs = [partial(read, i) for i in reversed(range(len(readers)))]
-        (self._workers if self._spill.folder is None else one_after_another)(jobs)
+        (self._shared.workers if self._shared.spill.folder is None else one_after_another)(jobs)
         return found
 
     def _anchor(self, tensor: str) -> torch.Tensor:
-        return merge_into(self._merge.anchor, tensor, self._spill.empty(self._merge.base.tensors[tensor].shape))
+        anchor = self._shared.merge.anchor
+        return merge_into(anchor, tensor, self._shared.spill.empty(anchor.base.tensors[tensor].shape))
