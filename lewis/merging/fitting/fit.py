@@ -201,11 +201,13 @@ def check_rows(merge: Prepared, network: Network) -> None:
 
 def in_order(network: Network) -> list[Covered]:
     """The covered tensors whose modules all forward passes call in the same order: no experts of a mixture."""
-    found = []
-    for each in network.covered:
-        path, _, name = each.parameter.rpartition(".")
-        alone = len(network.same(each.parameter)) == 1 and ".experts." not in each.parameter
-        whole = network.unconverted.get(each.tensor) == each.parameter
-        if whole and alone and not each.stack and getattr(network.module.get_submodule(path), name).dim() == 2:
-            found.append(each)
-    return found
+    whole = network.unconverted
+    return [
+        each
+        for each in network.covered
+        if whole.get(each.tensor) == each.parameter
+        and len(network.same(each.parameter)) == 1
+        and ".experts." not in each.parameter
+        and not each.stack
+        and network.empty(each.parameter).dim() == 2
+    ]
