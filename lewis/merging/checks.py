@@ -29,12 +29,14 @@ def check_parameters(
     Raises:
         InputError: naming the tensor and the expert.
     """
-    for name in names if method.check else ():
+    if method.check is None:
+        return
+    for name in names:
         values = parameters(name)
         for i, expert in enumerate(experts):
             each = {p.name: values[p.name][i] if p.per_expert else values[p.name] for p in method.parameters.values()}
             with method.blamed(name):
-                problem = method.check(each, len(experts)) if method.check else None
+                problem = method.check(each, len(experts))
             if problem:
                 raise InputError(f"{name}: {expert.ref}: {problem}")
 

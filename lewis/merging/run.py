@@ -222,7 +222,7 @@ class Merge(Prepared):
 
             return report
 
-        from lewis.merging.fitting.held_back import fit_and_judge, is_needed, warn_of_unjudged
+        from lewis.merging.fitting.held_back import fit_and_judge, warn_of_unjudged
 
         warn_of_unjudged(self)
         merge: Prepared = self
@@ -234,7 +234,7 @@ class Merge(Prepared):
             merge, facts["ridge"] = with_ridge(self, choice.ridge), choice.to_json()
 
         last = part(self.fits - 1, 1)
-        if is_needed(merge):
+        if any(expert.held_back for expert in merge.experts):
             fitted, verdict = fit_and_judge(merge, folder, fit, last, threads)
             yield fitted, {**facts, "held_back": verdict.to_json()}
         else:

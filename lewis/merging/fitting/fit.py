@@ -168,7 +168,7 @@ def paused_bytes(merge: Prepared, network: Network, tokens: int | None = None) -
 
 def extra_disk_bytes(merge: Prepared, network: Network, held: int) -> int:
     """Approximate bytes on disk that a fit needs beyond the output: the fitted tensors, and what paused passes hold."""
-    names = [*(each.tensor for each in in_order(network) if merge.merges(each.tensor))]
+    names = [each.tensor for each in in_order(network) if merge.merges(each.tensor)]
     fitted = sum(size_of(*merge.layout[name]) for name in [*names, *tensors_in(stacks_of(network, merge))])
     return fitted + max((held if held > IN_MEMORY else 0) - merge.size, 0)
 

@@ -115,22 +115,19 @@ class Verdict:
         return text + again * bool(self.taken)
 
 
-def is_needed(merge: Prepared) -> bool:
-    """Whether rows are held back that can judge the fit: of a model that predicts the next token."""
-    return any(expert.held_back for expert in merge.experts) and predicts_next_token(merge.base)
-
-
 def warn_of_unjudged(merge: Prepared) -> None:
     """Warn of each expert of which no row judges a fit in forward order, since it has too few rows that could."""
-    asked = any(expert.held_back for expert in merge.experts)
-    for expert in merge.experts if merge.method.fits == "forward" and predicts_next_token(merge.base) else ():
-        rows = expert.calibration
-        if rows and not expert.held_back and (asked or len(rows.samples) < EVERY):
-            logger.warning(
-                "%s: no held-back row judges the fit to it: expected at least %d rows in lewis.calibrations.%s, and "
-                "that every fourth predicts an answer, got %d rows; raise samples, or use `continue`",
-                *(expert.ref, EVERY, rows.name, len(rows.samples)),
-            )
+    judged = any(expert.held_back for expert in merge.experts)
+    found = [(each.ref, each.calibration) for each in merge.experts if each.calibration and not each.held_back]
+    found = [(ref, rows) for ref, rows in found if judged or len(rows.samples) < EVERY]
+    if merge.method.fits != "forward" or not found or not (judged or predicts_next_token(merge.base)):
+        return
+    for ref, rows in found:
+        logger.warning(
+            "%s: no held-back row judges the fit to it: expected at least %d rows in lewis.calibrations.%s, and that "
+            "every fourth predicts an answer, got %d rows; raise samples, or use `continue`",
+            *(ref, EVERY, rows.name, len(rows.samples)),
+        )
 
 
 def fit_and_judge(
