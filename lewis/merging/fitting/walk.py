@@ -48,14 +48,13 @@ class Walk:
 
     def blocks(self) -> Iterator[int]:
         """Go through the model; yields how many of the blocks are done, after each."""
-        network, block, done = self._weights[-1].network, "", 0
+        network, entered = self._shared.merged.network, 0
         while (place := self._next()) is not None:
             if place in network.blocks:
-                if block:
-                    done += 1
-                    self._keep(block)
-                    yield min(done, len(network.blocks))
-                block = place
+                self._leave()
+                if entered:
+                    yield min(entered, len(network.blocks))
+                entered += 1
                 self._enter(place)
             elif place in self._stacked:
                 self._drop()
@@ -63,8 +62,7 @@ class Walk:
                 self._stacked.fit(place)
             else:
                 self._fit(place)
-        if block:
-            self._keep(block)
+        self._leave()
         yield len(network.blocks)
 
     def stop(self) -> None:
@@ -87,22 +85,19 @@ class Walk:
         self._loaded = []
 
     def _enter(self, block: str) -> None:
-        self._drop_block()
         of_places = {each.parameter for each in self._places.values()}
-        self._in_block = [name for name in self._weights[-1].network.parameters_in(block) if name not in of_places]
+        self._in_block = [name for name in self._shared.merged.network.parameters_in(block) if name not in of_places]
         for weights in self._weights:
             weights.load(self._in_block)
         for each in self._passes:  # drop the inputs recorded in earlier blocks
             each.streams = {path: stream for path, stream in each.streams.items() if path == block}
 
-    def _drop_block(self) -> None:
+    def _leave(self) -> None:
+        """Drop the weights of the block that all passes have left, and write what was fitted there."""
         self._drop()
         for weights in self._weights:
             weights.drop(self._in_block)
         self._in_block = []
-
-    def _keep(self, block: str) -> None:
-        self._drop_block()
         self._solver.forget()
         self._write()
 
@@ -119,13 +114,13 @@ class Walk:
         readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._shared.merge.experts]
         readers.append(self._shared.fitted.read if known else self._anchor)
         *weights, value = self._read(covered.tensor, readers)
-        for each, weight in zip(self._weights, weights, strict=False):  # the last are those of the merged model
+        for each, weight in zip(self._shared.experts, weights, strict=True):
             self._put(each, covered.parameter, weight)
         if not known:
             value = self._found[covered.tensor] = self._solver.solve(place, covered, weights, value)
             if sum(each.nbytes for each in self._found.values()) > IN_MEMORY_FITTED:
                 self._write()
-        self._put(self._weights[-1], covered.parameter, value)
+        self._put(self._shared.merged, covered.parameter, value)
 
     def _put(self, weights: Weights, parameter: str, value: torch.Tensor) -> None:
         weights.put(parameter, value)
