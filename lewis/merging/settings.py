@@ -97,15 +97,12 @@ def resolve(config: MergeConfig) -> MergeSettings:
     """The settings of the merge that a config asks for."""
     entries, is_adapter = {entry.model: entry for entry in config.experts}, config.output.kind == "lora"
 
-    def value(parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
-        return config.value(parameter, None if expert is None else entries[expert], tensor, depth)
-
-    def of_anchor(parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
-        return config.anchor_value(parameter, None if expert is None else entries[expert], tensor, depth)
+    def by_reference(value: Callable[..., Any]) -> ParameterValue:
+        return lambda parameter, ref, *where: value(parameter, None if ref is None else entries[ref], *where)
 
     settings = MergeSettings(
         method=find(config.merge_method),
-        value=value,
+        value=by_reference(config.value),
         base=config.base_model,
         base_folder=find_folder(config.base_model, config.root) if config.base_model and is_adapter else None,
         seed=config.seed,
@@ -120,7 +117,9 @@ def resolve(config: MergeConfig) -> MergeSettings:
     )
     if config.anchor is None:
         return settings
-    anchor = replace(settings, method=find(config.anchor.merge_method), value=of_anchor, output=Output())
+    anchor = replace(
+        settings, method=find(config.anchor.merge_method), value=by_reference(config.anchor_value), output=Output()
+    )
     return replace(settings, anchor=anchor, anchor_weight=config.anchor_weight)
 
 

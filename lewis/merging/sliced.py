@@ -275,10 +275,6 @@ class Stack(Merge):
         """The models of all slices."""
         return [self.base, *(model for part in self.parts for model in part.models)]
 
-    def compiles(self, name: str) -> bool:
-        """Whether there are compiled loops for one tensor's method and parameters."""
-        return self._giving[name].compiles(name)
-
     def parameters(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor, by its slice."""
         return self._giving[name].parameters(name)
