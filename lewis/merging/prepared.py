@@ -61,7 +61,7 @@ class Prepared:
         held_back: tensor name -> what its merged delta is scaled by, after a look at held-back rows.
         device: where the methods compute.
         chat_template: the tokenizer's new one, as Jinja text; None: it keeps its own.
-        guide: the merge of the anchor; None without an anchor.
+        anchor: of a method that fits, the merge that the fit is pulled towards; None without one.
     """
 
     settings: MergeSettings
@@ -74,7 +74,7 @@ class Prepared:
     held_back: ScalesByTensor = field(default_factory=dict)
     device: str = "cpu"
     chat_template: str | None = None
-    guide: Prepared | None = None
+    anchor: Prepared | None = None
 
     @classmethod
     def of(
@@ -123,9 +123,9 @@ class Prepared:
         folders = [tokenizer_folder(model) for model in (first, *(expert.model for expert in by_key))]
         made = replace(made, chat_template=chosen_template(settings.chat_template, folders))
         if settings.anchor:  # densities of the recipe are the anchor's
-            guide = Prepared.of(settings.anchor, base, experts, made._weighted_factors(), device)
+            anchor = Prepared.of(settings.anchor, base, experts, made._weighted_factors(), device)
             unscaled = tuple(replace(expert, scales=None) for expert in made.experts)
-            made = replace(made, guide=guide, held_back={}, experts=unscaled)
+            made = replace(made, anchor=anchor, held_back={}, experts=unscaled)
         names = [name for name in read.tensors if name not in made.excluded]
         check_parameters(made.method, names, made.experts, made.parameters)
         check_scales(settings, read, made.experts, made.held_back, made.adds_to_base)
@@ -179,15 +179,10 @@ class Prepared:
                 factors[name] = weight * factors.get(name, torch.ones(()))
         return factors
 
-    @property
-    def anchor(self) -> Prepared:
-        """The merge that a fit is pulled towards, and that gives all tensors which are not fitted; else this one."""
-        return self.guide or self
-
     def with_densities(self, densities: Densities) -> Self:
         """The same merge with these densities for every expert, in the anchor if there is one."""
-        if self.guide is not None:
-            return replace(self, guide=self.guide.with_densities(densities))
+        if self.anchor is not None:
+            return replace(self, anchor=self.anchor.with_densities(densities))
         return replace(self, experts=tuple(replace(expert, densities=densities) for expert in self.experts))
 
     def with_parameters(self, change: Callable[[Parameter, Any], Any]) -> Self:
@@ -204,8 +199,8 @@ class Prepared:
         return replace(self, settings=replace(self.settings, value=changed))
 
     def giving(self, name: str) -> Prepared:
-        """What gives a tensor that is not fitted: the anchor."""
-        return self.anchor
+        """The merge that gives a tensor which is not fitted, and that a fit of it is pulled towards."""
+        return self.anchor or self
 
     @property
     def models(self) -> list[Model]:
@@ -342,7 +337,7 @@ class Prepared:
                 **({"scales": scales} if any(scales := [fingerprint(e.scales) for e in self.experts]) else {}),
                 **({"held_back": held_back} if (held_back := fingerprint(self.held_back)) else {}),
                 **({"fit": self._fit_digest()} if self.method.fits else {}),
-                **({"anchor": self.guide.digest} if self.guide else {}),
+                **({"anchor": self.anchor.digest} if self.anchor else {}),
                 **({"output": [self.settings.output.model_dump(), self.base_name]} if self.as_adapter else {}),
                 **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},

@@ -91,6 +91,6 @@ class Unwritten:
         """A tensor as it would be written."""
         if self._fitted is not None and name in self._fitted:
             return self._fitted.read(name)
-        anchor = self._merge.anchor
+        anchor = self._merge.giving(name)
         dtype, shape = anchor.layout[name]
         return merge_into(anchor, name, (self._place or torch.empty)(shape, dtype=torch_dtype(dtype)))

@@ -139,5 +139,5 @@ class Walk:
         return found
 
     def _anchor(self, tensor: str) -> torch.Tensor:
-        anchor = self._shared.merge.anchor
+        anchor = self._shared.merge.giving(tensor)
         return merge_into(anchor, tensor, self._shared.spill.empty(anchor.base.tensors[tensor].shape))
