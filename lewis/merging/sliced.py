@@ -46,7 +46,8 @@ def placed(settings: MergeSettings, models: Mapping[str, Model]) -> MergeSetting
     check_ranges(settings.slices, counts)
     if in_place(settings.slices, settings.base, counts):
         values = SliceValues(settings.slices, next(iter(layers.values())))
-        return replace(settings.with_values(values.value, values.anchor_value), slices=())
+        anchor = settings.anchor and replace(settings.anchor, value=values.anchor_value)
+        return replace(settings, value=values.value, anchor=anchor, slices=())
     _check_stackable(settings)
     return settings
 
