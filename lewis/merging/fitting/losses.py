@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lewis.devices import one_thread
-from lewis.errors import LewisError
 from lewis.importance.calibration import Calibration
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.merging.fitting.passes import Pass, stop
+from lewis.merging.fitting.passes import Pass, advance, stop
 from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report, silent
 
@@ -96,15 +95,9 @@ def row_losses(
         loaded: list[str] = []
         for done in itertools.count():
             progress("losses", min(done, len(network.blocks)), len(network.blocks))
-            workers.in_place([each.go_on for each in passes])
+            place = advance(passes, workers, "blocks", "give ridge a number, and set lewis.hold_back to false")
             weights.drop(loaded)
-            places = {each.place for each in passes}
-            if len(places) > 1:
-                raise LewisError(
-                    f"the passes came to {sorted(map(str, places))[:3]} at once: this model does not run its blocks in "
-                    "one order for every text; give ridge a number, and set lewis.hold_back to false"
-                )
-            if (place := places.pop()) is None:
+            if place is None:
                 break
             loaded = list(network.parameters_in(place))
             weights.load(loaded)

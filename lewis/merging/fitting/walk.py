@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lewis.errors import LewisError
 from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
+from lewis.merging.fitting.passes import advance
 from lewis.merging.fitting.shared import Shared
 from lewis.merging.fitting.solver import Solver
 from lewis.merging.fitting.stacked_fit import StackedFit
@@ -49,7 +49,8 @@ class Walk:
     def blocks(self) -> Iterator[int]:
         """Go through the model; yields how many of the blocks are done, after each."""
         network, entered = self._shared.merged.network, 0
-        while (place := self._next()) is not None:
+        step = partial(advance, self._passes, self._shared.workers, "projections", "use another merge_method")
+        while (place := step()) is not None:
             if place in network.blocks:
                 self._leave()
                 if entered:
@@ -68,16 +69,6 @@ class Walk:
     def stop(self) -> None:
         """End the passes that still wait."""
         self._shared.workers.in_place([each.stop for each in self._passes])
-
-    def _next(self) -> str | None:
-        self._shared.workers.in_place([each.go_on for each in self._passes])
-        places = {each.place for each in self._passes}
-        if len(places) > 1:
-            raise LewisError(
-                f"the passes came to {sorted(map(str, places))[:3]} at once: this model does not run its projections "
-                "in one order for every text; use another merge_method"
-            )
-        return places.pop()
 
     def _drop(self) -> None:
         for weights, names in self._loaded:
