@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -179,18 +179,14 @@ def _prepare(given: MergeInput, device: str) -> Merge:
     rows = {ref: parts[each.path] for ref, each in (given.sets or {}).items()}
     if given.sets is None:
         rows = {entry.model: (Calibration("none", ()), None) for entry in config.experts}
-    opened = [
-        Expert(
-            entry.model,
-            files.open(),
-            guided[files.ref].densities if guided else None,
-            scales.get(files.ref),
-            rows[entry.model][0] if entry.model in rows else None,
-            guided[files.ref].mean if guided else 1.0,
-            rows[entry.model][1] if entry.model in rows else None,
-        )
-        for entry, files in zip(config.experts, given.experts, strict=True)
-    ]
+    opened = []
+    for entry, files in zip(config.experts, given.experts, strict=True):
+        fitted_to, back = rows.get(entry.model, (None, None))
+        expert = Expert(entry.model, files.open(), scales=scales.get(files.ref), calibration=fitted_to, held_back=back)
+        if guided:
+            own = guided[files.ref]
+            expert = replace(expert, densities=own.densities, mean_density=own.mean)
+        opened.append(expert)
     if another_vocabulary and base is not None:
         _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
     return prepare(config, base, opened, held_back, device)
