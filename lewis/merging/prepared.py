@@ -228,7 +228,8 @@ class Prepared:
         count = len(self.experts) + self.method.takes_base
         try:
             with self.method.blamed(name):
-                return self.method.coefficients(np.eye(count), **self.parameters(name)) is not None
+                arguments = self.method.arguments(self.parameters(name))
+                return self.method.coefficients(np.eye(count), **arguments) is not None
         except ValueError:  # the method's function raises it again, and names the tensor
             return False
 

@@ -7,7 +7,6 @@ tensor is seen as a matrix whose columns are the last dimension.
 from __future__ import annotations
 
 import itertools
-import keyword
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -101,7 +100,7 @@ class _Tensor:
 
     @cached_property
     def _arguments(self) -> dict[str, Any]:
-        return {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in self._values.items()}
+        return self._method.arguments(self._values)
 
     def function(self, piece: Piece) -> torch.Tensor:
         """Call the method's function."""
