@@ -42,7 +42,7 @@ def check_parameters(
 
 
 def check_scales(
-    settings: MergeSettings, base: Model, experts: Sequence[Expert], held_back: ScalesByTensor, adds_to_base: bool
+    settings: MergeSettings, base: Model, experts: Sequence[Expert], factors: ScalesByTensor, adds_to_base: bool
 ) -> None:
     """Check that the method takes scales and factors if there are any, and that they have the shapes of the tensors.
 
@@ -51,9 +51,9 @@ def check_scales(
     """
     if any(expert.scales for expert in experts) and not settings.method.takes_scales:
         raise InputError(f"lewis.prune_by: {settings.method.name} does not trim by size; use magnitude")
-    if held_back and not adds_to_base:
+    if factors and not adds_to_base:
         raise InputError(f"lewis.aim: {settings.method.name} merges no task vectors that could be held back")
-    for model, scales in ((str(settings.base), held_back), *((each.ref, each.scales or {}) for each in experts)):
+    for model, scales in ((str(settings.base), factors), *((each.ref, each.scales or {}) for each in experts)):
         for name, scale in scales.items():
             shape = base.tensors[name].shape if name in base.tensors else ()
             axes = zip(shape[len(shape) - scale.dim() :], scale.shape, strict=False)

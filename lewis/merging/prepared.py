@@ -58,7 +58,7 @@ class Prepared:
         vocabulary: whose tokenizer the result has.
         excluded: names of the tensors that are copied from the base, in its dtype.
         budget: limits how many elements are merged in torch at a time.
-        held_back: tensor name -> what its merged delta is scaled by, after a look at held-back rows.
+        factors: tensor name -> what its merged delta is multiplied with (`lewis.allocation.aim`).
         device: where the methods compute.
         chat_template: the tokenizer's new one, as Jinja text; None: it keeps its own.
         anchor: of a method that fits, the merge that the fit is pulled towards; None without one.
@@ -71,7 +71,7 @@ class Prepared:
     vocabulary: Alignment
     excluded: frozenset[str]
     budget: MemoryBudget
-    held_back: ScalesByTensor = field(default_factory=dict)
+    factors: ScalesByTensor = field(default_factory=dict)
     device: str = "cpu"
     chat_template: str | None = None
     anchor: Prepared | None = None
@@ -82,7 +82,7 @@ class Prepared:
         settings: MergeSettings,
         base: Model | None,
         experts: Sequence[Expert],
-        held_back: ScalesByTensor | None = None,
+        factors: ScalesByTensor | None = None,
         device: str = "cpu",
         vocabulary: Alignment | None = None,
     ) -> Self:
@@ -92,7 +92,7 @@ class Prepared:
             settings: what is asked for.
             base: the base, or None for a method on weights without one.
             experts: all models to merge, as `MergeConfig.experts` lists them.
-            held_back: factors that merged deltas are multiplied with.
+            factors: that merged deltas are multiplied with.
             device: where the methods compute, by torch's name.
             vocabulary: the models' common one, if they have been matched by token already.
 
@@ -114,7 +114,7 @@ class Prepared:
             vocabulary,
             settings.excluded(read.tensors, read.tied),
             MemoryBudget(largest + largest // 4),  # small tensors are merged next to the largest
-            held_back or {},
+            factors or {},
             device,
         )
         check_compatible(read, [each.model for each in made.experts], made.excluded, by_token=by_token)
@@ -125,10 +125,10 @@ class Prepared:
         if settings.anchor:  # densities of the recipe are the anchor's
             anchor = Prepared.of(settings.anchor, base, experts, made._weighted_factors(), device)
             unscaled = tuple(replace(expert, scales=None) for expert in made.experts)
-            made = replace(made, anchor=anchor, held_back={}, experts=unscaled)
+            made = replace(made, anchor=anchor, factors={}, experts=unscaled)
         names = [name for name in read.tensors if name not in made.excluded]
         check_parameters(made.method, names, made.experts, made.parameters)
-        check_scales(settings, read, made.experts, made.held_back, made.adds_to_base)
+        check_scales(settings, read, made.experts, made.factors, made.adds_to_base)
         check_calibrations(made.method, made.experts, names, made.parameters)
         check_adapter(settings, read, new_vocabulary=vocabulary.target is not None)
         return made
@@ -172,7 +172,7 @@ class Prepared:
 
     def _weighted_factors(self) -> ScalesByTensor:
         """The factors that hold the anchor's delta back: those of this merge, times the weight of the anchor."""
-        factors = dict(self.held_back)
+        factors = dict(self.factors)
         for name in filter(self.merges, self.layout):
             weight = self.settings.anchor_weight(name, self._depth(name))
             if weight != 1:
@@ -336,7 +336,7 @@ class Prepared:
                 **({"chat_template": self.chat_template} if self.chat_template else {}),
                 **({"plugin": self.method.origin} if self.method.origin else {}),
                 **({"scales": scales} if any(scales := [fingerprint(e.scales) for e in self.experts]) else {}),
-                **({"held_back": held_back} if (held_back := fingerprint(self.held_back)) else {}),
+                **({"held_back": factors} if (factors := fingerprint(self.factors)) else {}),
                 **({"fit": self._fit_digest()} if self.method.fits else {}),
                 **({"anchor": self.anchor.digest} if self.anchor else {}),
                 **({"output": [self.settings.output.model_dump(), self.base_name]} if self.as_adapter else {}),

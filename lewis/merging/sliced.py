@@ -168,7 +168,7 @@ class _Stacked:
         self._names = dict[str, None]()  # of all tensors, in the result and in the models
 
     def part(
-        self, kind: type[Merge], each: Slice, experts: Mapping[str, Expert], held_back: ScalesByTensor, device: str
+        self, kind: type[Merge], each: Slice, experts: Mapping[str, Expert], factors: ScalesByTensor, device: str
     ) -> Merge:
         """The merge of one slice."""
         donor = self._models[self._donor]
@@ -184,7 +184,7 @@ class _Stacked:
             self._settings, base=each.base, value=self._values.value, vocabulary=None, chat_template=None, slices=()
         )
         matched = Alignment(tokenizer_folder(donor), donor) if self._settings.vocabulary else None
-        return kind.of(settings, lead if each.base else None, own, _by_new_names(held_back, lead), device, matched)
+        return kind.of(settings, lead if each.base else None, own, _by_new_names(factors, lead), device, matched)
 
     def check(self) -> None:
         """Check what concerns all slices, once each is prepared: filters, vocabularies, the head."""
@@ -221,13 +221,13 @@ class Stack(Merge):
         settings: MergeSettings,
         base: Model | None,
         experts: Sequence[Expert],
-        held_back: ScalesByTensor | None = None,
+        factors: ScalesByTensor | None = None,
         device: str = "cpu",
         vocabulary: Alignment | None = None,
     ) -> Self:
         """As `Merge.of`, by slices; the first model gives the config, the tokenizer and the names.
 
-        Densities are by the result's tensors, scales by the expert's own, and `held_back` by the base's.
+        Densities are by the result's tensors, scales by the expert's own, and `factors` by the base's.
         """
         models = {settings.base: base} if base is not None and settings.base else {}
         models |= {expert.ref: expert.model for expert in experts if expert.ref != settings.base}
@@ -237,7 +237,7 @@ class Stack(Merge):
         vocabulary = vocabulary or align(settings.vocabulary, settings.base, models[donor], others)
         stacked = _Stacked(settings, models, vocabulary)
         known = {expert.ref: expert for expert in experts}
-        parts = [stacked.part(Merge, each, known, held_back or {}, device) for each in settings.slices]
+        parts = [stacked.part(Merge, each, known, factors or {}, device) for each in settings.slices]
         stacked.check()
         budget = MemoryBudget(max(part.budget.size for part in parts))
         return cls(

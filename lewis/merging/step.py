@@ -167,7 +167,7 @@ def _prepare(given: MergeInput, device: str) -> Merge:
     config, allocated, another_vocabulary = given.config, given.allocated, _advice_on_vocabularies(given)
     guided = allocated.experts(given.which) if allocated else {}
     scales = allocated.scales() if allocated else {}
-    held_back = allocated.held_back(given.omega) if allocated and given.omega is not None else None
+    factors = allocated.held_back(given.omega) if allocated and given.omega is not None else None
     sets = {each.path: Calibration.load(each.path) for each in (given.sets or {}).values()}
     base = given.base.open() if given.base else None
     holds_back = given.holds_back and base is not None
@@ -189,7 +189,7 @@ def _prepare(given: MergeInput, device: str) -> Merge:
         opened.append(expert)
     if another_vocabulary and base is not None:
         _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
-    return prepare(config, base, opened, held_back, device)
+    return prepare(config, base, opened, factors, device)
 
 
 def check_output(given: MergeInput, prepared: Merge) -> None:
@@ -251,7 +251,7 @@ def prepare(
     config: MergeConfig,
     base: Model | None,
     experts: Sequence[Expert],
-    held_back: ScalesByTensor | None = None,
+    factors: ScalesByTensor | None = None,
     device: str = "cpu",
 ) -> Merge:
     """Check that the models fit together, and the parameters and what guides the merge fit the models.
@@ -261,8 +261,8 @@ def prepare(
         base: the config's `base_model`, opened; None if it names none.
         experts: opened, as `MergeConfig.experts` lists them, with what guides them. With slices, their densities are
             by the tensors of the result, and their scales by their own.
-        held_back: factors that merged deltas are multiplied with (`lewis.allocation.aim`), by the base's tensors;
-            tensors that are left out are not held back.
+        factors: what merged deltas are multiplied with (`lewis.allocation.aim`), by the base's tensors; those that are
+            left out stay as they are.
         device: where the methods compute, by torch's name; on `cpu` in compiled loops if the method has them. Part of
             the digest, as `lewis.devices.merge_device` says.
 
@@ -277,6 +277,6 @@ def prepare(
     if not settings.slices:
         settings.check_filters([*first.tensors, *first.tied])
     kind = Stack if settings.slices else Merge
-    made = kind.of(settings, base, experts, held_back, device)
+    made = kind.of(settings, base, experts, factors, device)
     logger.debug("prepared the merge %s", made.digest)
     return made

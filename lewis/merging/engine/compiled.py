@@ -125,7 +125,7 @@ def _task_vectors(merge: Prepared, name: str, loops: Loops, weights: list[float]
     densities = values.get("density", [1.0] * count)
     inputs = Inputs(merge.models, name)
     shape = merge.base.tensors[name].shape or (1,)
-    scales = ScaleLayouts([*merge.scales(name), merge.held_back.get(name)], shape)
+    scales = ScaleLayouts([*merge.scales(name), merge.factors.get(name)], shape)
     if not inputs.known or not scales.known:
         return None
     random, columns = merge.method.random, shape[-1]

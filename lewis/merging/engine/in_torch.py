@@ -157,8 +157,8 @@ class _Tensor:
             return base
         given = base.clone() if self._method.takes_base and self._method.origin else base  # a plug-in may write into it
         delta = self._finished(finish, self._piece(rows, given), base)
-        if self._name in merge.held_back:
-            delta = delta * self._of_rows(merge.held_back[self._name], rows)
+        if self._name in merge.factors:
+            delta = delta * self._of_rows(merge.factors[self._name], rows)
         # The models are read a second time instead of being kept in memory.
         merged = torch.empty(base.shape, device=base.device)
         for part, old, out in _in_parts(delta, base, merged):

@@ -111,8 +111,8 @@ def draw(rng: random.Random, place: Path, method: str) -> Merge:
         experts = [replace(e, scales=s) for e, s in zip(merge.experts, scales, strict=True)]
         merge = Merge.of(merge.settings, merge.base, experts)
     if merge.adds_to_base and shape and rng.random() < 0.2:
-        held_back = {NAME: torch.rand(rng.choice(layouts(shape)), generator=generator)}
-        return Merge.of(merge.settings, merge.base, merge.experts, held_back)
+        factors = {NAME: torch.rand(rng.choice(layouts(shape)), generator=generator)}
+        return Merge.of(merge.settings, merge.base, merge.experts, factors)
     return merge
 
 
@@ -193,8 +193,8 @@ def test_activations_of_every_layout_are_compiled(shape: tuple[int, ...], tmp_pa
     folders = [write_tensors(tmp_path / str(i), {NAME: torch.randn(shape, generator=generator)}) for i in range(3)]
     plain = open_merge("ties", folders[0], folders[1:], parameters={"density": 0.4})
     for layout in layouts(shape):
-        scales, held_back = ({NAME: torch.rand(layout, generator=generator)} for _ in range(2))
-        merge = Merge.of(plain.settings, plain.base, [replace(e, scales=scales) for e in plain.experts], held_back)
+        scales, factors = ({NAME: torch.rand(layout, generator=generator)} for _ in range(2))
+        merge = Merge.of(plain.settings, plain.base, [replace(e, scales=scales) for e in plain.experts], factors)
         assert compiled(merge) == bits(merge.tensor(NAME))
 
 
