@@ -167,9 +167,7 @@ class _Stacked:
         self._values = SliceValues(settings.slices, self._result)
         self._names = dict[str, None]()  # of all tensors, in the result and in the models
 
-    def part(
-        self, kind: type[Merge], each: Slice, experts: Mapping[str, Expert], factors: ScalesByTensor, device: str
-    ) -> Merge:
+    def part(self, each: Slice, experts: Mapping[str, Expert], factors: ScalesByTensor, device: str) -> Merge:
         """The merge of one slice."""
         donor = self._models[self._donor]
         views = {ref: Restacked(self.read[ref], each.names(ref, self._layers, self._result)) for ref in each.starts}
@@ -184,7 +182,7 @@ class _Stacked:
             self._settings, base=each.base, value=self._values.value, vocabulary=None, chat_template=None, slices=()
         )
         matched = Alignment(tokenizer_folder(donor), donor) if self._settings.vocabulary else None
-        return kind.of(settings, lead if each.base else None, own, _by_new_names(factors, lead), device, matched)
+        return Merge.of(settings, lead if each.base else None, own, _by_new_names(factors, lead), device, matched)
 
     def check(self) -> None:
         """Check what concerns all slices, once each is prepared: filters, vocabularies, the head."""
@@ -237,7 +235,7 @@ class Stack(Merge):
         vocabulary = vocabulary or align(settings.vocabulary, settings.base, models[donor], others)
         stacked = _Stacked(settings, models, vocabulary)
         known = {expert.ref: expert for expert in experts}
-        parts = [stacked.part(Merge, each, known, factors or {}, device) for each in settings.slices]
+        parts = [stacked.part(each, known, factors or {}, device) for each in settings.slices]
         stacked.check()
         budget = MemoryBudget(max(part.budget.size for part in parts))
         return cls(
