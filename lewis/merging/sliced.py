@@ -65,12 +65,6 @@ def _check_stackable(settings: MergeSettings) -> None:
         raise InputError(f"exclude: slices of {settings.method.name} have no base that is copied from; use filters")
 
 
-def _seen(expert: Expert, view: Restacked) -> Expert:
-    """An expert with the layers of one slice."""
-    scales = None if expert.scales is None else _by_new_names(expert.scales, view)
-    return replace(expert, model=view, scales=scales)
-
-
 def _by_new_names(scales: ScalesByTensor, view: Restacked) -> ScalesByTensor:
     return {new: scales[old] for new, old in view.names.items() if old in scales}
 
@@ -174,10 +168,11 @@ class _Stacked:
         lead = views[each.lead]
         _check_sizes(self._donor, self.read[self._donor], self._result, each, lead)
         self._names |= dict.fromkeys(name for view in views.values() for both in view.names.items() for name in both)
-        own = [
-            _seen(experts.get(ref) or Expert(ref, views[ref]), views[ref])  # one slice's expert is another's base
-            for ref in each.experts
-        ]
+        own = []
+        for ref in each.experts:
+            expert = experts.get(ref) or Expert(ref, views[ref])  # one slice's expert is another's base
+            scales = expert.scales and _by_new_names(expert.scales, views[ref])
+            own.append(replace(expert, model=views[ref], scales=scales))
         settings = replace(
             self._settings, base=each.base, value=self._values.value, vocabulary=None, chat_template=None, slices=()
         )
