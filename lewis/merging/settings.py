@@ -91,7 +91,9 @@ def resolve(config: MergeConfig) -> MergeSettings:
     entries, is_adapter = {entry.model: entry for entry in config.experts}, config.output.kind == "lora"
 
     def by_reference(value: Callable[..., Any]) -> ParameterValue:
-        return lambda parameter, ref, *where: value(parameter, None if ref is None else entries[ref], *where)
+        return lambda parameter, ref, tensor, depth: value(
+            parameter, None if ref is None else entries[ref], tensor, depth
+        )
 
     settings = MergeSettings(
         method=find(config.merge_method),
