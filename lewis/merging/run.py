@@ -290,8 +290,9 @@ class Merge(Prepared):
             pool.shutdown(cancel_futures=True)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Merge one tensor without a fit, in torch; returns and raises as `in_torch.merge_whole`."""
-        return in_torch.merge_whole(self.giving(name), name)
+        """Merge one tensor without a fit, in torch; raises as `in_torch.merge_by_rows`."""
+        dtype, shape = self.layout[name]
+        return in_torch.merge_into(self.giving(name), name, torch.empty(shape, dtype=torch_dtype(dtype)))
 
     def _write(
         self, name: str, later: str | None, writer: CheckpointWriter, stopped: threading.Event, fitted: Fitted | None

@@ -27,21 +27,15 @@ _PIECE_ON_GPU = 1 << 24
 _PART = 1 << 15  # elements of a temporary tensor on the CPU: it stays in the cache
 
 
-def merge_whole(merge: Prepared, name: str) -> torch.Tensor:
-    """Merge one tensor as a whole.
+def merge_by_rows(merge: Prepared, name: str) -> Iterator[torch.Tensor]:
+    """Merge one tensor in pieces, in order, if it is large and the method can merge by rows; else in one piece.
 
-    Returns:
-        The merged tensor, in the dtype and shape of the layout, on the CPU.
+    Yields:
+        Pieces, in the dtype of the layout, on the CPU.
 
     Raises:
         LewisError: naming the tensor and model of a value that is not finite.
     """
-    tensor = _Tensor(merge, name)
-    return tensor.merged(None, tensor.function)
-
-
-def merge_by_rows(merge: Prepared, name: str) -> Iterator[torch.Tensor]:
-    """Merge one tensor in pieces, in order, if it is large and the method can merge by rows; else in one piece."""
     tensor = _Tensor(merge, name)
     with one_thread(), merge.budget.take(tensor.at_a_time):
         finish = tensor.finish() if len(tensor.runs) > 1 else None
