@@ -73,8 +73,8 @@ class Verdict:
         fits: of the fit, and of the second if there was one.
         taken: the index of the fit that was taken; None: the anchor was.
         of_answers: whether it is known which tokens are answers.
-        gains: reference of each expert -> nats per token that it is below the base on its rows; empty for a merge of an
-            older version.
+        gains: reference of each expert -> nats per token that it is below the base on its rows; in JSON without those
+            that are no number, and empty for a merge of an older version.
     """
 
     rows: int
@@ -86,7 +86,9 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data, for the manifest of the merged model."""
-        return asdict(self) | {"anchor": self.anchor.to_json(), "fits": [each.to_json() for each in self.fits]}
+        gains = {ref: gain for ref, gain in self.gains.items() if math.isfinite(gain)}
+        fits = [each.to_json() for each in self.fits]
+        return asdict(self) | {"anchor": self.anchor.to_json(), "fits": fits, "gains": gains}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Verdict:
@@ -99,8 +101,8 @@ class Verdict:
         taken = self.anchor if self.taken is None else self.fits[self.taken]
         text = (
             f"{self.rows} held-back rows: {taken.mean:+.4f} nats per {'answer ' * self.of_answers}token from the "
-            f"experts, the worst row "
-            f"{taken.worst:+.2f}; without the fit {self.anchor.mean:+.4f}, the worst row {self.anchor.worst:+.2f}"
+            f"experts, the worst row {taken.worst:+.2f}; without the fit {self.anchor.mean:+.4f}, the worst row "
+            f"{self.anchor.worst:+.2f}"
         )
         each = [
             f"{ref} {mean:+.4f}" + (f" ({self.gains[ref]:.2f})" if ref in self.gains else "")

@@ -144,7 +144,6 @@ def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
     with caplog.at_level(logging.INFO):
         written = merge.run(tmp_path / "out", progress=lambda _, done, total: steps.append(done))
     assert steps == sorted(steps)
-    json.dumps(written.manifest, allow_nan=False)  # what other programs read as JSON, too
     verdict = Verdict.from_json(written.manifest["held_back"])
     assert verdict.taken == taken and len(verdict.fits) == len(seen) - 1 and not distances
     assert written.fit == text_of_fit(written.manifest) and written.fit in caplog.text
@@ -177,6 +176,13 @@ def test_a_loss_that_is_no_number_is_the_worst(broken: int) -> None:
     rows = [RowLoss(float("nan") if i == broken else 1.0, 10) for i in range(3)]
     found = held_back._distance({"a": rows}, {"a": [RowLoss(1.0, 10)] * 3})
     assert found.worst == found.mean == float("inf")
+
+
+def test_a_verdict_is_json_that_every_program_reads() -> None:
+    nothing = Distance(float("inf"), float("inf"), {"a": float("inf"), "b": 0.1})
+    verdict = Verdict(3, nothing, (nothing, Distance(0.1, 0.2, {"a": 0.1, "b": 0.1})), 1, gains={"b": 0.2})
+    data = replace(verdict, gains={"a": float("nan"), "b": 0.2}).to_json()
+    assert Verdict.from_json(json.loads(json.dumps(data, allow_nan=False))) == verdict
 
 
 def test_answers_alone_are_judged() -> None:
