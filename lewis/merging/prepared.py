@@ -274,7 +274,10 @@ class Prepared:
         density = values.get("density", [1.0] * len(self.experts))
         # A random method may keep elements of a tensor that is too small for an exact share.
         kept = [d > 0 if self.method.random else int(d * elements) > 0 for d in density]
-        return [k and w != 0 for k, w in zip(kept, values.get("weight", kept), strict=True)]
+        weights = values.get("weight", kept)
+        if not isinstance(weights, list):  # a method of another package may have one for all experts
+            weights = [weights] * len(kept)
+        return [k and w != 0 for k, w in zip(kept, weights, strict=True)]
 
     def stream(self, expert: Expert, name: str) -> Stream:
         """The random stream of one expert's tensor."""

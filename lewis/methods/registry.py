@@ -255,8 +255,8 @@ def _parameter(argument: inspect.Parameter, hint: Any) -> Parameter:
     kind = get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
     if kind not in (bool, int, float):
         raise TypeError(f"{argument.name}: a parameter is a float, int or bool, got {kind}")
-    if argument.name in ("density", "weight") and not each:
-        raise TypeError(f"{argument.name}: every expert has its own; expected PerExpert[float], got {kind.__name__}")
+    if argument.name == "density" and not each:
+        raise TypeError(f"density: every expert has its own; expected PerExpert[float], got {kind.__name__}")
     return Parameter(argument.name.removesuffix("_"), kind, each, argument.default, bounds, auto)
 
 

@@ -597,12 +597,12 @@ class TestRegistry:
             def unfinished(task_vectors: torch.Tensor, *, how: str = "well") -> torch.Tensor:
                 return task_vectors[0]
 
-    def test_one_density_or_weight_for_all_experts_is_refused(self) -> None:
-        """The merge ended with a TypeError: it asks which experts take part."""
-        with pytest.raises(TypeError, match=r"weight: every expert has its own; expected PerExpert"):
+    def test_one_density_for_all_experts_is_refused(self) -> None:
+        """The merge ended with a TypeError: a `lewis` block may guide each expert's."""
+        with pytest.raises(TypeError, match=r"density: every expert has its own; expected PerExpert"):
 
             @merge_method("unfinished", paper="https://example.org")
-            def unfinished(task_vectors: torch.Tensor, *, weight: float = 1.0) -> torch.Tensor:
+            def unfinished(task_vectors: torch.Tensor, *, density: float = 1.0) -> torch.Tensor:
                 return task_vectors[0]
 
     def test_compiled_loops_of_a_parameter_that_there_is_not_are_refused(self) -> None:

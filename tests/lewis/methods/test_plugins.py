@@ -89,6 +89,15 @@ def test_one_may_write_into_what_it_is_given(install: Install, tmp_path: Path) -
     assert open_merge("towards", folders[0], folders[1:]).tensor("w").tolist() == [8, 1, 4]
 
 
+def test_one_weight_for_all_experts(install: Install, tmp_path: Path) -> None:
+    """It was a TypeError: the merge asks which experts take part."""
+    source = HALF.replace("share: PerExpert[float]", "weight: float").replace("torch.tensor(share)", "weight")
+    install(source)
+    folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor([i, -4.0 * i])}) for i in range(2)]
+    merge = open_merge("half", folders[0], [folders[1]], parameters={"weight": 0.5})
+    assert merge.tensor("w").tolist() == [0.5, -2.0]
+
+
 LINEAR = """
 from lewis.methods import merge_method
 from lewis.methods.arithmetic.sums import combine_linearly, gram
