@@ -29,18 +29,20 @@ def check_parameters(
     Raises:
         InputError: naming the tensor and the expert.
     """
-    for name in names if method.check else ():
+    if method.check is None:
+        return
+    for name in names:
         values = parameters(name)
         for i, expert in enumerate(experts):
             each = {p.name: values[p.name][i] if p.per_expert else values[p.name] for p in method.parameters.values()}
             with method.blamed(name):
-                problem = method.check(each, len(experts)) if method.check else None
+                problem = method.check(each, len(experts))
             if problem:
                 raise InputError(f"{name}: {expert.ref}: {problem}")
 
 
 def check_scales(
-    settings: MergeSettings, base: Model, experts: Sequence[Expert], held_back: ScalesByTensor, adds_to_base: bool
+    settings: MergeSettings, base: Model, experts: Sequence[Expert], factors: ScalesByTensor, adds_to_base: bool
 ) -> None:
     """Check that the method takes scales and factors if there are any, and that they have the shapes of the tensors.
 
@@ -49,9 +51,9 @@ def check_scales(
     """
     if any(expert.scales for expert in experts) and not settings.method.takes_scales:
         raise InputError(f"lewis.prune_by: {settings.method.name} does not trim by size; use magnitude")
-    if held_back and not adds_to_base:
+    if factors and not adds_to_base:
         raise InputError(f"lewis.aim: {settings.method.name} merges no task vectors that could be held back")
-    for model, scales in ((str(settings.base), held_back), *((each.ref, each.scales or {}) for each in experts)):
+    for model, scales in ((str(settings.base), factors), *((each.ref, each.scales or {}) for each in experts)):
         for name, scale in scales.items():
             shape = base.tensors[name].shape if name in base.tensors else ()
             axes = zip(shape[len(shape) - scale.dim() :], scale.shape, strict=False)

@@ -9,11 +9,12 @@ from lewis.allocation.densities import Allocation
 from lewis.errors import InputError
 from lewis.methods import find
 from lewis.models.source import Source
+from lewis.recipe.block import model_name
 from lewis.recipe.config import MergeConfig
 from lewis.recipe.dialect import as_recipe
 from lewis.recipe.schema import Lewis
 
-_OURS = ("lewis", "evaluate", "register", "publish", "search", "seed", "output")
+_THEIRS = MergeConfig.model_fields.keys() - {"anchor", "exclude", "output", "seed"}
 
 
 def check_exportable(config: MergeConfig, guide: Lewis | None) -> None:
@@ -68,7 +69,7 @@ def to_mergekit(
         InputError: as `check_exportable`, or if an expert is an adapter on an adapter.
     """
     check_exportable(config, guide)
-    data: dict[str, Any] = {key: value for key, value in as_recipe(yaml.safe_load(text)).items() if key not in _OURS}
+    data: dict[str, Any] = {key: value for key, value in as_recipe(yaml.safe_load(text)).items() if key in _THEIRS}
     names = {entry.model: _pinned_name(source) for entry, source in zip(config.experts, experts, strict=True)}
     if base is not None and config.base_model is not None:
         names[config.base_model] = data["base_model"] = _pinned_name(base)
@@ -81,10 +82,20 @@ def to_mergekit(
             block["parameters"] = _guided(raw.get("parameters") or {}, data.get("parameters") or {}, allocated)
         written.append(block)
     data["models"] = written
-    for block, key in ((data, "tokenizer_source"), (data.get("tokenizer") or {}, "source")):
-        if block.get(key) in names:
-            block[key] = names[block[key]]
+    _pin_tokenizer(data, names)
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=200)
+
+
+def _pin_tokenizer(data: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Name the models by their commits that the tokenizer and the rows of its tokens come from."""
+    tokenizer = data.get("tokenizer") or {}
+    places = [(data, "tokenizer_source"), (tokenizer, "source")]
+    for token in tokenizer.get("tokens", {}).values():
+        source = token.get("source")
+        places.append((source, "model") if isinstance(source, dict) and "kind" in source else (token, "source"))
+    for block, key in places:
+        if (name := model_name(block.get(key))) in names:
+            block[key] = names[name]
 
 
 def _guided(own: Mapping[str, Any], common: Mapping[str, Any], allocated: Allocation) -> dict[str, Any]:

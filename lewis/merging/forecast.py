@@ -84,7 +84,7 @@ def forecast(merge: Merge) -> Forecast:
         check_rows(merge, network)
         of_fit = _of_static_fit(merge, network) if merge.method.fits == "static" else _of_fit(merge, network)
         seconds, peak, disk = seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory), of_fit.disk
-        seconds += _seconds_of_judging(merge) if network.predicts_next_token else 0
+        seconds += _seconds_of_judging(merge)
     if merge.as_adapter:
         of_factors = _of_factors(merge)
         seconds, peak = seconds + of_factors.seconds, max(peak, of_factors.memory)
@@ -105,9 +105,7 @@ def _of_fit(merge: Merge, network: Network) -> Forecast:
     tokens = sum(expert.calibration.tokens for expert in merge.experts if expert.calibration)
     weights, solving = 0, 0
     for each in in_order(network):
-        outputs, inputs = (
-            reversed(network.empty(each.parameter).shape) if each.transposed else network.empty(each.parameter).shape
-        )
+        outputs, inputs = network.empty(each.parameter).shape[:: -1 if each.transposed else 1]
         known, weights = min(tokens, DUAL_TOKENS), weights + outputs * inputs
         products = (
             2 * known * inputs + 4 * known**2 if inputs > DUAL_ABOVE else (3 * len(merge.experts) + 4) * inputs**2

@@ -20,7 +20,7 @@ from lewis.devices import one_thread
 from lewis.errors import InputError
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import nn, torch
-from lewis.merging.adapter import Adapter, Found, factorise
+from lewis.merging.adapter import Adapter, Found, factor_bytes, factorise
 from lewis.merging.fitting.fitted import Fitted
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.prepared import Prepared
@@ -70,8 +70,9 @@ class AdapterWriter:
     @property
     def size(self) -> int:
         """Bytes of the factors at most, twice, since they are written twice; 0 if `rank` does not limit them."""
-        shapes = [self._merge.base.tensors[name].shape for name in self._places if self._kind(name) == "factored"]
-        return sum(2 * 4 * min(self._output.rank or 0, *shape) * sum(shape) for shape in shapes)
+        tensors = self._merge.base.tensors
+        shapes = {name: tensors[name].shape for name in self._places if self._kind(name) == "factored"}
+        return 2 * factor_bytes(shapes, self._output.rank) if self._output.rank else 0
 
     def check(self, merged: Merged) -> None:
         """Check the tensors that an adapter cannot hold, such as norms: they must not have moved.

@@ -58,10 +58,10 @@ class Prepared:
         vocabulary: whose tokenizer the result has.
         excluded: names of the tensors that are copied from the base, in its dtype.
         budget: limits how many elements are merged in torch at a time.
-        held_back: tensor name -> what its merged delta is scaled by, after a look at held-back rows.
+        factors: tensor name -> what its merged delta is multiplied with (`lewis.allocation.aim`).
         device: where the methods compute.
         chat_template: the tokenizer's new one, as Jinja text; None: it keeps its own.
-        guide: the merge of the anchor; None without an anchor.
+        anchor: of a method that fits, the merge that the fit is pulled towards; None without one.
     """
 
     settings: MergeSettings
@@ -71,10 +71,10 @@ class Prepared:
     vocabulary: Alignment
     excluded: frozenset[str]
     budget: MemoryBudget
-    held_back: ScalesByTensor = field(default_factory=dict)
+    factors: ScalesByTensor = field(default_factory=dict)
     device: str = "cpu"
     chat_template: str | None = None
-    guide: Prepared | None = None
+    anchor: Prepared | None = None
 
     @classmethod
     def of(
@@ -82,7 +82,7 @@ class Prepared:
         settings: MergeSettings,
         base: Model | None,
         experts: Sequence[Expert],
-        held_back: ScalesByTensor | None = None,
+        factors: ScalesByTensor | None = None,
         device: str = "cpu",
         vocabulary: Alignment | None = None,
     ) -> Self:
@@ -92,7 +92,7 @@ class Prepared:
             settings: what is asked for.
             base: the base, or None for a method on weights without one.
             experts: all models to merge, as `MergeConfig.experts` lists them.
-            held_back: factors that merged deltas are multiplied with.
+            factors: that merged deltas are multiplied with.
             device: where the methods compute, by torch's name.
             vocabulary: the models' common one, if they have been matched by token already.
 
@@ -114,7 +114,7 @@ class Prepared:
             vocabulary,
             settings.excluded(read.tensors, read.tied),
             MemoryBudget(largest + largest // 4),  # small tensors are merged next to the largest
-            held_back or {},
+            factors or {},
             device,
         )
         check_compatible(read, [each.model for each in made.experts], made.excluded, by_token=by_token)
@@ -123,12 +123,12 @@ class Prepared:
         folders = [tokenizer_folder(model) for model in (first, *(expert.model for expert in by_key))]
         made = replace(made, chat_template=chosen_template(settings.chat_template, folders))
         if settings.anchor:  # densities of the recipe are the anchor's
-            guide = Prepared.of(settings.anchor, base, experts, made._weighted_factors(), device)
+            anchor = Prepared.of(settings.anchor, base, experts, made._weighted_factors(), device)
             unscaled = tuple(replace(expert, scales=None) for expert in made.experts)
-            made = replace(made, guide=guide, held_back={}, experts=unscaled)
+            made = replace(made, anchor=anchor, factors={}, experts=unscaled)
         names = [name for name in read.tensors if name not in made.excluded]
         check_parameters(made.method, names, made.experts, made.parameters)
-        check_scales(settings, read, made.experts, made.held_back, made.adds_to_base)
+        check_scales(settings, read, made.experts, made.factors, made.adds_to_base)
         check_calibrations(made.method, made.experts, names, made.parameters)
         check_adapter(settings, read, new_vocabulary=vocabulary.target is not None)
         return made
@@ -172,22 +172,17 @@ class Prepared:
 
     def _weighted_factors(self) -> ScalesByTensor:
         """The factors that hold the anchor's delta back: those of this merge, times the weight of the anchor."""
-        factors = dict(self.held_back)
+        factors = dict(self.factors)
         for name in filter(self.merges, self.layout):
             weight = self.settings.anchor_weight(name, self._depth(name))
             if weight != 1:
                 factors[name] = weight * factors.get(name, torch.ones(()))
         return factors
 
-    @property
-    def anchor(self) -> Prepared:
-        """The merge that a fit is pulled towards, and that gives all tensors which are not fitted; else this one."""
-        return self.guide or self
-
     def with_densities(self, densities: Densities) -> Self:
         """The same merge with these densities for every expert, in the anchor if there is one."""
-        if self.guide is not None:
-            return replace(self, guide=self.guide.with_densities(densities))
+        if self.anchor is not None:
+            return replace(self, anchor=self.anchor.with_densities(densities))
         return replace(self, experts=tuple(replace(expert, densities=densities) for expert in self.experts))
 
     def with_parameters(self, change: Callable[[Parameter, Any], Any]) -> Self:
@@ -204,8 +199,8 @@ class Prepared:
         return replace(self, settings=replace(self.settings, value=changed))
 
     def giving(self, name: str) -> Prepared:
-        """What gives a tensor that is not fitted: the anchor."""
-        return self.anchor
+        """The merge that gives a tensor which is not fitted, and that a fit of it is pulled towards."""
+        return self.anchor or self
 
     @property
     def models(self) -> list[Model]:
@@ -233,7 +228,8 @@ class Prepared:
         count = len(self.experts) + self.method.takes_base
         try:
             with self.method.blamed(name):
-                return self.method.coefficients(np.eye(count), **self.parameters(name)) is not None
+                arguments = self.method.arguments(self.parameters(name))
+                return self.method.coefficients(np.eye(count), **arguments) is not None
         except ValueError:  # the method's function raises it again, and names the tensor
             return False
 
@@ -278,7 +274,10 @@ class Prepared:
         density = values.get("density", [1.0] * len(self.experts))
         # A random method may keep elements of a tensor that is too small for an exact share.
         kept = [d > 0 if self.method.random else int(d * elements) > 0 for d in density]
-        return [k and w != 0 for k, w in zip(kept, values.get("weight", kept), strict=True)]
+        weights = values.get("weight", kept)
+        if not isinstance(weights, list):  # a method of another package may have one for all experts
+            weights = [weights] * len(kept)
+        return [k and w != 0 for k, w in zip(kept, weights, strict=True)]
 
     def stream(self, expert: Expert, name: str) -> Stream:
         """The random stream of one expert's tensor."""
@@ -340,9 +339,9 @@ class Prepared:
                 **({"chat_template": self.chat_template} if self.chat_template else {}),
                 **({"plugin": self.method.origin} if self.method.origin else {}),
                 **({"scales": scales} if any(scales := [fingerprint(e.scales) for e in self.experts]) else {}),
-                **({"held_back": held_back} if (held_back := fingerprint(self.held_back)) else {}),
+                **({"held_back": factors} if (factors := fingerprint(self.factors)) else {}),
                 **({"fit": self._fit_digest()} if self.method.fits else {}),
-                **({"anchor": self.guide.digest} if self.guide else {}),
+                **({"anchor": self.anchor.digest} if self.anchor else {}),
                 **({"output": [self.settings.output.model_dump(), self.base_name]} if self.as_adapter else {}),
                 **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
                 "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},

@@ -33,7 +33,7 @@ from lewis.models.dtypes import bytes_of, torch_dtype
 from lewis.models.files.folder import ADAPTER, copy_tokenizer
 from lewis.models.files.writer import CheckpointWriter
 from lewis.models.model import Model
-from lewis.progress import Report
+from lewis.progress import Report, silent
 from lewis.settings import size_text
 from lewis.store import manifest
 
@@ -87,7 +87,7 @@ class Merge(Prepared):
         *,
         max_shard_size: int = 5 * 10**9,
         manifest: Mapping[str, Any] | None = None,
-        progress: Report | None = None,
+        progress: Report = silent,
         threads: int | None = None,
         unchanged: Callable[[], None] = lambda: None,
     ) -> Written:
@@ -125,7 +125,7 @@ class Merge(Prepared):
         folder: Path,
         record: dict[str, Any],
         max_shard_size: int,
-        progress: Report | None,
+        progress: Report,
         threads: int | None,
         unchanged: Callable[[], None],
     ) -> Written:
@@ -161,7 +161,7 @@ class Merge(Prepared):
         self,
         folder: Path,
         record: dict[str, Any],
-        progress: Report | None,
+        progress: Report,
         threads: int | None,
         unchanged: Callable[[], None],
     ) -> Written:
@@ -199,7 +199,7 @@ class Merge(Prepared):
 
     @contextmanager
     def _fitted_in(
-        self, folder: Path, progress: Report | None, threads: int | None
+        self, folder: Path, progress: Report, threads: int | None
     ) -> Iterator[tuple[Fitted | None, dict[str, Any]]]:
         """Fit what the method fits, before the other tensors are merged; what is in `folder` is gone afterwards.
 
@@ -214,11 +214,15 @@ class Merge(Prepared):
         else:
             from lewis.merging.fitting.fit import fit
 
-        def report(before: int, times: int, done: int, total: int) -> None:
-            if progress:
+        def part(before: int, times: int) -> Report:
+            """A report for as many fits as `times`, after as many others as `before`."""
+
+            def report(_: str, done: int, total: int) -> None:
                 progress("fit", int((before + times * (done / total)) * self.elements), self.steps)
 
-        from lewis.merging.fitting.held_back import fit_and_judge, is_needed, warn_of_unjudged
+            return report
+
+        from lewis.merging.fitting.held_back import fit_and_judge, warn_of_unjudged
 
         warn_of_unjudged(self)
         merge: Prepared = self
@@ -226,35 +230,32 @@ class Merge(Prepared):
         if self.tunes:
             from lewis.merging.fitting.ridge import choose, with_ridge
 
-            choice = choose(self, folder, fit, lambda _, *share: report(0, self.fits - 1, *share), threads)
+            choice = choose(self, folder, fit, part(0, self.fits - 1), threads)
             merge, facts["ridge"] = with_ridge(self, choice.ridge), choice.to_json()
 
-        def last(_: str, done: int, total: int) -> None:
-            report(self.fits - 1, 1, done, total)
-
-        if is_needed(merge):
+        last = part(self.fits - 1, 1)
+        if any(expert.held_back for expert in merge.experts):
             fitted, verdict = fit_and_judge(merge, folder, fit, last, threads)
             yield fitted, {**facts, "held_back": verdict.to_json()}
         else:
             yield fit(merge, folder, last, threads), facts
         store.discard(folder)
 
-    def _counted(self, progress: Report | None) -> Callable[[str], None]:
+    def _counted(self, progress: Report) -> Callable[[str], None]:
         """A function to call with the name of each finished tensor; it reports the elements done to `progress`."""
         done = self.steps - self.elements
 
         def report(name: str) -> None:
             nonlocal done
             done += self.base.tensors[name].elements
-            if progress:
-                progress(name, done, self.steps)
+            progress(name, done, self.steps)
 
         return report
 
     def write_tensors(
         self,
         writer: CheckpointWriter,
-        progress: Report | None = None,
+        progress: Report = silent,
         threads: int | None = None,
         fitted: Fitted | None = None,
     ) -> None:
@@ -289,8 +290,9 @@ class Merge(Prepared):
             pool.shutdown(cancel_futures=True)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Merge one tensor without a fit, in torch; returns and raises as `in_torch.merge_whole`."""
-        return in_torch.merge_whole(self.giving(name), name)
+        """Merge one tensor without a fit, in torch; raises as `in_torch.merge_by_rows`."""
+        dtype, shape = self.layout[name]
+        return in_torch.merge_into(self.giving(name), name, torch.empty(shape, dtype=torch_dtype(dtype)))
 
     def _write(
         self, name: str, later: str | None, writer: CheckpointWriter, stopped: threading.Event, fitted: Fitted | None

@@ -62,50 +62,42 @@ class MergeSettings:
         vocabulary: whose tokens the result has; None: all models must have the base's.
         output: what is written: the full model, or an adapter.
         chat_template: of the result: a format's name, `auto` or a Jinja template; None: the tokenizer's own.
+        slices: what the result's layers are merged from; empty: each from the layers of its number.
+        check_filters: raises RecipeError for filters that match none of the given names of tensors.
         anchor: of a method that fits, the settings of the merge that the fit is pulled towards and that gives what is
             not fitted; None: the method's own function does.
         anchor_weight: with an anchor, the factor of what it adds to the base, by (tensor name, depth).
-        slices: what the result's layers are merged from; empty: each from the layers of its number.
-        check_filters: raises RecipeError for filters that match none of the given names of tensors.
     """
 
     method: Method
     value: ParameterValue
-    base: str | None = None
-    base_folder: Path | None = None
-    seed: int = 0
-    dtype: str | None = None
-    exclude: bool = False
-    excluded: Callable[[Iterable[str], Mapping[str, str]], frozenset[str]] = field(
-        default=lambda names, tied: frozenset()
-    )
-    vocabulary: Tokenizer | None = None
-    output: Output = field(default_factory=Output)
-    chat_template: str | None = None
+    base: str | None
+    base_folder: Path | None
+    seed: int
+    dtype: str | None
+    exclude: bool
+    excluded: Callable[[Iterable[str], Mapping[str, str]], frozenset[str]]
+    vocabulary: Tokenizer | None
+    output: Output
+    chat_template: str | None
+    slices: tuple[Slice, ...]
+    check_filters: Callable[[Iterable[str]], None]
     anchor: MergeSettings | None = None
     anchor_weight: Callable[[str, float], float] = field(default=lambda name, depth: 1.0)
-    slices: tuple[Slice, ...] = ()
-    check_filters: Callable[[Iterable[str]], None] = field(default=lambda names: None)
-
-    def with_values(self, value: ParameterValue, of_anchor: ParameterValue) -> MergeSettings:
-        """The same settings with other values of the parameters, of the merge and of its anchor."""
-        anchor = self.anchor and replace(self.anchor, value=of_anchor)
-        return replace(self, value=value, anchor=anchor)
 
 
 def resolve(config: MergeConfig) -> MergeSettings:
     """The settings of the merge that a config asks for."""
     entries, is_adapter = {entry.model: entry for entry in config.experts}, config.output.kind == "lora"
 
-    def value(parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
-        return config.value(parameter, None if expert is None else entries[expert], tensor, depth)
-
-    def of_anchor(parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
-        return config.anchor_value(parameter, None if expert is None else entries[expert], tensor, depth)
+    def by_reference(value: Callable[..., Any]) -> ParameterValue:
+        return lambda parameter, ref, tensor, depth: value(
+            parameter, None if ref is None else entries[ref], tensor, depth
+        )
 
     settings = MergeSettings(
         method=find(config.merge_method),
-        value=value,
+        value=by_reference(config.value),
         base=config.base_model,
         base_folder=find_folder(config.base_model, config.root) if config.base_model and is_adapter else None,
         seed=config.seed,
@@ -120,7 +112,9 @@ def resolve(config: MergeConfig) -> MergeSettings:
     )
     if config.anchor is None:
         return settings
-    anchor = replace(settings, method=find(config.anchor.merge_method), value=of_anchor, output=Output())
+    anchor = replace(
+        settings, method=find(config.anchor.merge_method), value=by_reference(config.anchor_value), output=Output()
+    )
     return replace(settings, anchor=anchor, anchor_weight=config.anchor_weight)
 
 

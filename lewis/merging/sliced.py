@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from lewis import store
-from lewis.allocation.densities import Densities, ScalesByTensor
+from lewis.allocation.densities import ScalesByTensor
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
 from lewis.merging.memory_budget import MemoryBudget
@@ -46,7 +46,8 @@ def placed(settings: MergeSettings, models: Mapping[str, Model]) -> MergeSetting
     check_ranges(settings.slices, counts)
     if in_place(settings.slices, settings.base, counts):
         values = SliceValues(settings.slices, next(iter(layers.values())))
-        return replace(settings.with_values(values.value, values.anchor_value), slices=())
+        anchor = settings.anchor and replace(settings.anchor, value=values.anchor_value)
+        return replace(settings, value=values.value, anchor=anchor, slices=())
     _check_stackable(settings)
     return settings
 
@@ -62,12 +63,6 @@ def _check_stackable(settings: MergeSettings) -> None:
         )
     if settings.exclude and settings.method.base_is_a_model:
         raise InputError(f"exclude: slices of {settings.method.name} have no base that is copied from; use filters")
-
-
-def _seen(expert: Expert, view: Restacked) -> Expert:
-    """An expert with the layers of one slice."""
-    scales = None if expert.scales is None else _by_new_names(expert.scales, view)
-    return replace(expert, model=view, scales=scales)
 
 
 def _by_new_names(scales: ScalesByTensor, view: Restacked) -> ScalesByTensor:
@@ -166,24 +161,23 @@ class _Stacked:
         self._values = SliceValues(settings.slices, self._result)
         self._names = dict[str, None]()  # of all tensors, in the result and in the models
 
-    def part(
-        self, kind: type[Merge], each: Slice, experts: Mapping[str, Expert], held_back: ScalesByTensor, device: str
-    ) -> Merge:
+    def part(self, each: Slice, experts: Mapping[str, Expert], factors: ScalesByTensor, device: str) -> Merge:
         """The merge of one slice."""
         donor = self._models[self._donor]
         views = {ref: Restacked(self.read[ref], each.names(ref, self._layers, self._result)) for ref in each.starts}
         lead = views[each.lead]
         _check_sizes(self._donor, self.read[self._donor], self._result, each, lead)
         self._names |= dict.fromkeys(name for view in views.values() for both in view.names.items() for name in both)
-        own = [
-            _seen(experts.get(ref) or Expert(ref, views[ref]), views[ref])  # one slice's expert is another's base
-            for ref in each.experts
-        ]
+        own = []
+        for ref in each.experts:
+            expert = experts.get(ref) or Expert(ref, views[ref])  # one slice's expert is another's base
+            scales = expert.scales and _by_new_names(expert.scales, views[ref])
+            own.append(replace(expert, model=views[ref], scales=scales))
         settings = replace(
             self._settings, base=each.base, value=self._values.value, vocabulary=None, chat_template=None, slices=()
         )
         matched = Alignment(tokenizer_folder(donor), donor) if self._settings.vocabulary else None
-        return kind.of(settings, lead if each.base else None, own, _by_new_names(held_back, lead), device, matched)
+        return Merge.of(settings, lead if each.base else None, own, _by_new_names(factors, lead), device, matched)
 
     def check(self) -> None:
         """Check what concerns all slices, once each is prepared: filters, vocabularies, the head."""
@@ -220,13 +214,13 @@ class Stack(Merge):
         settings: MergeSettings,
         base: Model | None,
         experts: Sequence[Expert],
-        held_back: ScalesByTensor | None = None,
+        factors: ScalesByTensor | None = None,
         device: str = "cpu",
         vocabulary: Alignment | None = None,
     ) -> Self:
         """As `Merge.of`, by slices; the first model gives the config, the tokenizer and the names.
 
-        Densities are by the result's tensors, scales by the expert's own, and `held_back` by the base's.
+        Densities are by the result's tensors, scales by the expert's own, and `factors` by the base's.
         """
         models = {settings.base: base} if base is not None and settings.base else {}
         models |= {expert.ref: expert.model for expert in experts if expert.ref != settings.base}
@@ -236,7 +230,7 @@ class Stack(Merge):
         vocabulary = vocabulary or align(settings.vocabulary, settings.base, models[donor], others)
         stacked = _Stacked(settings, models, vocabulary)
         known = {expert.ref: expert for expert in experts}
-        parts = [stacked.part(Merge, each, known, held_back or {}, device) for each in settings.slices]
+        parts = [stacked.part(each, known, factors or {}, device) for each in settings.slices]
         stacked.check()
         budget = MemoryBudget(max(part.budget.size for part in parts))
         return cls(
@@ -251,10 +245,6 @@ class Stack(Merge):
             chat_template=chosen_template(settings.chat_template, [tokenizer_folder(each) for each in models.values()]),
             parts=tuple(replace(part, budget=budget) for part in parts),
         )
-
-    def with_densities(self, densities: Densities) -> Self:
-        """The same merge with these densities for every expert of every slice."""
-        return replace(self, parts=tuple(part.with_densities(densities) for part in self.parts))
 
     @cached_property
     def _giving(self) -> Mapping[str, Merge]:
@@ -278,10 +268,6 @@ class Stack(Merge):
     def models(self) -> list[Model]:
         """The models of all slices."""
         return [self.base, *(model for part in self.parts for model in part.models)]
-
-    def compiles(self, name: str) -> bool:
-        """Whether there are compiled loops for one tensor's method and parameters."""
-        return self._giving[name].compiles(name)
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor, by its slice."""

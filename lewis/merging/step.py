@@ -167,7 +167,7 @@ def _prepare(given: MergeInput, device: str) -> Merge:
     config, allocated, another_vocabulary = given.config, given.allocated, _advice_on_vocabularies(given)
     guided = allocated.experts(given.which) if allocated else {}
     scales = allocated.scales() if allocated else {}
-    held_back = allocated.held_back(given.omega) if allocated and given.omega is not None else None
+    factors = allocated.held_back(given.omega) if allocated and given.omega is not None else None
     sets = {each.path: Calibration.load(each.path) for each in (given.sets or {}).values()}
     base = given.base.open() if given.base else None
     holds_back = given.holds_back and base is not None
@@ -179,21 +179,17 @@ def _prepare(given: MergeInput, device: str) -> Merge:
     rows = {ref: parts[each.path] for ref, each in (given.sets or {}).items()}
     if given.sets is None:
         rows = {entry.model: (Calibration("none", ()), None) for entry in config.experts}
-    opened = [
-        Expert(
-            entry.model,
-            files.open(),
-            guided[files.ref].densities if guided else None,
-            scales.get(files.ref),
-            rows[entry.model][0] if entry.model in rows else None,
-            guided[files.ref].mean if guided else 1.0,
-            rows[entry.model][1] if entry.model in rows else None,
-        )
-        for entry, files in zip(config.experts, given.experts, strict=True)
-    ]
+    opened = []
+    for entry, files in zip(config.experts, given.experts, strict=True):
+        fitted_to, back = rows.get(entry.model, (None, None))
+        expert = Expert(entry.model, files.open(), scales=scales.get(files.ref), calibration=fitted_to, held_back=back)
+        if guided:
+            own = guided[files.ref]
+            expert = replace(expert, densities=own.densities, mean_density=own.mean)
+        opened.append(expert)
     if another_vocabulary and base is not None:
         _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
-    return prepare(config, base, opened, held_back, device)
+    return prepare(config, base, opened, factors, device)
 
 
 def check_output(given: MergeInput, prepared: Merge) -> None:
@@ -206,10 +202,8 @@ def check_output(given: MergeInput, prepared: Merge) -> None:
     """
     if given.config.output.kind != "lora" or given.uncovered not in (None, "expert"):
         return
-    if given.uncovered:  # what an adapter cannot hold is not covered, and so has density 1
-        whole = dict.fromkeys(prepared.layout, 1.0)
-        experts = tuple(replace(expert, densities=expert.densities or whole) for expert in prepared.experts)
-        prepared = replace(prepared, experts=experts)
+    if given.uncovered and not given.allocated:  # what an adapter cannot hold is not covered, and so has density 1
+        prepared = prepared.with_densities(dict.fromkeys(prepared.layout, 1.0))
     prepared.check_adapter()
 
 
@@ -257,7 +251,7 @@ def prepare(
     config: MergeConfig,
     base: Model | None,
     experts: Sequence[Expert],
-    held_back: ScalesByTensor | None = None,
+    factors: ScalesByTensor | None = None,
     device: str = "cpu",
 ) -> Merge:
     """Check that the models fit together, and the parameters and what guides the merge fit the models.
@@ -267,8 +261,8 @@ def prepare(
         base: the config's `base_model`, opened; None if it names none.
         experts: opened, as `MergeConfig.experts` lists them, with what guides them. With slices, their densities are
             by the tensors of the result, and their scales by their own.
-        held_back: factors that merged deltas are multiplied with (`lewis.allocation.aim`), by the base's tensors;
-            tensors that are left out are not held back.
+        factors: what merged deltas are multiplied with (`lewis.allocation.aim`), by the base's tensors; those that are
+            left out stay as they are.
         device: where the methods compute, by torch's name; on `cpu` in compiled loops if the method has them. Part of
             the digest, as `lewis.devices.merge_device` says.
 
@@ -283,6 +277,6 @@ def prepare(
     if not settings.slices:
         settings.check_filters([*first.tensors, *first.tied])
     kind = Stack if settings.slices else Merge
-    made = kind.of(settings, base, experts, held_back, device)
+    made = kind.of(settings, base, experts, factors, device)
     logger.debug("prepared the merge %s", made.digest)
     return made

@@ -8,38 +8,10 @@ experts. Methods of other packages are found by their entry points (`lewis.plugi
 
 from lewis.methods.registry import METHODS, Method, Parameter, PerExpert, Range, merge_method, per_expert
 
-from lewis.methods import linear, task_arithmetic, ties, dare, breadcrumbs, della, sce, pcb, consensus  # isort: skip
-from lewis.methods import model_stock, ram, nearswap, arcee_fusion, passthrough  # isort: skip
-from lewis.methods import slerp, nuslerp, multislerp, karcher, regmean  # isort: skip
+from lewis.methods import linear, task_arithmetic, ties, dare, breadcrumbs, della, sce, pcb, consensus  # isort: skip # noqa: F401
+from lewis.methods import model_stock, ram, nearswap, arcee_fusion, passthrough  # isort: skip # noqa: F401
+from lewis.methods import slerp, nuslerp, multislerp, karcher, regmean  # isort: skip # noqa: F401
 
 find = METHODS.find
 
-__all__ = [
-    "METHODS",
-    "Method",
-    "Parameter",
-    "PerExpert",
-    "Range",
-    "arcee_fusion",
-    "breadcrumbs",
-    "consensus",
-    "dare",
-    "della",
-    "find",
-    "karcher",
-    "linear",
-    "merge_method",
-    "model_stock",
-    "multislerp",
-    "nearswap",
-    "nuslerp",
-    "passthrough",
-    "pcb",
-    "per_expert",
-    "ram",
-    "regmean",
-    "sce",
-    "slerp",
-    "task_arithmetic",
-    "ties",
-]
+__all__ = ["METHODS", "Method", "Parameter", "PerExpert", "Range", "find", "merge_method", "per_expert"]

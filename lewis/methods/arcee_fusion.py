@@ -60,16 +60,8 @@ def _base(piece: Piece) -> torch.Tensor:
     return piece.base
 
 
-def importance(task_vector: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """|delta| * KL(softmax(W) || softmax(W_base)) of the row (the last dimension).
-
-    Returns:
-        fp64, shape tensor.shape.
-    """
-    return _scores(task_vector, divergence(task_vector, base))
-
-
 def _scores(task_vector: torch.Tensor, information: torch.Tensor) -> torch.Tensor:
+    """The importance of each element: |delta| times the divergence of its row; fp64, shape tensor.shape."""
     scores = torch.empty(task_vector.shape, dtype=torch.float64, device=task_vector.device)
     for part, row, out in _blocks(task_vector, information, scores):
         torch.mul(part.abs(), row, out=out)

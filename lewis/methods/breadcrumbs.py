@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.sparsify import match_l1, trim_between
 from lewis.methods.loops import Combine, Loops
-from lewis.methods.registry import Fraction, PerExpert, Scales, merge_method, per_expert, scale_of
+from lewis.methods.registry import Fraction, PerExpert, Scales, merge_method, per_expert
 from lewis.methods.task_arithmetic import combine
-from lewis.methods.ties import elect_and_merge
+from lewis.methods.ties import elect_and_merge, trim_all
 
 PAPER = "https://arxiv.org/abs/2312.06795"
 
@@ -44,7 +43,7 @@ def breadcrumbs(
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
-    kept = _trim_all(task_vectors, scales, density, gamma, rescale)
+    kept = trim_all(task_vectors, scales, density, gamma, rescale=rescale)
     return combine(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
 
 
@@ -62,16 +61,5 @@ def breadcrumbs_ties(
     int8_mask: bool = False,
 ) -> torch.Tensor:
     """Trim both ends, then elect signs and merge as TIES does. Arguments and result: as `breadcrumbs`."""
-    kept = _trim_all(task_vectors, scales, density, gamma, rescale)
+    kept = trim_all(task_vectors, scales, density, gamma, rescale=rescale)
     return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
-
-
-def _trim_all(
-    task_vectors: torch.Tensor, scales: Scales, density: PerExpert[float], gamma: PerExpert[float], rescale: bool
-) -> torch.Tensor:
-    kept = []
-    densities, gammas = per_expert(density, task_vectors), per_expert(gamma, task_vectors)
-    for i, (task_vector, rho, outliers) in enumerate(zip(task_vectors, densities, gammas, strict=True)):
-        trimmed = trim_between(task_vector, rho, outliers, scale_of(scales, i))
-        kept.append(match_l1(trimmed, task_vector) if rescale else trimmed)
-    return torch.stack(kept)

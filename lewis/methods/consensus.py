@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.sparsify import trim
 from lewis.methods.arithmetic.sums import add_up
 from lewis.methods.loops import Combine, Loops
-from lewis.methods.registry import Count, NotNegative, PerExpert, Scales, column, merge_method, per_expert, scale_of
+from lewis.methods.registry import Count, NotNegative, PerExpert, Scales, column, merge_method, per_expert
+from lewis.methods.ties import trim_all
 
 
 def can_agree(values: Mapping[str, Any], experts: int) -> str | None:
@@ -59,9 +59,7 @@ def consensus(
     """
     if problem := can_agree({"min_agree": min_agree}, len(task_vectors)):
         raise ValueError(problem)
-    densities = per_expert(density, task_vectors)
-    each = enumerate(zip(task_vectors, densities, strict=True))
-    kept = torch.stack([trim(vector, rho, scale_of(scales, i)) for i, (vector, rho) in each])
+    kept = trim_all(task_vectors, scales, density)
     weighted = kept * column(per_expert(weight, task_vectors), kept)
     together = add_up(weighted)
     claims = weighted.abs() > tall_lambda * (together - weighted).abs()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.sparsify import drop, match_l1
+from lewis.methods.arithmetic.sparsify import drop, stack_kept
 from lewis.methods.arithmetic.streams import Stream
 from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import PerExpert, merge_method, per_expert
@@ -69,8 +69,5 @@ def dare_ties(
 def _drop_all(
     task_vectors: torch.Tensor, streams: Sequence[Stream], density: PerExpert[float], rescale: bool
 ) -> torch.Tensor:
-    kept = []
-    for task_vector, rho, stream in zip(task_vectors, per_expert(density, task_vectors), streams, strict=True):
-        dropped = drop(task_vector, rho, stream)
-        kept.append(match_l1(dropped, task_vector) if rescale else dropped)
-    return torch.stack(kept)
+    each = zip(task_vectors, per_expert(density, task_vectors), streams, strict=True)
+    return stack_kept((drop(*own) for own in each), task_vectors, rescale=rescale)

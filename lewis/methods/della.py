@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.sparsify import drop_by_rank, match_l1
+from lewis.methods.arithmetic.sparsify import drop_by_rank, stack_kept
 from lewis.methods.arithmetic.streams import Stream
 from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import NotNegative, PerExpert, Scales, merge_method, per_expert, scale_of
@@ -99,12 +99,10 @@ def _drop_all(
     epsilon: PerExpert[float],
     rescale: bool,
 ) -> torch.Tensor:
-    kept = []
     densities, epsilons = per_expert(density, task_vectors), per_expert(epsilon, task_vectors)
-    each = zip(task_vectors, densities, epsilons, streams, strict=True)
-    for i, (task_vector, rho, width, stream) in enumerate(each):
+    for rho, width in zip(densities, epsilons, strict=True):
         if problem := probabilities_fit({"density": rho, "epsilon": width}, len(task_vectors)):
             raise ValueError(problem)
-        dropped = drop_by_rank(task_vector, rho, width, stream, scale_of(scales, i))
-        kept.append(match_l1(dropped, task_vector) if rescale else dropped)
-    return torch.stack(kept)
+    each = enumerate(zip(task_vectors, densities, epsilons, streams, strict=True))
+    kept = (drop_by_rank(*own, scale_of(scales, i)) for i, own in each)
+    return stack_kept(kept, task_vectors, rescale=rescale)

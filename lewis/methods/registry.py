@@ -125,8 +125,8 @@ class Method(Row):
             tensor is merged by rows.
         coefficients: for a method whose result is a linear combination of its tensors (with `takes_base`, of the base
             and its tensors) with coefficients that depend only on their dot products. It takes these, as `sums.gram`
-            returns them, and the parameters; it returns one coefficient for each tensor, or None if with these
-            parameters the result is something else. Then a large tensor is never whole in memory.
+            returns them, and the function's parameters; it returns one coefficient for each tensor, or None if with
+            these parameters the result is something else. Then a large tensor is never whole in memory.
         by_rows: how to merge a tensor by rows although the method has to know all of it first (`rows.ByRows`). Then a
             large tensor is never whole in memory.
         compiled: which compiled loops do the same as the function, faster and in less memory; None: the function does
@@ -162,6 +162,11 @@ class Method(Row):
     def base_is_a_model(self) -> bool:
         """Whether the base is merged like any other model."""
         return self.on == "weights" and not self.takes_base
+
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of the parameters by the names of the function's arguments (`lambda_` for `lambda`)."""
+        known = inspect.signature(self.function).parameters
+        return {name if name in known else f"{name}_": value for name, value in values.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.function(*args, **kwargs)
@@ -250,6 +255,8 @@ def _parameter(argument: inspect.Parameter, hint: Any) -> Parameter:
     kind = get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
     if kind not in (bool, int, float):
         raise TypeError(f"{argument.name}: a parameter is a float, int or bool, got {kind}")
+    if argument.name == "density" and not each:
+        raise TypeError(f"density: every expert has its own; expected PerExpert[float], got {kind.__name__}")
     return Parameter(argument.name.removesuffix("_"), kind, each, argument.default, bounds, auto)
 
 

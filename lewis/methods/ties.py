@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.sparsify import match_l1, trim
+from lewis.methods.arithmetic.sparsify import stack_kept, trim
 from lewis.methods.arithmetic.sums import add_up
 from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
@@ -38,12 +38,22 @@ def ties(
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
-    kept = []
-    for i, (task_vector, rho) in enumerate(zip(task_vectors, per_expert(density, task_vectors), strict=True)):
-        trimmed = trim(task_vector, rho, scale_of(scales, i))
-        kept.append(match_l1(trimmed, task_vector) if rescale else trimmed)
-    weights = per_expert(weight, task_vectors)
-    return elect_and_merge(torch.stack(kept), weights, normalize=normalize, lambda_=lambda_)
+    kept = trim_all(task_vectors, scales, density, rescale=rescale)
+    return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+
+
+def trim_all(
+    task_vectors: torch.Tensor,
+    scales: Scales,
+    density: PerExpert[float],
+    outliers: PerExpert[float] = 0.0,
+    *,
+    rescale: bool = False,
+) -> torch.Tensor:
+    """Trim each task vector as `sparsify.trim`, and bring it back to its L1 norm if `rescale`; fp32, same shape."""
+    each = zip(task_vectors, per_expert(density, task_vectors), per_expert(outliers, task_vectors), strict=True)
+    kept = (trim(vector, rho, scale_of(scales, i), gamma) for i, (vector, rho, gamma) in enumerate(each))
+    return stack_kept(kept, task_vectors, rescale=rescale)
 
 
 def elect_and_merge(kept: torch.Tensor, weight: list[float], *, normalize: bool, lambda_: float) -> torch.Tensor:

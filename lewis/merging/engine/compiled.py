@@ -79,9 +79,8 @@ def _average(merge: Prepared, name: str, loops: Loops) -> Run | None:
 
 def _linear_combination(merge: Prepared, name: str) -> Run | None:
     """A linear combination whose coefficients follow from the dot products of its tensors."""
-    values, models = merge.parameters(name), [expert.model for expert in merge.experts]
     with_base = merge.adds_to_base or merge.method.takes_base
-    inputs = Inputs(merge.models if with_base else models, name)
+    inputs = Inputs(merge.models if with_base else [expert.model for expert in merge.experts], name)
     if not inputs.known:
         return None
     gram = inputs.gram(relative=merge.adds_to_base)
@@ -89,7 +88,7 @@ def _linear_combination(merge: Prepared, name: str) -> Run | None:
         return None
     assert merge.method.coefficients
     try:
-        coefficients = merge.method.coefficients(gram, **values)
+        coefficients = merge.method.coefficients(gram, **merge.method.arguments(merge.parameters(name)))
     except ValueError:
         return None
     assert coefficients is not None
@@ -117,14 +116,16 @@ def _weighted(
 
 
 def _task_vectors(merge: Prepared, name: str, loops: Loops, weights: list[float] | None = None) -> Run | None:
-    """The task vectors, sparsified, combined and added to the base; `weights` take the place of the recipe's."""
+    """The task vectors, sparsified, combined and added to the base; or their sum with the coefficients `weights`."""
     values, count, out = merge.parameters(name), len(merge.experts), merge.layout[name][0]
-    active, densities = merge.active(name, values), values.get("density", [1.0] * count)
+    active = merge.active(name, values)
     if "density" in values and not any(active):  # the base comes out as it is
         return _weighted(Inputs([merge.base], name), [1.0], out)
+    values = values if weights is None else {}  # coefficients follow from them already
+    densities = values.get("density", [1.0] * count)
     inputs = Inputs(merge.models, name)
     shape = merge.base.tensors[name].shape or (1,)
-    scales = ScaleLayouts([*merge.scales(name), merge.held_back.get(name)], shape)
+    scales = ScaleLayouts([*merge.scales(name), merge.factors.get(name)], shape)
     if not inputs.known or not scales.known:
         return None
     random, columns = merge.method.random, shape[-1]
@@ -135,7 +136,7 @@ def _task_vectors(merge: Prepared, name: str, loops: Loops, weights: list[float]
     if loops.most_varied and values[loops.most_varied] < 1:
         varied = Varied(inputs.addresses, inputs.kinds, inputs.size, values[loops.most_varied])
     if weights is None:
-        weights = _weights(loops, values, inputs, varied)
+        weights = _weights(loops, values, merge.method.arguments(values), inputs, varied)
     normalize, total = loops.combine == Combine.VOTE or bool(values.get("normalize")), sum(weights)
     divides = normalize and loops.combine == Combine.SUM and abs(total) >= 1e-8
     arguments = (
@@ -157,9 +158,8 @@ def _task_vectors(merge: Prepared, name: str, loops: Loops, weights: list[float]
 
 def _pair(inputs: Inputs, expert: int, columns: int, scales: ScaleLayouts) -> Pair:
     """The base's tensor and an expert's, with the scale that its elements are ranked by."""
-    addresses, kinds = inputs.addresses, inputs.kinds
-    of_expert = addresses[expert + 1], int(kinds[expert + 1])
-    return Pair((addresses[0], int(kinds[0]), *of_expert, inputs.size, columns, scales.addresses[expert]))
+    (base, own), kinds = inputs.addresses[[0, expert + 1]], inputs.kinds
+    return Pair(base, int(kinds[0]), own, int(kinds[expert + 1]), inputs.size, columns, scales.addresses[expert])
 
 
 def _kept(loops: Loops, values: dict[str, Any], expert: int, pair: Pair, key: np.uint64 | None) -> Kept:
@@ -174,11 +174,13 @@ def _kept(loops: Loops, values: dict[str, Any], expert: int, pair: Pair, key: np
     )
 
 
-def _weights(loops: Loops, values: dict[str, Any], inputs: Inputs, varied: Varied | None) -> list[float]:
+def _weights(
+    loops: Loops, values: dict[str, Any], arguments: dict[str, Any], inputs: Inputs, varied: Varied | None
+) -> list[float]:
     """The weight of each expert's task vector."""
     if loops.weights_by_energy:
         return loops.weights_by_energy(inputs.energies(varied))
     if loops.weights_by_owners:
-        return loops.weights_by_owners(inputs.owned(values[loops.threshold]), **values)
+        return loops.weights_by_owners(inputs.owned(values[loops.threshold]), **arguments)
     weights: list[float] = values.get(loops.weight, [1.0] * (len(inputs.addresses) - 1))
     return weights

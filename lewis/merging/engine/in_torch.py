@@ -7,7 +7,6 @@ tensor is seen as a matrix whose columns are the last dimension.
 from __future__ import annotations
 
 import itertools
-import keyword
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -28,21 +27,15 @@ _PIECE_ON_GPU = 1 << 24
 _PART = 1 << 15  # elements of a temporary tensor on the CPU: it stays in the cache
 
 
-def merge_whole(merge: Prepared, name: str) -> torch.Tensor:
-    """Merge one tensor as a whole.
+def merge_by_rows(merge: Prepared, name: str) -> Iterator[torch.Tensor]:
+    """Merge one tensor in pieces, in order, if it is large and the method can merge by rows; else in one piece.
 
-    Returns:
-        The merged tensor, in the dtype and shape of the layout, on the CPU.
+    Yields:
+        Pieces, in the dtype of the layout, on the CPU.
 
     Raises:
         LewisError: naming the tensor and model of a value that is not finite.
     """
-    tensor = _Tensor(merge, name)
-    return tensor.merged(None, tensor.function)
-
-
-def merge_by_rows(merge: Prepared, name: str) -> Iterator[torch.Tensor]:
-    """Merge one tensor in pieces, in order, if it is large and the method can merge by rows; else in one piece."""
     tensor = _Tensor(merge, name)
     with one_thread(), merge.budget.take(tensor.at_a_time):
         finish = tensor.finish() if len(tensor.runs) > 1 else None
@@ -101,7 +94,7 @@ class _Tensor:
 
     @cached_property
     def _arguments(self) -> dict[str, Any]:
-        return {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in self._values.items()}
+        return self._method.arguments(self._values)
 
     def function(self, piece: Piece) -> torch.Tensor:
         """Call the method's function."""
@@ -158,8 +151,8 @@ class _Tensor:
             return base
         given = base.clone() if self._method.takes_base and self._method.origin else base  # a plug-in may write into it
         delta = self._finished(finish, self._piece(rows, given), base)
-        if self._name in merge.held_back:
-            delta = delta * self._of_rows(merge.held_back[self._name], rows)
+        if self._name in merge.factors:
+            delta = delta * self._of_rows(merge.factors[self._name], rows)
         # The models are read a second time instead of being kept in memory.
         merged = torch.empty(base.shape, device=base.device)
         for part, old, out in _in_parts(delta, base, merged):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,20 +36,24 @@ _WIDTH = 3.5  # half of a bracket, in standard errors of the sample
 _own = threading.local()
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A base's tensor and an expert's, as the kernels take them.
+class Pair(NamedTuple):
+    """A base's tensor and an expert's, in the order in which the kernels take them.
 
     Attributes:
-        addresses: base's address and kind, expert's address and kind, elements, columns, address of the scale's layout.
+        base, base_kind: address and dtype of the base's tensor, as in `Inputs`.
+        own, own_kind: of the expert's.
+        size: number of elements.
+        columns: length of the last dimension.
+        scale: address of the layout of the scale that elements are ranked by, as in `ScaleLayouts`; 0: none.
     """
 
-    addresses: tuple[np.uint64, int, np.uint64, int, int, int, np.uint64]
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self.addresses[4]
+    base: np.uint64
+    base_kind: int
+    own: np.uint64
+    own_kind: int
+    size: int
+    columns: int
+    scale: np.uint64
 
 
 class Ranks:
@@ -61,10 +65,10 @@ class Ranks:
 
     def kept(self, start: int, stop: int) -> np.ndarray:
         """For the elements from `start` to `stop`, 1 if it is kept, else 0; uint8."""
-        columns = self._pair.addresses[5]
+        columns = self._pair.columns
         first, last = start // columns, -(-stop // columns)
         keys = np.empty((last - first, columns), np.uint64)
-        kernels.sort_keys(*self._pair.addresses, first * columns, keys)
+        kernels.sort_keys(*self._pair, first * columns, keys)
         keys.sort(axis=-1)
         kept = np.empty(keys.size, np.uint8)
         kernels.draw_by_rank(keys, first * columns, self._key, *self._chances, kept)
@@ -125,9 +129,7 @@ class Selector:
         if pair.size > _ROOM // 2:
             low, high = self._bracket(self._sample(pair), k / pair.size)
         while True:
-            above, inside, kept = kernels.scan(
-                *pair.addresses, np.uint32(low), np.uint32(high), self._found, self._places
-            )
+            above, inside, kept = kernels.scan(*pair, np.uint32(low), np.uint32(high), self._found, self._places)
             if above >= k:
                 low, high, floor = high + 1, top, high + 1
             elif above + inside < k:
@@ -143,7 +145,7 @@ class Selector:
     def _sample(self, pair: Pair) -> np.ndarray:
         runs = min(max(pair.size // (64 * kernels.RUN), 256), 4096)
         scores = np.empty(runs * kernels.RUN, np.float32)
-        kernels.sample(*pair.addresses, pair.size // runs, scores)
+        kernels.sample(*pair, pair.size // runs, scores)
         return scores.view(np.uint32)
 
     @staticmethod
@@ -190,9 +192,7 @@ class Selector:
             spread = min(8 / math.sqrt(up_to_top - before_floor), 0.25)
             low = floor + int((top - floor) * max(share - spread, 0))
             high = floor + int((top - floor) * min(share + spread, 1))
-            before, inside, kept = kernels.scan_ties(
-                *pair.addresses, np.uint32(score), np.uint64(low), np.uint64(high), found
-            )
+            before, inside, kept = kernels.scan_ties(*pair, np.uint32(score), np.uint64(low), np.uint64(high), found)
             if before >= wanted:
                 top, up_to_top = low - 1, before
             elif before + inside < wanted:
@@ -259,7 +259,7 @@ class Kept:
             mask = self.mask(start, stop)
             part = slice(start // kernels.BLOCK, -(-stop // kernels.BLOCK))
             kernels.norms(
-                *pair.addresses, self.thresholds, self.cuts, dropping, key, density, address_of(mask), start,
+                *pair, self.thresholds, self.cuts, dropping, key, density, address_of(mask), start,
                 whole[part], kept[part],
             )  # fmt: skip
         before, after = exact_sum(whole.tolist()), exact_sum(kept.tolist())

@@ -31,6 +31,7 @@ from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import warn_of_few_tokens
 from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.passes import Pair, Pass, answering, note_stream, stop, stop_with_call
+from lewis.merging.fitting.shared import Shared
 from lewis.merging.fitting.solver import Solver
 from lewis.merging.fitting.spill import IN_MEMORY, Spill, approximate_bytes
 from lewis.merging.fitting.stacked_fit import StackedFit, stacks_of, tensors_in
@@ -41,7 +42,7 @@ from lewis.methods.arithmetic.stacked import within
 from lewis.models.dtypes import size_of
 from lewis.models.network.module_tree import Covered, Network
 from lewis.models.network.network_class import input_embeddings
-from lewis.progress import Report
+from lewis.progress import Report, silent
 
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_PASS = 1024  # more passes share out better among threads, and stay in the cache
 
 
-def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: int | None = None) -> Fitted:
+def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int | None = None) -> Fitted:
     """Fit all tensors of a merge that can be fitted, block by block.
 
     Args:
@@ -93,10 +94,9 @@ def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: 
     with ExitStack() as contexts:
         contexts.enter_context(one_thread())
         workers = contexts.enter_context(Workers(threads))
-        solver = Solver(merge, pairs, experts, merged, streams, workers, spill)
-        flat = [pair for each in pairs for pair in each]
-        stacked = StackedFit(merge, stacks, pairs, merged, workers, fitted)
-        walk = Walk(merge, places, [*experts, merged], flat, solver, stacked, workers, fitted, spill)
+        shared = Shared(merge, pairs, experts, merged, fitted, workers, spill)
+        stacked = StackedFit(shared, stacks)
+        walk = Walk(shared, places, Solver(shared, streams), stacked)
         contexts.callback(walk.stop)
         for each in (*experts, merged):
             each.check()
@@ -115,8 +115,7 @@ def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: 
                 module = each.network.module.get_submodule(path)
                 contexts.callback(module.register_forward_pre_hook(partial(note_stream, path), prepend=True).remove)
         for done in walk.blocks():
-            if progress:
-                progress("fit", done, len(network.blocks))
+            progress("fit", done, len(network.blocks))
         stacked.warn()
     return fitted
 
@@ -169,7 +168,7 @@ def paused_bytes(merge: Prepared, network: Network, tokens: int | None = None) -
 
 def extra_disk_bytes(merge: Prepared, network: Network, held: int) -> int:
     """Approximate bytes on disk that a fit needs beyond the output: the fitted tensors, and what paused passes hold."""
-    names = [*(each.tensor for each in in_order(network) if merge.merges(each.tensor))]
+    names = [each.tensor for each in in_order(network) if merge.merges(each.tensor)]
     fitted = sum(size_of(*merge.layout[name]) for name in [*names, *tensors_in(stacks_of(network, merge))])
     return fitted + max((held if held > IN_MEMORY else 0) - merge.size, 0)
 
@@ -202,11 +201,13 @@ def check_rows(merge: Prepared, network: Network) -> None:
 
 def in_order(network: Network) -> list[Covered]:
     """The covered tensors whose modules all forward passes call in the same order: no experts of a mixture."""
-    found = []
-    for each in network.covered:
-        path, _, name = each.parameter.rpartition(".")
-        alone = len(network.same(each.parameter)) == 1 and ".experts." not in each.parameter
-        whole = network.unconverted.get(each.tensor) == each.parameter
-        if whole and alone and not each.stack and getattr(network.module.get_submodule(path), name).dim() == 2:
-            found.append(each)
-    return found
+    whole = network.unconverted
+    return [
+        each
+        for each in network.covered
+        if whole.get(each.tensor) == each.parameter
+        and len(network.same(each.parameter)) == 1
+        and ".experts." not in each.parameter
+        and not each.stack
+        and network.empty(each.parameter).dim() == 2
+    ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lewis import store
+from lewis.errors import LewisError
 from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
 from lewis.merging.prepared import Prepared
@@ -53,6 +54,18 @@ class Fitted:
         self._places |= dict.fromkeys(tensors, path)
 
 
+def rounded(merge: Prepared, name: str, value: torch.Tensor) -> torch.Tensor:
+    """A fitted tensor in the dtype of the output; contiguous.
+
+    Raises:
+        LewisError: naming the tensor, if a value is not finite.
+    """
+    found = value.to(torch_dtype(merge.layout[name][0])).contiguous()
+    if not bool(torch.isfinite(found).all()):
+        raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
+    return found
+
+
 class Unwritten:
     """The merged model, whose tensors are merged as they are read; reads like a checkpoint."""
 
@@ -60,13 +73,13 @@ class Unwritten:
         self,
         merge: Prepared,
         fitted: Fitted | None = None,
-        place: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
+        place: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         """
         Args:
             merge: whose result it is.
             fitted: the fitted tensors; without them all tensors are as if nothing was fitted.
-            place: makes the empty tensors that others are merged into; by default in memory.
+            place: makes the empty tensors that others are merged into, as `torch.empty`; by default in memory.
         """
         base = merge.base
         self.folder, self.home, self.key, self.config = base.folder, base.home, base.key, base.config
@@ -78,7 +91,6 @@ class Unwritten:
         """A tensor as it would be written."""
         if self._fitted is not None and name in self._fitted:
             return self._fitted.read(name)
-        anchor = self._merge.anchor
+        anchor = self._merge.giving(name)
         dtype, shape = anchor.layout[name]
-        place = self._place or (lambda shape, dtype: torch.empty(shape, dtype=dtype))
-        return merge_into(anchor, name, place(shape, torch_dtype(dtype)))
+        return merge_into(anchor, name, (self._place or torch.empty)(shape, dtype=torch_dtype(dtype)))

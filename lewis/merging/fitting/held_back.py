@@ -23,17 +23,17 @@ from typing import Any
 
 from lewis.importance.calibration import EVERY, Calibration
 from lewis.merging.fitting.fitted import Fitted, Unwritten
-from lewis.merging.fitting.losses import RowLoss, mean_loss, predicts_next_token, row_losses
+from lewis.merging.fitting.losses import RowLoss, from_json, mean_loss, predicts_next_token, row_losses, to_json
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
-from lewis.progress import Report
+from lewis.progress import Report, silent
 
 logger = logging.getLogger(__name__)
 BROKEN = 1.0  # nats per token that a row may lose
 FIT = 8  # times as long as a pass over the held-back rows, roughly: its share of the progress
 LARGER = {"ridge": (10.0, 0.1), "prior": (3.0, 3.0)}  # parameter -> its factor, and the least value, of a second fit
 
-Fit = Callable[[Prepared, Path, Report | None, int | None], Fitted]
+Fit = Callable[[Prepared, Path, Report, int | None], Fitted]
 """Fits a merge: takes the merge, the folder for its tensors, what reports the progress, and the threads."""
 
 
@@ -51,6 +51,17 @@ class Distance:
     worst: float
     experts: dict[str, float] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        experts = {ref: to_json(mean) for ref, mean in self.experts.items()}
+        return {"mean": to_json(self.mean), "worst": to_json(self.worst), "experts": experts}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Distance:
+        """What `to_json` gave."""
+        experts = {ref: from_json(mean) for ref, mean in data.get("experts", {}).items()}
+        return cls(from_json(data["mean"]), from_json(data["worst"]), experts)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -62,8 +73,8 @@ class Verdict:
         fits: of the fit, and of the second if there was one.
         taken: the index of the fit that was taken; None: the anchor was.
         of_answers: whether it is known which tokens are answers.
-        gains: reference of each expert -> nats per token that it is below the base on its rows; empty for a merge of an
-            older version.
+        gains: reference of each expert -> nats per token that it is below the base on its rows; in JSON without those
+            that are no number, and empty for a merge of an older version.
     """
 
     rows: int
@@ -75,12 +86,14 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data, for the manifest of the merged model."""
-        return asdict(self)
+        gains = {ref: gain for ref, gain in self.gains.items() if math.isfinite(gain)}
+        fits = [each.to_json() for each in self.fits]
+        return asdict(self) | {"anchor": self.anchor.to_json(), "fits": fits, "gains": gains}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Verdict:
         """What `to_json` gave."""
-        anchor, fits = Distance(**data["anchor"]), tuple(Distance(**each) for each in data["fits"])
+        anchor, fits = Distance.from_json(data["anchor"]), tuple(map(Distance.from_json, data["fits"]))
         return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"], data.get("gains") or {})
 
     def to_text(self) -> str:
@@ -88,8 +101,8 @@ class Verdict:
         taken = self.anchor if self.taken is None else self.fits[self.taken]
         text = (
             f"{self.rows} held-back rows: {taken.mean:+.4f} nats per {'answer ' * self.of_answers}token from the "
-            f"experts, the worst row "
-            f"{taken.worst:+.2f}; without the fit {self.anchor.mean:+.4f}, the worst row {self.anchor.worst:+.2f}"
+            f"experts, the worst row {taken.worst:+.2f}; without the fit {self.anchor.mean:+.4f}, the worst row "
+            f"{self.anchor.worst:+.2f}"
         )
         each = [
             f"{ref} {mean:+.4f}" + (f" ({self.gains[ref]:.2f})" if ref in self.gains else "")
@@ -104,26 +117,23 @@ class Verdict:
         return text + again * bool(self.taken)
 
 
-def is_needed(merge: Prepared) -> bool:
-    """Whether rows are held back that can judge the fit: of a model that predicts the next token."""
-    return any(expert.held_back for expert in merge.experts) and predicts_next_token(merge.base)
-
-
 def warn_of_unjudged(merge: Prepared) -> None:
     """Warn of each expert of which no row judges a fit in forward order, since it has too few rows that could."""
-    asked = any(expert.held_back for expert in merge.experts)
-    for expert in merge.experts if merge.method.fits == "forward" and predicts_next_token(merge.base) else ():
-        rows = expert.calibration
-        if rows and not expert.held_back and (asked or len(rows.samples) < EVERY):
-            logger.warning(
-                "%s: no held-back row judges the fit to it: expected at least %d rows in lewis.calibrations.%s, and "
-                "that every fourth predicts an answer, got %d rows; raise samples, or use `continue`",
-                *(expert.ref, EVERY, rows.name, len(rows.samples)),
-            )
+    judged = any(expert.held_back for expert in merge.experts)
+    found = [(each.ref, each.calibration) for each in merge.experts if each.calibration and not each.held_back]
+    found = [(ref, rows) for ref, rows in found if judged or len(rows.samples) < EVERY]
+    if merge.method.fits != "forward" or not found or not (judged or predicts_next_token(merge.base)):
+        return
+    for ref, rows in found:
+        logger.warning(
+            "%s: no held-back row judges the fit to it: expected at least %d rows in lewis.calibrations.%s, and that "
+            "every fourth predicts an answer, got %d rows; raise samples, or use `continue`",
+            *(ref, EVERY, rows.name, len(rows.samples)),
+        )
 
 
 def fit_and_judge(
-    merge: Prepared, folder: Path, fit: Fit, progress: Report | None = None, threads: int | None = None
+    merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, threads: int | None = None
 ) -> tuple[Fitted, Verdict]:
     """Fit a merge, and take the fit only if it holds on the rows that were held back.
 
@@ -177,15 +187,14 @@ def fit_and_judge(
     return Fitted(folder / "anchor") if taken is None else fitted[taken], verdict
 
 
-def _part(progress: Report | None, begin: float, width: float) -> Report:
+def _part(progress: Report, begin: float, width: float) -> Report:
     """A `Report` for one part of the work, which shows it as a share of all.
 
     The parts: experts, base, anchor, the fit (`FIT` times as long as each other part), its result, a second fit.
     """
 
     def report(_: str, done: int, total: int) -> None:
-        if progress:
-            progress("fit", round(1000 * (begin + width * done / max(total, 1))), 1000 * (5 + FIT))
+        progress("fit", round(1000 * (begin + width * done / max(total, 1))), 1000 * (5 + FIT))
 
     return report
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
 from lewis.devices import one_thread
-from lewis.errors import LewisError
 from lewis.importance.calibration import Calibration
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.merging.fitting.passes import Pass, stop
+from lewis.merging.fitting.passes import Pass, advance, stop
 from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report, silent
 
@@ -95,15 +95,9 @@ def row_losses(
         loaded: list[str] = []
         for done in itertools.count():
             progress("losses", min(done, len(network.blocks)), len(network.blocks))
-            workers.in_place([each.go_on for each in passes])
+            place = advance(passes, workers, "blocks", "give ridge a number, and set lewis.hold_back to false")
             weights.drop(loaded)
-            places = {each.place for each in passes}
-            if len(places) > 1:
-                raise LewisError(
-                    f"the passes came to {sorted(map(str, places))[:3]} at once: this model does not run its blocks in "
-                    "one order for every text; give ridge a number, and set lewis.hold_back to false"
-                )
-            if (place := places.pop()) is None:
+            if place is None:
                 break
             loaded = list(network.parameters_in(place))
             weights.load(loaded)
@@ -116,3 +110,13 @@ def mean_loss(rows: Sequence[Sequence[RowLoss]]) -> float:
     """Nats per predicted token: the mean over the tokens of each set by their weights, then over the sets."""
     means = [sum(row.nats for row in each) / sum(row.weight for row in each) for each in rows if each]
     return sum(means) / max(len(means), 1)
+
+
+def to_json(loss: float) -> float | None:
+    """A loss as JSON, which has no number for a loss that is not finite: None stands for it."""
+    return loss if math.isfinite(loss) else None
+
+
+def from_json(value: float | None) -> float:
+    """What `to_json` gave; infinite for None."""
+    return math.inf if value is None else value

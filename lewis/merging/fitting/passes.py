@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+from lewis.errors import LewisError
 from lewis.importance.passes import Stepping, wait
+from lewis.importance.workers import Workers
 from lewis.lazy_torch import nn, torch
 from lewis.merging.fitting.spill import Made, Spill
 
@@ -67,6 +69,22 @@ class Pass(Stepping):
     def without_padding(self, inputs: torch.Tensor, taken: torch.Tensor | None = None) -> torch.Tensor:
         """The rows of real tokens, fp32 (tokens, features); with `taken` only these of them."""
         return self.batch.rows_of(inputs, str(self.place), taken)
+
+
+def advance(passes: Sequence[Pass], workers: Workers, what: str, advice: str) -> str | None:
+    """Run all passes, always by the same workers, to their next place; returns it, None at their end.
+
+    Raises:
+        LewisError: if they come to different places, since the model does not run `what` in one order; with `advice`.
+    """
+    workers.in_place([each.go_on for each in passes])
+    places = {each.place for each in passes}
+    if len(places) > 1:
+        raise LewisError(
+            f"the passes came to {sorted(map(str, places))[:3]} at once: this model does not run its {what} in one "
+            f"order for every text; {advice}"
+        )
+    return places.pop()
 
 
 class Pair(NamedTuple):

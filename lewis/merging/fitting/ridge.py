@@ -18,10 +18,10 @@ from lewis.importance.calibration import Calibration
 from lewis.merging.calibration_rows import RIDGES, split
 from lewis.merging.fitting.fitted import Unwritten
 from lewis.merging.fitting.held_back import Fit
-from lewis.merging.fitting.losses import mean_loss, predicts_next_token, row_losses
+from lewis.merging.fitting.losses import from_json, mean_loss, predicts_next_token, row_losses, to_json
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
-from lewis.progress import Report
+from lewis.progress import Report, silent
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,12 @@ class Choice:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data, for the manifest of the merged model."""
-        losses = [[ridge, loss if math.isfinite(loss) else None] for ridge, loss in self.losses.items()]
-        return {"ridge": self.ridge, "losses": losses}
+        return {"ridge": self.ridge, "losses": [[ridge, to_json(loss)] for ridge, loss in self.losses.items()]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Choice:
         """What `to_json` gave."""
-        return cls(data["ridge"], {ridge: math.inf if loss is None else loss for ridge, loss in data["losses"]})
+        return cls(data["ridge"], {ridge: from_json(loss) for ridge, loss in data["losses"]})
 
     def to_text(self) -> str:
         """The choice in a sentence."""
@@ -54,9 +53,7 @@ class Choice:
         return f"ridge: auto chose {self.ridge:g}, by the loss on held-out calibration rows (nats per token): {losses}"
 
 
-def choose(
-    merge: Prepared, folder: Path, fit: Fit, progress: Report | None = None, threads: int | None = None
-) -> Choice:
+def choose(merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, threads: int | None = None) -> Choice:
     """Fit the merge with each of `RIDGES` to three of four rows, and find the loss on the others.
 
     Args:
@@ -70,7 +67,11 @@ def choose(
         InputError: if the model does not predict the next token.
         LewisError: as `fit` and `mean_loss`, or if no loss is finite.
     """
-    check(merge)
+    if not predicts_next_token(merge.base):
+        raise InputError(
+            f"{merge.base.folder}: parameters.ridge: auto goes by the loss of the next token, which this kind of "
+            "model does not predict; give a number"
+        )
     parts = [
         (expert.calibration, expert.held_back) if expert.held_back else split(expert.calibration)
         for expert in merge.experts
@@ -82,20 +83,19 @@ def choose(
     for i, ridge in enumerate(RIDGES):
 
         def report(what: str, done: int, total: int, before: int = i) -> None:
-            if progress:
-                progress(what, before * total + done, len(RIDGES) * total)
+            progress(what, before * total + done, len(RIDGES) * total)
 
         if str(ridge) not in known:
             candidate = with_ridge(merge, ridge, [fitted_to for fitted_to, _ in parts])
             place = folder / f"ridge-{ridge:g}"
             fitted = fit(candidate, place, report, threads)
             loss = mean_loss(row_losses(Unwritten(candidate, fitted), [held.of_answers for _, held in parts], threads))
-            known[str(ridge)] = loss if math.isfinite(loss) else None
+            known[str(ridge)] = to_json(loss)
             store.write_entry(file, known)
             store.discard(place)
             logger.info("ridge %g: %.4f nats per token on held-out calibration rows", ridge, loss)
         report("fit", 1, 1)
-    losses = {ridge: math.inf if known[str(ridge)] is None else known[str(ridge)] for ridge in RIDGES}
+    losses = {ridge: from_json(known[str(ridge)]) for ridge in RIDGES}
     if not any(map(math.isfinite, losses.values())):
         raise LewisError("parameters.ridge: auto found no finite loss on held-out calibration rows; give a number")
     found = Choice(min(RIDGES, key=lambda ridge: losses[ridge]), losses)
@@ -113,12 +113,3 @@ def with_ridge(merge: Prepared, ridge: float, sets: Sequence[Calibration] | None
     pairs = zip(merge.experts, given, strict=True)
     experts = tuple(replace(expert, calibration=calibration) for expert, calibration in pairs)
     return replace(merge.with_parameters(number), experts=experts)
-
-
-def check(merge: Prepared) -> None:
-    """Raise InputError if the model does not predict the next token from those before it."""
-    if not predicts_next_token(merge.base):
-        raise InputError(
-            f"{merge.base.folder}: parameters.ridge: auto goes by the loss of the next token, which this kind of "
-            "model does not predict; give a number"
-        )

@@ -4,51 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lewis.errors import LewisError
-from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
+from lewis.merging.fitting.fitted import rounded
 from lewis.merging.fitting.passes import Pair, Pass
-from lewis.merging.fitting.spill import Spill
+from lewis.merging.fitting.shared import Shared
 from lewis.merging.fitting.task_vectors import moved_rows
-from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.tokens import Rows
-from lewis.models.dtypes import torch_dtype
 from lewis.models.names import feeds_other_tokens
 from lewis.models.network.module_tree import Covered
-
-if TYPE_CHECKING:
-    from lewis.importance.streaming import Weights
 
 
 class Solver:
     """Fits the projection that all passes wait for; q, k and v, which have the same inputs, share what they need."""
 
-    def __init__(
-        self,
-        merge: Prepared,
-        pairs: Sequence[Sequence[Pair]],
-        experts: Sequence[Weights],
-        merged: Weights,
-        streams: Mapping[str, str],
-        workers: Workers,
-        spill: Spill,
-    ) -> None:
+    def __init__(self, shared: Shared, streams: Mapping[str, str]) -> None:
         """
         Args:
-            merge: what is fitted.
-            pairs: of each expert's batches.
-            experts: their weights; only biases are looked at.
-            merged: alike, of the merged model.
+            shared: what is fitted, and the passes.
             streams: path of a module that writes into the residual stream -> of one whose input is the stream before.
-            workers: run the regressions.
-            spill: where the targets are kept meanwhile.
         """
-        self._merge, self._pairs, self._workers, self._spill = merge, pairs, workers, spill
-        self._experts, self._merged, self._streams = experts, merged, streams
+        self._shared, self._streams = shared, streams
         self._inputs: tuple[Any, Inputs] | None = None
 
     def forget(self) -> None:
@@ -73,11 +53,12 @@ class Solver:
             LewisError: naming the tensor, if inputs or the result are not finite.
         """
         name = covered.tensor
-        values = self._merge.parameters(name)
+        values = self._shared.merge.parameters(name)
         setting = (values["alpha"], tuple(values["weight"]), feeds_other_tokens(place))
-        moved = any(each.is_new for pairs in self._pairs for pair in pairs for each in (pair.own, pair.merged))
+        moved = any(each.is_new for pairs in self._shared.pairs for pair in pairs for each in (pair.own, pair.merged))
         if self._inputs is None or self._inputs[0] != setting or moved:
-            self._inputs = setting, Inputs(self._rows(place, setting[1]), values["ridge"], self._workers, setting[0])
+            rows = self._rows(place, values["weight"])
+            self._inputs = setting, Inputs(rows, values["ridge"], self._shared.workers, values["alpha"])
         self._inputs[1].ridge = values["ridge"]
         if covered.transposed:
             anchor, weights = anchor.T.contiguous(), [weight.T.contiguous() for weight in weights]
@@ -90,17 +71,13 @@ class Solver:
                 value = self._inputs[1].solve(anchor, weights, additions, out=anchor, whole=whole)
         except ValueError as error:
             raise LewisError(f"{name}: {error}; a model is damaged") from error
-        value = value.T if covered.transposed else value
-        rounded = value.to(torch_dtype(self._merge.layout[name][0])).contiguous()
-        if not bool(torch.isfinite(rounded).all()):
-            raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
-        return rounded
+        return rounded(self._shared.merge, name, value.T if covered.transposed else value)
 
     def _prior(self, covered: Covered, strength: float, weights: Sequence[torch.Tensor]) -> list[Rows]:
         if not strength or self._inputs is None:
             return []
-        base = self._spill.keep(self._merge.base.read(covered.tensor), torch.float32)
-        moved = moved_rows(self._merge, covered.tensor, weights, base.T if covered.transposed else base)
+        base = self._shared.spill.keep(self._shared.merge.base.read(covered.tensor), torch.float32)
+        moved = moved_rows(self._shared.merge, covered.tensor, weights, base.T if covered.transposed else base)
         return prior_rows(self._inputs[1].experts, moved, strength)
 
     def _additions(self, place: str, residual: float, whole: bool) -> Sequence[list[torch.Tensor] | None]:
@@ -108,12 +85,12 @@ class Solver:
 
         With `whole` all that it has to give: what the expert gives, too, whose passes compute it here and not again.
         """
-        nothing = [None] * len(self._experts)
+        nothing = [None] * len(self._shared.experts)
         stream = self._streams.get(place) if residual else None
-        bias = self._merged.network.module.get_submodule(place).bias
+        bias = self._shared.merged.network.module.get_submodule(place).bias
         if stream is None and bias is None:
             return nothing
-        found = [[torch.empty(0)] * len(pairs) for pairs in self._pairs]
+        found = [[torch.empty(0)] * len(pairs) for pairs in self._shared.pairs]
 
         def compare(expert: int, i: int, pair: Pair) -> None:
             missing = torch.zeros(1)
@@ -122,7 +99,7 @@ class Solver:
                     each.streams[stream] if each.taken is None else each.streams[stream][each.taken] for each in pair
                 )
                 missing = residual * (own - merged)
-            module = self._experts[expert].network.module.get_submodule(place)
+            module = self._shared.experts[expert].network.module.get_submodule(place)
             if whole:
                 missing = missing + pair.own.run_ahead(module)
             if bias is not None:
@@ -130,12 +107,12 @@ class Solver:
             assert pair.own.rows is not None
             if pair.own.batch.weighs(place):
                 missing = pair.own.batch.weighted(missing.expand(len(pair.own.rows), -1), place, pair.own.taken)
-            found[expert][i] = self._spill.keep(missing).expand(len(pair.own.rows), -1)
+            found[expert][i] = self._shared.spill.keep(missing).expand(len(pair.own.rows), -1)
 
-        self._workers(
+        self._shared.workers(
             [
                 partial(compare, expert, i, pair)
-                for expert, pairs in enumerate(self._pairs)
+                for expert, pairs in enumerate(self._shared.pairs)
                 for i, pair in enumerate(pairs)
             ]
         )
@@ -146,10 +123,10 @@ class Solver:
 
         def rows_of(each: Pass) -> torch.Tensor:
             assert each.rows is not None
-            return self._spill.keep(each.batch.weighted(each.rows, place, each.taken))
+            return self._shared.spill.keep(each.batch.weighted(each.rows, place, each.taken))
 
         found = []
-        for pairs, weight in zip(self._pairs, weights, strict=True):
+        for pairs, weight in zip(self._shared.pairs, weights, strict=True):
             own, merged = ([rows_of(each) for each in passes] for passes in zip(*pairs, strict=True))
             found.append(Rows(merged, own, weight))
         return found

@@ -8,26 +8,20 @@ are fitted in the order in which it uses them, each for what comes out of those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 from lewis.errors import LewisError
 from lewis.importance.gram_files import Collected
 from lewis.importance.passes import see_experts
-from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import warn_of_few_tokens
-from lewis.merging.fitting.fitted import Fitted
-from lewis.merging.fitting.passes import Pair
+from lewis.merging.fitting.shared import Shared
 from lewis.merging.fitting.static_solver import Group, parts_of, solve_group
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic import gram
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.network.module_tree import Network
-
-if TYPE_CHECKING:
-    from lewis.importance.streaming import Weights
 
 Stacks = Mapping[str, Mapping[str, Group]]
 """Path of a module -> its stacked parameters -> the tensors that each of them is made of."""
@@ -52,27 +46,14 @@ def tensors_in(stacks: Stacks) -> list[str]:
 class StackedFit:
     """Fits a block's stacked experts once the passes of all experts wait in front of it."""
 
-    def __init__(
-        self,
-        merge: Prepared,
-        stacks: Stacks,
-        pairs: Sequence[Sequence[Pair]],
-        merged: Weights,
-        workers: Workers,
-        fitted: Fitted,
-    ) -> None:
+    def __init__(self, shared: Shared, stacks: Stacks) -> None:
         """
         Args:
-            merge: what is fitted.
+            shared: what is fitted, and the passes.
             stacks: its stacked experts.
-            pairs: of each expert's batches.
-            merged: weights of the merged model, which reads what is fitted.
-            workers: run the module and the regressions.
-            fitted: takes the tensors.
         """
-        self._merge, self._stacks, self._pairs, self._merged = merge, stacks, pairs, merged
-        self._workers, self._fitted = workers, fitted
-        self._seen: list[dict[str, tuple[int, int]]] = [{} for _ in pairs]
+        self._shared, self._stacks = shared, stacks
+        self._seen: list[dict[str, tuple[int, int]]] = [{} for _ in shared.pairs]
 
     def __contains__(self, path: str) -> bool:
         return path in self._stacks
@@ -84,29 +65,29 @@ class StackedFit:
             LewisError: naming the tensor, if inputs or the result are not finite.
         """
         left = dict(self._stacks[path])
-        while any(covered.tensor not in self._fitted for group in left.values() for covered, _ in group):
+        while any(covered.tensor not in self._shared.fitted for group in left.values() for covered, _ in group):
             parameter, noted = self._noted(path, left)
             if parameter is None:
                 break  # no token reaches the remaining stacks
-            group = [each for each in left.pop(parameter) if each[0].tensor not in self._fitted]
+            group = [each for each in left.pop(parameter) if each[0].tensor not in self._shared.fitted]
             group.sort(key=lambda each: each[1][0].projection)  # those that share their inputs after each other
             for seen, each in zip(self._seen, noted, strict=True):
                 seen |= {part.projection: each.size_of(part.projection) for _, parts in group for part in parts}
-            found = dict(solve_group(self._merge, noted, group, jobs=self._workers))
+            found = dict(solve_group(self._shared.merge, noted, group, jobs=self._shared.workers))
             if found:
-                self._fitted.add(parameter, found)
-            self._merged.load([parameter])
+                self._shared.fitted.add(parameter, found)
+            self._shared.merged.load([parameter])
 
     def warn(self) -> None:
         """Warn of stacked experts that few calibration tokens reached."""
-        for expert, seen in zip(self._merge.experts, self._seen, strict=True):
+        for expert, seen in zip(self._shared.merge.experts, self._seen, strict=True):
             warn_of_few_tokens(expert.ref, seen)
 
     def _noted(self, path: str, wanted: Mapping[str, Group]) -> tuple[str | None, list[_Noted]]:
         """Run the module in every pass of the merged model; the first of the wanted parameters, and what went in."""
-        passes = [pair.merged for pairs in self._pairs for pair in pairs]
+        passes = [pair.merged for pairs in self._shared.pairs for pair in pairs]
         firsts, rows = dict[int, str](), [list[tuple[str, torch.Tensor]]() for _ in passes]
-        module = self._merged.network.module.get_submodule(path)
+        module = self._shared.merged.network.module.get_submodule(path)
 
         def run(i: int) -> None:
             def note(parameter: str, projection: str, inputs: torch.Tensor) -> None:
@@ -118,16 +99,16 @@ class StackedFit:
             with see_experts(module, list(wanted), note):
                 call()
 
-        self._workers([partial(run, i) for i in range(len(passes))])
+        self._shared.workers([partial(run, i) for i in range(len(passes))])
         if len(set(firsts.values())) > 1:
             raise LewisError(
                 f"{path}: this module does not use its parameters in one order for every text; use another merge_method"
             )
         noted, begin = list[_Noted](), 0
-        for pairs in self._pairs:
+        for pairs in self._shared.pairs:
             noted.append(_Noted(sum(pair.merged.batch.tokens for pair in pairs)))
             for each in rows[begin : begin + len(pairs)]:
-                self._workers([job for projection, inputs in each for job in noted[-1].add(projection, inputs)])
+                self._shared.workers([job for projection, inputs in each for job in noted[-1].add(projection, inputs)])
             begin += len(pairs)
         return next(iter(firsts.values()), None), noted
 

@@ -31,13 +31,13 @@ from lewis.merging.fitting.static_solver import Group, NoRows, Statistics, bytes
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.jobs import one_after_another
 from lewis.models.network.module_tree import Network
-from lewis.progress import Report
+from lewis.progress import Report, silent
 
 logger = logging.getLogger(__name__)
 _ROOM = 1 << 29  # bytes of memory in which layers are fitted side by side
 
 
-def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: int | None = None) -> Fitted:
+def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int | None = None) -> Fitted:
     """Fit all tensors of a merge that can be fitted, block by block.
 
     Args:
@@ -82,8 +82,7 @@ def fit(merge: Prepared, folder: Path, progress: Report | None = None, threads: 
                 fitted.add(name, tensors)
             done += len(tensors)
             del tensors  # before the next is fitted
-            if progress:
-                progress("fit", done, max(total, 1))
+            progress("fit", done, max(total, 1))
     return fitted
 
 

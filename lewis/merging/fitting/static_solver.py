@@ -11,14 +11,13 @@ from lewis.devices import one_thread
 from lewis.errors import LewisError
 from lewis.importance.passes import of_expert
 from lewis.lazy_torch import torch
-from lewis.merging.fitting.fitted import Unwritten
+from lewis.merging.fitting.fitted import Unwritten, rounded
 from lewis.merging.fitting.task_vectors import moved_rows
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.jobs import Jobs
 from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs
 from lewis.methods.arithmetic.tokens import Gram, Rows
-from lewis.models.dtypes import torch_dtype
 from lewis.models.network.module_tree import Covered, Network
 
 
@@ -141,10 +140,7 @@ class _Solver:
             if start.data_ptr() != fitted.data_ptr():
                 fitted.copy_(start)
         del weights, own, start, fitted  # they take much memory
-        rounded = anchor.to(torch_dtype(self._merge.layout[name][0]))
-        if not bool(torch.isfinite(rounded).all()):
-            raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
-        return rounded
+        return rounded(self._merge, name, anchor)
 
     def _prior(
         self, name: str, part: Part, inputs: Inputs, weights: Sequence[torch.Tensor], strength: float

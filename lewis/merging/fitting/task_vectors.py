@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from lewis.lazy_torch import torch
 from lewis.merging.prepared import Prepared
-from lewis.methods.arithmetic.prior import even_share
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
 from lewis.models.lora.expert import LoraExpert
 
@@ -26,12 +25,13 @@ def moved_rows(
     Returns:
         fp32 (rows, in); of a very wide layer an even share of the rows.
     """
-    found = []
+    found, most = [], DUAL_TOKENS // len(merge.experts)
     for expert, weight in zip(merge.experts, weights, strict=True):
         rows = None
         if not part and isinstance(expert.model, LoraExpert) and expert.model.base.key == merge.base.key:
             rows = expert.model.factor(tensor)
         rows = weight - base if rows is None else rows
-        wide = base.shape[1] > DUAL_ABOVE
-        found.append(even_share(rows, DUAL_TOKENS // len(merge.experts)) if wide else rows)
+        if base.shape[1] > DUAL_ABOVE and len(rows) > most:
+            rows = rows[torch.arange(most) * len(rows) // most]
+        found.append(rows)
     return found

@@ -11,16 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lewis.errors import LewisError
-from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
-from lewis.merging.fitting.fitted import Fitted
-from lewis.merging.fitting.passes import Pair
+from lewis.merging.fitting.passes import advance
+from lewis.merging.fitting.shared import Shared
 from lewis.merging.fitting.solver import Solver
-from lewis.merging.fitting.spill import Spill
 from lewis.merging.fitting.stacked_fit import StackedFit
-from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.jobs import one_after_another
 from lewis.models.network.module_tree import Covered
 
@@ -33,49 +29,33 @@ IN_MEMORY_FITTED = 64 << 20  # bytes of fitted tensors that wait to be written t
 class Walk:
     """Leads all passes of a fit through the blocks of their models."""
 
-    def __init__(
-        self,
-        merge: Prepared,
-        places: Mapping[str, Covered],
-        weights: Sequence[Weights],
-        pairs: Sequence[Pair],
-        solver: Solver,
-        stacked: StackedFit,
-        workers: Workers,
-        fitted: Fitted,
-        spill: Spill,
-    ) -> None:
+    def __init__(self, shared: Shared, places: Mapping[str, Covered], solver: Solver, stacked: StackedFit) -> None:
         """
         Args:
-            merge: what is fitted.
+            shared: what is fitted, and the passes.
             places: path of a module -> its tensor.
-            weights: of the experts, then of the merged model.
-            pairs: of all batches.
             solver: fits the tensor of a place.
             stacked: fits stacked experts.
-            workers: run the passes.
-            fitted: takes the tensors.
-            spill: where the weights are kept.
         """
-        self._merge, self._places, self._weights = merge, places, weights
+        self._shared, self._places, self._solver, self._stacked = shared, places, solver, stacked
+        self._weights = [*shared.experts, shared.merged]
+        pairs = [pair for each in shared.pairs for pair in each]
         # First those of the experts, which have less to do: so each thread gets as many of them as of the others.
         self._passes = [*(pair.own for pair in pairs), *(pair.merged for pair in pairs)]
-        self._solver, self._stacked, self._workers = solver, stacked, workers
-        self._fitted, self._spill = fitted, spill
         self._loaded: list[tuple[Weights, list[str]]] = []
         self._in_block: list[str] = []
         self._found: dict[str, torch.Tensor] = {}
 
     def blocks(self) -> Iterator[int]:
         """Go through the model; yields how many of the blocks are done, after each."""
-        network, block, done = self._weights[-1].network, "", 0
-        while (place := self._next()) is not None:
+        network, entered = self._shared.merged.network, 0
+        step = partial(advance, self._passes, self._shared.workers, "projections", "use another merge_method")
+        while (place := step()) is not None:
             if place in network.blocks:
-                if block:
-                    done += 1
-                    self._keep(block)
-                    yield min(done, len(network.blocks))
-                block = place
+                self._leave()
+                if entered:
+                    yield min(entered, len(network.blocks))
+                entered += 1
                 self._enter(place)
             elif place in self._stacked:
                 self._drop()
@@ -83,23 +63,12 @@ class Walk:
                 self._stacked.fit(place)
             else:
                 self._fit(place)
-        if block:
-            self._keep(block)
+        self._leave()
         yield len(network.blocks)
 
     def stop(self) -> None:
         """End the passes that still wait."""
-        self._workers.in_place([each.stop for each in self._passes])
-
-    def _next(self) -> str | None:
-        self._workers.in_place([each.go_on for each in self._passes])
-        places = {each.place for each in self._passes}
-        if len(places) > 1:
-            raise LewisError(
-                f"the passes came to {sorted(map(str, places))[:3]} at once: this model does not run its projections "
-                "in one order for every text; use another merge_method"
-            )
-        return places.pop()
+        self._shared.workers.in_place([each.stop for each in self._passes])
 
     def _drop(self) -> None:
         for weights, names in self._loaded:
@@ -107,45 +76,42 @@ class Walk:
         self._loaded = []
 
     def _enter(self, block: str) -> None:
-        self._drop_block()
         of_places = {each.parameter for each in self._places.values()}
-        self._in_block = [name for name in self._weights[-1].network.parameters_in(block) if name not in of_places]
+        self._in_block = [name for name in self._shared.merged.network.parameters_in(block) if name not in of_places]
         for weights in self._weights:
             weights.load(self._in_block)
         for each in self._passes:  # drop the inputs recorded in earlier blocks
             each.streams = {path: stream for path, stream in each.streams.items() if path == block}
 
-    def _drop_block(self) -> None:
+    def _leave(self) -> None:
+        """Drop the weights of the block that all passes have left, and write what was fitted there."""
         self._drop()
         for weights in self._weights:
             weights.drop(self._in_block)
         self._in_block = []
-
-    def _keep(self, block: str) -> None:
-        self._drop_block()
         self._solver.forget()
         self._write()
 
     def _write(self) -> None:
         if self._found:
-            self._fitted.add(next(iter(self._found)), self._found)
+            self._shared.fitted.add(next(iter(self._found)), self._found)
             self._found = {}
 
     def _fit(self, place: str) -> None:
         """Give the projection its weight in each model; that of the merged model is fitted, unless it is known."""
         self._drop()
         covered = self._places[place]
-        known = covered.tensor in self._fitted
-        readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
-        readers.append(self._fitted.read if known else self._anchor)
+        known = covered.tensor in self._shared.fitted
+        readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._shared.merge.experts]
+        readers.append(self._shared.fitted.read if known else self._anchor)
         *weights, value = self._read(covered.tensor, readers)
-        for each, weight in zip(self._weights, weights, strict=False):  # the last are those of the merged model
+        for each, weight in zip(self._shared.experts, weights, strict=True):
             self._put(each, covered.parameter, weight)
         if not known:
             value = self._found[covered.tensor] = self._solver.solve(place, covered, weights, value)
             if sum(each.nbytes for each in self._found.values()) > IN_MEMORY_FITTED:
                 self._write()
-        self._put(self._weights[-1], covered.parameter, value)
+        self._put(self._shared.merged, covered.parameter, value)
 
     def _put(self, weights: Weights, parameter: str, value: torch.Tensor) -> None:
         weights.put(parameter, value)
@@ -155,13 +121,14 @@ class Walk:
         found = [torch.empty(0)] * len(readers)
 
         def read(i: int) -> None:
-            found[i] = self._spill.keep(readers[i](tensor), torch.float32)
+            found[i] = self._shared.spill.keep(readers[i](tensor), torch.float32)
 
         # The last reader comes first: it merges, which takes longest. If tensors are kept in files, one is read at a
         # time, because each is in memory as a whole while it is read.
         jobs = [partial(read, i) for i in reversed(range(len(readers)))]
-        (self._workers if self._spill.folder is None else one_after_another)(jobs)
+        (self._shared.workers if self._shared.spill.folder is None else one_after_another)(jobs)
         return found
 
     def _anchor(self, tensor: str) -> torch.Tensor:
-        return merge_into(self._merge.anchor, tensor, self._spill.empty(self._merge.base.tensors[tensor].shape))
+        anchor = self._shared.merge.giving(tensor)
+        return merge_into(anchor, tensor, self._shared.spill.empty(anchor.base.tensors[tensor].shape))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -82,7 +83,7 @@ class Aligned(View):
         super().done_with(name)
 
     def _copy(self, name: str) -> tuple[str, np.ndarray]:
-        lent, (dtype, bits) = self._lenders.of(name, np.flatnonzero(self.rows < 0)), self.model.raw(name)
+        lent, (dtype, bits) = LentRows(self._lenders, name, np.flatnonzero(self.rows < 0)), self.model.raw(name)
         out = dtype if lent.dtypes <= {dtype} and self._mean_from is None else "F32"
         try:
             with tempfile.TemporaryFile(dir=store.make_folder(store.home())) as file:
@@ -127,7 +128,7 @@ Origin = tuple[tuple[int, int], ...]
 """(number of the model, its row) of each row that one row is the mean of; empty: the row is 0."""
 
 
-class Lenders:
+class Lenders(NamedTuple):
     """Models that lend rows to those that lack them, by one rule for all.
 
     Attributes:
@@ -135,13 +136,8 @@ class Lenders:
         origins: row of the common vocabulary -> where it comes from.
     """
 
-    def __init__(self, models: Sequence[Model], origins: Mapping[int, Origin]) -> None:
-        self.models, self.origins = models, origins
-
-    def of(self, name: str, rows: np.ndarray) -> LentRows:
-        """The rows of tensor `name` with these numbers in the common vocabulary (int64)."""
-        models = {model for row in rows.tolist() for model, _ in self.origins[row]}
-        return LentRows({i: _matrix(self.models[i], name) for i in sorted(models)}, self.origins, rows)
+    models: Sequence[Model]
+    origins: Mapping[int, Origin]
 
 
 class LentRows:
@@ -151,12 +147,18 @@ class LentRows:
         dtypes: of the lenders' tensors, as safetensors names them; F32 if a row is a mean.
     """
 
-    def __init__(
-        self, lenders: Mapping[int, tuple[str, np.ndarray]], origins: Mapping[int, Origin], rows: np.ndarray
-    ) -> None:
-        self._lenders, self._origins = lenders, origins
-        means = any(len(origins[row]) > 1 for row in rows.tolist())
-        self.dtypes = {"F32"} if means else {dtype for dtype, _ in lenders.values()}
+    def __init__(self, lenders: Lenders, name: str, rows: np.ndarray) -> None:
+        """
+        Args:
+            lenders: give the rows.
+            name: of the tensor.
+            rows: their numbers in the common vocabulary, int64.
+        """
+        self._origins, wanted = lenders.origins, [lenders.origins[row] for row in rows.tolist()]
+        numbers = sorted({number for origin in wanted for number, _ in origin})
+        self._lenders = {number: _matrix(lenders.models[number], name) for number in numbers}
+        means = any(len(origin) > 1 for origin in wanted)
+        self.dtypes = {"F32"} if means else {dtype for dtype, _ in self._lenders.values()}
 
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """Some of these rows: fp32, shape (len(rows), columns)."""

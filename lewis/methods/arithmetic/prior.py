@@ -38,11 +38,6 @@ def prior_rows(experts: Sequence[Rows | Gram], moved: Sequence[torch.Tensor], st
     return found
 
 
-def even_share(rows: torch.Tensor, most: int) -> torch.Tensor:
-    """At most `most` of the rows, spread evenly."""
-    return rows if len(rows) <= most else rows[torch.arange(most) * len(rows) // most]
-
-
 def _trace(inputs: Rows | Gram) -> float:
     """tr(X_t^T X_t) / tokens; 0 without tokens."""
     if isinstance(inputs, Gram):

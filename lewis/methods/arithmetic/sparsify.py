@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from lewis.lazy_torch import torch
@@ -11,7 +13,9 @@ from lewis.methods.arithmetic.sums import divided, total
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, so that i -> i * SPREAD mod 2^64 is a permutation
 
 
-def trim(task_vector: torch.Tensor, density: float, scale: torch.Tensor | None = None) -> torch.Tensor:
+def trim(
+    task_vector: torch.Tensor, density: float, scale: torch.Tensor | None = None, outliers: float = 0.0
+) -> torch.Tensor:
     """Keep exactly `k = int(density * n)` of the `n` elements, those of the largest score; the others become 0.
 
     The score is that of `size`. Unlike mergekit, which keeps at least one element, a share of less
@@ -19,8 +23,10 @@ def trim(task_vector: torch.Tensor, density: float, scale: torch.Tensor | None =
 
     Args:
         task_vector: fp32, any shape, finite.
-        density: fraction kept, in [0, 1].
+        density: fraction kept, in [0, 1]; 1 keeps all, outliers too.
         scale: as in `size`.
+        outliers: fraction of the largest scores that is dropped first, in [0, 1]; less where fewer than k would be
+            left.
 
     Returns:
         fp32, same shape; a new tensor, or `task_vector` itself if all is kept.
@@ -31,7 +37,11 @@ def trim(task_vector: torch.Tensor, density: float, scale: torch.Tensor | None =
         return task_vector
     if k <= 0:
         return torch.zeros_like(task_vector)
-    return torch.where(largest(size(task_vector, scale), k), task_vector, 0.0)
+    score, dropped = size(task_vector, scale), min(int(outliers * n), n - k)
+    keep = largest(score, dropped + k)
+    if dropped:
+        keep &= ~largest(score, dropped)
+    return torch.where(keep, task_vector, 0.0)
 
 
 def size(task_vector: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -48,32 +58,6 @@ def size(task_vector: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         fp32, same shape.
     """
     return task_vector.abs() if scale is None else task_vector.abs() * scale
-
-
-def trim_between(
-    task_vector: torch.Tensor, density: float, outliers: float, scale: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Drop the `outliers` of the largest size, then keep the next `k = int(density * n)`; the others become 0.
-
-    Args:
-        task_vector: fp32, any shape, finite.
-        density: fraction kept, in [0, 1]; 1 keeps all, outliers too.
-        outliers: fraction of the largest that is dropped, in [0, 1]; less where fewer than k would be left.
-        scale: as in `size`.
-
-    Returns:
-        fp32, same shape.
-    """
-    n = task_vector.numel()
-    k = int(density * n)
-    if k >= n:
-        return task_vector
-    if k <= 0:
-        return torch.zeros_like(task_vector)
-    dropped = min(int(outliers * n), n - k)
-    score = size(task_vector, scale)
-    keep = largest(score, dropped + k) & ~largest(score, dropped)
-    return torch.where(keep, task_vector, 0.0)
 
 
 def largest(score: torch.Tensor, k: int) -> torch.Tensor:
@@ -171,6 +155,12 @@ def drop_by_rank(
     return torch.where(keep.reshape(task_vector.shape), task_vector, 0.0)
 
 
+def stack_kept(kept: Iterable[torch.Tensor], task_vectors: torch.Tensor, *, rescale: bool) -> torch.Tensor:
+    """What is kept of each task vector as one tensor, (experts, *shape); with `rescale` brought to its L1 norm."""
+    each = zip(kept, task_vectors, strict=True)
+    return torch.stack([match_l1(own, whole) if rescale else own for own, whole in each])
+
+
 def match_l1(kept: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """Scale `kept` to the L1 norm of `whole` (mergekit's `rescale`), summed in fp64: mergekit's fp16 sum overflows."""
     before, after = total(whole.abs()), total(kept.abs())
@@ -178,5 +168,5 @@ def match_l1(kept: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 
 def _uniform(task_vector: torch.Tensor, stream: Stream) -> torch.Tensor:
-    numbers = stream.random(task_vector.numel(), dtype=np.float32)
+    numbers = stream.random(task_vector.numel())
     return torch.from_numpy(numbers).reshape(task_vector.shape).to(task_vector.device)

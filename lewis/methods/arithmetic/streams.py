@@ -26,9 +26,9 @@ class Stream:
     key: int
     place: int = 0
 
-    def random(self, count: int, dtype: type[np.float32] = np.float32) -> np.ndarray:
+    def random(self, count: int) -> np.ndarray:
         """Draw the next `count` numbers: uniform in [0, 1), fp32, multiples of 2^-24."""
-        numbers = np.empty(count, dtype)
+        numbers = np.empty(count, np.float32)
         for start in range(0, count, _CHUNK):
             stop = min(start + _CHUNK, count)
             z = np.arange(self.place + start + 1, self.place + stop + 1, dtype=np.uint64)

@@ -55,6 +55,7 @@ class TestConfig:
             "tokenizer_source": "org/math@v1",
         }
         data |= {"register": {"name": "x"}, "dtype": "float32", "publish": {"repo": "org/x"}}
+        data |= {"inspect": {"on": "warn"}, "serve": {"kind": "webhook", "url": "http://10.0.0.1/hook"}}
         data |= {"search": {"space": {"parameters.lambda": [1, 2]}, "metrics": ["x/acc,none"]}}
         assert exported(data, Allocation({"a.b": 0.25, "a.b.c": 0.5, "z": 1.0}, 0.5, {})) == {
             "merge_method": "ties",
@@ -75,6 +76,24 @@ class TestConfig:
             ],
             "tokenizer_source": f"org/math@{'1' * 40}",
             "dtype": "float32",
+        }
+
+    def test_models_whose_tokens_the_result_has_are_named_by_commit(self) -> None:
+        math, pinned = {"model": {"path": "org/math", "revision": "v1"}}, f"org/math@{'1' * 40}"
+        assert exported({"tokenizer_source": math})["tokenizer_source"] == pinned
+        zero, row = {"kind": "zero"}, {"kind": "model_token", "model": "org/math@v1", "token_id": 3}
+        sources = {"<a>": "org/math@v1", "<b>": math, "<c>": row, "<d>": zero, "<e>": "org/base"}
+        tokens = {token: {"source": source} for token, source in sources.items()} | {"<f>": {"force": True}}
+        assert exported({"tokenizer": {"source": "union", "tokens": tokens}})["tokenizer"] == {
+            "source": "union",
+            "tokens": {
+                "<a>": {"source": pinned},
+                "<b>": {"source": pinned},
+                "<c>": {"source": {**row, "model": pinned}},
+                "<d>": {"source": zero},
+                "<e>": {"source": f"org/base@{'b' * 40}"},
+                "<f>": {"force": True},
+            },
         }
 
     @pytest.mark.parametrize(

@@ -253,11 +253,14 @@ def test_an_adapter_in_the_store_is_scored_on_its_base(family: Family) -> None:
 
 
 @pytest.mark.usefixtures("home")
-@pytest.mark.parametrize("guided", [False, True])
-def test_what_an_adapter_cannot_hold_is_refused_before_any_work(family: Family, guided: bool) -> None:
+@pytest.mark.parametrize("guided", ["", "merge", "anchor"])
+def test_what_an_adapter_cannot_hold_is_refused_before_any_work(family: Family, guided: str) -> None:
     blocks: dict[str, Any] = {"merge_method": "ties", "models": [{"model": str(family.math)}]}
     if guided:
-        blocks["lewis"] = {"calibrations": {"s": {"texts": ["w1 w2"], "samples": 1}}}
+        blocks["lewis"] = {"calibrations": {"s": {"texts": ["w1 w2"], "samples": 1}}, "density": {"min": 0.2}}
+    if guided == "anchor":  # its own density would keep nothing of so small a tensor
+        blocks |= {"merge_method": "regmean_forward"}
+        blocks |= {"anchor": {"merge_method": "ties", "parameters": {"density": 0.001}}}
     recipe = recipe_of(family, **blocks)
     prepared = pipeline.prepare_merge(recipe, *pipeline.fetch(recipe))
     with pytest.raises(InputError, match=r"layernorm.*a LoRA adapter cannot hold it"):

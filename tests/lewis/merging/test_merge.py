@@ -336,7 +336,7 @@ class TestRun:
         merge = open_merge(method, base, experts if base else [family.math], parameters=parameters, dtype="bfloat16")
         names = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"]
         if base:  # as aim does, for a tensor of (out, in) and one of (in, out)
-            merge = replace(merge, held_back={names[0]: torch.rand(16), names[1]: torch.rand(16, 1)})
+            merge = replace(merge, factors={names[0]: torch.rand(16), names[1]: torch.rand(16, 1)})
         if merge.method.takes_scales:
             scales = {names[0]: torch.rand(16), names[1]: torch.rand(16, 1)}
             merge = replace(merge, experts=tuple(replace(expert, scales=scales) for expert in merge.experts))

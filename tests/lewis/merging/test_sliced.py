@@ -204,7 +204,7 @@ def test_densities_are_those_of_the_results_layers(family: Family, home: Path, t
     first, second = stack.giving(name(1)), stack.giving(name(2))
     assert first is not second and second.parameters(name(2))["density"] == [own.densities[name(1)]]
     assert torch.equal(first.scales(name(1))[0], second.scales(name(2))[0])
-    assert torch.equal(first.held_back[name(1)], second.held_back[name(2)])
+    assert torch.equal(first.factors[name(1)], second.factors[name(2)])
     stack.run(tmp_path / "out")
     rows = importance_rows(pipeline.guide(recipe, base, experts)[0], allocated)
     assert rows[-1]["layer"].startswith("result: model.layers.2.")

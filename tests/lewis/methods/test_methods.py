@@ -49,8 +49,8 @@ class FixedStream:
     def __init__(self, *numbers: float) -> None:
         self.numbers = np.array(numbers, np.float32)
 
-    def random(self, size: int, dtype: type) -> np.ndarray:
-        assert (size, dtype) == (len(self.numbers), np.float32)
+    def random(self, count: int) -> np.ndarray:
+        assert count == len(self.numbers)
         return self.numbers
 
 
@@ -597,11 +597,19 @@ class TestRegistry:
             def unfinished(task_vectors: torch.Tensor, *, how: str = "well") -> torch.Tensor:
                 return task_vectors[0]
 
+    def test_one_density_for_all_experts_is_refused(self) -> None:
+        """The merge ended with a TypeError: a `lewis` block may guide each expert's."""
+        with pytest.raises(TypeError, match=r"density: every expert has its own; expected PerExpert"):
+
+            @merge_method("unfinished", paper="https://example.org")
+            def unfinished(task_vectors: torch.Tensor, *, density: float = 1.0) -> torch.Tensor:
+                return task_vectors[0]
+
     def test_compiled_loops_of_a_parameter_that_there_is_not_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"unfinished: `compiled` names the parameters \['gamma'\]"):
 
             @merge_method("unfinished", paper="https://example.org", compiled=Loops(Combine.SUM, outliers="gamma"))
-            def unfinished(task_vectors: torch.Tensor, *, density: float = 1.0) -> torch.Tensor:
+            def unfinished(task_vectors: torch.Tensor, *, density: PerExpert[float] = 1.0) -> torch.Tensor:
                 return task_vectors[0]
 
     def test_the_signature_is_the_schema(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lewis import methods
 from lewis.errors import InputError, LewisError
@@ -86,6 +87,40 @@ def test_one_may_write_into_what_it_is_given(install: Install, tmp_path: Path) -
     folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor([8.0, i, 4.0])}) for i in range(2)]
     assert open_merge("mean", None, folders).tensor("w").tolist() == [8, 0.5, 4]
     assert open_merge("towards", folders[0], folders[1:]).tensor("w").tolist() == [8, 1, 4]
+
+
+def test_one_weight_for_all_experts(install: Install, tmp_path: Path) -> None:
+    """It was a TypeError: the merge asks which experts take part."""
+    source = HALF.replace("share: PerExpert[float]", "weight: float").replace("torch.tensor(share)", "weight")
+    install(source)
+    folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor([i, -4.0 * i])}) for i in range(2)]
+    merge = open_merge("half", folders[0], [folders[1]], parameters={"weight": 0.5})
+    assert merge.tensor("w").tolist() == [0.5, -2.0]
+
+
+LINEAR = """
+from lewis.methods import merge_method
+from lewis.methods.arithmetic.sums import combine_linearly, gram
+
+def coefficients(dots, *, lambda_, normalize, share_):
+    return [lambda_ * share_ / (2 if normalize else 1)] * len(dots)
+
+@merge_method("half", paper="https://example.org", coefficients=coefficients)
+def half(task_vectors, *, lambda_: float = 1.0, normalize: bool = False, share_: float = 1.0):
+    found = coefficients(gram(task_vectors), lambda_=lambda_, normalize=normalize, share_=share_)
+    return combine_linearly(task_vectors, found)
+"""
+
+
+def test_its_coefficients_are_all_that_the_compiled_loops_apply(install: Install, tmp_path: Path) -> None:
+    """They got `lambda`, which is no name of an argument; and a `lambda` and `normalize` in them were applied twice."""
+    install(LINEAR)
+    folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor([8.0, 16.0]) * i}) for i in range(3)]
+    parameters = {"lambda": 0.5, "normalize": True, "share": 0.5}
+    merge = open_merge("half", folders[0], folders[1:], parameters=parameters)
+    merge.run(tmp_path / "out")
+    assert merge.compiles("w") and load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [3, 6]
+    assert merge.tensor("w").tolist() == [3, 6]
 
 
 def test_a_second_method_of_its_module_has_its_version_too(install: Install) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from lewis.merging.prepared import random_stream
 from lewis.methods import METHODS
-from lewis.methods.arcee_fusion import importance
+from lewis.methods.arcee_fusion import divergence
 from lewis.methods.arithmetic.sparsify import largest
 
 MERGEKIT = os.environ.get("LEWIS_MERGEKIT")
@@ -218,7 +218,8 @@ def results(oracle: Oracle) -> dict[str, list[tuple[Draw, torch.Tensor | str]]]:
 def near_threshold(draw: Draw) -> torch.Tensor:
     """Elements whose importance is so near to arcee_fusion's threshold that an fp32 rounding decides."""
     base = draw["base"].float()
-    scores = importance(draw["experts"][0].float() - base, base)
+    delta = draw["experts"][0].float() - base
+    scores = (delta.abs() * divergence(delta, base)).reshape(delta.shape)
     ordered = scores.reshape(-1).sort().values
     first, median, third = (ordered[int(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
     threshold = median + 1.5 * (third - first)

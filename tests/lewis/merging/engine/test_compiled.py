@@ -111,8 +111,8 @@ def draw(rng: random.Random, place: Path, method: str) -> Merge:
         experts = [replace(e, scales=s) for e, s in zip(merge.experts, scales, strict=True)]
         merge = Merge.of(merge.settings, merge.base, experts)
     if merge.adds_to_base and shape and rng.random() < 0.2:
-        held_back = {NAME: torch.rand(rng.choice(layouts(shape)), generator=generator)}
-        return Merge.of(merge.settings, merge.base, merge.experts, held_back)
+        factors = {NAME: torch.rand(rng.choice(layouts(shape)), generator=generator)}
+        return Merge.of(merge.settings, merge.base, merge.experts, factors)
     return merge
 
 
@@ -172,7 +172,7 @@ def test_exactly_the_k_largest_are_kept(kind: str, share: float, monkeypatch: py
     elif kind == "zeros":
         values *= rng.random(size) < 0.1
     zeros, k = np.zeros_like(values), int(share * size)
-    pair = Pair((np.uint64(zeros.ctypes.data), 0, np.uint64(values.ctypes.data), 0, size, size, np.uint64(0)))
+    pair = Pair(np.uint64(zeros.ctypes.data), 0, np.uint64(values.ctypes.data), 0, size, size, np.uint64(0))
     threshold, cut = Selector().cut(pair, k)
     scores = np.abs(values).view(np.uint32)
     order = np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -193,8 +193,8 @@ def test_activations_of_every_layout_are_compiled(shape: tuple[int, ...], tmp_pa
     folders = [write_tensors(tmp_path / str(i), {NAME: torch.randn(shape, generator=generator)}) for i in range(3)]
     plain = open_merge("ties", folders[0], folders[1:], parameters={"density": 0.4})
     for layout in layouts(shape):
-        scales, held_back = ({NAME: torch.rand(layout, generator=generator)} for _ in range(2))
-        merge = Merge.of(plain.settings, plain.base, [replace(e, scales=scales) for e in plain.experts], held_back)
+        scales, factors = ({NAME: torch.rand(layout, generator=generator)} for _ in range(2))
+        merge = Merge.of(plain.settings, plain.base, [replace(e, scales=scales) for e in plain.experts], factors)
         assert compiled(merge) == bits(merge.tensor(NAME))
 
 

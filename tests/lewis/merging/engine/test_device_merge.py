@@ -92,5 +92,5 @@ def test_the_device_is_part_of_the_digest_and_all_gpus_are_alike(tmp_path: Path)
 def test_a_gpu_gives_the_cpus_numbers(name: str, tmp_path: Path) -> None:
     for number in range(6):
         merge = draw(random.Random(f"{name} {number}"), tmp_path / str(number), name)
-        there = Merge.of(merge.settings, merge.base, merge.experts, merge.held_back, device="cuda")
+        there = Merge.of(merge.settings, merge.base, merge.experts, merge.factors, device="cuda")
         torch.testing.assert_close(there.tensor(NAME), merge.tensor(NAME))

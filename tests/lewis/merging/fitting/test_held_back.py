@@ -127,7 +127,7 @@ def test_an_expert_that_answers_no_better_than_the_base_is_named(
         ([(0.2, 0.9), (0.3, 0.5), (0.1, 0.5)], 1),  # worse than the anchor
         ([(0.2, 0.9), (0.3, 0.5), (0.1, 1.5)], None),
         ([(0.2, 2.0), (0.1, 1.5), (0.15, 1.4)], 0),  # broken, but the anchor is more so
-        ([(0.2, 0.9), (float("nan"), float("nan")), (0.1, 0.5)], 1),
+        ([(0.2, 0.9), (float("inf"), float("inf")), (0.1, 0.5)], 1),
     ],
 )
 def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
@@ -178,6 +178,13 @@ def test_a_loss_that_is_no_number_is_the_worst(broken: int) -> None:
     assert found.worst == found.mean == float("inf")
 
 
+def test_a_verdict_is_json_that_every_program_reads() -> None:
+    nothing = Distance(float("inf"), float("inf"), {"a": float("inf"), "b": 0.1})
+    verdict = Verdict(3, nothing, (nothing, Distance(0.1, 0.2, {"a": 0.1, "b": 0.1})), 1, gains={"b": 0.2})
+    data = replace(verdict, gains={"a": float("nan"), "b": 0.2}).to_json()
+    assert Verdict.from_json(json.loads(json.dumps(data, allow_nan=False))) == verdict
+
+
 def test_answers_alone_are_judged() -> None:
     """Not the last token of a prompt, which an expert that was trained on answers alone need not predict."""
     rows = Calibration("a", ((1, 2, 3, 4), (4, 5)), ((0.1, 1.0, 1.0, 1.0), (1.0, 1.0)))
@@ -193,4 +200,4 @@ def test_nothing_is_judged_where_nothing_can_be(
     assert "held_back" not in prepare(recipe_of(family.base, family.experts)).run(tmp_path / "off").manifest
     assert held(family).digest != prepare(recipe_of(family.base, family.experts, parameters={"ridge": 0.1})).digest
     monkeypatch.setattr(Network, "looks_ahead", True)
-    assert not held_back.is_needed(held(family))
+    assert not any(expert.held_back for expert in held(family).experts)
