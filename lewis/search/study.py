@@ -159,20 +159,24 @@ class Log:
 
     def done(self, trial: Trial, scores: Sequence[float]) -> None:
         """Record a trial's scores, in the order of the objectives."""
-        self._study.tell(trial.number, list(scores))
+        self._study.tell(self._live.pop(trial.number), list(scores))
 
     def pruned(self, trial: Trial) -> None:
         """Record that a trial was given up."""
         from optuna.trial import TrialState
 
-        self._study.tell(trial.number, state=TrialState.PRUNED)
+        self._study.tell(self._live.pop(trial.number), state=TrialState.PRUNED)
 
     def failed(self, trial: Trial, reason: str) -> None:
-        """Record that a trial could not be scored, and why."""
+        """Record that a trial could not be scored, and why.
+
+        A trial that has ended stays as it is: the best one is scored again on a part of the documents.
+        """
         from optuna.trial import TrialState
 
-        self._live[trial.number].set_user_attr(_REASON, reason[:1000])
-        self._study.tell(trial.number, state=TrialState.FAIL)
+        if live := self._live.pop(trial.number, None):
+            live.set_user_attr(_REASON, reason[:1000])
+            self._study.tell(live, state=TrialState.FAIL)
 
     @property
     def trials(self) -> list[Trial]:
@@ -187,7 +191,7 @@ class Log:
             number=trial.number,
             values={path: space.rounded(self.search.space[path], value) for path, value in trial.params.items()},
             state=states.get(trial.state.name, "running"),
-            scores=tuple(trial.values or ()),
+            scores=tuple(trial.values or ()) if trial.state.name == "COMPLETE" else (),
             reason=str(trial.user_attrs.get(_REASON, "")),
             seconds=trial.duration.total_seconds() if trial.duration else 0.0,
         )

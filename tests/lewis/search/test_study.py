@@ -182,8 +182,15 @@ class TestLog:
         trial = log.ask()
         assert not log.behind(trial, -1.0, documents=8, p=0.06)
         seen = Log(recipe, [ACC], INPUTS, "t").trials
-        assert [each.state for each in seen[1:]] == ["pruned", "failed"]
+        assert [(each.state, each.scores) for each in seen[1:]] == [("pruned", ()), ("failed", ())]
         assert seen[-1].reason == "no such density" and Log(recipe, [ACC], INPUTS, "t").front[0].scores == (4.0,)
+
+    def test_the_best_trial_stays_done_if_it_cannot_be_scored_again(self, recipe: Recipe) -> None:
+        log = Log(recipe, [ACC], INPUTS, "t")
+        run(log, 1, closeness)
+        for again in (log, Log(recipe, [ACC], INPUTS, "t")):
+            again.failed(again.front[0], "lm-eval did not finish")
+            assert [(each.state, each.reason) for each in again.trials] == [("done", "")]
 
     def test_nothing_done_has_no_front(self, recipe: Recipe) -> None:
         log = Log(recipe, [ACC], INPUTS, "t")
