@@ -324,10 +324,8 @@ def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int, look: L
     if isinstance(given, Mapping):
         given = given.get(samples.key, given.get(samples.task))
     if given is None and share:
-        weights, counts = dict[str, float](), dict[str, int]()
-        for part in samples.parts:  # several metrics of a task have its documents in common
-            weights[part.task] = weights.get(part.task, 0.0) + part.weight
-            counts[part.task] = look.pools.get(part.task, len(part.documents))
+        counts = {part.task: look.pools.get(part.task, len(part.documents)) for part in samples.parts}
+        weights = power.sums_by_task((part.task, part.weight) for part in samples.parts)
         return power.margin(power.spread((weights[task], count) for task, count in counts.items()), tests)
     return (TOLERANCE if given is None else given) * (1.0 if share else abs(score.value))
 

@@ -39,16 +39,13 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     counted = _documents(evaluate, tasks, root)
     last = looks.look_at(evaluate.stop, None, counted)
     spreads = {task: power.spread([(1.0, count)]) for task, count in counted.items()}
-    parts = dict[str, float]()  # two scores of a task have its documents in common
-    for name, weight in evaluate.weights.items():
-        task = name.partition("/")[0]
-        parts[task] = parts.get(task, 0.0) + weight / sum(evaluate.weights.values())
+    whole = sum(evaluate.weights.values())
+    parts = power.sums_by_task((name.partition("/")[0], weight / whole) for name, weight in evaluate.weights.items())
     if parts and gate.metric == WEIGHTED_KEY and parts.keys() <= counted.keys():
         spreads[WEIGHTED_KEY] = power.spread([(weight, counted[task]) for task, weight in parts.items()])
-    gains = [
-        name for name in spreads if gate.policy == "better" and name in (gate.metric, gate.metric.partition("/")[0])
-    ]
-    tests = len(set(tasks.names) | ({WEIGHTED_KEY} & {gate.metric})) - len(gains)
+    own = gate.metric if gate.metric == WEIGHTED_KEY else gate.metric.partition("/")[0]
+    gains = {own} if gate.policy == "better" else set[str]()
+    tests = len({*tasks.names, own} - gains)
     for name, spread in spreads.items():
         about = f"{name}: {counted[name]} documents" if name in counted else name
         if name in gains:

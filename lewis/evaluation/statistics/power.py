@@ -5,6 +5,7 @@ document in ten (`CHANGED`); a pair that differs on more needs more documents.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from statistics import NormalDist
 
@@ -41,6 +42,14 @@ def spread(parts: Iterable[tuple[float, int]]) -> float:
         parts: weight in the score, and number of documents, of each task.
     """
     return math.sqrt(CHANGED * sum(weight**2 / documents for weight, documents in parts))
+
+
+def sums_by_task(numbers: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Task -> the sum of its numbers: several metrics of a task have its documents in common, so they vary together."""
+    found = defaultdict[str, float](float)
+    for task, number in numbers:
+        found[task] += number
+    return found
 
 
 def margin(spread: float, tests: int = 1) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lewis.errors import InputError, nearest
+from lewis.evaluation.statistics import power
 from lewis.evaluation.statistics.comparison import Comparison, compare, interval
 from lewis.evaluation.statistics.scores import Ends, Evaluated, Samples, Score, Texts, by_key, combined, read_texts
 
@@ -129,30 +130,24 @@ def intervals(models: Sequence[Scored]) -> dict[tuple[str, str, str], tuple[floa
 def _weighted(
     scores: Sequence[Score], samples: Mapping[str, Samples], weights: Mapping[str, float]
 ) -> tuple[Score, Samples]:
-    of: list[tuple[Samples, float]] = []
-    known = {score.key: score for score in scores}
-    directions, value = set(), 0.0
-    errors = dict[str, float]()  # of each task: scores of one task vary together, at most as their sum
+    shares = list[tuple[Score, float]]()
     for name, weight in weights.items():
-        key = next((k for k, score in known.items() if name in (k, score.task) and k in samples), None)
-        if key is None:
+        score = next((each for each in scores if name in (each.key, each.task) and each.key in samples), None)
+        if score is None:
             choices = [*samples, *{score.task for score in scores}]
             raise InputError(
                 f"evaluate.weights: expected a task or a score with a value per document, got {name!r}"
                 f"{nearest(name, choices)}"
             )
-        share = weight / sum(weights.values())
-        of.append((samples[key], share))
-        directions.add(known[key].higher_is_better)
-        value += share * known[key].value
-        stderr = known[key].stderr
-        own = math.nan if stderr is None else share * stderr
-        errors[known[key].task] = errors.get(known[key].task, 0.0) + own
-    if len(directions) > 1:
+        shares.append((score, weight / sum(weights.values())))
+    if len({score.higher_is_better for score, _ in shares}) > 1:
         raise InputError("evaluate.weights: some of these scores are better high, others low; weight one kind only")
-    mean = combined(*WEIGHTED, of)
-    spread = None if any(map(math.isnan, errors.values())) else math.hypot(*errors.values())
-    return Score(*WEIGHTED, value, spread, directions.pop(), mean.count), mean
+    mean = combined(*WEIGHTED, [(samples[score.key], share) for score, share in shares])
+    value = sum(share * score.value for score, share in shares)
+    errors = power.sums_by_task((s.task, math.nan if s.stderr is None else share * s.stderr) for s, share in shares)
+    spread = math.hypot(*errors.values())
+    stderr = None if math.isnan(spread) else spread
+    return Score(*WEIGHTED, value, stderr, shares[0][0].higher_is_better, mean.count), mean
 
 
 def _range(low: float, high: float) -> str:

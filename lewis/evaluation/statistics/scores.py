@@ -1,7 +1,7 @@
 """What lm-eval said of one model: scores, the value of each document, and the table of several models."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,10 +80,6 @@ class Samples:
         """Whether no document has a NaN or an infinite value."""
         return all(bool(np.isfinite(part.sums()).all()) for part in self.parts)
 
-    def weighted(self, factor: float) -> Iterator[Part]:
-        """The parts, with `factor` times their weight."""
-        return (replace(part, weight=factor * part.weight) for part in self.parts)
-
 
 @dataclass(frozen=True)
 class Ends:
@@ -133,7 +129,8 @@ def places_of(documents: Sequence[str]) -> dict[tuple[str, int], int]:
 
 def combined(task: str, metric: str, of: Sequence[tuple[Samples, float]]) -> Samples:
     """The weighted sum of several metrics, as a metric."""
-    return Samples(task, metric, tuple(part for each, weight in of for part in each.weighted(weight)))
+    parts = (replace(part, weight=weight * part.weight) for each, weight in of for part in each.parts)
+    return Samples(task, metric, tuple(parts))
 
 
 @dataclass(frozen=True)
