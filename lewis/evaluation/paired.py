@@ -111,9 +111,9 @@ class Pair:
         """A line of the table, with the labels of the two models."""
         found = self.comparison
         return {
-            "metric": f"{found.key} {'↑' if self.second.higher_is_better else '↓'}",
-            first: _number(self.first),
-            second: _number(self.second),
+            "metric": f"{found.key} {self.second.arrow}",
+            first: self.first.text,
+            second: self.second.text,
             f"gain of {second}": f"{found.delta:+.4g}",
             "95 % interval": f"{found.low:+.4g} to {found.high:+.4g}",
             "wins": str(found.wins),
@@ -185,7 +185,3 @@ def _other_prompts(first: Mapping[str, Any], second: Mapping[str, Any], task: st
         for each, prompts in zip((first, second), asked, strict=True)
     )
     return sum(prompt != theirs[document] for document, prompt in ours.items())
-
-
-def _number(score: Score) -> str:
-    return f"{score.value:.4g}" + ("" if score.stderr is None else f" ± {score.stderr:.2g}")

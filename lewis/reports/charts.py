@@ -202,7 +202,7 @@ def _draw_bars(
             linewidth=1.2,
             label=_clipped(model),
         )
-    arrows = ["↑" if next(s for key, s in found.items() if key[1:] == g).higher_is_better else "↓" for g in groups]
+    arrows = [next(s for key, s in found.items() if key[1:] == group).arrow for group in groups]
     labels = [f"{_clipped(task)}\n{metric} {arrow}" for (task, metric), arrow in zip(groups, arrows, strict=True)]
     slanted = len(groups) > SLANTED
     panel.set_xlim(-0.6, len(groups) - 0.4)

@@ -130,15 +130,15 @@ def score_rows(scores: Mapping[str, Sequence[Score]], merged: str) -> list[dict[
     rows = []
     for task, metric in dict.fromkeys(key[:2] for key in cells):
         ours = cells.get((task, metric, merged))
-        higher = next(s.higher_is_better for key, s in cells.items() if key[:2] == (task, metric))
-        row = {"metric": code(f"{task}/{metric}") + (" ↑" if higher else " ↓")}
+        first = next(score for key, score in cells.items() if key[:2] == (task, metric))
+        row = {"metric": f"{code(first.key)} {first.arrow}"}
         for label in scores:
             score = cells.get((task, metric, label))
             row[code(label)] = f"{score.value:.4g}" if score else "-"
         for label in ("base", "champion"):
             theirs = cells.get((task, metric, label))
             if label in scores and label != merged:
-                row[f"vs {label}"] = _gap(ours.value - theirs.value, higher) if ours and theirs else "-"
+                row[f"vs {label}"] = _gap(ours.value - theirs.value, first.higher_is_better) if ours and theirs else "-"
         rows.append(row)
     return rows
 

@@ -101,9 +101,9 @@ def comparison_rows(models: Sequence[Scored]) -> list[dict[str, str]]:
             theirs = model.by_name[key]
             rows.append(
                 {
-                    "metric": f"{key} {'↑' if score.higher_is_better else '↓'}",
+                    "metric": f"{key} {score.arrow}",
                     "model": model.label,
-                    "score": f"{theirs.value:.4g}" + (f" ± {theirs.stderr:.2g}" if theirs.stderr is not None else ""),
+                    "score": theirs.text,
                     f"gain of {ours.label}": f"{found.delta:+.4g}" if found else "",
                     "95 % interval": _range(found.low, found.high) if found else "",
                     "wins": str(found.wins) if found else "",

@@ -184,6 +184,16 @@ class Score:
         """`task/metric,filter`, as a recipe names it."""
         return f"{self.task}/{self.metric}"
 
+    @property
+    def arrow(self) -> str:
+        """Which way is better."""
+        return "↑" if self.higher_is_better else "↓"
+
+    @property
+    def text(self) -> str:
+        """The number with its standard error: `0.93 ± 0.02`."""
+        return f"{self.value:.4g}" + ("" if self.stderr is None else f" ± {self.stderr:.2g}")
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -216,23 +226,16 @@ def score_table(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, str]]:
 
     The arrow in a column's name says which way is better.
     """
-    columns = {(s.task, s.metric): s.higher_is_better for found in scores.values() for s in found}
-    cells = {(model, s.task, s.metric): s for model, found in scores.items() for s in found}
     rows = [{"model": model} for model in scores]
-    for (task, metric), higher in columns.items():
-        values = [cells[key].value for key in cells if key[1:] == (task, metric)]
-        best = max(values) if higher else min(values)
+    for each in {score.key: score for found in scores.values() for score in found}.values():
+        cells = {model: score for model, found in scores.items() for score in found if score.key == each.key}
+        values = [score.value for score in cells.values()]
+        best = max(values) if each.higher_is_better else min(values)
         for row in rows:
-            score = cells.get((row["model"], task, metric))
-            row[f"{task}/{metric} {'↑' if higher else '↓'}"] = _cell(score, best, mark=len(values) > 1)
+            score = cells.get(row["model"])
+            mark = " *" if score and len(values) > 1 and score.value == best else ""
+            row[f"{each.key} {each.arrow}"] = f"{score.text}{mark}" if score else "-"
     return rows
-
-
-def _cell(score: Score | None, best: float, mark: bool) -> str:
-    if score is None:
-        return "-"
-    spread = "" if score.stderr is None else f" ± {score.stderr:.2g}"
-    return f"{score.value:.4g}{spread}" + (" *" if mark and score.value == best else "")
 
 
 def _scores(model: str, result: Mapping[str, Any]) -> list[Score]:
