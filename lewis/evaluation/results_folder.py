@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.evaluation.statistics.scores import Evaluated, read
+from lewis.evaluation.statistics.scores import HASH, Evaluated, read
 from lewis.input_files import open_regular, read_json
 
 MOST = 1 << 30  # bytes of a file
-HASH = 16  # hex digits of a document's hash, as the store keeps them
 _AGGREGATIONS = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
 _DEFAULT = {  # lm-eval's, for metrics that a task does not list
     "perplexity": "perplexity",

@@ -32,10 +32,10 @@ from lewis.evaluation.harness import loaded_model
 from lewis.evaluation.harness.answer_texts import texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.evaluation.harness.kept_requests import add_answers, requests_of
+from lewis.evaluation.statistics.scores import HASH
 from lewis.quick_imports import quick_imports
 from lewis.store import write_json
 
-HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
 # What every evaluation imports; the last takes most of the time.
 LIBRARIES = (
     "lm_eval.evaluator",

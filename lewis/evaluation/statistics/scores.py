@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lewis.errors import LewisError
 
+HASH = 16  # hex digits kept of lm-eval's hash of a document: enough for one data set, in a quarter of the space
 Value = float | tuple[float, float] | None
 
 
