@@ -157,6 +157,7 @@ def registration_of(
             {task: str(each["revision"]) for task, each in sources.items()},
             versions.public_page(recipe.register_as.model),
             part,
+            scores[MERGED].shots if MERGED in scores else {},
         ),
         team=recipe.register_as.team,
         beside=beside,
