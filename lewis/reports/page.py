@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from lewis.evaluation.gate import NOTE
 from lewis.evaluation.statistics.retained_gain import BASE, BASELINES
 from lewis.evaluation.statistics.scores import Score
-from lewis.reports.charts import Intervals, grid_of
+from lewis.reports.charts import Intervals, grid_of, reach
 from lewis.reports.page_style import STYLE
 from lewis.reports.run_report import Change, RunFacts, duration, short
 from lewis.reports.side_by_side import LAYERS, answer_rows, loss_lines, lost_rows
@@ -193,13 +193,13 @@ def _forest(
     shown = []
     for label, score in rows:
         begin, end = ends[label]
-        reach = f" ± {(end - begin) / 2:.2g}" if end > begin else ""
+        spread = f" ± {(end - begin) / 2:.2g}" if end > begin else ""
         shown.append(
             f'<div class="row{" ours" * (label == facts.merged)}" style="--c:var(--{_colour(label, facts.merged)})">'
             f'<span title="{_e(label)}">{_e(label)}</span><div class="track">'
             f'<i class="reach" style="left:{at(begin):.2f}%;width:{at(end) - at(begin):.2f}%"></i>'
             f'<i class="dot" style="left:{at(score.value):.2f}%"></i></div>'
-            f"<span>{score.value:.4g}<span class=soft>{reach}</span></span></div>"
+            f"<span>{score.value:.4g}<span class=soft>{spread}</span></span></div>"
         )
     arrow = "higher is better ↑" if rows and rows[0][1].higher_is_better else "lower is better ↓"
     axis = f'<div class="row axis"><span></span><span><b>{low:.3g}</b><b>{high:.3g}</b></span><span></span></div>'
@@ -207,10 +207,8 @@ def _forest(
 
 
 def _ends(label: str, score: Score, intervals: Intervals) -> tuple[float, float]:
-    if found := intervals.get((label, score.task, score.metric)):
-        return min(found[0], score.value), max(found[1], score.value)
-    reach = 1.96 * score.stderr if score.stderr is not None and math.isfinite(score.stderr) else 0.0
-    return score.value - reach, score.value + reach
+    below, above = (side if math.isfinite(side) else 0.0 for side in reach(label, score, intervals))
+    return score.value - below, score.value + above
 
 
 def _colour(label: str, merged: str) -> str:
