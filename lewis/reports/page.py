@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from lewis.evaluation.gate import NOTE
 from lewis.evaluation.statistics.retained_gain import BASE, BASELINES
+from lewis.evaluation.statistics.scored import MERGED
 from lewis.evaluation.statistics.scores import Score
 from lewis.reports.charts import Intervals, grid_of, reach
 from lewis.reports.page_style import STYLE
@@ -152,7 +153,7 @@ def _head(facts: RunFacts, more: PageFacts) -> str:
 
 def _best(facts: RunFacts) -> Iterator[tuple[str, tuple[float, float]]]:
     """The gate's metric, or else the first: its name, and the scores of the merged model and of the base."""
-    ours = {s.key: s for s in facts.scores.get(facts.merged, ())}
+    ours = {s.key: s for s in facts.scores.get(MERGED, ())}
     base = {s.key: s for s in facts.scores.get(BASE, ())}
     wanted = [facts.verdict.metric] if facts.verdict and facts.verdict.metric else [*ours]
     for key in [key for key in wanted if key in ours and key in base][:1]:
@@ -195,7 +196,7 @@ def _forest(
         begin, end = ends[label]
         spread = f" ± {(end - begin) / 2:.2g}" if end > begin else ""
         shown.append(
-            f'<div class="row{" ours" * (label == facts.merged)}" style="--c:var(--{_colour(label, facts.merged)})">'
+            f'<div class="row{" ours" * (label == MERGED)}" style="--c:var(--{_colour(label)})">'
             f'<span title="{_e(label)}">{_e(label)}</span><div class="track">'
             f'<i class="reach" style="left:{at(begin):.2f}%;width:{at(end) - at(begin):.2f}%"></i>'
             f'<i class="dot" style="left:{at(score.value):.2f}%"></i></div>'
@@ -211,8 +212,8 @@ def _ends(label: str, score: Score, intervals: Intervals) -> tuple[float, float]
     return score.value - below, score.value + above
 
 
-def _colour(label: str, merged: str) -> str:
-    if label == merged:
+def _colour(label: str) -> str:
+    if label == MERGED:
         return "ours"
     return "base" if label == BASE or label in BASELINES else "other"
 
