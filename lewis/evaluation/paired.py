@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lewis import store
 from lewis.errors import InputError
@@ -14,14 +14,28 @@ from lewis.evaluation.statistics.scores import Evaluated, Samples, Score, by_key
 from lewis.store import kinds
 
 
+class OnMetric(NamedTuple):
+    """What was scored of one model on one metric.
+
+    Attributes:
+        how: digest of what else than the model decided the scores; empty if that is not known.
+        content: of the whole evaluation, as `Evaluated.content`.
+    """
+
+    how: str
+    content: Mapping[str, Any]
+    samples: Samples
+    score: Score
+
+
 @dataclass(frozen=True)
 class Side:
     """One of the two models that are compared.
 
     Attributes:
         label: in the table.
-        found: what was scored of it, the newest first, and the looks of evaluations that may end early last: what else
-            than the model decided the scores (empty if that is not known), and the scores.
+        found: what was scored of it, the newest first, and the looks of evaluations that may end early last: `how`, as
+            of `OnMetric`, and the scores.
     """
 
     label: str
@@ -64,12 +78,12 @@ class Side:
         scores = (score.key for _, found in self.found for score in found.scores)
         return [key for key in dict.fromkeys(scores) if key not in self.keys]
 
-    def of(self, key: str) -> Iterator[tuple[str, Evaluated, Samples, Score]]:
-        """Every score on one metric: digest of how it was scored, the whole evaluation, the samples, the score."""
+    def of(self, key: str) -> Iterator[OnMetric]:
+        """All that was scored on one metric."""
         for how, found in self.found:
             samples, scores = by_key(found.samples), {score.key: score for score in found.scores}
             if key in samples and key in scores:
-                yield how, found, samples[key], scores[key]
+                yield OnMetric(how, found.content, samples[key], scores[key])
 
 
 @dataclass(frozen=True)
@@ -148,12 +162,11 @@ def _best(first: Side, second: Side, key: str) -> Pair:
     Of the pair, `holm` is the p as it is.
     """
     options = [(a, b) for b in second.of(key) for a in first.of(key)]
-    alike = [(a, b) for a, b in options if a[0] and a[0] == b[0]]
+    alike = [(a, b) for a, b in options if a.how and a.how == b.how]
     problems = list[str]()
     for a, b in alike or options:
-        task = b[3].task
-        contents = a[1].content, b[1].content
-        shots, versions = ([each.get(what, {}).get(task) for each in contents] for what in ("n-shot", "versions"))
+        task = b.score.task
+        shots, versions = ([each.content.get(what, {}).get(task) for each in (a, b)] for what in ("n-shot", "versions"))
         if None not in shots and shots[0] != shots[1]:
             problems.append(
                 f"{task}: {first.label} was scored with {shots[0]} examples in the prompt, and {second.label} with "
@@ -167,11 +180,12 @@ def _best(first: Side, second: Side, key: str) -> Pair:
             )
             continue
         try:
-            found = compare(b[2], a[2], higher_is_better=b[3].higher_is_better, who=first.label, whose=second.label)
+            higher = b.score.higher_is_better
+            found = compare(b.samples, a.samples, higher_is_better=higher, who=first.label, whose=second.label)
         except PairingError as error:
             problems.append(str(error))
             continue
-        return Pair(a[3], b[3], found, found.p, _other_prompts(*contents, task))
+        return Pair(a.score, b.score, found, found.p, _other_prompts(a.content, b.content, task))
     raise InputError(problems[0])
 
 
