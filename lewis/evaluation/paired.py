@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.results_folder import read_results
-from lewis.evaluation.statistics.comparison import Comparison, PairingError, compare, holm
+from lewis.evaluation.statistics.comparison import Comparison, PairingError, compare, holm, table_cells
 from lewis.evaluation.statistics.scores import Evaluated, Samples, Score, by_key, places_of
 from lewis.store import kinds
 
@@ -128,11 +128,7 @@ class Pair:
             "metric": f"{found.key} {self.second.arrow}",
             first: self.first.text,
             second: self.second.text,
-            f"gain of {second}": f"{found.delta:+.4g}",
-            "95 % interval": f"{found.low:+.4g} to {found.high:+.4g}",
-            "wins": str(found.wins),
-            "losses": str(found.losses),
-            "p": f"{found.p:.3g}",
+            **table_cells(found, second),
             "Holm's p": f"{self.holm:.3g}",
             "documents": str(found.documents),
         }

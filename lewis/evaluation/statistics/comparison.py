@@ -160,6 +160,19 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p}
 
 
+def table_cells(found: Comparison | None, label: str) -> dict[str, str]:
+    """The columns of a comparison in a table, in which `label` names the candidate; empty cells without a comparison.
+
+    An interval that is not finite, as from a single document, is left out.
+    """
+    columns = (f"gain of {label}", "95 % interval", "wins", "losses", "p")
+    if found is None:
+        return dict.fromkeys(columns, "")
+    interval = f"{found.low:+.4g} to {found.high:+.4g}" if math.isfinite(found.high - found.low) else ""
+    cells = (f"{found.delta:+.4g}", interval, str(found.wins), str(found.losses), f"{found.p:.3g}")
+    return dict(zip(columns, cells, strict=True))
+
+
 def _parts(candidate: Samples, reference: Samples, who: str) -> list[tuple[Part, Part]]:
     ours, theirs = ([part.task for part in each.parts] for each in (candidate, reference))
     if ours != theirs:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from lewis.errors import InputError, nearest
 from lewis.evaluation.statistics import power
-from lewis.evaluation.statistics.comparison import Comparison, compare, interval
+from lewis.evaluation.statistics.comparison import Comparison, compare, interval, table_cells
 from lewis.evaluation.statistics.scores import Ends, Evaluated, Samples, Score, Texts, by_key, combined, read_texts
 
 WEIGHTED = ("weighted", "mean,none")  # task and metric of the weighted mean of `evaluate.weights`
@@ -104,11 +104,7 @@ def comparison_rows(models: Sequence[Scored]) -> list[dict[str, str]]:
                     "metric": f"{key} {score.arrow}",
                     "model": model.label,
                     "score": theirs.text,
-                    f"gain of {ours.label}": f"{found.delta:+.4g}" if found else "",
-                    "95 % interval": _range(found.low, found.high) if found else "",
-                    "wins": str(found.wins) if found else "",
-                    "losses": str(found.losses) if found else "",
-                    "p": f"{found.p:.3g}" if found else "",
+                    **table_cells(found, ours.label),
                     "documents": str(theirs.samples),
                 }
             )
@@ -148,7 +144,3 @@ def _weighted(
     spread = math.hypot(*errors.values())
     stderr = None if math.isnan(spread) else spread
     return Score(*WEIGHTED, value, stderr, shares[0][0].higher_is_better, mean.count), mean
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:+.4g} to {high:+.4g}" if math.isfinite(low) and math.isfinite(high) else ""

@@ -85,6 +85,7 @@ def test_results_of_lm_eval(compared: Told, tmp_path: Path) -> None:
     one = results(tmp_path / "one", [1])  # a document has no interval, which JSON cannot say by a number
     code, out, _ = compared(one, one, "--json")
     assert code == 0 and json.loads(out, parse_constant=pytest.fail)["rows"][0]["low"] is None
+    assert "-inf" not in compared(one, one)[1]
 
 
 def test_what_lm_eval_does_not_say_of_each_document_is_named(compared: Told, tmp_path: Path) -> None:
