@@ -8,7 +8,7 @@ import base64
 import html
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lewis.evaluation.gate import NOTE
@@ -135,10 +135,9 @@ def _head(facts: RunFacts, more: PageFacts) -> str:
         ("duration", duration(facts.seconds)),
         ("steps computed; others found", f"{computed} of {computed + found}"),
     ]
-    if facts.kept and (kept := [value for each in facts.kept if (value := _percent(each["kept"])) is not None]):
+    if kept := [value for each in facts.kept if (value := _percent(each["kept"])) is not None]:
         tiles.append(("kept of the experts' gains, mean", f"{sum(kept) / len(kept):.0f} %"))
-    for name, (ours, theirs) in _best(facts):
-        tiles.append((f"{name}: merged, base", f"{ours:.3g}, {theirs:.3g}"))
+    tiles += _scores_tile(facts)
     tiles.append(("experts", str(sum(role == "expert" for role in more.roles.values()) or len(facts.means))))
     shown = "".join(f'<div><span class="soft">{_e(name)}</span><b>{_e(value)}</b></div>' for name, value in tiles)
     lines = [facts.adapter, facts.fit, facts.warning]
@@ -151,13 +150,12 @@ def _head(facts: RunFacts, more: PageFacts) -> str:
     )
 
 
-def _best(facts: RunFacts) -> Iterator[tuple[str, tuple[float, float]]]:
-    """The gate's metric, or else the first: its name, and the scores of the merged model and of the base."""
-    ours = {s.key: s for s in facts.scores.get(MERGED, ())}
-    base = {s.key: s for s in facts.scores.get(BASE, ())}
+def _scores_tile(facts: RunFacts) -> list[tuple[str, str]]:
+    """The scores of the merged model and of the base, in the gate's metric, or else the first that both have."""
+    ours, base = ({s.key: s.value for s in facts.scores.get(label, ())} for label in (MERGED, BASE))
     wanted = [facts.verdict.metric] if facts.verdict and facts.verdict.metric else [*ours]
-    for key in [key for key in wanted if key in ours and key in base][:1]:
-        yield key.partition(",")[0], (ours[key].value, base[key].value)
+    keys = [key for key in wanted if key in ours and key in base][:1]
+    return [(f"{key.partition(',')[0]}: merged, base", f"{ours[key]:.3g}, {base[key]:.3g}") for key in keys]
 
 
 def _scores(facts: RunFacts, more: PageFacts) -> str:
@@ -220,9 +218,8 @@ def _colour(label: str) -> str:
 
 def _kept(facts: RunFacts) -> str:
     shares = [_percent(each["kept"]) for each in facts.kept]
-    low = min([0.0, *(share for share in shares if share is not None)])
-    high = max([100.0, *(share for share in shares if share is not None)]) + 5
-    low -= 5
+    known = [share for share in shares if share is not None]
+    low, high = min([0.0, *known]) - 5, max([100.0, *known]) + 5
 
     def at(value: float) -> str:
         return f"{100 * (value - low) / (high - low):.2f}%"
@@ -306,12 +303,11 @@ def _map(expert: str, names: Sequence[str], columns: Sequence[Sequence[float]], 
 
 def _losses(facts: RunFacts) -> str:
     """Of a rejected run: which documents are lost, who has them right, and which layers moved most."""
-    rejected = facts.verdict is not None and not facts.verdict.passed
-    rows = lost_rows(facts.documents) if rejected and facts.documents else []
-    if not (rows and facts.documents):
+    found = facts.documents
+    if facts.verdict is None or facts.verdict.passed or found is None or not (rows := lost_rows(found)):
         return ""
     columns = dict.fromkeys(name for row in rows for name in row)
-    lines = "".join(f"<li>{_e(line)}</li>" for line in loss_lines(facts.documents))
+    lines = "".join(f"<li>{_e(line)}</li>" for line in loss_lines(found))
     layers = f'<p class="note">{_e(LAYERS)}</p>{table(facts.layers)}' if facts.layers else ""
     return f"<ul>{lines}</ul>{table([{name: row.get(name, '') for name in columns} for row in rows])}{layers}"
 
