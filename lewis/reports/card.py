@@ -147,13 +147,11 @@ def write(folder: Path, text: str, heat_map: bytes | None = None, eval_results: 
         eval_results: YAML for the Hub, which it reads next to the card; empty: there is none.
     """
     if eval_results:
-        store.make_folder((folder / EVAL_RESULTS).parent)
         store.write_text(folder / EVAL_RESULTS, eval_results)
     else:
         (folder / EVAL_RESULTS).unlink(missing_ok=True)
     if heat_map is not None:
-        with store.written_beside(folder / HEAT_MAP) as scratch:
-            scratch.write_bytes(heat_map)
+        store.write_bytes(folder / HEAT_MAP, heat_map)
     store.write_text(folder / NAME, text)
 
 
