@@ -8,7 +8,7 @@ from typing import Any
 
 from lewis import settings
 from lewis.evaluation.harness.task_files import FoundTasks, find_tasks
-from lewis.evaluation.harness.task_metrics import read
+from lewis.evaluation.harness.task_metrics import config_and_members
 from lewis.evaluation.statistics import looks, power
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY
 from lewis.recipe.schema import Evaluate, Gate
@@ -88,7 +88,7 @@ def _documents(evaluate: Evaluate, found: FoundTasks, root: Path) -> dict[str, i
 
 
 def _documents_of(name: str, found: FoundTasks, root: Path, evaluate: Evaluate) -> int | None:
-    config, members = read(name, found)
+    config, members = config_and_members(name, found)
     if members is not None or evaluate.documents not in ("all", "by_release") or not _is_share(config):
         return None
     whole = None if "process_docs" in config else _rows(config, root)

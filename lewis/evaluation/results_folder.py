@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.evaluation.statistics.scores import HASH, Evaluated, read
+from lewis.evaluation.statistics.scores import HASH, Evaluated, read_samples
 from lewis.input_files import open_regular, read_json
 
 MOST = 1 << 30  # bytes of a file
@@ -88,7 +88,7 @@ def _evaluated(name: str, found: Mapping[str, Any], rows: Mapping[str, list[dict
             }
             if all(each is None for each in values):
                 continue
-            [samples] = read({"documents": content["documents"], "samples": [sample], "groups": {}})
+            [samples] = read_samples({"documents": content["documents"], "samples": [sample], "groups": {}})
             if math.isclose(samples.value(), value, rel_tol=1e-6, abs_tol=1e-9):  # else it is aggregated in another way
                 content["samples"].append(sample)
     return Evaluated.of(name, content)

@@ -213,9 +213,8 @@ def evaluate(
 
     Returns:
         plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
-        `lewis.evaluation.statistics.scores.read` takes them; `ends` as `lewis.evaluation.statistics.scores.Ends`;
-        `texts` as `lewis.evaluation.harness.answer_texts.texts_of`;
-        `requests`, of a model to serve, as `lewis.evaluation.harness.kept_requests.requests_of`;
+        `read_samples` in `lewis.evaluation.statistics.scores` takes them; `ends` as `Ends` there;
+        `texts` as `texts_of`; `requests`, of a model to serve, as `requests_of`;
         `sources`, task -> repo (`path`), `config_name`, `split` and `revision` of documents from the Hub; with a look,
         `pools`, task -> how many documents it would have without.
     """

@@ -61,7 +61,7 @@ def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
     scores: dict[str, Sequence[str] | None] = {}
     pending = list(found.names)
     for name in pending:
-        config, inside = read(name, found)
+        config, inside = config_and_members(name, found)
         if inside is None:
             scores[name] = _of_task(config)
             continue
@@ -72,7 +72,7 @@ def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
     return scores
 
 
-def read(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
+def config_and_members(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
     """As `builtin_task`, and for the recipe's own tasks, too."""
     if name not in found.files:
         return builtin_task(name)

@@ -99,7 +99,7 @@ class Ends:
     perplexity: float | None
 
 
-def read(content: Mapping[str, Any]) -> list[Samples]:
+def read_samples(content: Mapping[str, Any]) -> list[Samples]:
     """The samples of tasks and of groups, from what the harness returned.
 
     Args:
@@ -219,7 +219,7 @@ class Evaluated:
         Raises:
             LewisError: if a score is not finite, or there is no score.
         """
-        return cls(_scores(model, content), read(content), Ends(**content["ends"]), content)
+        return cls(_scores(model, content), read_samples(content), Ends(**content["ends"]), content)
 
 
 def score_table(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, str]]:
