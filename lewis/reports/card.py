@@ -11,13 +11,13 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.statistics.scores import Score
 from lewis.input_files import read_text
+from lewis.models.hub.repository import COMMIT
 from lewis.models.source import commits_of
 from lewis.recipe import yaml_text
 from lewis.recipe.block import parts_of
 from lewis.reports.markdown import block, code, markdown_table, plain
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*", re.DOTALL)  # YAML that the Hub reads
 RECIPE = "\n\n## Recipe\n\n"  # begins the last part of a card
 NAME, HEAT_MAP, EVAL_RESULTS = store.CARD
