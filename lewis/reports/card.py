@@ -155,16 +155,22 @@ def write(folder: Path, text: str, heat_map: bytes | None = None, eval_results: 
     store.write_text(folder / NAME, text)
 
 
-def licence_of(folder: Path) -> str | None:
-    """The licence in the model card of a folder, with its link if there is one; None if it states none."""
+def front_matter(folder: Path) -> dict[str, Any]:
+    """What the model card of a folder states for the Hub; empty if there is no card, or it cannot be read."""
     try:
         found = FRONT_MATTER.match(read_text(folder / NAME, yaml_text.MAX_BYTES))
         stated = yaml_text.load(found[1], NAME) if found else None
     except (OSError, InputError):
+        return {}
+    return stated if isinstance(stated, dict) else {}
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence in the model card of a folder, with its link if there is one; None if it states none."""
+    stated = front_matter(folder)
+    name = stated.get("license")
+    if not isinstance(name, str):
         return None
-    if not isinstance(stated, dict) or not isinstance(stated.get("license"), str):
-        return None
-    name = stated["license"]
     if name == "other" and stated.get("license_name"):
         name = str(stated["license_name"])
     return f"{name} ({stated['license_link']})" if stated.get("license_link") else name
