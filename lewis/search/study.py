@@ -20,12 +20,11 @@ from lewis.store import kinds, sealed_json
 if TYPE_CHECKING:
     from optuna import Study
     from optuna import Trial as OptunaTrial
-    from optuna.pruners import BasePruner
     from optuna.storages import JournalStorage
     from optuna.trial import FrozenTrial
 
 SEMANTICS = "1"  # raise it when the scores of earlier trials are no longer comparable
-_AGAIN, _REASON, _CHANCE = "tried again as", "reason", "p against the best"  # keys of Optuna's attributes
+_AGAIN, _REASON = "tried again as", "reason"  # keys of Optuna's attributes
 STARTUP = 5  # trials with random values, before the sampler starts
 
 
@@ -110,7 +109,6 @@ class Log:
             study_name=self.digest,
             load_if_exists=True,
             directions=["maximize" if o.higher_is_better else "minimize" for o in objectives],
-            pruner=_pruner(),
         )
         seed = self.search.seed + len(self._study.get_trials())  # a continued search must draw other values
         if len(objectives) > 1:
@@ -145,17 +143,15 @@ class Log:
         return Trial(trial.number, values, "running")
 
     def behind(self, trial: Trial, score: float, documents: int, p: float) -> bool:
-        """Whether a trial should be given up.
+        """Whether a trial should be given up: a test shows that it is worse than the best one.
 
         Args:
             score: on a part of the documents.
             documents: of that part.
             p: of the hypothesis that it is no worse than the best trial, on the same documents.
         """
-        live = self._live[trial.number]
-        live.set_user_attr(_CHANCE, p)
-        live.report(score, step=documents)
-        return bool(live.should_prune())
+        self._live[trial.number].report(score, step=documents)  # the sampler learns from it, too
+        return p <= power.ERROR
 
     def done(self, trial: Trial, scores: Sequence[float]) -> None:
         """Record a trial's scores, in the order of the objectives."""
@@ -203,19 +199,6 @@ class Log:
         best = [trial for trial in self.trials if trial.number in numbers]
         first = self.objectives[0].higher_is_better
         return sorted(best, key=lambda trial: (-trial.scores[0] if first else trial.scores[0], trial.number))
-
-
-def _pruner() -> "BasePruner":
-    """Gives up a trial that a test shows to be worse than the best one."""
-    from optuna.pruners import BasePruner
-
-    class Hopeless(BasePruner):
-        """Optuna's interface."""
-
-        def prune(self, study: "Study", trial: "FrozenTrial") -> bool:
-            return bool(trial.user_attrs.get(_CHANCE, 1.0) <= power.ERROR)
-
-    return Hopeless()
 
 
 def open_journal(path: Path) -> "JournalStorage":
