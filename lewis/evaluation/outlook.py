@@ -36,7 +36,7 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     if evaluate.limit is not None and evaluate.documents != "by_release" and not gate.allow_limit:
         lines.append(f"evaluate.limit is {evaluate.limit:g}: no run can promote; set register.gate.allow_limit: true")
     tasks = find_tasks(evaluate.tasks, root)
-    counted = _documents(evaluate, tasks, root)
+    counted = {name: count for name in tasks.names if (count := _documents_of(name, tasks, root, evaluate))}
     last = looks.look_at(evaluate.stop, None, counted)
     spreads = {task: power.spread([(1.0, count)]) for task, count in counted.items()}
     whole = sum(evaluate.weights.values())
@@ -81,13 +81,8 @@ def _margin(gate: Gate, name: str, spread: float, tests: int) -> float:
     return power.margin(spread, tests) if given is None else given
 
 
-def _documents(evaluate: Evaluate, found: FoundTasks, root: Path) -> dict[str, int]:
-    """How many documents each task will have, at most, where a file or the limit says so before the run."""
-    counts = {name: _documents_of(name, found, root, evaluate) for name in found.names}
-    return {name: count for name, count in counts.items() if count}
-
-
 def _documents_of(name: str, found: FoundTasks, root: Path, evaluate: Evaluate) -> int | None:
+    """How many documents a task will have, at most, where a file or the limit says so before the run."""
     config, members = config_and_members(name, found)
     if members is not None or evaluate.documents not in ("all", "by_release") or not _is_share(config):
         return None

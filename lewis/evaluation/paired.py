@@ -3,12 +3,10 @@
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lewis import store
 from lewis.errors import InputError
-from lewis.evaluation.results_folder import read_results
 from lewis.evaluation.statistics.comparison import Comparison, PairingError, compare, holm, table_cells
 from lewis.evaluation.statistics.scores import Evaluated, Samples, Score, by_key, places_of
 from lewis.store import kinds
@@ -40,11 +38,6 @@ class Side:
 
     label: str
     found: Sequence[tuple[str, Evaluated]]
-
-    @classmethod
-    def of_results(cls, label: str, folder: Path) -> "Side":
-        """What lm-eval wrote into a folder; errors as `read_results`."""
-        return cls(label, [("", read_results(folder))])
 
     @classmethod
     def of_store(cls, label: str, keys: Collection[str]) -> "Side":

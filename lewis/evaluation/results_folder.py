@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.evaluation.statistics.scores import HASH, Evaluated, read_samples
+from lewis.evaluation.statistics.scores import HASH, Evaluated, plain_value, read_samples
 from lewis.input_files import open_regular, read_json
 
 MOST = 1 << 30  # bytes of a file
@@ -79,7 +79,7 @@ def _evaluated(name: str, found: Mapping[str, Any], rows: Mapping[str, list[dict
             if not comma or metric.endswith("_stderr") or aggregations.get(metric, "mean") not in _AGGREGATIONS:
                 continue
             own = {row["doc_id"]: row for row in of_task if row.get("filter", "none") == filter_}
-            values = [_value(own.get(number, {}).get(metric)) for number in first]
+            values = [plain_value(own.get(number, {}).get(metric)) for number in first]
             sample = {
                 "task": task,
                 "metric": key,
@@ -92,10 +92,3 @@ def _evaluated(name: str, found: Mapping[str, Any], rows: Mapping[str, list[dict
             if math.isclose(samples.value(), value, rel_tol=1e-6, abs_tol=1e-9):  # else it is aggregated in another way
                 content["samples"].append(sample)
     return Evaluated.of(name, content)
-
-
-def _value(value: Any) -> Any:
-    """A number, or a pair (log-likelihood, weight); None for anything else."""
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(each, int | float) for each in value):
-        return [float(each) for each in value]
-    return float(value) if isinstance(value, int | float) else None

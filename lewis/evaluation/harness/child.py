@@ -32,7 +32,7 @@ from lewis.evaluation.harness import loaded_model
 from lewis.evaluation.harness.answer_texts import texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.evaluation.harness.kept_requests import add_answers, requests_of
-from lewis.evaluation.statistics.scores import HASH
+from lewis.evaluation.statistics.scores import HASH, plain_value
 from lewis.quick_imports import quick_imports
 from lewis.store import write_json
 
@@ -342,7 +342,7 @@ def _samples(name: str, rows: list[dict[str, Any]], task: Any) -> tuple[str, lis
     for filter_, of_document in by_filter.items():
         metrics = dict.fromkeys(metric for row in of_document.values() for metric in row["metrics"])
         for metric in metrics:
-            values = [_value(of_document.get(number, {}).get(metric)) for number in first]
+            values = [plain_value(of_document.get(number, {}).get(metric)) for number in first]
             aggregation = _aggregation(task, metric)
             if aggregation and any(value is not None for value in values):
                 key = f"{metric},{filter_}"
@@ -356,16 +356,6 @@ def _aggregation(task: Any, metric: str) -> str | None:
 
     known = {getattr(metrics, name): name for name in ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")}
     return known.get(task.aggregation().get(metric, metrics.mean))
-
-
-def _value(value: Any) -> Any:
-    """A number, or a pair (log-likelihood, weight); None for anything else."""
-    if isinstance(value, list | tuple) and len(value) == 2:
-        pair = [_value(each) for each in value]
-        return None if None in pair else pair
-    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-        value = value.item()
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _weights(group: Any, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -99,6 +99,16 @@ class Ends:
     perplexity: float | None
 
 
+def plain_value(value: Any) -> Any:
+    """What lm-eval says of a document: a number, or a pair [log-likelihood, weight]; None for anything else."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        pair = [plain_value(each) for each in value]
+        return pair if all(isinstance(each, float) for each in pair) else None
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        value = value.item()
+    return float(value) if isinstance(value, int | float) else None
+
+
 def read_samples(content: Mapping[str, Any]) -> list[Samples]:
     """The samples of tasks and of groups, from what the harness returned.
 
