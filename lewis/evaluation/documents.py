@@ -59,13 +59,10 @@ class SideBySide:
     experts: tuple[str, ...]
     documents: tuple[Document, ...]
 
-    def shown(self, most: int) -> list[Document]:
+    def shown(self) -> list[Document]:
         """Documents whose texts are known: those that differ in score first, then in the answer; else by their hash."""
-        known = [(each, each.texts) for each in self.documents if each.texts]
-        order = sorted(
-            known, key=lambda pair: (not pair[0].gain, pair[1][0].answer == pair[1][1].answer, pair[0].name[1:])
-        )
-        return [each for each, _ in order[:most]]
+        known = (each for each in self.documents if each.texts)
+        return sorted(known, key=lambda each: (not each.gain, not each.answers_differ, each.name[1:]))
 
     def lost(self) -> list[Document]:
         """Documents on which the merged model is worse: those whose texts are known first; else by their hash."""
