@@ -254,9 +254,7 @@ def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(contents) == 1:
         return dict(contents[0])
     found: dict[str, Any] = {"samples": [], "results": {}}
-    for key in ("higher_is_better", "n-shot", "documents", "groups"):
-        found[key] = {name: value for each in contents for name, value in each[key].items()}
-    for key in ("sources", "texts", "requests", "pools"):  # older entries lack these keys
+    for key in ("higher_is_better", "n-shot", "documents", "groups", "sources", "texts", "requests", "pools"):
         found[key] = {name: value for each in contents for name, value in each.get(key, {}).items()}
     groups = found["groups"]
     for last in (False, True):  # lm-eval has tasks first, then groups
