@@ -83,8 +83,7 @@ class Standing:
 
     Attributes:
         mark: the version that no later one may fall behind; None: there is no champion.
-        number: the how many-th version this is of those that are judged since the mark became the champion; 1 for the
-            first.
+        number: 1 for the first version that is judged since the mark became the champion, 2 for the second.
         withdrawn: why this very merge was refused or rolled back by hand; None if it was not.
     """
 

@@ -20,7 +20,7 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 CELLS = 4_000_000  # numbers drawn at once: 32 MB
 ROUNDING = 1e-12
-FEW = 20  # documents that differ, from which on resamples show how much the gain varies
+FEW = 20  # of fewer documents that differ, resamples do not show how much the gain varies
 
 
 class PairingError(LewisError):

@@ -19,7 +19,7 @@ _Z = NormalDist().inv_cdf
 
 
 def spent(number: int) -> float:
-    """The one-sided error that the `number`-th version may spend which is compared with one reference.
+    """The one-sided error that the `number`-th version compared with one reference may spend.
 
     It is `ERROR / (number * (number + 1))`, 0.025 for the first. All of them together spend `ERROR`, so that of a
     hundred references at most five are ever replaced by a version that is no better.
