@@ -76,18 +76,14 @@ def _evaluated(name: str, found: Mapping[str, Any], rows: Mapping[str, list[dict
         aggregations = _DEFAULT | {each["metric"]: each["aggregation"] for each in listed if each.get("aggregation")}
         for key, value in found["results"][task].items():
             metric, comma, filter_ = key.partition(",")
-            if not comma or metric.endswith("_stderr") or aggregations.get(metric, "mean") not in _AGGREGATIONS:
+            aggregation = aggregations.get(metric, "mean")
+            if not comma or metric.endswith("_stderr") or aggregation not in _AGGREGATIONS:
                 continue
             own = {row["doc_id"]: row for row in of_task if row.get("filter", "none") == filter_}
             values = [plain_value(own.get(number, {}).get(metric)) for number in first]
-            sample = {
-                "task": task,
-                "metric": key,
-                "aggregation": aggregations.get(metric, "mean"),
-                "values": values,
-            }
             if all(each is None for each in values):
                 continue
+            sample = {"task": task, "metric": key, "aggregation": aggregation, "values": values}
             [samples] = read_samples({"documents": content["documents"], "samples": [sample], "groups": {}})
             if math.isclose(samples.value(), value, rel_tol=1e-6, abs_tol=1e-9):  # else it is aggregated in another way
                 content["samples"].append(sample)
