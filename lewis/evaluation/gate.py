@@ -17,6 +17,7 @@ a part of each test's error: the verdict is certain once all rules pass, or a te
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -292,21 +293,18 @@ def _not_worse(gate: Gate, candidate: Scored, reference: Scored, look: Look, tha
 def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
     """One metric per task, by `task/metric,filter`, and the gate's metric.
 
-    It is the metric that has a tolerance of its own, else the task's first. A group is tested in place of its members.
-    The policy `better` tests a gain in the gate's metric instead.
+    It is the metric that has a tolerance of its own, else the gate's, else the task's first. A group is tested in place
+    of its members. The policy `better` tests a gain in the gate's metric instead.
     """
-    tasks: dict[str, tuple[tuple[bool, bool], Samples]] = {}
+    tasks = defaultdict[str, list[Samples]](list)
     members = grouped_tasks(candidate.samples)
     named = gate.tolerance if isinstance(gate.tolerance, Mapping) else {}
     for each in candidate.samples:
-        if each.key == WEIGHTED_KEY or (each.task in members and not {each.key, each.task} & set(named)):
-            continue
-        rank = (each.key in named, each.key == gate.metric)
-        if each.task not in tasks or rank > tasks[each.task][0]:
-            tasks[each.task] = (rank, each)
-    chosen = {each.key: each for _, each in tasks.values()}
-    unknown = [name for name in named if name not in chosen and name not in tasks and name != WEIGHTED_KEY]
-    if unknown:
+        if each.key != WEIGHTED_KEY and (each.task not in members or {each.key, each.task} & set(named)):
+            tasks[each.task].append(each)
+    first = (max(of, key=lambda each: (each.key in named, each.key == gate.metric)) for of in tasks.values())
+    chosen = {each.key: each for each in first}
+    if unknown := [name for name in named if name not in chosen and name not in tasks and name != WEIGHTED_KEY]:
         known = [*tasks, *by_key(candidate.samples)]
         raise InputError(
             f"register.gate.tolerance: expected a task or a score with a value per document, got {unknown[0]!r}"
