@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.statistics.comparison import Comparison, PairingError, compare, holm, table_cells
 from lewis.evaluation.statistics.scores import Evaluated, Samples, Score, by_key, places_of
-from lewis.store import kinds
+from lewis.store import kinds, sealed_json
 
 
 class OnMetric(NamedTuple):
@@ -32,8 +33,8 @@ class Side:
 
     Attributes:
         label: in the table.
-        found: what was scored of it, the newest first, and the looks of evaluations that may end early last: `how`, as
-            of `OnMetric`, and the scores.
+        found: what was scored of it, the last used first, and the looks of evaluations that may end early last: `how`,
+            as of `OnMetric`, and the scores.
     """
 
     label: str
@@ -50,15 +51,20 @@ class Side:
         Raises:
             InputError: if it has no scores of the model.
         """
-        newest = sorted(kinds.SCORES.entries(), key=lambda path: path.stat().st_mtime, reverse=True)
-        contents = [content for path in newest if (content := store.read_entry(path) or {}).get("model") in keys]
-        if not contents:
+        entries = list[tuple[float, dict[str, Any]]]()
+        for path in kinds.SCORES.entries():
+            with suppress(OSError, sealed_json.DamagedError):  # housekeeping removes it meanwhile, or it is damaged
+                # Not by `read_entry`, which would mark every entry of the store as used, and the oldest as the newest.
+                used, content = path.stat().st_mtime, sealed_json.loads(path.read_bytes())
+                if content.get("model") in keys:
+                    entries.append((used, content))
+        if not entries:
             raise InputError(
                 f"{label}: the store {store.home()} has no scores of this model; score it with `lewis run`, or give a "
                 "folder that lm-eval wrote with --log_samples"
             )
-        contents.sort(key=lambda each: "pools" in each)  # which a look alone has
-        return cls(label, [(str(each.get("scored_as") or ""), Evaluated.of(label, each)) for each in contents])
+        entries.sort(key=lambda each: ("pools" in each[1], -each[0]))  # a look alone has pools
+        return cls(label, [(str(each.get("scored_as") or ""), Evaluated.of(label, each)) for _, each in entries])
 
     @property
     def keys(self) -> dict[str, None]:
@@ -146,7 +152,7 @@ def paired(first: Side, second: Side) -> list[Pair]:
 
 
 def _best(first: Side, second: Side, key: str) -> Pair:
-    """The newest scores of both that were computed alike, or of which nothing is known but the same documents.
+    """The last used scores of both that were computed alike, or of which nothing is known but the same documents.
 
     Of the pair, `holm` is the p as it is.
     """
