@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lewis import store
 from lewis.errors import RecipeError
 from lewis.evaluation.statistics import power
+from lewis.evaluation.statistics.scored import WEIGHTED_KEY
 from lewis.recipe.recipe import Recipe
 from lewis.search import space
 from lewis.search.space import Values
@@ -84,7 +85,10 @@ def objectives_of(recipe: Recipe) -> tuple[str, ...]:
 
 
 class Log:
-    """The trials of a search, on disk. There is one log per recipe, inputs and tasks, however many trials it has."""
+    """The trials of a search, on disk. There is one log per recipe, inputs and tasks, however many trials it has.
+
+    The weights of the tasks are part of it if a metric is the weighted mean.
+    """
 
     def __init__(self, recipe: Recipe, objectives: Sequence[Objective], inputs: Mapping[str, str], tasks: str) -> None:
         """Open the log, or create it.
@@ -102,7 +106,8 @@ class Log:
         self.recipe, self.search, self.objectives = recipe, recipe.search, tuple(objectives)
         searched = recipe.search.model_dump(mode="json", include={"space", "seed"})
         names = [o.metric for o in objectives]
-        self.digest = store.digest([SEMANTICS, recipe.blocks, searched, names, dict(inputs), tasks])
+        weights = [dict(recipe.score_weights)] if WEIGHTED_KEY in names else []  # with others the scores differ
+        self.digest = store.digest([SEMANTICS, recipe.blocks, searched, names, dict(inputs), tasks, *weights])
         self.path = kinds.SEARCHES.path(self.digest)
         self._study: Study = optuna.create_study(
             storage=open_journal(self.path),

@@ -169,6 +169,15 @@ class TestLog:
         }
         assert len(digests) == 5
 
+    def test_other_weights_are_another_search_where_they_make_the_score(self, recipe: Recipe) -> None:
+        def digest(objective: Objective, weights: str) -> str:
+            weighted = parse(**{"tasks: [x]": f"tasks: [x, y], weights: {{{weights}}}"})
+            return Log(weighted, [objective], INPUTS, "t").digest
+
+        mean = Objective("weighted/mean,none", True)
+        assert digest(mean, "x: 1, y: 2") != digest(mean, "x: 2, y: 1")
+        assert digest(ACC, "x: 1, y: 2") == Log(recipe, [ACC], INPUTS, "t").digest
+
     def test_failed_and_pruned(self, recipe: Recipe) -> None:
         """What a test shows to be worse than the best is given up; a score alone decides nothing."""
         log = Log(recipe, [ACC], INPUTS, "t")
