@@ -36,7 +36,7 @@ class Document:
     @property
     def gain(self) -> float:
         """How much better the merged model is."""
-        return _gain(self.ours, self.theirs, self.higher_is_better)
+        return self.ours - self.theirs if self.higher_is_better else self.theirs - self.ours
 
     @property
     def answers_differ(self) -> bool:
@@ -59,13 +59,10 @@ class SideBySide:
     experts: tuple[str, ...]
     documents: tuple[Document, ...]
 
-    def shown(self, most: int) -> list[Document]:
+    def shown(self) -> list[Document]:
         """Documents whose texts are known: those that differ in score first, then in the answer; else by their hash."""
-        known = [(each, each.texts) for each in self.documents if each.texts]
-        order = sorted(
-            known, key=lambda pair: (not pair[0].gain, pair[1][0].answer == pair[1][1].answer, pair[0].name[1:])
-        )
-        return [each for each, _ in order[:most]]
+        known = (each for each in self.documents if each.texts)
+        return sorted(known, key=lambda each: (not each.gain, not each.answers_differ, each.name[1:]))
 
     def lost(self) -> list[Document]:
         """Documents on which the merged model is worse: those whose texts are known first; else by their hash."""
@@ -91,9 +88,10 @@ def side_by_side(metric: str | None, models: Sequence[Scored]) -> SideBySide | N
     for key in primary_metrics(ours, metric):
         mine, *rest = (dict(_values(by_key(model.samples).get(key))) for model in (ours, reference, *experts))
         higher = ours.by_name[key].higher_is_better
+        sign = 1 if higher else -1
         for name in (name for name in mine if name in rest[0]):
             values = zip(experts, rest[1:], strict=True)
-            had = [expert.label for expert, of in values if name in of and _gain(of[name], mine[name], higher) > 0]
+            had = [expert.label for expert, of in values if name in of and sign * (of[name] - mine[name]) > 0]
             both = (ours.texts.get(name), reference.texts.get(name))
             texts = (both[0], both[1]) if both[0] and both[1] else None
             documents.append(Document(name, key, higher, mine[name], rest[0][name], tuple(had), texts))
@@ -106,7 +104,3 @@ def _values(samples: Samples | None) -> Iterator[tuple[Name, float]]:
         for name, place in places_of(part.documents).items():
             if math.isfinite(value := float(values[place])):
                 yield (part.task, *name), value
-
-
-def _gain(value: float, other: float, higher_is_better: bool) -> float:
-    return value - other if higher_is_better else other - value

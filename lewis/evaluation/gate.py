@@ -17,6 +17,7 @@ a part of each test's error: the verdict is certain once all rules pass, or a te
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -83,8 +84,7 @@ class Standing:
 
     Attributes:
         mark: the version that no later one may fall behind; None: there is no champion.
-        number: the how many-th version this is of those that are judged since the mark became the champion; 1 for the
-            first.
+        number: 1 for the first version that is judged since the mark became the champion, 2 for the second.
         withdrawn: why this very merge was refused or rolled back by hand; None if it was not.
     """
 
@@ -293,21 +293,18 @@ def _not_worse(gate: Gate, candidate: Scored, reference: Scored, look: Look, tha
 def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
     """One metric per task, by `task/metric,filter`, and the gate's metric.
 
-    It is the metric that has a tolerance of its own, else the task's first. A group is tested in place of its members.
-    The policy `better` tests a gain in the gate's metric instead.
+    It is the metric that has a tolerance of its own, else the gate's, else the task's first. A group is tested in place
+    of its members. The policy `better` tests a gain in the gate's metric instead.
     """
-    tasks: dict[str, tuple[tuple[bool, bool], Samples]] = {}
+    tasks = defaultdict[str, list[Samples]](list)
     members = grouped_tasks(candidate.samples)
     named = gate.tolerance if isinstance(gate.tolerance, Mapping) else {}
     for each in candidate.samples:
-        if each.key == WEIGHTED_KEY or (each.task in members and not {each.key, each.task} & set(named)):
-            continue
-        rank = (each.key in named, each.key == gate.metric)
-        if each.task not in tasks or rank > tasks[each.task][0]:
-            tasks[each.task] = (rank, each)
-    chosen = {each.key: each for _, each in tasks.values()}
-    unknown = [name for name in named if name not in chosen and name not in tasks and name != WEIGHTED_KEY]
-    if unknown:
+        if each.key != WEIGHTED_KEY and (each.task not in members or {each.key, each.task} & set(named)):
+            tasks[each.task].append(each)
+    first = (max(of, key=lambda each: (each.key in named, each.key == gate.metric)) for of in tasks.values())
+    chosen = {each.key: each for each in first}
+    if unknown := [name for name in named if name not in chosen and name not in tasks and name != WEIGHTED_KEY]:
         known = [*tasks, *by_key(candidate.samples)]
         raise InputError(
             f"register.gate.tolerance: expected a task or a score with a value per document, got {unknown[0]!r}"
@@ -324,10 +321,8 @@ def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int, look: L
     if isinstance(given, Mapping):
         given = given.get(samples.key, given.get(samples.task))
     if given is None and share:
-        weights, counts = dict[str, float](), dict[str, int]()
-        for part in samples.parts:  # several metrics of a task have its documents in common
-            weights[part.task] = weights.get(part.task, 0.0) + part.weight
-            counts[part.task] = look.pools.get(part.task, len(part.documents))
+        counts = {part.task: look.pools.get(part.task, len(part.documents)) for part in samples.parts}
+        weights = power.sums_by_task((part.task, part.weight) for part in samples.parts)
         return power.margin(power.spread((weights[task], count) for task, count in counts.items()), tests)
     return (TOLERANCE if given is None else given) * (1.0 if share else abs(score.value))
 

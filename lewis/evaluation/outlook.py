@@ -8,7 +8,7 @@ from typing import Any
 
 from lewis import settings
 from lewis.evaluation.harness.task_files import FoundTasks, find_tasks
-from lewis.evaluation.harness.task_metrics import read
+from lewis.evaluation.harness.task_metrics import config_and_members
 from lewis.evaluation.statistics import looks, power
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY
 from lewis.recipe.schema import Evaluate, Gate
@@ -36,19 +36,16 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     if evaluate.limit is not None and evaluate.documents != "by_release" and not gate.allow_limit:
         lines.append(f"evaluate.limit is {evaluate.limit:g}: no run can promote; set register.gate.allow_limit: true")
     tasks = find_tasks(evaluate.tasks, root)
-    counted = _documents(evaluate, tasks, root)
+    counted = {name: count for name in tasks.names if (count := _documents_of(name, tasks, root, evaluate))}
     last = looks.look_at(evaluate.stop, None, counted)
     spreads = {task: power.spread([(1.0, count)]) for task, count in counted.items()}
-    parts = dict[str, float]()  # two scores of a task have its documents in common
-    for name, weight in evaluate.weights.items():
-        task = name.partition("/")[0]
-        parts[task] = parts.get(task, 0.0) + weight / sum(evaluate.weights.values())
+    whole = sum(evaluate.weights.values())
+    parts = power.sums_by_task((name.partition("/")[0], weight / whole) for name, weight in evaluate.weights.items())
     if parts and gate.metric == WEIGHTED_KEY and parts.keys() <= counted.keys():
         spreads[WEIGHTED_KEY] = power.spread([(weight, counted[task]) for task, weight in parts.items()])
-    gains = [
-        name for name in spreads if gate.policy == "better" and name in (gate.metric, gate.metric.partition("/")[0])
-    ]
-    tests = len(set(tasks.names) | ({WEIGHTED_KEY} & {gate.metric})) - len(gains)
+    own = gate.metric if gate.metric == WEIGHTED_KEY else gate.metric.partition("/")[0]
+    gains = {own} if gate.policy == "better" else set[str]()
+    tests = len({*tasks.names, own} - gains)
     for name, spread in spreads.items():
         about = f"{name}: {counted[name]} documents" if name in counted else name
         if name in gains:
@@ -84,14 +81,9 @@ def _margin(gate: Gate, name: str, spread: float, tests: int) -> float:
     return power.margin(spread, tests) if given is None else given
 
 
-def _documents(evaluate: Evaluate, found: FoundTasks, root: Path) -> dict[str, int]:
-    """How many documents each task will have, at most, where a file or the limit says so before the run."""
-    counts = {name: _documents_of(name, found, root, evaluate) for name in found.names}
-    return {name: count for name, count in counts.items() if count}
-
-
 def _documents_of(name: str, found: FoundTasks, root: Path, evaluate: Evaluate) -> int | None:
-    config, members = read(name, found)
+    """How many documents a task will have, at most, where a file or the limit says so before the run."""
+    config, members = config_and_members(name, found)
     if members is not None or evaluate.documents not in ("all", "by_release") or not _is_share(config):
         return None
     whole = None if "process_docs" in config else _rows(config, root)

@@ -2,16 +2,29 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lewis import store
 from lewis.errors import InputError
-from lewis.evaluation.results_folder import read_results
-from lewis.evaluation.statistics.comparison import Comparison, PairingError, compare, holm
+from lewis.evaluation.statistics.comparison import Comparison, PairingError, compare, holm, table_cells
 from lewis.evaluation.statistics.scores import Evaluated, Samples, Score, by_key, places_of
-from lewis.store import kinds
+from lewis.store import kinds, sealed_json
+
+
+class OnMetric(NamedTuple):
+    """What was scored of one model on one metric.
+
+    Attributes:
+        how: digest of what else than the model decided the scores; empty if that is not known.
+        content: of the whole evaluation, as `Evaluated.content`.
+    """
+
+    how: str
+    content: Mapping[str, Any]
+    samples: Samples
+    score: Score
 
 
 @dataclass(frozen=True)
@@ -20,17 +33,12 @@ class Side:
 
     Attributes:
         label: in the table.
-        found: what was scored of it, the newest first, and the looks of evaluations that may end early last: what else
-            than the model decided the scores (empty if that is not known), and the scores.
+        found: what was scored of it, the last used first, and the looks of evaluations that may end early last: `how`,
+            as of `OnMetric`, and the scores.
     """
 
     label: str
     found: Sequence[tuple[str, Evaluated]]
-
-    @classmethod
-    def of_results(cls, label: str, folder: Path) -> "Side":
-        """What lm-eval wrote into a folder; errors as `read_results`."""
-        return cls(label, [("", read_results(folder))])
 
     @classmethod
     def of_store(cls, label: str, keys: Collection[str]) -> "Side":
@@ -43,15 +51,20 @@ class Side:
         Raises:
             InputError: if it has no scores of the model.
         """
-        newest = sorted(kinds.SCORES.entries(), key=lambda path: path.stat().st_mtime, reverse=True)
-        contents = [content for path in newest if (content := store.read_entry(path) or {}).get("model") in keys]
-        if not contents:
+        entries = list[tuple[float, dict[str, Any]]]()
+        for path in kinds.SCORES.entries():
+            with suppress(OSError, sealed_json.DamagedError):  # housekeeping removes it meanwhile, or it is damaged
+                # Not by `read_entry`, which would mark every entry of the store as used, and the oldest as the newest.
+                used, content = path.stat().st_mtime, sealed_json.loads(path.read_bytes())
+                if content.get("model") in keys:
+                    entries.append((used, content))
+        if not entries:
             raise InputError(
                 f"{label}: the store {store.home()} has no scores of this model; score it with `lewis run`, or give a "
                 "folder that lm-eval wrote with --log_samples"
             )
-        contents.sort(key=lambda each: "pools" in each)  # which a look alone has
-        return cls(label, [(str(each.get("scored_as") or ""), Evaluated.of(label, each)) for each in contents])
+        entries.sort(key=lambda each: ("pools" in each[1], -each[0]))  # a look alone has pools
+        return cls(label, [(str(each.get("scored_as") or ""), Evaluated.of(label, each)) for _, each in entries])
 
     @property
     def keys(self) -> dict[str, None]:
@@ -64,12 +77,12 @@ class Side:
         scores = (score.key for _, found in self.found for score in found.scores)
         return [key for key in dict.fromkeys(scores) if key not in self.keys]
 
-    def of(self, key: str) -> Iterator[tuple[str, Evaluated, Samples, Score]]:
-        """Every score on one metric: digest of how it was scored, the whole evaluation, the samples, the score."""
+    def of(self, key: str) -> Iterator[OnMetric]:
+        """All that was scored on one metric."""
         for how, found in self.found:
             samples, scores = by_key(found.samples), {score.key: score for score in found.scores}
             if key in samples and key in scores:
-                yield how, found, samples[key], scores[key]
+                yield OnMetric(how, found.content, samples[key], scores[key])
 
 
 @dataclass(frozen=True)
@@ -111,14 +124,10 @@ class Pair:
         """A line of the table, with the labels of the two models."""
         found = self.comparison
         return {
-            "metric": f"{found.key} {'↑' if self.second.higher_is_better else '↓'}",
-            first: _number(self.first),
-            second: _number(self.second),
-            f"gain of {second}": f"{found.delta:+.4g}",
-            "95 % interval": f"{found.low:+.4g} to {found.high:+.4g}",
-            "wins": str(found.wins),
-            "losses": str(found.losses),
-            "p": f"{found.p:.3g}",
+            "metric": f"{found.key} {self.second.arrow}",
+            first: self.first.text,
+            second: self.second.text,
+            **table_cells(found, second),
             "Holm's p": f"{self.holm:.3g}",
             "documents": str(found.documents),
         }
@@ -143,17 +152,16 @@ def paired(first: Side, second: Side) -> list[Pair]:
 
 
 def _best(first: Side, second: Side, key: str) -> Pair:
-    """The newest scores of both that were computed alike, or of which nothing is known but the same documents.
+    """The last used scores of both that were computed alike, or of which nothing is known but the same documents.
 
     Of the pair, `holm` is the p as it is.
     """
     options = [(a, b) for b in second.of(key) for a in first.of(key)]
-    alike = [(a, b) for a, b in options if a[0] and a[0] == b[0]]
+    alike = [(a, b) for a, b in options if a.how and a.how == b.how]
     problems = list[str]()
     for a, b in alike or options:
-        task = b[3].task
-        contents = a[1].content, b[1].content
-        shots, versions = ([each.get(what, {}).get(task) for each in contents] for what in ("n-shot", "versions"))
+        task = b.score.task
+        shots, versions = ([each.content.get(what, {}).get(task) for each in (a, b)] for what in ("n-shot", "versions"))
         if None not in shots and shots[0] != shots[1]:
             problems.append(
                 f"{task}: {first.label} was scored with {shots[0]} examples in the prompt, and {second.label} with "
@@ -167,11 +175,12 @@ def _best(first: Side, second: Side, key: str) -> Pair:
             )
             continue
         try:
-            found = compare(b[2], a[2], higher_is_better=b[3].higher_is_better, who=first.label, whose=second.label)
+            higher = b.score.higher_is_better
+            found = compare(b.samples, a.samples, higher_is_better=higher, who=first.label, whose=second.label)
         except PairingError as error:
             problems.append(str(error))
             continue
-        return Pair(a[3], b[3], found, found.p, _other_prompts(*contents, task))
+        return Pair(a.score, b.score, found, found.p, _other_prompts(a.content, b.content, task))
     raise InputError(problems[0])
 
 
@@ -185,7 +194,3 @@ def _other_prompts(first: Mapping[str, Any], second: Mapping[str, Any], task: st
         for each, prompts in zip((first, second), asked, strict=True)
     )
     return sum(prompt != theirs[document] for document, prompt in ours.items())
-
-
-def _number(score: Score) -> str:
-    return f"{score.value:.4g}" + ("" if score.stderr is None else f" ± {score.stderr:.2g}")

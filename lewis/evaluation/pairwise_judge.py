@@ -50,7 +50,7 @@ def opinion(judge: Judge, found: SideBySide | None) -> RuleResult:
         TransientError: if it does not answer, or is busy.
         LewisError: if it answers something else.
     """
-    shown = found.shown(len(found.documents)) if found else []
+    shown = found.shown() if found else []
     differ = [each for each in shown if each.answers_differ][: judge.documents]
     reference = found.reference if found else "the reference"
     text = f"judge {judge.model} must not prefer {reference}"

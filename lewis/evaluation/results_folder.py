@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.evaluation.statistics.scores import Evaluated, read
+from lewis.evaluation.statistics.scores import HASH, Evaluated, plain_value, read_samples
 from lewis.input_files import open_regular, read_json
 
 MOST = 1 << 30  # bytes of a file
-HASH = 16  # hex digits of a document's hash, as the store keeps them
 _AGGREGATIONS = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
 _DEFAULT = {  # lm-eval's, for metrics that a task does not list
     "perplexity": "perplexity",
@@ -77,26 +76,15 @@ def _evaluated(name: str, found: Mapping[str, Any], rows: Mapping[str, list[dict
         aggregations = _DEFAULT | {each["metric"]: each["aggregation"] for each in listed if each.get("aggregation")}
         for key, value in found["results"][task].items():
             metric, comma, filter_ = key.partition(",")
-            if not comma or metric.endswith("_stderr") or aggregations.get(metric, "mean") not in _AGGREGATIONS:
+            aggregation = aggregations.get(metric, "mean")
+            if not comma or metric.endswith("_stderr") or aggregation not in _AGGREGATIONS:
                 continue
             own = {row["doc_id"]: row for row in of_task if row.get("filter", "none") == filter_}
-            values = [_value(own.get(number, {}).get(metric)) for number in first]
-            sample = {
-                "task": task,
-                "metric": key,
-                "aggregation": aggregations.get(metric, "mean"),
-                "values": values,
-            }
+            values = [plain_value(own.get(number, {}).get(metric)) for number in first]
             if all(each is None for each in values):
                 continue
-            [samples] = read({"documents": content["documents"], "samples": [sample], "groups": {}})
+            sample = {"task": task, "metric": key, "aggregation": aggregation, "values": values}
+            [samples] = read_samples({"documents": content["documents"], "samples": [sample], "groups": {}})
             if math.isclose(samples.value(), value, rel_tol=1e-6, abs_tol=1e-9):  # else it is aggregated in another way
                 content["samples"].append(sample)
     return Evaluated.of(name, content)
-
-
-def _value(value: Any) -> Any:
-    """A number, or a pair (log-likelihood, weight); None for anything else."""
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(each, int | float) for each in value):
-        return [float(each) for each in value]
-    return float(value) if isinstance(value, int | float) else None

@@ -54,11 +54,23 @@ class ModelScores(Reference):
         return digests[0] if len(digests) == 1 else store.digest(digests)
 
     @property
+    def content(self) -> dict[str, Any]:
+        """What the harness returned, of all tasks together; read from the disk at each access.
+
+        Raises:
+            LewisError: if that is gone or damaged.
+        """
+        found = list[dict[str, Any]]()
+        for entry in self.entries:
+            if (of_task := store.read_entry(entry.path)) is None:
+                raise LewisError(f"{entry.path} is gone or damaged; run again to make it")
+            found.append(of_task)
+        return joined(found)
+
+    @property
     def evaluated(self) -> Evaluated:
         """Scores and samples of all tasks; read from the disk at each access."""
-        for entry in self.entries:
-            entry.content(entry.holds)  # raises an error that says what to do if it is gone
-        return Evaluated.of(self.ref, joined([store.read_entry(entry.path) or {} for entry in self.entries]))
+        return Evaluated.of(self.ref, self.content)
 
     @property
     def scores(self) -> list[Score]:
@@ -68,13 +80,13 @@ class ModelScores(Reference):
     @property
     def pools(self) -> dict[str, int]:
         """Task -> how many documents there are, of which these scores may be of a part only."""
-        content = self.evaluated.content
+        content = self.content
         return {task: len(hashes) for task, hashes in content["documents"].items()} | content.get("pools", {})
 
     @property
     def part(self) -> str:
         """Of which part of the documents of the largest task they are, such as `64 of 1319`; empty if of all."""
-        content, pools = self.evaluated.content, self.pools
+        content, pools = self.content, self.pools
         largest = max(pools, key=lambda task: pools[task], default="")
         count, whole = len(content["documents"].get(largest, ())), pools.get(largest, 0)
         return f"{count} of {whole}" if count < whole else ""
@@ -82,7 +94,12 @@ class ModelScores(Reference):
     @property
     def sources(self) -> dict[str, dict[str, Any]]:
         """Task -> the dataset of the Hub that its documents come from, as `child.evaluate` gives it, where known."""
-        return dict(self.evaluated.content.get("sources", {}))
+        return dict(self.content.get("sources", {}))
+
+    @property
+    def shots(self) -> dict[str, int]:
+        """Task -> how many examples its prompts had."""
+        return dict(self.content.get("n-shot", {}))
 
 
 def score(files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", progress: Report = silent) -> ModelScores:
@@ -237,9 +254,7 @@ def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(contents) == 1:
         return dict(contents[0])
     found: dict[str, Any] = {"samples": [], "results": {}}
-    for key in ("higher_is_better", "n-shot", "documents", "groups"):
-        found[key] = {name: value for each in contents for name, value in each[key].items()}
-    for key in ("sources", "texts", "requests", "pools"):  # older entries lack these keys
+    for key in ("higher_is_better", "n-shot", "documents", "groups", "sources", "texts", "requests", "pools"):
         found[key] = {name: value for each in contents for name, value in each.get(key, {}).items()}
     groups = found["groups"]
     for last in (False, True):  # lm-eval has tasks first, then groups

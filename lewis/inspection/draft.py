@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from lewis.errors import InputError
-from lewis.input_files import read_json, read_text
+from lewis.input_files import read_json
 from lewis.inspection import step
 from lewis.inspection.kinds import Finding
 from lewis.models.chat_template import template_in
@@ -23,9 +23,8 @@ from lewis.models.config import read_config
 from lewis.models.hub import repository
 from lewis.models.hub.pin import find_folder
 from lewis.models.source import Source, pin, short_name
-from lewis.recipe import yaml_text
 from lewis.recipe.recipe import Recipe
-from lewis.reports.card import FRONT_MATTER, NAME
+from lewis.reports.card import front_matter
 
 SAMPLES = 64  # rows of each set: enough where rows are long; a quarter of them is held back
 
@@ -185,11 +184,9 @@ def _told(source: Source, root: Path) -> list[str]:
     """The texts that may name an expert's topic: its name, then datasets and tags of its card, if it is here."""
     pinned = source.adapter or source.model
     try:
-        found = FRONT_MATTER.match(read_text(repository.fetch(pinned, weights=False) / NAME, yaml_text.MAX_BYTES))
-        card = yaml_text.load(found[1], NAME) if found else {}
+        stated = front_matter(repository.fetch(pinned, weights=False))
     except (OSError, InputError):
-        card = {}
-    stated = card if isinstance(card, dict) else {}
+        stated = {}
     return [short_name(source.ref, root), json.dumps(stated.get("datasets")), json.dumps(stated.get("tags"))]
 
 

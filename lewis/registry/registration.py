@@ -118,7 +118,7 @@ def registration_of(
             for tensor, density in each.densities.items()
         ]
     if found:
-        drawn["scores.png"] = charts.scores(recipe.evaluate.weights if recipe.evaluate else {}, scores)
+        drawn["scores.png"] = charts.scores(recipe.score_weights, scores)
         tables |= {"scores": rows, "comparison": comparison, **({"kept": kept_rows(kept)} if kept else {})}
         tables |= {"answers": answers} if beside and (answers := answer_rows(beside)) else {}
     metrics = {f"{label}/{s.task}/{s.metric}": s.value for label, each in found.items() for s in each}
@@ -157,6 +157,7 @@ def registration_of(
             {task: str(each["revision"]) for task, each in sources.items()},
             versions.public_page(recipe.register_as.model),
             part,
+            scores[MERGED].shots if MERGED in scores else {},
         ),
         team=recipe.register_as.team,
         beside=beside,

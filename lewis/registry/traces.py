@@ -38,7 +38,7 @@ def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, m
 
     traces = private_names.MLFLOW_TRACES.get()(client.tracking_uri)
     spans: list[Span] = []
-    shown = [each for each in beside.shown(MOST) if each.answers_differ]
+    shown = [each for each in beside.shown()[:MOST] if each.answers_differ]
     try:
         for number, each in enumerate(shown):
             assert each.texts is not None

@@ -11,13 +11,13 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.statistics.scores import Score
 from lewis.input_files import read_text
+from lewis.models.hub.repository import COMMIT
 from lewis.models.source import commits_of
 from lewis.recipe import yaml_text
 from lewis.recipe.block import parts_of
-from lewis.reports.markdown import block, markdown_table, plain
+from lewis.reports.markdown import block, code, markdown_table, plain
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*", re.DOTALL)  # YAML that the Hub reads
 RECIPE = "\n\n## Recipe\n\n"  # begins the last part of a card
 NAME, HEAT_MAP, EVAL_RESULTS = store.CARD
@@ -75,16 +75,13 @@ def model_card(
         "tags": list(dict.fromkeys(["merge", "lewis", method])),
         **({"model-index": _model_index(name, results)} if results else {}),
     }
-    how = (
-        ", with [LEWIS](https://arxiv.org/abs/2503.03874) densities"
-        if strategy == "lewis"
-        else f", with {strategy} densities"
-    )
+    allocator = "[LEWIS](https://arxiv.org/abs/2503.03874)" if strategy == "lewis" else strategy
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {plain(name)}",
         f"A merge of {len(experts)} expert{'s' * (len(experts) != 1)} by `{method}`"
-        f"{f', pulled towards a merge by `{anchor}`' if anchor else ''}{how if strategy else ''}"
+        f"{f', pulled towards a merge by `{anchor}`' if anchor else ''}"
+        f"{f', with {allocator} densities' if strategy else ''}"
         f"{', as a LoRA adapter on the base' * bool(adapter)}.",
         f"The fit: {fit}." if fit else "",
         _adapter(adapter, base or "", lineage) if adapter else "",
@@ -98,12 +95,12 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + f"{RECIPE}{block(recipe.strip(), 'yaml')}\n"
 
 
-def _adapter(told: str, base: str, lineage: Mapping[str, str]) -> str:
+def _adapter(adapter: str, base: str, lineage: Mapping[str, str]) -> str:
     """What an adapter leaves out, and what it sits on."""
-    at = f" at `{lineage[base]}`" if base in lineage else ""
+    at = f" at {code(lineage[base])}" if base in lineage else ""
     return (
-        f"## The adapter\n\n{told}. The error is the Frobenius norm of what is left out of the merged delta, relative "
-        f"to the delta's. It sits on `{base.partition('@')[0]}`{at}: open it with PEFT, such as "
+        f"## The adapter\n\n{adapter}. The error is the Frobenius norm of what is left out of the merged delta, "
+        f"relative to the delta's. It sits on {code(base.partition('@')[0])}{at}: open it with PEFT, such as "
         "`AutoPeftModelForCausalLM.from_pretrained`."
     )
 
@@ -132,7 +129,8 @@ def _inputs(
     rows: list[dict[str, object]] = []
     for ref in [*dict.fromkeys(parents), *others]:
         density = f"{mean_density[ref]:.3f}" if ref in mean_density else ""
-        rows.append({"input": f"`{ref}`", "commit or digest": f"`{lineage.get(ref, '?')}`", "mean density": density})
+        commit = code(lineage.get(ref, "?"))
+        rows.append({"input": code(ref), "commit or digest": commit, "mean density": density})
     return rows
 
 
@@ -149,26 +147,30 @@ def write(folder: Path, text: str, heat_map: bytes | None = None, eval_results: 
         eval_results: YAML for the Hub, which it reads next to the card; empty: there is none.
     """
     if eval_results:
-        store.make_folder((folder / EVAL_RESULTS).parent)
         store.write_text(folder / EVAL_RESULTS, eval_results)
     else:
         (folder / EVAL_RESULTS).unlink(missing_ok=True)
     if heat_map is not None:
-        with store.written_beside(folder / HEAT_MAP) as scratch:
-            scratch.write_bytes(heat_map)
+        store.write_bytes(folder / HEAT_MAP, heat_map)
     store.write_text(folder / NAME, text)
 
 
-def licence_of(folder: Path) -> str | None:
-    """The licence in the model card of a folder, with its link if there is one; None if it states none."""
+def front_matter(folder: Path) -> dict[str, Any]:
+    """What the model card of a folder states for the Hub; empty if there is no card, or it cannot be read."""
     try:
         found = FRONT_MATTER.match(read_text(folder / NAME, yaml_text.MAX_BYTES))
         stated = yaml_text.load(found[1], NAME) if found else None
     except (OSError, InputError):
+        return {}
+    return stated if isinstance(stated, dict) else {}
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence in the model card of a folder, with its link if there is one; None if it states none."""
+    stated = front_matter(folder)
+    name = stated.get("license")
+    if not isinstance(name, str):
         return None
-    if not isinstance(stated, dict) or not isinstance(stated.get("license"), str):
-        return None
-    name = stated["license"]
     if name == "other" and stated.get("license_name"):
         name = str(stated["license_name"])
     return f"{name} ({stated['license_link']})" if stated.get("license_link") else name
@@ -177,9 +179,9 @@ def licence_of(folder: Path) -> str | None:
 def _licences(licences: Mapping[str, str | None]) -> str:
     if not licences:
         return ""
-    rows = [{"parent": f"`{ref}`", "licence": name or "none stated"} for ref, name in licences.items()]
+    rows = [{"parent": code(ref), "licence": name or "none stated"} for ref, name in licences.items()]
     note = "As the parents' model cards state them. The terms of all of them apply to this model."
-    silent = [f"`{ref}`" for ref, name in licences.items() if name is None]
+    silent = [code(ref) for ref, name in licences.items() if name is None]
     if silent:
         note += f" Ask the authors of {', '.join(silent)} before you share it."
     return f"## Licences of the parents\n\n{markdown_table(rows)}\n\n{note}"

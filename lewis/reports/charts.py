@@ -195,14 +195,14 @@ def _draw_bars(
             [x - 0.4 + (number + 0.5) * width for x, _ in bars],
             [score.value for _, score in bars],
             width * 0.92,
-            yerr=[list(side) for side in zip(*(_reach(model, s, intervals) for _, s in bars), strict=True)] or None,
+            yerr=[list(side) for side in zip(*(reach(model, s, intervals) for _, s in bars), strict=True)] or None,
             error_kw={"ecolor": "dimgrey", "elinewidth": 1, "capsize": 2},
             color=colormaps[COLOURS](0.1 + 0.85 * number / max(len(models) - 1, 1)),
             edgecolor="black" if number == len(models) - 1 else "none",
             linewidth=1.2,
             label=_clipped(model),
         )
-    arrows = ["↑" if next(s for key, s in found.items() if key[1:] == g).higher_is_better else "↓" for g in groups]
+    arrows = [next(s for key, s in found.items() if key[1:] == group).arrow for group in groups]
     labels = [f"{_clipped(task)}\n{metric} {arrow}" for (task, metric), arrow in zip(groups, arrows, strict=True)]
     slanted = len(groups) > SLANTED
     panel.set_xlim(-0.6, len(groups) - 0.4)
@@ -213,12 +213,12 @@ def _draw_bars(
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _reach(model: str, score: Score, intervals: Intervals) -> tuple[float, float]:
-    """How far the interval reaches below and above the score."""
+def reach(model: str, score: Score, intervals: Intervals) -> tuple[float, float]:
+    """How far the 95 % interval of a model's score reaches below and above it; NaN where that is not known."""
     if ends := intervals.get((model, score.task, score.metric)):
         return max(0.0, score.value - ends[0]), max(0.0, ends[1] - score.value)
-    reach = math.nan if score.stderr is None else 1.96 * score.stderr
-    return reach, reach
+    side = math.nan if score.stderr is None else 1.96 * score.stderr
+    return side, side
 
 
 def png(figure: "Figure") -> bytes:
@@ -261,15 +261,15 @@ def _kept(shown: list[Any], draw: Callable[[], bytes]) -> bytes:
     path = kinds.PICTURES.path(store.digest([SEMANTICS, *shown]))
     store.mark_used(path)
     remote.fetch(path)
-    found = path.read_bytes() if path.is_file() else None
-    if found is not None:
-        try:
-            kinds.check_png(found)
-        except DamagedError as error:
-            store.set_aside([path], str(error))
-            found = None
-    if found is None:
-        found = draw()
-        store.write_bytes(path, found)
-        remote.push(path)
-    return found
+    try:
+        found = path.read_bytes()
+        kinds.check_png(found)
+        return found
+    except FileNotFoundError:
+        pass
+    except DamagedError as error:
+        store.set_aside([path], str(error))
+    drawn = draw()
+    store.write_bytes(path, drawn)
+    remote.push(path)
+    return drawn

@@ -8,13 +8,14 @@ import base64
 import html
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lewis.evaluation.gate import NOTE
 from lewis.evaluation.statistics.retained_gain import BASE, BASELINES
+from lewis.evaluation.statistics.scored import MERGED
 from lewis.evaluation.statistics.scores import Score
-from lewis.reports.charts import Intervals, grid_of
+from lewis.reports.charts import Intervals, grid_of, reach
 from lewis.reports.page_style import STYLE
 from lewis.reports.run_report import Change, RunFacts, duration, short
 from lewis.reports.side_by_side import LAYERS, answer_rows, loss_lines, lost_rows
@@ -134,10 +135,9 @@ def _head(facts: RunFacts, more: PageFacts) -> str:
         ("duration", duration(facts.seconds)),
         ("steps computed; others found", f"{computed} of {computed + found}"),
     ]
-    if facts.kept and (kept := [value for each in facts.kept if (value := _percent(each["kept"])) is not None]):
+    if kept := [value for each in facts.kept if (value := _percent(each["kept"])) is not None]:
         tiles.append(("kept of the experts' gains, mean", f"{sum(kept) / len(kept):.0f} %"))
-    for name, (ours, theirs) in _best(facts):
-        tiles.append((f"{name}: merged, base", f"{ours:.3g}, {theirs:.3g}"))
+    tiles += _scores_tile(facts)
     tiles.append(("experts", str(sum(role == "expert" for role in more.roles.values()) or len(facts.means))))
     shown = "".join(f'<div><span class="soft">{_e(name)}</span><b>{_e(value)}</b></div>' for name, value in tiles)
     lines = [facts.adapter, facts.fit, facts.warning]
@@ -150,13 +150,12 @@ def _head(facts: RunFacts, more: PageFacts) -> str:
     )
 
 
-def _best(facts: RunFacts) -> Iterator[tuple[str, tuple[float, float]]]:
-    """The gate's metric, or else the first: its name, and the scores of the merged model and of the base."""
-    ours = {s.key: s for s in facts.scores.get(facts.merged, ())}
-    base = {s.key: s for s in facts.scores.get(BASE, ())}
+def _scores_tile(facts: RunFacts) -> list[tuple[str, str]]:
+    """The scores of the merged model and of the base, in the gate's metric, or else the first that both have."""
+    ours, base = ({s.key: s.value for s in facts.scores.get(label, ())} for label in (MERGED, BASE))
     wanted = [facts.verdict.metric] if facts.verdict and facts.verdict.metric else [*ours]
-    for key in [key for key in wanted if key in ours and key in base][:1]:
-        yield key.partition(",")[0], (ours[key].value, base[key].value)
+    keys = [key for key in wanted if key in ours and key in base][:1]
+    return [(f"{key.partition(',')[0]}: merged, base", f"{ours[key]:.3g}, {base[key]:.3g}") for key in keys]
 
 
 def _scores(facts: RunFacts, more: PageFacts) -> str:
@@ -193,13 +192,13 @@ def _forest(
     shown = []
     for label, score in rows:
         begin, end = ends[label]
-        reach = f" ± {(end - begin) / 2:.2g}" if end > begin else ""
+        spread = f" ± {(end - begin) / 2:.2g}" if end > begin else ""
         shown.append(
-            f'<div class="row{" ours" * (label == facts.merged)}" style="--c:var(--{_colour(label, facts.merged)})">'
+            f'<div class="row{" ours" * (label == MERGED)}" style="--c:var(--{_colour(label)})">'
             f'<span title="{_e(label)}">{_e(label)}</span><div class="track">'
             f'<i class="reach" style="left:{at(begin):.2f}%;width:{at(end) - at(begin):.2f}%"></i>'
             f'<i class="dot" style="left:{at(score.value):.2f}%"></i></div>'
-            f"<span>{score.value:.4g}<span class=soft>{reach}</span></span></div>"
+            f"<span>{score.value:.4g}<span class=soft>{spread}</span></span></div>"
         )
     arrow = "higher is better ↑" if rows and rows[0][1].higher_is_better else "lower is better ↓"
     axis = f'<div class="row axis"><span></span><span><b>{low:.3g}</b><b>{high:.3g}</b></span><span></span></div>'
@@ -207,23 +206,20 @@ def _forest(
 
 
 def _ends(label: str, score: Score, intervals: Intervals) -> tuple[float, float]:
-    if found := intervals.get((label, score.task, score.metric)):
-        return min(found[0], score.value), max(found[1], score.value)
-    reach = 1.96 * score.stderr if score.stderr is not None and math.isfinite(score.stderr) else 0.0
-    return score.value - reach, score.value + reach
+    below, above = (side if math.isfinite(side) else 0.0 for side in reach(label, score, intervals))
+    return score.value - below, score.value + above
 
 
-def _colour(label: str, merged: str) -> str:
-    if label == merged:
+def _colour(label: str) -> str:
+    if label == MERGED:
         return "ours"
     return "base" if label == BASE or label in BASELINES else "other"
 
 
 def _kept(facts: RunFacts) -> str:
     shares = [_percent(each["kept"]) for each in facts.kept]
-    low = min([0.0, *(share for share in shares if share is not None)])
-    high = max([100.0, *(share for share in shares if share is not None)]) + 5
-    low -= 5
+    known = [share for share in shares if share is not None]
+    low, high = min([0.0, *known]) - 5, max([100.0, *known]) + 5
 
     def at(value: float) -> str:
         return f"{100 * (value - low) / (high - low):.2f}%"
@@ -307,12 +303,11 @@ def _map(expert: str, names: Sequence[str], columns: Sequence[Sequence[float]], 
 
 def _losses(facts: RunFacts) -> str:
     """Of a rejected run: which documents are lost, who has them right, and which layers moved most."""
-    rejected = facts.verdict is not None and not facts.verdict.passed
-    rows = lost_rows(facts.documents) if rejected and facts.documents else []
-    if not (rows and facts.documents):
+    found = facts.documents
+    if facts.verdict is None or facts.verdict.passed or found is None or not (rows := lost_rows(found)):
         return ""
     columns = dict.fromkeys(name for row in rows for name in row)
-    lines = "".join(f"<li>{_e(line)}</li>" for line in loss_lines(facts.documents))
+    lines = "".join(f"<li>{_e(line)}</li>" for line in loss_lines(found))
     layers = f'<p class="note">{_e(LAYERS)}</p>{table(facts.layers)}' if facts.layers else ""
     return f"<ul>{lines}</ul>{table([{name: row.get(name, '') for name in columns} for row in rows])}{layers}"
 

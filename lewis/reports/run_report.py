@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from lewis.evaluation.documents import SideBySide
 from lewis.evaluation.gate import NOTE, Verdict
-from lewis.evaluation.statistics.scored import Scored
+from lewis.evaluation.statistics.scored import MERGED, Scored
 from lewis.evaluation.statistics.scores import Score
 from lewis.models.source import commits_of
 from lewis.reports.markdown import code, link, markdown_table, picture, plain
@@ -57,7 +57,6 @@ class RunFacts:
         changes: one per input.
         work: step -> (how many results were computed, how many were found in the cache).
         scores: label -> scores, in the order of the columns; the registry may give those of the `champion`.
-        merged: the label of the merged model in `scores`.
         comparison: rows of `lewis.evaluation.statistics.scored.comparison_rows`.
         kept: rows of `lewis.evaluation.statistics.retained_gain.kept_rows`.
         pictures: title -> PNG, shown inside the text.
@@ -80,7 +79,6 @@ class RunFacts:
     changes: Sequence[Change] = ()
     work: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     scores: Mapping[str, Sequence[Score]] = field(default_factory=dict)
-    merged: str = "merged"
     comparison: Sequence[Mapping[str, str]] = ()
     kept: Sequence[Mapping[str, str]] = ()
     pictures: Mapping[str, bytes] = field(default_factory=dict)
@@ -108,7 +106,7 @@ def to_markdown(facts: RunFacts) -> str:
         plain(facts.adapter),
         _section(f"What changed {since}", _changes(facts.changes)),
         _section("What was computed", _work(facts.work)),
-        _section("Scores", markdown_table(score_rows(facts.scores, facts.merged))),
+        _section("Scores", markdown_table(score_rows(facts.scores))),
         _section("What is kept of each expert's gain", _kept(facts.kept)),
         _section("Compared, document by document", markdown_table(compared)),
         _verdict(facts.verdict),
@@ -121,7 +119,7 @@ def to_markdown(facts: RunFacts) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def score_rows(scores: Mapping[str, Sequence[Score]], merged: str) -> list[dict[str, str]]:
+def score_rows(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, str]]:
     """One row per task and metric, one column per model, then the merged model minus base and minus champion.
 
     A difference ends with ✓ if the merged model is better and with ✗ if it is worse, also where lower is better.
@@ -129,16 +127,16 @@ def score_rows(scores: Mapping[str, Sequence[Score]], merged: str) -> list[dict[
     cells = {(s.task, s.metric, label): s for label, found in scores.items() for s in found}
     rows = []
     for task, metric in dict.fromkeys(key[:2] for key in cells):
-        ours = cells.get((task, metric, merged))
-        higher = next(s.higher_is_better for key, s in cells.items() if key[:2] == (task, metric))
-        row = {"metric": code(f"{task}/{metric}") + (" ↑" if higher else " ↓")}
+        ours = cells.get((task, metric, MERGED))
+        first = next(score for key, score in cells.items() if key[:2] == (task, metric))
+        row = {"metric": f"{code(first.key)} {first.arrow}"}
         for label in scores:
             score = cells.get((task, metric, label))
             row[code(label)] = f"{score.value:.4g}" if score else "-"
         for label in ("base", "champion"):
             theirs = cells.get((task, metric, label))
-            if label in scores and label != merged:
-                row[f"vs {label}"] = _gap(ours.value - theirs.value, higher) if ours and theirs else "-"
+            if label in scores:
+                row[f"vs {label}"] = _gap(ours.value - theirs.value, first.higher_is_better) if ours and theirs else "-"
         rows.append(row)
     return rows
 

@@ -18,7 +18,7 @@ def answer_rows(found: SideBySide) -> list[dict[str, str]]:
     The documents on which the two differ come first. There are no rows if the texts were not kept.
     """
     rows = []
-    for each in found.shown(SHOWN):
+    for each in found.shown()[:SHOWN]:
         assert each.texts is not None
         ours, theirs = each.texts
         row = {"task": each.name[0], "end of the prompt": ours.prompt, "expected": ours.target}

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _SEARCH, _TRIAL, _PARENT = "lewis.search", "lewis.trial", "mlflow.parentRunId"
+MOST = 50_000  # runs that MLflow returns for one request, which gives 1,000 by default
 _STATUS = {"done": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 
 
@@ -45,7 +46,8 @@ def record(
     with tracking.client(f"recording the search of {name}") as client:
         experiment = tracking.experiment(client, team)
         parent = _parent(client, experiment, name, parameters, digest)
-        seen = {run.data.tags.get(_TRIAL) for run in client.search_runs([experiment], f"tags.`{_PARENT}` = '{parent}'")}
+        recorded = client.search_runs([experiment], f"tags.`{_PARENT}` = '{parent}'", max_results=MOST)
+        seen = {run.data.tags.get(_TRIAL) for run in recorded}
         for trial in trials:
             if trial.state in _STATUS and str(trial.number) not in seen:
                 _add(client, experiment, parent, objectives, trial)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lewis import store
 from lewis.errors import RecipeError
 from lewis.evaluation.statistics import power
+from lewis.evaluation.statistics.scored import WEIGHTED_KEY
 from lewis.recipe.recipe import Recipe
 from lewis.search import space
 from lewis.search.space import Values
@@ -20,12 +21,11 @@ from lewis.store import kinds, sealed_json
 if TYPE_CHECKING:
     from optuna import Study
     from optuna import Trial as OptunaTrial
-    from optuna.pruners import BasePruner
     from optuna.storages import JournalStorage
     from optuna.trial import FrozenTrial
 
 SEMANTICS = "1"  # raise it when the scores of earlier trials are no longer comparable
-_AGAIN, _REASON, _CHANCE = "tried again as", "reason", "p against the best"  # keys of Optuna's attributes
+_AGAIN, _REASON = "tried again as", "reason"  # keys of Optuna's attributes
 STARTUP = 5  # trials with random values, before the sampler starts
 
 
@@ -85,7 +85,10 @@ def objectives_of(recipe: Recipe) -> tuple[str, ...]:
 
 
 class Log:
-    """The trials of a search, on disk. There is one log per recipe, inputs and tasks, however many trials it has."""
+    """The trials of a search, on disk. There is one log per recipe, inputs and tasks, however many trials it has.
+
+    The weights of the tasks are part of it if a metric is the weighted mean.
+    """
 
     def __init__(self, recipe: Recipe, objectives: Sequence[Objective], inputs: Mapping[str, str], tasks: str) -> None:
         """Open the log, or create it.
@@ -103,14 +106,14 @@ class Log:
         self.recipe, self.search, self.objectives = recipe, recipe.search, tuple(objectives)
         searched = recipe.search.model_dump(mode="json", include={"space", "seed"})
         names = [o.metric for o in objectives]
-        self.digest = store.digest([SEMANTICS, recipe.blocks, searched, names, dict(inputs), tasks])
+        weights = [dict(recipe.score_weights)] if WEIGHTED_KEY in names else []  # with others the scores differ
+        self.digest = store.digest([SEMANTICS, recipe.blocks, searched, names, dict(inputs), tasks, *weights])
         self.path = kinds.SEARCHES.path(self.digest)
         self._study: Study = optuna.create_study(
             storage=open_journal(self.path),
             study_name=self.digest,
             load_if_exists=True,
             directions=["maximize" if o.higher_is_better else "minimize" for o in objectives],
-            pruner=_pruner(),
         )
         seed = self.search.seed + len(self._study.get_trials())  # a continued search must draw other values
         if len(objectives) > 1:
@@ -145,34 +148,36 @@ class Log:
         return Trial(trial.number, values, "running")
 
     def behind(self, trial: Trial, score: float, documents: int, p: float) -> bool:
-        """Whether a trial should be given up.
+        """Whether a trial should be given up: a test shows that it is worse than the best one.
 
         Args:
             score: on a part of the documents.
             documents: of that part.
             p: of the hypothesis that it is no worse than the best trial, on the same documents.
         """
-        live = self._live[trial.number]
-        live.set_user_attr(_CHANCE, p)
-        live.report(score, step=documents)
-        return bool(live.should_prune())
+        self._live[trial.number].report(score, step=documents)  # the sampler learns from it, too
+        return p <= power.ERROR
 
     def done(self, trial: Trial, scores: Sequence[float]) -> None:
         """Record a trial's scores, in the order of the objectives."""
-        self._study.tell(trial.number, list(scores))
+        self._study.tell(self._live.pop(trial.number), list(scores))
 
     def pruned(self, trial: Trial) -> None:
         """Record that a trial was given up."""
         from optuna.trial import TrialState
 
-        self._study.tell(trial.number, state=TrialState.PRUNED)
+        self._study.tell(self._live.pop(trial.number), state=TrialState.PRUNED)
 
     def failed(self, trial: Trial, reason: str) -> None:
-        """Record that a trial could not be scored, and why."""
+        """Record that a trial could not be scored, and why.
+
+        A trial that has ended stays as it is: the best one is scored again on a part of the documents.
+        """
         from optuna.trial import TrialState
 
-        self._live[trial.number].set_user_attr(_REASON, reason[:1000])
-        self._study.tell(trial.number, state=TrialState.FAIL)
+        if live := self._live.pop(trial.number, None):
+            live.set_user_attr(_REASON, reason[:1000])
+            self._study.tell(live, state=TrialState.FAIL)
 
     @property
     def trials(self) -> list[Trial]:
@@ -187,7 +192,7 @@ class Log:
             number=trial.number,
             values={path: space.rounded(self.search.space[path], value) for path, value in trial.params.items()},
             state=states.get(trial.state.name, "running"),
-            scores=tuple(trial.values or ()),
+            scores=tuple(trial.values or ()) if trial.state.name == "COMPLETE" else (),
             reason=str(trial.user_attrs.get(_REASON, "")),
             seconds=trial.duration.total_seconds() if trial.duration else 0.0,
         )
@@ -199,19 +204,6 @@ class Log:
         best = [trial for trial in self.trials if trial.number in numbers]
         first = self.objectives[0].higher_is_better
         return sorted(best, key=lambda trial: (-trial.scores[0] if first else trial.scores[0], trial.number))
-
-
-def _pruner() -> "BasePruner":
-    """Gives up a trial that a test shows to be worse than the best one."""
-    from optuna.pruners import BasePruner
-
-    class Hopeless(BasePruner):
-        """Optuna's interface."""
-
-        def prune(self, study: "Study", trial: "FrozenTrial") -> bool:
-            return bool(trial.user_attrs.get(_CHANCE, 1.0) <= power.ERROR)
-
-    return Hopeless()
 
 
 def open_journal(path: Path) -> "JournalStorage":

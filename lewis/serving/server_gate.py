@@ -116,8 +116,7 @@ def requests(digest: str, settings: EvalSettings | None) -> dict[str, list[dict[
     """
     if settings is None:
         return {}
-    own = replace(settings, seed=digest if settings.documents == "by_release" else "")
-    tried = (own, replace(settings, documents="confirm"))
+    tried = (settings.drawn_by(digest), replace(settings, documents="confirm"))
     return next(filter(None, (_requests(digest, each) for each in tried)), {})
 
 

@@ -369,8 +369,7 @@ def look_to_show(recipe: Recipe, merged: str, champion: str | None) -> int | Non
     assert recipe.evaluate is not None
     if merged == champion and recipe.evaluate.full_scores == "promoted":
         return None
-    seed = merged if recipe.evaluate.documents == "by_release" else ""
-    return furthest_look(MERGED, merged, replace(EvalSettings.of(recipe.evaluate, recipe.root), seed=seed))
+    return furthest_look(MERGED, merged, EvalSettings.of(recipe.evaluate, recipe.root).drawn_by(merged))
 
 
 def evaluations(recipe: Recipe) -> dict[str, list[str]]:

@@ -114,8 +114,7 @@ def _scores_of_mark(
     """
     if mark is None or recipe.evaluate is None:
         return None
-    seed = merged.digest if recipe.evaluate.documents == "by_release" else ""
-    settings = replace(EvalSettings.of(recipe.evaluate, recipe.root), seed=seed, look=documents)
+    settings = replace(EvalSettings.of(recipe.evaluate, recipe.root).drawn_by(merged.digest), look=documents)
     found = find_comparable(mark.uri, mark.digest, merged.digest, settings)
     return scored(recipe.score_weights, {"mark": ModelScores(entries=tuple(found))})[0] if found else None
 

@@ -85,7 +85,7 @@ def report_scores(recipe: Recipe, scores: dict[str, ModelScores]) -> dict[str, l
             description="How much of each expert's gain over the base is kept on its own task",
         )
     create_markdown_artifact(
-        f"# Scores\n\n{picture('scores', charts.scores(_weights(recipe), scores))}",
+        f"# Scores\n\n{picture('scores', charts.scores(recipe.score_weights, scores))}",
         key=artifact_key(recipe, "score-bars"),
         description="Scores with 95 % intervals",
     )
@@ -207,12 +207,8 @@ def _moved(
     return tables.moved_rows(sizes, allocated)
 
 
-def _weights(recipe: Recipe) -> dict[str, float]:
-    return recipe.evaluate.weights if recipe.evaluate else {}
-
-
 def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ModelScores]) -> dict[str, bytes]:
-    found = {"Scores with 95 % intervals": charts.scores(_weights(recipe), scores)} if scores else {}
+    found = {"Scores with 95 % intervals": charts.scores(recipe.score_weights, scores)} if scores else {}
     if allocated:
         found["Density per layer"] = charts.densities(allocated)
     return found

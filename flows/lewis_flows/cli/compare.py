@@ -63,14 +63,14 @@ def _side(given: str) -> "Side":
         InputError: if it is nothing that was scored.
     """
     from lewis.evaluation.paired import Side
-    from lewis.evaluation.results_folder import holds_results
+    from lewis.evaluation.results_folder import holds_results, read_results
     from lewis.models.source import pin
     from lewis.store import read_manifest
 
     folder = Path(given).expanduser()
     label = folder.resolve().name if folder.is_dir() else given
     if holds_results(folder):
-        return Side.of_results(label, folder)
+        return Side(label, [("", read_results(folder))])
     if not folder.exists() and _VERSION.fullmatch(given):
         return Side.of_store(given, {_digest(given)})
     if folder.is_file() and folder.name.startswith("results_"):

@@ -30,7 +30,7 @@ def texts_of(rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any])
     named = {name: task for name, task in tasks.items() if task.OUTPUT_TYPE in ("generate_until", "multiple_choice")}
     found: dict[str, list[dict[str, Any]]] = {}
     for name, task in named.items():
-        own = [row for row in rows[name] if row["filter"] == rows[name][0]["filter"]]
+        own = of_first_filter(rows[name])
         chosen = sorted(range(len(own)), key=lambda place: (own[place]["doc_hash"], place))
         most = max(1, DOCUMENTS // len(named))
         found[name] = []
@@ -40,6 +40,11 @@ def texts_of(rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any])
             ):  # a class may hold them elsewhere
                 found[name].append({"document": place, **_texts(own[place], task)})
     return found
+
+
+def of_first_filter(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each document of a task, of which lm-eval gives one for each document and filter."""
+    return [row for row in rows if row["filter"] == rows[0]["filter"]]
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -135,9 +135,7 @@ def _transformers(path: str, adapter: Path | None, names: list[str], model_args:
         arguments["peft"] = str(adapter)
         if _has_own_tokenizer(adapter, Path(path)):
             arguments["tokenizer"] = arguments["peft"]
-    if several:
-        return Asked("hf", arguments, "cuda", environment=visible(names))
-    return Asked("hf", arguments, names[0])
+    return Asked("hf", arguments, "cuda" if several else names[0], environment=visible(names) if several else {})
 
 
 def _has_own_tokenizer(adapter: Path, base: Path) -> bool:

@@ -32,10 +32,10 @@ from lewis.evaluation.harness import loaded_model
 from lewis.evaluation.harness.answer_texts import texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.evaluation.harness.kept_requests import add_answers, requests_of
+from lewis.evaluation.statistics.scores import HASH, plain_value
 from lewis.quick_imports import quick_imports
 from lewis.store import write_json
 
-HASH = 16  # hex digits kept of lm-eval's document hash: enough for one data set, in a quarter of the space
 # What every evaluation imports; the last takes most of the time.
 LIBRARIES = (
     "lm_eval.evaluator",
@@ -213,9 +213,8 @@ def evaluate(
 
     Returns:
         plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
-        `lewis.evaluation.statistics.scores.read` takes them; `ends` as `lewis.evaluation.statistics.scores.Ends`;
-        `texts` as `lewis.evaluation.harness.answer_texts.texts_of`;
-        `requests`, of a model to serve, as `lewis.evaluation.harness.kept_requests.requests_of`;
+        `read_samples` in `lewis.evaluation.statistics.scores` takes them; `ends` as `Ends` there;
+        `texts` as `texts_of`; `requests`, of a model to serve, as `requests_of`;
         `sources`, task -> repo (`path`), `config_name`, `split` and `revision` of documents from the Hub; with a look,
         `pools`, task -> how many documents it would have without.
     """
@@ -343,7 +342,7 @@ def _samples(name: str, rows: list[dict[str, Any]], task: Any) -> tuple[str, lis
     for filter_, of_document in by_filter.items():
         metrics = dict.fromkeys(metric for row in of_document.values() for metric in row["metrics"])
         for metric in metrics:
-            values = [_value(of_document.get(number, {}).get(metric)) for number in first]
+            values = [plain_value(of_document.get(number, {}).get(metric)) for number in first]
             aggregation = _aggregation(task, metric)
             if aggregation and any(value is not None for value in values):
                 key = f"{metric},{filter_}"
@@ -357,16 +356,6 @@ def _aggregation(task: Any, metric: str) -> str | None:
 
     known = {getattr(metrics, name): name for name in ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")}
     return known.get(task.aggregation().get(metric, metrics.mean))
-
-
-def _value(value: Any) -> Any:
-    """A number, or a pair (log-likelihood, weight); None for anything else."""
-    if isinstance(value, list | tuple) and len(value) == 2:
-        pair = [_value(each) for each in value]
-        return None if None in pair else pair
-    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-        value = value.item()
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _weights(group: Any, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:

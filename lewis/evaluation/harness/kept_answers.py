@@ -91,7 +91,8 @@ class KeptAnswers:
                 for place in places:
                     kept = self._kept[self._key(asked, _asked_of(name, requests[place].args))]
                     if kept:
-                        answers[place] = _plain(kept.popleft())
+                        first = kept.popleft()
+                        answers[place] = tuple(first) if isinstance(first, list) else first
                     else:
                         missing.append(place)
                 if missing:
@@ -171,10 +172,6 @@ class KeptAnswers:
 def _asked_of(name: str, args: Iterable[Any]) -> list[Any]:
     """What distinguishes requests of one method with the same settings."""
     return list(args)[: 1 if name == "generate_until" else 2]
-
-
-def _plain(answer: Any) -> Any:
-    return tuple(answer) if isinstance(answer, list) else answer
 
 
 @contextmanager

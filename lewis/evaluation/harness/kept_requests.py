@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lewis.evaluation.harness.answer_texts import texts_in
+from lewis.evaluation.harness.answer_texts import of_first_filter, texts_in
+from lewis.evaluation.harness.loaded_model import continued
 from lewis.redact import redacted
 
 DOCUMENTS = 32  # of one evaluation; its tasks have equal shares
@@ -29,7 +30,7 @@ def requests_of(
     found: dict[str, list[dict[str, Any]]] = {}
     for name, of_task in rows.items():
         ask = _ASKED.get(tasks[name].OUTPUT_TYPE)
-        own = [row for row in of_task if row["filter"] == of_task[0]["filter"]] if ask else []
+        own = of_first_filter(of_task) if ask else []
         most, kept = max(1, DOCUMENTS // len(rows)), list[dict[str, Any]]()
         for row in sorted(own, key=lambda row: (row["doc_hash"], row["doc_id"])):
             asked = list(ask(row)) if ask and len(kept) < most else []
@@ -44,12 +45,8 @@ def requests_of(
 
 def add_answers(lm: Any, requests: Mapping[str, list[dict[str, Any]]]) -> None:
     """Add greedy answers to the prompts that have none yet (multiple choice): lm-eval's model continues them."""
-    from lm_eval.api.instance import Instance
-
     missing = [each for of_task in requests.values() for each in of_task if "answer" not in each]
-    settings = {"until": [], "max_gen_toks": TOKENS, "do_sample": False}
-    asked = [Instance("generate_until", {}, (each["prompt"], dict(settings)), n) for n, each in enumerate(missing)]
-    for each, answer in zip(missing, lm.generate_until(asked, disable_tqdm=True) if asked else [], strict=True):
+    for each, answer in zip(missing, continued(lm, [each["prompt"] for each in missing], TOKENS), strict=True):
         each |= {"answer": answer, "until": [], "tokens": TOKENS}
 
 

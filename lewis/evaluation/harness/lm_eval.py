@@ -68,6 +68,10 @@ class EvalSettings:
         among = self.among or self.tasks
         return [replace(self, tasks=(task,), among=among) for task in dict.fromkeys(self.tasks)]
 
+    def drawn_by(self, digest: str) -> "EvalSettings":
+        """The same settings for a merge, whose digest draws the documents of `by_release`."""
+        return replace(self, seed=digest) if self.documents == "by_release" else self
+
     @property
     def whole(self) -> "EvalSettings":
         """The settings of all documents that these are a part of: answers to any of them are kept together."""

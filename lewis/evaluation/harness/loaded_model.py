@@ -4,14 +4,14 @@ The guards look at empty answers, generations that end, and perplexity.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from lewis import private_names
-from lewis.evaluation.harness.answer_texts import texts_in
+from lewis.evaluation.harness.answer_texts import of_first_filter, texts_in
 from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.models.files.safetensors_file import file_headers
 from lewis.models.lora.expert import WEIGHTS
@@ -132,8 +132,7 @@ def ends(
     """
     if getattr(lm, "batch_size_per_gpu", None) == "auto":  # else it searches again, for these few requests
         lm.batch_size_per_gpu = PROMPTS
-    # There is one row per document and filter; those of the first filter are taken.
-    of_task = {name: [row for row in each if row["filter"] == each[0]["filter"]] for name, each in rows.items()}
+    of_task = {name: of_first_filter(each) for name, each in rows.items()}
     pairs = ([(tasks[name], row) for row in each] for name, each in of_task.items())
     mixed = [pair for each in zip_longest(*pairs) for pair in each if pair is not None]
     prompts = dict.fromkeys(row["arguments"][0][0] for _, row in mixed if len(row["arguments"][0]) > 1)
@@ -164,11 +163,7 @@ def _ended(lm: Any, prompts: list[str]) -> list[bool]:
         prompts = [lm.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
     wanted = min(TOKENS, lm.max_length // 2)
     if not hasattr(lm, "model") or not hasattr(lm.model, "generation_config"):
-        from lm_eval.api.instance import Instance
-
-        settings = {"until": [], "max_gen_toks": wanted, "do_sample": False}
-        requests = [Instance("generate_until", {}, (prompt, dict(settings)), n) for n, prompt in enumerate(prompts)]
-        texts = lm.generate_until(requests, disable_tqdm=True)
+        texts = continued(lm, prompts, wanted)
         return [len(lm.tok_encode(text, add_special_tokens=False)) < wanted for text in texts]
     import torch
 
@@ -186,6 +181,15 @@ def _ended(lm: Any, prompts: list[str]) -> list[bool]:
             eos_token_id=stops or None,
         )
     return [bool(set(stops) & set(row.tolist())) for row in made[:, ids.shape[1] :]]
+
+
+def continued(lm: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+    """The greedy continuation of each prompt by lm-eval's model, of at most so many tokens."""
+    from lm_eval.api.instance import Instance
+
+    settings = {"until": [], "max_gen_toks": tokens, "do_sample": False}
+    asked = [Instance("generate_until", {}, (prompt, dict(settings)), n) for n, prompt in enumerate(prompts)]
+    return list(lm.generate_until(asked, disable_tqdm=True)) if asked else []
 
 
 def _answers(rows: list[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[str, str]]:

@@ -61,7 +61,7 @@ def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
     scores: dict[str, Sequence[str] | None] = {}
     pending = list(found.names)
     for name in pending:
-        config, inside = read(name, found)
+        config, inside = config_and_members(name, found)
         if inside is None:
             scores[name] = _of_task(config)
             continue
@@ -72,7 +72,7 @@ def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
     return scores
 
 
-def read(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
+def config_and_members(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
     """As `builtin_task`, and for the recipe's own tasks, too."""
     if name not in found.files:
         return builtin_task(name)
@@ -128,6 +128,7 @@ def hub_results(
     revisions: Mapping[str, str] = MappingProxyType({}),
     page: str = "",
     part: str = "",
+    shots: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """YAML of one score for each task whose documents are a dataset of the Hub; empty if there is none.
 
@@ -143,6 +144,7 @@ def hub_results(
         revisions: task -> commit of its dataset, where that is known.
         page: with the scores, for readers of the Hub; empty if there is none.
         part: of which part of the documents the scores are, if the evaluation ended early.
+        shots: task -> how many examples its prompts had: a task may fix another number than the recipe's.
     """
     if evaluate is None or part or evaluate.limit is not None or evaluate.documents != "all":
         return ""
@@ -153,8 +155,9 @@ def hub_results(
         if dataset := _dataset(task, found):
             own = [score for score in scores if score.task == task]
             chosen = next((s for s in own if metric == s.key), own[0])
-            shots = f", {evaluate.num_fewshot}-shot" if evaluate.num_fewshot is not None else ""
-            notes = f"lm-eval {version('lm-eval')}, {chosen.metric}{shots}"
+            notes = f"lm-eval {version('lm-eval')}, {chosen.metric}"
+            if evaluate.num_fewshot is not None:
+                notes += f", {shots.get(task, evaluate.num_fewshot)}-shot"
             entries.append(
                 EvalResultEntry(
                     dataset_id=dataset,

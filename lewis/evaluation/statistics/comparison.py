@@ -20,7 +20,7 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 CELLS = 4_000_000  # numbers drawn at once: 32 MB
 ROUNDING = 1e-12
-FEW = 20  # documents that differ, from which on resamples show how much the gain varies
+FEW = 20  # of fewer documents that differ, resamples do not show how much the gain varies
 
 
 class PairingError(LewisError):
@@ -158,6 +158,19 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, (len(p) - rank) * value))
         adjusted[name] = largest
     return {name: adjusted[name] for name in p}
+
+
+def table_cells(found: Comparison | None, label: str) -> dict[str, str]:
+    """The columns of a comparison in a table, in which `label` names the candidate; empty cells without a comparison.
+
+    An interval that is not finite, as from a single document, is left out.
+    """
+    columns = (f"gain of {label}", "95 % interval", "wins", "losses", "p")
+    if found is None:
+        return dict.fromkeys(columns, "")
+    interval = f"{found.low:+.4g} to {found.high:+.4g}" if math.isfinite(found.high - found.low) else ""
+    cells = (f"{found.delta:+.4g}", interval, str(found.wins), str(found.losses), f"{found.p:.3g}")
+    return dict(zip(columns, cells, strict=True))
 
 
 def _parts(candidate: Samples, reference: Samples, who: str) -> list[tuple[Part, Part]]:

@@ -5,6 +5,7 @@ document in ten (`CHANGED`); a pair that differs on more needs more documents.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from statistics import NormalDist
 
@@ -18,7 +19,7 @@ _Z = NormalDist().inv_cdf
 
 
 def spent(number: int) -> float:
-    """The one-sided error that the `number`-th version may spend which is compared with one reference.
+    """The one-sided error that the `number`-th version compared with one reference may spend.
 
     It is `ERROR / (number * (number + 1))`, 0.025 for the first. All of them together spend `ERROR`, so that of a
     hundred references at most five are ever replaced by a version that is no better.
@@ -41,6 +42,14 @@ def spread(parts: Iterable[tuple[float, int]]) -> float:
         parts: weight in the score, and number of documents, of each task.
     """
     return math.sqrt(CHANGED * sum(weight**2 / documents for weight, documents in parts))
+
+
+def sums_by_task(numbers: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Task -> the sum of its numbers: several metrics of a task have its documents in common, so they vary together."""
+    found = defaultdict[str, float](float)
+    for task, number in numbers:
+        found[task] += number
+    return found
 
 
 def margin(spread: float, tests: int = 1) -> float:

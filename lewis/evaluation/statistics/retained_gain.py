@@ -63,7 +63,7 @@ def kept_rows(found: Sequence[Kept]) -> list[dict[str, str]]:
     return [
         {
             "expert": each.expert,
-            "task": f"{each.best.key} {'↑' if each.best.higher_is_better else '↓'}",
+            "task": f"{each.best.key} {each.best.arrow}",
             "base": f"{each.base.value:.4g}",
             "expert's score": f"{each.best.value:.4g}",
             "merged": f"{each.merged.value:.4g}" if each.merged else "-",

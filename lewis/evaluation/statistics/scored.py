@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lewis.errors import InputError, nearest
-from lewis.evaluation.statistics.comparison import Comparison, compare, interval
+from lewis.evaluation.statistics import power
+from lewis.evaluation.statistics.comparison import Comparison, compare, interval, table_cells
 from lewis.evaluation.statistics.scores import Ends, Evaluated, Samples, Score, Texts, by_key, combined, read_texts
 
 WEIGHTED = ("weighted", "mean,none")  # task and metric of the weighted mean of `evaluate.weights`
@@ -100,14 +101,10 @@ def comparison_rows(models: Sequence[Scored]) -> list[dict[str, str]]:
             theirs = model.by_name[key]
             rows.append(
                 {
-                    "metric": f"{key} {'↑' if score.higher_is_better else '↓'}",
+                    "metric": f"{key} {score.arrow}",
                     "model": model.label,
-                    "score": f"{theirs.value:.4g}" + (f" ± {theirs.stderr:.2g}" if theirs.stderr is not None else ""),
-                    f"gain of {ours.label}": f"{found.delta:+.4g}" if found else "",
-                    "95 % interval": _range(found.low, found.high) if found else "",
-                    "wins": str(found.wins) if found else "",
-                    "losses": str(found.losses) if found else "",
-                    "p": f"{found.p:.3g}" if found else "",
+                    "score": theirs.text,
+                    **table_cells(found, ours.label),
                     "documents": str(theirs.samples),
                 }
             )
@@ -129,31 +126,21 @@ def intervals(models: Sequence[Scored]) -> dict[tuple[str, str, str], tuple[floa
 def _weighted(
     scores: Sequence[Score], samples: Mapping[str, Samples], weights: Mapping[str, float]
 ) -> tuple[Score, Samples]:
-    of: list[tuple[Samples, float]] = []
-    known = {score.key: score for score in scores}
-    directions, value = set(), 0.0
-    errors = dict[str, float]()  # of each task: scores of one task vary together, at most as their sum
+    shares = list[tuple[Score, float]]()
     for name, weight in weights.items():
-        key = next((k for k, score in known.items() if name in (k, score.task) and k in samples), None)
-        if key is None:
+        score = next((each for each in scores if name in (each.key, each.task) and each.key in samples), None)
+        if score is None:
             choices = [*samples, *{score.task for score in scores}]
             raise InputError(
                 f"evaluate.weights: expected a task or a score with a value per document, got {name!r}"
                 f"{nearest(name, choices)}"
             )
-        share = weight / sum(weights.values())
-        of.append((samples[key], share))
-        directions.add(known[key].higher_is_better)
-        value += share * known[key].value
-        stderr = known[key].stderr
-        own = math.nan if stderr is None else share * stderr
-        errors[known[key].task] = errors.get(known[key].task, 0.0) + own
-    if len(directions) > 1:
+        shares.append((score, weight / sum(weights.values())))
+    if len({score.higher_is_better for score, _ in shares}) > 1:
         raise InputError("evaluate.weights: some of these scores are better high, others low; weight one kind only")
-    mean = combined(*WEIGHTED, of)
-    spread = None if any(map(math.isnan, errors.values())) else math.hypot(*errors.values())
-    return Score(*WEIGHTED, value, spread, directions.pop(), mean.count), mean
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:+.4g} to {high:+.4g}" if math.isfinite(low) and math.isfinite(high) else ""
+    mean = combined(*WEIGHTED, [(samples[score.key], share) for score, share in shares])
+    value = sum(share * score.value for score, share in shares)
+    errors = power.sums_by_task((s.task, math.nan if s.stderr is None else share * s.stderr) for s, share in shares)
+    spread = math.hypot(*errors.values())
+    stderr = None if math.isnan(spread) else spread
+    return Score(*WEIGHTED, value, stderr, shares[0][0].higher_is_better, mean.count), mean

@@ -1,7 +1,7 @@
 """What lm-eval said of one model: scores, the value of each document, and the table of several models."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lewis.errors import LewisError
 
+HASH = 16  # hex digits kept of lm-eval's hash of a document: enough for one data set, in a quarter of the space
 Value = float | tuple[float, float] | None
 
 
@@ -80,10 +81,6 @@ class Samples:
         """Whether no document has a NaN or an infinite value."""
         return all(bool(np.isfinite(part.sums()).all()) for part in self.parts)
 
-    def weighted(self, factor: float) -> Iterator[Part]:
-        """The parts, with `factor` times their weight."""
-        return (replace(part, weight=factor * part.weight) for part in self.parts)
-
 
 @dataclass(frozen=True)
 class Ends:
@@ -102,7 +99,17 @@ class Ends:
     perplexity: float | None
 
 
-def read(content: Mapping[str, Any]) -> list[Samples]:
+def plain_value(value: Any) -> Any:
+    """What lm-eval says of a document: a number, or a pair [log-likelihood, weight]; None for anything else."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        pair = [plain_value(each) for each in value]
+        return pair if all(isinstance(each, float) for each in pair) else None
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        value = value.item()
+    return float(value) if isinstance(value, int | float) else None
+
+
+def read_samples(content: Mapping[str, Any]) -> list[Samples]:
     """The samples of tasks and of groups, from what the harness returned.
 
     Args:
@@ -133,7 +140,8 @@ def places_of(documents: Sequence[str]) -> dict[tuple[str, int], int]:
 
 def combined(task: str, metric: str, of: Sequence[tuple[Samples, float]]) -> Samples:
     """The weighted sum of several metrics, as a metric."""
-    return Samples(task, metric, tuple(part for each, weight in of for part in each.weighted(weight)))
+    parts = (replace(part, weight=weight * part.weight) for each, weight in of for part in each.parts)
+    return Samples(task, metric, tuple(parts))
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,16 @@ class Score:
         """`task/metric,filter`, as a recipe names it."""
         return f"{self.task}/{self.metric}"
 
+    @property
+    def arrow(self) -> str:
+        """Which way is better."""
+        return "↑" if self.higher_is_better else "↓"
+
+    @property
+    def text(self) -> str:
+        """The number with its standard error: `0.93 ± 0.02`."""
+        return f"{self.value:.4g}" + ("" if self.stderr is None else f" ± {self.stderr:.2g}")
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -211,7 +229,7 @@ class Evaluated:
         Raises:
             LewisError: if a score is not finite, or there is no score.
         """
-        return cls(_scores(model, content), read(content), Ends(**content["ends"]), content)
+        return cls(_scores(model, content), read_samples(content), Ends(**content["ends"]), content)
 
 
 def score_table(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, str]]:
@@ -219,23 +237,16 @@ def score_table(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, str]]:
 
     The arrow in a column's name says which way is better.
     """
-    columns = {(s.task, s.metric): s.higher_is_better for found in scores.values() for s in found}
-    cells = {(model, s.task, s.metric): s for model, found in scores.items() for s in found}
     rows = [{"model": model} for model in scores]
-    for (task, metric), higher in columns.items():
-        values = [cells[key].value for key in cells if key[1:] == (task, metric)]
-        best = max(values) if higher else min(values)
+    for each in {score.key: score for found in scores.values() for score in found}.values():
+        cells = {model: score for model, found in scores.items() for score in found if score.key == each.key}
+        values = [score.value for score in cells.values()]
+        best = max(values) if each.higher_is_better else min(values)
         for row in rows:
-            score = cells.get((row["model"], task, metric))
-            row[f"{task}/{metric} {'↑' if higher else '↓'}"] = _cell(score, best, mark=len(values) > 1)
+            score = cells.get(row["model"])
+            mark = " *" if score and len(values) > 1 and score.value == best else ""
+            row[f"{each.key} {each.arrow}"] = f"{score.text}{mark}" if score else "-"
     return rows
-
-
-def _cell(score: Score | None, best: float, mark: bool) -> str:
-    if score is None:
-        return "-"
-    spread = "" if score.stderr is None else f" ± {score.stderr:.2g}"
-    return f"{score.value:.4g}{spread}" + (" *" if mark and score.value == best else "")
 
 
 def _scores(model: str, result: Mapping[str, Any]) -> list[Score]:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,7 @@ def test_results_of_lm_eval(compared: Told, tmp_path: Path) -> None:
     one = results(tmp_path / "one", [1])  # a document has no interval, which JSON cannot say by a number
     code, out, _ = compared(one, one, "--json")
     assert code == 0 and json.loads(out, parse_constant=pytest.fail)["rows"][0]["low"] is None
+    assert "-inf" not in compared(one, one)[1]
 
 
 def test_what_lm_eval_does_not_say_of_each_document_is_named(compared: Told, tmp_path: Path) -> None:
@@ -163,6 +166,22 @@ def test_models_that_were_scored_here(compared: Told, family: Family, home: Path
     # What lm-eval wrote elsewhere, against a model of the store.
     code, out, _ = compared(results(tmp_path / "out", RIGHT["better"]), family.math, "--json")
     assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.9, 0.2]
+
+
+def test_a_comparison_is_no_use_of_scores_so_that_the_last_used_ones_stay_these(
+    compared: Told, family: Family, tmp_path: Path
+) -> None:
+    for how, days in (("new", 2), ("old", 3)):
+        for number, folder in enumerate(family.experts):
+            right = RIGHT["better" if number and how == "new" else "worse"]
+            path = kinds.SCORES.path(f"{how}{number}")
+            store.write_entry(path, content(right, model=pin(str(folder), tmp_path).key, scored_as=how))
+            os.utime(path, (time.time() - days * 86400,) * 2)
+    before = [path.stat().st_mtime for path in kinds.SCORES.entries()]
+    for _ in range(2):
+        code, out, _ = compared(*family.experts, "--json")
+        assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
+    assert [path.stat().st_mtime for path in kinds.SCORES.entries()] == before
 
 
 def test_a_merged_adapter_is_known_by_its_folder(compared: Told, family: Family, tmp_path: Path) -> None:

@@ -42,9 +42,9 @@ def test_documents_that_differ_in_score_come_first_then_those_with_other_answers
     found = side_by_side(None, [base, model("lewis", ANSWERS, sums=[1, 0, 1, 1, 0])])
     assert found and (found.ours, found.reference, found.experts) == ("lewis", "base", ())
     names = [("sums", "d2", 1), ("sums", "d3", 0), ("sums", "d2", 0), ("sums", "d0", 0), ("sums", "d1", 0)]
-    assert [each.name for each in found.shown(5)] == names and [each.name for each in found.shown(2)] == names[:2]
-    assert [each.gain for each in found.shown(3)] == [1, -1, 0]
-    [pair] = [each.texts for each in found.shown(3) if each.name == names[2]]
+    assert [each.name for each in found.shown()[:5]] == names and [each.name for each in found.shown()[:2]] == names[:2]
+    assert [each.gain for each in found.shown()[:3]] == [1, -1, 0]
+    [pair] = [each.texts for each in found.shown()[:3] if each.name == names[2]]
     assert pair and [each.answer for each in pair] == ["c", "x"]
 
 
@@ -66,7 +66,7 @@ def test_what_is_lost_and_which_expert_has_it_right() -> None:
         ("words/acc,none", ("d1", 0), ("code",)),
         ("sums/acc,none", ("d2", 0), ("math", "code")),
     ]
-    assert [each.name for each in found.shown(20)] == [("sums", "d0", 0)]
+    assert [each.name for each in found.shown()[:20]] == [("sums", "d0", 0)]
 
 
 def test_where_lower_is_better_a_document_is_lost_that_grows() -> None:

@@ -12,7 +12,7 @@ from lewis.evaluation.gate import Incumbent, Standing, decide, judge
 from lewis.evaluation.statistics.comparison import PairingError
 from lewis.evaluation.statistics.looks import Look
 from lewis.evaluation.statistics.scored import Scored
-from lewis.evaluation.statistics.scores import Ends, Evaluated, Part, Samples, Score
+from lewis.evaluation.statistics.scores import Ends, Evaluated, Part, Samples, Score, combined
 from lewis.recipe.schema import Gate
 
 KEY = "maths/exact_match,none"
@@ -36,8 +36,7 @@ def model(label: str, ends: Ends = GOOD, *, weights=None, higher=True, group=Non
         scores.append(Score(task, "exact_match,none", sum(plain) / len(plain), 0.01, higher, len(plain)))
         samples.append(Samples(task, "exact_match,none", (part,)))
     if group:
-        parts = tuple(part for each in samples for part in each.weighted(1 / len(samples)))
-        samples.append(Samples(group, "exact_match,none", parts))
+        samples.append(combined(group, "exact_match,none", [(each, 1 / len(samples)) for each in samples]))
         scores.append(Score(group, "exact_match,none", samples[-1].value(), 0.01, higher, 1))
     return Scored.of(label, label, Evaluated(scores, samples, ends, {}), weights)
 

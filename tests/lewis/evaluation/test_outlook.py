@@ -89,6 +89,11 @@ def test_a_gain_is_asked_of_the_task_of_the_metric_not_of_one_whose_name_begins_
     assert first.startswith("sum: 200 documents, margin 0.065:") and second.startswith("sums: 200 documents, a gain")
 
 
+def test_a_task_whose_gain_is_asked_for_needs_no_margin_also_where_its_documents_are_not_known(root: Path) -> None:
+    _, line = said(root, {"metric": "odd/acc,none", "policy": "better"}, "odd", "sums")
+    assert line.startswith("sums: 200 documents, margin 0.065:")
+
+
 def test_who_is_asked_about_what_passes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asks = {"metric": "odd/acc,none", "judge": {"model": "wise"}, "approve": True, "approve_hours": 2}
     wise, person = "what passes is shown to the judge wise at", "what passes waits up to 2 hours for a person"

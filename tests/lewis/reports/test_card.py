@@ -151,3 +151,4 @@ def test_the_licences_of_the_parents_are_told_and_those_without_named() -> None:
     same = made(a="mit", b="mit")
     assert same.data.license == "mit" and "Ask the authors" not in same.text
     assert made(a=None, b=None).data.license is None
+    assert "| `` a`b `` | mit |" in made(**{"a`b": "mit"}).text

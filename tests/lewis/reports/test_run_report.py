@@ -38,8 +38,7 @@ def test_the_whole_report() -> None:
         champion="models:/m/2",
         changes=[Change("org/base", OLD, OLD), Change("org/math", OLD, NEW)],
         work={"measure": (1, 2), "evaluate": (0, 0)},
-        scores={"base": [score(0.25)], "lewis": [score(0.5)]},
-        merged="lewis",
+        scores={"base": [score(0.25)], "merged": [score(0.5)]},
         verdict=Verdict(True, ("gain 0.25: pass",), "models:/m/2"),
         means={"org/math": 0.5},
         links={"MLflow run": "http://127.0.0.1:5000/#/runs/1"},
@@ -68,7 +67,7 @@ Started by hand. Took 3 min 5 s. Merge digest `5c1f0a2b`.
 
 ## Scores
 
-| metric | `base` | `lewis` | vs base |
+| metric | `base` | `merged` | vs base |
 | --- | --- | --- | --- |
 | `gsm8k/exact_match,none` ↑ | 0.25 | 0.5 | +0.25 ✓ |
 
@@ -139,18 +138,18 @@ def test_what_is_kept_of_the_experts_gains_is_in_the_report() -> None:
 
 
 def test_a_gap_is_marked_by_which_way_is_better() -> None:
-    scores = {"base": [score(2.0, False)], "champion": [score(1.0, False)], "lewis": [score(1.5, False)]}
-    assert score_rows(scores, "lewis") == [
+    scores = {"base": [score(2.0, False)], "champion": [score(1.0, False)], "merged": [score(1.5, False)]}
+    assert score_rows(scores) == [
         {
             "metric": "`gsm8k/exact_match,none` ↓",
             "`base`": "2",
             "`champion`": "1",
-            "`lewis`": "1.5",
+            "`merged`": "1.5",
             "vs base": "-0.5 ✓",
             "vs champion": "+0.5 ✗",
         }
     ]
-    [row] = score_rows({"champion": [], "lewis": [score(0.5)]}, "lewis")
+    [row] = score_rows({"champion": [], "merged": [score(0.5)]})
     assert row["`champion`"] == row["vs champion"] == "-"
 
 

@@ -169,6 +169,15 @@ class TestLog:
         }
         assert len(digests) == 5
 
+    def test_other_weights_are_another_search_where_they_make_the_score(self, recipe: Recipe) -> None:
+        def digest(objective: Objective, weights: str) -> str:
+            weighted = parse(**{"tasks: [x]": f"tasks: [x, y], weights: {{{weights}}}"})
+            return Log(weighted, [objective], INPUTS, "t").digest
+
+        mean = Objective("weighted/mean,none", True)
+        assert digest(mean, "x: 1, y: 2") != digest(mean, "x: 2, y: 1")
+        assert digest(ACC, "x: 1, y: 2") == Log(recipe, [ACC], INPUTS, "t").digest
+
     def test_failed_and_pruned(self, recipe: Recipe) -> None:
         """What a test shows to be worse than the best is given up; a score alone decides nothing."""
         log = Log(recipe, [ACC], INPUTS, "t")
@@ -182,8 +191,15 @@ class TestLog:
         trial = log.ask()
         assert not log.behind(trial, -1.0, documents=8, p=0.06)
         seen = Log(recipe, [ACC], INPUTS, "t").trials
-        assert [each.state for each in seen[1:]] == ["pruned", "failed"]
+        assert [(each.state, each.scores) for each in seen[1:]] == [("pruned", ()), ("failed", ())]
         assert seen[-1].reason == "no such density" and Log(recipe, [ACC], INPUTS, "t").front[0].scores == (4.0,)
+
+    def test_the_best_trial_stays_done_if_it_cannot_be_scored_again(self, recipe: Recipe) -> None:
+        log = Log(recipe, [ACC], INPUTS, "t")
+        run(log, 1, closeness)
+        for again in (log, Log(recipe, [ACC], INPUTS, "t")):
+            again.failed(again.front[0], "lm-eval did not finish")
+            assert [(each.state, each.reason) for each in again.trials] == [("done", "")]
 
     def test_nothing_done_has_no_front(self, recipe: Recipe) -> None:
         log = Log(recipe, [ACC], INPUTS, "t")

@@ -57,6 +57,15 @@ def test_an_entry_names_the_commit_of_its_documents_and_the_page_of_the_scores(t
         assert hub_results(recipe.evaluate, recipe.root, None, [SCORES[2]], part="64 of 100") == ""
 
 
+def test_a_task_that_fixes_its_examples_is_noted_with_those(tmp_path: Path) -> None:
+    (tmp_path / "hub.yaml").write_text("task: own\ndataset_path: org/data\n")
+    models = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}]}
+    recipe = parse({**models, "evaluate": {"tasks": ["hub.yaml"], "num_fewshot": 5}}, root=tmp_path)
+    for shots, noted in (({"own": 0}, "0-shot"), ({}, "5-shot")):
+        (entry,) = yaml.safe_load(hub_results(recipe.evaluate, recipe.root, None, [SCORES[2]], shots=shots))
+        assert entry["notes"].endswith(f", acc,none, {noted}")
+
+
 def test_tasks_of_the_recipe_do_not_read_those_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "builtin_task", lambda name: pytest.fail("read"))
     (tmp_path / "own.yaml").write_text(TASK)
