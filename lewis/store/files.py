@@ -25,7 +25,7 @@ from lewis.input_files import open_regular
 from lewis.settings import size_text
 from lewis.store import size
 from lewis.store.folders import holds, home, make_folder, restrict, umask
-from lewis.store.scratch import beside, is_dead
+from lewis.store.scratch import beside, is_dead, writer_of
 
 MANIFEST = "lewis.json"
 CARD = ("README.md", "density.png", ".eval_results/lewis.yaml")
@@ -149,14 +149,18 @@ def sweep(folder: Path, target: str | None = None) -> None:
 
 
 def is_abandoned(leftover: Path) -> bool:
-    """Whether the process that wrote to `leftover`, a scratch path of this module, is dead (`scratch.is_dead`)."""
+    """Whether `leftover` is a scratch path of LEWIS whose process is dead (`scratch.is_dead`).
+
+    Outputs may be written to folders of people, who have hidden files of this ending, too: downloads, for example.
+    """
     if leftover.name.endswith(RESUMABLE):
         try:
             with lock(str(leftover.absolute())).acquire(timeout=0):
                 return True
         except Timeout:
             return False
-    return is_dead(leftover.name.split(".")[-3], leftover)
+    writer = writer_of(leftover)
+    return writer is not None and is_dead(writer, leftover)
 
 
 def _can_resume(leftover: Path) -> bool:

@@ -12,6 +12,7 @@ dies. The next process that makes such a folder removes those that nobody holds.
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -21,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 AGE = 86400.0  # seconds; what a writer that cannot be asked has not touched for so long is abandoned
+_BESIDE = re.compile(r"\..+\.((?:[0-9a-f]{12}|unknown)-\d+)\.\w+\.partial")  # the group is the writer
 _FOLDER = "lewis-tmp-"  # how the names of temporary folders begin
 _MADE, _NEW = f"{_FOLDER}new-", 60.0  # until they are locked; seconds that this takes at most
 
@@ -33,6 +35,12 @@ def writer() -> str:
 def beside(path: Path) -> Path:
     """A scratch path in the same folder. Readers ignore it, and `sweep` removes it once this process is dead."""
     return path.with_name(f".{path.name}.{writer()}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def writer_of(path: Path) -> str | None:
+    """The writer of a scratch path as `beside` names them; None if the path is no such, but somebody else's."""
+    found = _BESIDE.fullmatch(path.name)
+    return found[1] if found else None
 
 
 def is_dead(name: str, left: Path) -> bool:
