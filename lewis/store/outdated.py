@@ -77,8 +77,9 @@ def remove(found: Outdated) -> None:
     kind = kinds.TABLE[name]
     entry = f"{root}/{name}/{kind.path(digest).name}"
     try:
-        with suppress(FileNotFoundError):  # somebody else was quicker
+        with suppress(FileNotFoundError):  # an upload that was broken off has none
             system.rm_file(remote.head_object(kind, entry))
+        with suppress(FileNotFoundError):  # somebody else was quicker
             if kind.manifest:
                 system.rm(entry, recursive=True)
             elif kind.beside:

@@ -134,12 +134,15 @@ def test_remote_entries_go_when_nothing_needs_them(home: Path, tmp_path: Path, m
             lambda path: store.read_json(path / store.MANIFEST)["model"] == "needed", ""
         ),
     }
+    cut = remote / "grams" / ("d" * 64)  # an upload that was broken off: it has no manifest
+    cut.mkdir()
+    (cut / "x").write_bytes(b"x" * 2000)
     before = time.time() + 3600
     assert in_remote.entries(time.time() - 3600, needed) == []  # all are young
     for kind, mark in ((kinds.SCORES, ""), (kinds.GRAMS, store.MANIFEST)):
         os.utime(kind.path(names["used"]) / mark, (before + 60, before + 60))
     found = in_remote.entries(before, needed)
-    assert sorted(each.key for each in found) == [f"grams/{names['unused']}", f"scores/{names['unused']}"]
+    assert sorted(each.key for each in found) == [f"grams/{names['unused']}", f"grams/{cut.name}", f"scores/{names['unused']}"]
     assert min(each.bytes for each in found if each.key.startswith("grams")) > 1000
     for each in found:
         in_remote.remove(each)
