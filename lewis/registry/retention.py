@@ -14,13 +14,14 @@ from lewis.registry import history, lineage, logged_model, tracking
 from lewis.store import housekeeping, kinds, size
 from lewis.store.housekeeping import Needed
 from lewis.store.outdated import Outdated
-from lewis.store.runs import notes
+from lewis.store.runs import active_since
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
+logger = logging.getLogger(__name__)
 _PARENT = "mlflow.parentRunId"
 _FLOW_RUN = "lewis.prefect.flow_run_id"
 _NOT_MADE_FROM = ", no registered version was made from it"
@@ -175,9 +176,6 @@ def _content(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-logger = logging.getLogger(__name__)
-
-
 def make_room(needed: int) -> int:
     """Remove from the store what is needed least, until its quota leaves `needed` bytes; gives the bytes freed.
 
@@ -191,9 +189,8 @@ def make_room(needed: int) -> int:
     quota = size.quota()
     if quota is None or (missing := size.total() + needed - quota) <= 0:
         return 0
-    # The notes of runs, also of dead ones that nobody has cleared yet: then more stays.
-    began = min((note.stat().st_mtime for note in notes()), default=None)
-    found = housekeeping.survey(0, needed=by_versions(), active_since=began)
+    # A run that died may be run again, and needs what it had used.
+    found = housekeeping.survey(0, needed=by_versions(), active_since=active_since(dead=True))
     chosen, sum_ = list[housekeeping.Removable](), 0
     for item in sorted(found, key=lambda each: each.last_used):
         if sum_ >= missing:
