@@ -142,7 +142,11 @@ def test_remote_entries_go_when_nothing_needs_them(home: Path, tmp_path: Path, m
     for kind, mark in ((kinds.SCORES, ""), (kinds.GRAMS, store.MANIFEST)):
         os.utime(kind.path(names["used"]) / mark, (before + 60, before + 60))
     found = in_remote.entries(before, needed)
-    assert sorted(each.key for each in found) == [f"grams/{names['unused']}", f"grams/{cut.name}", f"scores/{names['unused']}"]
+    assert sorted(each.key for each in found) == [
+        f"grams/{names['unused']}",
+        f"grams/{cut.name}",
+        f"scores/{names['unused']}",
+    ]
     assert min(each.bytes for each in found if each.key.startswith("grams")) > 1000
     for each in found:
         in_remote.remove(each)
