@@ -121,7 +121,7 @@ def _unknown(client: "MlflowClient", what: str, name: str) -> InputError:
     """The error for a name that does not exist; it lists those that do."""
     there = client.search_model_versions(f"name='{name}'")
     if not there:
-        models = [each.name for each in client.search_registered_models()]
+        models = [each.name for each in tracking.every(client.search_registered_models)]
         hint = nearest(name, models) if models else "; no model is registered"
         return InputError(f"{what}: expected a registered model, got {name!r}{hint}")
     numbers = ", ".join(sorted((str(each.version) for each in there), key=int))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from lewis.registry import history, outbox, tracking, versions
 from lewis.registry.aliases import set_alias
 from lewis.registry.outbox import Move
-from lewis.registry.retention import all_versions
 from lewis.registry.versions import DAMAGED, Version
 from lewis.store import verification
 from lewis.store.manifest import DamagedError
@@ -42,7 +41,7 @@ def verify() -> Verified:
     readable = all(each.kind != verification.DATABASE for each in damaged)
     if readable and tracking.exists():  # without a database nothing was registered, and a look should not create one
         with tracking.client("checking the registered versions") as client:
-            for version in all_versions(client):
+            for version in tracking.every(client.search_model_versions):
                 digest = version.tags.get("lewis.digest")
                 if not digest:  # LEWIS did not register it, or gave it up
                     continue

@@ -19,7 +19,6 @@ from lewis.store.runs import active_since
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
 
 logger = logging.getLogger(__name__)
 _PARENT = "mlflow.parentRunId"
@@ -82,15 +81,6 @@ def by_versions() -> dict[str, Needed]:
     }
 
 
-def all_versions(client: "MlflowClient") -> Iterator["ModelVersion"]:
-    """All versions of all registered models."""
-    token: str | None = None
-    while token is None or token:
-        page = client.search_model_versions(max_results=1000, page_token=token)
-        yield from page
-        token = page.token or ""
-
-
 def runs(before: float) -> tuple[list[Outdated], set[str]]:
     """Old runs of MLflow that can go: not of a version, not in a chart, not the newest search of a name.
 
@@ -107,7 +97,7 @@ def runs(before: float) -> tuple[list[Outdated], set[str]]:
     if not tracking.exists():  # a look should not create a database
         return [], set()
     with tracking.client("looking for old runs") as client:
-        versions = {str(version.run_id) for version in all_versions(client)}
+        versions = {str(version.run_id) for version in tracking.every(client.search_model_versions)}
         found = {str(run.info.run_id): run for run in _all_runs(client)}
     kept = {key for key, run in found.items() if key in versions or history.CHART in run.data.tags}
     newest: dict[str, tuple[float, str]] = {}
@@ -148,11 +138,8 @@ def _all_runs(client: "MlflowClient") -> Iterator["Run"]:
     """All runs of ours, in the experiment and in those of the teams."""
     base = tracking.experiment_name()
     ids = [e.experiment_id for e in client.search_experiments() if e.name == base or e.name.startswith(f"{base}/")]
-    token: str | None = None
-    while ids and (token is None or token):
-        page = client.search_runs(ids, max_results=1000, page_token=token)
-        yield from (run for run in page if any(tag.startswith("lewis.") for tag in run.data.tags))
-        token = page.token or ""
+    runs = tracking.every(client.search_runs, ids) if ids else ()
+    return (run for run in runs if any(tag.startswith("lewis.") for tag in run.data.tags))
 
 
 def _ended_before(run: "Run", before: float) -> bool:
@@ -163,7 +150,7 @@ def _read() -> _Versions:
     tags: list[dict[str, str]] = []
     if tracking.exists():  # without a database nothing was registered, and a look should not create one
         with tracking.client("listing the registered versions") as client:
-            tags = [version.tags for version in all_versions(client)]
+            tags = [version.tags for version in tracking.every(client.search_model_versions)]
     merges = {each["lewis.digest"] for each in tags if each.get("lewis.digest")}
     inputs = {key for each in tags for key in lineage.sources(each).values()}
     manifests = [store.read_json(kinds.MERGED.path(digest) / store.MANIFEST) or {} for digest in merges]

@@ -6,7 +6,7 @@ import os
 import posixpath
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +170,20 @@ def experiment(client: "MlflowClient", team: str = "") -> str:
         restore = f"mlflow experiments restore -x {found.experiment_id}"
         raise InputError(f"MLflow's experiment {name!r} is deleted: run `{restore}`, or set MLFLOW_EXPERIMENT_NAME")
     return str(found.experiment_id)
+
+
+def every(search: Callable[..., Any], *given: Any) -> Iterator[Any]:
+    """All that a search finds: MLflow gives it in pages, of models a hundred in each.
+
+    Args:
+        search: a method of the client.
+        given: its arguments.
+    """
+    page = search(*given)
+    yield from page
+    while page.token:
+        page = search(*given, page_token=page.token)
+        yield from page
 
 
 def log_numbers(
