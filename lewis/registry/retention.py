@@ -5,7 +5,6 @@ Of the store they need their checkpoints, what these were made from, and the sco
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,43 +25,6 @@ _FLOW_RUN = "lewis.prefect.flow_run_id"
 _NOT_MADE_FROM = ", no registered version was made from it"
 
 
-@dataclass(frozen=True)
-class _Versions:
-    """What all registered versions were made of, from their tags and manifests.
-
-    Attributes:
-        merges: digests of the registered merges.
-        inputs: commits and content digests of everything that they were made from.
-        means: expert -> mean density, one mapping for each merge that has densities.
-    """
-
-    merges: set[str]
-    inputs: set[str]
-    means: list[dict[str, float]]
-
-    def is_merge(self, path: Path) -> bool:
-        """Whether the merged checkpoint at a path belongs to a registered version."""
-        return path.stem in self.merges
-
-    def is_calibration(self, path: Path) -> bool:
-        """Whether a version was made from a calibration set."""
-        return path.stem in self.inputs
-
-    def is_measurement(self, path: Path) -> bool:
-        """Whether a version was made from the model and the calibration set of norms or second-order statistics."""
-        content = _content(path)
-        return {content.get("model"), content.get("calibration")} <= self.inputs
-
-    def is_allocation(self, path: Path) -> bool:
-        """Whether a version has the mean densities of an allocation, which does not name its merge."""
-        experts = _content(path).get("experts") or {}
-        return {ref: fields.get("mean") for ref, fields in experts.items()} in self.means
-
-    def is_score(self, path: Path) -> bool:
-        """Whether scores are of a registered merge, or of a model that one was made from."""
-        return _content(path).get("model") in self.inputs | self.merges
-
-
 def by_versions() -> dict[str, Needed]:
     """For `housekeeping.survey`: name of a kind -> what to keep of it. Asks MLflow for all registered versions.
 
@@ -70,14 +32,27 @@ def by_versions() -> dict[str, Needed]:
         TransientError: if MLflow does not answer.
         LewisError: if MLflow refuses.
     """
-    found = _read()
+    merges, inputs, means = _registered()
+    models = inputs | merges
+
+    def is_measured_for_one(path: Path) -> bool:  # norms or second-order statistics: of a model and a calibration set
+        content = _content(path)
+        return {content.get("model"), content.get("calibration")} <= inputs
+
+    def is_allocation_of_one(path: Path) -> bool:  # by the mean densities: it does not name its merge
+        experts = _content(path).get("experts") or {}
+        return {ref: fields.get("mean") for ref, fields in experts.items()} in means
+
     return {
-        kinds.MERGED.name: Needed(found.is_merge, ", not registered"),
-        kinds.IMPORTANCE.name: Needed(found.is_measurement, _NOT_MADE_FROM),
-        kinds.GRAMS.name: Needed(found.is_measurement, _NOT_MADE_FROM),
-        kinds.ALLOCATIONS.name: Needed(found.is_allocation, _NOT_MADE_FROM),
-        kinds.CALIBRATIONS.name: Needed(found.is_calibration, _NOT_MADE_FROM),
-        kinds.SCORES.name: Needed(found.is_score, ", not of a registered version or what it was made from"),
+        kinds.MERGED.name: Needed(lambda path: path.stem in merges, ", not registered"),
+        kinds.IMPORTANCE.name: Needed(is_measured_for_one, _NOT_MADE_FROM),
+        kinds.GRAMS.name: Needed(is_measured_for_one, _NOT_MADE_FROM),
+        kinds.ALLOCATIONS.name: Needed(is_allocation_of_one, _NOT_MADE_FROM),
+        kinds.CALIBRATIONS.name: Needed(lambda path: path.stem in inputs, _NOT_MADE_FROM),
+        kinds.SCORES.name: Needed(
+            lambda path: _content(path).get("model") in models,
+            ", not of a registered version or what it was made from",
+        ),
     }
 
 
@@ -138,15 +113,21 @@ def _all_runs(client: "MlflowClient") -> Iterator["Run"]:
     """All runs of ours, in the experiment and in those of the teams."""
     base = tracking.experiment_name()
     ids = [e.experiment_id for e in client.search_experiments() if e.name == base or e.name.startswith(f"{base}/")]
-    runs = tracking.every(client.search_runs, ids) if ids else ()
-    return (run for run in runs if any(tag.startswith("lewis.") for tag in run.data.tags))
+    found = tracking.every(client.search_runs, ids) if ids else ()
+    return (run for run in found if any(tag.startswith("lewis.") for tag in run.data.tags))
 
 
 def _ended_before(run: "Run", before: float) -> bool:
     return run.info.status != "RUNNING" and bool(run.info.end_time) and run.info.end_time / 1000 < before
 
 
-def _read() -> _Versions:
+def _registered() -> tuple[set[str], set[str], list[dict[str, float]]]:
+    """What all registered versions were made of, from their tags and manifests.
+
+    Returns:
+        The digests of the merges; commits and content digests of everything that they were made from; and, for each
+        merge that has densities, expert -> mean density.
+    """
     tags: list[dict[str, str]] = []
     if tracking.exists():  # without a database nothing was registered, and a look should not create one
         with tracking.client("listing the registered versions") as client:
@@ -154,7 +135,7 @@ def _read() -> _Versions:
     merges = {each["lewis.digest"] for each in tags if each.get("lewis.digest")}
     inputs = {key for each in tags for key in lineage.sources(each).values()}
     manifests = [store.read_json(kinds.MERGED.path(digest) / store.MANIFEST) or {} for digest in merges]
-    return _Versions(merges, inputs, [found["mean_density"] for found in manifests if found.get("mean_density")])
+    return merges, inputs, [found["mean_density"] for found in manifests if found.get("mean_density")]
 
 
 def _content(path: Path) -> dict[str, Any]:
