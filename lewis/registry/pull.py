@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lewis import store
 from lewis.errors import InputError, LewisError, nearest
 from lewis.registry import logged_model, tracking, versions
-from lewis.store import manifest
+from lewis.store import kinds, manifest
 from lewis.store.manifest import DamagedError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def pull(what: str, folder: Path) -> Pulled:
         merge = manifest.check(model.folder)
     except DamagedError as error:
         raise _damaged(model.version.uri, error) from error
-    expected = {name: (int(file["size"]), str(file["sha256"])) for name, file in merge["files"].items()}
+    expected = kinds.listed(merge["files"])
     about = {key: value for key, value in merge.items() if key != "files"}
     with store.publish(folder, about, checksums={name: sha256 for name, (_, sha256) in expected.items()}) as target:
         for each in expected:
