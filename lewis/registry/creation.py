@@ -58,7 +58,7 @@ def register(new: Registration) -> Version:
         manifest.check(new.folder)
     except manifest.DamagedError as error:
         raise LewisError(f"{new.folder}: expected a whole merged checkpoint: {error}; merge again") from error
-    with store.shared_lock(f"registry-{name}"), tracking.client(f"registering {name}") as client:
+    with store.SharedLock(f"registry-{name}"), tracking.client(f"registering {name}") as client:
         found = versions.find_with(client, name, new.digest)
         if found is not None:
             _close_runs(client, name, new, finished=found.run_id)

@@ -63,7 +63,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
     Raises:
         LewisError: if the champion changed after the comparison, or the version's files are lost or damaged.
     """
-    with store.shared_lock(f"registry-{version.name}"), tracking.client(f"promoting {version.uri}") as client:
+    with store.SharedLock(f"registry-{version.name}"), tracking.client(f"promoting {version.uri}") as client:
         current = versions.champion_of(client, version.name)
         before = current.version.uri if current is not None else None
         if before == version.uri:
@@ -108,7 +108,7 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
             is given.
     """
     name = tracking.model_name(name)
-    with store.shared_lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
+    with store.SharedLock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
         return _move(client, name, version, "promoted by hand", why, becomes_mark=True)
 
 
@@ -123,7 +123,7 @@ def approve(name: str, version: str, why: str, by: str = "") -> str:
             it with; or if its files are gone or damaged, or no reason is given.
     """
     name = tracking.model_name(name)
-    with store.shared_lock(f"registry-{name}"), tracking.client(f"approving {name}/{version}") as client:
+    with store.SharedLock(f"registry-{name}"), tracking.client(f"approving {name}/{version}") as client:
         _check_waits(client, name, version, _aliases(client, name).get("champion"))
         before = _move(client, name, version, "approved", why, by=by)
         client.set_model_version_tag(name, version, "lewis.verdict", "passed")
@@ -172,7 +172,7 @@ def refuse(name: str, version: str, why: str, by: str = "") -> None:
     name = tracking.model_name(name)
     if not why.strip():
         raise InputError("--why: expected a reason, which `lewis history` will show")
-    with store.shared_lock(f"registry-{name}"), tracking.client(f"refusing {name}/{version}") as client:
+    with store.SharedLock(f"registry-{name}"), tracking.client(f"refusing {name}/{version}") as client:
         _tags_of_waiting(client, name, version)
         champion = _aliases(client, name).get("champion")
         before = f"models:/{name}/{champion}" if champion else None
@@ -189,7 +189,7 @@ def rollback(name: str, why: str) -> str:
         InputError: if there is no previous champion, it was withdrawn itself, or its files are gone or damaged.
     """
     name = tracking.model_name(name)
-    with store.shared_lock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
+    with store.SharedLock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
         aliases = _aliases(client, name)
         current, previous = aliases.get("champion"), aliases.get("previous")
         if current is None or previous is None or current == previous:
@@ -342,7 +342,7 @@ def _move(
 def settle() -> None:
     """Find out whether the moves happened whose writer died meanwhile."""
     for name in outbox.unsettled():
-        with store.shared_lock(f"registry-{name}"), tracking.client(f"reading the champion of {name}") as client:
+        with store.SharedLock(f"registry-{name}"), tracking.client(f"reading the champion of {name}") as client:
             try:
                 champion = _aliases(client, name).get("champion")
             except InputError:  # the model was deleted: nothing to report

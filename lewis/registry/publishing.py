@@ -112,7 +112,7 @@ def publish(
         manifest = check_folder(folder)
     except DamagedError as error:
         raise LewisError(f"{folder}: expected a whole merged checkpoint: {error}; merge again") from error
-    with store.shared_lock(f"publish-{repo}"):
+    with store.SharedLock(f"publish-{repo}"):
         there = _look(repo, private)
         if there is None:
             with _errors(repo):

@@ -28,7 +28,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lewis.redact import redacted
 from lewis.store import files, remote
@@ -193,13 +193,13 @@ class Lease:
 class SharedLock:
     """A lock between processes and threads of this machine, and with `LEWIS_STORE` between machines."""
 
-    def __init__(self, local: FileLock, name: str) -> None:
+    def __init__(self, name: str, local: str = "") -> None:
         """
         Args:
-            local: the lock of this machine.
-            name: of the lease, the same on every machine.
+            name: the same on every machine.
+            local: name of the lock of this machine, if that is another; paths may differ between machines.
         """
-        self._local, self._lease = local, Lease(name)
+        self._local, self._lease = files.lock(local or name), Lease(name)
 
     def acquire(self, timeout: float = -1) -> Self:
         """Take both, waiting at most so many seconds for each; below 0, for ever.
@@ -226,16 +226,6 @@ class SharedLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()
-
-
-def shared_lock(name: str, local: str = "") -> SharedLock:
-    """A lock between processes and threads of this machine, and with `LEWIS_STORE` between machines.
-
-    Args:
-        name: the same on every machine.
-        local: name of the lock of this machine, if that is another; paths may differ between machines.
-    """
-    return SharedLock(files.lock(local or name), name)
 
 
 @contextmanager

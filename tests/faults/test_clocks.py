@@ -112,7 +112,7 @@ def test_two_workers_make_one_entry(bucket: Path, monkeypatch: pytest.MonkeyPatc
     def work() -> None:
         name = threading.current_thread().name
         started.wait()
-        with SharedLock(store.lock(name), "scores-7e"):
+        with SharedLock("scores-7e", local=name):
             if not path.exists():
                 time.sleep(0.05)
                 store.write_entry(path, {"results": 1})

@@ -68,7 +68,7 @@ def test_what_is_wrong_is_logged_and_notified_once(
 def test_of_several_receivers_one_polls(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     polled = list[int]()
     monkeypatch.setattr(watch, "poll_all", lambda: polled.append(1))
-    with store.shared_lock("poll"):
+    with store.SharedLock("poll"):
         other = threading.Thread(target=watch.poll_once)  # locks of one thread are one lock
         other.start()
         other.join()

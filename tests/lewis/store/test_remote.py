@@ -201,7 +201,8 @@ def test_names_that_lead_out_of_the_folder_are_refused(machines: Machines, caplo
     folder.mkdir(parents=True)
     manifest = {"files": {"../../x": {"size": 1, "sha256": "0" * 64}}}
     (folder / "lewis.json").write_text(sealed_json.dumps(manifest))
-    assert store.read_manifest(kinds.GRAMS.path("77")) is None and "expected the name of a file in the folder" in caplog.text
+    assert store.read_manifest(kinds.GRAMS.path("77")) is None
+    assert "expected the name of a file in the folder" in caplog.text
 
 
 def test_two_machines_make_an_entry_once(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +213,7 @@ def test_two_machines_make_an_entry_once(machines: Machines, monkeypatch: pytest
 
     def work(name: str) -> None:
         started.wait()
-        with SharedLock(store.lock(name), "scores-7e"):
+        with SharedLock("scores-7e", local=name):
             if not path.exists():
                 time.sleep(0.05)
                 store.write_entry(path, {"results": name})
