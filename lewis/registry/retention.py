@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis import store
+from lewis import settings, store
 from lewis.registry import history, lineage, logged_model, tracking
 from lewis.store import housekeeping, kinds, size
 from lewis.store.housekeeping import Needed
@@ -154,7 +154,7 @@ def make_room(needed: int) -> int:
         InputError: if `LEWIS_QUOTA` is no size.
         LewisError: if MLflow does not answer, or something cannot be removed.
     """
-    quota = size.quota()
+    quota = settings.QUOTA.get()
     if quota is None or (missing := size.total() + needed - quota) <= 0:
         return 0
     # A run that died may be run again, and needs what it had used.

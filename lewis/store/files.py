@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from lewis.errors import InputError, LewisError
 from lewis.input_files import open_regular
-from lewis.settings import size_text
+from lewis.settings import QUOTA, size_text
 from lewis.store import size
 from lewis.store.folders import holds, home, make_folder, restrict, umask
 from lewis.store.scratch import beside, is_dead, writer_of
@@ -127,7 +127,7 @@ def check_space(folder: Path, needed: int, what: str = "the output") -> None:
 def _free(folder: Path) -> tuple[int, bool]:
     """Bytes that may be written to `folder`, and whether it is the quota that allows no more."""
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-    quota = size.quota() if holds(folder) else None
+    quota = QUOTA.get() if holds(folder) else None
     left = free if quota is None else max(quota - size.total(), 0)
     return min(free, left), left < free
 
