@@ -59,7 +59,7 @@ def register(new: Registration) -> Version:
     except manifest.DamagedError as error:
         raise LewisError(f"{new.folder}: expected a whole merged checkpoint: {error}; merge again") from error
     with store.SharedLock(f"registry-{name}"), tracking.client(f"registering {name}") as client:
-        found = versions.find_with(client, name, new.digest)
+        found = versions.find(client, name, new.digest)
         if found is not None:
             _close_runs(client, name, new, finished=found.run_id)
             _complete(client, found, new)

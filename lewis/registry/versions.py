@@ -97,13 +97,6 @@ def configure() -> None:
         pass
 
 
-def find(name: str, digest: str) -> Version | None:
-    """The version of a merge; None if it is not registered, or a file is missing or damaged."""
-    name = check(name, digest)
-    with tracking.client(f"looking for {name}") as client:
-        return find_with(client, name, digest)
-
-
 def champion(name: str) -> Champion | None:
     """The version in use, or None before the first promotion."""
     name = tracking.model_name(name)
@@ -245,8 +238,8 @@ def is_whole(client: "MlflowClient", name: str, version: str) -> bool:
     return found is not None and model_of(client, found) is not None
 
 
-def find_with(client: "MlflowClient", name: str, digest: str) -> Version | None:
-    """`find`, with a client that is open already and a name that MLflow accepts."""
+def find(client: "MlflowClient", name: str, digest: str) -> Version | None:
+    """The version of a merge; None if it is not registered, or a file is missing or damaged."""
     for found in of_digest(client, name, digest):
         if model_of(client, found) is not None:
             return Version.of(found)

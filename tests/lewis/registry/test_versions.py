@@ -126,6 +126,11 @@ def client():
     return mlflow.MlflowClient()
 
 
+def registered(name: str = "tiny") -> Version | None:
+    with tracking.client("looking") as client:
+        return registry.find(client, name, DIGEST)
+
+
 def versions(name: str = "tiny") -> list:
     return list(client().search_model_versions(f"name='{name}'"))
 
@@ -316,14 +321,14 @@ def test_where_files_cannot_be_linked_they_are_copied(entry: Registration, monke
 
     monkeypatch.setattr(os, "link", refuse)
     version = creation.register(entry)
-    assert registry.find("tiny", DIGEST) == replace(version, created=False)
+    assert registered() == replace(version, created=False)
     assert all(weights.stat().st_nlink == 1 for weights in entry.folder.glob("*.safetensors"))
 
 
 def test_a_digest_is_registered_once_and_another_one_is_another_version(entry: Registration, tiny_model: Path) -> None:
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     first = creation.register(entry)
-    assert creation.register(entry) == replace(first, created=False) == registry.find("tiny", DIGEST)
+    assert creation.register(entry) == replace(first, created=False) == registered()
     second = creation.register(replace(entry, digest=OTHER, folder=merged(tiny_model, OTHER)))
     assert (second.version, second.created) == ("2", True)
     assert creation.register(entry).version == "1"
@@ -356,7 +361,7 @@ def test_a_version_that_lost_its_files_is_registered_anew(entry: Registration, h
         weights.unlink()
         if damage == "cut":
             weights.write_bytes(content[:-1])
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     again = creation.register(entry)
     assert (again.version, again.created) == ("2", True)
     assert {str(v.version): v.tags.get("lewis.digest") for v in versions()} == {"1": None, "2": DIGEST}
@@ -366,7 +371,7 @@ def test_a_version_that_lost_its_files_is_registered_anew(entry: Registration, h
 def test_a_version_whose_logged_model_was_deleted_by_hand_is_registered_anew(entry: Registration) -> None:
     promotion.promote(creation.register(entry), PASSED)
     client().delete_logged_model(versions()[0].source.removeprefix("models:/"))
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     current = registry.champion("tiny")
     assert current is not None and current.folder is None
     assert creation.register(entry).version == "2"
@@ -440,7 +445,7 @@ def test_kill_9_then_again_ends_with_one_version(entry: Registration, home: Path
     registry.configure()
     assert runs() == ["RUNNING"]
     survived = where == "set_terminated"  # the only step after the version exists
-    assert (registry.find("tiny", DIGEST) is not None) == survived == (len(versions()) == 1)
+    assert (registered() is not None) == survived == (len(versions()) == 1)
 
     again = creation.register(entry)
     assert (again.version, again.created) == ("1", not survived)
@@ -486,7 +491,7 @@ def test_malformed_names_and_digests_are_refused(entry: Registration, name: str,
 def test_names_that_mlflow_refuses_are_cleaned(entry: Registration) -> None:
     made = creation.register(replace(entry, name="org/smol-1.7b:it's"))
     assert made.uri == "models:/org_smol-1.7b_it_s/1"
-    assert registry.find("org/smol-1.7b:it's", DIGEST) == replace(made, created=False)
+    assert registered("org_smol-1.7b_it_s") == replace(made, created=False)
 
 
 def test_the_gate_moves_the_aliases(entry: Registration, tiny_model: Path) -> None:
@@ -641,7 +646,7 @@ def test_a_flipped_bit_in_store_and_registry_is_repaired(
     promotion.promote(creation.register(entry), replace(PASSED, compared_with=other.uri))
     damage(weights_of(entry.folder), "flipped")  # a hard link: MLflow's file is the same
     current = registry.champion("tiny")
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     assert current is not None and current.folder is None and current.digest == DIGEST
     assert f"models:/tiny/2 is damaged and not used: model/{weights_of(entry.folder).name}" in caplog.text
     with pytest.raises(LewisError, match=r"expected a whole merged checkpoint: model-.*: expected SHA-256"):
@@ -664,7 +669,7 @@ def test_each_file_of_a_version_is_checked(entry: Registration, home: Path, file
     promotion.promote(creation.register(entry), PASSED)
     (artifact,) = artifacts(home).glob("models/*/artifacts")
     damage(artifact / file, "flipped")
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     assert creation.register(entry).version == "2" and aliases() == {"champion": "2"}
 
 
@@ -678,7 +683,7 @@ def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, file: 
     damage(path, "flipped") if how == "flipped" else path.unlink()
     (found,) = repair.verify().damaged
     assert (found.kind, found.entry) == ("run", f"runs:/{version.run_id}") and found.why.startswith(file)
-    assert registry.find("tiny", DIGEST) is not None  # the model is whole
+    assert registered() is not None  # the model is whole
 
 
 def test_verify_reads_the_databases(entry: Registration, home: Path) -> None:
@@ -838,11 +843,11 @@ def test_over_http_with_remote_artifacts(
     }
     shutil.rmtree(entry.folder)
     damage(next((tmp_path / "remote").rglob("model/config.json")), "flipped")  # a server tells its size alone
-    assert registry.find("tiny", DIGEST) is not None
+    assert registered() is not None
     assert registry.fetch(current).folder is None and not entry.folder.exists()
-    assert registry.find("tiny", DIGEST) is None  # a damaged download is remembered
+    assert registered() is None  # a damaged download is remembered
     next((tmp_path / "remote").rglob("*.safetensors")).unlink()
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     assert registry.fetch(current).folder is None
 
 
