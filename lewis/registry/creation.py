@@ -171,8 +171,7 @@ def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registrati
     tracking.log_numbers(client, run_id, model_id, new.params, {})
     texts = {"recipe.yaml": new.recipe, "lineage.json": json.dumps(dict(new.lineage), indent=2)}
     files = {name: text.encode() for name, text in texts.items()}
-    tracking.log_files(client, run_id, files)
-    tracking.note_files(client, run_id, files)
+    tracking.log_files(client, run_id, files, checked=True)
     _log_scores(client, run_id, model_id, new)
 
 
@@ -185,8 +184,7 @@ def _log_scores(client: "MlflowClient", run_id: str, model_id: str, new: Registr
     # not `log_table`, which adds rows to a table that is there
     tables = {f"{name}.json": _table(rows) for name, rows in new.tables.items()}
     files = {"card.md": new.card.encode(), **new.pictures, **tables}
-    tracking.log_files(client, run_id, files)
-    tracking.note_files(client, run_id, files)
+    tracking.log_files(client, run_id, files, checked=True)
     client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": name, "type": "table"} for name in tables]))
 
 

@@ -84,8 +84,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
             tags |= _ask(client, version, verdict, before, by)
         told = {"verdict": tags["lewis.verdict"], "compared with": verdict.compared_with, "reasons": verdict.reasons}
         file = {"verdict.json": json.dumps(told, indent=2).encode()}
-        tracking.log_files(client, version.run_id, file)
-        tracking.note_files(client, version.run_id, file)
+        tracking.log_files(client, version.run_id, file, checked=True)
         for key, value in tags.items():
             client.set_model_version_tag(version.name, version.version, key, value)
         what = "waits" if verdict.waits else "promoted" if verdict.passed else "rejected"

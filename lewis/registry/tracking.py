@@ -251,19 +251,20 @@ def log_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[RunInpu
         client.log_inputs(run_id, datasets=inputs)
 
 
-def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -> None:
-    """Log files, by name, as artifacts of a run."""
+def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes], *, checked: bool = False) -> None:
+    """Log files, by name, as artifacts of a run.
+
+    Args:
+        checked: whether their sizes and checksums are noted for `check_files`; those noted before stay noted.
+    """
     with store.scratch_folder("files") as scratch:
         for name, content in files.items():
             (scratch / name).write_bytes(content)
         client.log_artifacts(run_id, str(scratch))
-
-
-def note_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -> None:
-    """Note size and SHA-256 of files that were logged, for `check_files`; those noted before stay noted."""
-    noted = client.get_run(run_id).data.tags.get(FILES, "{}")
-    new = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
-    client.set_tag(run_id, FILES, json.dumps({**json.loads(noted), **new}))
+    if checked:
+        noted = client.get_run(run_id).data.tags.get(FILES, "{}")
+        new = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
+        client.set_tag(run_id, FILES, json.dumps({**json.loads(noted), **new}))
 
 
 def file_of(client: "MlflowClient", run_id: str, name: str) -> bytes:
@@ -273,7 +274,7 @@ def file_of(client: "MlflowClient", run_id: str, name: str) -> bytes:
 
 
 def check_files(client: "MlflowClient", run_id: str) -> None:
-    """Check that the files of a run are those that were noted.
+    """Check that the files of a run are those that `log_files` noted.
 
     Raises:
         DamagedError: naming one that is missing or damaged.
