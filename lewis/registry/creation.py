@@ -161,8 +161,7 @@ def _metrics_of_merged(new: Registration) -> dict[str, float]:
 
 def _model_of_champion(client: "MlflowClient", name: str) -> dict[str, str]:
     """Its label in tables -> the id of its logged model; empty if there is no champion."""
-    current = versions.champion_of(client, name)
-    version = client.get_model_version(name, current.version.version) if current else None
+    version = versions.lookup(client, name, alias="champion")
     model = versions.model_of(client, version) if version else None
     return {"champion": model.model_id} if model else {}
 

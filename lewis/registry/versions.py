@@ -232,10 +232,10 @@ def tag(version: Version, tags: Mapping[str, str]) -> None:
             client.set_model_version_tag(version.name, version.version, key, value)
 
 
-def is_whole(client: "MlflowClient", name: str, version: str) -> bool:
-    """Whether a version exists with all its files, which are not damaged."""
+def whole(client: "MlflowClient", name: str, version: str) -> "ModelVersion | None":
+    """A version by its number, if it exists with all its files and none is damaged; else None."""
     found = lookup(client, name, number=version)
-    return found is not None and model_of(client, found) is not None
+    return found if found is not None and model_of(client, found) is not None else None
 
 
 def find(client: "MlflowClient", name: str, digest: str) -> Version | None:
