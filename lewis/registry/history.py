@@ -196,15 +196,15 @@ def follow(client: "MlflowClient", name: str) -> None:
     run, known = _run(client, name)
     if known >= len(records):
         return
-    now, new = get_current_time_millis(), list[Metric]()
-    for point in points(records, scores)[known:]:
+    now, new, every = get_current_time_millis(), list[Metric](), points(records, scores)
+    for point in every[known:]:
         parts = {"version": point.scores, "champion": point.champion or {}}
         new += [
             Metric(tracking.key(f"{part}/{metric}"), value, now, point.step)
             for part, each in parts.items()
             for metric, value in each.items()
         ]
-    new.append(Metric(_ENTRIES, len(records), now, points(records, scores)[-1].step))
+    new.append(Metric(_ENTRIES, len(records), now, every[-1].step))
     for start in range(0, len(new), tracking.BATCH):
         client.log_batch(run, new[start : start + tracking.BATCH])
 
@@ -250,11 +250,11 @@ def picture(name: str) -> bytes:
     tracking.check_exists(name)
     with tracking.client(f"reading the history of {name}") as client:
         records, scores, metric = _read(client, name)
-        if metric is None:
+        scored = [number for number in sorted(scores, reverse=True) if metric in scores[number]]
+        if metric is None or not scored:
             raise InputError(f"{name}: no version of it has a score; there is nothing to plot")
         versions = client.search_model_versions(f"name='{name}'")
         documents = {int(each.version): _documents(client, each.run_id, metric) for each in versions}
-    scored = [number for number in sorted(scores, reverse=True) if metric in scores[number]]
     champions = [_number(each.version) for each in records if each.what in MOVES]
     of = champions[-1:] if champions and champions[-1] in scored else scored
     common = statistics.mode(documents[number] for number in of)

@@ -39,8 +39,8 @@ def write(
     model: "LoggedModel",
     folder: Path,
     card: str,
-    base: Path | None = None,
-    facts: Mapping[str, Any] | None = None,
+    base: Path | None,
+    facts: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint, or an adapter, into a pending LoggedModel and mark it READY.
 
@@ -60,7 +60,7 @@ def write(
             if store.holds(path):
                 store.restrict(path)
         files = {p.relative_to(target).as_posix(): (p.stat().st_size, remembered_sha256(p)) for p in written}
-        store.write_json(target / FACTS, {**(facts or {}), "files": files})
+        store.write_json(target / FACTS, {**facts, "files": files})
     client.finalize_logged_model(model.model_id, "READY")
 
 
@@ -252,6 +252,7 @@ def _pipeline_has_a_name() -> Iterator[None]:
 
 
 def link(source: Path, target: Path) -> None:
+    """Make a hard link of a file, or a copy where there can be none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

@@ -630,6 +630,12 @@ def test_the_plot_has_the_versions_of_the_documents_that_the_champion_was_scored
     assert [each[3] is None for each in drawn] == [False, True, True] and without == [2, 3]
 
 
+def test_a_history_without_scores_is_not_plotted(entry: Registration) -> None:
+    promotion.promote(creation.register(replace(entry, metrics={})), replace(PASSED, metric="addition/acc,none"))
+    with pytest.raises(InputError, match="tiny: no version of it has a score"):
+        history.picture("tiny")
+
+
 def tags_of(version: str) -> dict[str, str]:
     return dict(client().get_model_version("tiny", version).tags)
 
