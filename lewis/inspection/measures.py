@@ -145,7 +145,6 @@ def measure(
     base: Model,
     experts: Sequence[Model],
     report: Report = silent,
-    threads: int | None = None,
     *,
     per_token: bool = True,
     most: int | None = None,
@@ -157,7 +156,6 @@ def measure(
         experts: in the order of their numbers, from 1. A tensor that one of them lacks, or has in another shape, counts
             as unchanged.
         report: called with ("inspect", elements done, elements in all).
-        threads: how many tensors are read at a time; by default one per core.
         per_token: whether embeddings and heads are measured; of vocabularies in another order that means nothing.
         most: how many elements of a tensor are read, the first ones; tensors that are computed are then left out.
     """
@@ -168,7 +166,7 @@ def measure(
     total, done = sum(base.tensors[name].elements for name in names), 0
     found: dict[str, TensorMeasures] = {}
     largest_first = sorted(names, key=lambda name: -base.tensors[name].elements)  # so that all threads end together
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for each in pool.map(lambda name: _of_tensor(name, base, experts, most), largest_first):
             found[each.name] = each
             done += each.elements
