@@ -192,18 +192,15 @@ def _tokens(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
         ours, theirs = read_vocabulary(base.tokenizer), read_vocabulary(expert.tokenizer)
         if ours is None or theirs is None:
             return
-        lost = [token for token in _special(base.tokenizer) if token not in theirs]
-        new = [token for token in _special(expert.tokenizer) if token not in ours]
-        if lost:
-            yield "special tokens", f"its tokenizer lacks {_listed(lost)}, which the base's has"
         known = _added(expert.tokenizer)
-        plain = [token for token in _special(base.tokenizer) if token in theirs and known and token not in known]
-        if plain:
+        special = [token for token, is_special in _added(base.tokenizer).items() if is_special]
+        if lost := [token for token in special if token not in theirs]:
+            yield "special tokens", f"its tokenizer lacks {_listed(lost)}, which the base's has"
+        if plain := [token for token in special if token in theirs and known and token not in known]:
             yield "special tokens", f"its tokenizer has {_listed(plain)} as ordinary text, the base's as special tokens"
-        if new:
+        if new := [token for token, is_special in known.items() if is_special and token not in ours]:
             yield "special tokens", f"its tokenizer has {_listed(new)}, which the base's lacks"
-        other = [token for token in _special(base.tokenizer) if token in theirs and theirs[token] != ours[token]]
-        if other:
+        if other := [token for token in special if token in theirs and theirs[token] != ours[token]]:
             yield "special tokens", f"its tokenizer has other ids for {_listed(other)}"
 
 
@@ -227,10 +224,6 @@ def _json(path: Path) -> dict[str, Any]:
         content = read_json(path)
         return content if isinstance(content, dict) else {}
     return {}
-
-
-def _special(folder: Path) -> list[str]:
-    return [token for token, special in _added(folder).items() if special]
 
 
 def _added(folder: Path) -> dict[str, bool]:

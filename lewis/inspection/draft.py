@@ -228,8 +228,8 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], fil
         "",
         "lewis:",
         "  calibrations:",
+        "    # Better than these public rows: rows of each expert's own training, in its own format.",
     ]
-    lines += ["    # Better than these public rows: rows of each expert's own training, in its own format."]
     for topic in sets.values():
         source: dict[str, str | int] = {"dataset": topic.dataset, **({"config": topic.config} if topic.config else {})}
         source |= {"data_files": topic.files} if topic.files else {}
