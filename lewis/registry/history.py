@@ -296,14 +296,15 @@ def _read(client: "MlflowClient", name: str) -> tuple[list[Record], dict[int, Ma
 
 def _scores(client: "MlflowClient", run: str | None) -> dict[str, float]:
     """The merged model's scores, by their names in MLflow."""
-    found = client.get_run(run).data.metrics if run else {}
-    return {name.removeprefix("merged/"): value for name, value in found.items() if name.startswith("merged/")}
+    found = tracking.run_of(client, run)
+    metrics = found.data.metrics if found else {}
+    return {name.removeprefix("merged/"): value for name, value in metrics.items() if name.startswith("merged/")}
 
 
 def _documents(client: "MlflowClient", run: str | None, metric: str) -> str:
     """The digest of the documents that a score was measured on; empty if it is not known."""
-    found = client.get_run(run).inputs if run else None
-    inputs = found.dataset_inputs if found else []
+    found = tracking.run_of(client, run)
+    inputs = found.inputs.dataset_inputs if found and found.inputs else []
     # A run that was completed has two inputs of a task: that of all documents is sorted last, and counts.
     by_part = sorted(inputs, key=lambda each: tracking.PART not in {tag.key for tag in each.tags})
     named = {each.dataset.name: each.dataset.digest for each in by_part}

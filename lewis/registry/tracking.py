@@ -19,6 +19,7 @@ from lewis.store.manifest import DamagedError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 MAX_KEY, MAX_PARAM = 250, 6000  # characters
 FILES = "lewis.files"  # tag of a run: its files, each with its size and SHA-256
@@ -172,6 +173,18 @@ def experiment(client: "MlflowClient", team: str = "") -> str:
     return str(found.experiment_id)
 
 
+def run_of(client: "MlflowClient", run_id: str | None) -> "Run | None":
+    """A run; None without an id, or if somebody deleted the run for good, as `mlflow gc` does."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
 def every(search: Callable[..., Any], *given: Any) -> Iterator[Any]:
     """All that a search finds: MLflow gives it in pages, of models a hundred in each.
 
@@ -281,8 +294,10 @@ def check_files(client: "MlflowClient", run_id: str) -> None:
     """
     from mlflow.exceptions import MlflowException
 
+    if (run := run_of(client, run_id)) is None:
+        raise DamagedError("it was deleted")
     try:
-        noted = json.loads(client.get_run(run_id).data.tags.get(FILES, "{}"))
+        noted = json.loads(run.data.tags.get(FILES, "{}"))
     except ValueError as error:
         raise DamagedError(f"the tag {FILES} is damaged") from error
     for name, (size, sha256) in noted.items():

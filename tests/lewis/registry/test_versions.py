@@ -7,11 +7,13 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -690,6 +692,19 @@ def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, file: 
     (found,) = repair.verify().damaged
     assert (found.kind, found.entry) == ("run", f"runs:/{version.run_id}") and found.why.startswith(file)
     assert registered() is not None  # the model is whole
+
+
+def test_a_run_that_is_deleted_for_good_stops_neither_promotions_nor_verify(
+    entry: Registration, tiny_model: Path, home: Path
+) -> None:
+    first = creation.register(entry)
+    promotion.promote(first, PASSED)
+    with closing(sqlite3.connect(home / "mlflow" / "mlflow.db")) as database, database:
+        database.execute("delete from runs where run_uuid = ?", (first.run_id,))
+    second = creation.register(replace(entry, digest=OTHER, folder=merged(tiny_model, OTHER)))
+    assert promotion.promote(second, replace(PASSED, compared_with=first.uri)).moved
+    (found,) = repair.verify().damaged
+    assert (found.entry, found.why) == (f"runs:/{first.run_id}", "it was deleted")
 
 
 def test_verify_reads_the_databases(entry: Registration, home: Path) -> None:
