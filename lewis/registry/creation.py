@@ -147,7 +147,8 @@ def _name_inputs(client: "MlflowClient", found: Version, new: Registration) -> N
 
 def _has_more(client: "MlflowClient", run_id: str, new: Registration) -> bool:
     """Whether a merge was scored on further tasks, and on the same documents of those that its run has."""
-    run = client.get_run(run_id)
+    if (run := tracking.run_of(client, run_id)) is None:
+        return False
     inputs = run.inputs.dataset_inputs if run.inputs else []
     known = {(each.dataset.name, each.dataset.digest) for each in inputs}
     tasks = {task for task, _ in known}

@@ -694,13 +694,12 @@ def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, file: 
     assert registered() is not None  # the model is whole
 
 
-def test_a_run_that_is_deleted_for_good_stops_neither_promotions_nor_verify(
-    entry: Registration, tiny_model: Path, home: Path
-) -> None:
+def test_a_run_that_is_deleted_for_good_stops_nothing(entry: Registration, tiny_model: Path, home: Path) -> None:
     first = creation.register(entry)
     promotion.promote(first, PASSED)
     with closing(sqlite3.connect(home / "mlflow" / "mlflow.db")) as database, database:
         database.execute("delete from runs where run_uuid = ?", (first.run_id,))
+    assert creation.register(entry) == replace(first, created=False)
     second = creation.register(replace(entry, digest=OTHER, folder=merged(tiny_model, OTHER)))
     assert promotion.promote(second, replace(PASSED, compared_with=first.uri)).moved
     (found,) = repair.verify().damaged
