@@ -157,8 +157,10 @@ def make_room(needed: int) -> int:
     quota = settings.QUOTA.get()
     if quota is None or (missing := size.total() + needed - quota) <= 0:
         return 0
-    # A run that died may be run again, and needs what it had used.
-    found = housekeeping.survey(0, needed=by_versions(), active_since=active_since(dead=True))
+    # Of dead runs too: one that is run again needs what it had used. Asked first, as `by_versions` may miss what a run
+    # registers that ends meanwhile.
+    began = active_since(dead=True)
+    found = housekeeping.survey(0, needed=by_versions(), active_since=began)
     chosen, sum_ = list[housekeeping.Removable](), 0
     for item in sorted(found, key=lambda each: each.last_used):
         if sum_ >= missing:
