@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 from lewis import private_names, store
 from lewis.models.chat_template import template_in
 from lewis.models.lora.config import read_settings
-from lewis.store import manifest
+from lewis.store import kinds, manifest
 from lewis.store.manifest import DamagedError, remembered_sha256
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def local_folder(model: "LoggedModel") -> Path | None:
 
 
 def download(client: "MlflowClient", model: "LoggedModel", folder: Path) -> None:
-    """Download the checkpoint of a remote model into the store, with its original manifest.
+    """Download the checkpoint of a remote model into the store: the files of its original manifest, and no others.
 
     Raises:
         DamagedError: if a file is not what the manifest says.
@@ -148,11 +148,11 @@ def download(client: "MlflowClient", model: "LoggedModel", folder: Path) -> None
         place = f"{model.artifact_location.rstrip('/')}/{CHECKPOINT}"
         found = Path(download_artifacts(place, dst_path=str(scratch), tracking_uri=client.tracking_uri))
         original = manifest.check(found)
-        with store.publish(folder, {key: value for key, value in original.items() if key != "files"}) as target:
-            for path in _files(found):
-                if path.name != store.MANIFEST:
-                    (target / path.relative_to(found)).parent.mkdir(parents=True, exist_ok=True)
-                    path.rename(target / path.relative_to(found))
+        checksums = {name: sha256 for name, (_, sha256) in kinds.listed(original.pop("files")).items()}
+        with store.publish(folder, original, checksums=checksums) as target:
+            for name in checksums:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (found / name).rename(target / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

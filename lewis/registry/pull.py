@@ -59,9 +59,8 @@ def pull(what: str, folder: Path) -> Pulled:
         merge = manifest.check(model.folder)
     except DamagedError as error:
         raise _damaged(model.version.uri, error) from error
-    expected = kinds.listed(merge["files"])
-    about = {key: value for key, value in merge.items() if key != "files"}
-    with store.publish(folder, about, checksums={name: sha256 for name, (_, sha256) in expected.items()}) as target:
+    expected = kinds.listed(merge.pop("files"))
+    with store.publish(folder, merge, checksums={name: sha256 for name, (_, sha256) in expected.items()}) as target:
         for each in expected:
             (target / each).parent.mkdir(parents=True, exist_ok=True)
             if Path(each).match(logged_model.WEIGHTS):
