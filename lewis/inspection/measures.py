@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ class Measures:
         """What `to_json` gave."""
         return cls(data["models"], tuple(TensorMeasures(**each) for each in data["tensors"]))
 
-    @property
+    @cached_property
     def gram(self) -> np.ndarray:
         """Sum of the dot products of all tensors, symmetric, shape (models, models)."""
         total = np.zeros((self.models, self.models))

@@ -52,17 +52,16 @@ class Inspection:
     @property
     def rows(self) -> list[dict[str, str]]:
         """A row for each expert, for a table."""
-        rows = []
-        for i, name in enumerate(self.names[1:], 1):
-            row = {
+        return [
+            {
                 "model": name,
                 "size": f"{self.measures.size(i):.3g}",
                 "cosine with base": f"{self.measures.cosine(i):.5f}",
                 "unchanged": f"{self.measures.unchanged(i):.1%}",
                 "layers": bars(list(self.measures.by_layer(i).values())),
             }
-            rows.append(row)
-        return rows
+            for i, name in enumerate(self.names[1:], 1)
+        ]
 
     @property
     def pairs(self) -> list[dict[str, str]]:
