@@ -24,7 +24,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -201,8 +201,11 @@ class SharedLock:
         """
         self._local, self._lease = files.lock(local or name), Lease(name)
 
-    def acquire(self, timeout: float = -1) -> Self:
+    def acquire(self, timeout: float = -1) -> ExitStack:
         """Take both, waiting at most so many seconds for each; below 0, for ever.
+
+        Returns:
+            What gives them back at the end of a block, as of `FileLock.acquire`.
 
         Raises:
             Timeout: if one is held for longer.
@@ -213,7 +216,9 @@ class SharedLock:
         except BaseException:
             self._local.release()
             raise
-        return self
+        held = ExitStack()
+        held.callback(self.release)
+        return held
 
     def release(self) -> None:
         """Give back what is held."""
@@ -222,7 +227,8 @@ class SharedLock:
             self._local.release()
 
     def __enter__(self) -> Self:
-        return self.acquire()
+        self.acquire()
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()

@@ -205,6 +205,15 @@ def test_names_that_lead_out_of_the_folder_are_refused(machines: Machines, caplo
     assert "expected the name of a file in the folder" in caplog.text
 
 
+@pytest.mark.timeout(60)
+def test_a_block_that_does_not_wait_for_a_lock_takes_it_once_and_gives_it_back(machines: Machines) -> None:
+    """It waited for its own lease: with `LEWIS_STORE`, no poll for releases came to an end."""
+    with store.SharedLock("poll").acquire(timeout=0), pytest.raises(Timeout):
+        store.SharedLock("poll", local="of another machine").acquire(timeout=0)
+    with store.SharedLock("poll", local="of another machine").acquire(timeout=0):
+        pass
+
+
 def test_two_machines_make_an_entry_once(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lease is the same, and the local locks are others: as on two machines."""
     monkeypatch.setattr(lease, "_POLL", 0.01)
