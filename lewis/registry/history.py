@@ -10,6 +10,7 @@ chart follows the history: what a process that died did not log, the next one do
 import getpass
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -81,13 +82,20 @@ def record(
     Returns:
         whether there is a new record.
     """
-    new = Record(datetime.now(UTC).isoformat(), what, version, champion, why, by or getpass.getuser())
+    new = Record(datetime.now(UTC).isoformat(), what, version, champion, why, by or _user())
     known = read(client, name)
     if known and replace(known[-1], time=new.time, by=new.by) == new:
         return False
     text = json.dumps(asdict(new), ensure_ascii=False)
     client.set_registered_model_tag(name, f"{TAG}{new.time.replace(':', '.')[:26]}-{uuid4().hex[:4]}", text)
     return True
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run as a user without a name
+        return f"user {os.getuid()}"
 
 
 def judged(records: Sequence[Record], mark: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -630,6 +631,20 @@ def test_the_plot_has_the_versions_of_the_documents_that_the_champion_was_scored
     drawn, luck, without = history.picture("tiny")
     assert luck == 0.01
     assert [each[3] is None for each in drawn] == [False, True, True] and without == [2, 3]
+
+
+def test_a_user_without_a_name_is_noted_by_number(entry: Registration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as any number: promotions and repairs ended with KeyError."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    version = creation.register(entry)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    promotion.promote(version, PASSED)
+    assert history.history("tiny")[-1].by == f"user {os.getuid()}"
 
 
 def test_a_history_without_scores_is_not_plotted(entry: Registration) -> None:
