@@ -168,8 +168,8 @@ def _settings(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:
         yield "rope", "; ".join(f"{key} is {own.get(key)}, in the base {other.get(key)}" for key in differ)
     both = [key for key in _FORWARD if ours.config.get(key) is not None and theirs.config.get(key) is not None]
     if differ := [key for key in both if not _equal(ours.config[key], theirs.config[key])]:
-        told = (f"{key} is {theirs.config[key]!r}, in the base {ours.config[key]!r}" for key in differ)
-        yield "config", "; ".join(told)
+        found = (f"{key} is {theirs.config[key]!r}, in the base {ours.config[key]!r}" for key in differ)
+        yield "config", "; ".join(found)
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,13 +210,13 @@ def _ends(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:
             "chat template",
             "it has a chat template" + (", the base has another" if ours.template else ", the base none"),
         )
-    told = []
+    found = []
     if ours.ends and theirs.ends and ours.ends != theirs.ends:
-        told.append(f"it stops at the token ids {sorted(theirs.ends)}, the base at {sorted(ours.ends)}")
+        found.append(f"it stops at the token ids {sorted(theirs.ends)}, the base at {sorted(ours.ends)}")
     if ours.end and theirs.end and ours.end != theirs.end:
-        told.append(f"its tokenizer's end token is {theirs.end!r}, the base's {ours.end!r}")
-    if told:
-        yield "eos", "; ".join(told)
+        found.append(f"its tokenizer's end token is {theirs.end!r}, the base's {ours.end!r}")
+    if found:
+        yield "eos", "; ".join(found)
 
 
 def _json(path: Path) -> dict[str, Any]:

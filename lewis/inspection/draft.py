@@ -160,7 +160,7 @@ def draft(
     others = [pin(ref, root, first) for ref in refs[1:]]
     topics = dict[str, Topic]()
     for source in others:
-        topic = choose(source.ref, topic_of(*_told(source, root)))
+        topic = choose(source.ref, topic_of(*_descriptions(source, root)))
         while any(each.name == topic.name and each != topic for each in topics.values()):
             topic = replace(topic, name=f"{topic.name}_2")
         topics[source.ref] = topic
@@ -181,7 +181,7 @@ def _placed(ref: str, root: Path) -> str:
     return f"./{folder.relative_to(root)}" if folder.is_relative_to(root) else str(folder)
 
 
-def _told(source: Source, root: Path) -> list[str]:
+def _descriptions(source: Source, root: Path) -> list[str]:
     """The texts that may name an expert's topic: its name, then datasets and tags of its card, if it is here."""
     pinned = source.adapter or source.model
     try:

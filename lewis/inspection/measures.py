@@ -16,7 +16,7 @@ from lewis.models.names import PER_TOKEN, layer_of
 from lewis.progress import Report, silent
 
 SEMANTICS = "2"  # raise it when the same models would be measured in another way
-SAMPLE = 1 << 14  # elements of a tensor that tell whether it is worth to look at all
+SAMPLE = 1 << 14  # elements of a tensor that decide whether all are read
 _CHUNK = 1 << 15  # elements of each model that are decoded at a time
 _ROWS, _COLUMNS = 16, 512  # of each matrix, that are looked at for rounded values
 
@@ -130,7 +130,7 @@ class Measures:
         return sum(each.unchanged[expert - 1] for each in self.tensors) / every if every else 1.0
 
     def matrices(self) -> list[TensorMeasures]:
-        """The matrices in layers: norms and biases of all models are alike, and tell nothing of descent."""
+        """The matrices in layers: norms and biases of all models are alike, and say nothing of descent."""
         return [each for each in self.tensors if each.matrix and each.gram[0][0] > 0]
 
     def by_layer(self, expert: int) -> dict[int, float]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_DESCRIPTION = 5000  # characters
-_ROW = re.compile(r"^\| (?!---).*\|$", re.MULTILINE)  # of a table, but the line below its head
+_ROW = re.compile(r"^\| (?!---).*\|$", re.MULTILINE)  # of a Markdown table, without the line below its head
 _ROOM = "\u2007\u2007\u200b"  # two wide spaces without a break; the last one keeps them, as Markdown trims cells
 _ARROW = re.compile(" (?=[↑↓])")  # which stays with its metric when a cell has too little room for all
 _ABOUT = (
@@ -114,7 +114,7 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
 
 
 def _complete(client: "MlflowClient", found: Version, new: Registration) -> None:
-    """Replace scores of a part of the documents by those of all, and add those of further tasks.
+    """Replace scores on a part of the documents by scores on all, and add the scores of further tasks.
 
     The tag that says that there are only some goes last.
     """

@@ -221,7 +221,7 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str, base: Pa
 
 
 def _refer_to_base(flavor: dict[str, Any], target: Path) -> None:
-    """Make MLflow's flavor that of an adapter, as `save_model` writes it for a PeftModel, which would be in memory."""
+    """Turn MLflow's flavor into an adapter's, as `save_model` writes it for a PeftModel, which would be in memory."""
     adapter = target / CHECKPOINT
     # A folder with both configs means a full model with an adapter next to it.
     (adapter / "config.json").unlink()

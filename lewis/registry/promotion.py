@@ -83,8 +83,8 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         }
         if verdict.waits:
             tags |= _ask(client, version, verdict, before, by)
-        told = {"verdict": tags["lewis.verdict"], "compared with": verdict.compared_with, "reasons": verdict.reasons}
-        file = {"verdict.json": json.dumps(told, indent=2).encode()}
+        facts = {"verdict": tags["lewis.verdict"], "compared with": verdict.compared_with, "reasons": verdict.reasons}
+        file = {"verdict.json": json.dumps(facts, indent=2).encode()}
         tracking.log_files(client, version.run_id, file, checked=True)
         for key, value in tags.items():
             client.set_model_version_tag(version.name, version.version, key, value)

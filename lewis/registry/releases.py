@@ -100,7 +100,7 @@ def champion(held: Sequence[Held]) -> Held | None:
 
 
 def waiting(held: Sequence[Held]) -> Held | None:
-    """The version that waits for a person who can still approve it; an older one that did no longer counts."""
+    """The version that waits for approval, and is still `challenger` and may be approved."""
     waits = (each for each in held if each.verdict == WAITING and not each.lapsed)
     return next((each for each in waits if "challenger" in each.aliases), None)
 

@@ -37,11 +37,11 @@ def send(
         url: where to.
         body: sent as JSON.
         data: sent as it is.
-        form: sent as that of a page.
+        form: sent as the fields of an HTML form.
         headers: further ones.
         timeout_s: for the connection, and for the answer.
         accepted: statuses that are no error, in addition to those below 300.
-        ca: file with the certificates that the server's is checked by; None: those of this machine.
+        ca: file of the CA certificates that the server's certificate is checked by; None: this machine's.
 
     Raises:
         TransientError: if the server does not answer, or is busy.

@@ -151,7 +151,7 @@ def sweep(folder: Path, target: str | None = None) -> None:
 def is_abandoned(leftover: Path) -> bool:
     """Whether `leftover` is a scratch path of LEWIS whose process is dead (`scratch.is_dead`).
 
-    Outputs may be written to folders of people, who have hidden files of this ending, too: downloads, for example.
+    Hidden files of other programs may end in `.partial` too, such as downloads in the folder of an output.
     """
     if leftover.name.endswith(RESUMABLE):
         try:

@@ -109,6 +109,6 @@ def _close_to_others(place: Path) -> None:
 
 
 def leads_out(name: str) -> bool:
-    """Whether the name of a file in a folder, as a stranger gives it, is that of one elsewhere."""
+    """Whether the name of a file in a folder, from an untrusted source, leads out of that folder."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts

@@ -11,8 +11,8 @@ its end passes, the next holder makes the object of the next number, which only 
 The numbers never go back, so a slow process that makes an object which was made and removed before sees a higher
 one.
 
-The end is by the holder's clock. An object that has not changed for `SECONDS + GRACE` by the clock of who waits has
-ended, too, so that a killed holder whose clock was ahead holds up nobody. If clocks differ by more than `GRACE`, or a
+The end is by the holder's clock. An object that has not changed for `SECONDS + GRACE` by the clock of a waiting process
+has ended, too, so that a killed holder whose clock was ahead blocks nobody. If clocks differ by more than `GRACE`, or a
 holder stands still for longer, two may hold one lease. Whatever is made under it is addressed by content and published
 whole, so that costs double work. The local lock, which is held as well, is exact.
 """

@@ -23,7 +23,7 @@ def noted() -> Iterator[None]:
             forget(note.name)
     name = f"{_LIBRARY}{uuid.uuid4().hex}"
     with lock(name):
-        with suppress(OSError):  # a full disk stops only who needs more than this
+        with suppress(OSError):  # a full disk stops only what needs more room than this
             files.write_text(note_of(name), "")
         try:
             yield

@@ -38,7 +38,7 @@ def beside(path: Path) -> Path:
 
 
 def writer_of(path: Path) -> str | None:
-    """The writer of a scratch path as `beside` names them; None if the path is no such, but somebody else's."""
+    """The writer of a scratch path that `beside` has named; None if another program has named the path."""
     found = _BESIDE.fullmatch(path.name)
     return found[1] if found else None
 
@@ -47,7 +47,7 @@ def is_dead(name: str, left: Path) -> bool:
     """Whether a writer is dead.
 
     Args:
-        name: what `writer` gave in its process; other words are those of a writer that cannot be asked.
+        name: what `writer` gave in its process; any other text is a writer that cannot be asked.
         left: the file or folder that it writes. If the writer cannot be asked, it counts as dead when nothing in there
             has changed for `AGE`.
     """
