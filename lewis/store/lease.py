@@ -55,11 +55,14 @@ class Lease:
         self._ended = threading.Event()
         self._keeper: threading.Thread | None = None
 
-    def acquire(self, timeout: float = -1) -> Self:
+    def acquire(self, timeout: float = -1) -> ExitStack:
         """Take it, and renew it in a thread until `release`.
 
         Args:
             timeout: seconds to wait; below 0, for ever.
+
+        Returns:
+            What gives it back at the end of a block.
 
         Raises:
             Timeout: if another holder has it for longer.
@@ -79,7 +82,9 @@ class Lease:
                 logger.info("waiting for %s, which another machine holds", self._name)
                 logged = True
             time.sleep(_POLL if timeout < 0 else min(_POLL, timeout))
-        return self
+        held = ExitStack()
+        held.callback(self.release)
+        return held
 
     def release(self) -> None:
         """Give it back, if it is held."""
@@ -91,15 +96,6 @@ class Lease:
                 if self._highest(system, place)[0] == int(self._own):
                     system.pipe_file(f"{place}/{self._own}", self._content(0.0))
             self._own = ""
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold it for a block."""
-        self.acquire()
-        try:
-            yield
-        finally:
-            self.release()
 
     def _try(self) -> bool:
         system, place = self._opened()
@@ -205,20 +201,15 @@ class SharedLock:
         """Take both, waiting at most so many seconds for each; below 0, for ever.
 
         Returns:
-            What gives them back at the end of a block, as of `FileLock.acquire`.
+            What gives them back at the end of a block.
 
         Raises:
             Timeout: if one is held for longer.
         """
-        self._local.acquire(timeout=timeout)
-        try:
-            self._lease.acquire(timeout)
-        except BaseException:
-            self._local.release()
-            raise
-        held = ExitStack()
-        held.callback(self.release)
-        return held
+        with ExitStack() as held:
+            held.enter_context(self._local.acquire(timeout=timeout))
+            held.enter_context(self._lease.acquire(timeout))
+            return held.pop_all()
 
     def release(self) -> None:
         """Give back what is held."""
@@ -243,5 +234,5 @@ def turn(kind: Kind, digest: str) -> Iterator[None]:
     path = kind.path(digest)
     with kind.lock(digest):
         absent = remote.shares(path) and not path.exists() and not remote.fetch(path)
-        with Lease(kind.locks + digest).held() if absent else nullcontext():
+        with Lease(kind.locks + digest).acquire() if absent else nullcontext():
             yield

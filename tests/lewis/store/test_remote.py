@@ -259,7 +259,7 @@ def test_numbers_never_go_back_so_that_a_slow_taker_sees_it_came_too_late(
     def late(system: Any, place: str, data: bytes) -> None:
         monkeypatch.setattr(remote, "create", create)
         for _ in range(2):  # meanwhile others took the lease, gave it back, took it again
-            with Lease("x").held():
+            with Lease("x").acquire():
                 pass
         holder.acquire()
         create(system, place, data)
@@ -268,7 +268,7 @@ def test_numbers_never_go_back_so_that_a_slow_taker_sees_it_came_too_late(
     monkeypatch.setattr(remote, "create", late)
     assert not slow._try()
     holder.release()
-    with slow.held():
+    with slow.acquire():
         pass
 
 
@@ -298,9 +298,9 @@ def test_the_lease_of_a_killed_holder_ends(machines: Machines, monkeypatch: pyte
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    with Lease("x").held(), pytest.raises(Timeout):
+    with Lease("x").acquire(), pytest.raises(Timeout):
         Lease("x").acquire(timeout=0.05)
-    with Lease("x").held():  # what is given back is free at once
+    with Lease("x").acquire():  # what is given back is free at once
         pass
 
 
@@ -336,5 +336,5 @@ def test_only_one_takes_over_what_a_dead_holder_left(machines: Machines) -> None
     taken[0].release()
     (place / "00000005").write_text("")  # its writer was killed between two bytes: it ends, too
     os.utime(place / "00000005", (1, 1))
-    with Lease("x").held():
+    with Lease("x").acquire():
         pass
