@@ -156,13 +156,8 @@ def fetch_files(current: Champion) -> Champion:
     return replace(current, folder=folder)
 
 
-def link(version: Version) -> str:
-    """The page of the version in MLflow's UI: on the tracking server, or at the default address of `mlflow ui`."""
-    return page(version.name, version.version)
-
-
 def page(name: str, version: str) -> str:
-    """`link`, of a version by its name and number."""
+    """The page of a version in MLflow's UI: on the tracking server, or at the default address of `mlflow ui`."""
     return f"{_server()}/#/models/{quote(name)}/versions/{version}{MODE}"
 
 
