@@ -77,6 +77,13 @@ def test_of_several_receivers_one_polls(home: Path, monkeypatch: pytest.MonkeyPa
     assert polled == [1]
 
 
+@pytest.mark.timeout(60)
+def test_a_poll_comes_to_an_end_with_a_remote_half(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEWIS_STORE", f"file://{tmp_path}/remote")
+    monkeypatch.setattr(watch, "poll_all", lambda: True)
+    assert watch.poll_once() and watch.poll_once()
+
+
 def test_a_loop_goes_on_after_an_error_until_it_is_stopped() -> None:
     done = threading.Semaphore(0)
 
