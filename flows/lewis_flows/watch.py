@@ -61,7 +61,7 @@ class WatchReport(BaseModel):
 def poll_once() -> bool:
     """Poll all recipes, unless another receiver does it right now; gives what `poll_all` gives."""
     try:
-        with store.shared_lock("poll").acquire(timeout=0):
+        with store.SharedLock("poll").acquire(timeout=0):
             return poll_all()
     except Timeout:
         return False

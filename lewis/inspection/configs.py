@@ -168,8 +168,8 @@ def _settings(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:
         yield "rope", "; ".join(f"{key} is {own.get(key)}, in the base {other.get(key)}" for key in differ)
     both = [key for key in _FORWARD if ours.config.get(key) is not None and theirs.config.get(key) is not None]
     if differ := [key for key in both if not _equal(ours.config[key], theirs.config[key])]:
-        told = (f"{key} is {theirs.config[key]!r}, in the base {ours.config[key]!r}" for key in differ)
-        yield "config", "; ".join(told)
+        found = (f"{key} is {theirs.config[key]!r}, in the base {ours.config[key]!r}" for key in differ)
+        yield "config", "; ".join(found)
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,18 +192,15 @@ def _tokens(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
         ours, theirs = read_vocabulary(base.tokenizer), read_vocabulary(expert.tokenizer)
         if ours is None or theirs is None:
             return
-        lost = [token for token in _special(base.tokenizer) if token not in theirs]
-        new = [token for token in _special(expert.tokenizer) if token not in ours]
-        if lost:
-            yield "special tokens", f"its tokenizer lacks {_listed(lost)}, which the base's has"
         known = _added(expert.tokenizer)
-        plain = [token for token in _special(base.tokenizer) if token in theirs and known and token not in known]
-        if plain:
+        special = [token for token, is_special in _added(base.tokenizer).items() if is_special]
+        if lost := [token for token in special if token not in theirs]:
+            yield "special tokens", f"its tokenizer lacks {_listed(lost)}, which the base's has"
+        if plain := [token for token in special if token in theirs and known and token not in known]:
             yield "special tokens", f"its tokenizer has {_listed(plain)} as ordinary text, the base's as special tokens"
-        if new:
+        if new := [token for token, is_special in known.items() if is_special and token not in ours]:
             yield "special tokens", f"its tokenizer has {_listed(new)}, which the base's lacks"
-        other = [token for token in _special(base.tokenizer) if token in theirs and theirs[token] != ours[token]]
-        if other:
+        if other := [token for token in special if token in theirs and theirs[token] != ours[token]]:
             yield "special tokens", f"its tokenizer has other ids for {_listed(other)}"
 
 
@@ -213,13 +210,13 @@ def _ends(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:
             "chat template",
             "it has a chat template" + (", the base has another" if ours.template else ", the base none"),
         )
-    told = []
+    found = []
     if ours.ends and theirs.ends and ours.ends != theirs.ends:
-        told.append(f"it stops at the token ids {sorted(theirs.ends)}, the base at {sorted(ours.ends)}")
+        found.append(f"it stops at the token ids {sorted(theirs.ends)}, the base at {sorted(ours.ends)}")
     if ours.end and theirs.end and ours.end != theirs.end:
-        told.append(f"its tokenizer's end token is {theirs.end!r}, the base's {ours.end!r}")
-    if told:
-        yield "eos", "; ".join(told)
+        found.append(f"its tokenizer's end token is {theirs.end!r}, the base's {ours.end!r}")
+    if found:
+        yield "eos", "; ".join(found)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -227,10 +224,6 @@ def _json(path: Path) -> dict[str, Any]:
         content = read_json(path)
         return content if isinstance(content, dict) else {}
     return {}
-
-
-def _special(folder: Path) -> list[str]:
-    return [token for token, special in _added(folder).items() if special]
 
 
 def _added(folder: Path) -> dict[str, bool]:

@@ -159,7 +159,7 @@ def draft(
     others = [pin(ref, root, first) for ref in refs[1:]]
     topics = dict[str, Topic]()
     for source in others:
-        topic = choose(source.ref, topic_of(*_told(source, root)))
+        topic = choose(source.ref, topic_of(*_descriptions(source, root)))
         while any(each.name == topic.name and each != topic for each in topics.values()):
             topic = replace(topic, name=f"{topic.name}_2")
         topics[source.ref] = topic
@@ -180,7 +180,7 @@ def _placed(ref: str, root: Path) -> str:
     return f"./{folder.relative_to(root)}" if folder.is_relative_to(root) else str(folder)
 
 
-def _told(source: Source, root: Path) -> list[str]:
+def _descriptions(source: Source, root: Path) -> list[str]:
     """The texts that may name an expert's topic: its name, then datasets and tags of its card, if it is here."""
     pinned = source.adapter or source.model
     try:
@@ -225,8 +225,8 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], fil
         "",
         "lewis:",
         "  calibrations:",
+        "    # Better than these public rows: rows of each expert's own training, in its own format.",
     ]
-    lines += ["    # Better than these public rows: rows of each expert's own training, in its own format."]
     for topic in sets.values():
         source: dict[str, str | int] = {"dataset": topic.dataset, **({"config": topic.config} if topic.config else {})}
         source |= {"data_files": topic.files} if topic.files else {}

@@ -31,23 +31,20 @@ def weight_findings(
     measures: Measures,
     moved: Sequence[Sequence[Mapping[str, Any]]],
     dtypes: Sequence[str],
-    *,
-    candidates: int = 0,
-    result: str | None = None,
-    apart: Callable[[int, int], bool] = lambda one, other: False,
+    result: str | None,
+    apart: Callable[[int, int], bool],
 ) -> list[Finding]:
     """All findings that follow from the measured weights.
 
     Args:
         refs: of the base, the experts, and other possible bases.
-        measures: of all of them.
+        measures: of all of them, or of base and experts alone.
         moved: for each expert, what `structure.moved_parts` found.
         dtypes: in which most elements of the base and of each expert are stored.
-        candidates: how many of the last models are other possible bases.
         result: the dtype of the merged model, as safetensors names it.
         apart: whether two experts differ in weights that were not measured.
     """
-    experts = range(1, measures.models - candidates)
+    experts = range(1, len(dtypes))
     found, sizes = list(_broken(refs[0], 0, measures, result)), dict[int, float]()
     for i in experts:
         found += _broken(refs[i], i, measures, result)

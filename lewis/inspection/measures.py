@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from lewis.models.names import PER_TOKEN, layer_of
 from lewis.progress import Report, silent
 
 SEMANTICS = "2"  # raise it when the same models would be measured in another way
-SAMPLE = 1 << 14  # elements of a tensor that tell whether it is worth to look at all
+SAMPLE = 1 << 14  # elements of a tensor that decide whether all are read
 _CHUNK = 1 << 15  # elements of each model that are decoded at a time
 _ROWS, _COLUMNS = 16, 512  # of each matrix, that are looked at for rounded values
 
@@ -87,7 +88,7 @@ class Measures:
         """What `to_json` gave."""
         return cls(data["models"], tuple(TensorMeasures(**each) for each in data["tensors"]))
 
-    @property
+    @cached_property
     def gram(self) -> np.ndarray:
         """Sum of the dot products of all tensors, symmetric, shape (models, models)."""
         total = np.zeros((self.models, self.models))
@@ -129,7 +130,7 @@ class Measures:
         return sum(each.unchanged[expert - 1] for each in self.tensors) / every if every else 1.0
 
     def matrices(self) -> list[TensorMeasures]:
-        """The matrices in layers: norms and biases of all models are alike, and tell nothing of descent."""
+        """The matrices in layers: norms and biases of all models are alike, and say nothing of descent."""
         return [each for each in self.tensors if each.matrix and each.gram[0][0] > 0]
 
     def by_layer(self, expert: int) -> dict[int, float]:
@@ -145,7 +146,6 @@ def measure(
     base: Model,
     experts: Sequence[Model],
     report: Report = silent,
-    threads: int | None = None,
     *,
     per_token: bool = True,
     most: int | None = None,
@@ -157,7 +157,6 @@ def measure(
         experts: in the order of their numbers, from 1. A tensor that one of them lacks, or has in another shape, counts
             as unchanged.
         report: called with ("inspect", elements done, elements in all).
-        threads: how many tensors are read at a time; by default one per core.
         per_token: whether embeddings and heads are measured; of vocabularies in another order that means nothing.
         most: how many elements of a tensor are read, the first ones; tensors that are computed are then left out.
     """
@@ -168,7 +167,7 @@ def measure(
     total, done = sum(base.tensors[name].elements for name in names), 0
     found: dict[str, TensorMeasures] = {}
     largest_first = sorted(names, key=lambda name: -base.tensors[name].elements)  # so that all threads end together
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for each in pool.map(lambda name: _of_tensor(name, base, experts, most), largest_first):
             found[each.name] = each
             done += each.elements

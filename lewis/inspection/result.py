@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lewis.inspection.kinds import Finding
+from lewis.inspection.kinds import KINDS, Finding
 from lewis.inspection.measures import Measures
 from lewis.models.source import short_names
 from lewis.reports.charts import COLOURS, png
@@ -44,25 +44,24 @@ class Inspection:
         if not self.findings:
             return "no findings: these models can be merged"
         warnings = len(self.findings) - len(self.errors)
-        told = [_count(len(self.errors), "error")] if self.errors else []
-        told += [_count(warnings, "warning")] if warnings else []
+        counts = [_count(len(self.errors), "error")] if self.errors else []
+        counts += [_count(warnings, "warning")] if warnings else []
         kinds = ", ".join(dict.fromkeys(each.kind for each in self.findings))
-        return f"{' and '.join(told)}: {kinds}" + ("; do not merge these models as they are" if self.errors else "")
+        return f"{' and '.join(counts)}: {kinds}" + ("; do not merge these models as they are" if self.errors else "")
 
     @property
     def rows(self) -> list[dict[str, str]]:
         """A row for each expert, for a table."""
-        rows = []
-        for i, name in enumerate(self.names[1:], 1):
-            row = {
+        return [
+            {
                 "model": name,
                 "size": f"{self.measures.size(i):.3g}",
                 "cosine with base": f"{self.measures.cosine(i):.5f}",
                 "unchanged": f"{self.measures.unchanged(i):.1%}",
                 "layers": bars(list(self.measures.by_layer(i).values())),
             }
-            rows.append(row)
-        return rows
+            for i, name in enumerate(self.names[1:], 1)
+        ]
 
     @property
     def pairs(self) -> list[dict[str, str]]:
@@ -107,9 +106,9 @@ class Inspection:
         """The findings as Markdown, the verdict first."""
         lines = [f"**{plain(self.verdict)}**", ""]
         for each in self.findings:
-            told = each.to_json()
+            kind = KINDS[each.kind]
             lines.append(f"* **{each.level}: {each.kind}**, {code(each.model)}: {plain(each.what)}")
-            lines += [f"  Meaning: {told['meaning']}.", f"  What to do: {told['fix']}."]
+            lines += [f"  Meaning: {kind.meaning}.", f"  What to do: {kind.fix}."]
         return "\n".join(lines)
 
     @property

@@ -173,11 +173,9 @@ def look(given: InspectionInput, report: Report = silent) -> None:
     if not given.settings.stops:
         return
     chosen, _, refused = given._chosen
-    opened, dtypes = [each.model for each in chosen], [Described.on_disk(each.files).dtype for each in chosen]
-    sample = _merged(measure(opened[0], opened[1:], per_token=not given.settings.by_token, most=SAMPLE), given)
-    refs, nothing = [each.files.ref for each in chosen], [list[dict[str, Any]]()] * len(chosen[1:])
-    apart = _differ_by_token(chosen) if given.settings.by_token else _never
-    found = weight_findings(refs, sample, nothing, dtypes, result=given.settings.dtype, apart=apart)
+    base, *experts = [each.model for each in chosen]
+    sample = _merged(measure(base, experts, per_token=not given.settings.by_token, most=SAMPLE), given)
+    found = _weight_findings(given, sample, [[] for _ in experts])
     keys = [each.key for each in given.first()[1]]
     if refused or len(keys) > len(set(keys)) or any(each.level == "error" or each.kind == "norms" for each in found):
         check_findings(inspect(given, report).findings, given.settings)
@@ -188,27 +186,28 @@ def _inspect(given: InspectionInput, report: Report, known: Sequence[Finding] | 
     if known is None:
         described = [Described.on_disk(each) for each in others]
         known = config_findings(Described.on_disk(first), described, among=given.base is None)
-    chosen, more, refused = given._chosen
-    entry = measured(chosen, more, per_token=not given.settings.by_token, report=report)
+    chosen, _, refused = given._chosen
+    entry = measured(given, report)
     measures = _merged(Measures.from_json(entry.content("measures")), given)
     names = {each.name for each in measures.tensors}
     moved = [[part for part in parts if names & {*part["tensors"]}] for parts in entry.content("moved")["experts"]]
-    refs = [each.files.ref for each in (*chosen, *more)]
-    found = weight_findings(
-        refs,
+    findings = tuple(errors_first([*known, *refused, *_weight_findings(given, measures, moved)]))
+    return Inspection(tuple(each.files.ref for each in chosen), findings, measures, given.settings.root)
+
+
+def _weight_findings(
+    given: InspectionInput, measures: Measures, moved: Sequence[Sequence[dict[str, Any]]]
+) -> list[Finding]:
+    """`weight_findings` of an input."""
+    chosen, candidates, _ = given._chosen
+    return weight_findings(
+        [each.files.ref for each in (*chosen, *candidates)],
         measures,
         moved,
         [Described.on_disk(each.files).dtype for each in chosen],
-        candidates=len(more),
-        result=given.settings.dtype,
-        apart=_differ_by_token(chosen) if given.settings.by_token else _never,
+        given.settings.dtype,
+        _differ_by_token(chosen) if given.settings.by_token else lambda one, other: False,
     )
-    findings = tuple(errors_first([*known, *refused, *found]))
-    return Inspection(tuple(refs[: len(chosen)]), findings, measures, given.settings.root)
-
-
-def _never(one: int, other: int) -> bool:
-    return False
 
 
 def _differ_by_token(models: Sequence[_Opened]) -> Callable[[int, int], bool]:
@@ -266,13 +265,8 @@ def _merged(measures: Measures, given: InspectionInput) -> Measures:
 
 def inspection_digest(given: InspectionInput) -> str:
     """Identity of what is measured of the models."""
-    chosen, more, _ = given._chosen
-    return _digest(chosen, more, per_token=not given.settings.by_token)
-
-
-def _digest(models: Sequence[_Opened], candidates: Sequence[_Opened], *, per_token: bool) -> str:
-    keys = [[each.files.key for each in group] for group in (models, candidates)]
-    return store.digest([SEMANTICS, *keys, per_token])
+    keys = [[each.files.key for each in group] for group in given._chosen[:2]]
+    return store.digest([SEMANTICS, *keys, not given.settings.by_token])
 
 
 def _fitting(
@@ -295,23 +289,19 @@ def _fitting(
     return fitting, refused
 
 
-def measured(
-    models: Sequence[_Opened], candidates: Sequence[_Opened], *, per_token: bool = True, report: Report = silent
-) -> InspectionEntry:
-    """Measure models, or find their measures in the store.
+def measured(given: InspectionInput, report: Report) -> InspectionEntry:
+    """Measure the models of an input, or find their measures in the store.
 
     Args:
-        models: the base and the experts.
-        candidates: other possible bases.
-        per_token: whether embeddings and heads are measured.
+        given: the models.
         report: called with ("inspect", elements read, elements in all).
     """
-    digest = _digest(models, candidates, per_token=per_token)
+    (models, candidates, _), digest = given._chosen, inspection_digest(given)
     path = kinds.INSPECTIONS.path(digest)
     with store.turn(kinds.INSPECTIONS, digest):
         if store.entry(path, "measures") is None:
             base, *others = [each.model for each in (*models, *candidates)]
-            found = measure(base, others, report, per_token=per_token)
+            found = measure(base, others, report, per_token=not given.settings.by_token)
             experts = [moved_parts(base, each.model, i, found) for i, each in enumerate(models[1:], 1)]
             content: dict[str, Any] = {"measures": found.to_json(), "moved": {"experts": experts}}
             store.write_entry(path, content, indent=None)

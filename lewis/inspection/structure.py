@@ -93,10 +93,10 @@ def _swapped_in_stack(
             source[layer] = best
     if not source:
         return []
-    told = [f"its layer {layer} is the base's layer {place}" for layer, place in list(source.items())[:4]]
+    found = [f"its layer {layer} is the base's layer {place}" for layer, place in list(source.items())[:4]]
     more = f", and {len(source) - 4} layers more" if len(source) > 4 else ""
     tensors = [name for layer in source for name in every[layer]]
-    return [{"kind": "swapped layers", "what": ", ".join(told) + more, "tensors": tensors}]
+    return [{"kind": "swapped layers", "what": ", ".join(found) + more, "tensors": tensors}]
 
 
 def _sample(model: Model, name: str) -> np.ndarray:
@@ -112,10 +112,10 @@ def _permuted(base: Model, expert: Model, name: str) -> dict[str, Any] | None:
             head = _head_size(base)
             by_heads = head > 0 and bool(_ATTENTION.search(name)) and all((a - b) % head == 0 for a, b in moves)
             row, place = moves[0]
-            told = f"head {row // head} is the base's head {place // head}" if by_heads else ""
-            told = told or f"{what[:-1]} {row} is the base's {what[:-1]} {place}"
+            moved = f"head {row // head} is the base's head {place // head}" if by_heads else ""
+            moved = moved or f"{what[:-1]} {row} is the base's {what[:-1]} {place}"
             kind = "permuted heads" if by_heads else "permuted rows"
-            return {"kind": kind, "what": f"{name}: {told}", "tensors": [name]}
+            return {"kind": kind, "what": f"{name}: {moved}", "tensors": [name]}
     return None
 
 

@@ -1,4 +1,4 @@
-"""Set an alias so that the webhooks of MLflow's registry fire.
+"""Set an alias so that the webhooks of MLflow's registry fire, and move the alias `champion` so that it is reported.
 
 A server sends the event `model_version_alias.created` for what it is asked for itself. Processes of a store open its
 database without a server, so they ask the server of `lewis up`, if one runs on this store.
@@ -6,12 +6,14 @@ database without a server, so they ask the server of `lewis up`, if one runs on 
 
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from lewis import store
 from lewis.errors import InputError
-from lewis.registry import versions
+from lewis.registry import outbox, versions
+from lewis.registry.outbox import Move
 from lewis.store.folders import SERVICE_NOTE
 from lewis.store.secrets import MLFLOW_PASSWORD
 
@@ -28,6 +30,25 @@ def set_alias(client: "MlflowClient", name: str, alias: str, version: str) -> No
         if found is not None and str(found.version) == version:  # else that server has another database
             return
     client.set_registered_model_alias(name, alias, version)
+
+
+def move_champion(client: "MlflowClient", move: Move, *, keeps_previous: bool = False) -> None:
+    """Let the alias `champion` point to another version, last of all, and `previous` to the one that had it.
+
+    The move is in the outbox before, so that it is reported even if this process dies. Call it under the registry's
+    lock.
+
+    Args:
+        move: from the version that is the champion now.
+        keeps_previous: whether `previous` stays where it is.
+    """
+    current = move.previous.rpartition("/")[2] if move.previous else None
+    outbox.settle(move.name, current)
+    outbox.write(move)
+    if current is not None and not keeps_previous:
+        set_alias(client, move.name, "previous", current)
+    set_alias(client, move.name, "champion", move.version)
+    outbox.write(replace(move, happened=True))
 
 
 def _ask_server(name: str, alias: str, version: str) -> bool:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_DESCRIPTION = 5000  # characters
-_ROW = re.compile(r"^\| (?!---).*\|$", re.MULTILINE)  # of a table, but the line below its head
+_ROW = re.compile(r"^\| (?!---).*\|$", re.MULTILINE)  # of a Markdown table, without the line below its head
 _ROOM = "\u2007\u2007\u200b"  # two wide spaces without a break; the last one keeps them, as Markdown trims cells
 _ARROW = re.compile(" (?=[↑↓])")  # which stays with its metric when a cell has too little room for all
 _ABOUT = (
@@ -58,8 +58,8 @@ def register(new: Registration) -> Version:
         manifest.check(new.folder)
     except manifest.DamagedError as error:
         raise LewisError(f"{new.folder}: expected a whole merged checkpoint: {error}; merge again") from error
-    with store.shared_lock(f"registry-{name}"), tracking.client(f"registering {name}") as client:
-        found = versions.find_with(client, name, new.digest)
+    with store.SharedLock(f"registry-{name}"), tracking.client(f"registering {name}") as client:
+        found = versions.find(client, name, new.digest)
         if found is not None:
             _close_runs(client, name, new, finished=found.run_id)
             _complete(client, found, new)
@@ -114,7 +114,7 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
 
 
 def _complete(client: "MlflowClient", found: Version, new: Registration) -> None:
-    """Replace scores of a part of the documents by those of all, and add those of further tasks.
+    """Replace scores on a part of the documents by scores on all, and add the scores of further tasks.
 
     The tag that says that there are only some goes last.
     """
@@ -147,7 +147,8 @@ def _name_inputs(client: "MlflowClient", found: Version, new: Registration) -> N
 
 def _has_more(client: "MlflowClient", run_id: str, new: Registration) -> bool:
     """Whether a merge was scored on further tasks, and on the same documents of those that its run has."""
-    run = client.get_run(run_id)
+    if (run := tracking.run_of(client, run_id)) is None:
+        return False
     inputs = run.inputs.dataset_inputs if run.inputs else []
     known = {(each.dataset.name, each.dataset.digest) for each in inputs}
     tasks = {task for task, _ in known}
@@ -161,8 +162,7 @@ def _metrics_of_merged(new: Registration) -> dict[str, float]:
 
 def _model_of_champion(client: "MlflowClient", name: str) -> dict[str, str]:
     """Its label in tables -> the id of its logged model; empty if there is no champion."""
-    current = versions.champion_of(client, name)
-    version = client.get_model_version(name, current.version.version) if current else None
+    version = versions.lookup(client, name, alias="champion")
     model = versions.model_of(client, version) if version else None
     return {"champion": model.model_id} if model else {}
 
@@ -171,8 +171,7 @@ def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registrati
     tracking.log_numbers(client, run_id, model_id, new.params, {})
     texts = {"recipe.yaml": new.recipe, "lineage.json": json.dumps(dict(new.lineage), indent=2)}
     files = {name: text.encode() for name, text in texts.items()}
-    tracking.log_files(client, run_id, files)
-    tracking.note_files(client, run_id, files)
+    tracking.log_files(client, run_id, files, checked=True)
     _log_scores(client, run_id, model_id, new)
 
 
@@ -185,8 +184,7 @@ def _log_scores(client: "MlflowClient", run_id: str, model_id: str, new: Registr
     # not `log_table`, which adds rows to a table that is there
     tables = {f"{name}.json": _table(rows) for name, rows in new.tables.items()}
     files = {"card.md": new.card.encode(), **new.pictures, **tables}
-    tracking.log_files(client, run_id, files)
-    tracking.note_files(client, run_id, files)
+    tracking.log_files(client, run_id, files, checked=True)
     client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([{"path": name, "type": "table"} for name in tables]))
 
 

@@ -10,6 +10,7 @@ chart follows the history: what a process that died did not log, the next one do
 import getpass
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -81,13 +82,20 @@ def record(
     Returns:
         whether there is a new record.
     """
-    new = Record(datetime.now(UTC).isoformat(), what, version, champion, why, by or getpass.getuser())
+    new = Record(datetime.now(UTC).isoformat(), what, version, champion, why, by or _user())
     known = read(client, name)
     if known and replace(known[-1], time=new.time, by=new.by) == new:
         return False
     text = json.dumps(asdict(new), ensure_ascii=False)
     client.set_registered_model_tag(name, f"{TAG}{new.time.replace(':', '.')[:26]}-{uuid4().hex[:4]}", text)
     return True
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run as a user without a name
+        return f"user {os.getuid()}"
 
 
 def judged(records: Sequence[Record], mark: str | None) -> list[str]:
@@ -196,15 +204,15 @@ def follow(client: "MlflowClient", name: str) -> None:
     run, known = _run(client, name)
     if known >= len(records):
         return
-    now, new = get_current_time_millis(), list[Metric]()
-    for point in points(records, scores)[known:]:
+    now, new, every = get_current_time_millis(), list[Metric](), points(records, scores)
+    for point in every[known:]:
         parts = {"version": point.scores, "champion": point.champion or {}}
         new += [
             Metric(tracking.key(f"{part}/{metric}"), value, now, point.step)
             for part, each in parts.items()
             for metric, value in each.items()
         ]
-    new.append(Metric(_ENTRIES, len(records), now, points(records, scores)[-1].step))
+    new.append(Metric(_ENTRIES, len(records), now, every[-1].step))
     for start in range(0, len(new), tracking.BATCH):
         client.log_batch(run, new[start : start + tracking.BATCH])
 
@@ -250,11 +258,11 @@ def picture(name: str) -> bytes:
     tracking.check_exists(name)
     with tracking.client(f"reading the history of {name}") as client:
         records, scores, metric = _read(client, name)
-        if metric is None:
+        scored = [number for number in sorted(scores, reverse=True) if metric in scores[number]]
+        if metric is None or not scored:
             raise InputError(f"{name}: no version of it has a score; there is nothing to plot")
         versions = client.search_model_versions(f"name='{name}'")
         documents = {int(each.version): _documents(client, each.run_id, metric) for each in versions}
-    scored = [number for number in sorted(scores, reverse=True) if metric in scores[number]]
     champions = [_number(each.version) for each in records if each.what in MOVES]
     of = champions[-1:] if champions and champions[-1] in scored else scored
     common = statistics.mode(documents[number] for number in of)
@@ -296,14 +304,15 @@ def _read(client: "MlflowClient", name: str) -> tuple[list[Record], dict[int, Ma
 
 def _scores(client: "MlflowClient", run: str | None) -> dict[str, float]:
     """The merged model's scores, by their names in MLflow."""
-    found = client.get_run(run).data.metrics if run else {}
-    return {name.removeprefix("merged/"): value for name, value in found.items() if name.startswith("merged/")}
+    found = tracking.run_of(client, run)
+    metrics = found.data.metrics if found else {}
+    return {name.removeprefix("merged/"): value for name, value in metrics.items() if name.startswith("merged/")}
 
 
 def _documents(client: "MlflowClient", run: str | None, metric: str) -> str:
     """The digest of the documents that a score was measured on; empty if it is not known."""
-    found = client.get_run(run).inputs if run else None
-    inputs = found.dataset_inputs if found else []
+    found = tracking.run_of(client, run)
+    inputs = found.inputs.dataset_inputs if found and found.inputs else []
     # A run that was completed has two inputs of a task: that of all documents is sorted last, and counts.
     by_part = sorted(inputs, key=lambda each: tracking.PART not in {tag.key for tag in each.tags})
     named = {each.dataset.name: each.dataset.digest for each in by_part}

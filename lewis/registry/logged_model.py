@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 from lewis import private_names, store
 from lewis.models.chat_template import template_in
 from lewis.models.lora.config import read_settings
-from lewis.store import manifest
+from lewis.store import kinds, manifest
 from lewis.store.manifest import DamagedError, remembered_sha256
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def write(
     model: "LoggedModel",
     folder: Path,
     card: str,
-    base: Path | None = None,
-    facts: Mapping[str, Any] | None = None,
+    base: Path | None,
+    facts: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint, or an adapter, into a pending LoggedModel and mark it READY.
 
@@ -60,7 +60,7 @@ def write(
             if store.holds(path):
                 store.restrict(path)
         files = {p.relative_to(target).as_posix(): (p.stat().st_size, remembered_sha256(p)) for p in written}
-        store.write_json(target / FACTS, {**(facts or {}), "files": files})
+        store.write_json(target / FACTS, {**facts, "files": files})
     client.finalize_logged_model(model.model_id, "READY")
 
 
@@ -134,7 +134,7 @@ def local_folder(model: "LoggedModel") -> Path | None:
 
 
 def download(client: "MlflowClient", model: "LoggedModel", folder: Path) -> None:
-    """Download the checkpoint of a remote model into the store, with its original manifest.
+    """Download the checkpoint of a remote model into the store: the files of its original manifest, and no others.
 
     Raises:
         DamagedError: if a file is not what the manifest says.
@@ -148,11 +148,11 @@ def download(client: "MlflowClient", model: "LoggedModel", folder: Path) -> None
         place = f"{model.artifact_location.rstrip('/')}/{CHECKPOINT}"
         found = Path(download_artifacts(place, dst_path=str(scratch), tracking_uri=client.tracking_uri))
         original = manifest.check(found)
-        with store.publish(folder, {key: value for key, value in original.items() if key != "files"}) as target:
-            for path in _files(found):
-                if path.name != store.MANIFEST:
-                    (target / path.relative_to(found)).parent.mkdir(parents=True, exist_ok=True)
-                    path.rename(target / path.relative_to(found))
+        checksums = {name: sha256 for name, (_, sha256) in kinds.listed(original.pop("files")).items()}
+        with store.publish(folder, original, checksums=checksums) as target:
+            for name in checksums:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (found / name).rename(target / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -221,7 +221,7 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str, base: Pa
 
 
 def _refer_to_base(flavor: dict[str, Any], target: Path) -> None:
-    """Make MLflow's flavor that of an adapter, as `save_model` writes it for a PeftModel, which would be in memory."""
+    """Turn MLflow's flavor into an adapter's, as `save_model` writes it for a PeftModel, which would be in memory."""
     adapter = target / CHECKPOINT
     # A folder with both configs means a full model with an adapter next to it.
     (adapter / "config.json").unlink()
@@ -252,6 +252,7 @@ def _pipeline_has_a_name() -> Iterator[None]:
 
 
 def link(source: Path, target: Path) -> None:
+    """Make a hard link of a file, or a copy where there can be none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

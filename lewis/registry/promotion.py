@@ -9,9 +9,9 @@ A version that passed the gate may wait for a person's approval. Its tags say un
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,14 @@ from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.gate import Incumbent, Standing, Verdict
 from lewis.registry import history, outbox, repair, tracking, versions
-from lewis.registry.aliases import set_alias
+from lewis.registry.aliases import move_champion, set_alias
 from lewis.registry.outbox import Move
 from lewis.registry.repair import WITHDRAWN
 from lewis.registry.versions import Champion, Version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
     Raises:
         LewisError: if the champion changed after the comparison, or the version's files are lost or damaged.
     """
-    with store.shared_lock(f"registry-{version.name}"), tracking.client(f"promoting {version.uri}") as client:
+    with store.SharedLock(f"registry-{version.name}"), tracking.client(f"promoting {version.uri}") as client:
         current = versions.champion_of(client, version.name)
         before = current.version.uri if current is not None else None
         if before == version.uri:
@@ -72,7 +73,7 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
             return Promotion(moved=False, previous=before)
         if verdict.passed:
             _check_still_champion(current, verdict)
-            if not versions.is_whole(client, version.name, version.version):
+            if versions.whole(client, version.name, version.version) is None:
                 raise LewisError(f"{version.uri}: its files are lost or damaged; run again to register it")
         tags = {
             "lewis.verdict": WAITING if verdict.waits else "passed" if verdict.passed else "failed",
@@ -82,18 +83,17 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         }
         if verdict.waits:
             tags |= _ask(client, version, verdict, before, by)
-        told = {"verdict": tags["lewis.verdict"], "compared with": verdict.compared_with, "reasons": verdict.reasons}
-        file = {"verdict.json": json.dumps(told, indent=2).encode()}
-        tracking.log_files(client, version.run_id, file)
-        tracking.note_files(client, version.run_id, file)
+        facts = {"verdict": tags["lewis.verdict"], "compared with": verdict.compared_with, "reasons": verdict.reasons}
+        file = {"verdict.json": json.dumps(facts, indent=2).encode()}
+        tracking.log_files(client, version.run_id, file, checked=True)
         for key, value in tags.items():
             client.set_model_version_tag(version.name, version.version, key, value)
         what = "waits" if verdict.waits else "promoted" if verdict.passed else "rejected"
         new = history.record(client, version.name, what, version.uri, before, "; ".join(verdict.reasons), by)
         moves = verdict.passed and not verdict.waits
         if moves:
-            number = current.version.version if current else None
-            _crown(client, version.name, version.version, number, verdict.reasons, about or {})
+            move = Move(version.name, version.version, before, list(verdict.reasons), dict(about or {}))
+            move_champion(client, move)
         else:
             set_alias(client, version.name, "challenger", version.version)
         history.follow(client, version.name)
@@ -108,7 +108,7 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
             is given.
     """
     name = tracking.model_name(name)
-    with store.shared_lock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
+    with store.SharedLock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
         return _move(client, name, version, "promoted by hand", why, becomes_mark=True)
 
 
@@ -123,7 +123,7 @@ def approve(name: str, version: str, why: str, by: str = "") -> str:
             it with; or if its files are gone or damaged, or no reason is given.
     """
     name = tracking.model_name(name)
-    with store.shared_lock(f"registry-{name}"), tracking.client(f"approving {name}/{version}") as client:
+    with store.SharedLock(f"registry-{name}"), tracking.client(f"approving {name}/{version}") as client:
         _check_waits(client, name, version, _aliases(client, name).get("champion"))
         before = _move(client, name, version, "approved", why, by=by)
         client.set_model_version_tag(name, version, "lewis.verdict", "passed")
@@ -131,14 +131,11 @@ def approve(name: str, version: str, why: str, by: str = "") -> str:
 
 
 def is_waiting(name: str, version: str) -> bool:
-    """Whether a version waits for approval; also if it can no longer be approved.
-
-    Raises:
-        InputError: if there is no such version.
-    """
+    """Whether a version waits for approval; also if it can no longer be approved."""
     name = tracking.model_name(name)
     with tracking.client(f"reading {name}/{version}") as client:
-        return client.get_model_version(name, version).tags.get("lewis.verdict") == WAITING
+        found = versions.lookup(client, name, number=version)
+    return found is not None and found.tags.get("lewis.verdict") == WAITING
 
 
 def has_lapsed(tags: Mapping[str, str], champion: str) -> bool:
@@ -172,7 +169,7 @@ def refuse(name: str, version: str, why: str, by: str = "") -> None:
     name = tracking.model_name(name)
     if not why.strip():
         raise InputError("--why: expected a reason, which `lewis history` will show")
-    with store.shared_lock(f"registry-{name}"), tracking.client(f"refusing {name}/{version}") as client:
+    with store.SharedLock(f"registry-{name}"), tracking.client(f"refusing {name}/{version}") as client:
         _tags_of_waiting(client, name, version)
         champion = _aliases(client, name).get("champion")
         before = f"models:/{name}/{champion}" if champion else None
@@ -189,15 +186,15 @@ def rollback(name: str, why: str) -> str:
         InputError: if there is no previous champion, it was withdrawn itself, or its files are gone or damaged.
     """
     name = tracking.model_name(name)
-    with store.shared_lock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
+    with store.SharedLock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
         aliases = _aliases(client, name)
         current, previous = aliases.get("champion"), aliases.get("previous")
         if current is None or previous is None or current == previous:
             raise InputError(f"{name}: there is no previous champion to go back to; see `lewis history {name}`")
-        told = dict(client.get_model_version(name, previous).tags).get(WITHDRAWN)
-        if told is not None:
+        reason = client.get_model_version(name, previous).tags.get(WITHDRAWN)
+        if reason is not None:
             raise InputError(
-                f"models:/{name}/{previous}, the previous champion, was rolled back itself ({told}); "
+                f"models:/{name}/{previous}, the previous champion, was rolled back itself ({reason}); "
                 f"`lewis history {name}` shows all, `lewis promote` makes one of them the champion"
             )
         _move(client, name, previous, "rolled back", why, withdrawing=current)
@@ -224,8 +221,8 @@ def standing(name: str, digest: str) -> Standing:
     """
     name = versions.check(name, digest)
     with tracking.client(f"reading the history of {name}") as client:
-        current = versions.champion_of(client, name)
-        mark, judged = _mark(client, current) if current else None, list[str]()
+        found, judged = _mark(client, name), list[str]()
+        mark = Incumbent(Version.of(found).uri, versions.digest_in(found.tags)) if found else None
         with suppress(InputError):  # no version is registered yet
             judged = history.judged(history.read(client, name), mark.uri if mark else None)
         own = {Version.of(each).uri for each in versions.of_digest(client, name, digest)}
@@ -237,20 +234,15 @@ def mark(name: str) -> Champion | None:
     """The version that no later one may fall behind, as a model to score; None before the first promotion."""
     name = tracking.model_name(name)
     with tracking.client(f"reading the mark of {name}") as client:
-        if (current := versions.champion_of(client, name)) is None:
-            return None
-        number = _mark(client, current).uri.rpartition("/")[2]
-        found = versions.lookup(client, name, number=number)
-        return versions.as_model(client, found, versions.model_of(client, found)) if found else current
+        found = _mark(client, name)
+        return versions.as_model(client, found, versions.model_of(client, found)) if found else None
 
 
-def _mark(client: "MlflowClient", champion: Champion) -> Incumbent:
-    """The mark of a champion: the version that its tag names, if that still exists, else the champion."""
-    own, name = champion.version, champion.version.name
-    number = client.get_model_version(name, own.version).tags.get(history.MARK, own.version)
-    if found := versions.lookup(client, name, number=number):
-        return Incumbent(Version.of(found).uri, versions.digest_in(found.tags))
-    return Incumbent(own.uri, champion.digest)
+def _mark(client: "MlflowClient", name: str) -> "ModelVersion | None":
+    """The version that the champion's tag names as its mark, if that still exists, else the champion."""
+    champion = versions.lookup(client, name, alias="champion")
+    number = champion.tags.get(history.MARK) if champion else None
+    return (versions.lookup(client, name, number=number) if number else None) or champion
 
 
 def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
@@ -265,7 +257,7 @@ def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
 
 def _ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: str | None, by: str) -> dict[str, str]:
     """The tags of a version that begins to wait, or waits already. A wait that has ended goes into the history."""
-    known = dict(client.get_model_version(version.name, version.version).tags)
+    known = client.get_model_version(version.name, version.version).tags
     now = datetime.now(UTC)
     if known.get("lewis.verdict") == WAITING and _UNTIL in known:
         same = known.get(_BESIDE) == verdict.compared_with
@@ -278,20 +270,18 @@ def _ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: s
 
 
 def _tags_of_waiting(client: "MlflowClient", name: str, version: str) -> dict[str, str]:
-    """The tags of a version that waits."""
-    from mlflow.exceptions import MlflowException
+    """The tags of a version that waits.
 
-    uri = f"models:/{name}/{version}"
-    try:
-        tags = dict(client.get_model_version(name, version).tags)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise InputError(f"{uri}: no such version; see `lewis history {name}`") from error
-        raise
-    if tags.get("lewis.verdict") != WAITING:
-        told = tags.get("lewis.verdict") or "none yet"
-        raise InputError(f"{uri}: it waits for no approval, its verdict is: {told}; see `lewis history {name}`")
-    return tags
+    Raises:
+        InputError: if there is no such version, or it does not wait.
+    """
+    uri, found = f"models:/{name}/{version}", versions.lookup(client, name, number=version)
+    if found is None:
+        raise InputError(f"{uri}: no such version; see `lewis history {name}`")
+    if (verdict := found.tags.get("lewis.verdict")) != WAITING:
+        given = verdict or "none yet"
+        raise InputError(f"{uri}: it waits for no approval, its verdict is: {given}; see `lewis history {name}`")
+    return dict(found.tags)
 
 
 def _check_waits(client: "MlflowClient", name: str, version: str, champion: str | None) -> None:
@@ -321,7 +311,7 @@ def _move(
     current = _aliases(client, name).get("champion")
     if version == current:
         raise InputError(f"models:/{name}/{version} is the champion already")
-    if not versions.is_whole(client, name, version):
+    if (found := versions.whole(client, name, version)) is None:
         raise InputError(
             f"models:/{name}/{version}: no such version, or its files are gone or damaged; see `lewis history {name}`"
         )
@@ -329,12 +319,12 @@ def _move(
     history.record(client, name, what, f"models:/{name}/{version}", before, why, by)
     if withdrawing is not None:
         client.set_model_version_tag(name, withdrawing, WITHDRAWN, why)
-    if WITHDRAWN in client.get_model_version(name, version).tags:
+    if WITHDRAWN in found.tags:
         client.delete_model_version_tag(name, version, WITHDRAWN)
     if becomes_mark:  # a gate may have passed it before, and not found it better than an earlier one
         client.set_model_version_tag(name, version, history.MARK, version)
-    digest = dict(client.get_model_version(name, version).tags).get("lewis.digest", "")
-    _crown(client, name, version, current, [f"{what}: {why}"], {"digest": digest})
+    about = {"digest": found.tags.get("lewis.digest", "")}
+    move_champion(client, Move(name, version, before, [f"{what}: {why}"], about))
     history.follow(client, name)
     return before or ""
 
@@ -342,29 +332,12 @@ def _move(
 def settle() -> None:
     """Find out whether the moves happened whose writer died meanwhile."""
     for name in outbox.unsettled():
-        with store.shared_lock(f"registry-{name}"), tracking.client(f"reading the champion of {name}") as client:
+        with store.SharedLock(f"registry-{name}"), tracking.client(f"reading the champion of {name}") as client:
             try:
                 champion = _aliases(client, name).get("champion")
             except InputError:  # the model was deleted: nothing to report
                 champion = None
             outbox.settle(name, champion)
-
-
-def _crown(
-    client: "MlflowClient",
-    name: str,
-    version: str,
-    current: str | None,
-    reasons: Sequence[str],
-    about: Mapping[str, Any],
-) -> None:
-    outbox.settle(name, _aliases(client, name).get("champion"))
-    move = Move(name, version, f"models:/{name}/{current}" if current else None, list(reasons), dict(about))
-    outbox.write(move)
-    if current is not None:
-        set_alias(client, name, "previous", current)
-    set_alias(client, name, "champion", version)
-    outbox.write(replace(move, happened=True))
 
 
 def _aliases(client: "MlflowClient", name: str) -> dict[str, str]:

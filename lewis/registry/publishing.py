@@ -112,7 +112,7 @@ def publish(
         manifest = check_folder(folder)
     except DamagedError as error:
         raise LewisError(f"{folder}: expected a whole merged checkpoint: {error}; merge again") from error
-    with store.shared_lock(f"publish-{repo}"):
+    with store.SharedLock(f"publish-{repo}"):
         there = _look(repo, private)
         if there is None:
             with _errors(repo):
@@ -125,7 +125,8 @@ def publish(
         assert there is not None
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         # Weights that the repo has are left out: the client would hash gigabytes to find that out.
-        wanted = [name for name in names if there.digest != manifest["digest"] or not WEIGHTS.search(name)]
+        known = there.files if there.digest == manifest["digest"] else ()
+        wanted = [name for name in names if name not in known or not WEIGHTS.search(name)]
         stale = [name for name in sorted(there.files - set(names)) if WEIGHTS.search(name) or name in KINDS]
         added = [CommitOperationAdd(name, str(folder / name)) for name in wanted if card is None or name != CARD]
         added += [CommitOperationAdd(CARD, card.encode())] if card is not None else []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lewis import store
 from lewis.errors import InputError, LewisError, nearest
 from lewis.registry import logged_model, tracking, versions
-from lewis.store import manifest
+from lewis.store import kinds, manifest
 from lewis.store.manifest import DamagedError
 
 if TYPE_CHECKING:
@@ -59,9 +59,8 @@ def pull(what: str, folder: Path) -> Pulled:
         merge = manifest.check(model.folder)
     except DamagedError as error:
         raise _damaged(model.version.uri, error) from error
-    expected = {name: (int(file["size"]), str(file["sha256"])) for name, file in merge["files"].items()}
-    about = {key: value for key, value in merge.items() if key != "files"}
-    with store.publish(folder, about, checksums={name: sha256 for name, (_, sha256) in expected.items()}) as target:
+    expected = kinds.listed(merge.pop("files"))
+    with store.publish(folder, merge, checksums={name: sha256 for name, (_, sha256) in expected.items()}) as target:
         for each in expected:
             (target / each).parent.mkdir(parents=True, exist_ok=True)
             if Path(each).match(logged_model.WEIGHTS):
@@ -121,7 +120,7 @@ def _unknown(client: "MlflowClient", what: str, name: str) -> InputError:
     """The error for a name that does not exist; it lists those that do."""
     there = client.search_model_versions(f"name='{name}'")
     if not there:
-        models = [each.name for each in client.search_registered_models()]
+        models = [each.name for each in tracking.every(client.search_registered_models)]
         hint = nearest(name, models) if models else "; no model is registered"
         return InputError(f"{what}: expected a registered model, got {name!r}{hint}")
     numbers = ", ".join(sorted((str(each.version) for each in there), key=int))

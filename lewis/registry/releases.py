@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lewis.errors import InputError
 from lewis.models.hub.pin import find_folder
 from lewis.models.source import Source, commits_of
 from lewis.recipe.block import parts_of
 from lewis.registry import lineage, tracking
+from lewis.registry.history import registered_model
 from lewis.registry.promotion import WAITING, has_lapsed
 
 
@@ -70,16 +72,12 @@ def merged(name: str) -> list[Held]:
         TransientError: if MLflow does not answer.
         LewisError: if MLflow refuses.
     """
-    from mlflow.exceptions import MlflowException
-
     name = tracking.model_name(name)
     with tracking.client(f"reading the versions of {name}") as client:
         try:
-            aliases = client.get_registered_model(name).aliases
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # before the first registration
-                return []
-            raise
+            aliases = registered_model(client, name).aliases
+        except InputError:  # before the first registration
+            return []
         versions = [v for v in client.search_model_versions(f"name='{name}'") if v.tags.get("lewis.digest")]
     number = str(aliases.get("champion", ""))
     return [
@@ -102,7 +100,7 @@ def champion(held: Sequence[Held]) -> Held | None:
 
 
 def waiting(held: Sequence[Held]) -> Held | None:
-    """The version that waits for a person who can still approve it; an older one that did no longer counts."""
+    """The version that waits for approval, and is still `challenger` and may be approved."""
     waits = (each for each in held if each.verdict == WAITING and not each.lapsed)
     return next((each for each in waits if "challenger" in each.aliases), None)
 

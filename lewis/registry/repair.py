@@ -6,13 +6,11 @@ in place: a program that loaded it has the damaged files, and its number should 
 """
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lewis.registry import history, outbox, tracking, versions
-from lewis.registry.aliases import set_alias
+from lewis.registry import history, tracking, versions
+from lewis.registry.aliases import move_champion, set_alias
 from lewis.registry.outbox import Move
-from lewis.registry.retention import all_versions
 from lewis.registry.versions import DAMAGED, Version
 from lewis.store import verification
 from lewis.store.manifest import DamagedError
@@ -42,7 +40,7 @@ def verify() -> Verified:
     readable = all(each.kind != verification.DATABASE for each in damaged)
     if readable and tracking.exists():  # without a database nothing was registered, and a look should not create one
         with tracking.client("checking the registered versions") as client:
-            for version in all_versions(client):
+            for version in tracking.every(client.search_model_versions):
                 digest = version.tags.get("lewis.digest")
                 if not digest:  # LEWIS did not register it, or gave it up
                     continue
@@ -102,9 +100,6 @@ def _move_champion(client: "MlflowClient", version: Version, before: str, digest
     """Move the alias `champion`, and report it, so that servers of the damaged files load the new version."""
     why = f"the files of {before} were damaged"
     history.record(client, version.name, "repaired", version.uri, before, why)
-    outbox.settle(version.name, before.rpartition("/")[2])
     move = Move(version.name, version.version, before, [f"repaired: {why}"], {"digest": digest})
-    outbox.write(move)
-    set_alias(client, version.name, "champion", version.version)
-    outbox.write(replace(move, happened=True))
+    move_champion(client, move, keeps_previous=True)
     history.follow(client, version.name)

@@ -5,62 +5,24 @@ Of the store they need their checkpoints, what these were made from, and the sco
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis import store
+from lewis import settings, store
 from lewis.registry import history, lineage, logged_model, tracking
 from lewis.store import housekeeping, kinds, size
 from lewis.store.housekeeping import Needed
 from lewis.store.outdated import Outdated
-from lewis.store.runs import notes
+from lewis.store.runs import active_since
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
 
+logger = logging.getLogger(__name__)
 _PARENT = "mlflow.parentRunId"
 _FLOW_RUN = "lewis.prefect.flow_run_id"
 _NOT_MADE_FROM = ", no registered version was made from it"
-
-
-@dataclass(frozen=True)
-class _Versions:
-    """What all registered versions were made of, from their tags and manifests.
-
-    Attributes:
-        merges: digests of the registered merges.
-        inputs: commits and content digests of everything that they were made from.
-        means: expert -> mean density, one mapping for each merge that has densities.
-    """
-
-    merges: set[str]
-    inputs: set[str]
-    means: list[dict[str, float]]
-
-    def is_merge(self, path: Path) -> bool:
-        """Whether the merged checkpoint at a path belongs to a registered version."""
-        return path.stem in self.merges
-
-    def is_calibration(self, path: Path) -> bool:
-        """Whether a version was made from a calibration set."""
-        return path.stem in self.inputs
-
-    def is_measurement(self, path: Path) -> bool:
-        """Whether a version was made from the model and the calibration set of norms or second-order statistics."""
-        content = _content(path)
-        return {content.get("model"), content.get("calibration")} <= self.inputs
-
-    def is_allocation(self, path: Path) -> bool:
-        """Whether a version has the mean densities of an allocation, which does not name its merge."""
-        experts = _content(path).get("experts") or {}
-        return {ref: fields.get("mean") for ref, fields in experts.items()} in self.means
-
-    def is_score(self, path: Path) -> bool:
-        """Whether scores are of a registered merge, or of a model that one was made from."""
-        return _content(path).get("model") in self.inputs | self.merges
 
 
 def by_versions() -> dict[str, Needed]:
@@ -70,24 +32,28 @@ def by_versions() -> dict[str, Needed]:
         TransientError: if MLflow does not answer.
         LewisError: if MLflow refuses.
     """
-    found = _read()
+    merges, inputs, means = _registered()
+    models = inputs | merges
+
+    def is_measured_for_one(path: Path) -> bool:  # norms or second-order statistics: of a model and a calibration set
+        content = _content(path)
+        return {content.get("model"), content.get("calibration")} <= inputs
+
+    def is_allocation_of_one(path: Path) -> bool:  # by the mean densities: it does not name its merge
+        experts = _content(path).get("experts") or {}
+        return {ref: fields.get("mean") for ref, fields in experts.items()} in means
+
     return {
-        kinds.MERGED.name: Needed(found.is_merge, ", not registered"),
-        kinds.IMPORTANCE.name: Needed(found.is_measurement, _NOT_MADE_FROM),
-        kinds.GRAMS.name: Needed(found.is_measurement, _NOT_MADE_FROM),
-        kinds.ALLOCATIONS.name: Needed(found.is_allocation, _NOT_MADE_FROM),
-        kinds.CALIBRATIONS.name: Needed(found.is_calibration, _NOT_MADE_FROM),
-        kinds.SCORES.name: Needed(found.is_score, ", not of a registered version or what it was made from"),
+        kinds.MERGED.name: Needed(lambda path: path.stem in merges, ", not registered"),
+        kinds.IMPORTANCE.name: Needed(is_measured_for_one, _NOT_MADE_FROM),
+        kinds.GRAMS.name: Needed(is_measured_for_one, _NOT_MADE_FROM),
+        kinds.ALLOCATIONS.name: Needed(is_allocation_of_one, _NOT_MADE_FROM),
+        kinds.CALIBRATIONS.name: Needed(lambda path: path.stem in inputs, _NOT_MADE_FROM),
+        kinds.SCORES.name: Needed(
+            lambda path: _content(path).get("model") in models,
+            ", not of a registered version or what it was made from",
+        ),
     }
-
-
-def all_versions(client: "MlflowClient") -> Iterator["ModelVersion"]:
-    """All versions of all registered models."""
-    token: str | None = None
-    while token is None or token:
-        page = client.search_model_versions(max_results=1000, page_token=token)
-        yield from page
-        token = page.token or ""
 
 
 def runs(before: float) -> tuple[list[Outdated], set[str]]:
@@ -106,7 +72,7 @@ def runs(before: float) -> tuple[list[Outdated], set[str]]:
     if not tracking.exists():  # a look should not create a database
         return [], set()
     with tracking.client("looking for old runs") as client:
-        versions = {str(version.run_id) for version in all_versions(client)}
+        versions = {str(version.run_id) for version in tracking.every(client.search_model_versions)}
         found = {str(run.info.run_id): run for run in _all_runs(client)}
     kept = {key for key, run in found.items() if key in versions or history.CHART in run.data.tags}
     newest: dict[str, tuple[float, str]] = {}
@@ -147,35 +113,35 @@ def _all_runs(client: "MlflowClient") -> Iterator["Run"]:
     """All runs of ours, in the experiment and in those of the teams."""
     base = tracking.experiment_name()
     ids = [e.experiment_id for e in client.search_experiments() if e.name == base or e.name.startswith(f"{base}/")]
-    token: str | None = None
-    while ids and (token is None or token):
-        page = client.search_runs(ids, max_results=1000, page_token=token)
-        yield from (run for run in page if any(tag.startswith("lewis.") for tag in run.data.tags))
-        token = page.token or ""
+    found = tracking.every(client.search_runs, ids) if ids else ()
+    return (run for run in found if any(tag.startswith("lewis.") for tag in run.data.tags))
 
 
 def _ended_before(run: "Run", before: float) -> bool:
     return run.info.status != "RUNNING" and bool(run.info.end_time) and run.info.end_time / 1000 < before
 
 
-def _read() -> _Versions:
+def _registered() -> tuple[set[str], set[str], list[dict[str, float]]]:
+    """What all registered versions were made of, from their tags and manifests.
+
+    Returns:
+        The digests of the merges; commits and content digests of everything that they were made from; and, for each
+        merge that has densities, expert -> mean density.
+    """
     tags: list[dict[str, str]] = []
     if tracking.exists():  # without a database nothing was registered, and a look should not create one
         with tracking.client("listing the registered versions") as client:
-            tags = [version.tags for version in all_versions(client)]
+            tags = [version.tags for version in tracking.every(client.search_model_versions)]
     merges = {each["lewis.digest"] for each in tags if each.get("lewis.digest")}
     inputs = {key for each in tags for key in lineage.sources(each).values()}
     manifests = [store.read_json(kinds.MERGED.path(digest) / store.MANIFEST) or {} for digest in merges]
-    return _Versions(merges, inputs, [found["mean_density"] for found in manifests if found.get("mean_density")])
+    return merges, inputs, [found["mean_density"] for found in manifests if found.get("mean_density")]
 
 
 def _content(path: Path) -> dict[str, Any]:
     """The content of an entry, or of its manifest; empty if it is damaged."""
     content = store.read_json(path / store.MANIFEST if path.is_dir() else path)
     return content if isinstance(content, dict) else {}
-
-
-logger = logging.getLogger(__name__)
 
 
 def make_room(needed: int) -> int:
@@ -188,11 +154,12 @@ def make_room(needed: int) -> int:
         InputError: if `LEWIS_QUOTA` is no size.
         LewisError: if MLflow does not answer, or something cannot be removed.
     """
-    quota = size.quota()
+    quota = settings.QUOTA.get()
     if quota is None or (missing := size.total() + needed - quota) <= 0:
         return 0
-    # The notes of runs, also of dead ones that nobody has cleared yet: then more stays.
-    began = min((note.stat().st_mtime for note in notes()), default=None)
+    # Of dead runs too: one that is run again needs what it had used. Asked first, as `by_versions` may miss what a run
+    # registers that ends meanwhile.
+    began = active_since(dead=True)
     found = housekeeping.survey(0, needed=by_versions(), active_since=began)
     chosen, sum_ = list[housekeeping.Removable](), 0
     for item in sorted(found, key=lambda each: each.last_used):

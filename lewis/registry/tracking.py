@@ -6,7 +6,7 @@ import os
 import posixpath
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from lewis.store.manifest import DamagedError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 MAX_KEY, MAX_PARAM = 250, 6000  # characters
 FILES = "lewis.files"  # tag of a run: its files, each with its size and SHA-256
@@ -172,6 +173,32 @@ def experiment(client: "MlflowClient", team: str = "") -> str:
     return str(found.experiment_id)
 
 
+def run_of(client: "MlflowClient", run_id: str | None) -> "Run | None":
+    """A run; None without an id, or if somebody deleted the run for good, as `mlflow gc` does."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def every(search: Callable[..., Any], *given: Any) -> Iterator[Any]:
+    """All that a search finds: MLflow gives it in pages, of models a hundred in each.
+
+    Args:
+        search: a method of the client.
+        given: its arguments.
+    """
+    page = search(*given)
+    yield from page
+    while page.token:
+        page = search(*given, page_token=page.token)
+        yield from page
+
+
 def log_numbers(
     client: "MlflowClient",
     run_id: str,
@@ -237,19 +264,20 @@ def log_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[RunInpu
         client.log_inputs(run_id, datasets=inputs)
 
 
-def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -> None:
-    """Log files, by name, as artifacts of a run."""
+def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes], *, checked: bool = False) -> None:
+    """Log files, by name, as artifacts of a run.
+
+    Args:
+        checked: whether their sizes and checksums are noted for `check_files`; those noted before stay noted.
+    """
     with store.scratch_folder("files") as scratch:
         for name, content in files.items():
             (scratch / name).write_bytes(content)
         client.log_artifacts(run_id, str(scratch))
-
-
-def note_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes]) -> None:
-    """Note size and SHA-256 of files that were logged, for `check_files`; those noted before stay noted."""
-    noted = client.get_run(run_id).data.tags.get(FILES, "{}")
-    new = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
-    client.set_tag(run_id, FILES, json.dumps({**json.loads(noted), **new}))
+    if checked:
+        noted = client.get_run(run_id).data.tags.get(FILES, "{}")
+        new = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
+        client.set_tag(run_id, FILES, json.dumps({**json.loads(noted), **new}))
 
 
 def file_of(client: "MlflowClient", run_id: str, name: str) -> bytes:
@@ -259,15 +287,17 @@ def file_of(client: "MlflowClient", run_id: str, name: str) -> bytes:
 
 
 def check_files(client: "MlflowClient", run_id: str) -> None:
-    """Check that the files of a run are those that were noted.
+    """Check that the files of a run are those that `log_files` noted.
 
     Raises:
         DamagedError: naming one that is missing or damaged.
     """
     from mlflow.exceptions import MlflowException
 
+    if (run := run_of(client, run_id)) is None:
+        raise DamagedError("it was deleted")
     try:
-        noted = json.loads(client.get_run(run_id).data.tags.get(FILES, "{}"))
+        noted = json.loads(run.data.tags.get(FILES, "{}"))
     except ValueError as error:
         raise DamagedError(f"the tag {FILES} is damaged") from error
     for name, (size, sha256) in noted.items():

@@ -97,13 +97,6 @@ def configure() -> None:
         pass
 
 
-def find(name: str, digest: str) -> Version | None:
-    """The version of a merge; None if it is not registered, or a file is missing or damaged."""
-    name = check(name, digest)
-    with tracking.client(f"looking for {name}") as client:
-        return find_with(client, name, digest)
-
-
 def champion(name: str) -> Champion | None:
     """The version in use, or None before the first promotion."""
     name = tracking.model_name(name)
@@ -163,13 +156,8 @@ def fetch_files(current: Champion) -> Champion:
     return replace(current, folder=folder)
 
 
-def link(version: Version) -> str:
-    """The page of the version in MLflow's UI: on the tracking server, or at the default address of `mlflow ui`."""
-    return page(version.name, version.version)
-
-
 def page(name: str, version: str) -> str:
-    """`link`, of a version by its name and number."""
+    """The page of a version in MLflow's UI: on the tracking server, or at the default address of `mlflow ui`."""
     return f"{_server()}/#/models/{quote(name)}/versions/{version}{MODE}"
 
 
@@ -239,14 +227,14 @@ def tag(version: Version, tags: Mapping[str, str]) -> None:
             client.set_model_version_tag(version.name, version.version, key, value)
 
 
-def is_whole(client: "MlflowClient", name: str, version: str) -> bool:
-    """Whether a version exists with all its files, which are not damaged."""
+def whole(client: "MlflowClient", name: str, version: str) -> "ModelVersion | None":
+    """A version by its number, if it exists with all its files and none is damaged; else None."""
     found = lookup(client, name, number=version)
-    return found is not None and model_of(client, found) is not None
+    return found if found is not None and model_of(client, found) is not None else None
 
 
-def find_with(client: "MlflowClient", name: str, digest: str) -> Version | None:
-    """`find`, with a client that is open already and a name that MLflow accepts."""
+def find(client: "MlflowClient", name: str, digest: str) -> Version | None:
+    """The version of a merge; None if it is not registered, or a file is missing or damaged."""
     for found in of_digest(client, name, digest):
         if model_of(client, found) is not None:
             return Version.of(found)

@@ -27,12 +27,13 @@ def offer(target: KserveTarget, model: Model, before: Served) -> None:
         TransientError, LewisError: as `send`, or if it is not ready in time.
     """
     name = idle(target, before)
-    now = read(target, name)
+    now = kubernetes.read(target, SERVICE, name)
     if _has(target, now, model) and is_ready(now):
         return
-    patch(target, name, {"metadata": {"annotations": {STOP: "true"}}, "spec": _weight(0)})
+    kubernetes.patch(target, SERVICE, name, {"metadata": {"annotations": {STOP: "true"}}, "spec": _weight(0)})
     kubernetes.wait(target, SERVICE, name, "stop", lambda found: kubernetes.condition(found).get("status") == "False")
-    patch(target, name, {"metadata": {"annotations": {STOP: None}}, "spec": {"model": _model(target, model)}})
+    start = {"metadata": {"annotations": {STOP: None}}, "spec": {"model": _model(target, model)}}
+    kubernetes.patch(target, SERVICE, name, start)
     kubernetes.wait(target, SERVICE, name, "become ready", is_ready)
 
 
@@ -40,7 +41,7 @@ def api(target: KserveTarget, model: Model, before: Served) -> tuple[str, str] |
     """URL of the service without traffic, which answers whatever the weights are; None if the target has no gateway."""
     name = idle(target, before)
     url = f"{target.gateway.rstrip('/')}/{target.namespace}/{name}/v1"
-    return (url, _asked_for(target, read(target, name), model)) if target.gateway else None
+    return (url, _asked_for(target, kubernetes.read(target, SERVICE, name), model)) if target.gateway else None
 
 
 def put(target: KserveTarget, model: Model, before: Served) -> str:
@@ -53,10 +54,10 @@ def put(target: KserveTarget, model: Model, before: Served) -> str:
     [old] = set(target.services) - {new}
 
     def give(name: str, share: int) -> None:
-        patch(target, name, {"spec": _weight(share)})
+        kubernetes.patch(target, SERVICE, name, {"spec": _weight(share)})
 
     def has() -> bool:
-        found = read(target, new)
+        found = kubernetes.read(target, SERVICE, new)
         return is_ready(found) and _has(target, found, model)
 
     return canary.run(target, model, before, new, old, give, has)
@@ -64,7 +65,7 @@ def put(target: KserveTarget, model: Model, before: Served) -> str:
 
 def holds(target: KserveTarget, record: Served) -> bool:
     """Whether the service that has the traffic has the version."""
-    found, model = [read(target, name) for name in target.services], recorded(record)
+    found, model = [kubernetes.read(target, SERVICE, name) for name in target.services], recorded(record)
     return all(_has(target, each, model) for each in found if _weight_of(each)) and any(map(_weight_of, found))
 
 
@@ -74,7 +75,7 @@ def idle(target: KserveTarget, before: Served) -> str:
     Raises:
         InputError: if the two are not of one routing group.
     """
-    found = {name: read(target, name) for name in target.services}
+    found = {name: kubernetes.read(target, SERVICE, name) for name in target.services}
     groups = {str(_route(each).get("group")) for each in found.values()}
     if len(groups) > 1 or groups == {"None"}:
         raise InputError(
@@ -84,24 +85,6 @@ def idle(target: KserveTarget, before: Served) -> str:
     having = [name for name in found if before.uri and _has(target, found[name], recorded(before))]
     busy = max(having or found, key=lambda name: _weight_of(found[name]))
     return next(name for name in target.services if name != busy)
-
-
-def read(target: KserveTarget, name: str) -> dict[str, Any]:
-    """A service as Kubernetes has it.
-
-    Raises:
-        TransientError, LewisError: as `kubernetes.read`.
-    """
-    return kubernetes.read(target, SERVICE, name)
-
-
-def patch(target: KserveTarget, name: str, content: Mapping[str, Any]) -> None:
-    """Change a service.
-
-    Raises:
-        TransientError, LewisError: as `kubernetes.patch`.
-    """
-    kubernetes.patch(target, SERVICE, name, content)
 
 
 def _route(service: Mapping[str, Any]) -> Mapping[str, Any]:

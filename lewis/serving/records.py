@@ -100,7 +100,8 @@ def served(name: str = "") -> list[Served]:
     if not tracking.exists():
         return []
     with tracking.client("reading what is in service") as client:
-        names = [tracking.model_name(name)] if name else [each.name for each in client.search_registered_models()]
+        models = tracking.every(client.search_registered_models)
+        names = [tracking.model_name(name)] if name else [each.name for each in models]
         return [each for of in names for each in read(client, of)]
 
 

@@ -13,11 +13,6 @@ _SHOWN = 500  # characters of an answer that an error message shows
 _PASSES = (408, 425, 429)  # statuses below 500 after which another try may succeed
 
 
-def place(url: str) -> str:
-    """A URL without its path, for messages: the path of a webhook may be its secret."""
-    return "{0.scheme}://{0.netloc}".format(urlsplit(url))
-
-
 def send(
     method: str,
     url: str,
@@ -37,11 +32,11 @@ def send(
         url: where to.
         body: sent as JSON.
         data: sent as it is.
-        form: sent as that of a page.
+        form: sent as the fields of an HTML form.
         headers: further ones.
         timeout_s: for the connection, and for the answer.
         accepted: statuses that are no error, in addition to those below 300.
-        ca: file with the certificates that the server's is checked by; None: those of this machine.
+        ca: file of the CA certificates that the server's certificate is checked by; None: this machine's.
 
     Raises:
         TransientError: if the server does not answer, or is busy.
@@ -49,6 +44,7 @@ def send(
     """
     import requests
 
+    server = "{0.scheme}://{0.netloc}".format(urlsplit(url))  # in messages; the path of a webhook may be its secret
     try:
         answer = requests.request(
             method,
@@ -62,12 +58,12 @@ def send(
         )
     except requests.RequestException as error:
         why = f"does not answer ({type(error).__name__}); see that it is up"
-        raise TransientError(f"{place(url)} {why}") from None
+        raise TransientError(f"{server} {why}") from None
     status = answer.status_code
     if status < 300 or status in accepted:
         return answer
     kind = TransientError if status >= 500 or status in _PASSES else LewisError
-    raise kind(f"{place(url)} answered {status}: {' '.join(answer.text.split())[:_SHOWN] or 'nothing'}")
+    raise kind(f"{server} answered {status}: {' '.join(answer.text.split())[:_SHOWN] or 'nothing'}")
 
 
 def with_key(url: str) -> dict[str, str]:

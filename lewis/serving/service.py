@@ -96,7 +96,7 @@ def serve(
     """
     name, uri, block = champion.version.name, champion.version.uri, _digest(target)
     kind = KINDS[target.form]
-    with store.shared_lock(f"serve-{name}-{target.label}"):
+    with store.SharedLock(f"serve-{name}-{target.label}"):
         before = record_of(name, target)
         if (before.uri, before.digest, before.block) == (uri, champion.digest, block) and not again:
             if _still_holds(kind, target, before):

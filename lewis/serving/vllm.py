@@ -38,8 +38,9 @@ def offer(target: VllmTarget, model: Model, before: Served | None = None) -> Non
 
 def put(target: VllmTarget, model: Model, before: Served) -> str:
     """Serve the model to clients, and unload all but this one and the one before."""
-    if models(target).get(asked_for(target, model.name)) != str(model.folder):
-        _load(target, asked_for(target, model.name), model)
+    asked_for = target.alias or model.name  # by clients
+    if models(target).get(asked_for) != str(model.folder):
+        _load(target, asked_for, model)
     kept = {model.alias, before.previous_alias if before.alias == model.alias else before.alias}
     for each in models(target):
         if name_pattern(model.name).fullmatch(each) and each not in kept:
@@ -56,17 +57,12 @@ def holds(target: VllmTarget, record: Served) -> bool:
     """
     found = models(target)
     own = found.get(record.alias)
-    return own is not None and own == found.get(asked_for(target, record.name))
+    return own is not None and own == found.get(target.alias or record.name)
 
 
 def api(target: VllmTarget, model: Model, before: Served | None = None) -> tuple[str, str]:
     """URL at which the offered model answers, and its name there."""
     return f"{target.url.rstrip('/')}/v1", model.alias
-
-
-def asked_for(target: VllmTarget, name: str) -> str:
-    """The name that clients ask for."""
-    return target.alias or name
 
 
 def models(target: VllmTarget) -> dict[str, str]:

@@ -28,8 +28,8 @@ def put(target: WebhookTarget, model: Model, before: Served) -> str:
     """
     data = {"name": model.name, "alias": "champion", "version": model.version, "uri": model.uri}
     data |= {"digest": model.digest, "path": str(model.folder), "output": model.output}
-    told = {"entity": "model_version_alias", "action": "created", "timestamp": datetime.now(UTC).isoformat()}
-    body = json.dumps({**told, "data": {**data, "served_as": model.alias, "previous": model.previous}})
+    event = {"entity": "model_version_alias", "action": "created", "timestamp": datetime.now(UTC).isoformat()}
+    body = json.dumps({**event, "data": {**data, "served_as": model.alias, "previous": model.previous}})
     stamp = str(int(time.time()))
     headers = {
         "Content-Type": "application/json",

@@ -35,7 +35,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.registry import promotion, tracking, versions
 from lewis.registry.versions import Champion
-from lewis.settings import size_text
+from lewis.settings import STORE_MERGED, size_text
 from lewis.steps.graph import (
     CHAMPION,
     LOOK,
@@ -253,7 +253,7 @@ def _add_merges(plan: Plan, recipe: Recipe, headers: Headers, experts: int) -> N
         largest = max(math.prod(shape) for _, shape in headers.values())
         written = len(merges) * _bytes_of_output(recipe, headers)
         plan.disk += written
-        plan.to_push += written if plan.remote and remote.shares_merged() else 0
+        plan.to_push += written if plan.remote and STORE_MERGED.get() else 0
         plan.memory = max(plan.memory, without_models(find(recipe.guided_method), largest, experts))
         plan.seconds = None
     else:

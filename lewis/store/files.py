@@ -22,10 +22,10 @@ from filelock import FileLock, Timeout
 
 from lewis.errors import InputError, LewisError
 from lewis.input_files import open_regular
-from lewis.settings import size_text
+from lewis.settings import QUOTA, size_text
 from lewis.store import size
 from lewis.store.folders import holds, home, make_folder, restrict, umask
-from lewis.store.scratch import beside, is_dead
+from lewis.store.scratch import beside, is_dead, writer_of
 
 MANIFEST = "lewis.json"
 CARD = ("README.md", "density.png", ".eval_results/lewis.yaml")
@@ -127,7 +127,7 @@ def check_space(folder: Path, needed: int, what: str = "the output") -> None:
 def _free(folder: Path) -> tuple[int, bool]:
     """Bytes that may be written to `folder`, and whether it is the quota that allows no more."""
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-    quota = size.quota() if holds(folder) else None
+    quota = QUOTA.get() if holds(folder) else None
     left = free if quota is None else max(quota - size.total(), 0)
     return min(free, left), left < free
 
@@ -149,14 +149,18 @@ def sweep(folder: Path, target: str | None = None) -> None:
 
 
 def is_abandoned(leftover: Path) -> bool:
-    """Whether the process that wrote to `leftover`, a scratch path of this module, is dead (`scratch.is_dead`)."""
+    """Whether `leftover` is a scratch path of LEWIS whose process is dead (`scratch.is_dead`).
+
+    Hidden files of other programs may end in `.partial` too, such as downloads in the folder of an output.
+    """
     if leftover.name.endswith(RESUMABLE):
         try:
             with lock(str(leftover.absolute())).acquire(timeout=0):
                 return True
         except Timeout:
             return False
-    return is_dead(leftover.name.split(".")[-3], leftover)
+    writer = writer_of(leftover)
+    return writer is not None and is_dead(writer, leftover)
 
 
 def _can_resume(leftover: Path) -> bool:

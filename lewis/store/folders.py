@@ -42,15 +42,15 @@ def make_folder(folder: Path) -> Path:
     Returns:
         The folder.
     """
-    place = home()
-    if not folder.absolute().is_relative_to(place):
+    if not holds(folder):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+    place, absolute = home(), folder.absolute()
     place.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         os.mkdir(place, 0o700)
     _close_to_others(place)
-    missing = [each for each in (folder, *folder.parents) if each != place and each.is_relative_to(place)]
+    missing = [each for each in (absolute, *absolute.parents) if each != place and each.is_relative_to(place)]
     for each in reversed(missing):
         with suppress(FileExistsError):
             os.mkdir(each)
@@ -109,6 +109,6 @@ def _close_to_others(place: Path) -> None:
 
 
 def leads_out(name: str) -> bool:
-    """Whether the name of a file in a folder, as a stranger gives it, is that of one elsewhere."""
+    """Whether the name of a file in a folder, from an untrusted source, leads out of that folder."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts

@@ -65,16 +65,13 @@ class Removable:
     why: str
 
 
-def survey(
-    days: float = DAYS, *, needed: Mapping[str, Needed], now: float | None = None, active_since: float | None = None
-) -> list[Removable]:
+def survey(days: float = DAYS, *, needed: Mapping[str, Needed], active_since: float | None = None) -> list[Removable]:
     """Find what can be removed; changes nothing.
 
     Args:
         days: entries used in the last `days` days are kept.
         needed: kind's name -> which of its entries are kept whenever they were used last. The registered versions'
             are in `lewis.registry.retention.by_versions`.
-        now: Unix time in seconds; by default the clock's.
         active_since: when the oldest run that is still going on began (Unix time in seconds), or None. Everything used
             since then is kept, and every kind whose entries do not note their use.
 
@@ -83,7 +80,7 @@ def survey(
     """
     if not days >= 0:
         raise InputError(f"days: expected a number from 0 up, got {days}")
-    now = time.time() if now is None else now
+    now = time.time()
     recent = min(now - RECENT, now if active_since is None else active_since) - store.MARK_EVERY
     unused = min(recent, now - days * _DAY - store.MARK_EVERY)
     found = list[Removable]()

@@ -100,13 +100,22 @@ class Kind:
             named = content["files"] if self.manifest else {}
             if self.beside:
                 named = {self.beside_of(path).name: content[self.beside_in]}
-            found = {str(name): (int(each["size"]), str(each["sha256"])) for name, each in named.items()}
+            return listed(named)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{MANIFEST}: {error}" if self.manifest else str(error)) from error
-        for name in found:
-            if leads_out(name):
-                raise DamagedError(f"{name}: expected the name of a file in it")
-        return found
+
+
+def listed(files: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
+    """Name -> size in bytes and SHA-256 (64 hex digits) of the files that a head describes.
+
+    Raises:
+        DamagedError: if one is elsewhere.
+        KeyError, TypeError, ValueError: if they are described in another way.
+    """
+    found = {str(name): (int(each["size"]), str(each["sha256"])) for name, each in files.items()}
+    if outside := next(filter(leads_out, found), None):
+        raise DamagedError(f"{outside!r}: expected the name of a file in the folder")
+    return found
 
 
 def check_png(data: bytes) -> None:

@@ -11,8 +11,8 @@ its end passes, the next holder makes the object of the next number, which only 
 The numbers never go back, so a slow process that makes an object which was made and removed before sees a higher
 one.
 
-The end is by the holder's clock. An object that has not changed for `SECONDS + GRACE` by the clock of who waits has
-ended, too, so that a killed holder whose clock was ahead holds up nobody. If clocks differ by more than `GRACE`, or a
+The end is by the holder's clock. An object that has not changed for `SECONDS + GRACE` by the clock of a waiting process
+has ended, too, so that a killed holder whose clock was ahead blocks nobody. If clocks differ by more than `GRACE`, or a
 holder stands still for longer, two may hold one lease. Whatever is made under it is addressed by content and published
 whole, so that costs double work. The local lock, which is held as well, is exact.
 """
@@ -24,11 +24,11 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lewis.redact import redacted
 from lewis.store import files, remote
@@ -55,11 +55,14 @@ class Lease:
         self._ended = threading.Event()
         self._keeper: threading.Thread | None = None
 
-    def acquire(self, timeout: float = -1) -> Self:
+    def acquire(self, timeout: float = -1) -> ExitStack:
         """Take it, and renew it in a thread until `release`.
 
         Args:
             timeout: seconds to wait; below 0, for ever.
+
+        Returns:
+            What gives it back at the end of a block.
 
         Raises:
             Timeout: if another holder has it for longer.
@@ -79,7 +82,9 @@ class Lease:
                 logger.info("waiting for %s, which another machine holds", self._name)
                 logged = True
             time.sleep(_POLL if timeout < 0 else min(_POLL, timeout))
-        return self
+        held = ExitStack()
+        held.callback(self.release)
+        return held
 
     def release(self) -> None:
         """Give it back, if it is held."""
@@ -91,15 +96,6 @@ class Lease:
                 if self._highest(system, place)[0] == int(self._own):
                     system.pipe_file(f"{place}/{self._own}", self._content(0.0))
             self._own = ""
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold it for a block."""
-        self.acquire()
-        try:
-            yield
-        finally:
-            self.release()
 
     def _try(self) -> bool:
         system, place = self._opened()
@@ -193,27 +189,27 @@ class Lease:
 class SharedLock:
     """A lock between processes and threads of this machine, and with `LEWIS_STORE` between machines."""
 
-    def __init__(self, local: FileLock, name: str) -> None:
+    def __init__(self, name: str, local: str = "") -> None:
         """
         Args:
-            local: the lock of this machine.
-            name: of the lease, the same on every machine.
+            name: the same on every machine.
+            local: name of the lock of this machine, if that is another; paths may differ between machines.
         """
-        self._local, self._lease = local, Lease(name)
+        self._local, self._lease = files.lock(local or name), Lease(name)
 
-    def acquire(self, timeout: float = -1) -> Self:
+    def acquire(self, timeout: float = -1) -> ExitStack:
         """Take both, waiting at most so many seconds for each; below 0, for ever.
+
+        Returns:
+            What gives them back at the end of a block.
 
         Raises:
             Timeout: if one is held for longer.
         """
-        self._local.acquire(timeout=timeout)
-        try:
-            self._lease.acquire(timeout)
-        except BaseException:
-            self._local.release()
-            raise
-        return self
+        with ExitStack() as held:
+            held.enter_context(self._local.acquire(timeout=timeout))
+            held.enter_context(self._lease.acquire(timeout))
+            return held.pop_all()
 
     def release(self) -> None:
         """Give back what is held."""
@@ -222,20 +218,11 @@ class SharedLock:
             self._local.release()
 
     def __enter__(self) -> Self:
-        return self.acquire()
+        self.acquire()
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()
-
-
-def shared_lock(name: str, local: str = "") -> SharedLock:
-    """A lock between processes and threads of this machine, and with `LEWIS_STORE` between machines.
-
-    Args:
-        name: the same on every machine.
-        local: name of the lock of this machine, if that is another; paths may differ between machines.
-    """
-    return SharedLock(files.lock(local or name), name)
 
 
 @contextmanager
@@ -247,5 +234,5 @@ def turn(kind: Kind, digest: str) -> Iterator[None]:
     path = kind.path(digest)
     with kind.lock(digest):
         absent = remote.shares(path) and not path.exists() and not remote.fetch(path)
-        with Lease(kind.locks + digest).held() if absent else nullcontext():
+        with Lease(kind.locks + digest).acquire() if absent else nullcontext():
             yield

@@ -9,19 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lewis import store
 from lewis.store import files, kinds, remote, sealed_json
 from lewis.store.entries import mark_used, read_entry, set_aside, write_entry
 from lewis.store.files import MANIFEST
-from lewis.store.folders import leads_out
+from lewis.store.sealed_json import DamagedError
 from lewis.threads import ContextPool
 
 _LARGE = 1 << 28  # files above this size take longer to hash than a clock tick
 _TIMESTAMP_TICK = 100_000_000  # ns; a file that changes twice within a tick of the file system's clock keeps its stamp
-
-
-class DamagedError(ValueError):
-    """A published folder is not whole; the message names the file, what was expected and what is there."""
 
 
 def read_manifest(folder: Path, *, content: bool = True) -> dict[str, Any] | None:
@@ -58,11 +53,9 @@ def check(folder: Path, *, again: bool = False, content: bool = True) -> dict[st
     remote.fetch(folder)
     try:
         manifest = sealed_json.loads((folder / MANIFEST).read_bytes())
-        expected = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
+        expected = kinds.listed(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST}: {getattr(error, 'strerror', None) or error}") from error
-    if outside := next(filter(leads_out, expected), None):
-        raise DamagedError(f"{MANIFEST}: {outside!r}: expected the name of a file in the folder")
     sizes = {name: (size, None) for name, (size, _) in expected.items()}
     check_files(folder, expected if content else sizes, again=again)
     return manifest
@@ -156,4 +149,4 @@ def remember(written: Mapping[Path, str]) -> None:
             time.sleep((_TIMESTAMP_TICK - unchanged) / 1e9)
         for path, sha256 in written.items():
             if stamps[path.resolve()] == _stamp(path):
-                store.write_entry(place_of(str(path.resolve())), {"stamp": _stamp(path), "sha256": sha256})
+                write_entry(place_of(str(path.resolve())), {"stamp": _stamp(path), "sha256": sha256})

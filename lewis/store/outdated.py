@@ -1,22 +1,19 @@
 """Old entries of the store's remote half that nothing needs: find them, and remove them."""
 
-import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lewis.errors import TransientError
+from lewis.errors import LewisError, TransientError
 from lewis.redact import redacted
 from lewis.store import kinds, remote
 from lewis.store.housekeeping import Needed
 from lewis.store.kinds import Kind
 from lewis.store.scratch import scratch_folder
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,18 +49,15 @@ def entries(before: float, needed: Mapping[str, Needed]) -> list[Outdated]:
     """
     if not remote.url():
         return []
-    system, root = remote.opened()
-    try:
-        with scratch_folder("outdated") as scratch:
-            return [
-                Outdated("remote store", f"{kind.name}/{digest[:16]}", f"{kind.name}/{digest}", time, size)
-                for kind, digest, time, size in _entries(system, root)
-                if time < before
-                and not _used_since(kind, digest, before)
-                and not _needed(system, root, kind, digest, needed.get(kind.name), scratch)
-            ]
-    except OSError as error:
-        raise _away(error) from error
+    with _answering(), scratch_folder("outdated") as scratch:
+        system, root = remote.opened()
+        return [
+            Outdated("remote store", f"{kind.name}/{digest[:16]}", f"{kind.name}/{digest}", time, size)
+            for kind, digest, time, size in _entries(system, root)
+            if time < before
+            and not _used_since(kind, digest, before)
+            and not _needed(system, root, kind, digest, needed.get(kind.name), scratch)
+        ]
 
 
 def remove(found: Outdated) -> None:
@@ -72,19 +66,18 @@ def remove(found: Outdated) -> None:
     Raises:
         TransientError: if the remote half does not answer.
     """
-    system, root = remote.opened()
     name, _, digest = found.key.partition("/")
     kind = kinds.TABLE[name]
-    entry = f"{root}/{name}/{kind.path(digest).name}"
-    try:
-        with suppress(FileNotFoundError):  # somebody else was quicker
+    with _answering():
+        system, root = remote.opened()
+        entry = f"{root}/{name}/{kind.path(digest).name}"
+        with suppress(FileNotFoundError):  # an upload that was broken off has none
             system.rm_file(remote.head_object(kind, entry))
+        with suppress(FileNotFoundError):  # somebody else was quicker
             if kind.manifest:
                 system.rm(entry, recursive=True)
             elif kind.beside:
                 system.rm_file(f"{root}/{found.key}{kind.beside}")
-    except OSError as error:
-        raise _away(error) from error
 
 
 def _entries(system: Any, root: str) -> Iterator[tuple[Kind, str, float, int]]:
@@ -136,5 +129,13 @@ def _needed(system: Any, root: str, kind: Kind, digest: str, needed: Needed | No
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _away(error: Exception) -> TransientError:
-    return TransientError(f"LEWIS_STORE: {redacted(remote.url())} does not answer: {redacted(str(error))}")
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Raise what the remote half raises in a block as a TransientError."""
+    try:
+        yield
+    except LewisError:
+        raise
+    except Exception as error:  # each file system has errors of its own
+        text = redacted(f"{type(error).__name__}: {error}")
+        raise TransientError(f"LEWIS_STORE: {redacted(remote.url())} does not answer: {text}") from error

@@ -57,15 +57,6 @@ def url() -> str:
     return settings.STORE.get()
 
 
-def shares_merged() -> bool:
-    """Whether merged models are pushed and fetched: `LEWIS_STORE_MERGED`.
-
-    Raises:
-        InputError: if it is neither 0 nor 1.
-    """
-    return settings.STORE_MERGED.get()
-
-
 def shares(path: Path) -> bool:
     """Whether an entry is pushed and fetched: there is a remote half, and the entry is of a kind that is shared."""
     return _shared_kind(path) is not None
@@ -73,7 +64,7 @@ def shares(path: Path) -> bool:
 
 def _shared_kind(path: Path) -> Kind | None:
     kind = kinds.kind_of(path) if url() else None
-    if kind is None or kind.shared == "never" or (kind.shared == "merged" and not shares_merged()):
+    if kind is None or kind.shared == "never" or (kind.shared == "merged" and not settings.STORE_MERGED.get()):
         return None
     return kind
 
@@ -116,7 +107,7 @@ def fetch(path: Path) -> bool:
         path: where it is to be: a file, or a folder with a manifest.
 
     Returns:
-        Whether it is there now. False too if the remote half does not answer or has it damaged: that is logged.
+        Whether it was fetched. False too if the remote half does not answer or has it damaged: that is logged.
 
     Raises:
         InputError: as `opened`.

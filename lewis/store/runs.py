@@ -23,7 +23,7 @@ def noted() -> Iterator[None]:
             forget(note.name)
     name = f"{_LIBRARY}{uuid.uuid4().hex}"
     with lock(name):
-        with suppress(OSError):  # a full disk stops only who needs more than this
+        with suppress(OSError):  # a full disk stops only what needs more room than this
             files.write_text(note_of(name), "")
         try:
             yield
@@ -63,11 +63,15 @@ def forget(name: str) -> None:
     Path(lock(name).lock_file).unlink(missing_ok=True)
 
 
-def active_since() -> float | None:
-    """When the oldest process that works on the store began (Unix time, seconds); None if none does."""
+def active_since(*, dead: bool = False) -> float | None:
+    """When the oldest process that works on the store began (Unix time, seconds); None if none does.
+
+    Args:
+        dead: whether those count, too, that died and whose notes nobody has removed yet.
+    """
     began = []
     for note in notes():
         with suppress(FileNotFoundError):  # it has just ended
-            if not is_dead(note.name):
+            if dead or not is_dead(note.name):
                 began.append(note.stat().st_mtime)
     return min(began, default=None)

@@ -12,6 +12,7 @@ dies. The next process that makes such a folder removes those that nobody holds.
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -21,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 AGE = 86400.0  # seconds; what a writer that cannot be asked has not touched for so long is abandoned
+_BESIDE = re.compile(r"\..+\.((?:[0-9a-f]{12}|unknown)-\d+)\.\w+\.partial")  # the group is the writer
 _FOLDER = "lewis-tmp-"  # how the names of temporary folders begin
 _MADE, _NEW = f"{_FOLDER}new-", 60.0  # until they are locked; seconds that this takes at most
 
@@ -35,11 +37,17 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{writer()}.{uuid.uuid4().hex[:8]}.partial")
 
 
+def writer_of(path: Path) -> str | None:
+    """The writer of a scratch path that `beside` has named; None if another program has named the path."""
+    found = _BESIDE.fullmatch(path.name)
+    return found[1] if found else None
+
+
 def is_dead(name: str, left: Path) -> bool:
     """Whether a writer is dead.
 
     Args:
-        name: what `writer` gave in its process; other words are those of a writer that cannot be asked.
+        name: what `writer` gave in its process; any other text is a writer that cannot be asked.
         left: the file or folder that it writes. If the writer cannot be asked, it counts as dead when nothing in there
             has changed for `AGE`.
     """

@@ -14,7 +14,7 @@ _FIRST_LINE = re.compile(rb'\{"checksum": "sha256:([0-9a-f]{64})",')
 
 
 class DamagedError(ValueError):
-    """The bytes are not those that were written."""
+    """Something is not as it was written; the message names the file, what was expected and what is there."""
 
 
 def dumps(content: Mapping[str, Any], indent: int | None = 2) -> str:

@@ -1,19 +1,9 @@
-"""How large the store is, by its folders, and how large it may be: `LEWIS_QUOTA`."""
+"""How large the store is, by its folders."""
 
 import os
 from pathlib import Path
 
-from lewis import settings
 from lewis.store.folders import home
-
-
-def quota() -> int | None:
-    """How many bytes the store may have on disk, MLflow's files and Prefect's database in it too; None: no limit.
-
-    Raises:
-        InputError: if `LEWIS_QUOTA` is no size.
-    """
-    return settings.QUOTA.get()
 
 
 def by_folder() -> dict[str, int]:
@@ -31,7 +21,7 @@ def by_folder() -> dict[str, int]:
 
 
 def total() -> int:
-    """Bytes on disk of the whole store."""
+    """Bytes on disk of the whole store, MLflow's files and Prefect's database in it too: what `LEWIS_QUOTA` limits."""
     return sum(by_folder().values())
 
 

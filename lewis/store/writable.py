@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lewis.errors import InputError
@@ -37,9 +38,9 @@ def check_store() -> None:
         os.rmdir(tempfile.mkdtemp(prefix=".lewis-", dir=home))
         check_format()
     except (OSError, InputError) as error:
-        told = error if isinstance(error, InputError) else error.strerror
+        why = error if isinstance(error, InputError) else error.strerror
         raise InputError(
-            f"LEWIS_HOME: the store {home} cannot be written to: {told}; set it to a folder that can"
+            f"LEWIS_HOME: the store {home} cannot be written to: {why}; set it to a folder that can"
         ) from error
 
 
@@ -100,15 +101,11 @@ def check_output_folder(folder: Path) -> Path:
     Raises:
         InputError: if it cannot, or holds something else.
     """
-    try:
+    with _named(folder):
         place = folder.expanduser().resolve()
         str(place).encode()  # raises for a name that is no UTF-8
         entries.check_replaceable(place)
         _try(place)
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle, or ~nobody
-        if isinstance(error, InputError):
-            raise
-        raise _impossible(folder, error) from error
     return place
 
 
@@ -121,15 +118,11 @@ def check_output_file(file: Path) -> Path:
     Raises:
         InputError: if it cannot, or something is there that is no regular file.
     """
-    try:
+    with _named(file):
         place = file.expanduser().resolve()
         if place.exists() and not place.is_file():
             raise InputError(f"-o {file}: expected the name of a file, got a folder or a device; choose another path")
         _try(place)
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise _impossible(file, error) from error
     return place
 
 
@@ -146,6 +139,13 @@ def _try(place: Path) -> None:
         shutil.rmtree(made)
 
 
-def _impossible(given: Path, error: Exception) -> InputError:
-    told = getattr(error, "strerror", None) or error
-    return InputError(f"-o {given}: cannot be written: {told}; choose another path")
+@contextmanager
+def _named(given: Path) -> Iterator[None]:
+    """Raise what goes wrong in a block as an InputError that names what the user gave."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle, or ~nobody
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"-o {given}: cannot be written: {why}; choose another path") from error

@@ -163,7 +163,7 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
         f"Compared with {verdict.compared_with}.",
         *(f"* {r}" for r in verdict.reasons),
     ]
-    text = f"{version.uri} (run {version.run_id})"
-    create_link_artifact(versions.link(version), text, key=artifact_key(recipe, "mlflow"), description="Model version")
+    page, text = versions.page(version.name, version.version), f"{version.uri} (run {version.run_id})"
+    create_link_artifact(page, text, key=artifact_key(recipe, "mlflow"), description="Model version")
     create_markdown_artifact("\n\n".join(lines), key=artifact_key(recipe, "verdict"), description="The gate's verdict")
     return verdict.passed and (done.moved or done.previous == version.uri), done.new

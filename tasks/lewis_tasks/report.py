@@ -123,7 +123,8 @@ def report_run(
     links = {flow_run.url_text(): flow_run.url()}
     if version:
         report, charts_of_all = versions.run_pages(version)
-        links |= {"MLflow version": versions.link(version), "MLflow run": versions.run_link(version)}
+        of_version = versions.page(version.name, version.version)
+        links |= {"MLflow version": of_version, "MLflow run": versions.run_link(version)}
         links["MLflow charts of all versions"] = charts_of_all
     if published:
         links["Hub"] = published

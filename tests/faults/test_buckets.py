@@ -89,7 +89,7 @@ def test_a_lease_is_given_on(bucket: type[OddBucket], fault: str) -> None:
 
         def work(number: int, done: list[int] = done) -> None:
             for _ in range(2):
-                with Lease("x").held():
+                with Lease("x").acquire():
                     time.sleep(0.002)
             done.append(number)
 
@@ -111,7 +111,7 @@ def test_a_name_that_stays_in_the_list_of_a_lease(bucket: type[OddBucket], monke
 
     bucket.clear(0)
     monkeypatch.setattr(bucket, "ls", ls)
-    with Lease("x").held():
+    with Lease("x").acquire():
         pass
     assert len(asked) < 50 and not bucket.objects
     assert store.read_entry(scores()) == {"results": {"a": 1}} and importance().exists()

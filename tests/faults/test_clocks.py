@@ -66,7 +66,7 @@ def test_a_dead_holder_whose_clock_was_a_day_ahead(bucket: Path, patience: float
 
     def taken() -> bool:
         try:
-            Lease("dead").acquire(patience).release()
+            Lease("dead").acquire(patience).close()
         except Timeout:
             return False
         return True
@@ -81,7 +81,7 @@ def test_a_living_holder_whose_clock_is_wrong(bucket: Path, monkeypatch: pytest.
     held, ended = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with Lease("living").held():
+        with Lease("living").acquire():
             held.set()
             ended.wait(60)
 
@@ -100,7 +100,7 @@ def test_a_living_holder_whose_clock_is_wrong(bucket: Path, monkeypatch: pytest.
         with pytest.raises(Timeout):
             Lease("living").acquire(timeout=0)
         other.release()
-    Lease("living").acquire(timeout=20).release()
+    Lease("living").acquire(timeout=20).close()
 
 
 @pytest.mark.parametrize(("ahead", "most"), [(0.1, 1), (3600.0, 2), (-3600.0, 2)])
@@ -112,7 +112,7 @@ def test_two_workers_make_one_entry(bucket: Path, monkeypatch: pytest.MonkeyPatc
     def work() -> None:
         name = threading.current_thread().name
         started.wait()
-        with SharedLock(store.lock(name), "scores-7e"):
+        with SharedLock("scores-7e", local=name):
             if not path.exists():
                 time.sleep(0.05)
                 store.write_entry(path, {"results": 1})

@@ -68,13 +68,20 @@ def test_what_is_wrong_is_logged_and_notified_once(
 def test_of_several_receivers_one_polls(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     polled = list[int]()
     monkeypatch.setattr(watch, "poll_all", lambda: polled.append(1))
-    with store.shared_lock("poll"):
+    with store.SharedLock("poll"):
         other = threading.Thread(target=watch.poll_once)  # locks of one thread are one lock
         other.start()
         other.join()
     assert polled == []
     assert not watch.poll_once()
     assert polled == [1]
+
+
+@pytest.mark.timeout(60)
+def test_a_poll_comes_to_an_end_with_a_remote_half(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEWIS_STORE", f"file://{tmp_path}/remote")
+    monkeypatch.setattr(watch, "poll_all", lambda: True)
+    assert watch.poll_once() and watch.poll_once()
 
 
 def test_a_loop_goes_on_after_an_error_until_it_is_stopped() -> None:

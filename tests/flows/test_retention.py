@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from uuid import UUID, uuid4
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter
@@ -16,7 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Running
 
 from lewis import store
-from lewis.errors import InputError
+from lewis.errors import InputError, TransientError
 from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion, tracking
 from lewis.store import housekeeping, kinds
@@ -134,15 +135,37 @@ def test_remote_entries_go_when_nothing_needs_them(home: Path, tmp_path: Path, m
             lambda path: store.read_json(path / store.MANIFEST)["model"] == "needed", ""
         ),
     }
+    cut = remote / "grams" / ("d" * 64)  # an upload that was broken off: it has no manifest
+    cut.mkdir()
+    (cut / "x").write_bytes(b"x" * 2000)
     before = time.time() + 3600
     assert in_remote.entries(time.time() - 3600, needed) == []  # all are young
     for kind, mark in ((kinds.SCORES, ""), (kinds.GRAMS, store.MANIFEST)):
         os.utime(kind.path(names["used"]) / mark, (before + 60, before + 60))
     found = in_remote.entries(before, needed)
-    assert sorted(each.key for each in found) == [f"grams/{names['unused']}", f"scores/{names['unused']}"]
+    assert sorted(each.key for each in found) == [
+        f"grams/{names['unused']}",
+        f"grams/{cut.name}",
+        f"scores/{names['unused']}",
+    ]
     assert min(each.bytes for each in found if each.key.startswith("grams")) > 1000
     for each in found:
         in_remote.remove(each)
     left = {path.relative_to(remote).parts[1][:1] for path in remote.rglob("*") if path.is_file()}
     assert left == {"a", "c"} and in_remote.entries(before, needed) == []
     in_remote.remove(found[0])  # it is gone already
+
+
+def test_a_remote_half_that_does_not_answer_is_named(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class EndpointConnectionError(Exception):
+        """As of botocore, which is no OSError."""
+
+    def find(*_: object, **__: object) -> None:
+        raise EndpointConnectionError("no such host")
+
+    monkeypatch.setenv("LEWIS_STORE", f"file://{tmp_path}/remote")
+    monkeypatch.setattr(LocalFileSystem, "find", find)
+    with pytest.raises(TransientError, match=r"LEWIS_STORE: .* does not answer: EndpointConnectionError: no such host"):
+        in_remote.entries(time.time() + LATER, {})

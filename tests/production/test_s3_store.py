@@ -82,12 +82,12 @@ def test_the_lease_of_a_killed_holder_ends(machines: Machines, monkeypatch: pyte
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     begin = time.monotonic()
-    with Lease("x").held():
+    with Lease("x").acquire():
         assert time.monotonic() - begin < 8
         with pytest.raises(Timeout):
             Lease("x").acquire(timeout=0.05)
     begin = time.monotonic()
-    with Lease("x").held():  # what is given back is free at once
+    with Lease("x").acquire():  # what is given back is free at once
         assert time.monotonic() - begin < 1.5
 
 
@@ -98,7 +98,7 @@ def test_of_many_one_holds_it(machines: Machines, monkeypatch: pytest.MonkeyPatc
     def work() -> None:
         started.wait()
         for _ in range(4):
-            with Lease("y").held():
+            with Lease("y").acquire():
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 time.sleep(0.02)
@@ -158,7 +158,7 @@ def test_a_wrong_key_stops_no_run_and_is_told_without_the_key(
     s3fs.S3FileSystem.clear_instance_cache()
     try:
         assert whole(scores()) and machines.objects() == []
-        with Lease("x").held():
+        with Lease("x").acquire():
             pass
     finally:
         s3fs.S3FileSystem.clear_instance_cache()

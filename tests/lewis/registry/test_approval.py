@@ -50,6 +50,7 @@ def test_a_version_waits_until_a_person_approves(home: Path, family: Family) -> 
         promotion.approve("tiny", "1", "x")
     with pytest.raises(InputError, match="no such version"):
         promotion.approve("tiny", "9", "x")
+    assert [promotion.is_waiting("tiny", number) for number in "129"] == [False, True, False]
     with pytest.raises(InputError, match="expected a reason"):
         promotion.approve("tiny", "2", " ")
     assert promotion.approve("tiny", "2", "support has read it", "Ann") == first.uri

@@ -72,6 +72,14 @@ def test_the_next_version_replaces_weights_and_leaves_the_owners_files(hub: Loca
     assert tree(hub) == {path.name: path.read_bytes() for path in folder.iterdir()} | {"logo.txt": b"owner's"}
 
 
+def test_weights_that_somebody_removed_from_the_repo_are_pushed_again(hub: LocalHub, tmp_path: Path) -> None:
+    folder = merged(tmp_path)
+    publishing.publish(folder, "org/new", True, "version 1")
+    hub.commit("org/new", {name: data for name, data in tree(hub).items() if name != "model.safetensors"})
+    assert publishing.publish(folder, "org/new", True, "version 1").new
+    assert tree(hub) == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_scores_for_the_hub_are_published_and_those_of_an_earlier_version_removed(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

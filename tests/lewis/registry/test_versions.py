@@ -3,15 +3,18 @@
 import json
 import multiprocessing
 import os
+import pwd
 import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -124,6 +127,11 @@ def client():
     import mlflow
 
     return mlflow.MlflowClient()
+
+
+def registered(name: str = "tiny") -> Version | None:
+    with tracking.client("looking") as client:
+        return registry.find(client, name, DIGEST)
 
 
 def versions(name: str = "tiny") -> list:
@@ -316,14 +324,14 @@ def test_where_files_cannot_be_linked_they_are_copied(entry: Registration, monke
 
     monkeypatch.setattr(os, "link", refuse)
     version = creation.register(entry)
-    assert registry.find("tiny", DIGEST) == replace(version, created=False)
+    assert registered() == replace(version, created=False)
     assert all(weights.stat().st_nlink == 1 for weights in entry.folder.glob("*.safetensors"))
 
 
 def test_a_digest_is_registered_once_and_another_one_is_another_version(entry: Registration, tiny_model: Path) -> None:
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     first = creation.register(entry)
-    assert creation.register(entry) == replace(first, created=False) == registry.find("tiny", DIGEST)
+    assert creation.register(entry) == replace(first, created=False) == registered()
     second = creation.register(replace(entry, digest=OTHER, folder=merged(tiny_model, OTHER)))
     assert (second.version, second.created) == ("2", True)
     assert creation.register(entry).version == "1"
@@ -356,7 +364,7 @@ def test_a_version_that_lost_its_files_is_registered_anew(entry: Registration, h
         weights.unlink()
         if damage == "cut":
             weights.write_bytes(content[:-1])
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     again = creation.register(entry)
     assert (again.version, again.created) == ("2", True)
     assert {str(v.version): v.tags.get("lewis.digest") for v in versions()} == {"1": None, "2": DIGEST}
@@ -366,7 +374,7 @@ def test_a_version_that_lost_its_files_is_registered_anew(entry: Registration, h
 def test_a_version_whose_logged_model_was_deleted_by_hand_is_registered_anew(entry: Registration) -> None:
     promotion.promote(creation.register(entry), PASSED)
     client().delete_logged_model(versions()[0].source.removeprefix("models:/"))
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     current = registry.champion("tiny")
     assert current is not None and current.folder is None
     assert creation.register(entry).version == "2"
@@ -440,7 +448,7 @@ def test_kill_9_then_again_ends_with_one_version(entry: Registration, home: Path
     registry.configure()
     assert runs() == ["RUNNING"]
     survived = where == "set_terminated"  # the only step after the version exists
-    assert (registry.find("tiny", DIGEST) is not None) == survived == (len(versions()) == 1)
+    assert (registered() is not None) == survived == (len(versions()) == 1)
 
     again = creation.register(entry)
     assert (again.version, again.created) == ("1", not survived)
@@ -486,7 +494,7 @@ def test_malformed_names_and_digests_are_refused(entry: Registration, name: str,
 def test_names_that_mlflow_refuses_are_cleaned(entry: Registration) -> None:
     made = creation.register(replace(entry, name="org/smol-1.7b:it's"))
     assert made.uri == "models:/org_smol-1.7b_it_s/1"
-    assert registry.find("org/smol-1.7b:it's", DIGEST) == replace(made, created=False)
+    assert registered("org_smol-1.7b_it_s") == replace(made, created=False)
 
 
 def test_the_gate_moves_the_aliases(entry: Registration, tiny_model: Path) -> None:
@@ -625,6 +633,26 @@ def test_the_plot_has_the_versions_of_the_documents_that_the_champion_was_scored
     assert [each[3] is None for each in drawn] == [False, True, True] and without == [2, 3]
 
 
+def test_a_user_without_a_name_is_noted_by_number(entry: Registration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as any number: promotions and repairs ended with KeyError."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    version = creation.register(entry)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    promotion.promote(version, PASSED)
+    assert history.history("tiny")[-1].by == f"user {os.getuid()}"
+
+
+def test_a_history_without_scores_is_not_plotted(entry: Registration) -> None:
+    promotion.promote(creation.register(replace(entry, metrics={})), replace(PASSED, metric="addition/acc,none"))
+    with pytest.raises(InputError, match="tiny: no version of it has a score"):
+        history.picture("tiny")
+
+
 def tags_of(version: str) -> dict[str, str]:
     return dict(client().get_model_version("tiny", version).tags)
 
@@ -641,7 +669,7 @@ def test_a_flipped_bit_in_store_and_registry_is_repaired(
     promotion.promote(creation.register(entry), replace(PASSED, compared_with=other.uri))
     damage(weights_of(entry.folder), "flipped")  # a hard link: MLflow's file is the same
     current = registry.champion("tiny")
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     assert current is not None and current.folder is None and current.digest == DIGEST
     assert f"models:/tiny/2 is damaged and not used: model/{weights_of(entry.folder).name}" in caplog.text
     with pytest.raises(LewisError, match=r"expected a whole merged checkpoint: model-.*: expected SHA-256"):
@@ -664,7 +692,7 @@ def test_each_file_of_a_version_is_checked(entry: Registration, home: Path, file
     promotion.promote(creation.register(entry), PASSED)
     (artifact,) = artifacts(home).glob("models/*/artifacts")
     damage(artifact / file, "flipped")
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     assert creation.register(entry).version == "2" and aliases() == {"champion": "2"}
 
 
@@ -678,7 +706,19 @@ def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, file: 
     damage(path, "flipped") if how == "flipped" else path.unlink()
     (found,) = repair.verify().damaged
     assert (found.kind, found.entry) == ("run", f"runs:/{version.run_id}") and found.why.startswith(file)
-    assert registry.find("tiny", DIGEST) is not None  # the model is whole
+    assert registered() is not None  # the model is whole
+
+
+def test_a_run_that_is_deleted_for_good_stops_nothing(entry: Registration, tiny_model: Path, home: Path) -> None:
+    first = creation.register(entry)
+    promotion.promote(first, PASSED)
+    with closing(sqlite3.connect(home / "mlflow" / "mlflow.db")) as database, database:
+        database.execute("delete from runs where run_uuid = ?", (first.run_id,))
+    assert creation.register(entry) == replace(first, created=False)
+    second = creation.register(replace(entry, digest=OTHER, folder=merged(tiny_model, OTHER)))
+    assert promotion.promote(second, replace(PASSED, compared_with=first.uri)).moved
+    (found,) = repair.verify().damaged
+    assert (found.entry, found.why) == (f"runs:/{first.run_id}", "it was deleted")
 
 
 def test_verify_reads_the_databases(entry: Registration, home: Path) -> None:
@@ -818,6 +858,7 @@ def test_over_http_with_remote_artifacts(
 ) -> None:
     import mlflow
 
+    (entry.folder / "README.md").write_text("a card, which changes with the scores")
     made = race(processes, home, entry, server)
     assert creation.register(entry) == replace(made, created=False)
     current = registry.champion("tiny")
@@ -825,7 +866,7 @@ def test_over_http_with_remote_artifacts(
     assert type(mlflow.transformers.load_model("models:/tiny@champion")).__name__ == "TextGenerationPipeline"
     assert list((home / "mlflow" / "uploads").iterdir()) == []
     assert registry.fetch(current).folder == entry.folder  # the store has it still
-    files = {path.name: path.read_bytes() for path in entry.folder.iterdir()}
+    files = {path.name: path.read_bytes() for path in entry.folder.iterdir() if path.name != "README.md"}
     shutil.rmtree(home)  # as after the loss of a machine: registry and its artifacts are all that is left
     fetched = registry.fetch(current)
     assert creation.register(entry) == replace(made, created=False)  # from what was fetched, no second version
@@ -838,11 +879,11 @@ def test_over_http_with_remote_artifacts(
     }
     shutil.rmtree(entry.folder)
     damage(next((tmp_path / "remote").rglob("model/config.json")), "flipped")  # a server tells its size alone
-    assert registry.find("tiny", DIGEST) is not None
+    assert registered() is not None
     assert registry.fetch(current).folder is None and not entry.folder.exists()
-    assert registry.find("tiny", DIGEST) is None  # a damaged download is remembered
+    assert registered() is None  # a damaged download is remembered
     next((tmp_path / "remote").rglob("*.safetensors")).unlink()
-    assert registry.find("tiny", DIGEST) is None
+    assert registered() is None
     assert registry.fetch(current).folder is None
 
 

@@ -112,9 +112,9 @@ def test_an_adapter_takes_the_place_of_the_one_that_the_service_has(place: Place
 
 def test_what_the_cluster_does_not_take_is_named(place: Place[Cluster]) -> None:
     with pytest.raises(LewisError, match=r'answered 400: .*unknown field \\"spec.router.route.wait\\"'):
-        kserve.patch(place.target, "blue", {"spec": {"router": {"route": {"wait": 1}}}})
+        kubernetes.patch(place.target, kserve.SERVICE, "blue", {"spec": {"router": {"route": {"wait": 1}}}})
     with pytest.raises(LewisError, match=r"answered 400: .*weight: expected int, got '5'"):
-        kserve.patch(place.target, "blue", {"spec": {"router": {"route": {"weight": "5"}}}})
+        kubernetes.patch(place.target, kserve.SERVICE, "blue", {"spec": {"router": {"route": {"weight": "5"}}}})
     lost = place.target.model_copy(update={"services": ("blue", "red")})
     with pytest.raises(LewisError, match=r'answered 404: .*\\"red\\" not found'):
         kserve.idle(lost, Served("tiny", "kserve", "kserve"))
@@ -133,18 +133,18 @@ def test_the_account_s_token_goes_only_where_the_cluster_s_certificate_is(
     account.mkdir()
     (account / "token").write_text("of-the-pod\n")
     certificate(tmp_path, account / "ca.crt")
-    kserve.read(place.target, "blue")
+    kubernetes.read(place.target, kserve.SERVICE, "blue")
     assert cluster.received[-1].headers["authorization"] == "Bearer by-hand", "http proves nothing about the server"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.pem")
     cluster._server.socket = context.wrap_socket(cluster._server.socket, server_side=True)
     target = place.target.model_copy(update={"api": cluster.url.replace("http:", "https:")})
-    kserve.read(target, "blue")
+    kubernetes.read(target, kserve.SERVICE, "blue")
     assert cluster.received[-1].headers["authorization"] == "Bearer of-the-pod"
     certificate(tmp_path / "other", account / "ca.crt")
     seen = len(cluster.received)
     with pytest.raises(LewisError, match="SSLError"):
-        kserve.read(target, "blue")
+        kubernetes.read(target, kserve.SERVICE, "blue")
     assert len(cluster.received) == seen
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.serve import CommandTarget, WebhookTarget
-from lewis.serving import service
-from lewis.serving.records import served
+from lewis.registry import tracking
+from lewis.serving import records, service
+from lewis.serving.records import Served, served
 from lewis.store.kinds import SERVED
 from lewis.store.secrets import SERVE_SECRET
 from tests.conftest import Family
@@ -170,3 +171,11 @@ def test_a_process_that_is_killed_leaves_what_was_there_and_the_next_ends_it(
     marks.touch()
     record, new = service.serve(target, second)
     assert new and record.uri == second.version.uri and record.previous == first.version.uri
+
+
+def test_all_models_are_looked_at_however_many(home: Path) -> None:
+    with tracking.client("registering") as client:
+        for number in range(101):  # MLflow gives a hundred at a time
+            client.create_registered_model(f"m{number:03}")
+        records.write(client, Served("m100", "there", "webhook"))
+    assert [each.name for each in served()] == ["m100"]

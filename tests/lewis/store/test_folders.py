@@ -83,6 +83,12 @@ def test_a_folder_that_holds_no_store_yet_keeps_its_mode(home: Path) -> None:
     assert mode(home) == "0755" and mode(home / "merged") == "0700"
 
 
+def test_a_folder_of_the_store_may_be_given_as_seen_from_there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.mkdir(exist_ok=True)
+    monkeypatch.chdir(home)
+    assert store.make_folder(Path("a/b")) == Path("a/b") and mode(home / "a" / "b") == "0700"
+
+
 def test_what_is_written_elsewhere_keeps_the_modes_of_its_user(home: Path, tmp_path: Path) -> None:
     with store.publish(tmp_path / "deep" / "out", {"digest": "b"}) as scratch:
         (scratch / "model.safetensors").write_bytes(b"x")

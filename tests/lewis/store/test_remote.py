@@ -201,7 +201,17 @@ def test_names_that_lead_out_of_the_folder_are_refused(machines: Machines, caplo
     folder.mkdir(parents=True)
     manifest = {"files": {"../../x": {"size": 1, "sha256": "0" * 64}}}
     (folder / "lewis.json").write_text(sealed_json.dumps(manifest))
-    assert store.read_manifest(kinds.GRAMS.path("77")) is None and "expected the name of a file in it" in caplog.text
+    assert store.read_manifest(kinds.GRAMS.path("77")) is None
+    assert "expected the name of a file in the folder" in caplog.text
+
+
+@pytest.mark.timeout(60)
+def test_a_block_that_does_not_wait_for_a_lock_takes_it_once_and_gives_it_back(machines: Machines) -> None:
+    """It waited for its own lease: with `LEWIS_STORE`, no poll for releases came to an end."""
+    with store.SharedLock("poll").acquire(timeout=0), pytest.raises(Timeout):
+        store.SharedLock("poll", local="of another machine").acquire(timeout=0)
+    with store.SharedLock("poll", local="of another machine").acquire(timeout=0):
+        pass
 
 
 def test_two_machines_make_an_entry_once(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +222,7 @@ def test_two_machines_make_an_entry_once(machines: Machines, monkeypatch: pytest
 
     def work(name: str) -> None:
         started.wait()
-        with SharedLock(store.lock(name), "scores-7e"):
+        with SharedLock("scores-7e", local=name):
             if not path.exists():
                 time.sleep(0.05)
                 store.write_entry(path, {"results": name})
@@ -249,7 +259,7 @@ def test_numbers_never_go_back_so_that_a_slow_taker_sees_it_came_too_late(
     def late(system: Any, place: str, data: bytes) -> None:
         monkeypatch.setattr(remote, "create", create)
         for _ in range(2):  # meanwhile others took the lease, gave it back, took it again
-            with Lease("x").held():
+            with Lease("x").acquire():
                 pass
         holder.acquire()
         create(system, place, data)
@@ -258,7 +268,7 @@ def test_numbers_never_go_back_so_that_a_slow_taker_sees_it_came_too_late(
     monkeypatch.setattr(remote, "create", late)
     assert not slow._try()
     holder.release()
-    with slow.held():
+    with slow.acquire():
         pass
 
 
@@ -288,9 +298,9 @@ def test_the_lease_of_a_killed_holder_ends(machines: Machines, monkeypatch: pyte
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    with Lease("x").held(), pytest.raises(Timeout):
+    with Lease("x").acquire(), pytest.raises(Timeout):
         Lease("x").acquire(timeout=0.05)
-    with Lease("x").held():  # what is given back is free at once
+    with Lease("x").acquire():  # what is given back is free at once
         pass
 
 
@@ -326,5 +336,5 @@ def test_only_one_takes_over_what_a_dead_holder_left(machines: Machines) -> None
     taken[0].release()
     (place / "00000005").write_text("")  # its writer was killed between two bytes: it ends, too
     os.utime(place / "00000005", (1, 1))
-    with Lease("x").held():
+    with Lease("x").acquire():
         pass

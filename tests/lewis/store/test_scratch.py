@@ -93,8 +93,8 @@ def leftover(folder: Path, writer: str, *, age: float = 0.0) -> Path:
         ("0123456789ab-999999999", 86000, False),  # another host, boot or namespace: nobody knows whether it runs
         ("0123456789ab-999999999", 86800, True),
         ("0123456789ab-1", 86800, True),
-        ("999999999", 86000, False),  # not named by `writer`: the number alone says nothing
-        ("999999999", 86800, True),
+        ("999999999", 86800, False),  # not named by `writer`: a file of somebody else
+        ("mkv", 86800, False),
     ],
 )
 def test_a_number_alone_says_nothing(tmp_path: Path, writer: str, age: float, dead: bool) -> None:

@@ -53,6 +53,7 @@ def test_what_a_run_uses_or_a_version_needs_stays(filled: list[Path], monkeypatc
     note = store.home() / "runs" / "1"
     note.touch()
     os.utime(note, (OLD + 5 * 86400, OLD + 5 * 86400))  # it began before the second was used last
+    (store.home() / "runs" / "2").symlink_to("gone")  # a run that ends right now: listed, and not there
     assert make_room(20 * 10**6) == 0 and left(filled) == [True] * 3
     note.unlink()
     assert make_room(20 * 10**6) > 0 and left(filled) == [True, False, True]

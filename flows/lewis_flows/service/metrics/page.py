@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from lewis import store
+from lewis import settings, store
 from lewis.redact import printable, redacted
 from lewis.store import size
 from lewis_flows.service.metrics import of_polls, of_prefect, of_registry
@@ -122,5 +122,5 @@ def _store() -> Iterator[Metric]:
     yield gauge("lewis_store_bytes", "Bytes on disk in the store, by folder.", ["folder"], folders)
     free = store.free_space(store.home())
     yield gauge("lewis_store_free_bytes", "Bytes that may still be written to the store.", [], {(): free})
-    if (quota := size.quota()) is not None:
+    if (quota := settings.QUOTA.get()) is not None:
         yield gauge("lewis_store_quota_bytes", "How large the store may be, LEWIS_QUOTA.", [], {(): quota})
