@@ -6,8 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.support.prefect_key import KEY
+
+if TYPE_CHECKING:
+    from tests.support.warm import WarmPython
 
 # Tests write a gigabyte in small files and wait for each to be on the disk: where there is room, in memory.
 MEMORY = Path("/dev/shm")
@@ -40,7 +44,7 @@ POINTS = int(os.environ.get("LEWIS_FAULTS_POINTS", "0"))
 """At how many points `make faults` kills a run; 0 in `make test`."""
 full = pytest.mark.skipif(not POINTS, reason="make faults")
 """Faults that only `make faults` tries."""
-SERVERS = {"hub", "empty_database", "installed", "subprocess", "LocalHub"}
+SERVERS = {"hub", "empty_database", "installed", "prefect_url", "warm", "subprocess", "LocalHub"}
 """Fixtures and names in a test that say that it starts a server or a process, or makes a database."""
 KILLS = ("test_killed_service.py", "test_killed_runs.py")
 SHORT = ("test_fuzz_webhooks.py", "test_quota.py")  # a process takes its next file before its last test
@@ -123,6 +127,39 @@ def empty_database(common: Path) -> Path:
     from tests.support.databases import empty_mlflow
 
     return empty_mlflow(common)
+
+
+@pytest.fixture(scope="session")
+def prefect_url(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Iterator[str]:
+    """One Prefect server for all tests of this process.
+
+    A module that imports a fixture gets one of its own: a server more, which runs until the last test has ended.
+    """
+    from lewis_flows import environment
+    from lewis_flows.service.servers import prefect_server
+    from tests.support.databases import put_prefect
+
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("prefect-home")
+        put_prefect(common, home)
+        patch.setenv("LEWIS_HOME", str(home))
+        for name in ("PREFECT_API_URL", "PREFECT_HOME"):  # a command of an earlier test leaves its own
+            patch.delenv(name, raising=False)
+        environment.prepare()
+        with prefect_server() as url:
+            from prefect.logging.handlers import APILogWorker
+
+            yield url
+            APILogWorker.drain_all(timeout=10)  # else a flow of this process is waited for at exit: for a minute
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator["WarmPython"]:
+    """A Python that has the libraries of `lewis run`."""
+    from tests.support.warm import WarmPython
+
+    with WarmPython() as python:
+        yield python
 
 
 @pytest.fixture(scope="session")
