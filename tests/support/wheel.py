@@ -32,6 +32,15 @@ def install(root: Path) -> Path:
     return environment
 
 
+def user_folder(path: Path) -> Path:
+    """A folder that has packages `flows` and `tasks`, as those of Prefect's users do."""
+    path.mkdir()
+    for name in ("flows", "tasks"):
+        (path / name).mkdir()
+        (path / name / "__init__.py").write_text("raise RuntimeError('the code of the user')")
+    return path
+
+
 def sdist(root: Path) -> Path:
     """Build an sdist from a copy of the checkout: a build leaves files next to its sources."""
     copy, target = root / "checkout", root / "sdist"
@@ -60,7 +69,7 @@ def _make(environment: Path, built: Path) -> None:
     _run(sys.executable, *pip, "-q", "--no-deps", "--no-index", str(built), cwd=environment.parent)
     folders = dict.fromkeys(("base", "platbase"), str(environment))
     own = Path(sysconfig.get_path("purelib", vars=folders))
-    theirs = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    theirs = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
     (own / "dependencies.pth").write_text("\n".join(theirs) + "\n")
     _put_compiled_loops(own)
 
