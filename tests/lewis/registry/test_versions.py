@@ -38,6 +38,7 @@ from lewis.store import manifest
 from lewis.store.kinds import check_png
 from tests.support.damage import damage
 from tests.support.lineage import make_home
+from tests.support.warm import WarmPython
 
 DIGEST, OTHER = "a" * 64, "b" * 64
 PASSED = Verdict(True, ("addition/acc,none must gain at least 0: 0.9000 vs 0.5000: pass",), "base")
@@ -451,13 +452,13 @@ def test_kill_9_then_again_ends_with_one_version(entry: Registration, home: Path
     assert [model.status.value for model in client().search_logged_models([experiment])] == ["READY"]
 
 
-def test_a_process_killed_while_it_makes_the_database_leaves_none(home: Path) -> None:
+def test_a_process_killed_while_it_makes_the_database_leaves_none(home: Path, warm: WarmPython) -> None:
     (home / "mlflow" / "mlflow.db").unlink()
     dies = (
         "import os, mlflow.store.db.utils as m; m._upgrade_db = lambda engine: os.kill(os.getpid(), 9)\n"
         "from lewis.registry import versions; versions.configure()"
     )
-    assert subprocess.run([sys.executable, "-c", dies]).returncode == -signal.SIGKILL
+    assert warm.exit_code(dies) == -signal.SIGKILL
     assert registry.champion("tiny") is None
     assert [path.name for path in (home / "mlflow").iterdir() if path.is_file()] == ["mlflow.db"]
 
