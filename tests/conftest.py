@@ -129,6 +129,14 @@ def empty_database(common: Path) -> Path:
     return empty_mlflow(common)
 
 
+@pytest.fixture
+def lm_eval_tasks(common: Path) -> Path:
+    """The index of lm-eval's own tasks, as a store keeps it; this process has read it."""
+    from tests.support.databases import lm_eval_index
+
+    return lm_eval_index(common)
+
+
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Iterator[str]:
     """One Prefect server for all tests of this process.

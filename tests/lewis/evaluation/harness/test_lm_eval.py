@@ -634,6 +634,7 @@ class TestCheckTasks:
     def test_the_recipes_own_tasks_are_fine(self, root):
         check_tasks(EvalSettings(("pets", "tasks/answers.yaml", "written"), root))
 
+    @pytest.mark.usefixtures("lm_eval_tasks")
     def test_unknown_and_unsafe_names(self, root):
         with pytest.raises(InputError, match=r"'gsm8kk', which is neither; did you mean .*gsm8k"):
             check_tasks(EvalSettings(("gsm8kk",), root))
