@@ -48,7 +48,11 @@ SERVERS = {"hub", "empty_database", "installed", "prefect_url", "warm", "subproc
 """Fixtures and names in a test that say that it starts a server or a process, or makes a database."""
 KILLS = ("test_killed_service.py", "test_killed_runs.py")
 SHORT = ("test_fuzz_webhooks.py", "test_quota.py")  # a process takes its next file before its last test
-LONGEST = (*KILLS, "test_up.py", *SHORT, "test_demo.py", "test_run.py", "test_search.py")
+WAITS = ("test_patience.py", "test_device_slot.py")  # they sleep, and others compute meanwhile
+LONGEST = (
+    *(*KILLS, "test_up.py", *SHORT, "test_demo.py", "test_run.py", "test_search.py"),
+    *("test_champion.py", "test_report.py", *WAITS),
+)
 
 
 @dataclass(frozen=True)
