@@ -51,16 +51,23 @@ def sdist(root: Path) -> Path:
             shutil.copytree(REPO / part, copy / part, symlinks=True, ignore=ignored)
         else:
             shutil.copy(REPO / part, copy)
-    _run(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(target)!r})", cwd=copy)
+    _build("sdist", target, copy)
     return next(target.glob("*.tar.gz"))
 
 
 def wheel(root: Path, source: Path) -> Path:
     """Build a wheel from an sdist or a checkout, into the folder `root/wheels-from-<name of the source>`."""
     target = root / f"wheels-from-{source.name}"
-    options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "-q", "-w", str(target)]
-    _run(sys.executable, "-m", "pip", "wheel", *options, str(source), cwd=root)
+    if source.is_file():
+        shutil.unpack_archive(source, root / "unpacked")
+        [source] = (root / "unpacked").iterdir()
+    _build("wheel", target, source)
     return next(target.glob("*.whl"))
+
+
+def _build(kind: str, target: Path, source: Path) -> None:
+    """Build as pip does, without its start."""
+    _run(sys.executable, "-c", f"from setuptools import build_meta as b; b.build_{kind}({str(target)!r})", cwd=source)
 
 
 def _make(environment: Path, built: Path) -> None:
