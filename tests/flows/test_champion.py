@@ -309,8 +309,6 @@ def test_a_run_that_changes_only_the_verdict_says_so(
     run("half")
     run("equal")
     assert newest_run(prefect_url) == "Rejected"
-    run("equal")
-    assert newest_run(prefect_url) == "Cached"
     looser = ("register.gate.policy=not_worse", "register.gate.tolerance=1", "register.gate.approve=true")
     assert run("equal", *looser).waits and versions(home)["2"] == "waiting"
     assert newest_run(prefect_url) == "AwaitingApproval"
