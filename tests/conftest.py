@@ -25,7 +25,7 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 os.environ.update(
     DO_NOT_TRACK="1",
     OMP_NUM_THREADS="1",  # the models are tiny: more threads would only wait for each other
-    OMP_WAIT_POLICY="passive",  # and those of a test of threads would compute while they wait
+    OMP_WAIT_POLICY="passive",  # and those of tests of threads leave their core to others while they wait
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     MLFLOW_DISABLE_TELEMETRY="true",

@@ -120,7 +120,13 @@ def put_recipes(service: Service, canaries: dict[str, str]) -> None:
     experts = dict(zip(NAMES, NAMES, strict=True)) | (dict.fromkeys(("one", "two"), "shared") if LONG else {})
     for name, expert in experts.items():
         add_recipe(service, name, expert)
-    service.until(lambda: all(map(service.deployment, experts)), 120)
+
+    def deployed() -> bool:
+        line = service.log.read_text().rpartition(f"recipes in {service.recipes}: ")[2].partition("\n")[0]
+        return set(line.split(", ")) == set(experts)
+
+    service.until(deployed, 120)
+    time.sleep(3)  # the server's triggers learn of the automations
 
 
 def schedule_once(service: Service, recipe: str, when: datetime) -> None:
