@@ -158,6 +158,8 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Itera
         patch.setenv("LEWIS_HOME", str(home))
         for name in ("PREFECT_API_URL", "PREFECT_HOME"):  # a command of an earlier test leaves its own
             patch.delenv(name, raising=False)
+        for name in ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"):
+            patch.setenv(name, KEY)
         environment.prepare()
         with prefect_server() as url:
             from prefect.logging.handlers import APILogWorker
