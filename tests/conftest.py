@@ -6,8 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.support.prefect_key import KEY
+
+if TYPE_CHECKING:
+    from tests.support.warm import WarmPython
 
 # Tests write a gigabyte in small files and wait for each to be on the disk: where there is room, in memory.
 MEMORY = Path("/dev/shm")
@@ -21,6 +25,7 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 os.environ.update(
     DO_NOT_TRACK="1",
     OMP_NUM_THREADS="1",  # the models are tiny: more threads would only wait for each other
+    OMP_WAIT_POLICY="passive",  # and those of tests of threads leave their core to others while they wait
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     MLFLOW_DISABLE_TELEMETRY="true",
@@ -40,11 +45,15 @@ POINTS = int(os.environ.get("LEWIS_FAULTS_POINTS", "0"))
 """At how many points `make faults` kills a run; 0 in `make test`."""
 full = pytest.mark.skipif(not POINTS, reason="make faults")
 """Faults that only `make faults` tries."""
-SERVERS = {"hub", "empty_database", "installed", "subprocess", "LocalHub"}
+SERVERS = {"hub", "empty_database", "installed", "prefect_url", "warm", "subprocess", "LocalHub"}
 """Fixtures and names in a test that say that it starts a server or a process, or makes a database."""
 KILLS = ("test_killed_service.py", "test_killed_runs.py")
 SHORT = ("test_fuzz_webhooks.py", "test_quota.py")  # a process takes its next file before its last test
-LONGEST = (*KILLS, "test_up.py", *SHORT, "test_demo.py", "test_run.py", "test_search.py", "test_wheel.py")
+WAITS = ("test_patience.py", "test_device_slot.py")  # they sleep, and others compute meanwhile
+LONGEST = (
+    *(*KILLS, "test_up.py", *SHORT, "test_demo.py", "test_run.py", "test_search.py"),
+    *("test_champion.py", "test_report.py", *WAITS),
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,49 @@ def empty_database(common: Path) -> Path:
     from tests.support.databases import empty_mlflow
 
     return empty_mlflow(common)
+
+
+@pytest.fixture
+def lm_eval_tasks(common: Path) -> Path:
+    """The index of lm-eval's own tasks, as a store keeps it; this process has read it."""
+    from tests.support.databases import lm_eval_index
+
+    return lm_eval_index(common)
+
+
+@pytest.fixture(scope="session")
+def prefect_url(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Iterator[str]:
+    """One Prefect server for all tests of this process.
+
+    A module that imports a fixture gets one of its own: a server more, which runs until the last test has ended.
+    """
+    from lewis_flows import environment
+    from lewis_flows.service.servers import prefect_server
+    from tests.support.databases import put_prefect
+
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("prefect-home")
+        put_prefect(common, home)
+        patch.setenv("LEWIS_HOME", str(home))
+        for name in ("PREFECT_API_URL", "PREFECT_HOME"):  # a command of an earlier test leaves its own
+            patch.delenv(name, raising=False)
+        for name in ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"):
+            patch.setenv(name, KEY)
+        environment.prepare()
+        with prefect_server() as url:
+            from prefect.logging.handlers import APILogWorker
+
+            yield url
+            APILogWorker.drain_all(timeout=10)  # else a flow of this process is waited for at exit: for a minute
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator["WarmPython"]:
+    """A Python that has the libraries of `lewis run`."""
+    from tests.support.warm import WarmPython
+
+    with WarmPython() as python:
+        yield python
 
 
 @pytest.fixture(scope="session")

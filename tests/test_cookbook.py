@@ -109,7 +109,7 @@ ROW |= {"messages": [{"role": "user", "content": "w1 w2"}, {"role": "assistant",
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("home")
+@pytest.mark.usefixtures("home", "lm_eval_tasks")
 @pytest.mark.parametrize("name", [*NAMES, WHOLE])
 def test_it_is_planned(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())

@@ -23,7 +23,6 @@ from lewis.search import trial
 from lewis.store import kinds
 from tests.conftest import Family
 from tests.flows.conftest import TASK, write_words
-from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 from tests.support import pipeline
 from tests.support.models import parse
 
@@ -112,14 +111,13 @@ def test_a_recipe_that_is_edited_while_its_flow_run(
     models: dict[str, Path],
     home: Path,
     tmp_path: Path,
-    shared_server: str,  # noqa: F811
+    prefect_url: str,
     monkeypatch: pytest.MonkeyPatch,
     when: str,
 ) -> None:
     """A run that waits merges what the file says when it begins; one that works goes on with that, and the next run
     merges the edit.
     """
-    from prefect.events.worker import EventsWorker
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from lewis_flows import merge as flows
@@ -145,9 +143,8 @@ def test_a_recipe_that_is_edited_while_its_flow_run(
         return real(*given, **named)
 
     monkeypatch.setattr(owner, name, editing)
-    with temporary_settings({PREFECT_API_URL: shared_server}):
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
         found = [flows.merge_flow(str(file)).digest for _ in range(2)]
-        EventsWorker.drain_all(timeout=10)  # else the events of later tests go to this server
     assert found == ([digests[1]] * 2 if when == "waits" else digests)
 
 

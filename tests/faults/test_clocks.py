@@ -26,7 +26,6 @@ from lewis_flows import prefect_runs, release_event, watch
 from lewis_flows.service import worker
 from lewis_tasks.support import events
 from tests.faults.running import until
-from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 
 DAY, HOUR = 86400.0, timedelta(hours=1)
 
@@ -130,8 +129,8 @@ def test_two_workers_make_one_entry(bucket: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def client(shared_server: str) -> Iterator[SyncPrefectClient]:  # noqa: F811
-    with temporary_settings({PREFECT_API_URL: shared_server}), get_client(sync_client=True) as client:
+def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
         yield client
 
 
@@ -198,6 +197,7 @@ def test_a_trigger_fires_again_after_the_clock_was_set_back(
         set_clock(monkeypatch, ahead)
         release_event.announce("x", repo, repo, None, str(number) * 40)
         assert until(lambda number=number: runs() == number, 30), runs()  # type: ignore[misc]
+    client.delete_deployment(made)  # other tests have this server too
 
 
 def test_a_wait_for_a_burst_ends_though_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,12 +210,9 @@ def test_a_wait_for_a_burst_ends_though_the_clock_goes_back(monkeypatch: pytest.
     assert next(times, None) is None
 
 
-def test_a_worker_whose_clock_is_wrong_does_not_start(
-    shared_server: str,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_worker_whose_clock_is_wrong_does_not_start(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its runs would be taken for dead, as their heartbeats came from the past."""
-    monkeypatch.setenv("PREFECT_API_URL", shared_server)
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
     worker.check_clock()
     set_clock(monkeypatch, -HOUR)
     with pytest.raises(InputError, match=r"3[56]\d\d s behind that of Prefect's server.*NTP"):

@@ -12,7 +12,6 @@ import pytest
 from tests.conftest import Family, full
 from tests.faults.running import Tally, below, half_done, merged, until, write_recipe
 from tests.flows.conftest import REPO
-from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 from tests.flows.test_run import by_the_library
 from tests.support.orphans import adopted
 
@@ -107,7 +106,7 @@ def test_a_run_fails_in_a_sentence_and_the_next_has_the_same_result(
     case: str,
     family: Family,
     empty_database: Path,
-    shared_server: str,  # noqa: F811
+    prefect_url: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -119,7 +118,7 @@ def test_a_run_fails_in_a_sentence_and_the_next_has_the_same_result(
     with adopted():
         before = set(below())
         patch = f"{strike}\n{STEPS[step]}"
-        first, again = in_a_small_store(tmp_path, patch, "run", recipe, "--json", PREFECT_API_URL=shared_server)
+        first, again = in_a_small_store(tmp_path, patch, "run", recipe, "--json", PREFECT_API_URL=prefect_url)
         left = not until(lambda: not below().keys() - before, 30)
     tally.note("orphans", left, str(below()))
     for code, told in (first, again):

@@ -10,8 +10,6 @@ import pytest
 from tests.conftest import Family, full
 from tests.faults.killing import ALL, AT_ONCE, OF_A_RUN, SERVER, Undisturbed, points, strike
 from tests.faults.running import Run, Tally, half_done, left_over, merged, until, write_recipe
-from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
-from tests.flows.conftest import warm  # noqa: F401
 from tests.support.orphans import adopted
 from tests.support.warm import WarmPython
 
@@ -22,7 +20,7 @@ pytestmark = full
 def run(
     family: Family,
     empty_store: Path,
-    warm: WarmPython,  # noqa: F811
+    warm: WarmPython,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Undisturbed, Path]]:
     """A run that nobody disturbs, and its recipe."""
@@ -51,8 +49,8 @@ class Shared:
 
 
 @pytest.fixture
-def shared(run: tuple[Undisturbed, Path], shared_server: str, warm: WarmPython) -> Shared:  # noqa: F811
-    return Shared(*run, shared_server, warm)
+def shared(run: tuple[Undisturbed, Path], prefect_url: str, warm: WarmPython) -> Shared:
+    return Shared(*run, prefect_url, warm)
 
 
 class TestKilledAtOnce:  # a class of its own is a process of its own in `make faults`

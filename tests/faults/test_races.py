@@ -7,7 +7,6 @@ import pytest
 
 from tests.conftest import POINTS, Family, full
 from tests.faults.running import Run, Tally, half_done, merged, write_recipe
-from tests.flows.conftest import prefect_url as shared_server  # noqa: F401
 from tests.flows.test_run import by_the_library
 from tests.support.orphans import adopted
 
@@ -38,7 +37,7 @@ def test_eight_runs_at_once_compute_and_register_once(
     home = tmp_path / "home"
     shutil.copytree(empty_store, home)
     recipes = [write_recipe(tmp_path, family, expert=each, name=f"tiny-{each}") for each in experts]
-    one = {"PREFECT_API_URL": request.getfixturevalue("shared_server")} if servers == "one server" else {}
+    one = {"PREFECT_API_URL": request.getfixturevalue("prefect_url")} if servers == "one server" else {}
     tally = Tally(f"{RACERS} runs at once of {len(recipes)} recipe(s), {servers}", RACERS)
     with adopted():
         runs = [Run(home, "run", recipes[i % len(recipes)], "--json", patch=COUNTS, **one) for i in range(RACERS)]

@@ -1,4 +1,4 @@
-"""A real Prefect server for all flow tests, and a recipe of tiny models with a real lm-eval task."""
+"""`lewis` as a process on the tests' Prefect server, and a recipe of tiny models with a real lm-eval task."""
 
 import json
 import os
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SESSION_HOME, Family
-from tests.support.databases import put_prefect
 from tests.support.lineage import make_home
 from tests.support.models import WORDS
 from tests.support.warm import WarmPython
@@ -50,26 +49,6 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "begin", lambda **_: None)
 
 
-@pytest.fixture(scope="session")
-def prefect_url(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Iterator[str]:
-    """One server for all commands that the tests run."""
-    from lewis_flows import environment
-    from lewis_flows.service.servers import prefect_server
-
-    with pytest.MonkeyPatch.context() as patch:
-        home = tmp_path_factory.mktemp("prefect-home")
-        put_prefect(common, home)
-        patch.setenv("LEWIS_HOME", str(home))
-        for name in ("PREFECT_API_URL", "PREFECT_HOME"):  # a command of an earlier test leaves its own
-            patch.delenv(name, raising=False)
-        environment.prepare()
-        with prefect_server() as url:
-            from prefect.logging.handlers import APILogWorker
-
-            yield url
-            APILogWorker.drain_all(timeout=10)  # else a flow of this process is waited for at exit: for a minute
-
-
 def write_words(folder: Path, count: int = 40) -> None:
     """The data of the tests' calibration set and lm-eval task."""
     draw = random.Random(0)
@@ -94,13 +73,6 @@ def recipe(tmp_path: Path, family: Family) -> Path:
 
 
 Command = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture(scope="session")
-def warm() -> Iterator[WarmPython]:
-    """A Python that has the libraries of `lewis run`."""
-    with WarmPython() as python:
-        yield python
 
 
 @pytest.fixture

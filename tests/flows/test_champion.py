@@ -257,6 +257,7 @@ def _check_traces(client: Any, run: str, rows: list[dict[str, str]]) -> None:
     assert [each.name for each in client.get_trace(own[0].info.trace_id).info.assessments] == ["expected", "polite"]
 
 
+@pytest.mark.long
 def test_a_release_with_equal_scores_becomes_champion_where_no_gain_is_asked_for(
     run: Callable[..., Any], recipe: Path, home: Path
 ) -> None:
@@ -289,9 +290,6 @@ def test_what_passes_is_shown_to_a_judge_and_without_its_answer_nothing_is_promo
             "judge wise must not prefer base: it prefers merged on 12"
         )
         assert len(asked) == 24
-    monkeypatch.delenv("LEWIS_JUDGE")
-    with pytest.raises(LewisError, match="LEWIS_JUDGE: not set"):
-        run("noise", asks)
     with judging(lambda _: "hm", 401) as (url, _):
         monkeypatch.setenv("LEWIS_JUDGE", url)
         with pytest.raises(LewisError, match="refuses the model wise: it answers 401"):
@@ -311,8 +309,6 @@ def test_a_run_that_changes_only_the_verdict_says_so(
     run("half")
     run("equal")
     assert newest_run(prefect_url) == "Rejected"
-    run("equal")
-    assert newest_run(prefect_url) == "Cached"
     looser = ("register.gate.policy=not_worse", "register.gate.tolerance=1", "register.gate.approve=true")
     assert run("equal", *looser).waits and versions(home)["2"] == "waiting"
     assert newest_run(prefect_url) == "AwaitingApproval"
@@ -404,6 +400,7 @@ def test_what_is_promoted_early_is_scored_on_all_documents_afterwards(
     check_png(picture("tiny"))
 
 
+@pytest.mark.long
 def test_what_waits_after_an_early_end_is_scored_on_all_documents_only_once_a_person_approves(
     run: Callable[..., Any],
     recipe: Path,

@@ -15,10 +15,11 @@ from tests.flows.test_run import finished, states
 def test_the_merge_keeps_each_experts_skill_and_the_second_demo_is_cached(
     lewis: Command, installed: Path, tmp_path: Path
 ) -> None:
-    """From the wheel, in an empty folder."""
-    (tmp_path / "empty").mkdir()
-    wheel = {"program": installed / "bin" / "lewis", "folder": tmp_path / "empty", "PYTHONPATH": ""}
-    code, out, err = finished(lewis("demo", "--json", **wheel), timeout=800)
+    """From the wheel, in an empty folder; what follows forks from a Python that has the libraries."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    wheel = installed / "bin" / "lewis"
+    code, out, err = finished(lewis("demo", "--json", program=wheel, folder=folder, PYTHONPATH=""), timeout=800)
     assert code == 0, err
     first = json.loads(out)
     rows = {row["model"]: row for row in first["scores"]}
@@ -32,13 +33,13 @@ def test_the_merge_keeps_each_experts_skill_and_the_second_demo_is_cached(
     assert all(row["task"] == f"{row['expert']}/exact_match,none ↑" for row in first["kept"])
     assert first["version"] == "models:/lewis-demo/1" and first["promoted"]
 
-    code, out, err = finished(lewis("demo", **wheel))
+    code, out, err = finished(lewis("demo", folder=folder))
     assert code == 0, err
     done = {name: state for name, state in states(err).items() if name.split()[0] in ("measure", "merge", "evaluate")}
     assert len(done) == 1 + 5 * len(SKILLS) and set(done.values()) == {"Cached"}
     assert "MLflow: models:/lewis-demo/1 (registered before)" in out
     [command] = re.findall(r"^  lewis (pull .*?)   ", out, re.MULTILINE)
-    code, _, err = finished(lewis(*command.split(), **wheel))
+    code, _, err = finished(lewis(*command.split(), folder=folder))
     assert code == 0, err
-    merged = json.loads((tmp_path / "empty" / "merged" / "lewis.json").read_text())
+    merged = json.loads((folder / "merged" / "lewis.json").read_text())
     assert merged["digest"] == first["digest"]

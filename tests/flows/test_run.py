@@ -184,6 +184,7 @@ def test_a_wrong_model_fails_early_and_registers_nothing(
     assert not (home / "merged").exists() and not versions(home)
 
 
+@pytest.mark.long
 def test_nan_in_an_input_is_named_and_nothing_is_written(
     lewis: Command, recipe: Path, home: Path, family: Family
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lewis_flows.cli.main import main
 from tests.flows.conftest import Command
 from tests.flows.test_champion import newest_ended
 from tests.flows.test_run import finished, versions
@@ -108,12 +109,12 @@ def test_it_goes_on_after_a_kill_and_the_best_is_confirmed_on_other_documents(
     assert len(list((home / "merged").glob("*"))) <= 2 and not list(Path("/dev/shm").glob("lewis-*/.*.partial"))
 
 
-def test_what_is_wrong_costs_nothing(lewis: Command, recipe: Path, home: Path) -> None:
-    code, _, err = finished(lewis("search", recipe))
-    assert code == 2 and "search: missing" in err
+def test_what_is_wrong_costs_nothing(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", str(recipe)]) == 2
+    assert "search: missing" in capsys.readouterr().err
     searching(recipe, **{"parameters.lambda": "parameters.lamda"})
-    code, _, err = finished(lewis("search", recipe))
-    assert code == 2 and re.search(r"search\.space\.parameters\.lamda: .*did you mean 'lambda'", err)
+    assert main(["search", str(recipe)]) == 2
+    assert re.search(r"search\.space\.parameters\.lamda: .*did you mean 'lambda'", capsys.readouterr().err)
     assert not (home / "search").exists() and not versions(home)
 
 

@@ -20,8 +20,6 @@ from tests.flows.conftest import (  # noqa: F401
     _impatient,
     home,
     lewis,
-    prefect_url,
-    warm,
     write_words,
 )
 from tests.support.asking import asking

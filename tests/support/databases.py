@@ -1,12 +1,18 @@
-"""Databases with all tables and no rows: to make them takes seconds, of MLflow's four and of Prefect's seven."""
+"""Databases with all tables and no rows: to make them takes seconds, of MLflow's four and of Prefect's seven.
+
+And the index of lm-eval's own tasks, which takes five.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 from filelock import FileLock
 
 
@@ -23,12 +29,37 @@ def put_prefect(root: Path, home: Path) -> None:
     shutil.copy(made, home / "prefect")
 
 
+def lm_eval_index(root: Path) -> Path:
+    """What a store keeps of lm-eval's tasks; read once for all test processes that share `root`, and known to this one.
+
+    To be copied into a store whose process is another one.
+    """
+    made = _once(root / "lm-eval" / "lm-eval-tasks.json", _read_tasks)
+    with _store(made.parent) as index:
+        index()
+    return made
+
+
 def _once(path: Path, make: Callable[[Path], None]) -> Path:
     path.parent.mkdir(exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():
             make(path)
     return path
+
+
+def _read_tasks(path: Path) -> None:
+    with _store(path.parent) as index:
+        index.__wrapped__()  # also where this process knows them
+
+
+@contextmanager
+def _store(home: Path) -> Iterator[Any]:
+    from lewis.evaluation.harness.builtin_tasks import index
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEWIS_HOME", str(home))
+        yield index
 
 
 def _make_mlflow(path: Path) -> None:

@@ -207,7 +207,7 @@ class Service:
             over = [run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
             return runs if len(over) >= count and len(over) == len(runs) else None
 
-        return self.until(ended, timeout)
+        return self.until(ended, timeout, pause=1.0)  # each look is a page of runs
 
     def start_run(self, deployment: str, **parameters: Any) -> str:
         """Start a run by hand, as the UI does; gives its id."""
@@ -246,7 +246,7 @@ class Service:
         found = sorted(client.search_model_versions(f"name='{name}'"), key=lambda each: -int(each.version))
         return [client.get_model_version(name, each.version) for each in found]  # with its aliases
 
-    def until(self, found: Callable[[], T], timeout: float) -> T:
+    def until(self, found: Callable[[], T], timeout: float, pause: float = 0.2) -> T:
         """Wait for a true value; `found` may fail while a server is down."""
         deadline, last = time.monotonic() + timeout, None
         while time.monotonic() < deadline:
@@ -256,7 +256,7 @@ class Service:
                 last = error
             if last and not isinstance(last, OSError):
                 return last
-            time.sleep(0.2)
+            time.sleep(pause)
         raise AssertionError(f"not within {timeout} s: {last}\n{self.log.read_text()[-6000:]}")
 
 

@@ -65,7 +65,6 @@ _JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period":
 _ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
 _ZAMBA |= {"attention_hidden_size": 64, "attention_head_dim": 16}
 _DEEPSEEK = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-_NGRAM = {"ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 1, "split_ngram_parts": 2}
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 100}},

@@ -62,6 +62,12 @@ class WarmPython:
         """Run `code` as `python -c` would, its output in pipes."""
         return _Forked(self._socket, code, arguments, folder, environment)
 
+    def exit_code(self, code: str, *arguments: object) -> int:
+        """Run `code` here, as `subprocess.run([sys.executable, "-c", code, *arguments]).returncode`."""
+        process = self.run(code, list(map(str, arguments)), folder=Path.cwd(), environment=os.environ)
+        process.communicate()
+        return process.returncode
+
 
 class _Forked(subprocess.Popen[str]):
     """A process that is forked where `subprocess.Popen` would start a program."""

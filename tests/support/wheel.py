@@ -32,6 +32,15 @@ def install(root: Path) -> Path:
     return environment
 
 
+def user_folder(path: Path) -> Path:
+    """A folder that has packages `flows` and `tasks`, as those of Prefect's users do."""
+    path.mkdir()
+    for name in ("flows", "tasks"):
+        (path / name).mkdir()
+        (path / name / "__init__.py").write_text("raise RuntimeError('the code of the user')")
+    return path
+
+
 def sdist(root: Path) -> Path:
     """Build an sdist from a copy of the checkout: a build leaves files next to its sources."""
     copy, target = root / "checkout", root / "sdist"
@@ -42,16 +51,23 @@ def sdist(root: Path) -> Path:
             shutil.copytree(REPO / part, copy / part, symlinks=True, ignore=ignored)
         else:
             shutil.copy(REPO / part, copy)
-    _run(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(target)!r})", cwd=copy)
+    _build("sdist", target, copy)
     return next(target.glob("*.tar.gz"))
 
 
 def wheel(root: Path, source: Path) -> Path:
     """Build a wheel from an sdist or a checkout, into the folder `root/wheels-from-<name of the source>`."""
     target = root / f"wheels-from-{source.name}"
-    options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "-q", "-w", str(target)]
-    _run(sys.executable, "-m", "pip", "wheel", *options, str(source), cwd=root)
+    if source.is_file():
+        shutil.unpack_archive(source, root / "unpacked")
+        [source] = (root / "unpacked").iterdir()
+    _build("wheel", target, source)
     return next(target.glob("*.whl"))
+
+
+def _build(kind: str, target: Path, source: Path) -> None:
+    """Build as pip does, without its start."""
+    _run(sys.executable, "-c", f"from setuptools import build_meta as b; b.build_{kind}({str(target)!r})", cwd=source)
 
 
 def _make(environment: Path, built: Path) -> None:
@@ -60,7 +76,7 @@ def _make(environment: Path, built: Path) -> None:
     _run(sys.executable, *pip, "-q", "--no-deps", "--no-index", str(built), cwd=environment.parent)
     folders = dict.fromkeys(("base", "platbase"), str(environment))
     own = Path(sysconfig.get_path("purelib", vars=folders))
-    theirs = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    theirs = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
     (own / "dependencies.pth").write_text("\n".join(theirs) + "\n")
     _put_compiled_loops(own)
 

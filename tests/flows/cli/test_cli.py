@@ -427,6 +427,7 @@ def test_a_wrong_setting_is_named(what: str, recipe: Path, home: Path, capsys: p
     assert message in capsys.readouterr().err and not out.exists()
 
 
+@pytest.mark.usefixtures("lm_eval_tasks")
 def test_an_unknown_task_is_told_before_any_work(recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(recipe), "--set", "evaluate.tasks=[gsm9k]"]) == 2
     assert "gsm9k" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,10 @@ def typed(command: list[str], asked: list[tuple[str, str]], folder: Path) -> tup
 
 
 @pytest.mark.slow
-def test_it_asks_for_rows_and_shows_what_it_found(home: Path, family: Family, tmp_path: Path) -> None:
+def test_it_asks_for_rows_and_shows_what_it_found(
+    home: Path, lm_eval_tasks: Path, family: Family, tmp_path: Path
+) -> None:
+    shutil.copy(lm_eval_tasks, home)
     rows = [{"question": f"w{i} w{i + 1}", "answer": f"w{i + 2}", "level": "1"} for i in range(20)]
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))

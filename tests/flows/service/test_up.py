@@ -1,4 +1,4 @@
-"""The service as it is used day by day: real processes, a real Hub that releases experts, faults as in life."""
+"""The service as it is used day by day: the wheel, real processes, a Hub that releases experts, faults as in life."""
 
 import ast
 import json
@@ -9,7 +9,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -33,6 +32,7 @@ from tests.support.local_hub import LocalHub
 from tests.support.models import write_expert
 from tests.support.prefect_key import credentials
 from tests.support.service import Service, children, seconds
+from tests.support.wheel import user_folder
 
 RECIPE = """
 merge_method: ties
@@ -63,15 +63,17 @@ FAULTS: dict[str, dict[str, Any]] = {
     "busy": {"status": 503, "times": 3},
     "corrupted": {"corrupt": True, "times": 1},
 }
+HIDDEN = ("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DATABASE_URL", "X")  # secrets in the environment of the service
+LONG = bool(os.environ.get("LEWIS_LONG"))
 # Each test has a recipe of its own, with an expert of the same name.
-NAMES = ("scored", "missed", "cron", "restarted", "killed", *FAULTS)
+NAMES = ("scored", *(("missed", "cron", "restarted", "killed", *FAULTS) if LONG else ()))
 
 
 @pytest.fixture(scope="module")
 def service(
-    tmp_path_factory: pytest.TempPathFactory, family: Family, common: Path, empty_database: Path
+    installed: Path, tmp_path_factory: pytest.TempPathFactory, family: Family, common: Path, empty_database: Path
 ) -> Iterator[Service]:
-    """A service that polls only when it is told to."""
+    """`lewis up` of the wheel, in a folder that has packages `flows` and `tasks`; it polls only when it is told to."""
     root = tmp_path_factory.mktemp("service")
     with LocalHub(root / "hub") as hub:
         hub.commit("org/base", family.base)
@@ -79,20 +81,22 @@ def service(
         for name in ("shared", "late", *NAMES):
             hub.commit(f"org/{name}", family.code)
         service = Service(root, hub)
+        service.command, service.folder = [str(installed / "bin" / "lewis"), "up"], user_folder(root / "user")
+        service.environment["PYTHONPATH"] = f"{service.patch.parent}{os.pathsep}."
+        del service.environment["LEWIS_RECIPES"]
+        service.recipes = service.home / "recipes"
+        canaries = {name: secrets.token_hex() for name in HIDDEN}
+        service.environment |= canaries
         put_prefect(common, service.home)
         (service.home / "mlflow").mkdir()
         shutil.copy(empty_database, service.home / "mlflow" / "mlflow.db")
         register_before(service)
-        write_words(service.recipes)
-        (service.recipes / "tasks").mkdir()
-        put_canaries(service)
-        for name in NAMES:
-            add_recipe(service, name, name)
-        for name in ("one", "two"):
-            add_recipe(service, name, "shared")
         with service:
-            service.until(lambda: service.deployment("two"), 120)  # the last one
-            schedule_once(service, "cron", datetime.now(ZoneInfo("Europe/Berlin")) + timedelta(minutes=3))
+            assert sorted(path.name for path in service.recipes.iterdir()) == ["example.yaml.txt", "tasks"]
+            service.until(lambda: f"recipes in {service.recipes}: none" in service.log.read_text(), 60)
+            put_recipes(service, canaries)
+            if LONG:
+                schedule_once(service, "cron", datetime.now(ZoneInfo("Europe/Berlin")) + timedelta(minutes=3))
             yield service
 
 
@@ -106,14 +110,23 @@ def register_before(service: Service) -> None:
     client.set_registered_model_alias("earlier", "champion", "2")
 
 
-def put_canaries(service: Service) -> None:
-    """Secrets in the service's environment, and a task that looks for them."""
-    canaries = {name: secrets.token_hex() for name in ("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DATABASE_URL", "X")}
+def put_recipes(service: Service, canaries: dict[str, str]) -> None:
+    """Put the recipes into the folder that the service made, their data, and a task that looks for secrets."""
+    write_words(service.recipes)
     tasks = service.recipes / "tasks"
     (tasks / "words.yaml").write_text(TASK + "process_docs: !function canary.docs\n")
     (tasks / "canary.py").write_text(CANARY + LOOK)
     (tasks / "backwards").write_text(",".join(canaries.values())[::-1])
-    service.environment |= canaries
+    experts = dict(zip(NAMES, NAMES, strict=True)) | (dict.fromkeys(("one", "two"), "shared") if LONG else {})
+    for name, expert in experts.items():
+        add_recipe(service, name, expert)
+
+    def deployed() -> bool:
+        line = service.log.read_text().rpartition(f"recipes in {service.recipes}: ")[2].partition("\n")[0]
+        return set(line.split(", ")) == set(experts)
+
+    service.until(deployed, 120)
+    time.sleep(3)  # the server's triggers learn of the automations
 
 
 def schedule_once(service: Service, recipe: str, when: datetime) -> None:
@@ -365,7 +378,7 @@ def test_commands_find_the_key_and_nobody_is_shown_it(service: Service) -> None:
     """Also if `MLFLOW_TRACKING_URI` names the MLflow server, which asks for its password then."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     mine |= {"MLFLOW_TRACKING_URI": service.mlflow}
-    command = [sys.executable, "-m", "lewis_flows.cli.main", "status", "--json"]
+    command = [service.command[0], "status", "--json"]
     told = subprocess.run(
         command, env={**mine, **service.environment}, capture_output=True, text=True, cwd=service.folder
     )

@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -244,10 +241,9 @@ make_family(Path(sys.argv[1]), die, TrainingPlan(base_steps=1, expert_steps=1, b
 """
 
 
-def test_after_a_kill_there_is_no_family_and_the_next_call_makes_it(tmp_path):
+def test_after_a_kill_there_is_no_family_and_the_next_call_makes_it(tmp_path, warm):
     folder = tmp_path / "out/family"
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], env=os.environ, capture_output=True)
-    assert killed.returncode == -9, killed.stderr.decode()
+    assert warm.exit_code(KILLED, folder) == -9
     assert not folder.exists()
     make_family(folder, ignore, SHORT)
     assert store.read_manifest(folder)

@@ -9,6 +9,7 @@ import pytest
 
 from lewis.errors import InputError
 from lewis.evaluation.gate import Incumbent, Standing, decide, judge
+from lewis.evaluation.statistics import comparison
 from lewis.evaluation.statistics.comparison import PairingError
 from lewis.evaluation.statistics.looks import Look
 from lewis.evaluation.statistics.scored import Scored
@@ -285,7 +286,14 @@ def test_an_unknown_metric_names_the_nearest_and_other_documents_are_an_error() 
         verdict(gate(), ours, model("base", maths=right(40, of=80)))
 
 
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They decide nothing where answers are right or wrong, and take most of the time."""
+    monkeypatch.setattr(comparison, "RESAMPLES", 50)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize("documents", [30, 200])
 @pytest.mark.parametrize("agreement", [0.0, 0.8])
 def test_two_copies_of_one_model_are_promoted_in_at_most_five_of_a_hundred_cases(
@@ -308,6 +316,7 @@ def test_what_passes_may_wait_for_a_person() -> None:
     assert not verdict(asked, base, better).waits and not verdict(gate(), better, base).waits
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_a_true_gain_is_seen() -> None:
     rng, promoted = np.random.default_rng(7), 0
     for _ in range(50):

@@ -97,27 +97,21 @@ class TestSamples:
         code = (
             "import sys; from pathlib import Path\n"
             "from lewis.importance.calibration import calibrate; from lewis.recipe.schema import CalibrationSet\n"
-            "spec = CalibrationSet(dataset=sys.argv[2], text='{question}', samples=3)\n"
-            "print(*calibrate('sums', spec, tokenizer=Path(sys.argv[1]), root=Path('/')).samples)"
+            "for name in sys.argv[2:]:\n"
+            "    spec = CalibrationSet(dataset=name, text='{question}', samples=3)\n"
+            "    print(*calibrate('sums', spec, tokenizer=Path(sys.argv[1]), root=Path('/')).samples)"
         )  # a process of its own: `datasets` reads the environment once, at import
         with LocalHub(data / "server") as hub:
             old = hub.commit("org/sums", data / "data", repo_type="dataset")
             hub.commit("org/sums", {"train.jsonl": '{"question": "w59"}\n' * 20}, repo_type="dataset")
             environment = os.environ | hub.environment(data / "caches")
-            outputs = [
-                subprocess.run(
-                    [sys.executable, "-c", code, str(family.base), name],
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                )
-                for name in (f"org/sums@{old}", "org/sums")
-            ]
+            command = [sys.executable, "-c", code, str(family.base), f"org/sums@{old}", "org/sums"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
         chosen = np.random.default_rng(42).permutation(20)[:3]
-        assert [run.stdout.strip() for run in outputs] == [
+        assert done.stdout.splitlines() == [
             " ".join(str(ids(int(i))) for i in chosen),
             " ".join([str(ids(59))] * 3),
-        ], outputs[0].stderr
+        ], done.stderr
 
     def test_a_template_may_look_into_a_column(self, family: Family, data: Path) -> None:
         found = run(

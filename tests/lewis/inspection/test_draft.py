@@ -31,6 +31,7 @@ def test_a_topic_is_told_by_name_then_by_card(told: tuple[str, ...], expected: s
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("lm_eval_tasks")
 @pytest.mark.parametrize("topic", [topic for topic in (*TOPICS, GENERAL) if topic.task], ids=lambda topic: topic.name)
 def test_a_topic_is_of_lm_eval(topic: Topic) -> None:
     """Its rows are what lm-eval itself reads, and its score is one that lm-eval gives."""
@@ -45,6 +46,7 @@ def test_a_topic_is_of_lm_eval(topic: Topic) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("lm_eval_tasks")
 def test_it_writes_a_recipe_that_fits(
     family: Family, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

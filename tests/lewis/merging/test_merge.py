@@ -1,6 +1,5 @@
 """The engine: what it promises for every method, and what it refuses."""
 
-import itertools
 import json
 import os
 from collections import namedtuple
@@ -121,7 +120,7 @@ class TestInvariants:
         base, *experts = place(values)
         own = [known(method, weight=weight, density=density) for weight in (0.7, -0.4, 1.3)]
         results = set()
-        for order in itertools.permutations(range(3)):
+        for order in ((0, 1, 2), (1, 0, 2), (1, 2, 0)):  # a swap and a turn make all others
             merge = open_merge(
                 method,
                 base,

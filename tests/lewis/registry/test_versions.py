@@ -41,8 +41,10 @@ from lewis.store import manifest
 from lewis.store.kinds import check_png
 from tests.support.damage import damage
 from tests.support.lineage import make_home
+from tests.support.warm import WarmPython
 
 DIGEST, OTHER = "a" * 64, "b" * 64
+AT_ONCE = 4  # processes, two for each core of a small machine
 PASSED = Verdict(True, ("addition/acc,none must gain at least 0: 0.9000 vs 0.5000: pass",), "base")
 FAILED = Verdict(False, ("addition/acc,none must gain at least 0: 0.1000 vs 0.9000: fail",), "base")
 
@@ -254,14 +256,13 @@ def test_an_adapter_on_a_commit_of_the_hub_refers_to_it(
     assert asked == [f"org/base@{'1' * 40}"]
 
 
-@pytest.mark.parametrize("what", ["tiny", "tiny@champion", "tiny/1", "models:/tiny/1"])
-def test_a_version_is_pulled_into_a_folder(what: str, entry: Registration, home: Path, tmp_path: Path) -> None:
+def test_a_version_is_pulled_into_a_folder(entry: Registration, home: Path, tmp_path: Path) -> None:
     promotion.promote(creation.register(entry), PASSED)
     creation.register(replace(entry, digest=OTHER, folder=merged(entry.folder, OTHER)))
     shutil.rmtree(home / "merged")
-    for _ in range(2):  # the second replaces the first
+    for what in ("tiny", "tiny@champion", "tiny/1", "models:/tiny/1"):  # each replaces the one before
         found = pull(what, tmp_path / "out")
-    assert (found.uri, found.digest) == ("models:/tiny/1", DIGEST)
+        assert (found.uri, found.digest) == ("models:/tiny/1", DIGEST)
     manifest = store.read_manifest(tmp_path / "out")
     assert manifest is not None and manifest["digest"] == DIGEST
     there = {path.name: path for path in (tmp_path / "out").iterdir() if path.name != store.MANIFEST}
@@ -274,22 +275,19 @@ def test_a_version_is_pulled_into_a_folder(what: str, entry: Registration, home:
     assert there["config.json"].stat().st_nlink == 1
 
 
-@pytest.mark.parametrize(
-    ("what", "told"),
-    [
+def test_what_cannot_be_pulled_is_named(entry: Registration, tmp_path: Path) -> None:
+    promotion.promote(creation.register(entry), PASSED)
+    for what, told in (
         ("tynt", "got 'tynt'; expected one of tiny"),
         ("tiny/7", "its versions are 1, its aliases champion"),
         ("tiny@previous", "its versions are 1, its aliases champion"),
         ("tiny/", "expected NAME, NAME@ALIAS or NAME/VERSION"),
         ("tiny@", "expected NAME, NAME@ALIAS or NAME/VERSION"),
         ("a/b/1", "expected NAME, NAME@ALIAS or NAME/VERSION"),
-    ],
-)
-def test_what_cannot_be_pulled_is_named(what: str, told: str, entry: Registration, tmp_path: Path) -> None:
-    promotion.promote(creation.register(entry), PASSED)
-    with pytest.raises(InputError, match=re.escape(told)):
-        pull(what, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    ):
+        with pytest.raises(InputError, match=re.escape(told)):
+            pull(what, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("file", ["config.json", "model-*.safetensors"])
@@ -414,16 +412,16 @@ def in_child(home: Path, entry: Registration, send: Connection, stop_at: str | N
 
 
 def race(processes: Any, home: Path, entry: Registration, server: str = "") -> Version:
-    """Let eight processes register and promote at once; there must be one version, which is the champion."""
+    """Let processes register and promote at once; there must be one version, which is the champion."""
     children = []
-    for _ in range(8):
+    for _ in range(AT_ONCE):
         receive, send = processes.Pipe(duplex=False)
         children.append((processes.Process(target=in_child, args=(home, entry, send, None, server)), receive))
     for child, _ in children:
         child.start()
     for child, _ in children:
         child.join()
-    assert [child.exitcode for child, _ in children] == [0] * 8
+    assert [child.exitcode for child, _ in children] == [0] * AT_ONCE
     answers = [receive.recv() for _, receive in children]
     assert {version.version for version in answers} == {"1"} and sum(version.created for version in answers) == 1
     registry.configure()
@@ -432,7 +430,7 @@ def race(processes: Any, home: Path, entry: Registration, server: str = "") -> V
     return next(version for version in answers if version.created)
 
 
-def test_eight_processes_on_a_fresh_database_get_one_version(entry: Registration, home: Path, processes: Any) -> None:
+def test_processes_at_once_on_a_fresh_database_get_one_version(entry: Registration, home: Path, processes: Any) -> None:
     (home / "mlflow" / "mlflow.db").unlink()
     race(processes, home, entry)
 
@@ -459,13 +457,13 @@ def test_kill_9_then_again_ends_with_one_version(entry: Registration, home: Path
     assert [model.status.value for model in client().search_logged_models([experiment])] == ["READY"]
 
 
-def test_a_process_killed_while_it_makes_the_database_leaves_none(home: Path) -> None:
+def test_a_process_killed_while_it_makes_the_database_leaves_none(home: Path, warm: WarmPython) -> None:
     (home / "mlflow" / "mlflow.db").unlink()
     dies = (
         "import os, mlflow.store.db.utils as m; m._upgrade_db = lambda engine: os.kill(os.getpid(), 9)\n"
         "from lewis.registry import versions; versions.configure()"
     )
-    assert subprocess.run([sys.executable, "-c", dies]).returncode == -signal.SIGKILL
+    assert warm.exit_code(dies) == -signal.SIGKILL
     assert registry.champion("tiny") is None
     assert [path.name for path in (home / "mlflow").iterdir() if path.is_file()] == ["mlflow.db"]
 
@@ -696,17 +694,20 @@ def test_each_file_of_a_version_is_checked(entry: Registration, home: Path, file
     assert creation.register(entry).version == "2" and aliases() == {"champion": "2"}
 
 
-@pytest.mark.parametrize("file", ["scores.json", "verdict.json", "recipe.yaml", "density.png"])
 @pytest.mark.parametrize("how", ["flipped", "gone"])
-def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, file: str, how: str) -> None:
+def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, how: str) -> None:
     version = creation.register(entry)
     promotion.promote(version, PASSED)
-    assert repair.verify().damaged == []
-    path = next(artifacts(home).glob(f"{version.run_id}/artifacts/{file}"))
-    damage(path, "flipped") if how == "flipped" else path.unlink()
-    (found,) = repair.verify().damaged
-    assert (found.kind, found.entry) == ("run", f"runs:/{version.run_id}") and found.why.startswith(file)
-    assert registered() is not None  # the model is whole
+    for file in ("scores.json", "verdict.json", "recipe.yaml", "density.png"):
+        assert repair.verify().damaged == []
+        path = next(artifacts(home).glob(f"{version.run_id}/artifacts/{file}"))
+        whole = path.read_bytes()
+        damage(path, "flipped") if how == "flipped" else path.unlink()
+        (found,) = repair.verify().damaged
+        assert (found.kind, found.entry) == ("run", f"runs:/{version.run_id}") and found.why.startswith(file)
+        assert registered() is not None  # the model is whole
+        path.unlink(missing_ok=True)
+        path.write_bytes(whole)
 
 
 def test_a_run_that_is_deleted_for_good_stops_nothing(entry: Registration, tiny_model: Path, home: Path) -> None:
@@ -828,11 +829,12 @@ def test_a_deleted_experiment_is_explained(entry: Registration) -> None:
 
 
 @pytest.fixture
-def server(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def server(home: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`mlflow server` that serves the artifacts too, so the client has no folder to link into."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    shutil.copy(empty_database, tmp_path / "server.db")
     where = [f"--backend-store-uri=sqlite:///{tmp_path}/server.db", f"--artifacts-destination={tmp_path}/remote"]
     command = [sys.executable, "-m", "mlflow", "server", f"--port={uri.rsplit(':', 1)[1]}", "--workers=1", *where]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from tests.conftest import Family
 from tests.support.damage import damage
 from tests.support.http_sink import HttpSink
 from tests.support.lineage import crowned, make_home, with_tokenizer
+from tests.support.warm import WarmPython
 
-ROOT = Path(__file__).resolve().parents[3]
 WRITES = "import json, os, sys; json.dump({k: v for k, v in os.environ.items()}, open(sys.argv[1], 'w')); print('done')"
 
 
@@ -145,7 +144,7 @@ def test_files_are_verified_before_they_are_served_and_kept_while_they_are(
 
 
 def test_a_process_that_is_killed_leaves_what_was_there_and_the_next_ends_it(
-    home: Path, family: Family, tmp_path: Path, program: Callable[..., CommandTarget]
+    home: Path, family: Family, tmp_path: Path, program: Callable[..., CommandTarget], warm: WarmPython
 ) -> None:
     began, marks = tmp_path / "began", tmp_path / "marks"
     waits = f"import os, time, pathlib; pathlib.Path({str(began)!r}).touch(); "
@@ -161,7 +160,7 @@ def test_a_process_that_is_killed_leaves_what_was_there_and_the_next_ends_it(
         "from lewis.registry import versions;"
         "service.serve(CommandTarget.model_validate_json(sys.argv[1]), versions.champion('a team.tiny'))"
     )
-    killed = subprocess.Popen([sys.executable, "-c", code, target.model_dump_json()], cwd=ROOT, env=os.environ)
+    killed = warm.run(code, [target.model_dump_json()], folder=tmp_path, environment=os.environ)
     while not began.exists():
         assert killed.poll() is None
         time.sleep(0.05)

@@ -269,7 +269,7 @@ class TestLock:
 
     def test_is_freed_by_a_killed_process(self, home: Path) -> None:
         code = "import os; from lewis import store\nwith store.lock('x'): os.kill(os.getpid(), 9)"
-        subprocess.run([sys.executable, "-c", code])
+        assert subprocess.run([sys.executable, "-c", code]).returncode == -9
         with store.lock("x").acquire(timeout=1):
             pass
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -35,6 +33,7 @@ from lewis.reports import charts
 from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.models import edit_json, parse, shard, write_expert, write_llama
+from tests.support.warm import WarmPython
 
 pytestmark = pytest.mark.usefixtures("home")
 SETS = {"sums": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}, "code": {"texts": ["w8 w9"], "samples": 1}}
@@ -410,7 +409,7 @@ class TestMerge:
             thread.join()
         assert len(runs) == 1 and len(made) == 3 and made[0] == made[1] == made[2]
 
-    def test_killed_half_way_and_run_again(self, family: Family, home: Path, tmp_path: Path) -> None:
+    def test_killed_half_way_and_run_again(self, family: Family, home: Path, tmp_path: Path, warm: WarmPython) -> None:
         (tmp_path / "recipe.yaml").write_text(parse(recipe_data(family, *family.experts)).text)
         code = (
             "import os, sys; from tests.support import pipeline; from lewis.recipe import Recipe\n"
@@ -418,10 +417,7 @@ class TestMerge:
             "kill = lambda name, done, total: done > total / 2 and os.kill(os.getpid(), 9)\n"
             "pipeline.merge(recipe, pipeline.download(base), [pipeline.download(e) for e in experts], report=kill)"
         )
-        ran = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "recipe.yaml")], env=os.environ | {"LEWIS_HOME": str(home)}
-        )
-        assert ran.returncode == -signal.SIGKILL
+        assert warm.exit_code(code, tmp_path / "recipe.yaml") == -signal.SIGKILL
         (leftover,) = (home / "merged").iterdir()
         assert leftover.name.endswith(".partial")
         o = open_all(family)

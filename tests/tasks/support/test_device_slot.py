@@ -17,8 +17,6 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 
 from lewis.devices import precision
 from lewis.errors import InputError, LewisError
-from lewis_flows import environment
-from lewis_flows.service.servers import prefect_server
 from lewis_tasks.support import caching
 from lewis_tasks.support import device_slot as device
 from lewis_tasks.support.device_slot import LIMIT, device_slot, slots
@@ -150,15 +148,11 @@ def test_a_task_that_waits_ends_when_it_is_to_stop(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setenv("PREFECT_HOME", str(home / "prefect"))
-    for name, value in environment.DEFAULTS.items():
-        monkeypatch.setenv(name, value)
-    for name in ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"):  # a test before may have left its own
-        monkeypatch.setenv(name, KEY)
-    with prefect_server() as url, temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: KEY}):
-        yield url
+def server(prefect_url: str) -> Iterator[str]:
+    """The tests' server, at the end without a limit of slots."""
+    with temporary_settings({PREFECT_API_URL: prefect_url, PREFECT_API_AUTH_STRING: KEY}):
+        yield prefect_url
+    httpx.delete(f"{prefect_url}/v2/concurrency_limits/{LIMIT}", headers=credentials())
 
 
 def taken(url: str) -> int:

@@ -34,6 +34,7 @@ def told(folder: Path, **evaluate: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("lm_eval_tasks")
 def test_a_task_of_a_dataset_of_the_hub_has_one_entry(tmp_path: Path) -> None:
     (entry,) = told(tmp_path)
     assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"} and entry["value"] == 0.5

@@ -391,17 +391,6 @@ class TestScores:
         samples = {each.key: each for each in ours.samples}
         assert {each.key: each for each in theirs.samples} == samples and len(samples) == 4
 
-    def test_documents_of_the_hub_have_their_commit(self, model, root, tmp_path, monkeypatch):
-        config = {key: value for key, value in CHOICE.items() if key not in DATA}
-        write_task(root / "hub.yaml", {**config, "task": "hub", "dataset_path": "org/rows", "test_split": "test"})
-        with LocalHub(tmp_path / "server") as hub:
-            for name, value in hub.environment(tmp_path / "cache").items():
-                monkeypatch.setenv(name, value)
-            text = "".join(json.dumps(row) + "\n" for row in ROWS)
-            commit = hub.commit("org/rows", {"test.jsonl": text}, repo_type="dataset")
-            found = evaluate(model, EvalSettings(("hub.yaml", "pets"), root)).content["sources"]
-        assert found == {"hub": {"path": "org/rows", "config_name": None, "split": "test", "revision": commit}}
-
     def test_nan_is_no_score(self, model, root, tmp_path):
         llama, tokenizer = load(model)
         llama.model.norm.weight.data.fill_(math.nan)
@@ -480,13 +469,16 @@ class TestSamples:
         assert errors == 1
 
 
+@pytest.fixture
+def exposed(monkeypatch):
+    """Secrets in the environment."""
+    for name in ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "PREFECT_API_KEY", "OTHER"):
+        monkeypatch.setenv(name, SECRET)
+
+
+@pytest.mark.usefixtures("exposed")
 class TestTrust:
     """What a stranger's task file and a trusted one can reach."""
-
-    @pytest.fixture(autouse=True)
-    def secrets(self, monkeypatch):
-        for name in ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "PREFECT_API_KEY", "OTHER"):
-            monkeypatch.setenv(name, SECRET)
 
     @pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target", "description"])
     def test_a_template_runs_no_command(self, model, root, tmp_path, key):
@@ -505,35 +497,6 @@ class TestTrust:
         evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
         for text in (told.read_text(), Path(f"{told}2").read_text()):
             assert "PATH" in text and SECRET not in text
-
-    def test_code_that_is_allowed_finds_no_secrets(self, model, root, tmp_path, monkeypatch):
-        """Not in any file, environment or socket; Prefect's worker keeps its whole environment in a temporary file."""
-        if not isolation._possible():
-            pytest.skip("this machine makes no namespaces")
-        (tmp_path / "home").mkdir(exist_ok=True)
-        names = ("webhook-secret", "mlflow-password", "metrics-key", "open.html", "prefect/x.db", ".netrc", ".ssh/id")
-        for name in names:
-            (tmp_path / "home" / name).parent.mkdir(exist_ok=True)
-            (tmp_path / "home" / name).write_text(SECRET)
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        told = tmp_path / "told"
-        (root / "tasks/canary.py").write_text(CANARY)
-        look = f"__import__('runpy').run_path('{root}/tasks/canary.py')['look']('{SECRET}')"
-        task = faulty(root, f"pathlib.Path('{told}').write_text(repr({look}))\nreturn rows")
-        with ExitStack() as stack:
-            for folder in filter(os.path.isdir, {tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"}):
-                place = stack.enter_context(tempfile.TemporaryDirectory("", "prefect-workspace-attempt-", folder))
-                Path(place, "workspace.json").write_text(json.dumps({"environment": {"TOKEN": SECRET}}))
-                listening = stack.enter_context(socket.socket(socket.AF_UNIX))
-                listening.bind(f"{place}/socket")
-                listening.listen()
-            evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
-        seen, found, interfaces = ast.literal_eval(told.read_text())
-        assert seen > 10 and not found and interfaces == [(1, "lo")]
-
-    def test_a_recipe_that_lies_among_the_temporary_files_has_its_data(self, model, root, monkeypatch):
-        monkeypatch.setattr(tempfile, "tempdir", str(root))
-        assert evaluate(model, EvalSettings(("pets",), root, limit=1)).scores
 
     def test_code_that_came_after_the_check_is_refused(self, model, root, monkeypatch):
         task = faulty(root, "return rows")
@@ -630,10 +593,56 @@ class TestBadEnds:
         assert all("python" in each and "torch" not in each for each in maps) and process._current is before
 
 
+class TestOtherSurroundings:
+    """Each needs a fork server of its own, which takes four seconds: last, so that none is started once more."""
+
+    def test_documents_of_the_hub_have_their_commit(self, model, root, tmp_path, monkeypatch):
+        config = {key: value for key, value in CHOICE.items() if key not in DATA}
+        write_task(root / "hub.yaml", {**config, "task": "hub", "dataset_path": "org/rows", "test_split": "test"})
+        with LocalHub(tmp_path / "server") as hub:
+            for name, value in hub.environment(tmp_path / "cache").items():
+                monkeypatch.setenv(name, value)
+            text = "".join(json.dumps(row) + "\n" for row in ROWS)
+            commit = hub.commit("org/rows", {"test.jsonl": text}, repo_type="dataset")
+            found = evaluate(model, EvalSettings(("hub.yaml", "pets"), root)).content["sources"]
+        assert found == {"hub": {"path": "org/rows", "config_name": None, "split": "test", "revision": commit}}
+
+    @pytest.mark.usefixtures("exposed")
+    def test_code_that_is_allowed_finds_no_secrets(self, model, root, tmp_path, monkeypatch):
+        """Not in any file, environment or socket; Prefect's worker keeps its whole environment in a temporary file."""
+        if not isolation._possible():
+            pytest.skip("this machine makes no namespaces")
+        (tmp_path / "home").mkdir(exist_ok=True)
+        names = ("webhook-secret", "mlflow-password", "metrics-key", "open.html", "prefect/x.db", ".netrc", ".ssh/id")
+        for name in names:
+            (tmp_path / "home" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "home" / name).write_text(SECRET)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        told = tmp_path / "told"
+        (root / "tasks/canary.py").write_text(CANARY)
+        look = f"__import__('runpy').run_path('{root}/tasks/canary.py')['look']('{SECRET}')"
+        task = faulty(root, f"pathlib.Path('{told}').write_text(repr({look}))\nreturn rows")
+        with ExitStack() as stack:
+            for folder in filter(os.path.isdir, {tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"}):
+                place = stack.enter_context(tempfile.TemporaryDirectory("", "prefect-workspace-attempt-", folder))
+                Path(place, "workspace.json").write_text(json.dumps({"environment": {"TOKEN": SECRET}}))
+                listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+                listening.bind(f"{place}/socket")
+                listening.listen()
+            evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
+        seen, found, interfaces = ast.literal_eval(told.read_text())
+        assert seen > 10 and not found and interfaces == [(1, "lo")]
+
+    def test_a_recipe_that_lies_among_the_temporary_files_has_its_data(self, model, root, monkeypatch):
+        monkeypatch.setattr(tempfile, "tempdir", str(root))
+        assert evaluate(model, EvalSettings(("pets",), root, limit=1)).scores
+
+
 class TestCheckTasks:
     def test_the_recipes_own_tasks_are_fine(self, root):
         check_tasks(EvalSettings(("pets", "tasks/answers.yaml", "written"), root))
 
+    @pytest.mark.usefixtures("lm_eval_tasks")
     def test_unknown_and_unsafe_names(self, root):
         with pytest.raises(InputError, match=r"'gsm8kk', which is neither; did you mean .*gsm8k"):
             check_tasks(EvalSettings(("gsm8kk",), root))

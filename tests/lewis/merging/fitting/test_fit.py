@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from tests.conftest import Family
 from tests.lewis.models.test_module_tree import DENSE, SAMPLES, SIZES, T5, write
 from tests.support import pipeline
 from tests.support.models import WORDS, parse, rewrite, write_expert, write_llama, write_tensors, write_tokenizer
+from tests.support.warm import WarmPython
 
 pytestmark = pytest.mark.usefixtures("home")
 RIDGE = 1e-3
@@ -273,15 +272,15 @@ merge.run(Path(sys.argv[2]), progress=kill)
 
 @pytest.mark.parametrize("share", [0.25, 0.8])
 def test_goes_on_after_a_kill_with_the_same_bytes(
-    share: float, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: float, family: Family, tmp_path: Path, warm: WarmPython, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first block was fitted by the killed process, and is not fitted again."""
     from lewis.methods.arithmetic.regression import Inputs
 
     recipe = recipe_of(family.base, family.experts)
     (tmp_path / "recipe.yaml").write_text(recipe.text)
-    command = [sys.executable, "-c", KILLED, tmp_path / "recipe.yaml", tmp_path / "out" / "model", str(share)]
-    assert subprocess.run(command, env=dict(os.environ)).returncode == -signal.SIGKILL
+    killed = warm.exit_code(KILLED, tmp_path / "recipe.yaml", tmp_path / "out" / "model", share)
+    assert killed == -signal.SIGKILL
     assert not list(tmp_path.rglob("*.rest"))
     solve, solved = Inputs.solve, []
     monkeypatch.setattr(Inputs, "solve", lambda *given, **named: solved.append(1) or solve(*given, **named))

@@ -1,11 +1,8 @@
 """The fit to statistics that the importance step has left: by hand, of a mixture, after a kill, and what it tells."""
 
 import logging
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from tests.lewis.merging.fitting.test_fit import KILLED, RIDGE, prepare, recipe_
 from tests.lewis.models.test_module_tree import MOES, SAMPLES, expert_inputs, write
 from tests.support import pipeline
 from tests.support.models import write_tensors
+from tests.support.warm import WarmPython
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -122,13 +120,13 @@ def test_one_expert_comes_out_as_it_is(family: Family, tmp_path: Path) -> None:
 
 
 def test_goes_on_after_a_kill_with_the_same_bytes(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, tmp_path: Path, warm: WarmPython, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of two blocks was fitted by the killed process, and is not fitted again."""
     recipe = recipe_of(family.base, family.experts, "regmean")
     (tmp_path / "recipe.yaml").write_text(recipe.text)
-    command = [sys.executable, "-c", KILLED, tmp_path / "recipe.yaml", tmp_path / "out" / "model", "0.25"]
-    assert subprocess.run(command, env=dict(os.environ)).returncode == -signal.SIGKILL
+    killed = warm.exit_code(KILLED, tmp_path / "recipe.yaml", tmp_path / "out" / "model", 0.25)
+    assert killed == -signal.SIGKILL
     solve, solved = Inputs.solve, []
     monkeypatch.setattr(Inputs, "solve", lambda *given, **named: solved.append(1) or solve(*given, **named))
     found = run(recipe, tmp_path / "out" / "model")
