@@ -165,7 +165,7 @@ def _is_list(key: str, value: Any, layers: int) -> bool:
 
 
 def _at(origin: Origin, key: str) -> Any:
-    value = origin.config.get(key)
+    value: Any = origin.config.get(key)
     if not _is_list(key, value, origin.layers):
         raise InputError(f"{origin.home / 'config.json'}: slices: expected {key} with {origin.layers} items, one for "
                          f"each layer, as another of the models has; got {value!r:.100}")  # fmt: skip
