@@ -23,7 +23,7 @@ from lewis.importance.measured import Measured
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import torch_dtype
 from lewis.models.model import Model
-from lewis.models.network.module_tree import Covered, Layer, Network
+from lewis.models.network.module_tree import Covered, Network
 from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report, silent
 from lewis.recipe.schema import Importance
@@ -38,37 +38,6 @@ _VALUES_AT_ONCE = 1 << 25  # elements of weights whose norms are computed togeth
 Shapes = Mapping[str, tuple[int, ...]]
 Means = Callable[[str, int], "torch.Tensor | None"]
 """(parameter, number of the set) -> mean of x_j^2, as `SecondMoments.means` gives it."""
-
-
-def covered_layers(folder: Path, tensors: Shapes | None = None) -> list[Layer]:
-    """The layers that importance is measured on, found from the module tree; no weight is loaded.
-
-    Args:
-        folder: of a model, for its config.json.
-        tensors: name -> shape of those in the checkpoint, if known; modules that have none are not covered.
-
-    Raises:
-        InputError: if the model's class is unknown, or no layer is covered.
-    """
-    return layers_of(network_in(folder, tensors))
-
-
-def layers_of(network: Network) -> list[Layer]:
-    """The covered layers of a network."""
-    return [layer for covered in network.covered for layer in covered.layers]
-
-
-def measure(
-    model: Model,
-    calibration: Calibration,
-    settings: Importance | None = None,
-    *,
-    device: str = "cpu",
-    progress: Report = silent,
-) -> Measured:
-    """`measure_sets` of one set."""
-    [measured] = measure_sets(model, [calibration], settings, device=device, progress=progress)
-    return measured
 
 
 def measure_sets(
@@ -278,13 +247,22 @@ def network_of(model: Model, dtype: torch.dtype | None = None) -> Network:
         dtype: what it computes in; by default fp32.
 
     Raises:
-        InputError: as `covered_layers`.
+        InputError: as `network_in`.
     """
     return network_in(model.home, model.shapes, dtype)
 
 
 def network_in(folder: Path, tensors: Shapes | None = None, dtype: torch.dtype | None = None) -> Network:
-    """`network_of` for a model that is not opened: of its folder and its shapes, as `covered_layers` takes them."""
+    """`network_of` for a model that is not opened.
+
+    Args:
+        folder: of a model, for its config.json.
+        tensors: name -> shape of those in the checkpoint, if known; modules that have none are not covered.
+        dtype: what it computes in; by default fp32.
+
+    Raises:
+        InputError: if the model's class is unknown, or no layer is covered.
+    """
     network = Network(folder, tensors, dtype or torch.float32)
     if not network.covered:
         raise InputError(

@@ -11,10 +11,10 @@ from lewis.errors import InputError
 from lewis.importance import streaming
 from lewis.importance.calibration import Calibration
 from lewis.importance.coverage import covered_tensors, told
-from lewis.importance.measure import measure
 from lewis.importance.step import layers_of
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.source import ModelFiles
+from tests.support.measuring import measure
 from tests.support.models import write_tensors
 from tests.support.tiny_architectures import tiny
 

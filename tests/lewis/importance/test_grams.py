@@ -15,7 +15,7 @@ from lewis.importance import step
 from lewis.importance.calibration import Calibration
 from lewis.importance.gram_files import Grams
 from lewis.importance.grams import bytes_of, measure_grams, measured_by
-from lewis.importance.measure import measure, network_of
+from lewis.importance.measure import network_of
 from lewis.importance.step import CalibrationEntry, MeasureInput
 from lewis.methods.arithmetic import regression
 from lewis.methods.arithmetic.tokens import Gram, Rows
@@ -24,6 +24,7 @@ from lewis.models.source import ModelFiles
 from lewis.store import housekeeping
 from tests.conftest import Family
 from tests.lewis.models.test_module_tree import DENSE, MOES, SIZES, T5, expert_inputs, inputs_of, write
+from tests.support.measuring import measure
 from tests.support.models import rewrite
 from tests.support.tiny_architectures import tiny
 

@@ -143,7 +143,7 @@ class TestGuide:
     def test_is_done_once(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         first = guide(open_all(family))
         monkeypatch.setattr(measure, "measure_sets", lambda *_, **__: pytest.fail("measured again"))
-        monkeypatch.setattr(measure, "covered_layers", lambda *_, **__: pytest.fail("allocated again"))
+        monkeypatch.setattr("lewis.allocation.step._allocated", lambda _: pytest.fail("allocated again"))
         assert guide(open_all(family)) == first
 
     @pytest.mark.parametrize("damage", ["", "{", "{}", '{"norms": {}}'])
@@ -483,7 +483,7 @@ class TestCalibration:
 def test_the_covered_layers_are_found_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     o = open_all(family)
     layers = pipeline.layers_of(o.base)
-    monkeypatch.setattr(measure, "covered_layers", lambda *_, **__: pytest.fail("found again"))
+    monkeypatch.setattr("lewis.importance.step.covered_tensors", lambda *_, **__: pytest.fail("found again"))
     assert pipeline.layers_of(o.base) == layers and len(layers) == 14
 
 
