@@ -261,18 +261,7 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {"name": spec.config}
     if spec.data_files:
         files = (spec.data_files,) if isinstance(spec.data_files, str) else spec.data_files
-        paths = [_place(where, file, root) for file in files] if repo in LOCAL else list(files)
-        absent = [path for path in paths if repo in LOCAL and not Path(path).is_file()]
-        for path in paths:
-            check_regular(Path(path))
-        empty = [path for path in paths if Path(path).is_file() and not Path(path).stat().st_size]
-        if empty:
-            raise InputError(f"{where}.data_files: {empty[0]} is empty; give it rows")
-        if absent:
-            raise InputError(
-                f"{where}.data_files: no such file: {absent[0]}; relative paths start at the recipe's folder"
-            )
-        arguments["data_files"] = paths
+        arguments["data_files"] = [_local_file(where, file, root) for file in files] if repo in LOCAL else list(files)
     if repo not in LOCAL:
         from lewis.models.hub.repository import resolve_dataset
 
@@ -283,11 +272,17 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
     return arguments
 
 
-def _place(where: str, file: str, root: Path) -> str:
+def _local_file(where: str, file: str, root: Path) -> str:
     try:
-        return str(root / Path(file).expanduser())
+        path = root / Path(file).expanduser()
     except RuntimeError as error:  # "~nobody"
         raise InputError(f"{where}.data_files: {file}: {error}") from error
+    check_regular(path)
+    if not path.is_file():
+        raise InputError(f"{where}.data_files: no such file: {path}; relative paths start at the recipe's folder")
+    if not path.stat().st_size:
+        raise InputError(f"{where}.data_files: {path} is empty; give it rows")
+    return str(path)
 
 
 def _load_tokenizer(folder: Path) -> Any:
