@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from lewis.models.network.module_tree import Covered, Network
 from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report, silent
 from lewis.recipe.schema import Importance
+from lewis.threads import cores
 
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch
@@ -140,7 +140,7 @@ def norms(
     """
     found = [Measured({}, {}) for _ in calibrations]
     largest = max(sum(layer.parameters for layer in covered.layers) for covered in network.covered)
-    lanes = min(len(os.sched_getaffinity(0)), max(1, _VALUES_AT_ONCE // largest))
+    lanes = min(cores(), max(1, _VALUES_AT_ONCE // largest))
     with ThreadPoolExecutor(lanes) as pool:
         of_each = pool.map(partial(_norms_of, model, means, calibrations, reduce), network.covered)
         for covered, of_sets in zip(network.covered, of_each, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -11,6 +10,7 @@ from types import TracebackType
 
 from lewis.devices import one_thread
 from lewis.lazy_torch import torch
+from lewis.threads import cores
 
 
 class Workers:
@@ -27,7 +27,7 @@ class Workers:
         Args:
             threads: by default one per core.
         """
-        self.count = threads or len(os.sched_getaffinity(0))
+        self.count = threads or cores()
         self._threads = [ThreadPoolExecutor(1) for _ in range(self.count)]
 
     def __enter__(self) -> Workers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -50,6 +49,7 @@ from lewis.progress import Report, silent
 from lewis.registry.retention import make_room
 from lewis.steps.step import Cost, Step
 from lewis.store import kinds
+from lewis.threads import cores
 
 logger = logging.getLogger(__name__)
 HOURS = 3600.0
@@ -346,14 +346,14 @@ def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passe
     """What passes for second-order statistics take."""
     if not passes:
         return Cost(memory=memory)
-    network, cores = measure.network_in(home, shapes), len(os.sched_getaffinity(0))
+    network, threads = measure.network_in(home, shapes), cores()
     operations = sum(grams.operations_of(network, tokens) for tokens in passes)
-    seconds = operations / (grams.operations_per_second() * cores)
+    seconds = operations / (grams.operations_per_second() * threads)
     return Cost(
         written=sum(grams.bytes_of(network, tokens) for tokens in passes),
         seconds=seconds,
         passes=seconds,
-        memory=memory + grams.memory_of(network, max(passes), cores),
+        memory=memory + grams.memory_of(network, max(passes), threads),
     )
 
 
