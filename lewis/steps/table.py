@@ -206,12 +206,7 @@ class Measure(Step[MeasureInput, list[ImportanceEntry]]):
     def cost(self, given: MeasureInput) -> Cost:
         home, shapes = given.files.outline()
         memory = _memory_of_pass(shapes)
-        read_as, here = given.files.read_as, default_device()
-        passes = [
-            each.tokens
-            for each in given.sets
-            if not find_measured(given.files.ref, read_as, each, given.settings, here, grams=given.grams)
-        ]
+        passes = [each.tokens for each in given.sets if not find_measured(given, each, default_device())]
         return _cost_of_statistics(home, shapes, passes, memory) if given.grams else Cost(memory=memory)
 
     def paths(self, made: list[ImportanceEntry]) -> Sequence[Path]:

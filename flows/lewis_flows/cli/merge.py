@@ -226,7 +226,7 @@ def _allocate(options: argparse.Namespace) -> _Allocated:
         results = run(walked, ALLOCATE.name, known=begin(recipe), report=seen, device=default_device())
     base = results[f"{DOWNLOAD.name} {recipe.base_model}"]
     parameters = sum(info.elements for info in base.open().tensors.values())
-    covered = covered_layers(base, measured=recipe.runs_models)
+    covered, _ = covered_layers(base, measured=recipe.runs_models)
     layers = [layer for layer in covered if not recipe.excludes(layer.tensor)]
     result = layers
     if recipe.slices:
