@@ -31,6 +31,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lewis import store
 from lewis.importance.batches import batches
 from lewis.importance.calibration import Calibration
 from lewis.importance.gram_files import Grams
@@ -66,8 +67,10 @@ def statistics_passes(model: Model, calibration: Calibration) -> dict[str, Calla
 
     def with_products() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            checksums = measure_grams(model, calibration, Path(folder))
-            measured_by(model, calibration, Grams(Path(folder), checksums))
+            to, checksums = Path(folder) / "grams", dict[str, str]()
+            with store.publish(to, {}, checksums=checksums) as scratch:
+                checksums |= measure_grams(model, calibration, scratch)
+            measured_by(model, calibration, Grams(to))
 
     return {
         "norms and moments": lambda: measure(model, calibration),
