@@ -83,7 +83,7 @@ class Plan:
     Attributes:
         inputs: ref, commit and bytes of each model.
         findings: what configs, tokenizers and headers show of models that do not belong together.
-        warning: what is perhaps wrong with the calibration sets of a fit, as a sentence; else empty.
+        warning: what is perhaps wrong or not known yet, with `;` between; else empty.
         renamed: which models have other names for the base's tensors, and how they are read.
         layers: the covered layers; empty without a lewis block.
         uncovered: what has weights and is neither covered nor known to be no projection -> its share of the parameters.
@@ -123,6 +123,10 @@ class Plan:
     output: str = ""
     measuring: float = 0.0
     seconds: float | None = None
+
+    def warn(self, text: str) -> None:
+        """Add to the warning."""
+        self.warning = "; ".join(filter(None, (self.warning, text)))
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
@@ -288,10 +292,9 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
                         raise
                     results[node.name] = _UNREACHED
                     plan.steps.append(PlannedStep(node.label, "to do"))
-                    plan.warning = "; ".join(filter(None, (plan.warning, f"not known yet: {error}")))
+                    plan.warn(f"not known yet: {error}")
         if waiting := [node.label for node in walked.of(CONTINUE) if results[node.name] is None]:
-            short = f"until {' and '.join(waiting)} is done, time and memory count the prompts alone"
-            plan.warning = "; ".join(filter(None, (plan.warning, short)))
+            plan.warn(f"until {' and '.join(waiting)} is done, time and memory count the prompts alone")
         block, merged = recipe.evaluate, results.get("merge experts")
         if block and block.stop != "never" and merged and merged.key:  # else it is not known at which look it will end
             champion = results.get(CHAMPION)
@@ -304,8 +307,9 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
                 plan.renamed.append(f"{files.ref}: {opened.summary}")
     plan.remote = redacted(remote.url())
     plan.to_fetch = sum({each.path: each.size for each in asked if not each.path.exists()}.values())
+    costs = {each.name: each.cost for each in plan.steps}
     for node in walked:
-        cost = next((each.cost for each in plan.steps if each.name == node.label), Cost())
+        cost = costs.get(node.label, Cost())
         if node.step is not DOWNLOAD:
             plan.disk += cost.written + cost.scratch
         if node.step.kind and remote.shares(node.step.kind.path("0" * 64)):
@@ -350,13 +354,8 @@ def _look_at_scores(walked: Graph, results: Mapping[str, Any], asked: Sequence[F
     found = dict[str, str]()
     for of_task in by_task({node.name: node.given(results) for node in nodes}):
         plans = [{name: _state(each, device, asked) for name, each in of_task.items()} for device in scoring_devices()]
-        best: dict[str, str] = min(plans, key=_to_do)
-        found |= best
+        found |= min(plans, key=lambda states: list(states.values()).count("to do"))
     return [PlannedStep(node.name, found[node.name]) for node in nodes]
-
-
-def _to_do(states: Mapping[str, str]) -> int:
-    return list(states.values()).count("to do")
 
 
 def _state(given: ScoreInput, device: str, asked: Sequence[Found]) -> str:
@@ -377,7 +376,7 @@ def _champion(plan: Plan, recipe: Recipe, find: Callable[[str], Champion | None]
     try:
         current = find(recipe.register_as.model)
     except LewisError as error:
-        plan.warning = " ".join(filter(None, (plan.warning, f"the champion is not known: {error}")))
+        plan.warn(f"the champion is not known: {error}")
         return None
     return _Unmade(current.digest) if current and current.digest else None
 

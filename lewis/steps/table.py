@@ -363,7 +363,3 @@ def _passes_for_ridge(given: MergeInput) -> Iterator[int]:
 
 DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE = Download(), Check(), Diagnose(), Calibrate(), Continue()
 MEASURE, ALLOCATE, MERGE, EVALUATE = Measure(), Allocate(), Merge(), Evaluate()
-STEPS: dict[str, Step[Any, Any]] = {
-    step.name: step for step in (DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE, MEASURE, ALLOCATE, MERGE, EVALUATE)
-}
-"""The table, in the order in which a run first comes to each."""
