@@ -123,11 +123,8 @@ _ELSEWHERE = {
         ("pretrained", "model", "tokenizer", "peft", "lora_local_path", "revision", "delta"),
         "it follows from the model that is scored",
     ),
-    **dict.fromkeys(("batch_size",), "it is evaluate.batch_size"),
-    **dict.fromkeys(
-        ("base_url",),
-        "which server is asked is for the worker to say, by the environment variable LEWIS_EVALUATION_SERVER",
-    ),
+    "batch_size": "it is evaluate.batch_size",
+    "base_url": "which server is asked is for the worker to say, by the environment variable LEWIS_EVALUATION_SERVER",
     **dict.fromkeys(
         ("auth_token", "header", "api_key"),
         "a recipe holds no secrets; set OPENAI_API_KEY in the environment of the worker",

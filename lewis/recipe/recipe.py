@@ -145,12 +145,9 @@ class Recipe(MergeConfig):
     @property
     def measures(self) -> bool:
         """Whether the merge needs the importance pass of the experts."""
-        if self.needs_grams:
-            return True
         block = self.allocator
-        if block is None:
-            return False
-        return block.evidence != "nothing" or block.prune_by == "activation"
+        by_activations = block is not None and (block.evidence != "nothing" or block.prune_by == "activation")
+        return self.needs_grams or by_activations
 
     @property
     def runs_models(self) -> bool:
