@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis.errors import LewisError
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from tests.faults.fuzz import ANY, ODD, changed, fuzzed, outcome
 
 RECIPE: dict[str, Any] = {

@@ -31,7 +31,7 @@ from lewis.models.hub.errors import retryable
 from lewis.models.hub.pin import Pinned
 from lewis.models.hub.repository import fetch, folder_of, remember_listing, resolve, resolve_dataset, tensor_headers
 from lewis.models.source import download, pin, pin_all
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import CalibrationSet
 from lewis.store import files
 from tests.support.gguf_files import write_gguf

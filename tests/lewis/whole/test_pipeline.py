@@ -413,7 +413,7 @@ class TestMerge:
     def test_killed_half_way_and_run_again(self, family: Family, home: Path, tmp_path: Path) -> None:
         (tmp_path / "recipe.yaml").write_text(parse(recipe_data(family, *family.experts)).text)
         code = (
-            "import os, sys; from tests.support import pipeline; from lewis.recipe import Recipe\n"
+            "import os, sys; from tests.support import pipeline; from lewis.recipe.recipe import Recipe\n"
             "recipe = Recipe.load(sys.argv[1]); base, experts = pipeline.pin_all(recipe)\n"
             "kill = lambda name, done, total: done > total / 2 and os.kill(os.getpid(), 9)\n"
             "pipeline.merge(recipe, pipeline.download(base), [pipeline.download(e) for e in experts], report=kill)"
