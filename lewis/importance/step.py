@@ -19,7 +19,7 @@ from lewis.importance import grams as grams_pass
 from lewis.importance import measure as measuring
 from lewis.importance import measured as measurements
 from lewis.importance.calibration import Calibration
-from lewis.importance.coverage import covered_tensors, told
+from lewis.importance.coverage import as_text, covered_tensors
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.importance.gram_files import Grams
 from lewis.lazy_torch import torch
@@ -307,7 +307,7 @@ def layers_of(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
     if left:
         logger.warning(
             "not covered, so a fit leaves them as its anchor has them, and densities follow density.uncovered: %s",
-            told(left),
+            as_text(left),
         )
     return layers
 
