@@ -51,12 +51,12 @@ class Guard:
         signal.signal(signal.SIGTERM, self._note)
         adopt_orphans()
         child = _start(command)
-        told, deadline = False, float("inf")
+        sent, deadline = False, float("inf")
         while child not in self._codes:
-            if not told and (self._asked or self._orphaned()):
-                told, deadline = True, time.monotonic() + self._patience()
+            if not sent and (self._asked or self._orphaned()):
+                sent, deadline = True, time.monotonic() + self._patience()
                 os.kill(child, signal.SIGTERM)
-            elif told and self._orphaned():
+            elif sent and self._orphaned():
                 deadline = min(deadline, time.monotonic() + _ORPHANED)
             if time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)

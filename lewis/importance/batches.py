@@ -36,12 +36,12 @@ class Batch:
     ) -> "Batch":
         """Put samples, and the weights of their tokens if they have some, next to each other."""
         ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.long)
-        beside = None if weights is None else torch.zeros(ids.shape)
+        counts = None if weights is None else torch.zeros(ids.shape)
         for row, sample in enumerate(samples):
             ids[row, : len(sample)] = torch.tensor(sample)
-            if beside is not None and weights is not None:
-                beside[row, : len(sample)] = torch.tensor(weights[row])
-        return cls(ids, [len(sample) for sample in samples], of, beside)
+            if counts is not None and weights is not None:
+                counts[row, : len(sample)] = torch.tensor(weights[row])
+        return cls(ids, [len(sample) for sample in samples], of, counts)
 
     @property
     def tokens(self) -> int:
@@ -133,8 +133,8 @@ def batches(
         order = sorted(range(len(samples)), key=lambda i: (-len(samples[i]), samples[i], weights[i] if weights else ()))
         cuts = ends([len(samples[i]) for i in order], equal, apart, tokens)
         for start, end in zip([0, *cuts], cuts, strict=False):
-            beside = [weights[i] for i in order[start:end]] if weights else None
-            made.append(Batch.padded([samples[i] for i in order[start:end]], of, beside))
+            own = [weights[i] for i in order[start:end]] if weights else None
+            made.append(Batch.padded([samples[i] for i in order[start:end]], of, own))
     return made
 
 

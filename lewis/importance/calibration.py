@@ -211,9 +211,9 @@ def _filled_up(
     end, missing = tokenizer.eos_token_id, spec.max_tokens - len(ids)
     if end is None:
         raise InputError(f"{where}.padding: the base's tokenizer has no end-of-text token to fill up with; use none")
-    filling, beside = [end] * missing, [spec.prompt_weight] * missing
+    filling, counts = [end] * missing, [spec.prompt_weight] * missing
     left = tokenizer.padding_side == "left"
-    return (filling + ids, beside + weights) if left else (ids + filling, weights + beside)
+    return (filling + ids, counts + weights) if left else (ids + filling, weights + counts)
 
 
 @contextmanager

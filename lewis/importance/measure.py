@@ -149,7 +149,7 @@ def norms(
                 if moments is not None:
                     measured.moments[covered.tensor] = moments
     for calibration, measured in zip(calibrations, found, strict=True):
-        _tell_of_silent(model, network, calibration, measured)
+        _warn_of_silent(model, network, calibration, measured)
     return found
 
 
@@ -166,7 +166,7 @@ def _norms_of(
                 found.append((dict.fromkeys((layer.key for layer in covered.layers), None), None))
                 continue
             factor = calibration.tokens / len(calibration.samples) if reduce == "sum" else 1.0
-            s = _beside_weights(own * factor, covered).to(torch.float32)
+            s = _as_weights(own * factor, covered).to(torch.float32)
             weights = _read(model, covered) if weights is None else weights
             norms = dict[str, float | None]()
             for layer, cost in zip(covered.layers, row_sums(weights.square(), s, covered), strict=True):
@@ -188,14 +188,14 @@ def _read(model: Model, covered: Covered) -> torch.Tensor:
     return value.unflatten(0, (covered.stack, -1)) if covered.stack else value
 
 
-def _tell_of_silent(model: Model, network: Network, calibration: Calibration, measured: Measured) -> None:
+def _warn_of_silent(model: Model, network: Network, calibration: Calibration, measured: Measured) -> None:
     """Log what has no moments: experts that got no token, and projections whose modules were never run."""
     silent = [each for each in network.covered if all(measured.norms[layer.key] is None for layer in each.layers)]
     experts = [each.tensor for each in silent if each.expert is not None or ".experts." in each.parameter]
     others = [each.tensor for each in silent if each.tensor not in experts]
     if experts:
-        told = (model.folder, calibration.name, len(experts), experts[0])
-        logger.warning("%s on %s: no token was seen to reach %d tensors, such as %s: left out", *told)
+        facts = (model.folder, calibration.name, len(experts), experts[0])
+        logger.warning("%s on %s: no token was seen to reach %d tensors, such as %s: left out", *facts)
     if others:
         share = sum(layer.parameters for each in silent if each.tensor in others for layer in each.layers)
         logger.warning(
@@ -232,7 +232,7 @@ def row_sums(values: torch.Tensor, s: torch.Tensor, covered: Covered) -> list[to
     return [of_rows.sum() if rows is None else rows.sum(of_rows) for rows in covered.rows]
 
 
-def _beside_weights(s: torch.Tensor, covered: Covered) -> torch.Tensor:
+def _as_weights(s: torch.Tensor, covered: Covered) -> torch.Tensor:
     """Moments (in,) or (experts, in) in a shape that broadcasts to the weights."""
     if s.dim() == 1:
         return s[:, None] if covered.transposed else s

@@ -141,11 +141,11 @@ def _check_values(path: str, raw: Any, parameter: Parameter) -> list[str]:
 
 def _check_count(data: dict[str, Any], method: Method) -> list[str]:
     names, base = {str(entry.get("model")) for entry in _models(data)}, data.get("base_model")
-    beside = names | ({str(base)} if base else set()) if method.base_is_a_model else names - {str(base)}
-    if not beside or (method.needs_base and not base):
+    merged = names | ({str(base)} if base else set()) if method.base_is_a_model else names - {str(base)}
+    if not merged or (method.needs_base and not base):
         return []
     counted = "the base included" if method.base_is_a_model else "not counting the base"
-    problem = _count_problem(method, len(beside), counted)
+    problem = _count_problem(method, len(merged), counted)
     return [f"models: {problem}"] if problem else []
 
 

@@ -168,5 +168,5 @@ def _problem(backend: str, name: str, value: Any) -> str | None:
     if name in _ELSEWHERE:
         return f"not here: {_ELSEWHERE[name]}"
     others = [other for other, names in ALLOWED.items() if name in names]
-    told = f"; {' and '.join(others)} {'has' if len(others) == 1 else 'have'}" if others else nearest(name, known)
-    return f"the backend {backend} has no such argument{told}"
+    hint = f"; {' and '.join(others)} {'has' if len(others) == 1 else 'have'}" if others else nearest(name, known)
+    return f"the backend {backend} has no such argument{hint}"

@@ -29,7 +29,7 @@ from lewis.recipe.schema import (
 from lewis.recipe.serve import TARGETS, Serve
 from lewis.recipe.slices import listed_models
 
-MAX_TOLD = 50  # problems of one recipe that an error lists
+MAX_PROBLEMS = 50  # problems of one recipe that an error lists
 
 
 class Recipe(MergeConfig):
@@ -112,8 +112,8 @@ class Recipe(MergeConfig):
             problems = [*describe(error, cls), *problems]
         if problems:
             problems = list(dict.fromkeys(problems))
-            more = [f"and {len(problems) - MAX_TOLD} problems more"] if len(problems) > MAX_TOLD else []
-            raise RecipeError([*problems[:MAX_TOLD], *more])
+            more = [f"and {len(problems) - MAX_PROBLEMS} problems more"] if len(problems) > MAX_PROBLEMS else []
+            raise RecipeError([*problems[:MAX_PROBLEMS], *more])
         recipe._root, recipe._name = root, name
         recipe._text = text if not overrides else yaml_text.write(data)
         return recipe
@@ -266,8 +266,8 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
 
 
 def _short(given: Any) -> str:
-    told = repr(given)
-    return told if len(told) <= MAX_GIVEN else f"{told[:MAX_GIVEN]}..."
+    text = repr(given)
+    return text if len(text) <= MAX_GIVEN else f"{text[:MAX_GIVEN]}..."
 
 
 def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
