@@ -92,7 +92,7 @@ class Calibration:
 
     def save(self) -> Path:
         """Write it to the store, `calibrations/<digest>.json`, unless it is there."""
-        path = path_of(self.digest)
+        path = kinds.CALIBRATIONS.path(self.digest)
         if store.read_entry(path) is None:
             weights = {} if self.weights is None else {WEIGHTS: self.weights}
             store.write_entry(path, {"name": self.name, SAMPLES: self.samples, **weights}, indent=None)
@@ -114,11 +114,6 @@ class Calibration:
 
 def _tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
     return tuple(map(tuple, rows))
-
-
-def path_of(digest: str) -> Path:
-    """Where the store has a calibration set."""
-    return kinds.CALIBRATIONS.path(digest)
 
 
 def origin(where: str, spec: CalibrationSet, root: Path) -> list[str]:

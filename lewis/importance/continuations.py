@@ -15,7 +15,7 @@ from lewis import store
 from lewis.devices import precision
 from lewis.errors import InputError
 from lewis.importance import measure
-from lewis.importance.calibration import EVERY, Calibration, path_of
+from lewis.importance.calibration import EVERY, Calibration
 from lewis.importance.step import CalibrationEntry
 from lewis.input_files import read_json
 from lewis.lazy_torch import torch
@@ -63,7 +63,7 @@ class ContinueInput:
 def find_continued(given: ContinueInput, device: str) -> CalibrationEntry | None:
     """What the expert has written before, if the store has it."""
     known = store.entry(kinds.CALIBRATIONS.path(given.digest(device)), "written") or {}
-    path = path_of(known.get("digest", ""))
+    path = kinds.CALIBRATIONS.path(known.get("digest", ""))
     return None if store.read_entry(path) is None else CalibrationEntry(name=given.prompts.name, path=path, **known)
 
 

@@ -120,7 +120,7 @@ def find_calibration(given: CalibrationInput) -> CalibrationEntry | None:
         InputError, TransientError: as `CalibrationInput.place`.
     """
     known = store.entry(given.place(), "calibration") or {}
-    path = calibration.path_of(known.get("digest", ""))
+    path = kinds.CALIBRATIONS.path(known.get("digest", ""))
     return None if store.read_entry(path) is None else CalibrationEntry(name=given.name, path=path, **known)
 
 
