@@ -177,6 +177,10 @@ class TestMistakes:
             ({"name": 3}, "name: expected a text"),
             ({"chat_template": "chatlm"}, "chat_template: expected auto, a format or a Jinja template, got 'chatlm'"),
             ({"chat_template": "{% for %}"}, "chat_template: not a valid Jinja template: line 1"),
+            (
+                {"chat_template": f"{{{{ {'(' * 2000}1{')' * 2000} }}}}"},
+                "chat_template: not a valid Jinja template: nest",
+            ),
             ({"genome": {}}, "genome: this is a config of mergekit-evolve"),
             ({"gate_mode": "random"}, "gate_mode: this is a config of mergekit-moe"),
             ({"layer_slices": []}, "layer_slices: this is a config of bakllama"),
