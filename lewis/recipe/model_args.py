@@ -139,12 +139,12 @@ def problems_of(data: Mapping[str, Any]) -> list[str]:
         data: the raw YAML of the recipe; what is wrong with other keys is left to the schema.
     """
     block = data.get("evaluate") or {}
-    backend, given = block.get("backend", "hf"), block.get("model_args") or {}
+    backend, given = str(block.get("backend", "hf")), block.get("model_args") or {}  # a list has no hash
     if backend not in ALLOWED or not isinstance(given, dict):
         return []  # the schema reports it
     problems = []
     for name, value in given.items():
-        problem = _problem(str(backend), str(name), value)
+        problem = _problem(backend, str(name), value)
         if problem:
             problems.append(f"evaluate.model_args.{name}: {problem}")
     if given.get("trust_remote_code") is True and block.get("allow_code_execution") is not True:

@@ -86,6 +86,7 @@ def test_set_has_the_same_limits(setting: str) -> None:
         "lewis: {calibrations: [a, b]}",
         "lewis: {calibrations: {a: {dataset: [json], data_files: [[a]], text: [x]}}}",
         "merge_method: [recommended]",
+        "evaluate: {tasks: [a], backend: [hf]}",
     ],
 )
 def test_lists_in_odd_places_are_told(text: str) -> None:
