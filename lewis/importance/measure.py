@@ -275,8 +275,7 @@ def network_in(folder: Path, tensors: Shapes | None = None, dtype: torch.dtype |
 def stored_dtype(model: Model) -> torch.dtype:
     """The dtype of a model's largest tensor."""
     largest = max(model.tensors.values(), key=lambda info: info.elements)
-    dtype = torch_dtype(largest.dtype)
-    return dtype
+    return torch_dtype(largest.dtype)
 
 
 def check_samples(model: Model, network: Network, calibration: Calibration) -> None:
