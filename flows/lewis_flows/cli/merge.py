@@ -86,7 +86,9 @@ def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tu
         given, prepared = library.prepare(recipe, shown)
     if not again and (store.read_manifest(folder) or {}).get("digest") == prepared.digest:
         return {"folder": str(folder), "digest": prepared.digest}, f"there already, digest {prepared.digest}"
-    written, effort = bars.run_merge(prepared, folder, max_shard_size=shard, manifest=given.lineage())
+    written, effort = bars.run_merge(
+        prepared, folder, max_shard_size=shard, manifest=given.lineage(), unchanged=given.check_unchanged
+    )
     made = library.with_card(recipe, given, written)
     facts = {"folder": str(folder), "digest": made.digest, "bytes": made.size, **effort.to_json()}
     facts |= {key: made.manifest[key] for key in ("adapter", "ridge", "held_back") if key in made.manifest}
