@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from lewis import library
+from lewis.allocation import step as allocation
+from lewis.allocation.step import AllocationInput
 from lewis.errors import LewisError
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
@@ -90,6 +92,22 @@ def test_a_model_that_changes_while_it_is_read(
     monkeypatch.setenv("LEWIS_HOME", str(home.parent / "another"))
     assert again == merged(recipe_of(models))
     assert name == "base" or again != of_changed
+
+
+def test_densities_of_a_model_that_changes_while_it_is_looked_at_are_not_kept(
+    models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were found again once the model was as before."""
+    real = allocation._allocated
+
+    def changing(given: AllocationInput) -> dict[str, Any]:
+        change(models["math"] / "model.safetensors")
+        return real(given)
+
+    monkeypatch.setattr(allocation, "_allocated", changing)
+    with pytest.raises(LewisError, match=r"math: .* changed while running"):
+        merged(recipe_of(models))
+    assert not kinds.ALLOCATIONS.entries()
 
 
 def test_a_recipe_that_is_edited_while_it_is_run(models: dict[str, Path], home: Path, tmp_path: Path) -> None:
