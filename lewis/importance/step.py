@@ -129,11 +129,13 @@ def prepare_calibration(given: CalibrationInput) -> CalibrationEntry:
 
     Raises:
         InputError: as `calibration.calibrate`.
+        LewisError: if the tokenizer changed meanwhile.
     """
     place = given.place()
     if found := find_calibration(given):
         return found
     made = calibration.calibrate(given.name, given.spec, tokenizer=given.base.tokenizer, root=given.root)
+    given.base.check_unchanged()
     known, path = {"digest": made.digest, "tokens": made.tokens}, made.save()
     if given.place() == place:  # the rows did not change meanwhile
         store.write_entry(place, {"calibration": known})
@@ -229,6 +231,7 @@ def _keep_norms(
         set_, grams = Calibration.load(calibration.path), Grams(statistics)
         measured = grams_pass.measured_by(files.open(), set_, grams, settings.reduce)
         if None not in measured.norms.values():
+            files.check_unchanged()
             measurements.write(path, measured, _facts(files, calibration))
 
 

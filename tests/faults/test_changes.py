@@ -18,7 +18,9 @@ from lewis.errors import LewisError
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scores import Evaluated
-from lewis.importance import measure
+from lewis.importance import calibration, grams, measure
+from lewis.importance.calibration import Calibration
+from lewis.importance.step import CalibrationEntry
 from lewis.merging.run import Merge
 from lewis.recipe.recipe import Recipe
 from lewis.search import trial
@@ -108,6 +110,38 @@ def test_densities_of_a_model_that_changes_while_it_is_looked_at_are_not_kept(
     with pytest.raises(LewisError, match=r"math: .* changed while running"):
         merged(recipe_of(models))
     assert not kinds.ALLOCATIONS.entries()
+
+
+def test_rows_of_a_tokenizer_that_changes_while_it_is_used_are_not_kept(
+    models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tokenizer = calibration.calibrate, models["base"] / "tokenizer.json"
+
+    def changing(*given: Any, **named: Any) -> Any:
+        tokenizer.write_text(tokenizer.read_text() + " ")
+        return real(*given, **named)
+
+    monkeypatch.setattr(calibration, "calibrate", changing)
+    with pytest.raises(LewisError, match=r"base: .* changed while running"):
+        merged(recipe_of(models))
+    assert not kinds.CALIBRATIONS.entries()
+
+
+def test_norms_of_a_model_that_changes_after_its_pass_are_not_kept(
+    models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, real = pipeline.download(pipeline.pin(str(models["math"]), home)), grams.measured_by
+    rows = Calibration("sums", ((3, 4, 5), (6, 7)))
+    entry = CalibrationEntry(name="sums", digest=rows.digest, tokens=rows.tokens, path=rows.save())
+
+    def changing(*given: Any) -> Any:
+        change(models["math"] / "model.safetensors")
+        return real(*given)
+
+    monkeypatch.setattr(grams, "measured_by", changing)
+    with pytest.raises(LewisError, match=r"math: .* changed while running"):
+        pipeline.measure(files, [entry], grams=True)
+    assert not kinds.IMPORTANCE.entries()
 
 
 def test_a_recipe_that_is_edited_while_it_is_run(models: dict[str, Path], home: Path, tmp_path: Path) -> None:
