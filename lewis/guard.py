@@ -111,11 +111,16 @@ def adopt_orphans() -> None:
 
 
 def _start(command: list[str]) -> int:
+    """Start the command; a SIGTERM that comes before it runs must end it, and not reach this program's handler."""
     guard = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return child
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if _LINUX:  # this process has one thread, so the signal comes when the guard ends and not before
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == guard:
