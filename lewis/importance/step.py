@@ -305,8 +305,8 @@ def layers_of(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
     """
     layers, left = covered_layers(base, measured=measured)
     share = sum(x.parameters for x in layers) / sum(info.elements for info in base.open().tensors.values())
-    kinds = ", ".join(sorted({layer.projection for layer in layers}))
-    logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), kinds, 100 * share)
+    projections = ", ".join(sorted({layer.projection for layer in layers}))
+    logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), projections, 100 * share)
     if left:
         logger.warning(
             "not covered, so a fit leaves them as its anchor has them, and densities follow density.uncovered: %s",
@@ -323,5 +323,6 @@ def covered_layers(base: ModelFiles, *, measured: bool) -> tuple[list[Layer], di
         covered, left = covered_tensors(base.folder, base.open().shapes, measured=measured)
         known = {"covered": [asdict(layer) for each in covered for layer in each.layers], "left": left}
         if measured:  # layers found by tensor names alone are not kept: a recipe that measures needs the model's own
+            base.check_unchanged()
             store.write_entry(place, {"layers": known})
     return [Layer(**fields) for fields in known["covered"]], known["left"]

@@ -18,7 +18,7 @@ from lewis.errors import LewisError
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scores import Evaluated
-from lewis.importance import calibration, grams, measure
+from lewis.importance import calibration, grams, measure, step
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.run import Merge
@@ -125,6 +125,21 @@ def test_rows_of_a_tokenizer_that_changes_while_it_is_used_are_not_kept(
     with pytest.raises(LewisError, match=r"base: .* changed while running"):
         merged(recipe_of(models))
     assert not kinds.CALIBRATIONS.entries()
+
+
+def test_the_covered_layers_of_a_base_that_changes_while_they_are_found_are_not_kept(
+    models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, real, config = pipeline.download(pipeline.pin(str(models["base"]), home)), step.covered_tensors, "config.json"
+
+    def changing(*given: Any, **named: Any) -> Any:
+        (models["base"] / config).write_text((models["base"] / config).read_text() + " ")
+        return real(*given, **named)
+
+    monkeypatch.setattr(step, "covered_tensors", changing)
+    with pytest.raises(LewisError, match=r"base: .* changed while running"):
+        step.layers_of(base)
+    assert not any("layers" in path.read_text() for path in kinds.DIGESTS.entries())
 
 
 def test_norms_of_a_model_that_changes_after_its_pass_are_not_kept(
