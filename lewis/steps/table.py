@@ -53,6 +53,7 @@ from lewis.threads import cores
 
 logger = logging.getLogger(__name__)
 HOURS = 3600.0
+LOADED = 450_000_000  # bytes of a process that has loaded torch and transformers, roughly
 
 
 class Download(Step[Source, ModelFiles]):
@@ -180,7 +181,7 @@ class Continue(Step[ContinueInput, CalibrationEntry]):
 
     def cost(self, given: ContinueInput) -> Cost:
         _, shapes = given.files.outline()
-        return Cost(memory=450_000_000 + 4 * sum(map(math.prod, shapes.values())))
+        return Cost(memory=LOADED + 4 * sum(map(math.prod, shapes.values())))
 
     def paths(self, made: CalibrationEntry) -> Sequence[Path]:
         return [made.path]
@@ -329,12 +330,12 @@ class Evaluate(Step[ScoreInput, ScoresEntry]):
 
 
 def _memory_of_pass(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes that an importance pass needs at most, roughly: torch, all outside of the layers, two layers in fp32."""
+    """Bytes that an importance pass needs at most, roughly: `LOADED`, all outside of the layers, two layers in fp32."""
     sizes = Counter[int | None]()
     for name, shape in shapes.items():
         sizes[layer_of(name)] += 4 * math.prod(shape)
     outside = sizes.pop(None, 0)
-    return 450_000_000 + outside + 2 * max(sizes.values(), default=0)
+    return LOADED + outside + 2 * max(sizes.values(), default=0)
 
 
 def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passes: Sequence[int], memory: int) -> Cost:
