@@ -277,22 +277,22 @@ def _bytes_of_output(recipe: Recipe, headers: Headers) -> int:
 def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
     """Add the steps of a recipe and what they take, and what the remote half of the store has of them."""
     walked, results = graph(recipe), dict(known)
-    if EVALUATE.name in {node.step.name for node in walked}:
+    if walked.of(EVALUATE):
         results[CHAMPION] = _champion(plan, recipe, versions.champion)
         if results[CHAMPION] and MARK in labels(recipe).values():
             results[MARK] = _champion(plan, recipe, promotion.mark)
-    scores = {node.name for node in walked.of(EVALUATE)}
     with remote.looking() as asked:
         for node in walked:
-            if node.name not in scores:
-                try:
-                    plan.steps.append(_look(node, results, asked))
-                except TransientError as error:
-                    if node.step is not CALIBRATE:
-                        raise
-                    results[node.name] = _UNREACHED
-                    plan.steps.append(PlannedStep(node.label, "to do"))
-                    plan.warn(f"not known yet: {error}")
+            if node.step is EVALUATE:
+                continue
+            try:
+                plan.steps.append(_look(node, results, asked))
+            except TransientError as error:
+                if node.step is not CALIBRATE:
+                    raise
+                results[node.name] = _UNREACHED
+                plan.steps.append(PlannedStep(node.label, "to do"))
+                plan.warn(f"not known yet: {error}")
         if waiting := [node.label for node in walked.of(CONTINUE) if results[node.name] is None]:
             plan.warn(f"until {' and '.join(waiting)} is done, time and memory count the prompts alone")
         block, merged = recipe.evaluate, results.get("merge experts")
@@ -305,8 +305,13 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
             opened = files.open()
             if isinstance(opened, LoraExpert) and opened.summary:
                 plan.renamed.append(f"{files.ref}: {opened.summary}")
+    _add_costs(plan, walked)
     plan.remote = redacted(remote.url())
     plan.to_fetch = sum({each.path: each.size for each in asked if not each.path.exists()}.values())
+
+
+def _add_costs(plan: Plan, walked: Graph) -> None:
+    """Add what the steps take together."""
     costs = {each.name: each.cost for each in plan.steps}
     for node in walked:
         cost = costs.get(node.label, Cost())
