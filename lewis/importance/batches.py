@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lewis.errors import LewisError
 from lewis.importance.calibration import Calibration
@@ -35,12 +36,9 @@ class Batch:
         cls, samples: Sequence[Sequence[int]], of: int = 0, weights: Sequence[Sequence[float]] | None = None
     ) -> "Batch":
         """Put samples, and the weights of their tokens if they have some, next to each other."""
-        ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.long)
-        counts = None if weights is None else torch.zeros(ids.shape)
-        for row, sample in enumerate(samples):
-            ids[row, : len(sample)] = torch.tensor(sample)
-            if counts is not None and weights is not None:
-                counts[row, : len(sample)] = torch.tensor(weights[row])
+        ids = pad_sequence([torch.tensor(sample, dtype=torch.long) for sample in samples], batch_first=True)
+        rows = [torch.tensor(row, dtype=torch.float32) for row in weights or ()]
+        counts = pad_sequence(rows, batch_first=True) if rows else None
         return cls(ids, [len(sample) for sample in samples], of, counts)
 
     @property
