@@ -111,15 +111,19 @@ class CalibrationInput:
         return place_of([calibration.SEMANTICS, libraries, self.base.key, block, rows, *own])
 
 
-def find_calibration(given: CalibrationInput) -> CalibrationEntry | None:
+def find_calibration(given: CalibrationInput, place: Path | None = None) -> CalibrationEntry | None:
     """The token ids of a set, if they were made of the same rows by the same tokenizer before.
 
     A run that has nothing to do need then not load the libraries that make them.
 
+    Args:
+        given: the set.
+        place: `given.place()`, if it is known: to find it out may take requests to the Hub.
+
     Raises:
         InputError, TransientError: as `CalibrationInput.place`.
     """
-    known = store.entry(given.place(), "calibration") or {}
+    known = store.entry(place or given.place(), "calibration") or {}
     path = kinds.CALIBRATIONS.path(known.get("digest", ""))
     return None if store.read_entry(path) is None else CalibrationEntry(name=given.name, path=path, **known)
 
@@ -132,7 +136,7 @@ def prepare_calibration(given: CalibrationInput) -> CalibrationEntry:
         LewisError: if the tokenizer changed meanwhile.
     """
     place = given.place()
-    if found := find_calibration(given):
+    if found := find_calibration(given, place):
         return found
     made = calibration.calibrate(given.name, given.spec, tokenizer=given.base.tokenizer, root=given.root)
     given.base.check_unchanged()
