@@ -333,6 +333,6 @@ def short_name(ref: str, root: Path) -> str:
 
 def short_names(refs: Sequence[str], root: Path) -> list[str]:
     """What to call experts in tables: their `short_name`, or the whole reference where that would be ambiguous."""
-    roles = ("base", "uniform", "merged", "champion", "mark")  # what else tables have
+    roles = ("base", "uniform", "merged", "champion", "mark")  # the names of the other rows
     names = short_or_whole([short_name(ref, root) for ref in refs], refs, taken=roles)
     return [f"./{name}" if name in roles else name for name in names]

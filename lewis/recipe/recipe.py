@@ -241,7 +241,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
     lines = []
     for problem in error.errors():
         location, kind, given = problem["loc"], problem["type"], problem["input"]
-        if kind == "too_short" and given:
+        if kind == "too_short" and problem["ctx"]["actual_length"] < len(given):
             continue  # pydantic counts only the valid items; the invalid ones have problems of their own
         where = dotted(part for part in location if isinstance(part, int) or not _KIND.fullmatch(part))
         if kind == "extra_forbidden":
