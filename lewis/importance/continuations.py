@@ -116,7 +116,7 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
     rows, written, what = [rows[i] for *_, i in places], list[tuple[int, ...]](), f"{given.files.ref} continues"
     report(what, 0, len(rows))
     with torch.random.fork_rng():
-        torch.manual_seed(given.seed)
+        torch.manual_seed(given.seed % (1 << 64))  # torch takes no greater one
         while len(written) < len(rows):
             batch = rows[len(written) : len(written) + BATCH]
             # The longest prompt is continued by as many tokens as the shortest.

@@ -391,7 +391,7 @@ class Gate(Block):
             )
         least = data.get("min_gain")
         if isinstance(least, int | float) and least < 0:
-            fix = f"write `policy: not_worse` and `tolerance: {-least:g}`"
+            fix = f"write `policy: not_worse` and `tolerance: {-least}`"
             raise ValueError(f"`min_gain` below 0 asks for no gain: {fix}")
         if least and data.get("policy") == "not_worse":
             raise ValueError("`min_gain` asks for a gain: write `policy: better`, or leave it out")

@@ -66,6 +66,11 @@ def test_they_are_drawn_from_the_model(family: Family) -> None:
     assert chi2 < 63 + 5 * (2 * 63) ** 0.5
 
 
+def test_any_seed_will_do(family: Family) -> None:
+    """One of more than 64 bits was a traceback."""
+    assert continue_prompts(given(family.math, count=1, seed=10**30)).tokens > len(PROMPTS)
+
+
 def test_they_end_with_the_model_or_at_max_tokens(family: Family) -> None:
     rows = Calibration.load(continue_prompts(given(family.math, count=200)).path).samples
     assert {len(row) for row in rows} > {20} and len(rows) == 600

@@ -206,6 +206,10 @@ class TestMistakes:
                 "register.gate: `min_gain` below 0 asks for no gain: write `policy: not_worse` and `tolerance: 0.1`",
             ),
             (
+                {"register": {"name": "x", "gate": {"metric": "m", "min_gain": -(10**400)}}},
+                "register.gate: `min_gain` below 0 asks for no gain: write `policy: not_worse` and `tolerance: 1000",
+            ),
+            (
                 {"register": {"name": "x", "gate": {"metric": "m", "min_gain": 0.1, "policy": "not_worse"}}},
                 "register.gate: `min_gain` asks for a gain: write `policy: better`",
             ),
