@@ -177,7 +177,7 @@ class Density(Block):
     max: float = Field(default=0.8, gt=0, le=1)
     budget: float | None = Field(default=None, gt=0, le=1)
     scale: Literal["minmax", "rank", "robust"] = "minmax"
-    decimals: int | None = Field(default=None, ge=1)
+    decimals: int | None = Field(default=None, ge=1, le=100)
     uncovered: Literal["expert", "base", "mean"] = "expert"
 
     @property

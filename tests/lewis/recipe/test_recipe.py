@@ -250,6 +250,7 @@ class TestMistakes:
                 "{calibrations: {s: {texts: [a]}}, density: {budget: 0.9}}",
                 "lewis.density.budget: expected min <= budget",
             ),
+            ("{calibrations: {s: {texts: [a]}}, density: {decimals: 9999999999}}", "lewis.density.decimals: "),
             ("{calibrations: {s: {texts: [a]}}, prune_by: size}", "lewis.prune_by: expected 'magnitude'"),
             ("{density: {strategy: uniform, budget: 0.2, min: 0.3}}", "lewis.density.budget: expected min <= budget"),
             ("{density: {strategy: uniform, budget: 0.9, max: 0.8}}", "lewis.density.budget: expected min <= budget"),
