@@ -76,4 +76,4 @@ def one_thread() -> Iterator[None]:
         _own.inside = False
         with _lock:
             _threads["users"] -= 1
-        torch.set_num_threads(_threads["before"])  # torch also gives this number to threads that start later
+            torch.set_num_threads(_threads["before"])  # torch also gives this number to threads that start later

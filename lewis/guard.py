@@ -51,12 +51,12 @@ class Guard:
         signal.signal(signal.SIGTERM, self._note)
         adopt_orphans()
         child = _start(command)
-        told, deadline = False, float("inf")
+        sent, deadline = False, float("inf")
         while child not in self._codes:
-            if not told and (self._asked or self._orphaned()):
-                told, deadline = True, time.monotonic() + self._patience()
+            if not sent and (self._asked or self._orphaned()):
+                sent, deadline = True, time.monotonic() + self._patience()
                 os.kill(child, signal.SIGTERM)
-            elif told and self._orphaned():
+            elif sent and self._orphaned():
                 deadline = min(deadline, time.monotonic() + _ORPHANED)
             if time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
@@ -111,11 +111,16 @@ def adopt_orphans() -> None:
 
 
 def _start(command: list[str]) -> int:
+    """Start the command; a SIGTERM that comes before it runs must end it, and not reach this program's handler."""
     guard = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return child
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if _LINUX:  # this process has one thread, so the signal comes when the guard ends and not before
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == guard:

@@ -172,6 +172,7 @@ def allocate(recipe: Recipe | str | Path, *, report: Report = silent) -> Allocat
     return found
 
 
+@noted()
 def score(recipe: Recipe | str | Path, folder: str | Path, *, report: Report = silent) -> list[Score]:
     """Score a model with the `evaluate` block of a recipe; scores of the same files are found in the store.
 

@@ -1,4 +1,4 @@
-"""How much memory a process uses, and how much the machine has free. Linux only: it reads /proc.
+"""How much memory a process uses, and how much the machine has free, by /proc; all are 0 where that is missing.
 
 Forecasts and limits count anonymous memory: pages of mapped files can be dropped at any time. People are shown resident
 memory, mapped libraries included, since that is what a container needs.
@@ -44,10 +44,7 @@ class PeakMemory:
 
 def anonymous_bytes(process: int | str = "self") -> int:
     """Bytes of resident anonymous memory of a process; 0 if it is gone or a zombie."""
-    try:
-        return _kilobytes(Path(f"/proc/{process}/status"), "RssAnon:")
-    except OSError:
-        return 0
+    return _kilobytes(Path(f"/proc/{process}/status"), "RssAnon:")
 
 
 def mapped_bytes() -> int:
@@ -66,6 +63,9 @@ def available_bytes() -> int:
 
 
 def _kilobytes(table: Path, row: str) -> int:
-    """A row of a table in /proc that is in kB, in bytes; 0 if there is no such row."""
-    lines = table.read_text().splitlines()
+    """A row of a table in /proc that is in kB, in bytes; 0 if there is no such row or table."""
+    try:
+        lines = table.read_text().splitlines()
+    except OSError:
+        return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(row)), 0)

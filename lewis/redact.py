@@ -61,7 +61,7 @@ def _clean(record: logging.LogRecord) -> logging.LogRecord:
     if (clean := visible(redacted(said))) != said:
         record.msg, record.args = clean, ()
     if record.exc_info and record.exc_info[0]:
-        told = logging.Formatter().formatException(record.exc_info)
-        if (clean := visible(redacted(told))) != told:
+        trace = logging.Formatter().formatException(record.exc_info)
+        if (clean := visible(redacted(trace))) != trace:
             record.exc_text = clean  # formatters take this text instead of formatting the exception
     return record

@@ -147,10 +147,7 @@ def _server(text: str) -> str:
     """The URL of a server, or the command that starts one."""
     if text.startswith(("http://", "https://")):
         return text
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise ValueError(f"it cannot be read as a command: {error}") from error
+    words = _words(text)
     if text and not all(any(place in word for word in words) for place in ("{model}", "{port}")):
         raise ValueError
     return text
@@ -158,13 +155,17 @@ def _server(text: str) -> str:
 
 def _serving(text: str) -> list[str]:
     """The words of a command that serves a model; none without a text."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise ValueError(f"it cannot be read as a command: {error}") from error
+    words = _words(text)
     if words and (Path(words[0]).name not in ("vllm", "transformers") or words[1:2] != ["serve"]):
         raise ValueError
     return words
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"it cannot be read as a command: {error}") from error
 
 
 def _matching(expected: str, pattern: str) -> Kind[str]:

@@ -1,9 +1,15 @@
-"""A pool of threads that share the context variables of their submitter."""
+"""How many threads to start, and a pool of threads that share the context variables of their submitter."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
+
+
+def cores() -> int:
+    """How many cores this process may use; where the system does not say that, as on macOS, those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ContextPool(ThreadPoolExecutor):

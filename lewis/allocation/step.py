@@ -164,13 +164,16 @@ def allocate(given: AllocationInput) -> AllocationEntry:
 
     Raises:
         InputError: if `exclude` leaves no layer, or base and an expert were not measured on the same layers.
-        LewisError: naming the package whose allocator fails.
+        LewisError: naming the package whose allocator fails, or a model that changed meanwhile.
     """
     key = digest(given)
     path = kinds.ALLOCATIONS.path(key)
     with store.turn(kinds.ALLOCATIONS, key):
         if store.entry(path, "experts") is None:
-            store.write_entry(path, _allocated(given))
+            content = _allocated(given)
+            for files in (given.base, *(expert.files for expert in given.experts)):
+                files.check_unchanged()
+            store.write_entry(path, content)
     for text in store.entry(path, "warnings") or []:  # densities found in the store have warnings, too
         logger.warning("%s", text)
     found = find_allocated(given)

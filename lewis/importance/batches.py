@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lewis.errors import LewisError
 from lewis.importance.calibration import Calibration
@@ -35,13 +36,10 @@ class Batch:
         cls, samples: Sequence[Sequence[int]], of: int = 0, weights: Sequence[Sequence[float]] | None = None
     ) -> "Batch":
         """Put samples, and the weights of their tokens if they have some, next to each other."""
-        ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.long)
-        beside = None if weights is None else torch.zeros(ids.shape)
-        for row, sample in enumerate(samples):
-            ids[row, : len(sample)] = torch.tensor(sample)
-            if beside is not None and weights is not None:
-                beside[row, : len(sample)] = torch.tensor(weights[row])
-        return cls(ids, [len(sample) for sample in samples], of, beside)
+        ids = pad_sequence([torch.tensor(sample, dtype=torch.long) for sample in samples], batch_first=True)
+        rows = [torch.tensor(row, dtype=torch.float32) for row in weights or ()]
+        counts = pad_sequence(rows, batch_first=True) if rows else None
+        return cls(ids, [len(sample) for sample in samples], of, counts)
 
     @property
     def tokens(self) -> int:
@@ -133,8 +131,8 @@ def batches(
         order = sorted(range(len(samples)), key=lambda i: (-len(samples[i]), samples[i], weights[i] if weights else ()))
         cuts = ends([len(samples[i]) for i in order], equal, apart, tokens)
         for start, end in zip([0, *cuts], cuts, strict=False):
-            beside = [weights[i] for i in order[start:end]] if weights else None
-            made.append(Batch.padded([samples[i] for i in order[start:end]], of, beside))
+            own = [weights[i] for i in order[start:end]] if weights else None
+            made.append(Batch.padded([samples[i] for i in order[start:end]], of, own))
     return made
 
 

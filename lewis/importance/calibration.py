@@ -92,7 +92,7 @@ class Calibration:
 
     def save(self) -> Path:
         """Write it to the store, `calibrations/<digest>.json`, unless it is there."""
-        path = path_of(self.digest)
+        path = kinds.CALIBRATIONS.path(self.digest)
         if store.read_entry(path) is None:
             weights = {} if self.weights is None else {WEIGHTS: self.weights}
             store.write_entry(path, {"name": self.name, SAMPLES: self.samples, **weights}, indent=None)
@@ -114,11 +114,6 @@ class Calibration:
 
 def _tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
     return tuple(map(tuple, rows))
-
-
-def path_of(digest: str) -> Path:
-    """Where the store has a calibration set."""
-    return kinds.CALIBRATIONS.path(digest)
 
 
 def origin(where: str, spec: CalibrationSet, root: Path) -> list[str]:
@@ -211,9 +206,9 @@ def _filled_up(
     end, missing = tokenizer.eos_token_id, spec.max_tokens - len(ids)
     if end is None:
         raise InputError(f"{where}.padding: the base's tokenizer has no end-of-text token to fill up with; use none")
-    filling, beside = [end] * missing, [spec.prompt_weight] * missing
+    filling, counts = [end] * missing, [spec.prompt_weight] * missing
     left = tokenizer.padding_side == "left"
-    return (filling + ids, beside + weights) if left else (ids + filling, weights + beside)
+    return (filling + ids, counts + weights) if left else (ids + filling, weights + counts)
 
 
 @contextmanager
@@ -261,18 +256,7 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {"name": spec.config}
     if spec.data_files:
         files = (spec.data_files,) if isinstance(spec.data_files, str) else spec.data_files
-        paths = [_place(where, file, root) for file in files] if repo in LOCAL else list(files)
-        absent = [path for path in paths if repo in LOCAL and not Path(path).is_file()]
-        for path in paths:
-            check_regular(Path(path))
-        empty = [path for path in paths if Path(path).is_file() and not Path(path).stat().st_size]
-        if empty:
-            raise InputError(f"{where}.data_files: {empty[0]} is empty; give it rows")
-        if absent:
-            raise InputError(
-                f"{where}.data_files: no such file: {absent[0]}; relative paths start at the recipe's folder"
-            )
-        arguments["data_files"] = paths
+        arguments["data_files"] = [_local_file(where, file, root) for file in files] if repo in LOCAL else list(files)
     if repo not in LOCAL:
         from lewis.models.hub.repository import resolve_dataset
 
@@ -283,11 +267,17 @@ def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
     return arguments
 
 
-def _place(where: str, file: str, root: Path) -> str:
+def _local_file(where: str, file: str, root: Path) -> str:
     try:
-        return str(root / Path(file).expanduser())
+        path = root / Path(file).expanduser()
     except RuntimeError as error:  # "~nobody"
         raise InputError(f"{where}.data_files: {file}: {error}") from error
+    check_regular(path)
+    if not path.is_file():
+        raise InputError(f"{where}.data_files: no such file: {path}; relative paths start at the recipe's folder")
+    if not path.stat().st_size:
+        raise InputError(f"{where}.data_files: {path} is empty; give it rows")
+    return str(path)
 
 
 def _load_tokenizer(folder: Path) -> Any:

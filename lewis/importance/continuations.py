@@ -15,8 +15,9 @@ from lewis import store
 from lewis.devices import precision
 from lewis.errors import InputError
 from lewis.importance import measure
-from lewis.importance.calibration import EVERY, Calibration, path_of
+from lewis.importance.calibration import EVERY, Calibration
 from lewis.importance.step import CalibrationEntry
+from lewis.input_files import read_json
 from lewis.lazy_torch import torch
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
@@ -40,7 +41,7 @@ class ContinueInput:
         max_tokens: of a prompt with its continuation, at most.
         seed: of the draws.
         weight: how much a token of a prompt counts, where one of a continuation counts 1.
-        base: whose token ids the prompts are; None: the expert's.
+        base: whose token ids the prompts are.
     """
 
     prompts: CalibrationEntry
@@ -49,7 +50,7 @@ class ContinueInput:
     max_tokens: int
     seed: int
     weight: float
-    base: ModelFiles | None = None
+    base: ModelFiles
 
     def digest(self, device: str) -> str:
         """Identity of the rows that the expert writes on a device."""
@@ -62,7 +63,7 @@ class ContinueInput:
 def find_continued(given: ContinueInput, device: str) -> CalibrationEntry | None:
     """What the expert has written before, if the store has it."""
     known = store.entry(kinds.CALIBRATIONS.path(given.digest(device)), "written") or {}
-    path = path_of(known.get("digest", ""))
+    path = kinds.CALIBRATIONS.path(known.get("digest", ""))
     return None if store.read_entry(path) is None else CalibrationEntry(name=given.prompts.name, path=path, **known)
 
 
@@ -91,8 +92,7 @@ def continue_prompts(given: ContinueInput, report: Report = silent, device: str 
 
 def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
     prompts = Calibration.load(given.prompts.path)
-    folders = [tokenizer_folder(each.open()) for each in (given.base, given.files) if each]
-    if other := clash(folders[0], folders[-1]):
+    if other := clash(tokenizer_folder(given.base.open()), tokenizer_folder(given.files.open())):
         raise InputError(
             f"{given.files.ref}: another vocabulary: {other}; the prompts of lewis.calibrations.{prompts.name} become "
             "the base's token ids, so this expert cannot continue them: give it rows with answers"
@@ -116,7 +116,7 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
     rows, written, what = [rows[i] for *_, i in places], list[tuple[int, ...]](), f"{given.files.ref} continues"
     report(what, 0, len(rows))
     with torch.random.fork_rng():
-        torch.manual_seed(given.seed)
+        torch.manual_seed(given.seed % (1 << 64))  # torch takes no greater one
         while len(written) < len(rows):
             batch = rows[len(written) : len(written) + BATCH]
             # The longest prompt is continued by as many tokens as the shortest.
@@ -155,12 +155,11 @@ def _loaded(files: ModelFiles, device: str) -> Any:
 
 def _ends(files: ModelFiles) -> list[int]:
     """The tokens that end a text, by `generation_config.json` or `config.json`."""
-    from lewis.input_files import read_json
-
     found = set[int]()
     for name in ("generation_config.json", "config.json"):
         path = files.folder / name
-        ends = read_json(path).get("eos_token_id") if path.is_file() else None
+        content = read_json(path) if path.is_file() else None
+        ends = content.get("eos_token_id") if isinstance(content, dict) else None
         found |= set(ends) if isinstance(ends, list) else {ends} if isinstance(ends, int) else set()
     return sorted(found)
 

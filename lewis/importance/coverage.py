@@ -16,7 +16,8 @@ from lewis.models.names import PER_TOKEN, layer_of
 from lewis.models.network.module_tree import Covered, Layer, Network
 
 logger = logging.getLogger(__name__)
-TOLD = 0.001  # of the parameters; what is less is not reported
+_LEAST = 0.001  # of the parameters; what is less is not reported
+_LISTED = 5
 
 
 def covered_tensors(
@@ -77,12 +78,12 @@ def uncovered(network: Network, tensors: Mapping[str, tuple[int, ...]]) -> dict[
         if tensor not in known and len(shape) > 1 and not tensor.endswith(PER_TOKEN):
             in_block = parameter_of.get(tensor, tensor).startswith(inside)
             found[re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor) if in_block else _before_number(tensor)] += prod(shape)
-    return {name: count / total for name, count in found.most_common() if count / total >= TOLD}
+    return {name: count / total for name, count in found.most_common() if count / total >= _LEAST}
 
 
-def told(shares: Mapping[str, float], most: int = 5) -> str:
+def as_text(shares: Mapping[str, float]) -> str:
     """The largest shares of uncovered tensors, in one line."""
-    listed = [f"{name} ({100 * share:.1f} % of the parameters)" for name, share in list(shares.items())[:most]]
+    listed = [f"{name} ({100 * share:.1f} % of the parameters)" for name, share in list(shares.items())[:_LISTED]]
     more = len(shares) - len(listed)
     return ", ".join(listed) + (f" and {more} more" if more else "")
 

@@ -141,21 +141,19 @@ def has(folder: Path, block: str) -> bool:
 class Grams:
     """The second-order statistics of one model on one calibration set."""
 
-    def __init__(self, folder: Path, checksums: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         """
         Args:
-            folder: with the files.
-            checksums: of the files, if the folder has no manifest yet.
+            folder: with the files, and their checksums in its manifest.
 
         Raises:
             LewisError: if the folder is gone, or a file is missing or has another size.
         """
         self.folder, self._checked, self._checking = folder, set[str](), Lock()
-        manifest = {} if checksums is not None else store.read_manifest(folder, content=False)
+        manifest = store.read_manifest(folder, content=False)
         if manifest is None:
             raise LewisError(f"{folder}: the statistics of a model's inputs are gone or cut short; run again")
-        given = {name: each["sha256"] for name, each in manifest.get("files", {}).items()}
-        self._checksums = dict(checksums or given)
+        self._checksums = {name: each["sha256"] for name, each in manifest["files"].items()}
         self._places = dict[str, list[_Place]]()  # several if blocks share the weight
         for name in sorted(name for name in self._checksums if not name.endswith(_SQUARES)):
             header = self._header(name)

@@ -157,9 +157,9 @@ class _Walk:
         if self._written is not None:
             self._written.result()
 
-    def _go_on(self, some: Sequence[Pass], beside: Sequence[Callable[[], None]] = ()) -> None:
+    def _go_on(self, some: Sequence[Pass], others: Sequence[Callable[[], None]] = ()) -> None:
         chosen = set(map(id, some))
-        self._workers.in_place([each.go_on if id(each) in chosen else _nothing for each in self._passes], beside)
+        self._workers.in_place([each.go_on if id(each) in chosen else _nothing for each in self._passes], others)
 
     def _through(self, waiting: Sequence[Pass]) -> tuple[dict[str, Collected], dict[str, str]]:
         """Run the passes through a block, a few at a time.

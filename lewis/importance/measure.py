@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,10 +22,11 @@ from lewis.importance.measured import Measured
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import torch_dtype
 from lewis.models.model import Model
-from lewis.models.network.module_tree import Covered, Layer, Network
+from lewis.models.network.module_tree import Covered, Network
 from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report, silent
 from lewis.recipe.schema import Importance
+from lewis.threads import cores
 
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch
@@ -38,37 +38,6 @@ _VALUES_AT_ONCE = 1 << 25  # elements of weights whose norms are computed togeth
 Shapes = Mapping[str, tuple[int, ...]]
 Means = Callable[[str, int], "torch.Tensor | None"]
 """(parameter, number of the set) -> mean of x_j^2, as `SecondMoments.means` gives it."""
-
-
-def covered_layers(folder: Path, tensors: Shapes | None = None) -> list[Layer]:
-    """The layers that importance is measured on, found from the module tree; no weight is loaded.
-
-    Args:
-        folder: of a model, for its config.json.
-        tensors: name -> shape of those in the checkpoint, if known; modules that have none are not covered.
-
-    Raises:
-        InputError: if the model's class is unknown, or no layer is covered.
-    """
-    return layers_of(network_in(folder, tensors))
-
-
-def layers_of(network: Network) -> list[Layer]:
-    """The covered layers of a network."""
-    return [layer for covered in network.covered for layer in covered.layers]
-
-
-def measure(
-    model: Model,
-    calibration: Calibration,
-    settings: Importance | None = None,
-    *,
-    device: str = "cpu",
-    progress: Report = silent,
-) -> Measured:
-    """`measure_sets` of one set."""
-    [measured] = measure_sets(model, [calibration], settings, device=device, progress=progress)
-    return measured
 
 
 def measure_sets(
@@ -171,7 +140,7 @@ def norms(
     """
     found = [Measured({}, {}) for _ in calibrations]
     largest = max(sum(layer.parameters for layer in covered.layers) for covered in network.covered)
-    lanes = min(len(os.sched_getaffinity(0)), max(1, _VALUES_AT_ONCE // largest))
+    lanes = min(cores(), max(1, _VALUES_AT_ONCE // largest))
     with ThreadPoolExecutor(lanes) as pool:
         of_each = pool.map(partial(_norms_of, model, means, calibrations, reduce), network.covered)
         for covered, of_sets in zip(network.covered, of_each, strict=True):
@@ -180,7 +149,7 @@ def norms(
                 if moments is not None:
                     measured.moments[covered.tensor] = moments
     for calibration, measured in zip(calibrations, found, strict=True):
-        _tell_of_silent(model, network, calibration, measured)
+        _warn_of_silent(model, network, calibration, measured)
     return found
 
 
@@ -197,7 +166,7 @@ def _norms_of(
                 found.append((dict.fromkeys((layer.key for layer in covered.layers), None), None))
                 continue
             factor = calibration.tokens / len(calibration.samples) if reduce == "sum" else 1.0
-            s = _beside_weights(own * factor, covered).to(torch.float32)
+            s = _as_weights(own * factor, covered).to(torch.float32)
             weights = _read(model, covered) if weights is None else weights
             norms = dict[str, float | None]()
             for layer, cost in zip(covered.layers, row_sums(weights.square(), s, covered), strict=True):
@@ -219,14 +188,14 @@ def _read(model: Model, covered: Covered) -> torch.Tensor:
     return value.unflatten(0, (covered.stack, -1)) if covered.stack else value
 
 
-def _tell_of_silent(model: Model, network: Network, calibration: Calibration, measured: Measured) -> None:
+def _warn_of_silent(model: Model, network: Network, calibration: Calibration, measured: Measured) -> None:
     """Log what has no moments: experts that got no token, and projections whose modules were never run."""
     silent = [each for each in network.covered if all(measured.norms[layer.key] is None for layer in each.layers)]
     experts = [each.tensor for each in silent if each.expert is not None or ".experts." in each.parameter]
     others = [each.tensor for each in silent if each.tensor not in experts]
     if experts:
-        told = (model.folder, calibration.name, len(experts), experts[0])
-        logger.warning("%s on %s: no token was seen to reach %d tensors, such as %s: left out", *told)
+        facts = (model.folder, calibration.name, len(experts), experts[0])
+        logger.warning("%s on %s: no token was seen to reach %d tensors, such as %s: left out", *facts)
     if others:
         share = sum(layer.parameters for each in silent if each.tensor in others for layer in each.layers)
         logger.warning(
@@ -263,7 +232,7 @@ def row_sums(values: torch.Tensor, s: torch.Tensor, covered: Covered) -> list[to
     return [of_rows.sum() if rows is None else rows.sum(of_rows) for rows in covered.rows]
 
 
-def _beside_weights(s: torch.Tensor, covered: Covered) -> torch.Tensor:
+def _as_weights(s: torch.Tensor, covered: Covered) -> torch.Tensor:
     """Moments (in,) or (experts, in) in a shape that broadcasts to the weights."""
     if s.dim() == 1:
         return s[:, None] if covered.transposed else s
@@ -278,13 +247,22 @@ def network_of(model: Model, dtype: torch.dtype | None = None) -> Network:
         dtype: what it computes in; by default fp32.
 
     Raises:
-        InputError: as `covered_layers`.
+        InputError: as `network_in`.
     """
     return network_in(model.home, model.shapes, dtype)
 
 
 def network_in(folder: Path, tensors: Shapes | None = None, dtype: torch.dtype | None = None) -> Network:
-    """`network_of` for a model that is not opened: of its folder and its shapes, as `covered_layers` takes them."""
+    """`network_of` for a model that is not opened.
+
+    Args:
+        folder: of a model, for its config.json.
+        tensors: name -> shape of those in the checkpoint, if known; modules that have none are not covered.
+        dtype: what it computes in; by default fp32.
+
+    Raises:
+        InputError: if the model's class is unknown, or no layer is covered.
+    """
     network = Network(folder, tensors, dtype or torch.float32)
     if not network.covered:
         raise InputError(
@@ -297,8 +275,7 @@ def network_in(folder: Path, tensors: Shapes | None = None, dtype: torch.dtype |
 def stored_dtype(model: Model) -> torch.dtype:
     """The dtype of a model's largest tensor."""
     largest = max(model.tensors.values(), key=lambda info: info.elements)
-    dtype = torch_dtype(largest.dtype)
-    return dtype
+    return torch_dtype(largest.dtype)
 
 
 def check_samples(model: Model, network: Network, calibration: Calibration) -> None:

@@ -43,8 +43,8 @@ def write(path: Path, measured: Measured, facts: dict[str, Any]) -> None:
     """Put a measurement into the store, as `path` and the file next to it."""
     from safetensors.torch import save
 
-    beside, content = moments_path(path), save(measured.moments)
-    with store.written_beside(beside) as scratch:
+    file, content = moments_path(path), save(measured.moments)
+    with store.written_beside(file) as scratch:
         scratch.write_bytes(content)
         facts = {**facts, "moments": {"size": len(content), "sha256": store.file_sha256(scratch)}}
     store.write_entry(path, {**facts, NORMS: measured.norms})
@@ -55,16 +55,16 @@ def is_whole(path: Path) -> bool:
 
     What is damaged is set aside.
     """
-    content, beside = store.read_entry(path), moments_path(path)
+    content, file = store.read_entry(path), moments_path(path)
     if content is None or not content.get(NORMS):
         return False
     expected = content.get("moments") or {}
     try:
-        if beside.stat().st_size == expected["size"] and remembered_sha256(beside) == expected["sha256"]:
+        if file.stat().st_size == expected["size"] and remembered_sha256(file) == expected["sha256"]:
             return True
     except (OSError, KeyError, TypeError):
         return False
-    store.set_aside([path, beside], f"{beside.name}: its size or SHA-256 is not what the entry says")
+    store.set_aside([path, file], f"{file.name}: its size or SHA-256 is not what the entry says")
     return False
 
 

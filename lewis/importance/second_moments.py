@@ -137,7 +137,7 @@ class SecondMoments:
         tokens = int(inputs.shape[:-1].numel())
         turned = self._padded and rows != width and inputs.shape[:2] == (width, rows)  # XLNet: (tokens, samples)
         if tokens == rows * width and not turned:
-            # A product with the mask sums over the tokens and leaves padding out, at once.
+            # A product with the mask sums over the tokens and leaves padding out.
             squares = inputs.reshape(rows, width, -1).float().square()
             mask = self.weights.to(self._device) if weighted and self.weights is not None else self._mask
             summed = torch.bmm(mask[:, None], squares)[:, 0].sum(dim=0, dtype=torch.float64)
@@ -194,7 +194,7 @@ class SeeProducts(TorchFunctionMode):
     """Calls a function with (inputs, weight) before each matrix product.
 
     A batched product is seen as one product for each matrix of the batch. There rows of zeros are left out: experts
-    that are all run at once (Llama 4) get zeros in place of tokens that are not routed to them.
+    that are all run in one product (Llama 4) get zeros in place of tokens that are not routed to them.
     """
 
     def __init__(self, see: Callable[[torch.Tensor, torch.Tensor], None]) -> None:

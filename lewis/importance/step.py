@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Self
@@ -16,13 +15,13 @@ from pydantic import model_validator
 from lewis import store
 from lewis.devices import precision
 from lewis.importance import calibration
+from lewis.importance import grams as grams_pass
 from lewis.importance import measure as measuring
 from lewis.importance import measured as measurements
 from lewis.importance.calibration import Calibration
-from lewis.importance.coverage import covered_tensors, told
+from lewis.importance.coverage import as_text, covered_tensors
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.importance.gram_files import Grams
-from lewis.importance.measured import Measured
 from lewis.lazy_torch import torch
 from lewis.models.model import Model
 from lewis.models.network.module_tree import Layer
@@ -112,16 +111,20 @@ class CalibrationInput:
         return place_of([calibration.SEMANTICS, libraries, self.base.key, block, rows, *own])
 
 
-def find_calibration(given: CalibrationInput) -> CalibrationEntry | None:
+def find_calibration(given: CalibrationInput, place: Path | None = None) -> CalibrationEntry | None:
     """The token ids of a set, if they were made of the same rows by the same tokenizer before.
 
     A run that has nothing to do need then not load the libraries that make them.
 
+    Args:
+        given: the set.
+        place: `given.place()`, if it is known: to find it out may take requests to the Hub.
+
     Raises:
         InputError, TransientError: as `CalibrationInput.place`.
     """
-    known = store.entry(given.place(), "calibration") or {}
-    path = calibration.path_of(known.get("digest", ""))
+    known = store.entry(place or given.place(), "calibration") or {}
+    path = kinds.CALIBRATIONS.path(known.get("digest", ""))
     return None if store.read_entry(path) is None else CalibrationEntry(name=given.name, path=path, **known)
 
 
@@ -130,11 +133,13 @@ def prepare_calibration(given: CalibrationInput) -> CalibrationEntry:
 
     Raises:
         InputError: as `calibration.calibrate`.
+        LewisError: if the tokenizer changed meanwhile.
     """
     place = given.place()
-    if found := find_calibration(given):
+    if found := find_calibration(given, place):
         return found
     made = calibration.calibrate(given.name, given.spec, tokenizer=given.base.tokenizer, root=given.root)
+    given.base.check_unchanged()
     known, path = {"digest": made.digest, "tokens": made.tokens}, made.save()
     if given.place() == place:  # the rows did not change meanwhile
         store.write_entry(place, {"calibration": known})
@@ -175,14 +180,12 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
     def progress(_: str, done: int, total: int) -> None:
         report(what, done, total)
 
-    statistics = {}
     for each in given.sets if given.grams else ():
-        set_, model = Calibration.load(each.path), files.open()
-        statistics[each.digest] = find_or_measure_grams(
-            model, set_, device=device, progress=progress, unchanged=files.check_unchanged
+        statistics = find_or_measure_grams(
+            files.open(), Calibration.load(each.path), device=device, progress=progress, unchanged=files.check_unchanged
         )
         if settings.prune_ratio == 0:
-            _keep_norms(files, each, settings, device, partial(_from_grams, model, set_, statistics[each.digest]))
+            _keep_norms(files, each, settings, device, statistics)
     places = {each.digest: _importance_place(files.read_as, each, settings, device) for each in given.sets}
     missing = {each.digest: each for each in given.sets if not measurements.is_whole(places[each.digest][1])}
     with ExitStack() as locks:
@@ -195,16 +198,9 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
             files.check_unchanged()
             for each, measured in zip(absent, found, strict=True):
                 measurements.write(places[each.digest][1], measured, _facts(files, each))
-    return [
-        ImportanceEntry(
-            ref=files.ref,
-            calibration=each.name,
-            digest=places[each.digest][0],
-            path=places[each.digest][1],
-            statistics=statistics.get(each.digest),
-        )
-        for each in given.sets
-    ]
+    made = find_all_measured(given, device)
+    assert made is not None
+    return made
 
 
 def measure_digest(given: MeasureInput, device: str) -> str:
@@ -217,34 +213,30 @@ def measure_digest(given: MeasureInput, device: str) -> str:
 
 def find_all_measured(given: MeasureInput, device: str) -> list[ImportanceEntry] | None:
     """The result of `measure`, if the store has all of it."""
-    read_as = given.files.read_as
-    found = [
-        find_measured(given.files.ref, read_as, each, given.settings, device, grams=given.grams) for each in given.sets
-    ]
+    found = [find_measured(given, each, device) for each in given.sets]
     whole = [entry for entry in found if entry]
     return whole if len(whole) == len(found) else None
 
 
 def _keep_norms(
-    files: ModelFiles, calibration: CalibrationEntry, settings: Importance, device: str, make: Callable[[str], Measured]
+    files: ModelFiles, calibration: CalibrationEntry, settings: Importance, device: str, statistics: Path
 ) -> None:
-    """Write the norms and moments that follow from a pass for second-order statistics, unless the store has some.
+    """Write the norms and moments that follow from second-order statistics, unless the store has some.
 
     Nothing is written if a layer saw no token in that pass. It may be a mixture of experts of a layout that only the
     pass for norms can follow.
     """
     digest, path = _importance_place(files.read_as, calibration, settings, device)
-    if not measurements.is_whole(path):
-        with store.turn(kinds.IMPORTANCE, digest):
-            measured = None if measurements.is_whole(path) else make(settings.reduce)
-            if measured is not None and None not in measured.norms.values():
-                measurements.write(path, measured, _facts(files, calibration))
-
-
-def _from_grams(model: Model, calibration: Calibration, folder: Path, reduce: str) -> Measured:
-    from lewis.importance.grams import measured_by
-
-    return measured_by(model, calibration, Grams(folder), reduce)
+    if measurements.is_whole(path):
+        return
+    with store.turn(kinds.IMPORTANCE, digest):
+        if measurements.is_whole(path):
+            return
+        set_, grams = Calibration.load(calibration.path), Grams(statistics)
+        measured = grams_pass.measured_by(files.open(), set_, grams, settings.reduce)
+        if None not in measured.norms.values():
+            files.check_unchanged()
+            measurements.write(path, measured, _facts(files, calibration))
 
 
 def _facts(files: ModelFiles, calibration: CalibrationEntry) -> dict[str, str]:
@@ -272,13 +264,11 @@ def find_or_measure_grams(
     with store.turn(kinds.GRAMS, digest):
         if store.read_manifest(folder) is None:
             manifest.set_damaged_aside(folder)
-            from lewis.importance.grams import bytes_of, measure_grams
-
-            needed = bytes_of(measuring.network_of(model), calibration.tokens)
+            needed = grams_pass.bytes_of(measuring.network_of(model), calibration.tokens)
             facts, checksums = {"model": model.key, "calibration": calibration.digest}, dict[str, str]()
             with store.publish(folder, facts, digest, checksums) as scratch:
                 store.check_space(folder, needed - store.bytes_on_disk(scratch))
-                checksums |= measure_grams(
+                checksums |= grams_pass.measure_grams(
                     model, calibration, scratch, device=device, threads=threads, progress=progress
                 )
                 store.discard_unless(unchanged, scratch)
@@ -291,26 +281,20 @@ def grams_place(key: str, calibration: str, device: str) -> tuple[str, Path]:
     return digest, kinds.GRAMS.path(digest)
 
 
-def find_measured(
-    ref: str, key: str, calibration: CalibrationEntry, settings: Importance, device: str = "cpu", *, grams: bool = False
-) -> ImportanceEntry | None:
-    """The importance of a model on a calibration set, if the store has it; with second-order statistics if wanted."""
-    digest, path = _importance_place(key, calibration, settings, device)
-    statistics = grams_place(key, calibration.digest, device)[1] if grams else None
+def find_measured(given: MeasureInput, calibration: CalibrationEntry, device: str) -> ImportanceEntry | None:
+    """What `measure` gives for one of its sets, if the store has it."""
+    files, name = given.files, calibration.name
+    digest, path = _importance_place(files.read_as, calibration, given.settings, device)
+    statistics = grams_place(files.read_as, calibration.digest, device)[1] if given.grams else None
     if not measurements.is_whole(path) or (statistics and store.read_manifest(statistics) is None):
         return None
-    return ImportanceEntry(ref=ref, calibration=calibration.name, digest=digest, path=path, statistics=statistics)
+    return ImportanceEntry(ref=files.ref, calibration=name, digest=digest, path=path, statistics=statistics)
 
 
 def _importance_place(key: str, calibration: CalibrationEntry, settings: Importance, device: str) -> tuple[str, Path]:
     of_pass = settings.model_dump(exclude={"metric"})  # every metric is made of what one pass measures
     digest = store.digest([measuring.SEMANTICS, key, calibration.digest, precision(device), of_pass])
     return digest, kinds.IMPORTANCE.path(digest)
-
-
-def covered_layers(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
-    """As `layers_of`, without a log line."""
-    return _covered(base, base.open(), measured)[0]
 
 
 def layers_of(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
@@ -323,27 +307,26 @@ def layers_of(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
     Raises:
         InputError: if there are none.
     """
-    opened = base.open()
-    layers, left = _covered(base, opened, measured)
-    tensors = opened.tensors
-    share = sum(x.parameters for x in layers) / sum(info.elements for info in tensors.values())
-    kinds = ", ".join(sorted({layer.projection for layer in layers}))
-    logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), kinds, 100 * share)
+    layers, left = covered_layers(base, measured=measured)
+    share = sum(x.parameters for x in layers) / sum(info.elements for info in base.open().tensors.values())
+    projections = ", ".join(sorted({layer.projection for layer in layers}))
+    logger.info("covered: %d linear layers (%s), %.0f %% of the weights", len(layers), projections, 100 * share)
     if left:
         logger.warning(
             "not covered, so a fit leaves them as its anchor has them, and densities follow density.uncovered: %s",
-            told(left),
+            as_text(left),
         )
     return layers
 
 
-def _covered(base: ModelFiles, opened: Model, measured: bool) -> tuple[list[Layer], dict[str, float]]:
-    """`covered_tensors`, found once: it builds the model's modules, which takes seconds to load."""
+def covered_layers(base: ModelFiles, *, measured: bool) -> tuple[list[Layer], dict[str, float]]:
+    """The layers of `covered_tensors`, and what is not covered; found once, as building the modules takes seconds."""
     place = place_of([measuring.SEMANTICS, version("transformers"), base.key])
     known = store.entry(place, "layers")
     if known is None:
-        covered, left = covered_tensors(base.folder, opened.shapes, measured=measured)
+        covered, left = covered_tensors(base.folder, base.open().shapes, measured=measured)
         known = {"covered": [asdict(layer) for each in covered for layer in each.layers], "left": left}
         if measured:  # layers found by tensor names alone are not kept: a recipe that measures needs the model's own
+            base.check_unchanged()
             store.write_entry(place, {"layers": known})
     return [Layer(**fields) for fields in known["covered"]], known["left"]

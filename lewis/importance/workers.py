@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from threading import Lock
-from types import TracebackType
 
 from lewis.devices import one_thread
 from lewis.lazy_torch import torch
+from lewis.threads import cores
 
 
 class Workers:
@@ -27,15 +26,13 @@ class Workers:
         Args:
             threads: by default one per core.
         """
-        self.count = threads or len(os.sched_getaffinity(0))
+        self.count = threads or cores()
         self._threads = [ThreadPoolExecutor(1) for _ in range(self.count)]
 
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for thread in self._threads:
             thread.shutdown(cancel_futures=True)
 

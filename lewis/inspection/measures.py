@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN, layer_of
 from lewis.progress import Report, silent
+from lewis.threads import cores
 
 SEMANTICS = "2"  # raise it when the same models would be measured in another way
 SAMPLE = 1 << 14  # elements of a tensor that decide whether all are read
@@ -167,7 +167,7 @@ def measure(
     total, done = sum(base.tensors[name].elements for name in names), 0
     found: dict[str, TensorMeasures] = {}
     largest_first = sorted(names, key=lambda name: -base.tensors[name].elements)  # so that all threads end together
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for each in pool.map(lambda name: _of_tensor(name, base, experts, most), largest_first):
             found[each.name] = each
             done += each.elements

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,6 +37,7 @@ from lewis.models.files.folder import tokenizer_files
 from lewis.models.model import Model
 from lewis.models.names import layer_of
 from lewis.models.tokenizer import tokenizer_folder
+from lewis.threads import cores
 
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 FIT_SEMANTICS = "3"  # bump when a method that fits in forward order would give other bytes
@@ -215,7 +215,7 @@ class Prepared:
     @property
     def threads(self) -> int:
         """How many tensors are merged at a time by default: one per core."""
-        return len(os.sched_getaffinity(0))
+        return cores()
 
     def merges(self, name: str) -> bool:
         """Whether a tensor is merged; the base's is copied if it is excluded or not floating-point."""

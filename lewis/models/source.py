@@ -28,7 +28,7 @@ from lewis.recipe.block import parts_of
 from lewis.recipe.config import MergeConfig
 from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
-from lewis.threads import ContextPool
+from lewis.threads import ContextPool, cores
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def pin_all(config: MergeConfig) -> tuple[Source | None, list[Source]]:
     base = pin(config.base_model, config.root) if config.base_model else None
     refs = [entry.model for entry in config.experts]
     first = None if base else pin(refs[0], config.root)
-    with ContextPool(len(os.sched_getaffinity(0))) as pool:
+    with ContextPool(cores()) as pool:
         return base, list(pool.map(lambda ref: pin(ref, config.root, base, first), refs))
 
 
@@ -329,5 +329,6 @@ def short_name(ref: str, root: Path) -> str:
 
 def short_names(refs: Sequence[str], root: Path) -> list[str]:
     """What to call experts in tables: their `short_name`, or the whole reference where that would be ambiguous."""
-    last = [short_name(ref, root) for ref in refs]
-    return short_or_whole(last, refs, taken=("base", "uniform", "merged", "champion", "mark"))
+    roles = ("base", "uniform", "merged", "champion", "mark")  # the names of the other rows
+    names = short_or_whole([short_name(ref, root) for ref in refs], refs, taken=roles)
+    return [f"./{name}" if name in roles else name for name in names]

@@ -1,5 +1,1 @@
 """What the user asks for: the recipe, its schema, and what is wrong with it in the terms of its YAML."""
-
-from lewis.recipe.recipe import Recipe
-
-__all__ = ["Recipe"]

@@ -13,7 +13,9 @@ from lewis.methods.registry import AUTO
 from lewis.recipe import anchor, model_args, slices
 from lewis.recipe.block import parts_of
 from lewis.recipe.parameter_values import parse_setting
-from lewis.recipe.schema import GUIDES, contradictions
+from lewis.recipe.schema import GUIDES, Density, contradictions
+
+_DEFAULTS = {key: Density.model_fields[key].default for key in ("min", "max", "budget")}
 
 
 def cross_check(data: dict[str, Any]) -> list[str]:
@@ -139,11 +141,11 @@ def _check_values(path: str, raw: Any, parameter: Parameter) -> list[str]:
 
 def _check_count(data: dict[str, Any], method: Method) -> list[str]:
     names, base = {str(entry.get("model")) for entry in _models(data)}, data.get("base_model")
-    beside = names | ({str(base)} if base else set()) if method.base_is_a_model else names - {str(base)}
-    if not beside or (method.needs_base and not base):
+    merged = names | ({str(base)} if base else set()) if method.base_is_a_model else names - {str(base)}
+    if not merged or (method.needs_base and not base):
         return []
     counted = "the base included" if method.base_is_a_model else "not counting the base"
-    problem = _count_problem(method, len(beside), counted)
+    problem = _count_problem(method, len(merged), counted)
     return [f"models: {problem}"] if problem else []
 
 
@@ -157,9 +159,11 @@ def _count_problem(method: Method, count: int, counted: str) -> str | None:
 
 def _check_together(data: dict[str, Any], models: list[dict[str, Any]], method: Method) -> list[str]:
     """Parameters that must fit together. Those with filters are checked later, when the tensors' names are known."""
+    if method.check is None:
+        return []
     experts = [(i, entry) for i, entry in enumerate(models) if str(entry.get("model")) != str(data.get("base_model"))]
     block, problems = data.get("lewis"), []
-    for i, entry in experts if method.check else ():
+    for i, entry in experts:
         own, common = entry.get("parameters") or {}, data.get("parameters") or {}
         choices = {name: _constants(parameter, own, common) for name, parameter in method.parameters.items()}
         where = f"models[{i}].parameters" if own else "parameters"
@@ -169,7 +173,7 @@ def _check_together(data: dict[str, Any], models: list[dict[str, Any]], method: 
             continue  # two gradients: which of their values meet depends on the layer
         for values in itertools.product(*choices.values()):
             with method.blamed(where):
-                problem = method.check(dict(zip(choices, values, strict=True)), len(experts)) if method.check else None
+                problem = method.check(dict(zip(choices, values, strict=True)), len(experts))
             if problem:
                 problems.append(f"{where}: {problem}")
     return problems
@@ -191,11 +195,11 @@ def _constants(parameter: Parameter, *blocks: dict[str, Any]) -> list[Any]:
 
 def _guided_densities(block: dict[str, Any]) -> list[float]:
     """The smallest and the largest density that LEWIS may give; empty if the block is invalid."""
-    density = block.get("density") or {}
+    density = _DEFAULTS | (block.get("density") or {})
     try:
-        low, high = (float(density.get(key, default)) for key, default in (("min", 0.3), ("max", 0.8)))
+        low, high = float(density["min"]), float(density["max"])
         if not _allocator(block).guides:
-            low = high = float(density.get("budget") or (low + high) / 2)
+            low = high = float(density["budget"] or (low + high) / 2)
     except (TypeError, ValueError, OverflowError):
         return []  # the schema reports it
     return sorted({low, high})
@@ -257,7 +261,7 @@ def _check_tokenizer(data: dict[str, Any], models: list[str]) -> list[str]:
 
 def _check_density(data: dict[str, Any]) -> list[str]:
     own = (data.get("lewis") or {}).get("density") or {}
-    given = {"min": 0.3, "max": 0.8, "budget": None} | own
+    given = _DEFAULTS | own
     try:  # YAML reads 1e-1 as text
         low, high, budget = (None if given[key] is None else float(given[key]) for key in ("min", "max", "budget"))
     except (TypeError, ValueError, OverflowError):

@@ -123,11 +123,8 @@ _ELSEWHERE = {
         ("pretrained", "model", "tokenizer", "peft", "lora_local_path", "revision", "delta"),
         "it follows from the model that is scored",
     ),
-    **dict.fromkeys(("batch_size",), "it is evaluate.batch_size"),
-    **dict.fromkeys(
-        ("base_url",),
-        "which server is asked is for the worker to say, by the environment variable LEWIS_EVALUATION_SERVER",
-    ),
+    "batch_size": "it is evaluate.batch_size",
+    "base_url": "which server is asked is for the worker to say, by the environment variable LEWIS_EVALUATION_SERVER",
     **dict.fromkeys(
         ("auth_token", "header", "api_key"),
         "a recipe holds no secrets; set OPENAI_API_KEY in the environment of the worker",
@@ -142,12 +139,12 @@ def problems_of(data: Mapping[str, Any]) -> list[str]:
         data: the raw YAML of the recipe; what is wrong with other keys is left to the schema.
     """
     block = data.get("evaluate") or {}
-    backend, given = block.get("backend", "hf"), block.get("model_args") or {}
+    backend, given = str(block.get("backend", "hf")), block.get("model_args") or {}  # a list has no hash
     if backend not in ALLOWED or not isinstance(given, dict):
         return []  # the schema reports it
     problems = []
     for name, value in given.items():
-        problem = _problem(str(backend), str(name), value)
+        problem = _problem(backend, str(name), value)
         if problem:
             problems.append(f"evaluate.model_args.{name}: {problem}")
     if given.get("trust_remote_code") is True and block.get("allow_code_execution") is not True:
@@ -171,5 +168,5 @@ def _problem(backend: str, name: str, value: Any) -> str | None:
     if name in _ELSEWHERE:
         return f"not here: {_ELSEWHERE[name]}"
     others = [other for other, names in ALLOWED.items() if name in names]
-    told = f"; {' and '.join(others)} {'has' if len(others) == 1 else 'have'}" if others else nearest(name, known)
-    return f"the backend {backend} has no such argument{told}"
+    hint = f"; {' and '.join(others)} {'has' if len(others) == 1 else 'have'}" if others else nearest(name, known)
+    return f"the backend {backend} has no such argument{hint}"

@@ -29,7 +29,7 @@ from lewis.recipe.schema import (
 from lewis.recipe.serve import TARGETS, Serve
 from lewis.recipe.slices import listed_models
 
-MAX_TOLD = 50  # problems of one recipe that an error lists
+MAX_PROBLEMS = 50  # problems of one recipe that an error lists
 
 
 class Recipe(MergeConfig):
@@ -112,8 +112,8 @@ class Recipe(MergeConfig):
             problems = [*describe(error, cls), *problems]
         if problems:
             problems = list(dict.fromkeys(problems))
-            more = [f"and {len(problems) - MAX_TOLD} problems more"] if len(problems) > MAX_TOLD else []
-            raise RecipeError([*problems[:MAX_TOLD], *more])
+            more = [f"and {len(problems) - MAX_PROBLEMS} problems more"] if len(problems) > MAX_PROBLEMS else []
+            raise RecipeError([*problems[:MAX_PROBLEMS], *more])
         recipe._root, recipe._name = root, name
         recipe._text = text if not overrides else yaml_text.write(data)
         return recipe
@@ -145,12 +145,9 @@ class Recipe(MergeConfig):
     @property
     def measures(self) -> bool:
         """Whether the merge needs the importance pass of the experts."""
-        if self.needs_grams:
-            return True
         block = self.allocator
-        if block is None:
-            return False
-        return block.evidence != "nothing" or block.prune_by == "activation"
+        by_activations = block is not None and (block.evidence != "nothing" or block.prune_by == "activation")
+        return self.needs_grams or by_activations
 
     @property
     def runs_models(self) -> bool:
@@ -244,7 +241,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
     lines = []
     for problem in error.errors():
         location, kind, given = problem["loc"], problem["type"], problem["input"]
-        if kind == "too_short" and given:
+        if kind == "too_short" and problem["ctx"]["actual_length"] < len(given):
             continue  # pydantic counts only the valid items; the invalid ones have problems of their own
         where = dotted(part for part in location if isinstance(part, int) or not _KIND.fullmatch(part))
         if kind == "extra_forbidden":
@@ -269,8 +266,8 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
 
 
 def _short(given: Any) -> str:
-    told = repr(given)
-    return told if len(told) <= MAX_GIVEN else f"{told[:MAX_GIVEN]}..."
+    text = repr(given)
+    return text if len(text) <= MAX_GIVEN else f"{text[:MAX_GIVEN]}..."
 
 
 def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

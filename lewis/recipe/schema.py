@@ -12,36 +12,19 @@ from lewis.recipe.block import Block, ModelName, Parameters
 Dtype = Literal["float32", "float16", "bfloat16"]
 Backend = Literal["hf", "vllm", "sglang", "openai"]
 
-# What the LEWIS authors' code does (arXiv 2503.03874). Their configs set the settings in FREE, so a recipe may too.
-OFFICIAL: dict[str, dict[str, Any]] = {
-    "calibration": {"samples": 15, "max_tokens": 512, "seed": 42, "padding": "max_tokens"},
-    "importance": {"metric": "norm_difference", "prune_ratio": 0.5, "reduce": "sum"},
-    "density": {
-        **{"strategy": "lewis", "min": 0.3, "max": 0.8, "budget": None},
-        **{"scale": "minmax", "decimals": 5, "uncovered": "expert"},
-    },
-}
 RECOMMENDED = "regmean_forward"  # what `merge_method: recommended` stands for: see tests/benchmarks/methods.md
-PRESETS = {"lewis_official": OFFICIAL}  # of the `lewis` block: several settings under one name
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # of the `lewis` block: several settings under one name
+    "lewis_official": {  # what the authors' code does (arXiv 2503.03874)
+        "calibration": {"samples": 15, "max_tokens": 512, "seed": 42, "padding": "max_tokens"},
+        "importance": {"metric": "norm_difference", "prune_ratio": 0.5, "reduce": "sum"},
+        "density": {
+            **{"strategy": "lewis", "min": 0.3, "max": 0.8, "budget": None},
+            **{"scale": "minmax", "decimals": 5, "uncovered": "expert"},
+        },
+    }
+}
+FREE = ("samples", "max_tokens", "seed", "min", "max", "prune_ratio")  # which the authors' configs set, as a recipe may
 GUIDES = ("preset", "importance", "prune_by", "aim", "density")  # keys of the `lewis` block that decide densities
-FREE = ("samples", "max_tokens", "seed", "min", "max", "prune_ratio")
-
-
-def with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's `lewis` block, with its preset's value for each setting that the recipe leaves out."""
-    preset = PRESETS.get(str(block.get("preset")))
-    if preset is None:
-        return dict(block)
-    filled = dict(block)
-    for name in ("importance", "density"):
-        if isinstance(block.get(name) or {}, dict):
-            filled[name] = {**preset[name], **(block.get(name) or {})}
-    if isinstance(block.get("calibrations"), dict):
-        filled["calibrations"] = {
-            name: {**preset["calibration"], **each} if isinstance(each, dict) else each
-            for name, each in block["calibrations"].items()
-        }
-    return filled
 
 
 def contradictions(block: Mapping[str, Any]) -> Iterator[str]:
@@ -49,12 +32,10 @@ def contradictions(block: Mapping[str, Any]) -> Iterator[str]:
     preset = PRESETS.get(str(block.get("preset")))
     if preset is None:
         return
-    sets = block.get("calibrations") or {}
     places = [(name, name, block.get(name)) for name in ("importance", "density")]
-    for where, kind, given in [
-        *places,
-        *((f"calibrations.{name}", "calibration", each) for name, each in sets.items()),
-    ]:
+    sets = block.get("calibrations") or {}
+    places += [(f"calibrations.{name}", "calibration", each) for name, each in sets.items()]
+    for where, kind, given in places:
         for key, value in given.items() if isinstance(given, dict) else ():
             wanted = preset[kind].get(key, value)
             if value != wanted and key not in FREE:
@@ -196,7 +177,7 @@ class Density(Block):
     max: float = Field(default=0.8, gt=0, le=1)
     budget: float | None = Field(default=None, gt=0, le=1)
     scale: Literal["minmax", "rank", "robust"] = "minmax"
-    decimals: int | None = Field(default=None, ge=1)
+    decimals: int | None = Field(default=None, ge=1, le=100)
     uncovered: Literal["expert", "base", "mean"] = "expert"
 
     @property
@@ -219,7 +200,7 @@ class Lewis(Block):
     """The LEWIS block: calibration sets, importance, densities.
 
     Attributes:
-        preset: `lewis_official` sets what the authors' code does (`OFFICIAL`).
+        preset: `lewis_official` sets what the authors' code does (`PRESETS`).
         calibrations: name -> calibration set.
         hold_back: whether a part of the calibration rows is held back to judge a fit in forward order.
         prune_by: which elements of a task vector a trimming method keeps: those with the largest |delta|
@@ -243,7 +224,20 @@ class Lewis(Block):
     @model_validator(mode="before")
     @classmethod
     def _with_preset(cls, data: Any) -> Any:
-        return with_preset(data) if isinstance(data, dict) else data
+        """Take the preset's value for each setting that the recipe leaves out."""
+        preset = PRESETS.get(str(data.get("preset"))) if isinstance(data, dict) else None
+        if preset is None:
+            return data
+        filled = dict(data)
+        for name in ("importance", "density"):
+            if isinstance(data.get(name) or {}, dict):
+                filled[name] = {**preset[name], **(data.get(name) or {})}
+        if isinstance(data.get("calibrations"), dict):
+            filled["calibrations"] = {
+                name: {**preset["calibration"], **each} if isinstance(each, dict) else each
+                for name, each in data["calibrations"].items()
+            }
+        return filled
 
 
 class Output(Block):
@@ -397,7 +391,7 @@ class Gate(Block):
             )
         least = data.get("min_gain")
         if isinstance(least, int | float) and least < 0:
-            fix = f"write `policy: not_worse` and `tolerance: {-least:g}`"
+            fix = f"write `policy: not_worse` and `tolerance: {-least}`"
             raise ValueError(f"`min_gain` below 0 asks for no gain: {fix}")
         if least and data.get("policy") == "not_worse":
             raise ValueError("`min_gain` asks for a gain: write `policy: better`, or leave it out")

@@ -94,6 +94,8 @@ def _checked(given: str) -> str:
         ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(given)
     except TemplateSyntaxError as error:
         raise ValueError(f"not a valid Jinja template: line {error.lineno}: {error.message}") from error
+    except RecursionError as error:
+        raise ValueError("not a valid Jinja template: nested too deep; is this the right text?") from error
     return given
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from lewis.merging.settings import stored_dtype
 from lewis.merging.step import MergeInput
 from lewis.methods import find
 from lewis.models.names import short_or_whole
-from lewis.models.source import Source, short_name, short_names
+from lewis.models.source import short_name, short_names
 from lewis.recipe.recipe import Recipe
 from lewis.steps import table
 from lewis.steps.step import Step
@@ -162,19 +163,14 @@ def short_refs(recipe: Recipe) -> dict[str, str]:
 
 def _downloads(recipe: Recipe) -> Iterator[Node]:
     for ref, short in short_refs(recipe).items():
-
-        def to_download(results: Results, ref: str = ref) -> Source:
-            found: Source = results[resolved(ref)]
-            return found
-
-        needs, after = (resolved(ref),), (PREFLIGHT,)
-        yield Node(f"download {ref}", table.DOWNLOAD, to_download, needs, after=after, model=short)
+        name, source = f"download {ref}", resolved(ref)
+        yield Node(name, table.DOWNLOAD, itemgetter(source), (source,), after=(PREFLIGHT,), model=short)
 
 
 def _checks(recipe: Recipe) -> Iterator[Node]:
     downloads = tuple(f"download {ref}" for ref in _refs(recipe))
     merge, settings, has_base = _merging(recipe), inspection_settings(recipe), recipe.base_model is not None
-    covers, runs = recipe.lewis is not None and recipe.base_model is not None, recipe.runs_models
+    covers, runs = recipe.lewis is not None and has_base, recipe.runs_models
     copies, warning = 1 + recipe.wants_uniform, warning_of_shared_set(recipe)
 
     def to_check(results: Results) -> CheckInput:
@@ -314,7 +310,7 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
         return MergeInput(
             config,
             results[f"download {config.base_model}"] if config.base_model else None,
-            _experts(config, results),
+            tuple(results[f"download {entry.model}"] for entry in config.experts),
             text,
             results.get("allocate"),
             which,
@@ -333,7 +329,6 @@ def _scores(recipe: Recipe) -> Iterator[Node]:
         return
     settings = EvalSettings.of(recipe.evaluate, recipe.root).by_task()
     names, drawn = evaluations(recipe), recipe.evaluate.documents == "by_release"
-    merges = tuple(f"merge {which}" for which in ("experts", *(("uniform",) if recipe.wants_uniform else ())))
     for label, source in labels(recipe).items():
 
         def differs(results: Results, source: str = source) -> bool:
@@ -342,7 +337,7 @@ def _scores(recipe: Recipe) -> Iterator[Node]:
                 known.add(results[CHAMPION].key)
             return results.get(source) is not None and results[source].key not in known
 
-        last = source if source in merges else merges[0]
+        last = source if source == "merge uniform" else "merge experts"
         when = differs if source in (CHAMPION, MARK) else None
         needs = (source, *(("merge experts",) if when or drawn else ()))
         for name, task in zip(names[label], settings, strict=True):
@@ -425,10 +420,6 @@ def _refs(recipe: Recipe) -> list[str]:
 
 def _expert_refs(recipe: Recipe) -> list[str]:
     return [entry.model for entry in recipe.experts]
-
-
-def _experts(config: Any, results: Results) -> tuple[Any, ...]:
-    return tuple(results[f"download {entry.model}"] for entry in config.experts)
 
 
 def _passes(recipe: Recipe) -> dict[str, list[str]]:

@@ -83,7 +83,7 @@ class Plan:
     Attributes:
         inputs: ref, commit and bytes of each model.
         findings: what configs, tokenizers and headers show of models that do not belong together.
-        warning: what is perhaps wrong with the calibration sets of a fit, as a sentence; else empty.
+        warning: what is perhaps wrong or not known yet, with `;` between; else empty.
         renamed: which models have other names for the base's tensors, and how they are read.
         layers: the covered layers; empty without a lewis block.
         uncovered: what has weights and is neither covered nor known to be no projection -> its share of the parameters.
@@ -123,6 +123,10 @@ class Plan:
     output: str = ""
     measuring: float = 0.0
     seconds: float | None = None
+
+    def warn(self, text: str) -> None:
+        """Add to the warning."""
+        self.warning = "; ".join(filter(None, (self.warning, text)))
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
@@ -273,25 +277,24 @@ def _bytes_of_output(recipe: Recipe, headers: Headers) -> int:
 def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
     """Add the steps of a recipe and what they take, and what the remote half of the store has of them."""
     walked, results = graph(recipe), dict(known)
-    if EVALUATE.name in {node.step.name for node in walked}:
+    if walked.of(EVALUATE):
         results[CHAMPION] = _champion(plan, recipe, versions.champion)
         if results[CHAMPION] and MARK in labels(recipe).values():
             results[MARK] = _champion(plan, recipe, promotion.mark)
-    scores = {node.name for node in walked.of(EVALUATE)}
     with remote.looking() as asked:
         for node in walked:
-            if node.name not in scores:
-                try:
-                    plan.steps.append(_look(node, results, asked))
-                except TransientError as error:
-                    if node.step is not CALIBRATE:
-                        raise
-                    results[node.name] = _UNREACHED
-                    plan.steps.append(PlannedStep(node.label, "to do"))
-                    plan.warning = "; ".join(filter(None, (plan.warning, f"not known yet: {error}")))
+            if node.step is EVALUATE:
+                continue
+            try:
+                plan.steps.append(_look(node, results, asked))
+            except TransientError as error:
+                if node.step is not CALIBRATE:
+                    raise
+                results[node.name] = _UNREACHED
+                plan.steps.append(PlannedStep(node.label, "to do"))
+                plan.warn(f"not known yet: {error}")
         if waiting := [node.label for node in walked.of(CONTINUE) if results[node.name] is None]:
-            short = f"until {' and '.join(waiting)} is done, time and memory count the prompts alone"
-            plan.warning = "; ".join(filter(None, (plan.warning, short)))
+            plan.warn(f"until {' and '.join(waiting)} is done, time and memory count the prompts alone")
         block, merged = recipe.evaluate, results.get("merge experts")
         if block and block.stop != "never" and merged and merged.key:  # else it is not known at which look it will end
             champion = results.get(CHAMPION)
@@ -302,10 +305,16 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
             opened = files.open()
             if isinstance(opened, LoraExpert) and opened.summary:
                 plan.renamed.append(f"{files.ref}: {opened.summary}")
+    _add_costs(plan, walked)
     plan.remote = redacted(remote.url())
     plan.to_fetch = sum({each.path: each.size for each in asked if not each.path.exists()}.values())
+
+
+def _add_costs(plan: Plan, walked: Graph) -> None:
+    """Add what the steps take together."""
+    costs = {each.name: each.cost for each in plan.steps}
     for node in walked:
-        cost = next((each.cost for each in plan.steps if each.name == node.label), Cost())
+        cost = costs.get(node.label, Cost())
         if node.step is not DOWNLOAD:
             plan.disk += cost.written + cost.scratch
         if node.step.kind and remote.shares(node.step.kind.path("0" * 64)):
@@ -350,13 +359,8 @@ def _look_at_scores(walked: Graph, results: Mapping[str, Any], asked: Sequence[F
     found = dict[str, str]()
     for of_task in by_task({node.name: node.given(results) for node in nodes}):
         plans = [{name: _state(each, device, asked) for name, each in of_task.items()} for device in scoring_devices()]
-        best: dict[str, str] = min(plans, key=_to_do)
-        found |= best
+        found |= min(plans, key=lambda states: list(states.values()).count("to do"))
     return [PlannedStep(node.name, found[node.name]) for node in nodes]
-
-
-def _to_do(states: Mapping[str, str]) -> int:
-    return list(states.values()).count("to do")
 
 
 def _state(given: ScoreInput, device: str, asked: Sequence[Found]) -> str:
@@ -377,7 +381,7 @@ def _champion(plan: Plan, recipe: Recipe, find: Callable[[str], Champion | None]
     try:
         current = find(recipe.register_as.model)
     except LewisError as error:
-        plan.warning = " ".join(filter(None, (plan.warning, f"the champion is not known: {error}")))
+        plan.warn(f"the champion is not known: {error}")
         return None
     return _Unmade(current.digest) if current and current.digest else None
 

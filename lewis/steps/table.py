@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -50,9 +49,11 @@ from lewis.progress import Report, silent
 from lewis.registry.retention import make_room
 from lewis.steps.step import Cost, Step
 from lewis.store import kinds
+from lewis.threads import cores
 
 logger = logging.getLogger(__name__)
 HOURS = 3600.0
+LOADED = 450_000_000  # bytes of a process that has loaded torch and transformers, roughly
 
 
 class Download(Step[Source, ModelFiles]):
@@ -180,7 +181,7 @@ class Continue(Step[ContinueInput, CalibrationEntry]):
 
     def cost(self, given: ContinueInput) -> Cost:
         _, shapes = given.files.outline()
-        return Cost(memory=450_000_000 + 4 * sum(map(math.prod, shapes.values())))
+        return Cost(memory=LOADED + 4 * sum(map(math.prod, shapes.values())))
 
     def paths(self, made: CalibrationEntry) -> Sequence[Path]:
         return [made.path]
@@ -206,12 +207,7 @@ class Measure(Step[MeasureInput, list[ImportanceEntry]]):
     def cost(self, given: MeasureInput) -> Cost:
         home, shapes = given.files.outline()
         memory = _memory_of_pass(shapes)
-        read_as, here = given.files.read_as, default_device()
-        passes = [
-            each.tokens
-            for each in given.sets
-            if not find_measured(given.files.ref, read_as, each, given.settings, here, grams=given.grams)
-        ]
+        passes = [each.tokens for each in given.sets if not find_measured(given, each, default_device())]
         return _cost_of_statistics(home, shapes, passes, memory) if given.grams else Cost(memory=memory)
 
     def paths(self, made: list[ImportanceEntry]) -> Sequence[Path]:
@@ -334,26 +330,26 @@ class Evaluate(Step[ScoreInput, ScoresEntry]):
 
 
 def _memory_of_pass(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes that an importance pass needs at most, roughly: torch, all outside of the layers, two layers in fp32."""
+    """Bytes that an importance pass needs at most, roughly: `LOADED`, all outside of the layers, two layers in fp32."""
     sizes = Counter[int | None]()
     for name, shape in shapes.items():
         sizes[layer_of(name)] += 4 * math.prod(shape)
     outside = sizes.pop(None, 0)
-    return 450_000_000 + outside + 2 * max(sizes.values(), default=0)
+    return LOADED + outside + 2 * max(sizes.values(), default=0)
 
 
 def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passes: Sequence[int], memory: int) -> Cost:
     """What passes for second-order statistics take."""
     if not passes:
         return Cost(memory=memory)
-    network, cores = measure.network_in(home, shapes), len(os.sched_getaffinity(0))
+    network, threads = measure.network_in(home, shapes), cores()
     operations = sum(grams.operations_of(network, tokens) for tokens in passes)
-    seconds = operations / (grams.operations_per_second() * cores)
+    seconds = operations / (grams.operations_per_second() * threads)
     return Cost(
         written=sum(grams.bytes_of(network, tokens) for tokens in passes),
         seconds=seconds,
         passes=seconds,
-        memory=memory + grams.memory_of(network, max(passes), cores),
+        memory=memory + grams.memory_of(network, max(passes), threads),
     )
 
 
@@ -368,7 +364,3 @@ def _passes_for_ridge(given: MergeInput) -> Iterator[int]:
 
 DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE = Download(), Check(), Diagnose(), Calibrate(), Continue()
 MEASURE, ALLOCATE, MERGE, EVALUATE = Measure(), Allocate(), Merge(), Evaluate()
-STEPS: dict[str, Step[Any, Any]] = {
-    step.name: step for step in (DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE, MEASURE, ALLOCATE, MERGE, EVALUATE)
-}
-"""The table, in the order in which a run first comes to each."""

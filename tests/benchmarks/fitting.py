@@ -31,11 +31,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lewis.importance import measure
+from lewis import store
 from lewis.importance.batches import batches
 from lewis.importance.calibration import Calibration
 from lewis.importance.gram_files import Grams
 from lewis.importance.grams import measure_grams, measured_by
+from lewis.importance.measure import network_of
 from lewis.importance.step import find_or_measure_grams
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merging.fitting import static_fit
@@ -46,6 +47,7 @@ from lewis.models.checkpoint import Checkpoint
 from lewis.models.model import Model
 from lewis.recipe.recipe import Recipe
 from tests.support import pipeline
+from tests.support.measuring import measure
 
 CASES = ("statistics", "regmean", "forward", "layers", "block")
 BARS = {"regmean": 10, "forward": 60}  # seconds on two idle cores: of the solves, of the merge
@@ -65,11 +67,13 @@ def statistics_passes(model: Model, calibration: Calibration) -> dict[str, Calla
 
     def with_products() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            checksums = measure_grams(model, calibration, Path(folder))
-            measured_by(model, calibration, Grams(Path(folder), checksums))
+            to, checksums = Path(folder) / "grams", dict[str, str]()
+            with store.publish(to, {}, checksums=checksums) as scratch:
+                checksums |= measure_grams(model, calibration, scratch)
+            measured_by(model, calibration, Grams(to))
 
     return {
-        "norms and moments": lambda: measure.measure(model, calibration),
+        "norms and moments": lambda: measure(model, calibration),
         "norms, moments and products": with_products,
     }
 
@@ -80,7 +84,7 @@ def statistics(base: Path, shared: Path) -> dict[str, float]:
     assert calibration
     model = Checkpoint(base, "key")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    made = batches([calibration], measure.network_of(model))
+    made = batches([calibration], network_of(model))
 
     def forward() -> None:
         with torch.inference_mode():

@@ -210,7 +210,7 @@ def make_large(root: Path) -> None:
 
 def merge_large(root: Path) -> None:
     """A TIES merge of them into the store."""
-    from lewis.recipe import Recipe
+    from lewis.recipe.recipe import Recipe
     from tests.support import pipeline
 
     text = "merge_method: ties\nbase_model: ./base\nmodels: [{model: ./math}, {model: ./code}]\n"

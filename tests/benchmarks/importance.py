@@ -28,14 +28,15 @@ import yaml
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lewis.importance import measure
 from lewis.importance.batches import batches
 from lewis.importance.calibration import Calibration
+from lewis.importance.measure import measure_sets, network_of
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.model import Model
 from lewis.recipe.recipe import Recipe
 from tests.support import authors, pipeline
+from tests.support.measuring import measure
 
 WIDTH = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 4}
 ROUNDS = 3
@@ -47,7 +48,7 @@ def peak_of_pass(folder: Path) -> int:
     lengths = [256] * 16 + [100] * 16  # a batch of 4096 tokens, and one that waits next to it between two blocks
     samples = tuple(tuple(3 + (7 * i + j) % 900 for j in range(length)) for i, length in enumerate(lengths))
     with PeakMemory() as memory:
-        measure.measure(model, Calibration("rows", samples))
+        measure(model, Calibration("rows", samples))
     return memory.peak - start
 
 
@@ -83,7 +84,7 @@ def speed(base: Path, rows: Path) -> None:
     samples = tuple(tuple(tokenizer(f"{r['question']} {r['answer']}")["input_ids"][:512]) for r in texts)
     calibration, model = Calibration("rows", samples), Checkpoint(base, "key")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    made = batches([calibration], measure.network_of(model), whole=False)
+    made = batches([calibration], network_of(model), whole=False)
 
     def forward() -> None:
         with torch.inference_mode():
@@ -95,9 +96,9 @@ def speed(base: Path, rows: Path) -> None:
     forward()
     for _ in range(ROUNDS):
         times["plain"].append(fastest(forward))
-        times["pass"].append(fastest(lambda: measure.measure(model, calibration)))
-        times["together"].append(fastest(lambda: measure.measure_sets(model, halves)))
-        times["apart"].append(fastest(lambda: [measure.measure(model, half) for half in halves]))
+        times["pass"].append(fastest(lambda: measure(model, calibration)))
+        times["together"].append(fastest(lambda: measure_sets(model, halves)))
+        times["apart"].append(fastest(lambda: [measure(model, half) for half in halves]))
     tokens = f"{calibration.tokens} tokens, {torch.get_num_threads()} threads"
     print(f"plain forward {min(times['plain']):.2f} s, importance pass {min(times['pass']):.2f} s ({tokens})")
     print(f"importance / plain: {min(times['pass']) / min(times['plain']):.3f}")
@@ -126,7 +127,7 @@ def official(base: Path, expert: Path, rows: Path) -> None:
         started = time.perf_counter(), time.process_time()
         theirs.append(authors.norms(model, samples))
         halfway = time.perf_counter(), time.process_time()
-        measure.measure(each.open(), default)
+        measure(each.open(), default)
         ended = time.perf_counter(), time.process_time()
         (their_wall, their_cpu), (wall, cpu) = np.subtract(halfway, started), np.subtract(ended, halfway)
         gaps = {name: abs(entry.norms[name] / norm - 1) for name, norm in theirs[-1].items()}

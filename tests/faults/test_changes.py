@@ -12,11 +12,15 @@ import pytest
 import yaml
 
 from lewis import library
+from lewis.allocation import step as allocation
+from lewis.allocation.step import AllocationInput
 from lewis.errors import LewisError
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scores import Evaluated
-from lewis.importance import measure
+from lewis.importance import calibration, grams, measure, step
+from lewis.importance.calibration import Calibration
+from lewis.importance.step import CalibrationEntry
 from lewis.merging.run import Merge
 from lewis.recipe.recipe import Recipe
 from lewis.search import trial
@@ -89,6 +93,69 @@ def test_a_model_that_changes_while_it_is_read(
     monkeypatch.setenv("LEWIS_HOME", str(home.parent / "another"))
     assert again == merged(recipe_of(models))
     assert name == "base" or again != of_changed
+
+
+def test_densities_of_a_model_that_changes_while_it_is_looked_at_are_not_kept(
+    models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were found again once the model was as before."""
+    real = allocation._allocated
+
+    def changing(given: AllocationInput) -> dict[str, Any]:
+        change(models["math"] / "model.safetensors")
+        return real(given)
+
+    monkeypatch.setattr(allocation, "_allocated", changing)
+    with pytest.raises(LewisError, match=r"math: .* changed while running"):
+        merged(recipe_of(models))
+    assert not kinds.ALLOCATIONS.entries()
+
+
+def test_rows_of_a_tokenizer_that_changes_while_it_is_used_are_not_kept(
+    models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tokenizer = calibration.calibrate, models["base"] / "tokenizer.json"
+
+    def changing(*given: Any, **named: Any) -> Any:
+        tokenizer.write_text(tokenizer.read_text() + " ")
+        return real(*given, **named)
+
+    monkeypatch.setattr(calibration, "calibrate", changing)
+    with pytest.raises(LewisError, match=r"base: .* changed while running"):
+        merged(recipe_of(models))
+    assert not kinds.CALIBRATIONS.entries()
+
+
+def test_the_covered_layers_of_a_base_that_changes_while_they_are_found_are_not_kept(
+    models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, real, config = pipeline.download(pipeline.pin(str(models["base"]), home)), step.covered_tensors, "config.json"
+
+    def changing(*given: Any, **named: Any) -> Any:
+        (models["base"] / config).write_text((models["base"] / config).read_text() + " ")
+        return real(*given, **named)
+
+    monkeypatch.setattr(step, "covered_tensors", changing)
+    with pytest.raises(LewisError, match=r"base: .* changed while running"):
+        step.layers_of(base)
+    assert not any("layers" in path.read_text() for path in kinds.DIGESTS.entries())
+
+
+def test_norms_of_a_model_that_changes_after_its_pass_are_not_kept(
+    models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, real = pipeline.download(pipeline.pin(str(models["math"]), home)), grams.measured_by
+    rows = Calibration("sums", ((3, 4, 5), (6, 7)))
+    entry = CalibrationEntry(name="sums", digest=rows.digest, tokens=rows.tokens, path=rows.save())
+
+    def changing(*given: Any) -> Any:
+        change(models["math"] / "model.safetensors")
+        return real(*given)
+
+    monkeypatch.setattr(grams, "measured_by", changing)
+    with pytest.raises(LewisError, match=r"math: .* changed while running"):
+        pipeline.measure(files, [entry], grams=True)
+    assert not kinds.IMPORTANCE.entries()
 
 
 def test_a_recipe_that_is_edited_while_it_is_run(models: dict[str, Path], home: Path, tmp_path: Path) -> None:

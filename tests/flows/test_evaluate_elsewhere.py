@@ -16,7 +16,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Sched
 
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import step, work_queue
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.steps.table import EVALUATE
 from lewis_flows import evaluate_elsewhere as elsewhere
 from lewis_flows import recipes_folder, walk

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lewis.importance.calibration import calibrate
-from lewis.importance.measure import measure
 from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from tests.flows.conftest import REPO, Command
 from tests.support import authors
+from tests.support.measuring import measure
 
 SHARED = REPO.parent / "shared"
 LAYERS = 3

@@ -17,7 +17,7 @@ from lewis.steps import plan as plans
 from lewis.steps.graph import CHAMPION, resolved
 from lewis.steps.plan import make_plan
 from lewis.steps.run import begin
-from lewis.steps.table import EVALUATE, STEPS
+from lewis.steps.table import EVALUATE
 from lewis_flows import walk as walking
 from lewis_flows.walk import Walk
 from lewis_tasks.steps import SHOWN, StepKey, task_of
@@ -77,7 +77,7 @@ def test_a_run_does_the_steps_of_the_plan_in_its_order_and_by_their_keys(
 
     monkeypatch.setattr(walking, "submit", submit)
     monkeypatch.setattr(walking, "finish", lambda *futures: ended.extend(futures))
-    planned = [step.name for step in make_plan(recipe).steps if step.name.partition(" ")[0] in STEPS]
+    planned = [step.name for step in make_plan(recipe).steps if not step.name.startswith(("register ", "publish "))]
     walk = Walk(recipe, {name: Ended(source) for name, source in begin(recipe).items()})
     walk.go(walk.graph, {CHAMPION: champion})
     assert done == planned and len(done) == len(set(done)) > 3

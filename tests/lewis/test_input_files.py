@@ -17,7 +17,7 @@ from lewis.models.files.folder import INDEX
 from lewis.models.hub.pin import pin_folder
 from lewis.models.lora.expert import LoraExpert
 from lewis.models.tokenizer import read_vocabulary
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import CalibrationSet
 from lewis.reports.card import licence_of
 from lewis_flows import recipes_folder

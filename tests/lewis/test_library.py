@@ -126,8 +126,10 @@ def test_a_merged_adapter_is_scored_on_the_base_of_its_recipe(recipe: Path, tmp_
     recipe.write_text(yaml.safe_dump(data))
     merged = lewis.merge(recipe, tmp_path / "adapter")
     assert merged.adapter is not None
-    [score] = lewis.score(recipe, merged.folder)
+    working: list[int] = []
+    [score] = lewis.score(recipe, merged.folder, report=lambda *_: working.append(len(runs.notes())))
     assert (score.key, score.samples) == ("writes/exact_match,none", 2)
+    assert working and set(working) == {1}, "what a long evaluation has used is not removed meanwhile"
 
 
 def test_the_import_is_light_and_typed() -> None:

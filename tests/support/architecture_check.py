@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lewis.allocation.densities import allocate
 from lewis.allocation.evidence import norm_difference
 from lewis.importance.calibration import Calibration
-from lewis.importance.measure import measure, network_of
+from lewis.importance.measure import network_of
 from lewis.importance.measured import Measured
 from lewis.importance.streaming import decoder_ids
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.network.module_tree import Covered, Network
 from lewis.models.network.network_class import text_tower
 from lewis.recipe.schema import Density
+from tests.support.measuring import measure
 from tests.support.models import bits, open_merge
 from tests.support.tiny_architectures import SAMPLES, tiny
 

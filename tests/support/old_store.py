@@ -28,7 +28,7 @@ lewis:
 def make(folder: Path) -> dict[str, list[object]]:
     """Merge tiny models in `folder`, whose store is `folder/home`; gives the references by their class."""
     from lewis.inspection import step as inspection
-    from lewis.recipe import Recipe
+    from lewis.recipe.recipe import Recipe
     from lewis.store import writable
     from tests.support import pipeline
     from tests.support.models import write_expert, write_llama

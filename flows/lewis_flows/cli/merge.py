@@ -86,7 +86,9 @@ def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tu
         given, prepared = library.prepare(recipe, shown)
     if not again and (store.read_manifest(folder) or {}).get("digest") == prepared.digest:
         return {"folder": str(folder), "digest": prepared.digest}, f"there already, digest {prepared.digest}"
-    written, effort = bars.run_merge(prepared, folder, max_shard_size=shard, manifest=given.lineage())
+    written, effort = bars.run_merge(
+        prepared, folder, max_shard_size=shard, manifest=given.lineage(), unchanged=given.check_unchanged
+    )
     made = library.with_card(recipe, given, written)
     facts = {"folder": str(folder), "digest": made.digest, "bytes": made.size, **effort.to_json()}
     facts |= {key: made.manifest[key] for key in ("adapter", "ridge", "held_back") if key in made.manifest}
@@ -226,7 +228,7 @@ def _allocate(options: argparse.Namespace) -> _Allocated:
         results = run(walked, ALLOCATE.name, known=begin(recipe), report=seen, device=default_device())
     base = results[f"{DOWNLOAD.name} {recipe.base_model}"]
     parameters = sum(info.elements for info in base.open().tensors.values())
-    covered = covered_layers(base, measured=recipe.runs_models)
+    covered, _ = covered_layers(base, measured=recipe.runs_models)
     layers = [layer for layer in covered if not recipe.excludes(layer.tensor)]
     result = layers
     if recipe.slices:

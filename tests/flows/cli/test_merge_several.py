@@ -1,11 +1,14 @@
 """`lewis merge` of a file with several recipes, and `lewis plan` of a stack of layers."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from lewis.merging.run import Merge
 from lewis_flows.cli.main import main
 from tests.conftest import Family
 
@@ -48,6 +51,26 @@ def test_what_takes_one_recipe_says_so(family: Family, tmp_path: Path, capsys: p
     assert main(["merge", str(file), "-o", out, "--set", "dtype=float32"]) == 2
     assert "--set dtype=float32: the file holds 2 recipes" in capsys.readouterr().err
     assert not Path(out).exists()
+
+
+@pytest.mark.usefixtures("home")
+def test_a_model_that_changes_while_it_is_merged_is_no_part_of_a_result(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder held a mixture, under the digest of the model as it was."""
+    model, out, real = tmp_path / "math", tmp_path / "out", Merge.run
+    shutil.copytree(family.math, model, copy_function=shutil.copyfile)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"merge_method: linear\nmodels: [{{model: {family.base}}}, {{model: {model}}}]\n")
+
+    def change(self: Merge, *given: Any, **named: Any) -> Any:
+        config = model / "config.json"
+        config.write_text(config.read_text() + " ")
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(Merge, "run", change)
+    assert main(["merge", str(file), "-o", str(out)]) == 1
+    assert "changed while running" in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.usefixtures("home")

@@ -93,6 +93,16 @@ class TestNothingIsLeft:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert not running(int(done.stdout))
 
+    def test_of_a_command_that_is_to_end_before_it_runs(self) -> None:
+        """Its process swallowed the signal, and was waited for until it was killed."""
+        slow = (
+            "import os, sys, time; from lewis import guard; execv = os.execv\n"
+            "os.execv = lambda *given: (time.sleep(0.3), execv(*given))\n"
+            "sys.exit(guard.Guard(0, 20).run(sys.argv[1:]))"  # no process has the parent 0: it counts as dead
+        )
+        command = [sys.executable, "-c", slow, sys.executable, "-c", "import time; time.sleep(60)"]
+        assert subprocess.run(command).returncode == 128 + signal.SIGTERM
+
     def test_the_logs_of_the_last_starts_are_kept(self, home: Path) -> None:
         for number in range(6):
             process = Process("stub", ["-c", f"print('start', {number})"], {})

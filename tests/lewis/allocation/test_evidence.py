@@ -10,9 +10,10 @@ import torch
 
 from lewis.allocation import evidence, global_threshold
 from lewis.importance.calibration import Calibration
-from lewis.importance.measure import measure, network_of
+from lewis.importance.measure import network_of
 from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
+from tests.support.measuring import measure
 from tests.support.models import rewrite, write_llama
 
 CALIBRATION = Calibration("sums", ((3, 4, 5, 6, 7, 8, 9), (10,), (11, 12, 13), (20, 21, 22)))

@@ -30,7 +30,7 @@ def files(model: Path) -> ModelFiles:
 def given(model: Path, prompts: tuple[tuple[int, ...], ...] = PROMPTS, **changes: Any) -> ContinueInput:
     rows = Calibration("sums", prompts, tuple(tuple(0.1 for _ in prompt) for prompt in prompts))
     entry = CalibrationEntry(name="sums", digest=rows.digest, tokens=rows.tokens, path=rows.save())
-    return replace(ContinueInput(entry, files(model), 2, 20, 42, 0.1), **changes)
+    return replace(ContinueInput(entry, files(model), 2, 20, 42, 0.1, files(model)), **changes)
 
 
 def certain(family: Family, folder: Path) -> Path:
@@ -66,6 +66,11 @@ def test_they_are_drawn_from_the_model(family: Family) -> None:
     assert chi2 < 63 + 5 * (2 * 63) ** 0.5
 
 
+def test_any_seed_will_do(family: Family) -> None:
+    """One of more than 64 bits was a traceback."""
+    assert continue_prompts(given(family.math, count=1, seed=10**30)).tokens > len(PROMPTS)
+
+
 def test_they_end_with_the_model_or_at_max_tokens(family: Family) -> None:
     rows = Calibration.load(continue_prompts(given(family.math, count=200)).path).samples
     assert {len(row) for row in rows} > {20} and len(rows) == 600
@@ -91,6 +96,14 @@ def test_the_same_is_found_and_written_again(family: Family) -> None:
     damaged = kinds.CALIBRATIONS.path(asked.digest("cpu"))
     damaged.write_bytes(damaged.read_bytes().replace(b"a", b"b", 1))
     assert find_continued(asked, "cpu") is None
+
+
+def test_a_generation_config_that_is_no_object_names_no_end(tmp_path: Path) -> None:
+    """It was a traceback."""
+    model = learned_positions(tmp_path / "gpt2")
+    (model / "generation_config.json").write_text("[]")
+    written = Calibration.load(continue_prompts(given(model, ((5, 6, 7),))).path)
+    assert all(len(row) <= 12 and 63 not in row[:-1] for row in written.samples)  # as config.json says
 
 
 def test_an_adapter_writes_too(family: Family) -> None:

@@ -10,11 +10,11 @@ import torch
 from lewis.errors import InputError
 from lewis.importance import streaming
 from lewis.importance.calibration import Calibration
-from lewis.importance.coverage import covered_tensors, told
-from lewis.importance.measure import measure
+from lewis.importance.coverage import as_text, covered_tensors
 from lewis.importance.step import layers_of
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.source import ModelFiles
+from tests.support.measuring import measure
 from tests.support.models import write_tensors
 from tests.support.tiny_architectures import tiny
 
@@ -26,7 +26,7 @@ def test_a_vision_tower_is_told_as_one(tmp_path: Path) -> None:
     covered, left = covered_tensors(tmp_path, Checkpoint(tmp_path, "key").shapes, measured=True)
     assert {each.tensor.split(".")[0] for each in covered} == {"language_model"}
     assert any(name.startswith("vision_tower") for name in left) and sum(left.values()) > 0.3
-    assert "% of the parameters" in told(left)
+    assert "% of the parameters" in as_text(left)
 
 
 def test_what_is_not_covered_is_told_of_fits_and_of_densities(

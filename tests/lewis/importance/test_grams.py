@@ -15,7 +15,7 @@ from lewis.importance import step
 from lewis.importance.calibration import Calibration
 from lewis.importance.gram_files import Grams
 from lewis.importance.grams import bytes_of, measure_grams, measured_by
-from lewis.importance.measure import measure, network_of
+from lewis.importance.measure import network_of
 from lewis.importance.step import CalibrationEntry, MeasureInput
 from lewis.methods.arithmetic import regression
 from lewis.methods.arithmetic.tokens import Gram, Rows
@@ -24,6 +24,7 @@ from lewis.models.source import ModelFiles
 from lewis.store import housekeeping
 from tests.conftest import Family
 from tests.lewis.models.test_module_tree import DENSE, MOES, SIZES, T5, expert_inputs, inputs_of, write
+from tests.support.measuring import measure
 from tests.support.models import rewrite
 from tests.support.tiny_architectures import tiny
 
@@ -39,8 +40,9 @@ CALIBRATION = Calibration("sums", SAMPLES)
 
 
 def measured(folder: Path, to: Path, calibration: Calibration = CALIBRATION, **options: Any) -> Grams:
-    to.mkdir()
-    return Grams(to, measure_grams(Checkpoint(folder, "key"), calibration, to, **options))
+    with store.publish(to, {}) as scratch:
+        measure_grams(Checkpoint(folder, "key"), calibration, scratch, **options)
+    return Grams(to)
 
 
 def mean_products(found: Gram | Rows) -> torch.Tensor:
@@ -143,7 +145,7 @@ def test_the_same_bytes_for_any_number_of_threads(
     monkeypatch.setattr(measuring, "TOKENS_PER_PASS", 8)
     for threads in (1, 3):
         measured(family.math, tmp_path / str(threads), threads=threads)
-    names = [path.name for path in (tmp_path / "1").iterdir()]
+    names = [path.name for path in (tmp_path / "1").glob("*.safetensors")]
     assert len(names) == 4
     assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes() for name in names)
 

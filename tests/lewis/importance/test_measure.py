@@ -23,13 +23,14 @@ from transformers import (
 from lewis.errors import InputError, LewisError
 from lewis.importance import batches, streaming
 from lewis.importance.calibration import Calibration
-from lewis.importance.measure import covered_layers, measure, measure_sets, network_of
+from lewis.importance.measure import measure_sets, network_of
 from lewis.importance.streaming import Streamed
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora.expert import LoraExpert
 from lewis.models.network.module_tree import Layer, Network
 from lewis.recipe.schema import Importance
 from tests.conftest import Family
+from tests.support.measuring import covered_layers, measure
 from tests.support.models import edit_json, materialise, rewrite, shard, write_lora, write_tensors
 
 SAMPLES = ((3, 4, 5, 6, 7, 8, 9), (10,), (11, 12, 13), (3, 3, 3), (20, 21, 22, 23, 24))

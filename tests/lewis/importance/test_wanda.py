@@ -9,13 +9,14 @@ from transformers import AutoModelForCausalLM
 from lewis.errors import InputError
 from lewis.importance.batches import batches
 from lewis.importance.calibration import Calibration
-from lewis.importance.measure import measure, network_of
+from lewis.importance.measure import network_of
 from lewis.importance.wanda import smallest
 from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.schema import Importance
 from tests.conftest import Family
 from tests.lewis.models.test_module_tree import GPT2, MOES, write
 from tests.support import authors
+from tests.support.measuring import measure
 
 OFFICIAL = Importance(prune_ratio=0.5, reduce="sum")
 SAMPLES = ((3, 4, 5, 6, 1, 1, 1, 1), (10, 11, 12, 13, 14, 15, 16, 17), (20, 21, 1, 1, 1, 1, 1, 1))

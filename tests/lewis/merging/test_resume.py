@@ -24,7 +24,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from tests.support import pipeline
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 recipe = Recipe.load(sys.argv[1])
 base, experts = pipeline.pin_all(recipe)
 merge = pipeline.prepare_merge(recipe, pipeline.download(base), [pipeline.download(expert) for expert in experts])

@@ -23,6 +23,7 @@ from safetensors.numpy import save
 
 from lewis import store
 from lewis.errors import BrokenModelError, InputError, LewisError, TransientError
+from lewis.importance.calibration import origin
 from lewis.models.compatible import preflight
 from lewis.models.hub import client
 from lewis.models.hub import errors as hub_errors
@@ -30,7 +31,8 @@ from lewis.models.hub.errors import retryable
 from lewis.models.hub.pin import Pinned
 from lewis.models.hub.repository import fetch, folder_of, remember_listing, resolve, resolve_dataset, tensor_headers
 from lewis.models.source import download, pin, pin_all
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
+from lewis.recipe.schema import CalibrationSet
 from lewis.store import files
 from tests.support.gguf_files import write_gguf
 from tests.support.local_hub import LocalHub
@@ -643,6 +645,17 @@ for repo, sha in (("org/data", sys.argv[1]), ("org/rows", sys.argv[2])):
     assert resolve_dataset("org/data", first) == first
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
         resolve_dataset("org/data", None)
+
+
+def test_the_files_of_a_dataset_are_not_those_of_the_folder_that_a_run_is_started_in(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.commit("org/data", {"rows.jsonl": "{}", "more.jsonl": "{}"}, repo_type="dataset")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").mkdir()
+    (tmp_path / "more.jsonl").touch()
+    spec = CalibrationSet(dataset="org/data", data_files=("rows.jsonl", "more.jsonl"), text="{text}")
+    assert origin("lewis.calibrations.sums", spec, tmp_path) == [commit]
 
 
 # Which errors heal

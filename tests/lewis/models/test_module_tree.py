@@ -12,10 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from lewis.errors import InputError
 from lewis.importance import batches
 from lewis.importance.calibration import Calibration
-from lewis.importance.measure import covered_layers, measure
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.network.layouts import Rows, parts_of
 from lewis.models.network.module_tree import Network
+from tests.support.measuring import covered_layers, measure
 from tests.support.models import write_tensors
 
 SAMPLES = ((3, 4, 5, 6, 7, 8, 9), (10, 11), (11, 12, 13), (3, 3, 3), (20, 21, 22, 23, 24))

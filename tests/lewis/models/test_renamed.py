@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
-from lewis.importance.measure import measure
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
@@ -21,6 +20,7 @@ from lewis.models.source import ModelFiles
 from lewis.steps.plan import make_plan
 from tests.conftest import Family
 from tests.support import pipeline
+from tests.support.measuring import measure
 from tests.support.models import bits, parse, write_lora, write_tokenizer
 from tests.support.tiny_architectures import tiny
 

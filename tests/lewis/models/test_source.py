@@ -62,6 +62,7 @@ def test_a_folder_in_the_home_folder_may_have_a_plus_in_its_name(
         (["a/math", "b/math", "b/code"], ["a/math", "b/math", "code"]),
         (["a/champion", "b/code"], ["a/champion", "code"]),
         (["a/mark", "b/code"], ["a/mark", "code"]),
+        (["base", "./merged", "b/code"], ["./base", "./merged", "code"]),
     ],
 )
 def test_short_names(refs: list[str], names: list[str], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lewis.errors import RecipeError
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 
 MODELS = [{"model": "a", "parameters": {"weight": 1}}, {"model": "b", "parameters": {"weight": 1}}]
 MOE = {"base_model": "a", "experts": [{"source_model": "a", "positive_prompts": ["x"]}, {"source_model": "b"}]}

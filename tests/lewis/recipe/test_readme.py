@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lewis import recipe
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 
 README = (Path(recipe.__file__).parent / "README.md").read_text()
 SECTIONS = {  # of a block, and what its keys begin with there

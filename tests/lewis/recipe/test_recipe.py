@@ -177,6 +177,10 @@ class TestMistakes:
             ({"name": 3}, "name: expected a text"),
             ({"chat_template": "chatlm"}, "chat_template: expected auto, a format or a Jinja template, got 'chatlm'"),
             ({"chat_template": "{% for %}"}, "chat_template: not a valid Jinja template: line 1"),
+            (
+                {"chat_template": f"{{{{ {'(' * 2000}1{')' * 2000} }}}}"},
+                "chat_template: not a valid Jinja template: nest",
+            ),
             ({"genome": {}}, "genome: this is a config of mergekit-evolve"),
             ({"gate_mode": "random"}, "gate_mode: this is a config of mergekit-moe"),
             ({"layer_slices": []}, "layer_slices: this is a config of bakllama"),
@@ -200,6 +204,10 @@ class TestMistakes:
             (
                 {"register": {"name": "x", "gate": {"metric": "m", "min_gain": -0.1}}},
                 "register.gate: `min_gain` below 0 asks for no gain: write `policy: not_worse` and `tolerance: 0.1`",
+            ),
+            (
+                {"register": {"name": "x", "gate": {"metric": "m", "min_gain": -(10**400)}}},
+                "register.gate: `min_gain` below 0 asks for no gain: write `policy: not_worse` and `tolerance: 1000",
             ),
             (
                 {"register": {"name": "x", "gate": {"metric": "m", "min_gain": 0.1, "policy": "not_worse"}}},
@@ -242,6 +250,7 @@ class TestMistakes:
                 "{calibrations: {s: {texts: [a]}}, density: {budget: 0.9}}",
                 "lewis.density.budget: expected min <= budget",
             ),
+            ("{calibrations: {s: {texts: [a]}}, density: {decimals: 9999999999}}", "lewis.density.decimals: "),
             ("{calibrations: {s: {texts: [a]}}, prune_by: size}", "lewis.prune_by: expected 'magnitude'"),
             ("{density: {strategy: uniform, budget: 0.2, min: 0.3}}", "lewis.density.budget: expected min <= budget"),
             ("{density: {strategy: uniform, budget: 0.9, max: 0.8}}", "lewis.density.budget: expected min <= budget"),

@@ -65,6 +65,10 @@ def test_no_card_and_no_file_of_the_model_names_the_targets() -> None:
             "[{kind: kserve, namespace: M, services: [a, b], uri: 'pvc://x/{path}', prometheus: 'http://p'}]",
             "namespace: s",
         ),
+        (
+            "[{kind: haproxy, prometheus: 'http://p', socket: /s, backend: b, servers: {one: 'http://x'}}]",
+            "serve[0].servers: dictionary should have at least 2 items",
+        ),
         ("[{kind: webhook}]", "serve[0].url: missing; it is required"),
         ("[{kind: command, run: [x], urk: y}]", "serve[0].urk: unknown key; "),
         ("[{kind: command, run: [x], timeout_minute: 1}]", "did you mean 'timeout_minutes'?"),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from lewis.errors import InputError, RecipeError
-from lewis.recipe import Recipe, yaml_text
+from lewis.recipe import yaml_text
+from lewis.recipe.recipe import Recipe
 from lewis.recipe.yaml_text import MAX_BYTES, load
 
 LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
@@ -85,6 +86,7 @@ def test_set_has_the_same_limits(setting: str) -> None:
         "lewis: {calibrations: [a, b]}",
         "lewis: {calibrations: {a: {dataset: [json], data_files: [[a]], text: [x]}}}",
         "merge_method: [recommended]",
+        "evaluate: {tasks: [a], backend: [hf]}",
     ],
 )
 def test_lists_in_odd_places_are_told(text: str) -> None:

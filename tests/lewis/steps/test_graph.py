@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from lewis.recipe.recipe import Recipe
+from lewis.steps import table
 from lewis.steps.graph import CHAMPION, PREFLIGHT, graph
 from lewis.steps.run import begin, run
-from lewis.steps.table import EVALUATE, STEPS
+from lewis.steps.step import Step
+from lewis.steps.table import EVALUATE
 from tests.conftest import Family
 from tests.support.models import parse
 
@@ -38,7 +40,8 @@ class TestGraph:
             *(f"evaluate {label} {task}" for label in ("base", "math", "code", "uniform", "champion", "merged")
               for task in ("x", "mmlu")),
         ]  # fmt: skip
-        assert {node.step.name for node in found} == STEPS.keys() - {"continue"}
+        steps = {each.name for each in vars(table).values() if isinstance(each, Step)}
+        assert {node.step.name for node in found} == steps - {"continue"}
         labels = [node.label for node in found]
         assert labels[:3] == ["download base", "download math", "download code"] and labels[7:9] == [
             "measure base", "measure math"

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from lewis.merging.run import Merge
 from lewis.models.chat_template import template_in
-from lewis.recipe import Recipe
 from lewis.recipe.documents import load_documents
+from lewis.recipe.recipe import Recipe
 from lewis.recipe.tokenizer import FORMATS
 from tests.support import pipeline
 from tests.support.mergekit_formulae import CONFIG, SHAPES, expected

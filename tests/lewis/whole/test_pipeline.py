@@ -142,7 +142,7 @@ class TestGuide:
     def test_is_done_once(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         first = guide(open_all(family))
         monkeypatch.setattr(measure, "measure_sets", lambda *_, **__: pytest.fail("measured again"))
-        monkeypatch.setattr(measure, "covered_layers", lambda *_, **__: pytest.fail("allocated again"))
+        monkeypatch.setattr("lewis.allocation.step._allocated", lambda _: pytest.fail("allocated again"))
         assert guide(open_all(family)) == first
 
     @pytest.mark.parametrize("damage", ["", "{", "{}", '{"norms": {}}'])
@@ -412,7 +412,7 @@ class TestMerge:
     def test_killed_half_way_and_run_again(self, family: Family, home: Path, tmp_path: Path, warm: WarmPython) -> None:
         (tmp_path / "recipe.yaml").write_text(parse(recipe_data(family, *family.experts)).text)
         code = (
-            "import os, sys; from tests.support import pipeline; from lewis.recipe import Recipe\n"
+            "import os, sys; from tests.support import pipeline; from lewis.recipe.recipe import Recipe\n"
             "recipe = Recipe.load(sys.argv[1]); base, experts = pipeline.pin_all(recipe)\n"
             "kill = lambda name, done, total: done > total / 2 and os.kill(os.getpid(), 9)\n"
             "pipeline.merge(recipe, pipeline.download(base), [pipeline.download(e) for e in experts], report=kill)"
@@ -479,7 +479,7 @@ class TestCalibration:
 def test_the_covered_layers_are_found_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     o = open_all(family)
     layers = pipeline.layers_of(o.base)
-    monkeypatch.setattr(measure, "covered_layers", lambda *_, **__: pytest.fail("found again"))
+    monkeypatch.setattr("lewis.importance.step.covered_tensors", lambda *_, **__: pytest.fail("found again"))
     assert pipeline.layers_of(o.base) == layers and len(layers) == 14
 
 

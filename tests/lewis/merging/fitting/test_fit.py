@@ -260,7 +260,7 @@ import os, sys
 from pathlib import Path
 from tests.support import pipeline
 from lewis.merging.fitting import fit, spill
-from lewis.recipe import Recipe
+from lewis.recipe.recipe import Recipe
 fit.IN_MEMORY, spill.LARGE = 0, 1  # what rests is in files
 recipe = Recipe.load(sys.argv[1])
 base, experts = pipeline.pin_all(recipe)

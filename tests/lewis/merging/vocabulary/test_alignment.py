@@ -318,8 +318,8 @@ class TestAdapters:
 
     def test_importance_is_measured_as_ever(self, family: Family, adapter: Path) -> None:
         from lewis.importance.calibration import Calibration
-        from lewis.importance.measure import measure
         from lewis.models.lora.expert import LoraExpert
+        from tests.support.measuring import measure
 
         found = measure(LoraExpert(Checkpoint(family.base, "b"), adapter, "b+a"), Calibration("c", ((3, 5, 62),)))
         assert all(norm is not None and norm > 0 for norm in found.norms.values())
