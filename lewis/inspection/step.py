@@ -304,6 +304,8 @@ def measured(given: InspectionInput, report: Report) -> InspectionEntry:
             found = measure(base, others, report, per_token=not given.settings.by_token)
             experts = [moved_parts(base, each.model, i, found) for i, each in enumerate(models[1:], 1)]
             content: dict[str, Any] = {"measures": found.to_json(), "moved": {"experts": experts}}
+            for each in (*models, *candidates):
+                each.files.check_unchanged()
             store.write_entry(path, content, indent=None)
     return InspectionEntry(digest=digest, path=path)
 

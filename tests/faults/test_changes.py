@@ -21,6 +21,8 @@ from lewis.evaluation.statistics.scores import Evaluated
 from lewis.importance import calibration, grams, measure, step
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import CalibrationEntry
+from lewis.inspection import step as inspection
+from lewis.inspection.step import InspectionInput
 from lewis.merging.run import Merge
 from lewis.recipe.recipe import Recipe
 from lewis.search import trial
@@ -139,6 +141,22 @@ def test_the_covered_layers_of_a_base_that_changes_while_they_are_found_are_not_
     with pytest.raises(LewisError, match=r"base: .* changed while running"):
         step.layers_of(base)
     assert not any("layers" in path.read_text() for path in kinds.DIGESTS.entries())
+
+
+def test_the_inspection_of_a_model_that_changes_while_it_is_read_is_not_kept(
+    models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, math = (pipeline.download(pipeline.pin(str(models[name]), home)) for name in ("base", "math"))
+    real = inspection.measure
+
+    def changing(*given: Any, **named: Any) -> Any:
+        change(models["math"] / "model.safetensors")
+        return real(*given, **named)
+
+    monkeypatch.setattr(inspection, "measure", changing)
+    with pytest.raises(LewisError, match=r"math: .* changed while running"):
+        inspection.inspect(InspectionInput(base, (math,)))
+    assert not kinds.INSPECTIONS.entries()
 
 
 def test_norms_of_a_model_that_changes_after_its_pass_are_not_kept(
