@@ -459,7 +459,7 @@ class Search(Block):
             and the first metric decides among the trials on it.
         parallel: number of trials that run at the same time.
         prune: stop a trial that is shown to be worse after a quarter of the documents; only with one metric.
-        seed: of the sampler.
+        seed: of the sampler, below 2**32.
     """
 
     space: dict[
@@ -474,4 +474,4 @@ class Search(Block):
     metrics: tuple[str, ...] = Field(default=(), max_length=2)
     parallel: int = Field(default=1, ge=1)
     prune: bool = True
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
