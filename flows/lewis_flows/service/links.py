@@ -6,14 +6,13 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from pydantic import BaseModel
 
-from lewis.errors import InputError, TransientError
+from lewis.errors import InputError
 from lewis.registry import releases, versions
 from lewis.store.secrets import PREFECT_KEY, UP_SERVE_KEY
 from lewis_flows import prefect_runs, recipes_folder
@@ -127,11 +126,8 @@ def server() -> Iterator[tuple[SyncPrefectClient, str]]:
     url = servers.running()
     if not url:
         raise InputError("no Prefect server is running: start `lewis up`, or set PREFECT_API_URL")
-    try:
-        with connected(url), get_client(sync_client=True) as client:
-            yield client, url.removesuffix("/api")
-    except httpx.HTTPError as error:
-        raise TransientError(f"{url}: Prefect does not answer ({type(error).__name__})") from error
+    with connected(url), get_client(sync_client=True) as client:
+        yield client, url.removesuffix("/api")
 
 
 def last_run(client: SyncPrefectClient, recipe: str) -> FlowRun | None:

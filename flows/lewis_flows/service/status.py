@@ -59,8 +59,8 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
     if prefect.up:
         try:
             facts = _ask_prefect(found, api, only)
-        except (httpx.HTTPError, LewisError) as error:
-            found.unknown["runs"] = redacted(f"Prefect answers with an error: {error}")
+        except LewisError as error:
+            found.unknown["runs"] = str(error)
     else:
         found.unknown["runs"] = f"Prefect {prefect.state}"
     try:
@@ -184,7 +184,7 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
     """Add the work pools and the runs that the Prefect server at `api` knows, `only` those of one recipe.
 
     Raises:
-        httpx.HTTPError: if the server does not answer, or answers with an error.
+        TransientError: if the server does not answer, or answers with an error.
         InputError: if it wants another key.
     """
     with (
