@@ -1,9 +1,10 @@
 """Questions about flow runs that more than one module asks Prefect's server."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
@@ -11,10 +12,11 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed
+from prefect.states import Completed, Scheduled, State
 
 from lewis.errors import LewisError
 from lewis_flows import recipes_folder
+from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
 
 MERGE, SEARCH, EVALUATE = "merge", "search", "evaluate"
@@ -99,12 +101,20 @@ def waits(run: FlowRun) -> bool:
     return not later or (run.expected_start_time or datetime.now(UTC)) <= datetime.now(UTC)
 
 
-def deployment_of(client: SyncPrefectClient, recipe: str) -> DeploymentResponse | None:
-    """The deployment that merges a recipe; None if there is none."""
+def deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
+    """The deployment `flow/name`; None if there is none."""
     try:
-        return client.read_deployment_by_name(f"{MERGE}/{recipe}")
+        return client.read_deployment_by_name(name)
     except ObjectNotFound:
         return None
+
+
+def start(
+    client: SyncPrefectClient, deployment: UUID, after: timedelta = timedelta(), tags: Sequence[str] = ()
+) -> None:
+    """Start a run of a deployment some time from now, by the server's clock."""
+    when: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client) + after)
+    client.create_flow_run_from_deployment(deployment, state=when, tags=tags)
 
 
 def is_paused(client: SyncPrefectClient, recipe: str) -> bool:
@@ -112,8 +122,8 @@ def is_paused(client: SyncPrefectClient, recipe: str) -> bool:
 
     The server would start one: to it, a pause only ends the schedules.
     """
-    deployment = deployment_of(client, recipe)
-    return deployment is not None and deployment.paused
+    found = deployment(client, f"{MERGE}/{recipe}")
+    return found is not None and found.paused
 
 
 def skip(client: SyncPrefectClient, run: FlowRun, why: str) -> None:

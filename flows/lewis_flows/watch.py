@@ -156,11 +156,11 @@ def _merge_edits(recipes: Sequence[Recipe], report: WatchReport) -> None:
     with _prefect() as client:
         merged = edits.merged(client, [recipe.name for recipe in recipes])
         for name, text in [(each.name, each.text) for each in recipes if edits.is_unmerged(each, merged)]:
-            deployment = prefect_runs.deployment_of(client, name)
+            deployment = prefect_runs.deployment(client, f"{prefect_runs.MERGE}/{name}")
             if deployment is None or deployment.version != recipes_folder.version(text.encode()):
                 continue  # the deploy of the file starts a run
             began, now = edits.started(client, deployment), datetime.now(UTC) + events.ahead(client)
-            waits = deployment.paused or _is_due(client, name, now)
+            waits = deployment.paused or name in due(client, now)
             news = not waits and (began is None or _came_to_nothing(client, name, began, now))
             if news:
                 logger.info("%s: no run has merged what its file says now; one starts", name)
@@ -221,14 +221,14 @@ def _is_news(recipe: str, move: Moved) -> bool:
         if not times:
             return True
         _tell_if_stuck(client, recipe, move, min(times))
-        return not _is_due(client, recipe, now) and _came_to_nothing(client, recipe, max(times), now)
+        return recipe not in due(client, now) and _came_to_nothing(client, recipe, max(times), now)
 
 
-def _is_due(client: SyncPrefectClient, recipe: str, now: datetime) -> bool:
-    """Whether a run of a recipe goes on, or begins soon; one that waits for a person has done its work."""
+def due(client: SyncPrefectClient, now: datetime) -> set[str]:
+    """The recipes of which a merge goes on, or begins soon; one that waits for a person has done its work."""
     soon = {"before_": now + ANSWER_WITHIN}  # leave out the runs that a schedule plans for later days
     states = ("SCHEDULED", *(state for state in prefect_runs.UNFINISHED if state != "PAUSED"))
-    return bool(_runs(client, recipe, states, expected_start_time=soon))
+    return set(map(prefect_runs.recipe_of, _merges(client, states, expected_start_time=soon)))
 
 
 def _came_to_nothing(client: SyncPrefectClient, recipe: str, announced: datetime, now: datetime) -> bool:
@@ -267,10 +267,13 @@ def _announcements(client: SyncPrefectClient, recipe: str, move: Moved, now: dat
 
 
 def _runs(client: SyncPrefectClient, recipe: str, states: tuple[str, ...], **limits: Any) -> list[FlowRun]:
-    """The newest merges of a recipe in some states, the last to end first."""
+    """The merges of a recipe in some states, the last to end first."""
+    return [run for run in _merges(client, states, **limits) if prefect_runs.recipe_of(run) == recipe]
+
+
+def _merges(client: SyncPrefectClient, states: tuple[str, ...], **limits: Any) -> Iterator[FlowRun]:
     newest = FlowRunSort.END_TIME_DESC
-    runs = prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": states}}, newest, **limits)
-    return [run for run in runs if prefect_runs.recipe_of(run) == recipe]
+    return prefect_runs.all_of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": states}}, newest, **limits)
 
 
 @contextmanager

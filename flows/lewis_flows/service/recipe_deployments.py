@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import cache
 from typing import Any, cast
 
@@ -21,7 +21,6 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Scheduled, State
 from tzlocal import get_localzone_name
 
 from lewis import settings
@@ -36,7 +35,6 @@ from lewis.registry import versions
 from lewis.serving import hub
 from lewis_flows import approval, edits, prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
-from lewis_tasks.support import events
 from lewis_tasks.support.flow_run import EDITED
 from lewis_tasks.support.moves import PROMOTED, serves
 
@@ -152,7 +150,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
         Sentences: what an operator changed and is kept, and what an edit leads to.
     """
     for flow in (prefect_runs.MERGE, *(flow for flow, block in _further(file).items() if block)):
-        before = _read(client, f"{flow}/{file.name}")
+        before = prefect_runs.deployment(client, f"{flow}/{file.name}")
         fields = _fields(flow, file, before)
         if before is None:
             made = client.create_deployment(client.create_flow_from_name(flow), file.name, **fields, **_first(flow))
@@ -194,8 +192,7 @@ def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, bef
         client.create_automation(trigger)
     new = before is None or (before.version != file.version and not before.paused)
     if new and not file.why:
-        start: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client))
-        client.create_flow_run_from_deployment(made, state=start, tags=[EDITED])
+        prefect_runs.start(client, made, tags=[EDITED])
 
 
 def paused(client: SyncPrefectClient) -> set[str]:
@@ -240,7 +237,7 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
 
 def remove(client: SyncPrefectClient, name: str) -> bool:
     """Remove a deployment `flow/name` with its automation, if there is one; False if a run of it goes on."""
-    if found := _read(client, name):
+    if found := prefect_runs.deployment(client, name):
         holding = {"deployment_id": {"any_": [found.id]}, "state": {"type": {"any_": _HOLDING}}}
         if client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(holding), limit=1):
             return False
@@ -357,10 +354,3 @@ def _first_comment(text: str) -> str:
             break
         lines.append(line.lstrip("#").strip())
     return "\n".join(lines).strip()
-
-
-def _read(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
-    try:
-        return client.read_deployment_by_name(name)
-    except ObjectNotFound:
-        return None

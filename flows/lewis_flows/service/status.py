@@ -29,7 +29,7 @@ from lewis_flows.service import note, recipe_deployments
 from lewis_flows.service.credentials import connected
 from lewis_flows.service.deploy import POOL
 from lewis_flows.service.status_data import Input, Part, Run, Status, Watched
-from lewis_tasks.support import device_queue
+from lewis_tasks.support import device_queue, events
 
 
 def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
@@ -78,11 +78,19 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
 
 @dataclass
 class _Facts:
-    """What Prefect knows of recipes that no run shows: digests of merged texts, broken commits, who is paused."""
+    """What Prefect knows of recipes that no run shows.
+
+    Attributes:
+        merged: recipe -> digest of the text that was merged last.
+        broken: recipe -> commits that its runs found broken on the Hub itself.
+        paused: recipes whose merges somebody paused.
+        due: recipes of which a merge goes on or begins soon.
+    """
 
     merged: dict[str, str] = field(default_factory=dict)
     broken: dict[str, set[str]] = field(default_factory=dict)
     paused: set[str] = field(default_factory=set)
+    due: set[str] = field(default_factory=set)
 
 
 def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Facts) -> None:
@@ -94,7 +102,7 @@ def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Fa
     recipe.paused = recipe.recipe in facts.paused
     open_ = bool(seen) or not recipe.champion if recipe.settled is None else not recipe.settled
     last = next((run for run in found.last_runs() if run.flow == MERGE and run.recipe == recipe.recipe), None)
-    if not ((recipe.registered and open_) or recipe.unmerged) or _is_due(recipe.recipe, found):
+    if not ((recipe.registered and open_) or recipe.unmerged) or recipe.recipe in facts.due:
         return
     if last is None or last.since is None or last.state not in ("Failed", "TimedOut", "Crashed", "Cancelled"):
         return
@@ -106,14 +114,6 @@ def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Fa
         recipe.after = f"another commit of {' and '.join(refs)}, which is broken on the Hub"
     elif not broken or any(each.head for each in recipe.inputs):  # else nobody knows
         recipe.next_attempt = last.since + (polls.RETRY_AFTER if last.state in ("Failed", "TimedOut") else timedelta())
-
-
-def _is_due(recipe: str, found: Status) -> bool:
-    """Whether a merge of a recipe goes on or begins within minutes."""
-    soon = datetime.now(UTC) + watch.ANSWER_WITHIN
-    going = [run for run in found.running or [] if run.state != "Suspended"]
-    runs = [*going, *(run for run in found.scheduled or [] if run.since is None or run.since < soon)]
-    return any(run.flow == MERGE and run.recipe == recipe for run in runs)
 
 
 def _part(name: str, url: str) -> Part:
@@ -199,7 +199,8 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
         names: list[str] = []
         with suppress(LewisError):  # there is no folder of recipes
             names = recipes_folder.names()
-        facts = _Facts(edits.merged(client, names), _broken(client), recipe_deployments.paused(client))
+        due = watch.due(client, datetime.now(UTC) + events.ahead(client))
+        facts = _Facts(edits.merged(client, names), _broken(client), recipe_deployments.paused(client), due)
     if only:
         found.running, found.scheduled = (
             [run for run in runs if run.recipe == only] for runs in (found.running, found.scheduled)
@@ -218,11 +219,9 @@ def _broken(client: SyncPrefectClient) -> dict[str, set[str]]:
 
 def _pools(client: SyncPrefectClient) -> list[str]:
     """The work pool, and that of evaluations if it is another."""
-    try:
-        scoring = client.read_deployment_by_name(f"{EVALUATE}/{EVALUATE}").work_pool_name
-    except ObjectNotFound:
-        scoring = None
-    return list(dict.fromkeys([POOL, scoring or POOL]))
+    scoring = prefect_runs.deployment(client, f"{EVALUATE}/{EVALUATE}")
+    pool = scoring.work_pool_name if scoring else None
+    return list(dict.fromkeys([POOL, pool or POOL]))
 
 
 def _workers(client: SyncPrefectClient, pool: str) -> Part:
