@@ -29,9 +29,6 @@ ALL = (MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION)
 OF_RECIPES = (MERGE, SEARCH, EVALUATE, SERVE)
 """Those whose runs are of one recipe."""
 
-PAGE = 200
-"""How many runs, or artifacts, the server gives at most for one request."""
-
 UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
 """State types of a run that has begun, or is about to, and has not ended."""
 
@@ -47,44 +44,35 @@ def of_flows(
     flows: tuple[str, ...],
     state: dict[str, Any],
     sort: FlowRunSort | None = None,
-    offset: int = 0,
     **limits: Any,
 ) -> list[FlowRun]:
-    """The runs of some flows in some states; the server gives `PAGE` at most.
+    """The runs of some flows in some states; the server gives 200 at most.
 
     Args:
         client: of the server to ask.
         flows: names of the flows.
         state: Prefect's filter of the state, by type or by name: `{"type": {"any_": [...]}}`.
         sort: which come first; by default the server's order.
-        offset: how many to leave out before the first.
         limits: further filters of `FlowRunFilter`, such as `end_time={"after_": ...}`.
 
     Raises:
         httpx.HTTPError: if the server does not answer, or refuses.
     """
-    return client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=list(flows))),
-        flow_run_filter=FlowRunFilter.model_validate({"state": state, **limits}),
-        sort=sort,
-        offset=offset,
-    )
+    return client.read_flow_runs(**_filters(flows, state, limits), sort=sort)
 
 
 def all_of_flows(
-    client: SyncPrefectClient,
-    flows: tuple[str, ...],
-    state: dict[str, Any],
-    sort: FlowRunSort,
-    most: int = 10_000_000,
-    **limits: Any,
+    client: SyncPrefectClient, flows: tuple[str, ...], state: dict[str, Any], sort: FlowRunSort, **limits: Any
 ) -> Iterator[FlowRun]:
-    """As `of_flows`, but page after page, until there are no more runs or `most` are given."""
-    for offset in range(0, most, PAGE):
-        page = of_flows(client, flows, state, sort, offset, **limits)
-        yield from page
-        if len(page) < PAGE:
-            return
+    """As `of_flows`, but all of them, page after page."""
+    return run_tags.pages(client.read_flow_runs, **_filters(flows, state, limits), sort=sort)
+
+
+def _filters(flows: tuple[str, ...], state: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "flow_filter": FlowFilter(name=FlowFilterName(any_=list(flows))),
+        "flow_run_filter": FlowRunFilter.model_validate({"state": state, **limits}),
+    }
 
 
 def recipe_of(run: FlowRun) -> str:

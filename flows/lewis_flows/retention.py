@@ -109,7 +109,7 @@ def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iter
 def _remove_flow_run(client: SyncPrefectClient, run: str) -> None:
     """Delete a run and its artifacts; its logs go with the server's own vacuum of orphans."""
     of_run = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run]}})
-    while page := client.read_artifacts(artifact_filter=of_run, limit=prefect_runs.PAGE):
+    while page := client.read_artifacts(artifact_filter=of_run, limit=run_tags.PAGE):
         for artifact in page:
             with suppress(ObjectNotFound):
                 client.delete_artifact(artifact.id)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -137,5 +138,5 @@ def last_run(client: SyncPrefectClient, recipe: str) -> FlowRun | None:
     """
     flows, newest = (prefect_runs.MERGE, prefect_runs.SEARCH), FlowRunSort.START_TIME_DESC
     began: dict[str, Any] = {"name": {"not_any_": [prefect_runs.SKIPPED]}}
-    runs = prefect_runs.all_of_flows(client, flows, began, newest, most=2000, start_time={"is_null_": False})
-    return next((run for run in runs if prefect_runs.recipe_of(run) == recipe), None)
+    runs = prefect_runs.all_of_flows(client, flows, began, newest, start_time={"is_null_": False})
+    return next((run for run in islice(runs, 2000) if prefect_runs.recipe_of(run) == recipe), None)

@@ -35,7 +35,7 @@ from lewis.registry import versions
 from lewis.serving import hub
 from lewis_flows import approval, edits, prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
-from lewis_tasks.support.flow_run import EDITED
+from lewis_tasks.support.flow_run import EDITED, pages
 from lewis_tasks.support.moves import PROMOTED, serves
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ TAG = "lewis"
 """Of all our deployments and runs."""
 
 _CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its recipe cannot run
+_OF_OURS = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
 _OURS = (TAG, _CANNOT_RUN, "recipe:", "team:")  # tags, or how they begin
 _HOLDING = ["PENDING", "RUNNING", "CANCELLING"]  # state types of a run that holds a slot of its deployment's limit
 _GRACE = 90  # seconds from Pending to Running; a worker that dies between them holds the slot for so long
@@ -197,12 +198,8 @@ def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, bef
 
 def paused(client: SyncPrefectClient) -> set[str]:
     """The recipes whose merges somebody paused."""
-    ours, merges = {"tags": {"all_": [TAG]}}, {"name": {"any_": [prefect_runs.MERGE]}}
-    found = client.read_deployments(
-        flow_filter=FlowFilter.model_validate(merges),
-        deployment_filter=DeploymentFilter.model_validate(ours),
-        limit=prefect_runs.PAGE,
-    )
+    merges = FlowFilter.model_validate({"name": {"any_": [prefect_runs.MERGE]}})
+    found = pages(client.read_deployments, flow_filter=merges, deployment_filter=_OF_OURS)
     return {each.name for each in found if each.paused and _CANNOT_RUN not in each.tags}
 
 
@@ -221,9 +218,8 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
     """
     stays, names = False, {each.name for each in files}
     dropped = {f"{flow}/{each.name}" for each in files for flow, block in _further(each).items() if not block}
-    ours = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
     read_flow = cache(client.read_flow)
-    for deployment in list(client.read_deployments(deployment_filter=ours, limit=prefect_runs.PAGE)):
+    for deployment in list(pages(client.read_deployments, deployment_filter=_OF_OURS)):
         name = f"{read_flow(deployment.flow_id).name}/{deployment.name}"
         of_recipe = f"recipe:{deployment.name}" in deployment.tags
         if name in dropped or ((of_recipe or deployment.name in _EARLIER) and deployment.name not in names):

@@ -6,7 +6,6 @@ that notify of it or put the champion into service, where there are any. Until t
 same id: a server that has seen it ignores it, so a program that reacts to events by their id reacts once.
 """
 
-import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from lewis.errors import LewisError
 from lewis.registry import outbox, promotion, versions
 from lewis.registry.outbox import Move
 from lewis_tasks.support import events
+from lewis_tasks.support.flow_run import pages
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ PROMOTED = "lewis.model.promoted"
 NOTIFIES = "lewis-notify-promotion"
 """The automation that does so, if the user wants it."""
 
-_SERVES, _PAGE = "service of ", 200
+_SERVES = "service of "
 
 _ENDED = ["prefect.automation.action.executed", "prefect.automation.action.failed"]
 _GIVEN_UP = timedelta(days=7)  # as long as Prefect keeps events
@@ -88,13 +88,9 @@ def _is_known(client: SyncPrefectClient, move: Move) -> bool:
 
 def _awaited(client: SyncPrefectClient, move: Move) -> Iterator[str]:
     """The ids of the automations that a move must start."""
-    for offset in itertools.count(0, _PAGE):
-        page = client.request("POST", "/automations/filter", json={"limit": _PAGE, "offset": offset}).json()
-        for each in page:
-            if each["enabled"] and (each["name"] == NOTIFIES or each["name"].startswith(serves(move.name))):
-                yield str(each["id"])
-        if len(page) < _PAGE:
-            return
+    for each in pages(client.read_automations):
+        if each.enabled and (each.name == NOTIFIES or each.name.startswith(serves(move.name))):
+            yield str(each.id)
 
 
 def _acted(client: SyncPrefectClient, automation: str, move: Move) -> bool:

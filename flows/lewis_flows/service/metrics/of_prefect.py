@@ -19,7 +19,8 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from lewis_flows import prefect_runs, recipes_folder, release_event
-from lewis_flows.prefect_runs import ALL, ENDED, MERGE, PAGE, UNFINISHED
+from lewis_flows.prefect_runs import ALL, ENDED, MERGE, UNFINISHED
+from lewis_tasks.support.flow_run import pages
 
 WINDOW = timedelta(days=1)
 _LATE = timedelta(minutes=2)  # how much later than its end the server may hear that a task ended
@@ -150,12 +151,8 @@ def _releases(events: list[Event]) -> Metric:
 
 def _ended_steps(client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Step]]:
     wanted, newest = TaskRunFilter.model_validate({"end_time": {"after_": after}}), TaskRunSort.END_TIME_DESC
-    for offset in range(0, 1_000_000, PAGE):
-        page = client.read_task_runs(task_run_filter=wanted, sort=newest, limit=PAGE, offset=offset)
-        for run in page:
-            # The name of the task's function: a task's key is that, and a part that changes with the function.
-            step = run.task_key.rpartition("-")[0] or run.task_key
-            outcome, seconds = (run.state_name or "").lower(), run.total_run_time.total_seconds()
-            yield run.id, Step(run.flow_run_id, step, outcome, run.end_time or after, seconds)
-        if len(page) < PAGE:
-            return
+    for run in pages(client.read_task_runs, task_run_filter=wanted, sort=newest):
+        # The name of the task's function: a task's key is that, and a part that changes with the function.
+        step = run.task_key.rpartition("-")[0] or run.task_key
+        outcome, seconds = (run.state_name or "").lower(), run.total_run_time.total_seconds()
+        yield run.id, Step(run.flow_run_id, step, outcome, run.end_time or after, seconds)
