@@ -25,7 +25,6 @@ from lewis_tasks.support import moves
 
 logger = logging.getLogger(__name__)
 APPROVED = "Approved"  # the state of a run whose version a person has approved
-_TAG = "awaits:"  # of the run; the version's uri follows
 
 
 class Approval(RunInput):
@@ -37,7 +36,7 @@ class Approval(RunInput):
 
 def asked(run: FlowRun) -> str:
     """The version, `models:/<name>/<number>`, that a run has asked about before it was suspended; else empty."""
-    return next((tag.removeprefix(_TAG) for tag in run.tags if tag.startswith(_TAG)), "")
+    return next(iter(run_tags.tagged(run, "awaits")), "")
 
 
 def answered(run: FlowRun) -> str:

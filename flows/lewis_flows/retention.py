@@ -99,8 +99,7 @@ def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iter
     ended, newest = {"type": {"any_": prefect_runs.ENDED}}, FlowRunSort.END_TIME_DESC
     for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, ended, newest, end_time=old):
         of = (str(run.flow_id), prefect_runs.recipe_of(run))
-        # The poll reads the tag `broken:...`, so such runs stay.
-        needed = str(run.id) in kept or any(tag.startswith("broken:") for tag in run.tags)
+        needed = str(run.id) in kept or run_tags.tagged(run, run_tags.BROKEN)
         if of in seen and not needed and run.end_time is not None:
             yield Outdated("prefect", f"run {run.name}, {run.state_name}", str(run.id), run.end_time.timestamp())
         seen.add(of)

@@ -156,7 +156,7 @@ def tag_crashed_runs() -> None:
         logger.info("runs that died get their verdict later: %s", type(error).__name__)
         return
     for run in found:
-        if "verdict:crashed" not in run.tags:
+        if "crashed" not in run_tags.tagged(run, "verdict"):
             run_tags.tag(run.id, verdict="crashed")
 
 

@@ -30,7 +30,7 @@ from lewis_flows import behind, edits, polls, prefect_runs, recipes_folder, rele
 from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import events, moves
-from lewis_tasks.support.flow_run import did_its_work
+from lewis_tasks.support.flow_run import BROKEN, did_its_work
 
 logger = logging.getLogger("lewis.watch")
 
@@ -206,7 +206,7 @@ def _heads(recipe: Recipe) -> dict[str, str]:
 
 def _is_broken(recipe: str, heads: Mapping[str, str]) -> bool:
     """Whether a run of a recipe found one of these commits broken on the Hub itself, so that another one must come."""
-    tags = sorted({f"broken:{commit}" for key in heads.values() for commit in commits_of(key)})
+    tags = sorted({f"{BROKEN}:{commit}" for key in heads.values() for commit in commits_of(key)})
     with _prefect() as client:
         return bool(_runs(client, recipe, ("FAILED",), tags={"any_": tags}))
 

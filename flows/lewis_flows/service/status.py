@@ -30,6 +30,7 @@ from lewis_flows.service.credentials import connected
 from lewis_flows.service.deploy import POOL
 from lewis_flows.service.status_data import Input, Part, Run, Status, Watched
 from lewis_tasks.support import device_queue, events
+from lewis_tasks.support.flow_run import BROKEN, tagged
 
 
 def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
@@ -212,8 +213,7 @@ def _broken(client: SyncPrefectClient) -> dict[str, set[str]]:
     """Recipe -> the commits that its runs found broken on the Hub itself."""
     commits: dict[str, set[str]] = {}
     for run in _runs(client, (MERGE,), ("FAILED",), FlowRunSort.END_TIME_DESC):
-        broken = {tag.removeprefix("broken:") for tag in run.tags if tag.startswith("broken:")}
-        commits.setdefault(recipe_of(run), set()).update(broken)
+        commits.setdefault(recipe_of(run), set()).update(tagged(run, BROKEN))
     return commits
 
 

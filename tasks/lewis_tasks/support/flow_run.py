@@ -36,6 +36,7 @@ PAGE = 200  # how many runs, artifacts or others the server gives at most for on
 REJECTED, PATIENCE = "Rejected", 10.0  # seconds
 RECIPE, MODEL = "lewis.recipe", "lewis.model."
 """Labels of a run: the digest of its recipe; of each model, by its reference, the commits."""
+BROKEN = "broken"  # kind of tag of a run: a commit that is broken on the Hub itself, which it found
 EDITED = "edited"  # tag of a run that an edit of its recipe started
 ANSWERED = "answered"  # tag of a run that a person's approval started
 _WHY = {
@@ -166,6 +167,11 @@ def tag(run: UUID | None = None, **values: str) -> None:
             client.update_flow_run(of, tags=[*kept, *(f"{kind}:{value}" for kind, value in values.items())])
     except Exception as error:
         logger.warning("the run gets no tags: Prefect did not take %s (%s)", values, error)
+
+
+def tagged(run: FlowRun, kind: str) -> set[str]:
+    """The values of a kind among the tags of a run, as `tag` writes them."""
+    return {each.partition(":")[2] for each in run.tags if each.startswith(f"{kind}:")}
 
 
 def tag_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
