@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun, WorkQueueStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from lewis import settings, store
 from lewis.errors import LewisError
@@ -31,6 +30,7 @@ from lewis_flows.service.deploy import POOL
 from lewis_flows.service.status_data import Input, Part, Run, Status, Watched
 from lewis_tasks.support import device_queue, events
 from lewis_tasks.support.flow_run import BROKEN, tagged
+from lewis_tasks.support.patience import impatient
 
 
 def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
@@ -188,11 +188,7 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
         TransientError: if the server does not answer, or answers with an error.
         InputError: if it wants another key.
     """
-    with (
-        connected(api),
-        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
-        get_client(sync_client=True, httpx_settings={"timeout": PATIENCE}) as client,
-    ):
+    with connected(api), impatient(PATIENCE) as client:
         for pool in _pools(client):
             found.parts += [_workers(client, pool), *_queues(client, pool)]
         found.running, found.scheduled = _running(client), _scheduled(client)

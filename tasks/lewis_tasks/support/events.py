@@ -47,17 +47,15 @@ def post(event: Mapping[str, Any]) -> None:
     """
     # Not Prefect's emit_event: it sends from a thread, and an event that is lost there raises no error.
     import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+    from prefect.settings import PREFECT_API_URL
+
+    from lewis_tasks.support.patience import impatient
 
     url = PREFECT_API_URL.value()
     if not url:
         raise InputError("PREFECT_API_URL is not set: there is no server to report a release to; start `lewis up`")
     try:
-        with (
-            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
-            get_client(sync_client=True, httpx_settings={"timeout": _PATIENCE}) as client,
-        ):
+        with impatient(_PATIENCE) as client:
             occurred = datetime.now(UTC) + ahead(client)
             client.request("POST", "/events", json=[{**event, "occurred": occurred.isoformat()}])
     except httpx.HTTPStatusError as error:

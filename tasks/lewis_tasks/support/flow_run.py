@@ -19,7 +19,6 @@ from prefect.context import TaskRunContext
 from prefect.events.filters import EventFilter
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run as current
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, State
 from prefect.utilities.urls import url_for
 
@@ -29,6 +28,7 @@ from lewis.redact import redacted
 from lewis.reports.page import StepTime
 from lewis.reports.run_report import changes, duration, run_name, short
 from lewis.steps.graph import short_refs
+from lewis_tasks.support.patience import impatient
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -115,8 +115,7 @@ def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:
     """
     labels = {RECIPE: store.digest(recipe.text)} | {f"{MODEL}{ref}": key for ref, key in keys.items()}
     try:
-        few = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2})  # a busy server answers 503
-        with few, get_client(sync_client=True, httpx_settings={"timeout": 20}) as client:
+        with impatient(20, retries=2) as client:  # a busy server answers 503
             before = _labels_before(client, recipe.name)
             of_before = {name.removeprefix(MODEL): key for name, key in before.items() if name.startswith(MODEL)}
             edited = before.get(RECIPE) != labels[RECIPE]
@@ -161,8 +160,7 @@ def tag(run: UUID | None = None, **values: str) -> None:
     """
     try:
         of = run or UUID(str(current.id))
-        once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
-        with once, get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
+        with impatient(5) as client:
             kept = [each for each in client.read_flow_run(of).tags if each.partition(":")[0] not in values]
             client.update_flow_run(of, tags=[*kept, *(f"{kind}:{value}" for kind, value in values.items())])
     except Exception as error:

@@ -13,15 +13,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.events.filters import EventFilter
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from lewis.errors import LewisError
 from lewis.registry import outbox, promotion, versions
 from lewis.registry.outbox import Move
 from lewis_tasks.support import events
 from lewis_tasks.support.flow_run import pages
+from lewis_tasks.support.patience import impatient
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,7 @@ def _happened() -> list[Move]:
 
 
 def _forget_known() -> None:
-    once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
-    with once, get_client(sync_client=True, httpx_settings={"timeout": _REQUEST}) as client:
+    with impatient(_REQUEST) as client:
         for move in _happened():
             if _is_known(client, move):
                 outbox.remove(move)

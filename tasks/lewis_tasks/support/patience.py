@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from lewis import private_names, settings
 from lewis_tasks.support.caching import REMIND, STOPPING
@@ -56,6 +58,19 @@ def patient(given_up: Callable[[str], object] | None = None, *, events: bool = T
         yield
     finally:
         undo()
+
+
+@contextmanager
+def impatient(seconds: float, retries: int = 0) -> Iterator[SyncPrefectClient]:
+    """A client of Prefect's server for a question that may stay without an answer.
+
+    Args:
+        seconds: for one request.
+        retries: how often the client asks again.
+    """
+    few = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries})
+    with few, get_client(sync_client=True, httpx_settings={"timeout": seconds}) as client:
+        yield client
 
 
 def _put(outage: "_Outage", *, events: bool) -> Callable[[], None]:

@@ -10,17 +10,17 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prefect.events import Event
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from lewis_flows import prefect_runs, recipes_folder, release_event
 from lewis_flows.prefect_runs import ALL, ENDED, MERGE, UNFINISHED
 from lewis_tasks.support.flow_run import pages
+from lewis_tasks.support.patience import impatient
 
 WINDOW = timedelta(days=1)
 _LATE = timedelta(minutes=2)  # how much later than its end the server may hear that a task ended
@@ -84,8 +84,7 @@ class Prefect:
             httpx.HTTPError: if it does not answer, or refuses.
         """
         now = datetime.now(UTC)
-        once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
-        with once, get_client(sync_client=True, httpx_settings={"timeout": _TIMEOUT}) as client:
+        with impatient(_TIMEOUT) as client:
             if not self._last:  # the last run of a recipe may be older than a day
                 found = prefect_runs.of_flows(client, (MERGE,), _ENDED, FlowRunSort.END_TIME_DESC)
                 self._note_last(dict(self._named(client, found)))
