@@ -142,7 +142,7 @@ class _Trials:
         """
         while (left := wanted - len(self.log.trials)) > 0 and time.monotonic() < deadline:
             self._round(min(left, self.search.parallel))
-            self._record(ended=False)
+            self.record(ended=False)
         if not self.log.front:
             reasons = {trial.reason for trial in self.log.trials if trial.reason}
             raise LewisError(f"none of {len(self.log.trials)} trials could be scored: {'; '.join(sorted(reasons)[:3])}")
@@ -205,22 +205,11 @@ class _Trials:
         self.log.failed(trial, str(error).partition("\n")[0])
         logger.warning("trial %d failed: %s", trial.number, error)
 
-    def _record(self, ended: bool) -> str:
+    def record(self, *, ended: bool) -> str:
+        """Record the trials, and whether the search has ended; gives the id of its MLflow run."""
         log = self.log
-        told = submit(
-            record_search,
-            quote(self.plan),
-            log.digest,
-            quote(self.objectives),
-            quote(log.trials),
-            quote(log.front),
-            ended,
-        )
-        return str(result_of(told))
-
-    def end(self) -> str:
-        """Record that the search has ended; gives the id of its MLflow run."""
-        return self._record(ended=True)
+        about = log.digest, quote(self.objectives), quote(log.trials), quote(log.front), ended
+        return str(result_of(submit(record_search, quote(self.plan), *about)))
 
 
 def _confirm(
@@ -232,7 +221,7 @@ def _confirm(
     """
     settings = _settings(plan, CONFIRM)
     winner = space.with_values(plan, best.values, CONFIRM)
-    run = tried.end()
+    run = tried.record(ended=True)
     scores = zip(tried.objectives, best.scores, strict=True)
     told = "Completed", f"the best is number {best.number}: {', '.join(f'{o.metric} {s:.4g}' for o, s in scores)}"
     merged = None

@@ -1,8 +1,9 @@
 """Artifacts for the Prefect UI, with stable keys: pictures and tables of densities and scores, the run's report."""
 
-from contextlib import suppress
+from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import chain
+from typing import TypeVar
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -37,6 +38,8 @@ from lewis.store import kinds
 from lewis_tasks.support import flow_run
 from lewis_tasks.support.assets import artifact_key
 from lewis_tasks.support.caching import RETRIES
+
+S = TypeVar("S")
 
 
 @task(name="report-densities", task_run_name="report densities", cache_policy=NO_CACHE, timeout_seconds=600)
@@ -85,7 +88,7 @@ def report_scores(recipe: Recipe, scores: dict[str, ModelScores]) -> dict[str, l
             description="How much of each expert's gain over the base is kept on its own task",
         )
     create_markdown_artifact(
-        f"# Scores\n\n{picture('scores', charts.scores(_weights(recipe), scores))}",
+        f"# Scores\n\n{picture('scores', charts.scores(recipe.score_weights, scores))}",
         key=artifact_key(recipe, "score-bars"),
         description="Scores with 95 % intervals",
     )
@@ -178,10 +181,7 @@ def _page_facts(
     models: list[Scored],
     run: FlowRun,
 ) -> PageFacts:
-    moved: dict[str, dict[str, float]] = {}
-    if recipe.inspect.on != "off":
-        with suppress(InputError):  # the files of a model are gone
-            moved = sizes_by_tensor(InspectionInput(base, tuple(experts), inspection_settings(recipe)))
+    moved = _sizes(sizes_by_tensor, recipe, base, experts)
     kept = {ref: dict(each.densities) for ref, each in allocated.experts().items()} if allocated else {}
     roles = {each.ref: "expert" for each in experts} | ({base.ref: "base"} if base else {})
     steps = flow_run.step_times(run)
@@ -200,19 +200,23 @@ def _moved(
     recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles], allocated: AllocationEntry | None
 ) -> list[dict[str, str]]:
     """In which layers the experts moved most, as far as the store knows."""
-    sizes: dict[str, dict[int, float]] = {}
-    if recipe.inspect.on != "off":
-        with suppress(InputError):  # the files of a model are gone
-            sizes = sizes_by_layer(InspectionInput(base, tuple(experts), inspection_settings(recipe)))
-    return tables.moved_rows(sizes, allocated)
+    return tables.moved_rows(_sizes(sizes_by_layer, recipe, base, experts), allocated)
 
 
-def _weights(recipe: Recipe) -> dict[str, float]:
-    return recipe.evaluate.weights if recipe.evaluate else {}
+def _sizes(
+    read: Callable[[InspectionInput], dict[str, S]], recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]
+) -> dict[str, S]:
+    """How far each expert moved, as `read` gives it; empty if nothing was inspected, or a model's files are gone."""
+    if recipe.inspect.on == "off":
+        return {}
+    try:
+        return read(InspectionInput(base, tuple(experts), inspection_settings(recipe)))
+    except InputError:
+        return {}
 
 
 def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ModelScores]) -> dict[str, bytes]:
-    found = {"Scores with 95 % intervals": charts.scores(_weights(recipe), scores)} if scores else {}
+    found = {"Scores with 95 % intervals": charts.scores(recipe.score_weights, scores)} if scores else {}
     if allocated:
         found["Density per layer"] = charts.densities(allocated)
     return found
