@@ -20,8 +20,7 @@ from lewis.reports.run_report import AWAITS
 from lewis.steps.graph import PREFLIGHT
 from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
 from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_folder, release_event, secret_blocks
-from lewis_flows.merge_report import MergeReport
-from lewis_flows.registration import Ended, register_merge, report_tables
+from lewis_flows.registration import Ended, MergeReport, register_merge, report_tables
 from lewis_flows.runners import choose
 from lewis_flows.scoring import Judged, score
 from lewis_flows.service import recipes_page

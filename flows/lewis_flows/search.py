@@ -24,7 +24,7 @@ from lewis.search.study import Log, Objective, Trial
 from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DOWNLOAD, MEASURE
 from lewis_flows import prefect_runs
 from lewis_flows.merge import begin, load, merge_flow
-from lewis_flows.merge_report import MergeReport
+from lewis_flows.registration import MergeReport
 from lewis_flows.runners import choose
 from lewis_flows.turn import HOOKS, turn
 from lewis_flows.walk import Walk, finish, pin, submit

@@ -26,7 +26,7 @@ from lewis.models.source import commits_of, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from lewis_flows import behind, edits, polls, prefect_runs, recipes_folder, release_event, secret_blocks
+from lewis_flows import edits, polls, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import events, moves
@@ -195,7 +195,7 @@ def _compare(
                 found[name] = moved, heads[name]
             except (LewisError, OSError) as error:
                 problems[name] = error
-    behind.note(heads, {name: held for name, (_, held) in plans.items()}, recipes_folder.names())
+    polls.note_missed(heads, {name: held for name, (_, held) in plans.items()}, recipes_folder.names())
     return found, problems, loaded
 
 

@@ -22,7 +22,7 @@ from lewis.redact import redacted
 from lewis.registry import history, releases
 from lewis.registry.releases import Held
 from lewis.serving import records, slots
-from lewis_flows import behind, edits, polls, prefect_runs, recipes_folder, turn, watch
+from lewis_flows import edits, polls, prefect_runs, recipes_folder, turn, watch
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, recipe_of
 from lewis_flows.service import note, recipe_deployments
 from lewis_flows.service.credentials import connected
@@ -69,7 +69,7 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
     except LewisError as error:
         found.unknown["recipes"] = str(error)
         return found
-    since = behind.since()
+    since = polls.behind_since()
     with ThreadPoolExecutor(8) as pool:
         found.recipes = list(pool.map(lambda name: _watched(name, mlflow, facts, hub=hub, scores=scores), names))
     for recipe in found.recipes:
