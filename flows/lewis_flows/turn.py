@@ -8,7 +8,7 @@ holder ends after a minute.
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,20 +100,14 @@ def _take(running: FileLock | SharedLock, recipe: Path, note: Path) -> None:
     try:
         running.acquire(timeout=0)
     except Timeout:
-        logger.info("another run of %s is going on; waiting for its end", recipe.stem)
         store.write_text(note, f"{recipe}\n{_WAITS}")
-        _wait(running, recipe)
-        store.write_text(note, str(recipe))
-
-
-def _wait(running: FileLock | SharedLock, recipe: Path) -> None:
-    wait = Wait()
-    while True:
-        try:
-            running.acquire(timeout=_LOOK)
-            return
-        except Timeout:
+        wait = Wait()
+        while True:
             wait.look(f"a run of {recipe.stem}", f"its turn: another run of {recipe.stem} is going on")
+            with suppress(Timeout):
+                running.acquire(timeout=_LOOK)
+                break
+        store.write_text(note, str(recipe))
 
 
 def waits(run: str) -> bool:

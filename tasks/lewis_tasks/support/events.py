@@ -71,19 +71,22 @@ def post(event: Mapping[str, Any]) -> None:
 
 
 class Wait:
-    """A wait that is reported once, when it is long."""
+    """A wait that is logged when it begins, and reported once, when it is long."""
 
     def __init__(self) -> None:
         """Begin a wait."""
-        self._began, self._told = datetime.now(UTC), False
+        self._began, self._logged, self._told = datetime.now(UTC), False, False
 
     def look(self, name: str, what: str) -> None:
-        """Report the wait if it has become long. A failure is logged, not raised.
+        """Log the wait, if it is not logged yet, and report it if it has become long. A failure is logged, not raised.
 
         Args:
             name: of who waits.
             what: for what, and who holds that.
         """
+        if not self._logged:
+            logger.info("waiting for %s", what)
+            self._logged = True
         if self._told or datetime.now(UTC) - self._began < LONG:
             return
         self._told = True
