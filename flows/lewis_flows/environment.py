@@ -18,8 +18,6 @@ DEFAULTS = {
     "OMP_WAIT_POLICY": "passive",  # threads that wait leave their core to what runs next to them
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; without heartbeats the server takes a run for dead
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # A server that was started again knows which runs hold their deployment's turn.
-    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its pages call Amplitude even if analytics are off
     "PREFECT_WORKER_QUERY_SECONDS": "2",  # how often a worker asks for work

@@ -38,14 +38,14 @@ from lewis_tasks.support.flow_run import tally
 logger = logging.getLogger(__name__)
 
 
-def _run_name() -> str:
-    """The recipe's, until it is known what moved; a run that a person has answered keeps the name that it has."""
+def run_name() -> str:
+    """Flow and recipe, until it is known what moved; a run that a person has answered keeps the name that it has."""
     if (context := FlowRunContext.get()) and context.flow_run and approval.answered(context.flow_run):
         return context.flow_run.name
-    return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
+    return f"{flow_run.flow_name} {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner(), **recipes_page.after(HOOKS))
+@flow(name=prefect_runs.MERGE, flow_run_name=run_name, task_runner=choose.task_runner(), **recipes_page.after(HOOKS))
 @says_why
 def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport | State[MergeReport]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.

@@ -3,7 +3,6 @@
 import logging
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from prefect import State, flow
@@ -23,7 +22,7 @@ from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
 from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DOWNLOAD, MEASURE
 from lewis_flows import prefect_runs
-from lewis_flows.merge import begin, load, merge_flow
+from lewis_flows.merge import begin, load, merge_flow, run_name
 from lewis_flows.registration import MergeReport
 from lewis_flows.runners import choose
 from lewis_flows.turn import HOOKS, turn
@@ -62,11 +61,7 @@ class SearchReport(BaseModel):
     mlflow_run: str
 
 
-def _run_name() -> str:
-    return f"search {Path(str(flow_run.parameters['recipe'])).stem}"
-
-
-@flow(name=prefect_runs.SEARCH, flow_run_name=_run_name, task_runner=choose.task_runner(), **HOOKS)
+@flow(name=prefect_runs.SEARCH, flow_run_name=run_name, task_runner=choose.task_runner(), **HOOKS)
 @says_why
 def search_flow(
     recipe: str, overrides: list[str] | None = None, trials: int | None = None, minutes: float | None = None

@@ -125,8 +125,9 @@ def crash_dead_runs() -> None:
     """
     flows, running = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE), {"type": {"any_": ["RUNNING"]}}
     with get_client(sync_client=True) as client:
-        for run in filter(_died, prefect_runs.of_flows(client, flows, running)):
-            mark_crashed(client, run)
+        for run in prefect_runs.of_flows(client, flows, running):
+            if runs.note_of(str(run.id)).exists() and runs.is_dead(str(run.id)):
+                mark_crashed(client, run)
     for note in runs.notes():
         if runs.is_dead(note.name):
             runs.forget(note.name)
@@ -152,7 +153,3 @@ def tag_crashed_runs() -> None:
     for run in found:
         if "crashed" not in run_tags.tagged(run, "verdict"):
             run_tags.tag(run.id, verdict="crashed")
-
-
-def _died(run: FlowRun) -> bool:
-    return runs.note_of(str(run.id)).exists() and runs.is_dead(str(run.id))

@@ -148,7 +148,9 @@ def report_run(
         pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
         verdict=verdict,
         documents=side_by_side(recipe.gate_metric, models),
-        layers=_moved(recipe, base, experts, allocated) if verdict and not verdict.passed else (),
+        layers=tables.moved_rows(_sizes(sizes_by_layer, recipe, base, experts), allocated)
+        if verdict and not verdict.passed
+        else (),
         means=allocated.means if allocated else {},
         fit=merged.fit,
         warning=warning_of_shared_set(recipe),
@@ -194,13 +196,6 @@ def _over_versions(version: Version) -> dict[str, bytes]:
         return {"The champion over the versions": history.picture(version.name)} if int(version.version) > 1 else {}
     except InputError:  # the recipe scores nothing
         return {}
-
-
-def _moved(
-    recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles], allocated: AllocationEntry | None
-) -> list[dict[str, str]]:
-    """In which layers the experts moved most, as far as the store knows."""
-    return tables.moved_rows(_sizes(sizes_by_layer, recipe, base, experts), allocated)
 
 
 def _sizes(

@@ -8,22 +8,19 @@ from pathlib import Path
 
 from lewis.errors import LewisError
 from lewis.settings import size_text
+from lewis_flows.cli.arguments import Add
 from lewis_flows.cli.terminal import show_log
 
 
-def gc_options(command: argparse.ArgumentParser) -> None:
-    """`--days N` and `--yes`."""
-    _removal_options(command, "keep what was used in the last N days", 14.0)
+def removal(what: str, days: float) -> Add:
+    """`--days N` and `--yes`: `what` is kept, by default for so many `days`."""
 
+    def add(command: argparse.ArgumentParser) -> None:
+        about = f"keep what {what} in the last N days ({days:.0f})"
+        command.add_argument("--days", metavar="N", type=float, default=days, help=about)
+        command.add_argument("--yes", action="store_true", help="remove it; without this, only show it")
 
-def retention_options(command: argparse.ArgumentParser) -> None:
-    """`--days N` and `--yes`."""
-    _removal_options(command, "keep what ended or was written in the last N days", 90.0)
-
-
-def _removal_options(command: argparse.ArgumentParser, what: str, days: float) -> None:
-    command.add_argument("--days", metavar="N", type=float, default=days, help=f"{what} ({days:.0f})")
-    command.add_argument("--yes", action="store_true", help="remove it; without this, only show it")
+    return add
 
 
 def gc(options: argparse.Namespace) -> None:

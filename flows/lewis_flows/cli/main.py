@@ -163,13 +163,13 @@ COMMANDS = (
         "gc",
         housekeeping.gc,
         "remove what no registered version, no recent run and no running one needs",
-        (housekeeping.gc_options, as_json),
+        (housekeeping.removal("was used", 14.0), as_json),
     ),
     Command(
         "retention",
         housekeeping.retention,
         "remove old runs of Prefect and MLflow, and old entries of LEWIS_STORE, that nothing needs",
-        (housekeeping.retention_options, as_json),
+        (housekeeping.removal("ended or was written", 90.0), as_json),
     ),
     Command(
         "backup",

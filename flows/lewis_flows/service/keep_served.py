@@ -27,7 +27,12 @@ def look() -> list[str]:
     if not plans:
         return []
     secret_blocks.load_for_serving()
-    due = [name for name, plan in plans.items() if _is_due(plan)]
+    due = [
+        name
+        for name, plan in plans.items()
+        if (champion := service.champion_of(plan))
+        and any(service.is_due(target, champion) for target in hub.targets(plan))
+    ]
     with get_client(sync_client=True) as client:
         return [name for name in due if _start(client, name)]
 
@@ -39,11 +44,6 @@ def _plan(name: str) -> Recipe | None:
     except LewisError:
         return None
     return plan if hub.targets(plan) else None
-
-
-def _is_due(plan: Recipe) -> bool:
-    champion = service.champion_of(plan)
-    return champion is not None and any(service.is_due(target, champion) for target in hub.targets(plan))
 
 
 def _start(client: SyncPrefectClient, name: str) -> bool:

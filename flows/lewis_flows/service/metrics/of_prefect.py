@@ -14,7 +14,6 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
-from prefect.events import Event
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from lewis_flows import prefect_runs, recipes_folder, release_event
@@ -92,13 +91,14 @@ class Prefect:
             self._note_last(ended)
             going = dict(self._named(client, prefect_runs.of_flows(client, ALL, _GOES_ON)))
             steps = self._steps.read(client, now)
-            released_now = _releases(release_event.announced(client, now - WINDOW))
+            released = release_event.announced(client, now - WINDOW)
         runs = {**ended, **going}
         counts = Counter((each.flow, each.outcome, each.recipe) for each in runs.values())
         about = "Runs of the last day, by flow, outcome and recipe, those that go on too; a poll is none."
         yield gauge("lewis_runs", about, ["flow", "outcome", "recipe"], counts)
         yield from _step_counts(steps.values(), {key: each.recipe for key, each in runs.items()})
-        yield released_now
+        releases = Counter((str(event.payload.get("recipe", "")),) for event in released)
+        yield gauge("lewis_releases", "Releases seen in the last day, by recipe.", ["recipe"], releases)
         there = {name: each for name, each in self._last.items() if recipes_folder.is_there(name)}
         last = {(name, each.outcome): each.time.timestamp() for name, each in there.items()}
         about = "When the last merge of a recipe ended (Unix time), with its verdict; none of one that was removed."
@@ -141,11 +141,6 @@ def _step_counts(ended: Iterable[Step], recipes: Mapping[UUID | None, str]) -> I
     about = "Steps of runs that ended in the last day; those with the outcome `cached` were found, not computed."
     yield gauge("lewis_steps", about, ["step", "outcome", "recipe"], counts)
     yield gauge("lewis_step_seconds", "Seconds that these steps took, in sum.", ["step", "recipe"], seconds)
-
-
-def _releases(events: list[Event]) -> Metric:
-    counts = Counter[tuple[str, ...]]((str(event.payload.get("recipe", "")),) for event in events)
-    return gauge("lewis_releases", "Releases seen in the last day, by recipe.", ["recipe"], counts)
 
 
 def _ended_steps(client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Step]]:
