@@ -91,7 +91,7 @@ def resume(version: str, why: str, *, approve: bool) -> None:
     """End the run that waits for an answer about a version, since it was given elsewhere; a failure is logged."""
     try:
         with get_client(sync_client=True) as client:
-            for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["PAUSED"]}}):
+            for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",)):
                 if asked(run) == version:
                     resume_flow_run(run.id, run_input={"approve": approve, "why": why})
     except (httpx.HTTPError, RuntimeError) as error:
@@ -100,7 +100,7 @@ def resume(version: str, why: str, *, approve: bool) -> None:
 
 def lapse(client: SyncPrefectClient, deployment: UUID, why: str) -> None:
     """End the runs of a deployment that wait for an answer, which can be given no longer, or elsewhere."""
-    paused, same = {"type": {"any_": ["PAUSED"]}}, {"any_": [deployment]}
-    for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), paused, deployment_id=same):
+    same = {"any_": [deployment]}
+    for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",), deployment_id=same):
         client.set_flow_run_state(run.id, Completed(name="Lapsed", message=why), force=True)
         run_tags.tag(run.id, verdict="lapsed")

@@ -34,7 +34,7 @@ def merged(client: SyncPrefectClient, recipes: Iterable[str]) -> dict[str, str]:
 
 def _texts(client: SyncPrefectClient, *tags: str) -> dict[str, str]:
     """Recipe -> digest of a text, as `merged`, of the newest runs with some tags."""
-    states, newest = {"type": {"any_": [*prefect_runs.ENDED, "PAUSED"]}}, FlowRunSort.START_TIME_DESC
+    states, newest = (*prefect_runs.ENDED, "PAUSED"), FlowRunSort.START_TIME_DESC
     limits: dict[str, Any] = {"tags": {"all_": list(tags)}} if tags else {}
     found: dict[str, str] = {}
     for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), states, newest, **limits):

@@ -41,8 +41,8 @@ SKIPPED = "Skipped"
 
 def of_flows(
     client: SyncPrefectClient,
-    flows: tuple[str, ...],
-    state: dict[str, Any],
+    flows: Sequence[str],
+    states: Sequence[str],
     sort: FlowRunSort | None = None,
     **limits: Any,
 ) -> list[FlowRun]:
@@ -51,28 +51,37 @@ def of_flows(
     Args:
         client: of the server to ask.
         flows: names of the flows.
-        state: Prefect's filter of the state, by type or by name: `{"type": {"any_": [...]}}`.
+        states: types of the states; empty: all.
         sort: which come first; by default the server's order.
-        limits: further filters of `FlowRunFilter`, such as `end_time={"after_": ...}`.
+        limits: further filters of `FlowRunFilter`, such as `end_time={"after_": ...}`; `state` is one of the states.
 
     Raises:
         httpx.HTTPError: if the server does not answer, or refuses.
     """
-    return client.read_flow_runs(**_filters(flows, state, limits), sort=sort)
+    return client.read_flow_runs(**_filters(flows, states, **limits), sort=sort)
 
 
 def all_of_flows(
-    client: SyncPrefectClient, flows: tuple[str, ...], state: dict[str, Any], sort: FlowRunSort, **limits: Any
+    client: SyncPrefectClient, flows: Sequence[str], states: Sequence[str], sort: FlowRunSort, **limits: Any
 ) -> Iterator[FlowRun]:
     """As `of_flows`, but all of them, page after page."""
-    return run_tags.pages(client.read_flow_runs, **_filters(flows, state, limits), sort=sort)
+    return run_tags.pages(client.read_flow_runs, **_filters(flows, states, **limits), sort=sort)
 
 
-def _filters(flows: tuple[str, ...], state: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
+def _filters(
+    flows: Sequence[str], states: Sequence[str], state: dict[str, Any] | None = None, **limits: Any
+) -> dict[str, Any]:
+    wanted = {**({"type": {"any_": list(states)}} if states else {}), **(state or {})}
     return {
         "flow_filter": FlowFilter(name=FlowFilterName(any_=list(flows))),
-        "flow_run_filter": FlowRunFilter.model_validate({"state": state, **limits}),
+        "flow_run_filter": FlowRunFilter.model_validate({"state": wanted, **limits}),
     }
+
+
+def flow_names(client: SyncPrefectClient) -> dict[UUID, str]:
+    """Id of each of our flows -> its name."""
+    ours = FlowFilter(name=FlowFilterName(any_=list(ALL)))
+    return {each.id: each.name for each in client.read_flows(flow_filter=ours)}
 
 
 def recipe_of(run: FlowRun) -> str:

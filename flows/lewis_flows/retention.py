@@ -96,8 +96,8 @@ def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iter
     """The old runs of our flows; of each flow and recipe without the newest, whose artifacts are the last ones."""
     seen = set[tuple[str, str]]()
     old = {"before_": datetime.fromtimestamp(before, UTC)}
-    ended, newest = {"type": {"any_": prefect_runs.ENDED}}, FlowRunSort.END_TIME_DESC
-    for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, ended, newest, end_time=old):
+    newest = FlowRunSort.END_TIME_DESC
+    for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, prefect_runs.ENDED, newest, end_time=old):
         of = (str(run.flow_id), prefect_runs.recipe_of(run))
         needed = str(run.id) in kept or run_tags.tagged(run, run_tags.BROKEN)
         if of in seen and not needed and run.end_time is not None:

@@ -66,8 +66,8 @@ def absorb(run: FlowRun) -> None:
         return
     try:
         with get_client(sync_client=True) as client:
-            scheduled, same = {"type": {"any_": ["SCHEDULED"]}}, {"any_": [run.deployment_id]}
-            for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), scheduled, deployment_id=same):
+            same = {"any_": [run.deployment_id]}
+            for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("SCHEDULED",), deployment_id=same):
                 alike = other.id != run.id and _given(other) == _given(run) and not approval.asked(other)
                 if alike and prefect_runs.waits(other):
                     prefect_runs.skip(client, other, f"the run {run.name} merges the newest state")
@@ -123,9 +123,9 @@ def crash_dead_runs() -> None:
 
     The locks tell only of runs on this store's file system; the server learns of others by their missing heartbeats.
     """
-    flows, running = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE), {"type": {"any_": ["RUNNING"]}}
+    flows = prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE
     with get_client(sync_client=True) as client:
-        for run in prefect_runs.of_flows(client, flows, running):
+        for run in prefect_runs.of_flows(client, flows, ("RUNNING",)):
             if runs.note_of(str(run.id)).exists() and runs.is_dead(str(run.id)):
                 mark_crashed(client, run)
     for note in runs.notes():
@@ -143,10 +143,10 @@ def mark_crashed(client: SyncPrefectClient, run: FlowRun) -> None:
 
 def tag_crashed_runs() -> None:
     """Tag runs that the server marked as Crashed with this verdict, since the server changes only their state."""
-    flows, crashed = prefect_runs.OF_RECIPES, {"type": {"any_": ["CRASHED"]}}
+    flows, newest = prefect_runs.OF_RECIPES, FlowRunSort.END_TIME_DESC
     try:
         with get_client(sync_client=True) as client:
-            found = prefect_runs.of_flows(client, flows, crashed, FlowRunSort.END_TIME_DESC)
+            found = prefect_runs.of_flows(client, flows, ("CRASHED",), newest)
     except httpx.HTTPError as error:
         logger.info("runs that died get their verdict later: %s", type(error).__name__)
         return

@@ -273,7 +273,7 @@ def _runs(client: SyncPrefectClient, recipe: str, states: tuple[str, ...], **lim
 
 def _merges(client: SyncPrefectClient, states: tuple[str, ...], **limits: Any) -> Iterator[FlowRun]:
     newest = FlowRunSort.END_TIME_DESC
-    return prefect_runs.all_of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": states}}, newest, **limits)
+    return prefect_runs.all_of_flows(client, (prefect_runs.MERGE,), states, newest, **limits)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def _start(client: SyncPrefectClient, name: str) -> bool:
     deployment = prefect_runs.deployment(client, f"{prefect_runs.SERVE}/{name}")
     if deployment is None or deployment.paused:  # `Follower` will create it, somebody will resume it
         return False
-    open_, same = {"type": {"any_": ["SCHEDULED", *prefect_runs.UNFINISHED]}}, {"any_": [deployment.id]}
+    open_, same = ("SCHEDULED", *prefect_runs.UNFINISHED), {"any_": [deployment.id]}
     if prefect_runs.of_flows(client, (prefect_runs.SERVE,), open_, deployment_id=same):
         return False
     logger.info("%s: a target has not the champion; serving it again", name)

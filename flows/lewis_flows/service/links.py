@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
-from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter
@@ -137,6 +136,6 @@ def last_run(client: SyncPrefectClient, recipe: str) -> FlowRun | None:
     One that was skipped counts as begun to the server, which is when another one began.
     """
     flows, newest = (prefect_runs.MERGE, prefect_runs.SEARCH), FlowRunSort.START_TIME_DESC
-    began: dict[str, Any] = {"name": {"not_any_": [prefect_runs.SKIPPED]}}
-    runs = prefect_runs.all_of_flows(client, flows, began, newest, start_time={"is_null_": False})
+    begun, started = {"name": {"not_any_": [prefect_runs.SKIPPED]}}, {"is_null_": False}
+    runs = prefect_runs.all_of_flows(client, flows, (), newest, state=begun, start_time=started)
     return next((run for run in islice(runs, 2000) if prefect_runs.recipe_of(run) == recipe), None)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowFilterName
+from prefect.client.schemas.filters import DeploymentFilter
 from prefect.client.schemas.objects import FlowRun, WorkQueueStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
@@ -177,7 +177,6 @@ def _ask_registry(found: Watched, mlflow: Part, *, scores: bool) -> list[Held]:
 
 
 PATIENCE = 10.0  # seconds for one request
-_FLOWS = FlowFilter(name=FlowFilterName(any_=list(prefect_runs.ALL)))
 LAST = 5  # runs of one recipe that are shown
 
 
@@ -208,7 +207,7 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
 def _broken(client: SyncPrefectClient) -> dict[str, set[str]]:
     """Recipe -> the commits that its runs found broken on the Hub itself."""
     commits: dict[str, set[str]] = {}
-    for run in _runs(client, (MERGE,), ("FAILED",), FlowRunSort.END_TIME_DESC):
+    for run in prefect_runs.of_flows(client, (MERGE,), ("FAILED",), FlowRunSort.END_TIME_DESC):
         commits.setdefault(recipe_of(run), set()).update(tagged(run, BROKEN))
     return commits
 
@@ -252,7 +251,8 @@ def _queues(client: SyncPrefectClient, pool: str) -> Iterator[Part]:
 
 
 def _running(client: SyncPrefectClient) -> list[Run]:
-    runs = _runs(client, (MERGE, SEARCH, EVALUATE), prefect_runs.UNFINISHED, FlowRunSort.START_TIME_ASC)
+    flows, first = (MERGE, SEARCH, EVALUATE), FlowRunSort.START_TIME_ASC
+    runs = prefect_runs.of_flows(client, flows, prefect_runs.UNFINISHED, first)
     return _described(client, runs, lambda run: run.start_time or run.expected_start_time)
 
 
@@ -260,7 +260,8 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
     """The next run of each deployment and recipe, the soonest first."""
     # Ask for each flow by itself: the server gives 200 runs at most.
     soonest = FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC
-    runs = [run for flow in (MERGE, SEARCH, EVALUATE) for run in _runs(client, (flow,), ("SCHEDULED",), soonest)]
+    each_flow = (prefect_runs.of_flows(client, (flow,), ("SCHEDULED",), soonest) for flow in (MERGE, SEARCH, EVALUATE))
+    runs = [run for of_flow in each_flow for run in of_flow]
     first = _first(runs, lambda run: (run.deployment_id, recipe_of(run)))
     described = _described(client, first, lambda run: run.next_scheduled_start_time or run.expected_start_time)
     return sorted(described, key=lambda run: run.since or datetime.max.replace(tzinfo=UTC))
@@ -268,19 +269,13 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
 
 def _finished(client: SyncPrefectClient, only: str) -> list[Run]:
     """The last merge and the last search of each recipe, or the last five of one; the newest first, none skipped."""
-    ended = {"type": {"any_": prefect_runs.ENDED}, "name": {"not_any_": [prefect_runs.SKIPPED]}}
-    runs = prefect_runs.of_flows(client, (MERGE, SEARCH), ended, FlowRunSort.END_TIME_DESC)
+    begun, newest = {"name": {"not_any_": [prefect_runs.SKIPPED]}}, FlowRunSort.END_TIME_DESC
+    runs = prefect_runs.of_flows(client, (MERGE, SEARCH), prefect_runs.ENDED, newest, state=begun)
     if only:
         last = [run for run in runs if recipe_of(run) == only][:LAST]
     else:
         last = _first(runs, lambda run: (run.flow_id, recipe_of(run)))
     return _described(client, last, lambda run: run.end_time)
-
-
-def _runs(
-    client: SyncPrefectClient, flows: tuple[str, ...], states: tuple[str, ...], sort: FlowRunSort
-) -> list[FlowRun]:
-    return prefect_runs.of_flows(client, flows, {"type": {"any_": states}}, sort)
 
 
 def _described(
@@ -289,7 +284,7 @@ def _described(
     ids = {run.deployment_id for run in runs if run.deployment_id}
     wanted = DeploymentFilter.model_validate({"id": {"any_": list(ids)}})
     names = {each.id: each.name for each in client.read_deployments(deployment_filter=wanted)} if ids else {}
-    flows = {each.id: each.name for each in client.read_flows(flow_filter=_FLOWS)} if runs else {}
+    flows = prefect_runs.flow_names(client) if runs else {}
     return [
         Run(
             recipe=recipe_of(run),

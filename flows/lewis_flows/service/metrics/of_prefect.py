@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName, TaskRunFilter
+from prefect.client.schemas.filters import TaskRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -24,9 +24,7 @@ from lewis_tasks.support.patience import impatient
 WINDOW = timedelta(days=1)
 _LATE = timedelta(minutes=2)  # how much later than its end the server may hear that a task ended
 _TIMEOUT = 10.0  # seconds for one request
-_ENDED = {"type": {"any_": list(ENDED)}}
-_WAITS = ["Late", "AwaitingConcurrencySlot"]  # names of the type SCHEDULED
-_GOES_ON = {"operator": "or_", "type": {"any_": list(UNFINISHED)}, "name": {"any_": _WAITS}}
+_OR_WAITS = {"operator": "or_", "name": {"any_": ["Late", "AwaitingConcurrencySlot"]}}  # names of the type SCHEDULED
 
 
 class Step(NamedTuple):
@@ -85,11 +83,11 @@ class Prefect:
         now = datetime.now(UTC)
         with impatient(_TIMEOUT) as client:
             if not self._last:  # the last run of a recipe may be older than a day
-                found = prefect_runs.of_flows(client, (MERGE,), _ENDED, FlowRunSort.END_TIME_DESC)
+                found = prefect_runs.of_flows(client, (MERGE,), ENDED, FlowRunSort.END_TIME_DESC)
                 self._note_last(dict(self._named(client, found)))
             ended = self._runs.read(client, now)
             self._note_last(ended)
-            going = dict(self._named(client, prefect_runs.of_flows(client, ALL, _GOES_ON)))
+            going = dict(self._named(client, prefect_runs.of_flows(client, ALL, UNFINISHED, state=_OR_WAITS)))
             steps = self._steps.read(client, now)
             released = release_event.announced(client, now - WINDOW)
         runs = {**ended, **going}
@@ -112,13 +110,12 @@ class Prefect:
 
     def _ended_runs(self, client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Run]]:
         newest = FlowRunSort.END_TIME_DESC
-        found = prefect_runs.all_of_flows(client, ALL, _ENDED, newest, end_time={"after_": after})
+        found = prefect_runs.all_of_flows(client, ALL, ENDED, newest, end_time={"after_": after})
         return self._named(client, list(found))
 
     def _named(self, client: SyncPrefectClient, runs: Sequence[FlowRun]) -> Iterator[tuple[UUID, Run]]:
         if not self._flows.keys() >= {run.flow_id for run in runs}:
-            wanted = FlowFilter(name=FlowFilterName(any_=list(ALL)))
-            self._flows = {each.id: each.name for each in client.read_flows(flow_filter=wanted)}
+            self._flows = prefect_runs.flow_names(client)
         for run in runs:
             time, outcome = run.end_time or run.expected_start_time or datetime.now(UTC), (run.state_name or "").lower()
             yield run.id, Run(self._flows.get(run.flow_id, ""), prefect_runs.recipe_of(run), outcome, time)
