@@ -35,6 +35,14 @@ def ahead_by(headers: Mapping[str, str]) -> timedelta:
     return found if abs(found) > _AGREES else timedelta()
 
 
+def check_server() -> None:
+    """Raise InputError unless a Prefect server is named: without one, Prefect's client would start its own."""
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
+        raise InputError("PREFECT_API_URL is not set: there is no server to report a release to; start `lewis up`")
+
+
 def post(event: Mapping[str, Any]) -> None:
     """Send an event; returns when the server has taken it, which does not mean that it has stored it.
 
@@ -47,13 +55,10 @@ def post(event: Mapping[str, Any]) -> None:
     """
     # Not Prefect's emit_event: it sends from a thread, and an event that is lost there raises no error.
     import httpx
-    from prefect.settings import PREFECT_API_URL
 
     from lewis_tasks.support.patience import impatient
 
-    url = PREFECT_API_URL.value()
-    if not url:
-        raise InputError("PREFECT_API_URL is not set: there is no server to report a release to; start `lewis up`")
+    check_server()
     try:
         with impatient(_PATIENCE) as client:
             occurred = datetime.now(UTC) + ahead(client)
