@@ -155,10 +155,10 @@ def name_of(recipe: str) -> str:
     return path.stem if inside else recipe
 
 
-def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(recipe: str) -> Recipe:
     """Read and check a recipe, as `find`, `Recipe.load` and `check_alone`."""
     path = find(recipe)
-    found = Recipe.load(path, overrides)
+    found = Recipe.load(path)
     check_alone(path, found)
     return found
 

@@ -54,18 +54,27 @@ _ENTRYPOINTS = {
     prefect_runs.SEARCH: "lewis_flows.search.search_flow",
     prefect_runs.SERVE: "lewis_flows.serve.serve_flow",
 }
-_OVERRIDES = {
-    "type": "array",
-    "items": {"type": "string"},
-    "title": "overrides",
-    "description": "key.path=value each, as `lewis run --set`",
-}
-_LIMITS = {
-    "trials": {"type": "integer", "title": "trials", "description": "how many in all, instead of the recipe's number"},
-    "minutes": {"type": "number", "title": "minutes", "description": "begin no further trial after this time"},
-}
 
-_AGAIN = {"type": "boolean", "title": "again", "default": False, "description": "also where the champion is in service"}
+
+def _parameter(kind: str, name: str, about: str, **more: Any) -> dict[str, Any]:
+    return {"type": kind, "title": name, "description": about, **more}
+
+
+_OVERRIDES = _parameter(
+    "array", "overrides", "key.path=value each, as `lewis run --set`", items={"type": "string"}, position=1
+)
+_PARAMETERS = {
+    prefect_runs.MERGE: {"overrides": _OVERRIDES},
+    prefect_runs.SEARCH: {
+        "overrides": _OVERRIDES,
+        "trials": _parameter("integer", "trials", "how many in all, instead of the recipe's number"),
+        "minutes": _parameter("number", "minutes", "begin no further trial after this time"),
+    },
+    prefect_runs.SERVE: {
+        "again": _parameter("boolean", "again", "also where the champion is in service", default=False)
+    },
+}
+"""Name of a flow -> what its form has, next to the recipe."""
 
 
 @dataclass(frozen=True)
@@ -257,12 +266,7 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
             tags, paused = [*tags, _CANNOT_RUN], {"paused": True}
     elif by_us:
         paused = {"paused": False}
-    name = {"type": "string", "title": "recipe", "enum": [file.name], "default": file.name, "position": 0}
-    further: dict[str, Any] = (
-        {"again": _AGAIN} if flow == prefect_runs.SERVE else {"overrides": {**_OVERRIDES, "position": 1}}
-    )
-    further |= _LIMITS if flow == prefect_runs.SEARCH else {}
-    properties = {"recipe": name, **further}
+    recipes = {"type": "string", "title": "recipe", "enum": [file.name], "default": file.name, "position": 0}
     return {
         # Of a file that cannot run it stays: mended, it counts as edited only if it is another than before.
         "version": before.version if before and file.why else file.version,
@@ -273,7 +277,7 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
         "parameter_openapi_schema": {
             "type": "object",
             "title": "Parameters",
-            "properties": properties,
+            "properties": {"recipe": recipes, **_PARAMETERS[flow]},
             "additionalProperties": False,
         },
         "enforce_parameter_schema": True,

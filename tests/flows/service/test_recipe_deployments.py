@@ -16,7 +16,7 @@ from prefect.states import Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import InputError, LewisError
-from lewis_flows import approval, prefect_runs, recipes_folder
+from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.merge import merge_flow
 from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments, webhook
@@ -194,7 +194,7 @@ def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectC
     )
     with pytest.raises(PrefectHTTPStatusError, match="'bogus' was unexpected"):
         client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", "bogus": 1})
-    resuming, asks = Scheduled(name="Resuming"), [f"{approval._TAG}models:/good/1"]
+    resuming, asks = Scheduled(name="Resuming"), ["awaits:models:/good/1"]
     answered = client.create_flow_run_from_deployment(
         deployment, parameters=begins.parameters, state=resuming, tags=asks
     )
