@@ -48,7 +48,6 @@ _OF_OURS = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
 _OURS = (TAG, _CANNOT_RUN, "recipe:", "team:")  # tags, or how they begin
 _HOLDING = ["PENDING", "RUNNING", "CANCELLING"]  # state types of a run that holds a slot of its deployment's limit
 _GRACE = 90  # seconds from Pending to Running; a worker that dies between them holds the slot for so long
-_EARLIER = ("merge-nightly", "merge-on-release", "watch-releases", "search", "approve")  # before recipes had their own
 _ENTRYPOINTS = {
     prefect_runs.MERGE: "lewis_flows.merge.merge_flow",
     prefect_runs.SEARCH: "lewis_flows.search.search_flow",
@@ -213,7 +212,7 @@ def paused(client: SyncPrefectClient) -> set[str]:
 
 
 def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bool:
-    """Remove the deployments that no recipe of the folder asks for, and those of earlier versions of the project.
+    """Remove the deployments that no recipe of the folder asks for.
 
     One with a run that goes on stays: with the deployment goes the limit that the run holds a slot of, and a server
     that cannot free the slot answers each state that would end the run with an error.
@@ -231,7 +230,7 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
     for deployment in list(pages(client.read_deployments, deployment_filter=_OF_OURS)):
         name = f"{read_flow(deployment.flow_id).name}/{deployment.name}"
         of_recipe = f"recipe:{deployment.name}" in deployment.tags
-        if name in dropped or ((of_recipe or deployment.name in _EARLIER) and deployment.name not in names):
+        if name in dropped or (of_recipe and deployment.name not in names):
             if removed := remove(client, name):
                 changed = _changed(deployment, "it was paused", "it had a schedule of its own")
                 lost = ", and ".join(changed) if name.startswith(f"{prefect_runs.MERGE}/") else ""
