@@ -91,7 +91,7 @@ HOOKS: dict[str, Any] = {ending: [*hooks, end_turn] for ending, hooks in run_tag
 
 def _lock(recipe: Path) -> FileLock | SharedLock:
     """The lock of a recipe. Those of the recipes folder have one across all machines with the same `LEWIS_STORE`."""
-    if recipe.parent.resolve() == recipes_folder.location().resolve():
+    if recipes_folder.holds(recipe):
         return store.shared_lock(f"turn-{recipe.name}", local=f"turn-{recipe}")
     return store.lock(f"turn-{recipe}")
 
