@@ -74,8 +74,7 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     elif promotion.is_champion(name, number) != answer.approve:  # `lewis approve` has decided otherwise
         raise InputError(f"{version}: it waits for no approval any more; see `lewis history {name}`")
     state, line = (APPROVED, "is the champion") if answer.approve else ("Refused", "is refused")
-    run_tags.tag(verdict=state.lower())
-    return Completed(name=state, message=f"{version} {line}: {why}")
+    return run_tags.ending(state, f"{version} {line}: {why}", None)
 
 
 def go_on(run: FlowRun) -> None:

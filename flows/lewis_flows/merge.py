@@ -76,7 +76,6 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
         return approval.ask(run, report.version, "\n".join(f"* {reason}" for reason in report.verdict))
     if not changed:
         name, line = "Cached", f"{path.stem}: nothing has changed, everything was found done"
-    run_tags.tag(verdict=name.lower())
     return run_tags.ending(name, line, report)
 
 

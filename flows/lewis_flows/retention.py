@@ -15,7 +15,6 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed
 
 from lewis.errors import InputError
 from lewis.registry import retention as in_mlflow
@@ -50,8 +49,7 @@ def retention_flow(days: float = DAYS, dry_run: bool = True) -> int | State[int]
     create_table_artifact(rows or [{"where": "all", "what": "nothing"}], key="lewis-retention", description=told)
     if not dry_run:
         remove(found)
-    run_tags.tag(verdict="looked" if dry_run else "removed")
-    return Completed(name="Looked" if dry_run else "Removed", message=told, data=len(found))
+    return run_tags.ending("Looked" if dry_run else "Removed", told, len(found))
 
 
 def to_text(found: list[Outdated], *, removed: bool) -> str:

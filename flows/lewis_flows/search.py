@@ -90,7 +90,6 @@ def search_flow(
         tried = _Trials(plan, *_prepare(plan), metrics)
         best = tried.run(wanted, time.monotonic() + 60 * limit if limit else float("inf"))
         report, (name, line) = _confirm(recipe, plan, list(overrides or []), tried, best)
-    run_tags.tag(verdict=name.lower())
     return run_tags.ending(name, f"{len(report.trials)} trials; {line}", report)
 
 

@@ -70,5 +70,4 @@ def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeRep
             report.changed = [each.target for each, new in done if new]
             name = "Served" if report.changed else "Cached"
             line = f"{uri} is in service: {', '.join(each.target for each, _ in done)}"
-    run_tags.tag(verdict=name.lower())
     return run_tags.ending(name, line, report)

@@ -63,11 +63,12 @@ class RejectedRun(Exception):
 
 
 def ending(name: str, message: str, data: Any) -> State[Any]:
-    """The state of a run that did all its work.
+    """The state of a run that did all its work; its name is the verdict, a tag of this run.
 
     It is of the type Completed, but for `Rejected`, whose type is Cancelled: Prefect's pages colour a run by the type
     of its state, so a rejection is grey in lists, bars and the dashboard. It is no failure, and nothing repeats it.
     """
+    tag(verdict=name.lower())
     if name == REJECTED:
         _wait_for_ends()
         return Cancelled(name=name, message=message, data=RejectedRun(message, data))
