@@ -27,8 +27,7 @@ from lewis_flows.service import recipes_page
 from lewis_flows.turn import HOOKS, absorb, turn
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, pin, submit
 from lewis_tasks.evaluate import check_tasks
-from lewis_tasks.publish import check_publish
-from lewis_tasks.register import find_champion
+from lewis_tasks.register import check_publish, find_champion
 from lewis_tasks.report import report_densities, report_run
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import patience

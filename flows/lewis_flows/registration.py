@@ -17,8 +17,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import verdict_line
 from lewis_flows.scoring import Judged
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, submit
-from lewis_tasks.publish import publish
-from lewis_tasks.register import gate, promote, register
+from lewis_tasks.register import gate, promote, publish, register
 from lewis_tasks.report import report_scores
 
 logger = logging.getLogger(__name__)
