@@ -23,7 +23,7 @@ from lewis.registry import history, releases
 from lewis.registry.releases import Held
 from lewis.serving import records, slots
 from lewis_flows import edits, polls, prefect_runs, recipes_folder, turn, watch
-from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, recipe_of
+from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, of_flows, recipe_of
 from lewis_flows.service import note, recipe_deployments
 from lewis_flows.service.credentials import connected
 from lewis_flows.service.deploy import POOL
@@ -207,7 +207,7 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
 def _broken(client: SyncPrefectClient) -> dict[str, set[str]]:
     """Recipe -> the commits that its runs found broken on the Hub itself."""
     commits: dict[str, set[str]] = {}
-    for run in prefect_runs.of_flows(client, (MERGE,), ("FAILED",), FlowRunSort.END_TIME_DESC):
+    for run in of_flows(client, (MERGE,), ("FAILED",), FlowRunSort.END_TIME_DESC):
         commits.setdefault(recipe_of(run), set()).update(tagged(run, BROKEN))
     return commits
 
@@ -252,7 +252,7 @@ def _queues(client: SyncPrefectClient, pool: str) -> Iterator[Part]:
 
 def _running(client: SyncPrefectClient) -> list[Run]:
     flows, first = (MERGE, SEARCH, EVALUATE), FlowRunSort.START_TIME_ASC
-    runs = prefect_runs.of_flows(client, flows, prefect_runs.UNFINISHED, first)
+    runs = of_flows(client, flows, prefect_runs.UNFINISHED, first)
     return _described(client, runs, lambda run: run.start_time or run.expected_start_time)
 
 
@@ -260,8 +260,7 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
     """The next run of each deployment and recipe, the soonest first."""
     # Ask for each flow by itself: the server gives 200 runs at most.
     soonest = FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC
-    each_flow = (prefect_runs.of_flows(client, (flow,), ("SCHEDULED",), soonest) for flow in (MERGE, SEARCH, EVALUATE))
-    runs = [run for of_flow in each_flow for run in of_flow]
+    runs = [run for flow in (MERGE, SEARCH, EVALUATE) for run in of_flows(client, (flow,), ("SCHEDULED",), soonest)]
     first = _first(runs, lambda run: (run.deployment_id, recipe_of(run)))
     described = _described(client, first, lambda run: run.next_scheduled_start_time or run.expected_start_time)
     return sorted(described, key=lambda run: run.since or datetime.max.replace(tzinfo=UTC))
@@ -270,7 +269,7 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
 def _finished(client: SyncPrefectClient, only: str) -> list[Run]:
     """The last merge and the last search of each recipe, or the last five of one; the newest first, none skipped."""
     begun, newest = {"name": {"not_any_": [prefect_runs.SKIPPED]}}, FlowRunSort.END_TIME_DESC
-    runs = prefect_runs.of_flows(client, (MERGE, SEARCH), prefect_runs.ENDED, newest, state=begun)
+    runs = of_flows(client, (MERGE, SEARCH), prefect_runs.ENDED, newest, state=begun)
     if only:
         last = [run for run in runs if recipe_of(run) == only][:LAST]
     else:
