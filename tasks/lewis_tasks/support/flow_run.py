@@ -152,7 +152,7 @@ def name_task(name: str) -> None:
         context.task_run.name = name  # sent with the task's last state
 
 
-def tag(run: UUID | None = None, **values: str) -> None:
+def tag(run: UUID | None = None, /, **values: str) -> None:
     """Add tags such as `recipe:tiny` to a flow run, by which people filter; a failure is logged, not raised.
 
     Args:
