@@ -51,25 +51,6 @@ def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
         yield client
 
 
-@pytest.fixture
-def hub(home: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
-    with LocalHub(tmp_path / "hub") as hub:
-        for name, value in (hub.environment(tmp_path) | {"LEWIS_HOME": str(home)}).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        for name in ("base", "math", "code"):
-            hub.commit(f"org/{name}", getattr(family, name))
-        yield hub
-
-
-@pytest.fixture
-def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of recipes; each test gives its recipes names of their own, as they share a server."""
-    (tmp_path / "recipes").mkdir()
-    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
-    return tmp_path / "recipes"
-
-
 def events(client: SyncPrefectClient, recipe: str) -> list[dict]:
     """What was announced of a recipe, the newest first."""
     wanted = {"event": {"name": [release_event.EVENT]}, "resource": {"labels": {"lewis.recipe": recipe}}}
