@@ -73,20 +73,14 @@ def report_scores(recipe: Recipe, scores: dict[str, ModelScores]) -> dict[str, l
         "comparison": comparison_rows(models),
         "kept": kept_rows(kept_gains(recipe.gate_metric, models)),
     }
-    create_table_artifact(
-        found["scores"], key=artifact_key(recipe, "score-table"), description="Scores next to the parents'"
-    )
-    create_table_artifact(
-        found["comparison"],
-        key=artifact_key(recipe, "comparison"),
-        description="The merged model against each other one, document by document",
-    )
+    shown = {
+        "score-table": (found["scores"], "Scores next to the parents'"),
+        "comparison": (found["comparison"], "The merged model against each other one, document by document"),
+    }
     if found["kept"]:
-        create_table_artifact(
-            found["kept"],
-            key=artifact_key(recipe, "kept"),
-            description="How much of each expert's gain over the base is kept on its own task",
-        )
+        shown["kept"] = found["kept"], "How much of each expert's gain over the base is kept on its own task"
+    for what, (rows, about) in shown.items():
+        create_table_artifact(rows, key=artifact_key(recipe, what), description=about)
     create_markdown_artifact(
         f"# Scores\n\n{picture('scores', charts.scores(recipe.score_weights, scores))}",
         key=artifact_key(recipe, "score-bars"),
