@@ -70,7 +70,7 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     why, by = answer.why or "on the run's page", f"the run {run_tags.url()}"
     if promotion.is_waiting(name, number):
         (promotion.approve if answer.approve else promotion.refuse)(name, number, why, by)
-        moves.tell()
+        moves.report()
     elif promotion.is_champion(name, number) != answer.approve:  # `lewis approve` has decided otherwise
         raise InputError(f"{version}: it waits for no approval any more; see `lewis history {name}`")
     state, line = (APPROVED, "is the champion") if answer.approve else ("Refused", "is refused")

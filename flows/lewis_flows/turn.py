@@ -121,7 +121,7 @@ def waits(run: str) -> bool:
 def crash_dead_runs() -> None:
     """Mark as Crashed the runs that Prefect believes running though their process has died.
 
-    The locks tell only of runs on this store's file system; the server learns of others by their missing heartbeats.
+    Locks are only of runs on this store's file system; the server learns of others by their missing heartbeats.
     """
     flows = prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE
     with get_client(sync_client=True) as client:

@@ -102,7 +102,7 @@ def poll(recipes: list[str] | None = None) -> WatchReport:
         TransientError: if MLflow, Prefect or the Hub does not answer; the next poll asks again.
     """
     secret_blocks.load_for_run(None)
-    moves.tell()
+    moves.report()
     tag_crashed_runs()
     found, problems, loaded = _compare(recipes)
     transient = [str(problem) for problem in problems.values() if isinstance(problem, TransientError)]
@@ -220,7 +220,7 @@ def _is_news(recipe: str, move: Moved) -> bool:
         times = _announcements(client, recipe, move, now)
         if not times:
             return True
-        _tell_if_stuck(client, recipe, move, min(times))
+        _report_if_stuck(client, recipe, move, min(times))
         return recipe not in due(client, now) and _came_to_nothing(client, recipe, max(times), now)
 
 
@@ -251,7 +251,7 @@ def _looked_since(run: FlowRun, announced: datetime) -> bool:
     return run.state_name != prefect_runs.SKIPPED and began is not None and began >= announced
 
 
-def _tell_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: datetime) -> None:
+def _report_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: datetime) -> None:
     """Report a release that was announced and whose runs keep failing."""
     failed = _runs(client, recipe, ("FAILED", "CRASHED"), end_time={"after_": since})
     if len(failed) >= STUCK_AFTER:

@@ -159,7 +159,7 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     if verdict.waits and done.previous != version.uri:
         word, what = f"passed: waits for `lewis approve {name} --why ...`", f"ask about v{number}"
     flow_run.name_task(what)
-    moves.tell()  # also the moves that an earlier run could not report
+    moves.report()  # also the moves that an earlier run could not report
     lines = [
         f"# {version.uri}: {word}",
         f"Compared with {verdict.compared_with}.",

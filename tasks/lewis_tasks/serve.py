@@ -78,7 +78,7 @@ def _roll_back(champion: Champion, why: str) -> None:
     try:
         if promotion.is_champion(version.name, version.version):
             promotion.rollback(version.name, why)
-            moves.tell()
+            moves.report()
     except InputError as error:
         logger.warning("%s stays the champion: %s", version.uri, error)
 

@@ -135,7 +135,7 @@ def test_a_promotion_starts_the_deployment_and_is_sent_until_it_has(
     client.set_flow_run_state(runs()[0].id, Completed(), force=True)
     time.sleep(3)  # the server's triggers learn of the automation
     crowned(family.base, "a")
-    moves.tell(patience=60)
+    moves.report(patience=60)
     assert outbox.moves() == []
     wait(lambda: len(runs()) == 2)
 

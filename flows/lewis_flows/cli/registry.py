@@ -172,5 +172,5 @@ def _report(answered: str = "", why: str = "", *, approve: bool = True) -> bool:
 
             if answered:
                 approval.resume(answered, why, approve=approve)
-            moves.tell()
+            moves.report()
     return bool(url)

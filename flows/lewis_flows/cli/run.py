@@ -171,7 +171,7 @@ def _run_flow(name: str, *arguments: object, as_json: bool) -> Any:
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             APILogWorker.drain_all(timeout=10)  # send the log before the server is stopped
-            moves.tell(patience=10)
+            moves.report(patience=10)
 
 
 def _stop_tasks(number: int, frame: FrameType | None) -> NoReturn:

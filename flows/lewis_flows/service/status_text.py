@@ -16,7 +16,7 @@ def as_text(status: Status, now: datetime, width: int = 120) -> str:
     """Tables for a terminal; times are relative, and in the local time zone.
 
     Args:
-        status: what to tell.
+        status: what to show.
         now: in UTC, which times are relative to.
         width: of the terminal, in characters.
     """

@@ -39,7 +39,7 @@ _PAUSE = 0.5  # seconds between two looks
 _REQUEST = 5.0  # seconds for one request
 
 
-def tell(patience: float = 0) -> None:
+def report(patience: float = 0) -> None:
     """Send the events of all moves that the server may not know, and forget those that it does know.
 
     Nothing is raised: what could not be reported is logged, and reported the next time.
