@@ -31,8 +31,6 @@ PROMOTED = "lewis.model.promoted"
 NOTIFIES = "lewis-notify-promotion"
 """The automation that does so, if the user wants it."""
 
-_SERVES = "service of "
-
 _ENDED = ["prefect.automation.action.executed", "prefect.automation.action.failed"]
 _GIVEN_UP = timedelta(days=7)  # as long as Prefect keeps events
 _PAUSE = 0.5  # seconds between two looks
@@ -99,7 +97,7 @@ def _acted(client: SyncPrefectClient, automation: str, move: Move) -> bool:
 
 def serves(name: str) -> str:
     """The prefix of automations that put a registered model into service; the name of a recipe follows it."""
-    return f"{_SERVES}{name} by "
+    return f"service of {name} by "
 
 
 def _found(client: SyncPrefectClient, **wanted: Any) -> bool:
