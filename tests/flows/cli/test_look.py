@@ -66,7 +66,7 @@ def test_a_look_at_an_empty_store_creates_no_database(
     assert not (tmp_path / "store" / "mlflow").exists()
 
 
-@pytest.mark.parametrize("command", ["report nope", "deploy", "open"])
+@pytest.mark.parametrize("command", ["report nope", "deploy", "cancel nope"])
 def test_a_prefect_server_that_does_not_answer_is_reported_without_a_traceback(
     command: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
