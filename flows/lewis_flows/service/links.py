@@ -62,7 +62,6 @@ def pages() -> Pages:
 
     Raises:
         InputError: if there is no Prefect server.
-        TransientError: if it does not answer.
     """
     with server() as (_, ui):
         found = {"deployments": f"{ui}/deployments", "runs": f"{ui}/runs", "recipes": f"{ui}/artifacts/key/{KEY}"}
