@@ -91,8 +91,10 @@ def connected(url: str) -> Iterator[None]:
         raise TransientError(f"{url}: Prefect {how}") from error
     finally:
         for name, value in before.items():
-            os.environ.pop(name)
-            os.environ.update({name: value} if value is not None else {})
+            if value is None:
+                os.environ.pop(name, None)
+            else:  # never missing in between: other threads of the receiver read it
+                os.environ[name] = value
 
 
 def mlflow_user() -> str:
