@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lewis.quick_imports import quick_imports
 from lewis_flows.cli import arguments, bars
+from lewis_flows.cli.arguments import flag, option, positive
 from lewis_flows.cli.terminal import print_table, say_error
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from lewis_flows.search import SearchReport
     from lewis_flows.serve import ServeReport
 
+LIMITS = (
+    option("--trials", metavar="N", type=positive(int), help="how many in all, instead of the recipe's number"),
+    option("--minutes", metavar="M", type=positive(float), help="begin no further trial after this time"),
+)
+AGAIN = flag("--again", "also where the champion is in service already")
 _NEXT = {  # commands after the demo, and what each shows
     "lewis plan {recipe}": "what a second run would do: every step's result is in the store",
     "lewis report {version} --open": "scores, pictures and answers of this run, on one page",
@@ -58,16 +64,6 @@ def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> "Merge
     return report
 
 
-def search_limits(command: argparse.ArgumentParser) -> None:
-    """`--trials N` and `--minutes M`."""
-    command.add_argument(
-        "--trials", metavar="N", type=arguments.positive(int), help="how many in all, instead of the recipe's number"
-    )
-    command.add_argument(
-        "--minutes", metavar="M", type=arguments.positive(float), help="begin no further trial after this time"
-    )
-
-
 def search(options: argparse.Namespace) -> None:
     """Run the search of a recipe."""
     from lewis.search import space, study
@@ -87,11 +83,6 @@ def search(options: argparse.Namespace) -> None:
     print(f"MLflow run of the search: {report.mlflow_run}")
     if report.merge:
         print_merge(report.merge)
-
-
-def serve_options(command: argparse.ArgumentParser) -> None:
-    """`--again`."""
-    command.add_argument("--again", action="store_true", help="also where the champion is in service already")
 
 
 def serve(options: argparse.Namespace) -> None:
