@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,23 @@ def test_a_second_service_of_a_store_names_the_first_while_that_starts(
     monkeypatch.setattr(up, "_start_servers", start)
     with pytest.raises(InputError, match=rf"already \(process {os.getpid()}\); stop it first"):
         up.up(lambda *_: None, lambda _: None)
+
+
+@pytest.mark.parametrize("given", ["", "example.org", "*"])
+def test_a_proxy_of_the_environment_is_not_asked_for_our_servers(home: Path, given: str) -> None:
+    """`lewis up` and `lewis run` waited for their servers for seven minutes, and gave up."""
+    code = (
+        "import sys\nfrom lewis_flows import environment\nfrom lewis_flows.service.processes import answers\n"
+        "environment.prepare()\nprint(answers(sys.argv[1]))"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        url, proxied = f"http://127.0.0.1:{server.server_port}/", {"HTTP_PROXY": "http://127.0.0.1:9"}
+        environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+        environment |= proxied | ({"NO_PROXY": given} if given else {})
+        asked = subprocess.run([sys.executable, "-c", code, url], env=environment, stdout=subprocess.PIPE, text=True)
+        server.shutdown()
+    assert asked.stdout == "True\n"
 
 
 def test_an_answer_that_is_no_http_is_none() -> None:
