@@ -41,7 +41,7 @@ def prepare() -> None:
     _reach_loopback()
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if "PREFECT_API_URL" not in os.environ:
+    if not os.environ.get("PREFECT_API_URL"):
         with suppress(OSError, InputError):  # the command that needs the store reports what is wrong with it
             store.make_folder(store.home())  # before Prefect makes it, open to others
         os.environ.setdefault("PREFECT_HOME", str(store.home() / "prefect"))

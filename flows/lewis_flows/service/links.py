@@ -126,7 +126,7 @@ def server() -> Iterator[tuple[SyncPrefectClient, str]]:
     if not url:
         raise InputError("no Prefect server is running: start `lewis up`, or set PREFECT_API_URL")
     with connected(url), get_client(sync_client=True) as client:
-        yield client, url.removesuffix("/api")
+        yield client, url.rstrip("/").removesuffix("/api")
 
 
 def last_run(client: SyncPrefectClient, recipe: str) -> FlowRun | None:
