@@ -13,8 +13,7 @@ def test_prefects_files_are_in_the_store_unless_a_server_is_named(
     home: Path, given: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("PREFECT_HOME", "PREFECT_API_URL"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv(name, "so that the teardown undoes what is set")
+        monkeypatch.setenv(name, "")  # so that the teardown undoes what is set
         monkeypatch.delenv(name)
     if given is not None:
         monkeypatch.setenv("PREFECT_API_URL", given)
