@@ -25,8 +25,8 @@ from lewis_flows.evaluate_elsewhere import run_name
 from lewis_flows.runners import choose
 from lewis_flows.walk import Futures, Walk, finish, known, submit
 from lewis_tasks.evaluate import check_tasks
+from lewis_tasks.models import resolve_at
 from lewis_tasks.register import find_champion, find_mark
-from lewis_tasks.resolve import resolve_at
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import patience
 from lewis_tasks.support.failures import says_why

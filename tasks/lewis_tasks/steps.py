@@ -15,7 +15,7 @@ from lewis.errors import LewisError
 from lewis.steps.graph import Node
 from lewis.steps.step import Step
 from lewis.steps.table import DIAGNOSE
-from lewis_tasks.inspect import show_inspection
+from lewis_tasks.models import show_inspection
 from lewis_tasks.support import assets
 from lewis_tasks.support.caching import RESULTS, RETRIES, Progress, RecordSerializer
 from lewis_tasks.support.device_slot import device_slot
