@@ -113,7 +113,7 @@ def _take(running: FileLock | SharedLock, recipe: Path, note: Path) -> None:
 def waits(run: str) -> bool:
     """Whether a flow run that goes on in this store waits for its turn."""
     try:
-        return runs.note_of(run).read_text().endswith(f"\n{_WAITS}")
+        return runs.note_of(run).read_text(encoding="utf-8").endswith(f"\n{_WAITS}")
     except OSError:
         return False
 

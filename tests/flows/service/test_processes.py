@@ -5,14 +5,17 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lewis import store
 from lewis.errors import InputError
 from lewis.store import kinds
 from lewis_flows.service import up
@@ -140,6 +143,37 @@ def test_a_second_service_of_a_store_names_the_first_while_that_starts(
     monkeypatch.setattr(up, "_start_servers", start)
     with pytest.raises(InputError, match=rf"already \(process {os.getpid()}\); stop it first"):
         up.up(lambda *_: None, lambda _: None)
+
+
+def test_what_the_locale_cannot_write_does_not_stop_the_log(home: Path) -> None:
+    """Nobody read on, and the process waited for ever once the pipe was full."""
+    child = "import sys, time; sys.stdout.buffer.write(b'\\xff\\nafter\\n'); sys.stdout.flush(); time.sleep(60)"
+    code = f"""
+        import time
+        from lewis_flows.service.processes import Process
+        said = []
+        process = Process("odd", ["-c", {child!r}], {{}}, echo=said.append, grace=0.1)
+        process.start()
+        deadline = time.monotonic() + 60
+        while "after" not in said and time.monotonic() < deadline:
+            time.sleep(0.05)
+        print(process.log.read_bytes())
+        process.stop()
+    """
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    told = subprocess.run(command, env=os.environ | locale, stdout=subprocess.PIPE, text=True).stdout
+    assert told == "b'\\xef\\xbf\\xbd\\nafter\\n'\n"
+
+
+def test_a_full_disk_does_not_stop_the_reading_of_output(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[str]()
+    process = Process("odd", [], {}, echo=said.append)
+    monkeypatch.setattr(store, "restrict", lambda path: None)
+    full = SimpleNamespace(open=lambda *_, **__: open("/dev/full", "w"))  # noqa: SIM115  # what calls it closes it
+    monkeypatch.setattr(process, "log", full)
+    process._read(iter(["one\n", "two\n"]))
+    assert said == ["one", "two"]
 
 
 @pytest.mark.parametrize("given", ["", "example.org", "*"])
