@@ -25,7 +25,6 @@ from lewis_tasks.support import moves
 
 logger = logging.getLogger(__name__)
 APPROVED = "Approved"  # the state of a run whose version a person has approved
-_TAG = "awaits:"  # of the run; the version's uri follows
 
 
 class Approval(RunInput):
@@ -37,7 +36,7 @@ class Approval(RunInput):
 
 def asked(run: FlowRun) -> str:
     """The version, `models:/<name>/<number>`, that a run has asked about before it was suspended; else empty."""
-    return next((tag.removeprefix(_TAG) for tag in run.tags if tag.startswith(_TAG)), "")
+    return next(iter(run_tags.tagged(run, "awaits")), "")
 
 
 def answered(run: FlowRun) -> str:
@@ -71,12 +70,11 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     why, by = answer.why or "on the run's page", f"the run {run_tags.url()}"
     if promotion.is_waiting(name, number):
         (promotion.approve if answer.approve else promotion.refuse)(name, number, why, by)
-        moves.tell()
+        moves.report()
     elif promotion.is_champion(name, number) != answer.approve:  # `lewis approve` has decided otherwise
         raise InputError(f"{version}: it waits for no approval any more; see `lewis history {name}`")
     state, line = (APPROVED, "is the champion") if answer.approve else ("Refused", "is refused")
-    run_tags.tag(verdict=state.lower())
-    return Completed(name=state, message=f"{version} {line}: {why}")
+    return run_tags.ending(state, f"{version} {line}: {why}", None)
 
 
 def go_on(run: FlowRun) -> None:
@@ -92,7 +90,7 @@ def resume(version: str, why: str, *, approve: bool) -> None:
     """End the run that waits for an answer about a version, since it was given elsewhere; a failure is logged."""
     try:
         with get_client(sync_client=True) as client:
-            for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": ["PAUSED"]}}):
+            for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",)):
                 if asked(run) == version:
                     resume_flow_run(run.id, run_input={"approve": approve, "why": why})
     except (httpx.HTTPError, RuntimeError) as error:
@@ -101,7 +99,7 @@ def resume(version: str, why: str, *, approve: bool) -> None:
 
 def lapse(client: SyncPrefectClient, deployment: UUID, why: str) -> None:
     """End the runs of a deployment that wait for an answer, which can be given no longer, or elsewhere."""
-    paused, same = {"type": {"any_": ["PAUSED"]}}, {"any_": [deployment]}
-    for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), paused, deployment_id=same):
+    same = {"any_": [deployment]}
+    for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",), deployment_id=same):
         client.set_flow_run_state(run.id, Completed(name="Lapsed", message=why), force=True)
         run_tags.tag(run.id, verdict="lapsed")

@@ -5,7 +5,7 @@ while the deployment was paused, and a recipe that no run has merged.
 """
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -13,20 +13,17 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.states import Scheduled, State
 
 from lewis import store
 from lewis.recipe.recipe import Recipe
 from lewis_flows import approval, prefect_runs
 from lewis_flows.release_event import SETTLE
-from lewis_tasks.support import events
 from lewis_tasks.support.flow_run import EDITED, RECIPE, did_its_work
 
 
 def start(client: SyncPrefectClient, deployment: UUID) -> None:
     """Start the run of an edit; it begins as long after it as after a release."""
-    when: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client) + SETTLE)
-    client.create_flow_run_from_deployment(deployment, state=when, tags=[EDITED])
+    prefect_runs.start(client, deployment, SETTLE, [EDITED])
 
 
 def merged(client: SyncPrefectClient, recipes: Iterable[str]) -> dict[str, str]:
@@ -36,8 +33,8 @@ def merged(client: SyncPrefectClient, recipes: Iterable[str]) -> dict[str, str]:
 
 
 def _texts(client: SyncPrefectClient, *tags: str) -> dict[str, str]:
-    """Recipe -> digest of a text, as `merged`, of the newest runs with some tags: the server gives `PAGE`."""
-    states, newest = {"type": {"any_": [*prefect_runs.ENDED, "PAUSED"]}}, FlowRunSort.START_TIME_DESC
+    """Recipe -> digest of a text, as `merged`, of the newest runs with some tags."""
+    states, newest = (*prefect_runs.ENDED, "PAUSED"), FlowRunSort.START_TIME_DESC
     limits: dict[str, Any] = {"tags": {"all_": list(tags)}} if tags else {}
     found: dict[str, str] = {}
     for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), states, newest, **limits):

@@ -18,8 +18,6 @@ DEFAULTS = {
     "OMP_WAIT_POLICY": "passive",  # threads that wait leave their core to what runs next to them
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; without heartbeats the server takes a run for dead
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # A server that was started again knows which runs hold their deployment's turn.
-    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its pages call Amplitude even if analytics are off
     "PREFECT_WORKER_QUERY_SECONDS": "2",  # how often a worker asks for work
@@ -40,9 +38,18 @@ def prepare() -> None:
     """
     redact_logs()
     json_logs.prepare()
+    _reach_loopback()
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if "PREFECT_API_URL" not in os.environ:
+    if not os.environ.get("PREFECT_API_URL"):
         with suppress(OSError, InputError):  # the command that needs the store reports what is wrong with it
             store.make_folder(store.home())  # before Prefect makes it, open to others
         os.environ.setdefault("PREFECT_HOME", str(store.home() / "prefect"))
+
+
+def _reach_loopback() -> None:
+    """Ask our own servers, which listen on loopback, directly where the environment names a proxy for all others."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    proxied = any(name.lower() in ("http_proxy", "all_proxy") for name in os.environ)
+    if proxied and known != "*" and "127.0.0.1" not in known.split(","):
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (known, "127.0.0.1", "localhost")))

@@ -9,7 +9,6 @@ from typing import Any
 
 from prefect import State, flow
 from prefect.runtime import deployment, flow_run
-from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
 from lewis import store
@@ -26,8 +25,8 @@ from lewis_flows.evaluate_elsewhere import run_name
 from lewis_flows.runners import choose
 from lewis_flows.walk import Futures, Walk, finish, known, submit
 from lewis_tasks.evaluate import check_tasks
+from lewis_tasks.models import resolve_at
 from lewis_tasks.register import find_champion, find_mark
-from lewis_tasks.resolve import resolve_at
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import patience
 from lewis_tasks.support.failures import says_why
@@ -86,8 +85,7 @@ def evaluate_flow(
     scores = walk.of(EVALUATE)
     finish(*scores)
     entries: list[ScoresEntry] = [each.result() for each in scores]
-    run_tags.tag(verdict="scored")
-    return Completed(name="Scored", message=", ".join(models), data=[entry.digest for entry in entries])
+    return run_tags.ending("Scored", ", ".join(models), [entry.digest for entry in entries])
 
 
 def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Walk, dict[str, Any]]:

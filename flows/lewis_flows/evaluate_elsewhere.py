@@ -41,7 +41,7 @@ def queue_for(recipe: Path) -> str:
         InputError: as `lewis.evaluation.work_queue.queue`.
     """
     queue = work_queue.queue()
-    if queue and recipe.parent.resolve() != recipes_folder.location().resolve():
+    if queue and not recipes_folder.holds(recipe):
         place = work_queue.place(queue)
         logger.info("%s is not in the folder of recipes: its models are scored here, not in the %s", recipe, place)
         return ""

@@ -20,16 +20,14 @@ from lewis.reports.run_report import AWAITS
 from lewis.steps.graph import PREFLIGHT
 from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
 from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_folder, release_event, secret_blocks
-from lewis_flows.merge_report import MergeReport
-from lewis_flows.registration import Ended, register_merge, report_tables
+from lewis_flows.registration import Ended, MergeReport, register_merge, report_tables
 from lewis_flows.runners import choose
 from lewis_flows.scoring import Judged, score
 from lewis_flows.service import recipes_page
 from lewis_flows.turn import HOOKS, absorb, turn
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, pin, submit
 from lewis_tasks.evaluate import check_tasks
-from lewis_tasks.publish import check_publish
-from lewis_tasks.register import find_champion
+from lewis_tasks.register import check_publish, find_champion
 from lewis_tasks.report import report_densities, report_run
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import patience
@@ -39,14 +37,14 @@ from lewis_tasks.support.flow_run import tally
 logger = logging.getLogger(__name__)
 
 
-def _run_name() -> str:
-    """The recipe's, until it is known what moved; a run that a person has answered keeps the name that it has."""
+def run_name() -> str:
+    """Flow and recipe, until it is known what moved; a run that a person has answered keeps the name that it has."""
     if (context := FlowRunContext.get()) and context.flow_run and approval.answered(context.flow_run):
         return context.flow_run.name
-    return f"merge {Path(str(flow_run.parameters['recipe'])).stem}"
+    return f"{flow_run.flow_name} {Path(str(flow_run.parameters['recipe'])).stem}"
 
 
-@flow(name=prefect_runs.MERGE, flow_run_name=_run_name, task_runner=choose.task_runner(), **recipes_page.after(HOOKS))
+@flow(name=prefect_runs.MERGE, flow_run_name=run_name, task_runner=choose.task_runner(), **recipes_page.after(HOOKS))
 @says_why
 def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport | State[MergeReport]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
@@ -77,7 +75,6 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
         return approval.ask(run, report.version, "\n".join(f"* {reason}" for reason in report.verdict))
     if not changed:
         name, line = "Cached", f"{path.stem}: nothing has changed, everything was found done"
-    run_tags.tag(verdict=name.lower())
     return run_tags.ending(name, line, report)
 
 

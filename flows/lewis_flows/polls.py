@@ -1,14 +1,19 @@
-"""What the last poll found, as the store keeps it."""
+"""What polls found, as the store keeps it: the last one, and since when each champion is behind."""
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from lewis import store
+from lewis.registry import releases
+from lewis.registry.releases import Held
 
 RETRY_AFTER = timedelta(hours=1)
 """After a failed run, its release is announced again."""
+
+_KEPT = 50  # commits remembered per model: the oldest says since when it is behind, a champion may be of any later one
 
 
 class Poll(BaseModel):
@@ -25,20 +30,75 @@ class Poll(BaseModel):
     problems: dict[str, str] = {}
 
 
+class _Seen(BaseModel):
+    """Recipe -> reference of a model -> the commits that its champion misses and when each was seen, oldest first."""
+
+    commits: dict[str, dict[str, list[tuple[str, datetime]]]] = {}
+
+
 def last() -> Poll | None:
     """The last poll of all recipes; None if there was none."""
     try:
-        return Poll.model_validate(store.read_json(_path()))
+        return Poll.model_validate(store.read_json(_last_file()))
     except ValidationError:
         return None
 
 
 def remember(checked: int, problems: dict[str, str]) -> bool:
     """Store what a poll found. Returns whether its problems differ from those of the poll before."""
-    before = last()
-    store.write_json(_path(), Poll(time=datetime.now(UTC), checked=checked, problems=problems).model_dump(mode="json"))
+    before, now = last(), Poll(time=datetime.now(UTC), checked=checked, problems=problems)
+    store.write_json(_last_file(), now.model_dump(mode="json"))
     return problems != (before.problems if before else {})
 
 
-def _path() -> Any:
+def note_missed(
+    heads: Mapping[str, Mapping[str, str]], held: Mapping[str, Sequence[Held]], recipes: Sequence[str]
+) -> None:
+    """Note the commits that champions miss. Prefect's events have them too, but only of the last seven days.
+
+    Args:
+        heads: recipe -> reference -> commit key now, of the recipes that could be checked.
+        held: recipe -> its registered versions.
+        recipes: names of all recipes; what is known of others is forgotten.
+    """
+    known, now = _seen().commits, datetime.now(UTC)
+    found = {name: commits for name, commits in known.items() if name in recipes}
+    for name, current in heads.items():
+        champion = releases.champion(held[name])
+        missed = {}
+        for ref, head in current.items() if champion else ():
+            holds, seen = champion.commit_of(ref) if champion else None, known.get(name, {}).get(ref, [])
+            if holds == head:
+                continue
+            keys = [key for key, _ in seen]
+            seen = seen[keys.index(holds) + 1 :] if holds in keys else seen
+            if not seen or seen[-1][0] != head:
+                seen = [*seen, (head, now)]
+            missed[ref] = seen if len(seen) <= _KEPT else [seen[0], *seen[1 - _KEPT :]]
+        found[name] = missed
+    if found != known:
+        store.write_json(_seen_file(), _Seen(commits=found).model_dump(mode="json"))
+
+
+def behind_since() -> dict[str, datetime | None]:
+    """Recipe -> when the first commit was seen that its champion misses, UTC; None if it misses none.
+
+    A recipe is left out until a poll could check it, and while it registers nothing.
+    """
+    commits = _seen().commits
+    return {name: min((seen[0][1] for seen in refs.values()), default=None) for name, refs in commits.items()}
+
+
+def _seen() -> _Seen:
+    try:
+        return _Seen.model_validate(store.read_json(_seen_file()) or {})
+    except ValidationError:
+        return _Seen()
+
+
+def _last_file() -> Path:
     return store.home() / "last-poll.json"
+
+
+def _seen_file() -> Path:
+    return store.home() / "behind.json"

@@ -1,9 +1,10 @@
 """Questions about flow runs that more than one module asks Prefect's server."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
@@ -11,10 +12,11 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed
+from prefect.states import Completed, Scheduled, State
 
 from lewis.errors import LewisError
 from lewis_flows import recipes_folder
+from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
 
 MERGE, SEARCH, EVALUATE = "merge", "search", "evaluate"
@@ -26,9 +28,6 @@ ALL = (MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION)
 
 OF_RECIPES = (MERGE, SEARCH, EVALUATE, SERVE)
 """Those whose runs are of one recipe."""
-
-PAGE = 200
-"""How many runs, or artifacts, the server gives at most for one request."""
 
 UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
 """State types of a run that has begun, or is about to, and has not ended."""
@@ -42,47 +41,47 @@ SKIPPED = "Skipped"
 
 def of_flows(
     client: SyncPrefectClient,
-    flows: tuple[str, ...],
-    state: dict[str, Any],
+    flows: Sequence[str],
+    states: Sequence[str],
     sort: FlowRunSort | None = None,
-    offset: int = 0,
     **limits: Any,
 ) -> list[FlowRun]:
-    """The runs of some flows in some states; the server gives `PAGE` at most.
+    """The runs of some flows in some states; the server gives 200 at most.
 
     Args:
         client: of the server to ask.
         flows: names of the flows.
-        state: Prefect's filter of the state, by type or by name: `{"type": {"any_": [...]}}`.
+        states: types of the states; empty: all.
         sort: which come first; by default the server's order.
-        offset: how many to leave out before the first.
-        limits: further filters of `FlowRunFilter`, such as `end_time={"after_": ...}`.
+        limits: further filters of `FlowRunFilter`, such as `end_time={"after_": ...}`; `state` is one of the states.
 
     Raises:
         httpx.HTTPError: if the server does not answer, or refuses.
     """
-    return client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=list(flows))),
-        flow_run_filter=FlowRunFilter.model_validate({"state": state, **limits}),
-        sort=sort,
-        offset=offset,
-    )
+    return client.read_flow_runs(**_filters(flows, states, **limits), sort=sort)
 
 
 def all_of_flows(
-    client: SyncPrefectClient,
-    flows: tuple[str, ...],
-    state: dict[str, Any],
-    sort: FlowRunSort,
-    most: int = 10_000_000,
-    **limits: Any,
+    client: SyncPrefectClient, flows: Sequence[str], states: Sequence[str], sort: FlowRunSort, **limits: Any
 ) -> Iterator[FlowRun]:
-    """As `of_flows`, but page after page, until there are no more runs or `most` are given."""
-    for offset in range(0, most, PAGE):
-        page = of_flows(client, flows, state, sort, offset, **limits)
-        yield from page
-        if len(page) < PAGE:
-            return
+    """As `of_flows`, but all of them, page after page."""
+    return run_tags.pages(client.read_flow_runs, **_filters(flows, states, **limits), sort=sort)
+
+
+def _filters(
+    flows: Sequence[str], states: Sequence[str], state: dict[str, Any] | None = None, **limits: Any
+) -> dict[str, Any]:
+    wanted = {**({"type": {"any_": list(states)}} if states else {}), **(state or {})}
+    return {
+        "flow_filter": FlowFilter(name=FlowFilterName(any_=list(flows))),
+        "flow_run_filter": FlowRunFilter.model_validate({"state": wanted, **limits}),
+    }
+
+
+def flow_names(client: SyncPrefectClient) -> dict[UUID, str]:
+    """Id of each of our flows -> its name."""
+    ours = FlowFilter(name=FlowFilterName(any_=list(ALL)))
+    return {each.id: each.name for each in client.read_flows(flow_filter=ours)}
 
 
 def recipe_of(run: FlowRun) -> str:
@@ -99,12 +98,20 @@ def waits(run: FlowRun) -> bool:
     return not later or (run.expected_start_time or datetime.now(UTC)) <= datetime.now(UTC)
 
 
-def deployment_of(client: SyncPrefectClient, recipe: str) -> DeploymentResponse | None:
-    """The deployment that merges a recipe; None if there is none."""
+def deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
+    """The deployment `flow/name`; None if there is none."""
     try:
-        return client.read_deployment_by_name(f"{MERGE}/{recipe}")
+        return client.read_deployment_by_name(name)
     except ObjectNotFound:
         return None
+
+
+def start(
+    client: SyncPrefectClient, deployment: UUID, after: timedelta = timedelta(), tags: Sequence[str] = ()
+) -> None:
+    """Start a run of a deployment some time from now, by the server's clock."""
+    when: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client) + after)
+    client.create_flow_run_from_deployment(deployment, state=when, tags=tags)
 
 
 def is_paused(client: SyncPrefectClient, recipe: str) -> bool:
@@ -112,8 +119,8 @@ def is_paused(client: SyncPrefectClient, recipe: str) -> bool:
 
     The server would start one: to it, a pause only ends the schedules.
     """
-    deployment = deployment_of(client, recipe)
-    return deployment is not None and deployment.paused
+    found = deployment(client, f"{MERGE}/{recipe}")
+    return found is not None and found.paused
 
 
 def skip(client: SyncPrefectClient, run: FlowRun, why: str) -> None:

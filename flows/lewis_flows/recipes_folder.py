@@ -72,6 +72,11 @@ def make() -> None:
         scratch.rename(path)
 
 
+def holds(path: Path) -> bool:
+    """Whether a file lies at the top of the folder."""
+    return path.parent.resolve() == location().resolve()
+
+
 def names() -> list[str]:
     """The names of the recipes, sorted; a recipe has the name of its file without the ending."""
     return sorted({path.stem for path in _files()})
@@ -151,14 +156,13 @@ def check_deployment(deployment: str, recipe: str) -> None:
 def name_of(recipe: str) -> str:
     """The name of a recipe that is given by name or by path; the path of a file outside the folder stays as it is."""
     path = Path(recipe)
-    inside = path.suffix in (".yaml", ".yml") and path.parent.resolve() == location().resolve()
-    return path.stem if inside else recipe
+    return path.stem if path.suffix in (".yaml", ".yml") and holds(path) else recipe
 
 
-def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(recipe: str) -> Recipe:
     """Read and check a recipe, as `find`, `Recipe.load` and `check_alone`."""
     path = find(recipe)
-    found = Recipe.load(path, overrides)
+    found = Recipe.load(path)
     check_alone(path, found)
     return found
 

@@ -1,24 +1,79 @@
-"""The end of a merge: judge, register, promote and publish, by hand-made tasks, which no graph has."""
+"""The end of a merge and its report: judge, register, promote and publish, by hand-made tasks, which no graph has."""
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prefect.futures import PrefectFuture
 from prefect.utilities.annotations import quote
+from pydantic import BaseModel
 
+from lewis.allocation.step import AllocationEntry
 from lewis.errors import LewisError
 from lewis.evaluation.statistics.scored import MERGED, shown
+from lewis.merging.step import MergedModel
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import verdict_line
-from lewis_flows.merge_report import MergeReport
 from lewis_flows.scoring import Judged
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, submit
-from lewis_tasks.publish import publish
-from lewis_tasks.register import gate, promote, register
+from lewis_tasks.register import gate, promote, publish, register
 from lewis_tasks.report import report_scores
 
 logger = logging.getLogger(__name__)
+
+
+class MergeReport(BaseModel):
+    """What a run of the DAG gives back.
+
+    Attributes:
+        recipe: its name.
+        digest, folder: of the merged checkpoint, or adapter, in the store.
+        adapter: what the adapter holds and what error it leaves; None for a full model.
+        fit: what `ridge: auto` chose and what held-back rows say of the fit, as a sentence; else empty.
+        mean_density: expert -> parameter-weighted mean density; empty for a plain merge.
+        scores: rows of the score table.
+        comparison: rows of the merged model against each other model: gain, interval, wins, losses, p.
+        kept: rows of how much of each expert's gain over the base is kept; empty if base or experts are not scored.
+        version: `models:/name/version`, if the recipe registers.
+        created: whether that version is new.
+        promoted: whether it is the champion now.
+        waits: whether it passed the gate, and a person has to approve it.
+        verdict: the gate's reasons.
+        published: URL of the champion on the Hub, if the recipe publishes.
+        page: the report of the run as an HTML file.
+    """
+
+    recipe: str
+    digest: str
+    folder: Path
+    adapter: str | None = None
+    fit: str = ""
+    mean_density: dict[str, float] = {}
+    scores: list[dict[str, str]] = []
+    comparison: list[dict[str, str]] = []
+    kept: list[dict[str, str]] = []
+    version: str | None = None
+    created: bool = False
+    promoted: bool = False
+    waits: bool = False
+    verdict: list[str] = []
+    published: str | None = None
+    page: Path | None = None
+
+    @classmethod
+    def of(cls, recipe: str, merged: MergedModel, allocated: AllocationEntry | None) -> "MergeReport":
+        """The report of a merge before it is scored."""
+        adapter = merged.adapter.to_text() if merged.adapter else None
+        means = allocated.means if allocated else {}
+        return cls(
+            recipe=recipe,
+            digest=merged.digest,
+            folder=merged.folder,
+            adapter=adapter,
+            fit=merged.fit,
+            mean_density=means,
+        )
 
 
 @dataclass(frozen=True)

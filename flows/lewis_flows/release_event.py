@@ -104,7 +104,7 @@ def announced(client: SyncPrefectClient, since: datetime, recipe: str = "", repo
     while page.next_page and (following := page.get_next_page_sync(client)):
         page = following
         found += page.events
-    return list(found)
+    return found
 
 
 def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None:

@@ -15,7 +15,6 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed
 
 from lewis.errors import InputError
 from lewis.registry import retention as in_mlflow
@@ -50,8 +49,7 @@ def retention_flow(days: float = DAYS, dry_run: bool = True) -> int | State[int]
     create_table_artifact(rows or [{"where": "all", "what": "nothing"}], key="lewis-retention", description=told)
     if not dry_run:
         remove(found)
-    run_tags.tag(verdict="looked" if dry_run else "removed")
-    return Completed(name="Looked" if dry_run else "Removed", message=told, data=len(found))
+    return run_tags.ending("Looked" if dry_run else "Removed", told, len(found))
 
 
 def to_text(found: list[Outdated], *, removed: bool) -> str:
@@ -96,11 +94,10 @@ def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iter
     """The old runs of our flows; of each flow and recipe without the newest, whose artifacts are the last ones."""
     seen = set[tuple[str, str]]()
     old = {"before_": datetime.fromtimestamp(before, UTC)}
-    ended, newest = {"type": {"any_": prefect_runs.ENDED}}, FlowRunSort.END_TIME_DESC
-    for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, ended, newest, end_time=old):
+    newest = FlowRunSort.END_TIME_DESC
+    for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, prefect_runs.ENDED, newest, end_time=old):
         of = (str(run.flow_id), prefect_runs.recipe_of(run))
-        # The poll reads the tag `broken:...`, so such runs stay.
-        needed = str(run.id) in kept or any(tag.startswith("broken:") for tag in run.tags)
+        needed = str(run.id) in kept or run_tags.tagged(run, run_tags.BROKEN)
         if of in seen and not needed and run.end_time is not None:
             yield Outdated("prefect", f"run {run.name}, {run.state_name}", str(run.id), run.end_time.timestamp())
         seen.add(of)
@@ -109,7 +106,7 @@ def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iter
 def _remove_flow_run(client: SyncPrefectClient, run: str) -> None:
     """Delete a run and its artifacts; its logs go with the server's own vacuum of orphans."""
     of_run = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run]}})
-    while page := client.read_artifacts(artifact_filter=of_run, limit=prefect_runs.PAGE):
+    while page := client.read_artifacts(artifact_filter=of_run, limit=run_tags.PAGE):
         for artifact in page:
             with suppress(ObjectNotFound):
                 client.delete_artifact(artifact.id)

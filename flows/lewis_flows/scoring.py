@@ -66,7 +66,7 @@ def score(
     first = [label for label in names if label in ("base", "champion", "mark", MERGED)]
     if "base" not in names and not current:  # the gate compares with the best expert
         first = list(names)
-    looks_early = _looks_early(plan)
+    looks_early = plan.evaluate is not None and plan.evaluate.stop != "never" and plan.gate is not None
     documents = _first_look(plan, walk, current) if looks_early else None
     if documents is None:  # if looks are taken, the champion is shown, and nothing is judged
         return Judged(score_on(None, list(shown(names) if looks_early else names)))
@@ -83,10 +83,6 @@ def score(
     scores = score_on(documents, rest)
     wanted = documents and plan.evaluate and plan.evaluate.full_scores == "promoted"
     return Judged(scores, documents, (lambda: score_on(None, list(shown(names)))) if wanted else None)
-
-
-def _looks_early(plan: Recipe) -> bool:
-    return plan.evaluate is not None and plan.evaluate.stop != "never" and plan.gate is not None
 
 
 def _first_look(plan: Recipe, walk: Walk, current: Any) -> int | None:

@@ -3,7 +3,6 @@
 import logging
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from prefect import State, flow
@@ -23,8 +22,8 @@ from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
 from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DOWNLOAD, MEASURE
 from lewis_flows import prefect_runs
-from lewis_flows.merge import begin, load, merge_flow
-from lewis_flows.merge_report import MergeReport
+from lewis_flows.merge import begin, load, merge_flow, run_name
+from lewis_flows.registration import MergeReport
 from lewis_flows.runners import choose
 from lewis_flows.turn import HOOKS, turn
 from lewis_flows.walk import Walk, finish, pin, submit
@@ -62,11 +61,7 @@ class SearchReport(BaseModel):
     mlflow_run: str
 
 
-def _run_name() -> str:
-    return f"search {Path(str(flow_run.parameters['recipe'])).stem}"
-
-
-@flow(name=prefect_runs.SEARCH, flow_run_name=_run_name, task_runner=choose.task_runner(), **HOOKS)
+@flow(name=prefect_runs.SEARCH, flow_run_name=run_name, task_runner=choose.task_runner(), **HOOKS)
 @says_why
 def search_flow(
     recipe: str, overrides: list[str] | None = None, trials: int | None = None, minutes: float | None = None
@@ -95,7 +90,6 @@ def search_flow(
         tried = _Trials(plan, *_prepare(plan), metrics)
         best = tried.run(wanted, time.monotonic() + 60 * limit if limit else float("inf"))
         report, (name, line) = _confirm(recipe, plan, list(overrides or []), tried, best)
-    run_tags.tag(verdict=name.lower())
     return run_tags.ending(name, f"{len(report.trials)} trials; {line}", report)
 
 
@@ -142,7 +136,7 @@ class _Trials:
         """
         while (left := wanted - len(self.log.trials)) > 0 and time.monotonic() < deadline:
             self._round(min(left, self.search.parallel))
-            self._record(ended=False)
+            self.record(ended=False)
         if not self.log.front:
             reasons = {trial.reason for trial in self.log.trials if trial.reason}
             raise LewisError(f"none of {len(self.log.trials)} trials could be scored: {'; '.join(sorted(reasons)[:3])}")
@@ -205,22 +199,11 @@ class _Trials:
         self.log.failed(trial, str(error).partition("\n")[0])
         logger.warning("trial %d failed: %s", trial.number, error)
 
-    def _record(self, ended: bool) -> str:
+    def record(self, *, ended: bool) -> str:
+        """Record the trials, and whether the search has ended; gives the id of its MLflow run."""
         log = self.log
-        told = submit(
-            record_search,
-            quote(self.plan),
-            log.digest,
-            quote(self.objectives),
-            quote(log.trials),
-            quote(log.front),
-            ended,
-        )
-        return str(result_of(told))
-
-    def end(self) -> str:
-        """Record that the search has ended; gives the id of its MLflow run."""
-        return self._record(ended=True)
+        about = log.digest, quote(self.objectives), quote(log.trials), quote(log.front), ended
+        return str(result_of(submit(record_search, quote(self.plan), *about)))
 
 
 def _confirm(
@@ -232,7 +215,7 @@ def _confirm(
     """
     settings = _settings(plan, CONFIRM)
     winner = space.with_values(plan, best.values, CONFIRM)
-    run = tried.end()
+    run = tried.record(ended=True)
     scores = zip(tried.objectives, best.scores, strict=True)
     told = "Completed", f"the best is number {best.number}: {', '.join(f'{o.metric} {s:.4g}' for o, s in scores)}"
     merged = None

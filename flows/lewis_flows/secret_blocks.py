@@ -20,7 +20,12 @@ from prefect.client.orchestration import get_client
 from lewis import settings
 
 HUB_TOKEN, MLFLOW_PASSWORD, WEBHOOK_SECRET = "lewis-hub-token", "lewis-mlflow-password", "lewis-webhook-secret"
-JUDGE_KEY, SERVE_SECRET, SERVE_KEY = "lewis-judge-key", "lewis-serve-secret", "lewis-serve-key"
+_OF_RUNS = {
+    HUB_TOKEN: "HF_TOKEN",
+    MLFLOW_PASSWORD: "MLFLOW_TRACKING_PASSWORD",
+    "lewis-judge-key": settings.JUDGE_KEY.name,
+}
+_OF_SERVING = {"lewis-serve-secret": settings.SERVE_SECRET.name, "lewis-serve-key": settings.SERVE_KEY.name}
 
 
 def load_for_run(recipe: str | None) -> None:
@@ -31,29 +36,28 @@ def load_for_run(recipe: str | None) -> None:
             looks at all recipes.
     """
     own = f"{HUB_TOKEN}-{_slug(recipe)}" if recipe else ""
-    found = _read([own, HUB_TOKEN, MLFLOW_PASSWORD, JUDGE_KEY])
-    _set({"HF_TOKEN": found.get(HUB_TOKEN), "MLFLOW_TRACKING_PASSWORD": found.get(MLFLOW_PASSWORD)})
-    _set({settings.JUDGE_KEY.name: found.get(JUDGE_KEY)})
+    found = _load(_OF_RUNS, own)
     if own in found:
         os.environ["HF_TOKEN"] = found[own]
 
 
 def load_for_serving() -> None:
     """Set the secrets that sign webhooks and open servers, as far as there are blocks for them."""
-    found = _read([SERVE_SECRET, SERVE_KEY])
-    _set({settings.SERVE_SECRET.name: found.get(SERVE_SECRET), settings.SERVE_KEY.name: found.get(SERVE_KEY)})
+    _load(_OF_SERVING)
 
 
 def load_for_receiver() -> None:
     """Set the secret of the webhook, if there is a block of it."""
-    if found := _read([WEBHOOK_SECRET]):
-        os.environ[settings.WEBHOOK_SECRET.name] = found[WEBHOOK_SECRET]
+    _load({WEBHOOK_SECRET: settings.WEBHOOK_SECRET.name})
 
 
-def _set(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value and not os.environ.get(name):
-            os.environ[name] = value
+def _load(variables: Mapping[str, str], *further: str) -> dict[str, str]:
+    """Set variables that the environment lacks; gives the secrets of these blocks and of `further` ones."""
+    found = _read([*variables, *further])
+    for block, name in variables.items():
+        if block in found and not os.environ.get(name):
+            os.environ[name] = found[block]
+    return found
 
 
 def _read(names: list[str]) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """The flow `serve`: bring the targets of a recipe to the champion, one after the other."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from prefect import State, flow
@@ -12,7 +11,7 @@ from pydantic import BaseModel
 from lewis.errors import InputError
 from lewis.serving import hub, service
 from lewis_flows import prefect_runs, secret_blocks
-from lewis_flows.merge import begin, load
+from lewis_flows.merge import begin, load, run_name
 from lewis_flows.turn import HOOKS, turn
 from lewis_flows.walk import submit
 from lewis_tasks.serve import serve
@@ -36,11 +35,7 @@ class ServeReport(BaseModel):
     changed: list[str] = []
 
 
-def _run_name() -> str:
-    return f"serve {Path(str(flow_run.parameters['recipe'])).stem}"
-
-
-@flow(name=prefect_runs.SERVE, flow_run_name=_run_name, **HOOKS)
+@flow(name=prefect_runs.SERVE, flow_run_name=run_name, **HOOKS)
 @says_why
 def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeReport]:
     """Bring each target of the recipe to the champion, in their order; the first that fails ends it.
@@ -75,5 +70,4 @@ def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeRep
             report.changed = [each.target for each, new in done if new]
             name = "Served" if report.changed else "Cached"
             line = f"{uri} is in service: {', '.join(each.target for each, _ in done)}"
-    run_tags.tag(verdict=name.lower())
     return run_tags.ending(name, line, report)

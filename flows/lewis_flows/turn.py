@@ -8,7 +8,7 @@ holder ends after a minute.
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ def absorb(run: FlowRun) -> None:
         return
     try:
         with get_client(sync_client=True) as client:
-            scheduled, same = {"type": {"any_": ["SCHEDULED"]}}, {"any_": [run.deployment_id]}
-            for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), scheduled, deployment_id=same):
+            same = {"any_": [run.deployment_id]}
+            for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("SCHEDULED",), deployment_id=same):
                 alike = other.id != run.id and _given(other) == _given(run) and not approval.asked(other)
                 if alike and prefect_runs.waits(other):
                     prefect_runs.skip(client, other, f"the run {run.name} merges the newest state")
@@ -91,7 +91,7 @@ HOOKS: dict[str, Any] = {ending: [*hooks, end_turn] for ending, hooks in run_tag
 
 def _lock(recipe: Path) -> FileLock | SharedLock:
     """The lock of a recipe. Those of the recipes folder have one across all machines with the same `LEWIS_STORE`."""
-    if recipe.parent.resolve() == recipes_folder.location().resolve():
+    if recipes_folder.holds(recipe):
         return store.SharedLock(f"turn-{recipe.name}", local=f"turn-{recipe}")
     return store.lock(f"turn-{recipe}")
 
@@ -100,26 +100,20 @@ def _take(running: FileLock | SharedLock, recipe: Path, note: Path) -> None:
     try:
         running.acquire(timeout=0)
     except Timeout:
-        logger.info("another run of %s is going on; waiting for its end", recipe.stem)
         store.write_text(note, f"{recipe}\n{_WAITS}")
-        _wait(running, recipe)
-        store.write_text(note, str(recipe))
-
-
-def _wait(running: FileLock | SharedLock, recipe: Path) -> None:
-    wait = Wait()
-    while True:
-        try:
-            running.acquire(timeout=_LOOK)
-            return
-        except Timeout:
+        wait = Wait()
+        while True:
             wait.look(f"a run of {recipe.stem}", f"its turn: another run of {recipe.stem} is going on")
+            with suppress(Timeout):
+                running.acquire(timeout=_LOOK)
+                break
+        store.write_text(note, str(recipe))
 
 
 def waits(run: str) -> bool:
     """Whether a flow run that goes on in this store waits for its turn."""
     try:
-        return runs.note_of(run).read_text().endswith(f"\n{_WAITS}")
+        return runs.note_of(run).read_text(encoding="utf-8").endswith(f"\n{_WAITS}")
     except OSError:
         return False
 
@@ -127,12 +121,13 @@ def waits(run: str) -> bool:
 def crash_dead_runs() -> None:
     """Mark as Crashed the runs that Prefect believes running though their process has died.
 
-    The locks tell only of runs on this store's file system; the server learns of others by their missing heartbeats.
+    Locks are only of runs on this store's file system; the server learns of others by their missing heartbeats.
     """
-    flows, running = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE), {"type": {"any_": ["RUNNING"]}}
+    flows = prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE
     with get_client(sync_client=True) as client:
-        for run in filter(_died, prefect_runs.of_flows(client, flows, running)):
-            mark_crashed(client, run)
+        for run in prefect_runs.of_flows(client, flows, ("RUNNING",)):
+            if runs.note_of(str(run.id)).exists() and runs.is_dead(str(run.id)):
+                mark_crashed(client, run)
     for note in runs.notes():
         if runs.is_dead(note.name):
             runs.forget(note.name)
@@ -148,17 +143,13 @@ def mark_crashed(client: SyncPrefectClient, run: FlowRun) -> None:
 
 def tag_crashed_runs() -> None:
     """Tag runs that the server marked as Crashed with this verdict, since the server changes only their state."""
-    flows, crashed = prefect_runs.OF_RECIPES, {"type": {"any_": ["CRASHED"]}}
+    flows, newest = prefect_runs.OF_RECIPES, FlowRunSort.END_TIME_DESC
     try:
         with get_client(sync_client=True) as client:
-            found = prefect_runs.of_flows(client, flows, crashed, FlowRunSort.END_TIME_DESC)
+            found = prefect_runs.of_flows(client, flows, ("CRASHED",), newest)
     except httpx.HTTPError as error:
         logger.info("runs that died get their verdict later: %s", type(error).__name__)
         return
     for run in found:
-        if "verdict:crashed" not in run.tags:
+        if "crashed" not in run_tags.tagged(run, "verdict"):
             run_tags.tag(run.id, verdict="crashed")
-
-
-def _died(run: FlowRun) -> bool:
-    return runs.note_of(str(run.id)).exists() and runs.is_dead(str(run.id))

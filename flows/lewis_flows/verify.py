@@ -1,7 +1,6 @@
 """The nightly check: is every entry of the store, and every registered version, still what was written?"""
 
 from prefect import State, flow
-from prefect.states import Completed
 
 from lewis_flows import prefect_runs
 from lewis_flows.walk import submit
@@ -20,5 +19,4 @@ def verify_flow() -> int | State[int]:
     """
     run_tags.tag(trigger=run_tags.trigger(run_tags.this_run()))
     checked = int(result_of(submit(verify)))
-    run_tags.tag(verdict="whole")
-    return Completed(name="Whole", message=f"{checked} entries and versions, all as they were written", data=checked)
+    return run_tags.ending("Whole", f"{checked} entries and versions, all as they were written", checked)

@@ -15,8 +15,7 @@ from lewis.registry import versions
 from lewis.steps.graph import PREFLIGHT, Node, evaluations, graph, resolved, short_refs
 from lewis.steps.step import Step
 from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DOWNLOAD
-from lewis_tasks.inspect import preflight
-from lewis_tasks.resolve import resolve
+from lewis_tasks.models import preflight, resolve
 from lewis_tasks.steps import task_of
 from lewis_tasks.support.assets import artifact_prefix, asset, page_of
 from lewis_tasks.support.failures import result_of

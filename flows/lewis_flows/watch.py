@@ -26,11 +26,11 @@ from lewis.models.source import commits_of, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from lewis_flows import behind, edits, polls, prefect_runs, recipes_folder, release_event, secret_blocks
+from lewis_flows import edits, polls, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import events, moves
-from lewis_tasks.support.flow_run import did_its_work
+from lewis_tasks.support.flow_run import BROKEN, did_its_work
 
 logger = logging.getLogger("lewis.watch")
 
@@ -102,7 +102,7 @@ def poll(recipes: list[str] | None = None) -> WatchReport:
         TransientError: if MLflow, Prefect or the Hub does not answer; the next poll asks again.
     """
     secret_blocks.load_for_run(None)
-    moves.tell()
+    moves.report()
     tag_crashed_runs()
     found, problems, loaded = _compare(recipes)
     transient = [str(problem) for problem in problems.values() if isinstance(problem, TransientError)]
@@ -156,11 +156,11 @@ def _merge_edits(recipes: Sequence[Recipe], report: WatchReport) -> None:
     with _prefect() as client:
         merged = edits.merged(client, [recipe.name for recipe in recipes])
         for name, text in [(each.name, each.text) for each in recipes if edits.is_unmerged(each, merged)]:
-            deployment = prefect_runs.deployment_of(client, name)
+            deployment = prefect_runs.deployment(client, f"{prefect_runs.MERGE}/{name}")
             if deployment is None or deployment.version != recipes_folder.version(text.encode()):
                 continue  # the deploy of the file starts a run
             began, now = edits.started(client, deployment), datetime.now(UTC) + events.ahead(client)
-            waits = deployment.paused or _is_due(client, name, now)
+            waits = deployment.paused or name in due(client, now)
             news = not waits and (began is None or _came_to_nothing(client, name, began, now))
             if news:
                 logger.info("%s: no run has merged what its file says now; one starts", name)
@@ -195,7 +195,7 @@ def _compare(
                 found[name] = moved, heads[name]
             except (LewisError, OSError) as error:
                 problems[name] = error
-    behind.note(heads, {name: held for name, (_, held) in plans.items()}, recipes_folder.names())
+    polls.note_missed(heads, {name: held for name, (_, held) in plans.items()}, recipes_folder.names())
     return found, problems, loaded
 
 
@@ -206,7 +206,7 @@ def _heads(recipe: Recipe) -> dict[str, str]:
 
 def _is_broken(recipe: str, heads: Mapping[str, str]) -> bool:
     """Whether a run of a recipe found one of these commits broken on the Hub itself, so that another one must come."""
-    tags = sorted({f"broken:{commit}" for key in heads.values() for commit in commits_of(key)})
+    tags = sorted({f"{BROKEN}:{commit}" for key in heads.values() for commit in commits_of(key)})
     with _prefect() as client:
         return bool(_runs(client, recipe, ("FAILED",), tags={"any_": tags}))
 
@@ -220,15 +220,15 @@ def _is_news(recipe: str, move: Moved) -> bool:
         times = _announcements(client, recipe, move, now)
         if not times:
             return True
-        _tell_if_stuck(client, recipe, move, min(times))
-        return not _is_due(client, recipe, now) and _came_to_nothing(client, recipe, max(times), now)
+        _report_if_stuck(client, recipe, move, min(times))
+        return recipe not in due(client, now) and _came_to_nothing(client, recipe, max(times), now)
 
 
-def _is_due(client: SyncPrefectClient, recipe: str, now: datetime) -> bool:
-    """Whether a run of a recipe goes on, or begins soon; one that waits for a person has done its work."""
+def due(client: SyncPrefectClient, now: datetime) -> set[str]:
+    """The recipes of which a merge goes on, or begins soon; one that waits for a person has done its work."""
     soon = {"before_": now + ANSWER_WITHIN}  # leave out the runs that a schedule plans for later days
     states = ("SCHEDULED", *(state for state in prefect_runs.UNFINISHED if state != "PAUSED"))
-    return bool(_runs(client, recipe, states, expected_start_time=soon))
+    return set(map(prefect_runs.recipe_of, _merges(client, states, expected_start_time=soon)))
 
 
 def _came_to_nothing(client: SyncPrefectClient, recipe: str, announced: datetime, now: datetime) -> bool:
@@ -251,7 +251,7 @@ def _looked_since(run: FlowRun, announced: datetime) -> bool:
     return run.state_name != prefect_runs.SKIPPED and began is not None and began >= announced
 
 
-def _tell_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: datetime) -> None:
+def _report_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: datetime) -> None:
     """Report a release that was announced and whose runs keep failing."""
     failed = _runs(client, recipe, ("FAILED", "CRASHED"), end_time={"after_": since})
     if len(failed) >= STUCK_AFTER:
@@ -267,10 +267,13 @@ def _announcements(client: SyncPrefectClient, recipe: str, move: Moved, now: dat
 
 
 def _runs(client: SyncPrefectClient, recipe: str, states: tuple[str, ...], **limits: Any) -> list[FlowRun]:
-    """The newest merges of a recipe in some states, the last to end first."""
+    """The merges of a recipe in some states, the last to end first."""
+    return [run for run in _merges(client, states, **limits) if prefect_runs.recipe_of(run) == recipe]
+
+
+def _merges(client: SyncPrefectClient, states: tuple[str, ...], **limits: Any) -> Iterator[FlowRun]:
     newest = FlowRunSort.END_TIME_DESC
-    runs = prefect_runs.of_flows(client, (prefect_runs.MERGE,), {"type": {"any_": states}}, newest, **limits)
-    return [run for run in runs if prefect_runs.recipe_of(run) == recipe]
+    return prefect_runs.all_of_flows(client, (prefect_runs.MERGE,), states, newest, **limits)
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Prefect tasks, one file for each step. The decorator shows cache key, retries and timeout; lewis does the work."""
+"""Prefect tasks, by parts of a run. The decorator shows cache key, retries and timeout; lewis does the work."""

@@ -1,4 +1,4 @@
-"""The tasks around the registry: find the champion, compare with it, register, promote."""
+"""The tasks around the registry: find the champion, compare with it, register, promote, publish on the Hub."""
 
 import logging
 from dataclasses import replace
@@ -19,7 +19,8 @@ from lewis.importance.step import CalibrationEntry
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
-from lewis.registry import creation, promotion, versions
+from lewis.registry import creation, promotion, publishing, versions
+from lewis.registry.publishing import Published
 from lewis.registry.registration import registration_of
 from lewis.registry.versions import Champion, Version
 from lewis.reports import card
@@ -157,7 +158,7 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     if verdict.waits and done.previous != version.uri:
         word, what = f"passed: waits for `lewis approve {name} --why ...`", f"ask about v{number}"
     flow_run.name_task(what)
-    moves.tell()  # also the moves that an earlier run could not report
+    moves.report()  # also the moves that an earlier run could not report
     lines = [
         f"# {version.uri}: {word}",
         f"Compared with {verdict.compared_with}.",
@@ -167,3 +168,30 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     create_link_artifact(page, text, key=artifact_key(recipe, "mlflow"), description="Model version")
     create_markdown_artifact("\n\n".join(lines), key=artifact_key(recipe, "verdict"), description="The gate's verdict")
     return verdict.passed and (done.moved or done.previous == version.uri), done.new
+
+
+@task(name="check-publish", task_run_name="check publish", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def check_publish(recipe: Recipe) -> None:
+    """Check, before any work, that the Hub will let us publish."""
+    assert recipe.publish is not None
+    publishing.check_base(recipe.base_model, recipe.root, adapter=recipe.output.kind == "lora")
+    publishing.check(recipe.publish.repo, recipe.publish.private)
+
+
+@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
+def publish(recipe: Recipe, version: Version, merged: MergedModel) -> Published | None:
+    """Push the champion to the recipe's repo, with the commit in the version's tags; return where it is.
+
+    If the version is not the champion, because the gate refused it or another took its place, it gives None and pushes
+    nothing.
+    """
+    assert recipe.publish is not None
+    current = versions.champion(version.name)
+    if current is None or current.version.version != version.version:
+        logger.info("%s is not the champion; nothing is published", version.uri)
+        return None
+    title = f"{version.name} version {version.version}, merge {merged.digest[:8]}"
+    made = publishing.publish(merged.folder, recipe.publish.repo, recipe.publish.private, title)
+    versions.tag(version, {"lewis.published": f"{made.repo}@{made.commit}"})
+    create_link_artifact(made.url, made.repo, key=artifact_key(recipe, "hub"), description="On the Hub")
+    return made

@@ -1,8 +1,9 @@
 """Artifacts for the Prefect UI, with stable keys: pictures and tables of densities and scores, the run's report."""
 
-from contextlib import suppress
+from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import chain
+from typing import TypeVar
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -38,6 +39,8 @@ from lewis_tasks.support import flow_run
 from lewis_tasks.support.assets import artifact_key
 from lewis_tasks.support.caching import RETRIES
 
+S = TypeVar("S")
+
 
 @task(name="report-densities", task_run_name="report densities", cache_policy=NO_CACHE, timeout_seconds=600)
 def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allocated: AllocationEntry) -> None:
@@ -70,20 +73,14 @@ def report_scores(recipe: Recipe, scores: dict[str, ModelScores]) -> dict[str, l
         "comparison": comparison_rows(models),
         "kept": kept_rows(kept_gains(recipe.gate_metric, models)),
     }
-    create_table_artifact(
-        found["scores"], key=artifact_key(recipe, "score-table"), description="Scores next to the parents'"
-    )
-    create_table_artifact(
-        found["comparison"],
-        key=artifact_key(recipe, "comparison"),
-        description="The merged model against each other one, document by document",
-    )
+    shown = {
+        "score-table": (found["scores"], "Scores next to the parents'"),
+        "comparison": (found["comparison"], "The merged model against each other one, document by document"),
+    }
     if found["kept"]:
-        create_table_artifact(
-            found["kept"],
-            key=artifact_key(recipe, "kept"),
-            description="How much of each expert's gain over the base is kept on its own task",
-        )
+        shown["kept"] = found["kept"], "How much of each expert's gain over the base is kept on its own task"
+    for what, (rows, about) in shown.items():
+        create_table_artifact(rows, key=artifact_key(recipe, what), description=about)
     create_markdown_artifact(
         f"# Scores\n\n{picture('scores', charts.scores(recipe.score_weights, scores))}",
         key=artifact_key(recipe, "score-bars"),
@@ -146,7 +143,9 @@ def report_run(
         pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
         verdict=verdict,
         documents=side_by_side(recipe.gate_metric, models),
-        layers=_moved(recipe, base, experts, allocated) if verdict and not verdict.passed else (),
+        layers=tables.moved_rows(_sizes(sizes_by_layer, recipe, base, experts), allocated)
+        if verdict and not verdict.passed
+        else (),
         means=allocated.means if allocated else {},
         fit=merged.fit,
         warning=warning_of_shared_set(recipe),
@@ -179,10 +178,7 @@ def _page_facts(
     models: list[Scored],
     run: FlowRun,
 ) -> PageFacts:
-    moved: dict[str, dict[str, float]] = {}
-    if recipe.inspect.on != "off":
-        with suppress(InputError):  # the files of a model are gone
-            moved = sizes_by_tensor(InspectionInput(base, tuple(experts), inspection_settings(recipe)))
+    moved = _sizes(sizes_by_tensor, recipe, base, experts)
     kept = {ref: dict(each.densities) for ref, each in allocated.experts().items()} if allocated else {}
     roles = {each.ref: "expert" for each in experts} | ({base.ref: "base"} if base else {})
     steps = flow_run.step_times(run)
@@ -197,15 +193,16 @@ def _over_versions(version: Version) -> dict[str, bytes]:
         return {}
 
 
-def _moved(
-    recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles], allocated: AllocationEntry | None
-) -> list[dict[str, str]]:
-    """In which layers the experts moved most, as far as the store knows."""
-    sizes: dict[str, dict[int, float]] = {}
-    if recipe.inspect.on != "off":
-        with suppress(InputError):  # the files of a model are gone
-            sizes = sizes_by_layer(InspectionInput(base, tuple(experts), inspection_settings(recipe)))
-    return tables.moved_rows(sizes, allocated)
+def _sizes(
+    read: Callable[[InspectionInput], dict[str, S]], recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]
+) -> dict[str, S]:
+    """How far each expert moved, as `read` gives it; empty if nothing was inspected, or a model's files are gone."""
+    if recipe.inspect.on == "off":
+        return {}
+    try:
+        return read(InspectionInput(base, tuple(experts), inspection_settings(recipe)))
+    except InputError:
+        return {}
 
 
 def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ModelScores]) -> dict[str, bytes]:

@@ -66,7 +66,7 @@ def _show(recipe: Recipe, target: CanaryTarget, version: Version, began: str) ->
             shown = picture.into_page(page, found)
             versions.attach(version, {versions.PAGE: shown})
             for path in kinds.REPORTS.entries():
-                if path.read_text() == page:  # update the store's copy, too
+                if path.read_text(encoding="utf-8") == page:  # update the store's copy, too
                     store.write_text(path, shown)
     except LewisError as error:  # a missing picture must not fail the serving
         logger.warning("%s: its canary is not shown: %s", version.uri, error)
@@ -78,7 +78,7 @@ def _roll_back(champion: Champion, why: str) -> None:
     try:
         if promotion.is_champion(version.name, version.version):
             promotion.rollback(version.name, why)
-            moves.tell()
+            moves.report()
     except InputError as error:
         logger.warning("%s stays the champion: %s", version.uri, error)
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from prefect import Task, task
 from prefect.assets import Asset, materialize
-from prefect.cache_policies import NO_CACHE, CachePolicy
+from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 from prefect.states import Completed
 
@@ -16,32 +15,13 @@ from lewis.errors import LewisError
 from lewis.steps.graph import Node
 from lewis.steps.step import Step
 from lewis.steps.table import DIAGNOSE
-from lewis_tasks.inspect import show_inspection
+from lewis_tasks.models import show_inspection
 from lewis_tasks.support import assets
 from lewis_tasks.support.caching import RESULTS, RETRIES, Progress, RecordSerializer
 from lewis_tasks.support.device_slot import device_slot
 
 SHOWN: Mapping[str, Any] = {DIAGNOSE.name: show_inspection}
 """Name of a step -> what shows its result in the UI: a function of its input and the prefix of the artifact's key."""
-
-
-@dataclass
-class StepKey(CachePolicy):
-    """Prefect's cache key of a step's task: `Step.key` of its input, nothing else."""
-
-    step: Step[Any, Any] | None = None
-
-    def compute_key(
-        self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
-    ) -> str | None:
-        """The key; None if the input is wrong, which the task itself then reports."""
-        assert self.step is not None
-        try:
-            key = self.step.key(inputs["given"])
-        except LewisError:
-            return None
-        store.mark_used(RESULTS.folder / key)
-        return key
 
 
 def task_of(node: Node, asset: Callable[[str, str], Asset] = assets.asset) -> Task[..., Any]:
@@ -86,8 +66,18 @@ def task_of(node: Node, asset: Callable[[str, str], Asset] = assets.asset) -> Ta
 
 
 def _kept(step: Step[Any, Any]) -> dict[str, Any]:
+    """Options of a task whose result Prefect keeps under `Step.key` of its input, and nothing else."""
+
+    def key(context: TaskRunContext, inputs: dict[str, Any]) -> str | None:
+        try:
+            found = step.key(inputs["given"])
+        except LewisError:  # the task itself reports that the input is wrong
+            return None
+        store.mark_used(RESULTS.folder / found)
+        return found
+
     return {
-        "cache_policy": StepKey(step=step),
+        "cache_key_fn": key,
         "persist_result": True,
         "result_storage": RESULTS.folder,
         "result_serializer": RecordSerializer(),

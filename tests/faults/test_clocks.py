@@ -187,10 +187,7 @@ def test_a_trigger_fires_again_after_the_clock_was_set_back(
     client.create_automation(trigger.as_automation())
 
     def runs() -> int:
-        found = prefect_runs.of_flows(
-            client, ("merge",), {"type": {"any_": ["SCHEDULED"]}}, deployment_id={"any_": [made]}
-        )
-        return len(found)
+        return len(prefect_runs.of_flows(client, ("merge",), ("SCHEDULED",), deployment_id={"any_": [made]}))
 
     for number, ahead in enumerate([HOUR, timedelta(0)], 1):
         time.sleep(2)  # the time that the trigger rests

@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import SESSION_HOME, Family
 from tests.support.lineage import make_home
+from tests.support.local_hub import LocalHub
 from tests.support.models import WORDS
 from tests.support.warm import WarmPython
 
@@ -60,6 +61,26 @@ def write_words(folder: Path, count: int = 40) -> None:
 def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty store; a database that is there already spares each test the making of one."""
     return make_home(tmp_path / "home", empty_database, monkeypatch)
+
+
+@pytest.fixture
+def hub(home: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A Hub that has the family as `org/base`, `org/math` and `org/code`."""
+    with LocalHub(tmp_path / "hub") as hub:
+        for name, value in (hub.environment(tmp_path) | {"LEWIS_HOME": str(home)}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for name in ("base", "math", "code"):
+            hub.commit(f"org/{name}", getattr(family, name))
+        yield hub
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of recipes; each test gives its recipes names of their own, as they share a server."""
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
+    return tmp_path / "recipes"
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def client(prefect_url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield client
 
 
-@flow(name=prefect_runs.MERGE, flow_run_name=merge._run_name)
+@flow(name=prefect_runs.MERGE, flow_run_name=merge.run_name)
 @says_why
 def _merge(version: str, recipe: str) -> State[Any]:
     """The end of a merge whose version waits."""

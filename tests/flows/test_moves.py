@@ -48,8 +48,8 @@ def stored(client: SyncPrefectClient, wanted: Move) -> list[dict]:
 
 def test_a_move_stays_until_the_server_gives_its_event_back(client: SyncPrefectClient) -> None:
     told = move()
-    moves.tell()  # as in a task, which does not wait
-    moves.tell(patience=20)
+    moves.report()  # as in a task, which does not wait
+    moves.report(patience=20)
     assert outbox.moves() == []
     (payload,) = stored(client, told)
     assert payload["uri"] == told.uri and payload["recipe"] == "nightly" and payload["reasons"] == ["better"]
@@ -59,23 +59,23 @@ def test_a_move_stays_until_the_server_gives_its_event_back(client: SyncPrefectC
 def test_a_server_that_dies_with_an_event_is_told_again(client: SyncPrefectClient, prefect_url: str) -> None:
     told = move()
     with Forgetful(prefect_url) as server, temporary_settings({PREFECT_API_URL: server.url}):
-        moves.tell(patience=1)
+        moves.report(patience=1)
         assert server.taken == 1
     assert outbox.moves() == [told] and stored(client, told) == []
-    moves.tell(patience=20)
+    moves.report(patience=20)
     assert outbox.moves() == [] and len(stored(client, told)) == 1
 
 
 def test_without_a_server_it_is_told_later(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = move()
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        moves.tell(patience=1)
+        moves.report(patience=1)
     assert outbox.moves() == [told] and "will be reported to Prefect later" in caplog.text
 
 
 def test_what_nobody_took_for_a_week_is_given_up(client: SyncPrefectClient) -> None:
     outbox.write(replace(move(), time="2026-01-01T00:00:00+00:00"))
-    moves.tell()
+    moves.report()
     assert outbox.moves() == []
 
 
@@ -88,7 +88,7 @@ def test_it_stays_until_the_user_is_notified_and_he_is_notified_once(
     try:
         time.sleep(3)  # the server's triggers learn of the automation
         told = move()
-        moves.tell(patience=240)
+        moves.report(patience=240)
         assert outbox.moves() == []
         words = f"{told.uri} is the champion now, the first one: better (recipe nightly)"
         assert [each["body"].partition("\n")[0] for each in sink.received] == [words]
@@ -97,7 +97,7 @@ def test_it_stays_until_the_user_is_notified_and_he_is_notified_once(
         outbox.write(told)  # its sender died before it had read that the server knows
         again = replace(told, id=str(uuid.uuid4()), version="3", about={})
         outbox.write(again)
-        moves.tell(patience=240)
+        moves.report(patience=240)
         assert outbox.moves() == []
         bodies = [each["body"].partition("\n")[0] for each in sink.received]
         assert bodies == [words, f"{again.uri} is the champion now, the first one: better"]

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.states import Completed
 
 from lewis import library as lewis_library
 from lewis.merging.step import MergedModel
-from lewis_flows.cli.run import _with_prefect, print_merge
+from lewis_flows.cli.run import _run_flow, print_merge
 from lewis_flows.merge import MergeReport
 from lewis_flows.service import note
 from lewis_tasks.support import flow_run
@@ -450,7 +451,12 @@ def test_the_link_of_a_run_whose_server_ends_with_it_leads_to_the_server_of_the_
     home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def seen() -> tuple[str, str]:
-        return _with_prefect(lambda: (flow_run.url_text(), flow_run.url()), as_json=False)
+        def link(**_: object) -> Any:
+            return Completed(data=(flow_run.url_text(), flow_run.url()))
+
+        monkeypatch.setattr("lewis_flows.merge.merge_flow", link)
+        found: tuple[str, str] = _run_flow("merge", as_json=False)
+        return found
 
     monkeypatch.setattr(flow_run, "later", "")
     monkeypatch.setenv("PREFECT_SERVER_API_PORT", "4999")

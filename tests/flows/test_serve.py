@@ -19,10 +19,10 @@ from lewis.errors import LewisError
 from lewis.registry import history, outbox, versions
 from lewis.serving import canary, haproxy, records
 from lewis.serving.records import served
-from lewis_flows import run_page, secret_blocks
+from lewis_flows import prefect_runs, run_page, secret_blocks
 from lewis_flows.cli.main import main
 from lewis_flows.serve import serve_flow
-from lewis_flows.service import keep_served, recipe_deployments
+from lewis_flows.service import keep_served
 from lewis_flows.service.deploy import Follower
 from lewis_tasks.support import moves
 from lewis_tasks.support.flow_run import result_of_run
@@ -135,7 +135,7 @@ def test_a_promotion_starts_the_deployment_and_is_sent_until_it_has(
     client.set_flow_run_state(runs()[0].id, Completed(), force=True)
     time.sleep(3)  # the server's triggers learn of the automation
     crowned(family.base, "a")
-    moves.tell(patience=60)
+    moves.report(patience=60)
     assert outbox.moves() == []
     wait(lambda: len(runs()) == 2)
 
@@ -145,7 +145,7 @@ def test_a_promotion_starts_the_deployment_and_is_sent_until_it_has(
     assert "other" in automation.name
     recipe.write_text(recipe.read_text().partition("serve:")[0])
     follower.deploy()
-    assert recipe_deployments._read(client, "serve/nightly") is None
+    assert prefect_runs.deployment(client, "serve/nightly") is None
     assert not [each for each in client.read_automations() if each.name.startswith("service of ")]
 
 
@@ -153,7 +153,7 @@ def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_le
     folder: Path, home: Path, family: Family, client: SyncPrefectClient, tmp_path: Path
 ) -> None:
     def runs() -> list[Any]:
-        made = recipe_deployments._read(client, "serve/nightly")
+        made = prefect_runs.deployment(client, "serve/nightly")
         found = [run for run in client.read_flow_runs() if made and run.deployment_id == made.id]
         return [run for run in found if run.state.is_scheduled()]
 

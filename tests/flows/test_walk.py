@@ -6,6 +6,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from prefect.cache_policies import CacheKeyFnPolicy
 
 from lewis.errors import InputError
 from lewis.models.hub.pin import Pinned
@@ -20,7 +21,7 @@ from lewis.steps.run import begin
 from lewis.steps.table import EVALUATE
 from lewis_flows import walk as walking
 from lewis_flows.walk import Walk
-from lewis_tasks.steps import SHOWN, StepKey, task_of
+from lewis_tasks.steps import SHOWN, task_of
 from tests.conftest import Family
 from tests.lewis.steps.test_keys import recipes
 from tests.support import pipeline
@@ -67,7 +68,7 @@ def test_a_run_does_the_steps_of_the_plan_in_its_order_and_by_their_keys(
         assert (task.name, task.timeout_seconds) == (node.step.name, node.step.timeout)
         assert task.retries == (4 if node.step.retries else 0)
         if node.step.cached and node.step.name not in SHOWN:
-            assert isinstance(task.cache_policy, StepKey)
+            assert isinstance(task.cache_policy, CacheKeyFnPolicy)
             key = task.cache_policy.compute_key(SimpleNamespace(), {"given": given}, {})
             assert key == node.step.key(given) and task.persist_result
         before = [each.label for each in walk.graph if each.name in walk.graph.edges(node.name)]
@@ -106,7 +107,7 @@ def test_an_input_that_is_wrong_has_no_key_so_that_the_task_itself_reports_it(
 ) -> None:
     node = Walk(recipes(family, tmp_path)["plain"], {}).graph["merge experts"]
     policy = task_of(node).cache_policy
-    assert isinstance(policy, StepKey)
+    assert isinstance(policy, CacheKeyFnPolicy)
     monkeypatch.setattr("lewis.steps.table.prepare_merge", Mock(side_effect=InputError("it does not fit")))
     assert policy.compute_key(SimpleNamespace(), {"given": None}, {}) is None
 

@@ -23,7 +23,7 @@ from lewis.errors import TransientError
 from lewis.models.source import pin_all
 from lewis.registry import releases, tracking
 from lewis.registry.releases import Moved
-from lewis_flows import behind, recipes_folder, release_event, watch
+from lewis_flows import polls, recipes_folder, release_event, watch
 from lewis_flows.service.receiver import Receiver
 from lewis_flows.service.status import status
 from lewis_flows.watch import WatchReport, poll
@@ -49,25 +49,6 @@ def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
     settings: dict[Any, Any] = {PREFECT_API_URL: prefect_url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
     with temporary_settings(settings), get_client(sync_client=True) as client:
         yield client
-
-
-@pytest.fixture
-def hub(home: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
-    with LocalHub(tmp_path / "hub") as hub:
-        for name, value in (hub.environment(tmp_path) | {"LEWIS_HOME": str(home)}).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        for name in ("base", "math", "code"):
-            hub.commit(f"org/{name}", getattr(family, name))
-        yield hub
-
-
-@pytest.fixture
-def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of recipes; each test gives its recipes names of their own, as they share a server."""
-    (tmp_path / "recipes").mkdir()
-    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
-    return tmp_path / "recipes"
 
 
 def events(client: SyncPrefectClient, recipe: str) -> list[dict]:
@@ -115,10 +96,10 @@ def test_a_release_is_announced_once_and_not_again_after_the_merge(
     registered(family.base, "a", heads, "life")
     with tracking.client("a champion") as mlflow:
         mlflow.set_registered_model_alias("life", "champion", "1")
-    assert poll() == WatchReport(checked=["life"]) and behind.since() == {"life": None}
+    assert poll() == WatchReport(checked=["life"]) and polls.behind_since() == {"life": None}
     new = hub.commit("org/code", family.math)
     assert poll(["life"]).announced == ["life: org/code"]
-    assert datetime.now(UTC) - timedelta(minutes=3) < (behind.since()["life"] or NOW) < datetime.now(UTC)
+    assert datetime.now(UTC) - timedelta(minutes=3) < (polls.behind_since()["life"] or NOW) < datetime.now(UTC)
     until(lambda: len(events(client, "life")) == 2)
     second = {"recipe": "life", "ref": "org/code", "repo": "org/code", "old": heads["org/code"], "new": new}
     assert events(client, "life") == [second, first]

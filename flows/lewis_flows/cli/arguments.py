@@ -1,10 +1,10 @@
-"""Arguments that several commands take; each function adds one to the parser of a command."""
+"""Arguments of commands, and those that several take."""
 
 import argparse
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lewis_flows.cli import completion
 
@@ -15,47 +15,40 @@ Add = Callable[[argparse.ArgumentParser], None]
 """Adds an argument, or a few that belong together, to the parser of a command."""
 
 
-def recipe(command: argparse.ArgumentParser) -> None:
-    """`RECIPE` and `--set KEY=VALUE`."""
-    about = "YAML file, or the name of a recipe in the folder of recipes"
-    chosen = command.add_argument("recipe", metavar="RECIPE", help=about)
-    completion.completes(chosen, completion.recipes_and_files)
-    command.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
-        help="override a key of the recipe, for example lewis.density.max=0.7; may be repeated",
-    )  # fmt: skip
+def option(*names: str, offer: completion.Offer | None = None, **about: Any) -> Add:
+    """An argument of a command.
+
+    Args:
+        names: of the option; or one name, of an argument that has a place.
+        offer: gives what a shell offers for it.
+        about: as of `ArgumentParser.add_argument`.
+    """
+
+    def add(command: argparse.ArgumentParser) -> None:
+        action = command.add_argument(*names, **about)
+        if offer:
+            action.completer = offer  # type: ignore[attr-defined]  # where argcomplete looks for it
+
+    return add
 
 
-def force(command: argparse.ArgumentParser) -> None:
-    """`--force`."""
-    command.add_argument(
-        "--force", action="store_true", help="merge models that do not belong together too; as --set inspect.on=warn"
-    )
+def flag(name: str, about: str) -> Add:
+    """An option without a value."""
+    return option(name, action="store_true", help=about)
 
 
-def as_json(command: argparse.ArgumentParser) -> None:
-    """`--json`."""
-    command.add_argument("--json", action="store_true", help="print JSON instead of text")
-
-
-def json_file(command: argparse.ArgumentParser) -> None:
-    """`-o FILE.json`."""
-    command.add_argument("-o", "--output", metavar="FILE.json", type=Path, required=True)
-
-
-def name(command: argparse.ArgumentParser) -> None:
-    """`NAME` of a registered model."""
-    completion.completes(command.add_argument("name", metavar="NAME", help="registered model"), completion.models)
-
-
-def why(command: argparse.ArgumentParser) -> None:
-    """`--why TEXT`."""
-    command.add_argument("--why", metavar="TEXT", required=True, help="for the history")
-
-
-def prefect_file(command: argparse.ArgumentParser) -> None:
-    """`--prefect-file FILE`."""
-    command.add_argument("--prefect-file", metavar="FILE", type=Path, help="default: deployments/prefect.yaml")
+_RECIPE = "YAML file, or the name of a recipe in the folder of recipes"
+_SET = "override a key of the recipe, for example lewis.density.max=0.7; may be repeated"
+RECIPE = (
+    option("recipe", metavar="RECIPE", help=_RECIPE, offer=completion.recipes_and_files),
+    option("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help=_SET),
+)
+FORCE = flag("--force", "merge models that do not belong together too; as --set inspect.on=warn")
+JSON = flag("--json", "print JSON instead of text")
+JSON_FILE = option("-o", "--output", metavar="FILE.json", type=Path, required=True)
+NAME = option("name", metavar="NAME", help="registered model", offer=completion.models)
+WHY = option("--why", metavar="TEXT", required=True, help="for the history")
+PREFECT_FILE = option("--prefect-file", metavar="FILE", type=Path, help="default: deployments/prefect.yaml")
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
@@ -89,6 +82,6 @@ def load(options: argparse.Namespace) -> "Recipe":
     from lewis.recipe.recipe import Recipe
 
     if getattr(options, "force", False):
-        options.overrides.append("inspect.on=warn")
+        options.overrides = [*options.overrides, "inspect.on=warn"]
         options.force = False
     return Recipe.load(recipe_file(options), options.overrides)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis.errors import InputError, LewisError
+from lewis_flows.cli.arguments import option
 from lewis_flows.cli.terminal import print_table
 
 if TYPE_CHECKING:
@@ -16,15 +17,14 @@ if TYPE_CHECKING:
 _VERSION = re.compile(r"(models:/)?[^/:@]+(/\d+|@[\w-]+)")
 
 
-def models(command: argparse.ArgumentParser) -> None:
-    """`A B`."""
-    for name, what in (("A", "what the other is compared with"), ("B", "what is compared")):
-        command.add_argument(
-            name.lower(),
-            metavar=name,
-            help=f"{what}: a model that was scored here (a folder or org/name), a version (NAME/3, NAME@champion), or "
-            "a folder that lm-eval wrote with --log_samples",
-        )
+_MODEL = (
+    "a model that was scored here (a folder or org/name), a version (NAME/3, NAME@champion), or a folder that lm-eval "
+    "wrote with --log_samples"
+)
+MODELS = (
+    option("a", metavar="A", help=f"what the other is compared with: {_MODEL}"),
+    option("b", metavar="B", help=f"what is compared: {_MODEL}"),
+)
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 It must come within a moment, so neither Prefect nor MLflow is imported. An error offers nothing.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Callable
@@ -16,11 +15,6 @@ from lewis.errors import LewisError
 
 _PATIENCE = 2.0  # seconds for one request
 Offer = Callable[..., list[str]]
-
-
-def completes(action: argparse.Action, offer: Offer) -> None:
-    """Let a shell offer something for an argument."""
-    action.completer = offer  # type: ignore[attr-defined]  # where argcomplete looks for it
 
 
 def recipes(**_: Any) -> list[str]:

@@ -8,22 +8,15 @@ from pathlib import Path
 
 from lewis.errors import LewisError
 from lewis.settings import size_text
+from lewis_flows.cli.arguments import flag, option
 from lewis_flows.cli.terminal import show_log
 
-
-def gc_options(command: argparse.ArgumentParser) -> None:
-    """`--days N` and `--yes`."""
-    _removal_options(command, "keep what was used in the last N days", 14.0)
-
-
-def retention_options(command: argparse.ArgumentParser) -> None:
-    """`--days N` and `--yes`."""
-    _removal_options(command, "keep what ended or was written in the last N days", 90.0)
-
-
-def _removal_options(command: argparse.ArgumentParser, what: str, days: float) -> None:
-    command.add_argument("--days", metavar="N", type=float, default=days, help=f"{what} ({days:.0f})")
-    command.add_argument("--yes", action="store_true", help="remove it; without this, only show it")
+_YES = flag("--yes", "remove it; without this, only show it")
+_DAYS = "keep what was used in the last N days (14)"
+GC = option("--days", metavar="N", type=float, default=14.0, help=_DAYS), _YES
+_OLD = "keep what ended or was written in the last N days (90)"
+RETENTION = option("--days", metavar="N", type=float, default=90.0, help=_OLD), _YES
+COPY = option("folder", metavar="DIR", type=Path, help="the copy, a folder outside of the store")
 
 
 def gc(options: argparse.Namespace) -> None:
@@ -65,11 +58,6 @@ def retention(options: argparse.Namespace) -> None:
     for each in found:
         print(f"{each.where}: {each.what}, of {datetime.fromtimestamp(each.time, UTC).date()}")
     print(retention.to_text(found, removed=options.yes))
-
-
-def copy_folder(command: argparse.ArgumentParser) -> None:
-    """`DIR`."""
-    command.add_argument("folder", metavar="DIR", type=Path, help="the copy, a folder outside of the store")
 
 
 def backup(options: argparse.Namespace) -> None:

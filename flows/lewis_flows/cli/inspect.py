@@ -8,15 +8,20 @@ from pathlib import Path
 from lewis.errors import InputError
 from lewis.settings import size_text
 from lewis_flows.cli import arguments, bars
+from lewis_flows.cli.arguments import flag, option
 from lewis_flows.cli.terminal import print_table, show_log
 
-
-def new_options(command: argparse.ArgumentParser) -> None:
-    """`BASE EXPERT... -o FILE.yaml --force`."""
-    command.add_argument("base", metavar="BASE", help="the base: org/name, org/name@revision or a folder")
-    command.add_argument("experts", metavar="EXPERT", nargs="+", help="fine-tunes of it, or LoRA adapters")
-    command.add_argument("-o", "--output", metavar="FILE.yaml", type=Path, required=True)
-    command.add_argument("--force", action="store_true", help="replace the file if there is one")
+NEW = (
+    option("base", metavar="BASE", help="the base: org/name, org/name@revision or a folder"),
+    option("experts", metavar="EXPERT", nargs="+", help="fine-tunes of it, or LoRA adapters"),
+    option("-o", "--output", metavar="FILE.yaml", type=Path, required=True),
+    flag("--force", "replace the file if there is one"),
+)
+_BASES = "another model that an expert may have been trained from, to find the nearest; may be repeated"
+INSPECT = (
+    option("--base", metavar="MODEL", action="append", default=[], dest="bases", help=_BASES),
+    option("--plot", metavar="FILE.png", type=Path, help="draw layers by experts"),
+)
 
 
 def new(options: argparse.Namespace) -> None:
@@ -70,15 +75,6 @@ def _look_and_run(file: Path) -> None:
     size = sum(each.cost.written for each in missing)
     if ask.yes(f"run it now, which downloads {size_text(size)}?" if missing else "run it now?"):
         run_merge(str(file), [], as_json=False)
-
-
-def inspect_options(command: argparse.ArgumentParser) -> None:
-    """`--base MODEL` and `--plot FILE.png`."""
-    command.add_argument(
-        "--base", metavar="MODEL", action="append", default=[], dest="bases",
-        help="another model that an expert may have been trained from, to find the nearest; may be repeated",
-    )  # fmt: skip
-    command.add_argument("--plot", metavar="FILE.png", type=Path, help="draw layers by experts")
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from lewis.redact import redacted
 from lewis.store import writable
 from lewis_flows import environment, json_logs
 from lewis_flows.cli import compare, housekeeping, inspect, merge, registry, run, runs, service, terminal
-from lewis_flows.cli.arguments import Add, as_json, force, json_file, name, prefect_file, recipe, why
+from lewis_flows.cli.arguments import FORCE, JSON, JSON_FILE, NAME, PREFECT_FILE, RECIPE, WHY, Add
 from lewis_flows.service import credentials
 
 
@@ -28,203 +28,91 @@ class Command(NamedTuple):
     Attributes:
         name: on the command line.
         run: does it, given the parsed arguments; gives the exit code, None is 0.
-        words: for the help.
         arguments: each adds some to the command's parser.
+        words: for the help.
         writes: whether it needs a store that it can write to.
     """
 
     name: str
     run: Callable[[argparse.Namespace], int | None]
+    arguments: tuple[Add, ...]
     words: str
-    arguments: tuple[Add, ...] = ()
     writes: bool = True
 
 
+# fmt: off
 COMMANDS = (
-    Command(
-        "new",
-        inspect.new,
-        "write a recipe with comments, from a base and experts: calibration sets and tasks that fit",
-        (inspect.new_options, as_json),
-    ),
-    Command("run", run.run, "run the whole DAG: merge, score, register, promote", (recipe, force, as_json)),
-    Command(
-        "search",
-        run.search,
-        "try the values of the recipe's `search` block, and register the best",
-        (recipe, run.search_limits, as_json),
-    ),
-    Command(
-        "serve",
-        run.serve,
-        "put the champion into service where the recipe's `serve` block says, as a promotion does",
-        (runs.known_recipe, run.serve_options, as_json),
-    ),
-    Command(
-        "served",
-        registry.served,
-        "print what is in service at each target, since when, and what a target did not take",
-        (registry.served_options, as_json),
-        writes=False,
-    ),
-    Command(
-        "plan",
-        merge.plan,
-        "tell what a run would do: inputs, cached steps, disk, memory, time, covered layers",
-        (recipe, as_json),
-        writes=False,
-    ),
-    Command(
-        "inspect",
-        inspect.inspect,
-        "tell whether the models belong together: findings, what they mean, what to do",
-        (recipe, inspect.inspect_options, as_json),
-    ),
-    Command(
-        "merge",
-        merge.merge,
-        "merge with the library alone: no Prefect, no MLflow",
-        (recipe, merge.merge_output, force, as_json),
-    ),
-    Command(
-        "importance",
-        merge.importance,
-        "measure the importance of every covered layer; for methods with densities",
-        (recipe, json_file, as_json),
-    ),
-    Command(
-        "allocate",
-        merge.allocate,
-        "allocate a density to every tensor of every expert; draws FILE.png too; for methods with densities",
-        (recipe, json_file, as_json),
-    ),
-    Command(
-        "export",
-        merge.export,
-        "print a recipe as a mergekit config, with its LEWIS densities as filters; for methods that mergekit has",
-        (recipe, merge.export_file, as_json),
-    ),
-    Command("demo", run.demo, "train a family of tiny models and run the whole DAG on it", (as_json,)),
-    Command(
-        "up",
-        service.up,
-        "run the service until Ctrl-C: servers, deployments, worker, webhook receiver",
-        (service.serve_option, prefect_file, service.up_output),
-    ),
-    Command(
-        "status",
-        service.status,
-        "tell what runs, what is due, what champions hold and what is newer",
-        (service.status_options, as_json),
-        writes=False,
-    ),
-    Command(
-        "settings",
-        service.print_settings,
-        "print every environment variable that LEWIS reads: its value now, its default, what it does",
-        (as_json,),
-        writes=False,
-    ),
-    Command(
-        "env",
-        service.print_environment,
-        "print the exports with which other programs find the servers of this store, passwords included",
-        (as_json,),
-        writes=False,
-    ),
-    Command(
-        "open",
-        runs.open_links,
-        "print and open the pages of the service, or those of a recipe: last run, artifacts, version, champion",
-        (runs.open_options, as_json),
-        writes=False,
-    ),
-    Command(
-        "report",
-        runs.report,
-        "print the path of a run's page: scores, pictures, samples, lineage, what each step took",
-        (runs.report_options, as_json),
-    ),
-    Command(
-        "logs",
-        runs.logs,
-        "print the log of a recipe's last run",
-        (runs.known_recipe, runs.log_options, as_json),
-        writes=False,
-    ),
-    Command(
-        "cancel",
-        runs.cancel,
-        "cancel the runs of a recipe that go on or wait, or one run",
-        (runs.cancel_what, as_json),
-        writes=False,
-    ),
-    Command(
-        "gc",
-        housekeeping.gc,
-        "remove what no registered version, no recent run and no running one needs",
-        (housekeeping.gc_options, as_json),
-    ),
-    Command(
-        "retention",
-        housekeeping.retention,
-        "remove old runs of Prefect and MLflow, and old entries of LEWIS_STORE, that nothing needs",
-        (housekeeping.retention_options, as_json),
-    ),
-    Command(
-        "backup",
-        housekeeping.backup,
-        "copy what cannot be made again: the databases in the store, MLflow's files, recipes, secrets",
-        (housekeeping.copy_folder, as_json),
-    ),
-    Command(
-        "restore",
-        housekeeping.restore,
-        "put such a copy back into an empty store",
-        (housekeeping.copy_folder, as_json),
-    ),
-    Command(
-        "verify",
-        housekeeping.verify,
-        "read everything in the store and in MLflow again, and tell what is damaged",
-        (as_json,),
-    ),
-    Command(
-        "compare",
-        compare.compare,
-        "compare two models, versions or results of lm-eval document by document: gain, interval, wins, losses, p",
-        (compare.models, as_json),
-        writes=False,
-    ),
-    Command(
-        "history",
-        registry.history,
-        "tell who replaced whom as champion of a model, and why",
-        (name, registry.history_options, as_json),
-        writes=False,
-    ),
-    Command(
-        "pull",
-        registry.pull,
-        "write a version of a registered model into a folder, its champion by default",
-        (registry.pull_options, as_json),
-    ),
-    Command(
-        "approve",
-        registry.approve,
-        "let a version that passed its gate, and waits for a person, become the champion",
-        (registry.version, registry.refuse, why, as_json),
-    ),
-    Command("promote", registry.promote, "make a version the champion by hand", (registry.version, why, as_json)),
-    Command("rollback", registry.rollback, "put the previous champion of a model back", (name, why, as_json)),
-    Command(
-        "deploy",
-        service.deploy,
-        "put pool, limit, deployments and automations on a Prefect server",
-        (prefect_file, as_json),
-    ),
+    Command("new", inspect.new, (*inspect.NEW, JSON),
+            "write a recipe with comments, from a base and experts: calibration sets and tasks that fit"),
+    Command("run", run.run, (*RECIPE, FORCE, JSON),
+            "run the whole DAG: merge, score, register, promote"),
+    Command("search", run.search, (*RECIPE, *run.LIMITS, JSON),
+            "try the values of the recipe's `search` block, and register the best"),
+    Command("serve", run.serve, (runs.KNOWN_RECIPE, run.AGAIN, JSON),
+            "put the champion into service where the recipe's `serve` block says, as a promotion does"),
+    Command("served", registry.served, (registry.SERVED, JSON),
+            "print what is in service at each target, since when, and what a target did not take", writes=False),
+    Command("plan", merge.plan, (*RECIPE, JSON),
+            "tell what a run would do: inputs, cached steps, disk, memory, time, covered layers", writes=False),
+    Command("inspect", inspect.inspect, (*RECIPE, *inspect.INSPECT, JSON),
+            "tell whether the models belong together: findings, what they mean, what to do"),
+    Command("merge", merge.merge, (*RECIPE, *merge.OUTPUT, FORCE, JSON),
+            "merge with the library alone: no Prefect, no MLflow"),
+    Command("importance", merge.importance, (*RECIPE, JSON_FILE, JSON),
+            "measure the importance of every covered layer; for methods with densities"),
+    Command("allocate", merge.allocate, (*RECIPE, JSON_FILE, JSON),
+            "allocate a density to every tensor of every expert; draws FILE.png too; for methods with densities"),
+    Command("export", merge.export, (*RECIPE, merge.EXPORT, JSON),
+            "print a recipe as a mergekit config, with its LEWIS densities as filters; for methods that mergekit has"),
+    Command("demo", run.demo, (JSON,),
+            "train a family of tiny models and run the whole DAG on it"),
+    Command("up", service.up, service.UP,
+            "run the service until Ctrl-C: servers, deployments, worker, webhook receiver"),
+    Command("status", service.status, (service.status_options, JSON),
+            "tell what runs, what is due, what champions hold and what is newer", writes=False),
+    Command("settings", service.print_settings, (JSON,),
+            "print every environment variable that LEWIS reads: its value now, its default, what it does",
+            writes=False),
+    Command("env", service.print_environment, (JSON,),
+            "print the exports with which other programs find the servers of this store, passwords included",
+            writes=False),
+    Command("open", runs.open_links, (*runs.OPEN, JSON),
+            "print and open the pages of the service, or those of a recipe: last run, artifacts, version, champion",
+            writes=False),
+    Command("report", runs.report, (*runs.REPORT, JSON),
+            "print the path of a run's page: scores, pictures, samples, lineage, what each step took"),
+    Command("logs", runs.logs, (runs.KNOWN_RECIPE, *runs.LOGS, JSON),
+            "print the log of a recipe's last run", writes=False),
+    Command("cancel", runs.cancel, (runs.CANCEL, JSON),
+            "cancel the runs of a recipe that go on or wait, or one run", writes=False),
+    Command("gc", housekeeping.gc, (*housekeeping.GC, JSON),
+            "remove what no registered version, no recent run and no running one needs"),
+    Command("retention", housekeeping.retention, (*housekeeping.RETENTION, JSON),
+            "remove old runs of Prefect and MLflow, and old entries of LEWIS_STORE, that nothing needs"),
+    Command("backup", housekeeping.backup, (housekeeping.COPY, JSON),
+            "copy what cannot be made again: the databases in the store, MLflow's files, recipes, secrets"),
+    Command("restore", housekeeping.restore, (housekeeping.COPY, JSON),
+            "put such a copy back into an empty store"),
+    Command("verify", housekeeping.verify, (JSON,),
+            "read everything in the store and in MLflow again, and tell what is damaged"),
+    Command("compare", compare.compare, (*compare.MODELS, JSON),
+            "compare two models, versions or results of lm-eval document by document: gain, interval, wins, losses, p",
+            writes=False),
+    Command("history", registry.history, (NAME, *registry.HISTORY, JSON),
+            "tell who replaced whom as champion of a model, and why", writes=False),
+    Command("pull", registry.pull, (*registry.PULL, JSON),
+            "write a version of a registered model into a folder, its champion by default"),
+    Command("approve", registry.approve, (registry.VERSION, registry.REFUSE, WHY, JSON),
+            "let a version that passed its gate, and waits for a person, become the champion"),
+    Command("promote", registry.promote, (registry.VERSION, WHY, JSON),
+            "make a version the champion by hand"),
+    Command("rollback", registry.rollback, (NAME, WHY, JSON),
+            "put the previous champion of a model back"),
+    Command("deploy", service.deploy, (PREFECT_FILE, JSON),
+            "put pool, limit, deployments and automations on a Prefect server"),
 )
 """All commands, in the order of the help."""
+# fmt: on
 
 
 def program() -> NoReturn:

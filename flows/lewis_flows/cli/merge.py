@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lewis.errors import InputError, RecipeError
 from lewis.settings import size_text
 from lewis_flows.cli import arguments, bars
+from lewis_flows.cli.arguments import option
 from lewis_flows.cli.terminal import output_is_file, show_log
 
 if TYPE_CHECKING:
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     from lewis.models.network.module_tree import Layer
     from lewis.recipe.recipe import Recipe
 
-
+OUTPUT = (
+    option("-o", "--output", metavar="DIR", type=Path, required=True, help="folder of the merged model"),
+    option("--max-shard-size", metavar="SIZE", default="5GB", help="largest file to write, default 5GB"),
+)
+_FILE = "file to write; a shell's `>` leaves an empty one if the recipe is refused"
+EXPORT = option("-o", "--output", metavar="FILE.yaml", type=Path, help=_FILE)
 _FOR = (
     "`importance` and `allocate` are for methods with densities, such as ties, and a `lewis` block; for any recipe "
     "`lewis inspect --plot FILE.png` shows where the experts moved"
@@ -30,12 +36,6 @@ def plan(options: argparse.Namespace) -> None:
 
     made = make_plan(arguments.load(options))
     print(json.dumps(made.to_json(), indent=2) if options.json else made.to_text())
-
-
-def merge_output(command: argparse.ArgumentParser) -> None:
-    """`-o DIR` and `--max-shard-size SIZE`."""
-    command.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder of the merged model")
-    command.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest file to write, default 5GB")
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -133,12 +133,6 @@ def allocate(options: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     _print_densities(found)
-
-
-def export_file(command: argparse.ArgumentParser) -> None:
-    """`-o FILE.yaml`."""
-    about = "file to write; a shell's `>` leaves an empty one if the recipe is refused"
-    command.add_argument("-o", "--output", metavar="FILE.yaml", type=Path, help=about)
 
 
 def export(options: argparse.Namespace) -> None:

@@ -10,12 +10,19 @@ from pathlib import Path
 from lewis.errors import InputError
 from lewis.settings import size_text
 from lewis_flows.cli import completion
+from lewis_flows.cli.arguments import flag, option
 
-
-def history_options(command: argparse.ArgumentParser) -> None:
-    """`--verbose` and `--plot FILE.png`."""
-    command.add_argument("--verbose", action="store_true", help="tell the rules that passed, too")
-    command.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the champion's score over the versions")
+HISTORY = (
+    flag("--verbose", "tell the rules that passed, too"),
+    option("--plot", metavar="FILE.png", type=Path, help="draw the champion's score over the versions"),
+)
+SERVED = option("name", metavar="NAME", nargs="?", default="", help="by default all models", offer=completion.models)
+PULL = (
+    option("what", metavar="NAME[@ALIAS|/VERSION]", help="its champion by default", offer=completion.models),
+    option("-o", "--output", metavar="DIR", type=Path, required=True, help="folder to write"),
+)
+VERSION = option("version", metavar="NAME/VERSION", offer=completion.versions)
+REFUSE = flag("--refuse", "it does not become the champion, and is not asked for again")
 
 
 def history(options: argparse.Namespace) -> None:
@@ -36,12 +43,6 @@ def history(options: argparse.Namespace) -> None:
         print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")
 
 
-def served_options(command: argparse.ArgumentParser) -> None:
-    """`NAME`, which may be left out."""
-    chosen = command.add_argument("name", metavar="NAME", nargs="?", default="", help="by default all models")
-    completion.completes(chosen, completion.models)
-
-
 def served(options: argparse.Namespace) -> None:
     """Print what is in service, a line a target, and what a target did not take."""
     from lewis.serving.records import served
@@ -56,13 +57,6 @@ def served(options: argparse.Namespace) -> None:
         print("nothing is in service")
 
 
-def pull_options(command: argparse.ArgumentParser) -> None:
-    """`NAME[@ALIAS|/VERSION]` and `-o DIR`."""
-    what = command.add_argument("what", metavar="NAME[@ALIAS|/VERSION]", help="its champion by default")
-    completion.completes(what, completion.models)
-    command.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder to write")
-
-
 def pull(options: argparse.Namespace) -> None:
     """Write a version of a registered model into a folder."""
     from lewis.registry.pull import pull
@@ -72,18 +66,6 @@ def pull(options: argparse.Namespace) -> None:
     facts = {"version": found.uri, "folder": str(options.output), "digest": found.digest, "bytes": found.size}
     text = f"{options.output}: {found.uri}, {size_text(found.size)}, digest {found.digest}"
     print(json.dumps(facts, indent=2) if options.json else text)
-
-
-def version(command: argparse.ArgumentParser) -> None:
-    """`NAME/VERSION` of a registered model."""
-    completion.completes(command.add_argument("version", metavar="NAME/VERSION"), completion.versions)
-
-
-def refuse(command: argparse.ArgumentParser) -> None:
-    """`--refuse`."""
-    command.add_argument(
-        "--refuse", action="store_true", help="it does not become the champion, and is not asked for again"
-    )
 
 
 def approve(options: argparse.Namespace) -> None:
@@ -172,5 +154,5 @@ def _report(answered: str = "", why: str = "", *, approve: bool = True) -> bool:
 
             if answered:
                 approval.resume(answered, why, approve=approve)
-            moves.tell()
+            moves.report()
     return bool(url)

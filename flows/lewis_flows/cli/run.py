@@ -1,15 +1,17 @@
 """`lewis run`, `search`, `serve` and `demo`: the flows in this process, on a Prefect server."""
 
 import argparse
+import importlib
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lewis.quick_imports import quick_imports
 from lewis_flows.cli import arguments, bars
+from lewis_flows.cli.arguments import flag, option, positive
 from lewis_flows.cli.terminal import print_table, say_error
 
 if TYPE_CHECKING:
@@ -18,7 +20,11 @@ if TYPE_CHECKING:
     from lewis_flows.search import SearchReport
     from lewis_flows.serve import ServeReport
 
-R = TypeVar("R")
+LIMITS = (
+    option("--trials", metavar="N", type=positive(int), help="how many in all, instead of the recipe's number"),
+    option("--minutes", metavar="M", type=positive(float), help="begin no further trial after this time"),
+)
+AGAIN = flag("--again", "also where the champion is in service already")
 _NEXT = {  # commands after the demo, and what each shows
     "lewis plan {recipe}": "what a second run would do: every step's result is in the store",
     "lewis report {version} --open": "scores, pictures and answers of this run, on one page",
@@ -50,31 +56,12 @@ def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> "Merge
         overrides: `key.path=value` each.
         as_json: print JSON instead of text.
     """
-
-    def flow() -> "MergeReport":
-        with quick_imports():
-            from lewis_flows.merge import merge_flow
-            from lewis_tasks.support.flow_run import result_of_run
-
-        report: MergeReport = result_of_run(merge_flow(recipe, list(overrides), return_state=True))
-        return report
-
-    report = _with_prefect(flow, as_json=as_json)
+    report: MergeReport = _run_flow("merge", recipe, list(overrides), as_json=as_json)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
         print_merge(report)
     return report
-
-
-def search_limits(command: argparse.ArgumentParser) -> None:
-    """`--trials N` and `--minutes M`."""
-    command.add_argument(
-        "--trials", metavar="N", type=arguments.positive(int), help="how many in all, instead of the recipe's number"
-    )
-    command.add_argument(
-        "--minutes", metavar="M", type=arguments.positive(float), help="begin no further trial after this time"
-    )
 
 
 def search(options: argparse.Namespace) -> None:
@@ -84,17 +71,8 @@ def search(options: argparse.Namespace) -> None:
     recipe = _load(options)
     study.objectives_of(recipe)
     space.check(recipe)
-
-    def flow() -> "SearchReport":
-        from lewis_flows.search import search_flow
-        from lewis_tasks.support.flow_run import result_of_run
-
-        path = str(Path(options.recipe).resolve())
-        limits = options.trials, options.minutes
-        report: SearchReport = result_of_run(search_flow(path, options.overrides, *limits, return_state=True))
-        return report
-
-    report = _with_prefect(flow, as_json=options.json)
+    given = str(Path(options.recipe).resolve()), options.overrides, options.trials, options.minutes
+    report: SearchReport = _run_flow("search", *given, as_json=options.json)
     if options.json:
         print(report.model_dump_json(indent=2))
         return
@@ -107,25 +85,12 @@ def search(options: argparse.Namespace) -> None:
         print_merge(report.merge)
 
 
-def serve_options(command: argparse.ArgumentParser) -> None:
-    """`--again`."""
-    command.add_argument("--again", action="store_true", help="also where the champion is in service already")
-
-
 def serve(options: argparse.Namespace) -> None:
     """Put the champion into service at the targets of a recipe."""
     from lewis_flows import recipes_folder
 
-    path = str(recipes_folder.find(options.recipe))
-
-    def flow() -> "ServeReport":
-        from lewis_flows.serve import serve_flow
-        from lewis_tasks.support.flow_run import result_of_run
-
-        report: ServeReport = result_of_run(serve_flow(path, options.again, return_state=True))
-        return report
-
-    report = _with_prefect(flow, as_json=options.json)
+    given = str(recipes_folder.find(options.recipe)), options.again
+    report: ServeReport = _run_flow("serve", *given, as_json=options.json)
     if options.json:
         print(report.model_dump_json(indent=2))
         return
@@ -159,8 +124,17 @@ def print_merge(report: "MergeReport") -> None:
         print(f"report of the run: {report.page}; `lewis report {report.recipe} --open` shows it")
 
 
-def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
-    """Run a flow on the server that there is, or on one that is started for it; if that dies, end as if killed."""
+def _run_flow(name: str, *arguments: object, as_json: bool) -> Any:
+    """Run a flow on the server that there is, or on one that is started for it; if that dies, end as if killed.
+
+    Args:
+        name: of the flow, and of its module.
+        arguments: of the flow.
+        as_json: print JSON instead of text.
+
+    Returns:
+        What the flow returned.
+    """
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_port, prefect_server, running
 
@@ -177,16 +151,18 @@ def _with_prefect(flow: Callable[[], R], *, as_json: bool) -> R:
             from lewis_flows.turn import crash_dead_runs
             from lewis_tasks.support import flow_run, moves, patience
 
+            flow = getattr(importlib.import_module(f"lewis_flows.{name}"), f"{name}_flow")
+
         flow_run.later = f"http://127.0.0.1:{prefect_port()}" if alone else ""
         crash_dead_runs()
         signal.signal(signal.SIGINT, _stop_tasks)
         try:
             with tags("lewis"), patience.patient(leave):  # a wrong address has failed above
-                return flow()
+                return flow_run.result_of_run(flow(*arguments, return_state=True))
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             APILogWorker.drain_all(timeout=10)  # send the log before the server is stopped
-            moves.tell(patience=10)
+            moves.report(patience=10)
 
 
 def _stop_tasks(number: int, frame: FrameType | None) -> NoReturn:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lewis.errors import LewisError
 from lewis.redact import redacted
 from lewis_flows.cli import completion
+from lewis_flows.cli.arguments import flag, option
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -25,18 +26,24 @@ if TYPE_CHECKING:
 _LOG_PAGE = 200  # lines that Prefect gives per request
 _PAUSE = 1.0  # seconds between two looks of --follow
 
-
-def known_recipe(command: argparse.ArgumentParser) -> None:
-    """`RECIPE`, by name or path."""
-    chosen = command.add_argument("recipe", metavar="RECIPE", help="name of a recipe in the recipes folder, or a file")
-    completion.completes(chosen, completion.recipes_and_files)
-
-
-def open_options(command: argparse.ArgumentParser) -> None:
-    """`RECIPE` and `--no-browser`."""
-    chosen = command.add_argument("recipe", metavar="RECIPE", nargs="?", help="by default the pages of the service")
-    completion.completes(chosen, completion.recipes_and_files)
-    command.add_argument("--no-browser", action="store_true", help="print the pages and open none")
+_RECIPE: dict[str, Any] = {"metavar": "RECIPE", "offer": completion.recipes_and_files}
+KNOWN_RECIPE = option("recipe", **_RECIPE, help="name of a recipe in the recipes folder, or a file")
+OPEN = (
+    option("recipe", **_RECIPE, nargs="?", help="by default the pages of the service"),
+    flag("--no-browser", "print the pages and open none"),
+)
+_PAGE = "a recipe, whose last run it is; id or name of a run; or a version, such as my-merge/3"
+REPORT = (
+    option("what", metavar="NAME", help=_PAGE, offer=completion.recipes),
+    flag("--open", "open it in a browser"),
+)
+_WHAT = "name of a recipe, or name or id of a run"
+CANCEL = option("what", metavar="RECIPE|RUN", help=_WHAT, offer=completion.recipes)
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+LOGS = (
+    flag("--follow", "go on until the run ends"),
+    option("--level", choices=_LEVELS, default="INFO", help="the least level (INFO)"),
+)
 
 
 def open_links(options: argparse.Namespace) -> None:
@@ -68,13 +75,6 @@ def _rows(found: "Links") -> Iterator[tuple[str, str]]:
     yield "published", found.published
 
 
-def report_options(command: argparse.ArgumentParser) -> None:
-    """`NAME` and `--open`."""
-    about = "a recipe, whose last run it is; id or name of a run; or a version, such as my-merge/3"
-    completion.completes(command.add_argument("what", metavar="NAME", help=about), completion.recipes)
-    command.add_argument("--open", action="store_true", help="open it in a browser")
-
-
 def report(options: argparse.Namespace) -> None:
     """Print where the page of a run is, and open it."""
     import webbrowser
@@ -87,12 +87,6 @@ def report(options: argparse.Namespace) -> None:
         print("no browser was found here; copy the file to where there is one", file=sys.stderr)
 
 
-def cancel_what(command: argparse.ArgumentParser) -> None:
-    """`RECIPE|RUN`."""
-    chosen = command.add_argument("what", metavar="RECIPE|RUN", help="name of a recipe, or name or id of a run")
-    completion.completes(chosen, completion.recipes)
-
-
 def cancel(options: argparse.Namespace) -> int:
     """Cancel the runs of a recipe that go on or wait, or one run; the exit code is 1 if one has not ended in time."""
     from lewis_flows.service.cancel import cancel
@@ -103,14 +97,6 @@ def cancel(options: argparse.Namespace) -> int:
     else:
         print("".join(f"{run.name}: {run.state}\n" for run in runs) or "nothing runs or waits\n", end="")
     return int(any(not run.ended for run in runs))
-
-
-def log_options(command: argparse.ArgumentParser) -> None:
-    """`--follow` and `--level`."""
-    command.add_argument("--follow", action="store_true", help="go on until the run ends")
-    command.add_argument(
-        "--level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO", help="the least level (INFO)"
-    )
 
 
 def logs(options: argparse.Namespace) -> None:

@@ -17,26 +17,17 @@ from lewis.errors import InputError
 from lewis.redact import redacted
 from lewis_flows import json_logs
 from lewis_flows.cli import completion, terminal
+from lewis_flows.cli.arguments import PREFECT_FILE, flag, option
 
 _REFRESH = 5.0  # seconds between two looks of `status --watch`
-
-
-def up_output(command: argparse.ArgumentParser) -> None:
-    """`--verbose` and `--log-format`."""
-    command.add_argument("--verbose", action="store_true", help="print every line of every part, not only events")
-    command.add_argument(
-        "--log-format", choices=("text", "json"),
-        help="json: an object a line, for a collector of logs; by default LEWIS_LOG_FORMAT, else text",
-    )  # fmt: skip
-
-
-def serve_option(command: argparse.ArgumentParser) -> None:
-    """`--serve [RECIPE]`."""
-    chosen = command.add_argument(
-        "--serve", metavar="RECIPE", nargs="?", const="",
-        help="serve the champion of this recipe too, or of the only one: the OpenAI API on port 4400",
-    )  # fmt: skip
-    completion.completes(chosen, completion.recipes)
+_SERVE = "serve the champion of this recipe too, or of the only one: the OpenAI API on port 4400"
+_FORMAT = "json: an object a line, for a collector of logs; by default LEWIS_LOG_FORMAT, else text"
+UP = (
+    option("--serve", metavar="RECIPE", nargs="?", const="", help=_SERVE, offer=completion.recipes),
+    PREFECT_FILE,
+    flag("--verbose", "print every line of every part, not only events"),
+    option("--log-format", choices=("text", "json"), help=_FORMAT),
+)
 
 
 def up(options: argparse.Namespace) -> None:
@@ -79,8 +70,8 @@ def deploy(options: argparse.Namespace) -> None:
 
 def status_options(command: argparse.ArgumentParser) -> None:
     """`RECIPE`, `--check`, `--watch` and `--html FILE`."""
-    chosen = command.add_argument("recipe", metavar="RECIPE", nargs="?", help="only this recipe, with its last runs")
-    completion.completes(chosen, completion.recipes)
+    about = "only this recipe, with its last runs"
+    option("recipe", metavar="RECIPE", nargs="?", help=about, offer=completion.recipes)(command)
     forms = command.add_mutually_exclusive_group()
     forms.add_argument(
         "--check", action="store_true",

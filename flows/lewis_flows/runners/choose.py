@@ -63,8 +63,8 @@ def _chosen() -> TaskRunner[Any]:
         raise InputError(f"LEWIS_TASK_RUNNER={name}: not installed; run: pip install 'lewis-merge[{name}]'")
     cluster = importlib.import_module(f"lewis_flows.runners.{name}")
     address = {"dask": settings.DASK_ADDRESS, "ray": settings.RAY_ADDRESS}[name].get()
-    runner: TaskRunner[Any] = cluster.existing(address) if address else cluster.local(workers)
-    return runner
+    found: TaskRunner[Any] = cluster.runner(address, workers)
+    return found
 
 
 def unquoted(parameters: dict[str, Any]) -> dict[str, Any]:

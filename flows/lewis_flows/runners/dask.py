@@ -53,13 +53,13 @@ class DaskRunner(DaskTaskRunner):
         super().__exit__(exc_type, *rest)
 
 
-def existing(address: str) -> DaskRunner:
-    """The cluster of the scheduler at `address`. Its running tasks go on when the flow is interrupted."""
-    return DaskRunner(address=address)
+def runner(address: str, workers: int) -> DaskRunner:
+    """The cluster of the scheduler at an address, whose running tasks go on when the flow is interrupted.
 
-
-def local(workers: int) -> DaskRunner:
-    """A cluster of this machine, on loopback."""
+    Without an address, a cluster of this machine, on loopback.
+    """
+    if address:
+        return DaskRunner(address=address)
     return DaskRunner(
         cluster_kwargs={
             "n_workers": workers,

@@ -17,7 +17,4 @@ class Environment(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Called in each worker."""
-        _prepare(self._values)
-
-
-_prepare = worker_environment.prepare
+        worker_environment.prepare(self._values)

@@ -64,27 +64,17 @@ class RayRunner(RayTaskRunner):
             super().__exit__(exc_type, *rest)
 
 
-def existing(address: str) -> RayRunner:
-    """The cluster at `address`; `auto` is the one that runs on this machine."""
-    return RayRunner(init_kwargs={"address": address, "runtime_env": _environment()})
+def runner(address: str, workers: int) -> RayRunner:
+    """The cluster at an address; `auto` is the one that runs on this machine.
 
-
-def local(workers: int) -> RayRunner:
-    """A cluster of this machine, without a dashboard. It listens on loopback: see the top of this module."""
-    return RayRunner(
-        init_kwargs={
-            "address": "local",
-            "num_cpus": workers,
-            "include_dashboard": False,
-            "runtime_env": _environment(),
-        }
-    )
-
-
-def _environment() -> dict[str, Any]:
+    Without an address, a cluster of this machine, without a dashboard. It listens on loopback: see the top of this
+    module.
+    """
     values = worker_environment.shared_environment()
 
     def begin() -> None:
         worker_environment.prepare(values)
 
-    return {"worker_process_setup_hook": begin}
+    local = {"address": "local", "num_cpus": workers, "include_dashboard": False}
+    place: dict[str, Any] = {"address": address} if address else local
+    return RayRunner(init_kwargs={**place, "runtime_env": {"worker_process_setup_hook": begin}})

@@ -14,13 +14,13 @@ from prefect.exceptions import ObjectNotFound
 
 from lewis import settings
 from lewis.errors import InputError
-from lewis_flows import prefect_runs, release_event
-from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, SERVE, VERIFY
+from lewis_flows.prefect_runs import ALL, EVALUATE, MERGE, SEARCH, SERVE, VERIFY
+from lewis_flows.release_event import STUCK, UNWATCHED
 from lewis_flows.service.prefect_app import DEAD_AFTER, DEAD_RUNS
+from lewis_flows.service.recipe_deployments import TAG
 from lewis_tasks.support.events import LONG, WAITING
 from lewis_tasks.support.moves import NOTIFIES, PROMOTED
 
-TAG = "lewis"  # of our runs; a server may have runs of others, whose heartbeats are slower
 STARTS_WITHIN = timedelta(minutes=10)  # from Pending, on a machine that is busy
 _NOT_PENDING = (
     *("Running", "Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Scheduled", "Late"),
@@ -100,30 +100,22 @@ def _event(name: str) -> EventTrigger:
 
 def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
     """For each notification its name, what triggers it, subject, body, description."""
-    failing = tuple(each for each in prefect_runs.ALL if each != EVALUATE)  # whose merge reports it
+    failing = tuple(each for each in ALL if each != EVALUATE)  # whose merge reports it
     failed, died = _runs("Failed", flows=failing), _runs("Crashed", flows=(MERGE, SEARCH, SERVE, VERIFY))
-    yield "lewis-notify-failure", failed, "a run failed", _RUN, "A run failed; its message says why."
-    yield "lewis-notify-crash", died, "a run died", _RUN, "The process or machine of a run died."
-    about = "The gate let a merge not pass."
-    yield "lewis-notify-rejection", _runs("Rejected"), "a merge was rejected", _RUN, about
-    about = "A person has to approve it."
-    yield (
-        "lewis-notify-approval",
-        _runs("AwaitingApproval", "Suspended", flows=(MERGE,)),
-        "a version waits for approval",
-        _RUN,
-        about,
-    )
-    about = "The Hub refused a champion."
-    yield "lewis-notify-unpublished", _runs("Unpublished"), "a champion was not published", _RUN, about
-    about = "A run waits for a device, or for its turn."
-    yield "lewis-notify-waiting", _event(WAITING), "a run waits for long", _EVENT, about
-    about = "A release could not be merged thrice."
-    yield "lewis-notify-stuck", _event(release_event.STUCK), "a release is not merged", _EVENT, about
-    about = "A recipe cannot be watched."
-    yield "lewis-notify-watch", _event(release_event.UNWATCHED), "releases cannot be watched", _EVENT, about
+    asks = _runs("AwaitingApproval", "Suspended", flows=(MERGE,))
     late = _runs("Pending", "Running", "Cancelled", flows=(MERGE, SEARCH, EVALUATE, SERVE), after="Late", within=LONG)
-    yield "lewis-notify-late", late, "a run is late", _RUN_LATE, "No worker takes a run."
+    for name, trigger, subject, body, about in (
+        ("failure", failed, "a run failed", _RUN, "A run failed; its message says why."),
+        ("crash", died, "a run died", _RUN, "The process or machine of a run died."),
+        ("rejection", _runs("Rejected"), "a merge was rejected", _RUN, "The gate let a merge not pass."),
+        ("approval", asks, "a version waits for approval", _RUN, "A person has to approve it."),
+        ("unpublished", _runs("Unpublished"), "a champion was not published", _RUN, "The Hub refused a champion."),
+        ("waiting", _event(WAITING), "a run waits for long", _EVENT, "A run waits for a device, or for its turn."),
+        ("stuck", _event(STUCK), "a release is not merged", _EVENT, "A release could not be merged thrice."),
+        ("watch", _event(UNWATCHED), "releases cannot be watched", _EVENT, "A recipe cannot be watched."),
+        ("late", late, "a run is late", _RUN_LATE, "No worker takes a run."),
+    ):
+        yield f"lewis-notify-{name}", trigger, subject, body, about
     yield NOTIFIES, _event(PROMOTED), "a new champion", _PROMOTED, "The alias champion has moved."
 
 

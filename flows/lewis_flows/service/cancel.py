@@ -56,8 +56,7 @@ def cancel(what: str) -> list[Cancelled]:
 
 def _find(client: SyncPrefectClient, what: str) -> Iterator[FlowRun]:
     """The runs to cancel; those that another run has started end with it."""
-    states = {"type": {"any_": ["SCHEDULED", *prefect_runs.UNFINISHED]}}
-    due = {"before_": datetime.now(UTC)}
+    states, due = ("SCHEDULED", *prefect_runs.UNFINISHED), {"before_": datetime.now(UTC)}
     runs = [
         run
         for run in prefect_runs.of_flows(client, _FLOWS, states, expected_start_time=due)

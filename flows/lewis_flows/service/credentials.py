@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lewis import store
-from lewis.errors import InputError
+from lewis.errors import InputError, TransientError
 from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
 from lewis_flows.service import note
 
@@ -69,6 +69,7 @@ def connected(url: str) -> Iterator[None]:
 
     Raises:
         InputError: the server wants another key.
+        TransientError: it does not answer, or answers with an error.
     """
     key = key_for(url)
     named = {"PREFECT_API_URL": url, **({PREFECT_SENT: key} if key else {})}
@@ -80,14 +81,20 @@ def connected(url: str) -> Iterator[None]:
     try:
         with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: key}):
             yield
-    except httpx.HTTPStatusError as error:
-        if error.response.status_code != 401:
-            raise
-        raise InputError(f"{url}: the Prefect server wants another key; set PREFECT_API_AUTH_STRING to it") from None
+    except httpx.HTTPError as error:
+        status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+        if status == 401:
+            raise InputError(
+                f"{url}: the Prefect server wants another key; set PREFECT_API_AUTH_STRING to it"
+            ) from None
+        how = f"answers with an error: {error}" if status else f"does not answer ({type(error).__name__})"
+        raise TransientError(f"{url}: Prefect {how}") from error
     finally:
         for name, value in before.items():
-            os.environ.pop(name)
-            os.environ.update({name: value} if value is not None else {})
+            if value is None:
+                os.environ.pop(name, None)
+            else:  # never missing in between: other threads of the receiver read it
+                os.environ[name] = value
 
 
 def mlflow_user() -> str:

@@ -144,7 +144,7 @@ def begin(file: Path | None = None) -> None:
     crash_dead_runs()
     deploy_service(file or PREFECT_YAML)
     worker_died()  # a worker of an earlier start is gone
-    moves.tell()
+    moves.report()
 
 
 def worker_died() -> None:

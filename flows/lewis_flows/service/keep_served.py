@@ -1,18 +1,13 @@
 """Keep champions in service: a server that was started again gets its model back, and no move is missed."""
 
 import logging
-from datetime import UTC, datetime
-from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.exceptions import ObjectNotFound
-from prefect.states import Scheduled, State
 
 from lewis.errors import LewisError
 from lewis.recipe.recipe import Recipe
 from lewis.serving import hub, service
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
-from lewis_tasks.support import events
 
 logger = logging.getLogger("lewis.served")
 EVERY = 60.0
@@ -32,7 +27,12 @@ def look() -> list[str]:
     if not plans:
         return []
     secret_blocks.load_for_serving()
-    due = [name for name, plan in plans.items() if _is_due(plan)]
+    due = [
+        name
+        for name, plan in plans.items()
+        if (champion := service.champion_of(plan))
+        and any(service.is_due(target, champion) for target in hub.targets(plan))
+    ]
     with get_client(sync_client=True) as client:
         return [name for name in due if _start(client, name)]
 
@@ -46,22 +46,14 @@ def _plan(name: str) -> Recipe | None:
     return plan if hub.targets(plan) else None
 
 
-def _is_due(plan: Recipe) -> bool:
-    champion = service.champion_of(plan)
-    return champion is not None and any(service.is_due(target, champion) for target in hub.targets(plan))
-
-
 def _start(client: SyncPrefectClient, name: str) -> bool:
     """Start the deployment, unless it is paused, or a run of it goes on or waits."""
-    try:
-        deployment = client.read_deployment_by_name(f"{prefect_runs.SERVE}/{name}")
-    except ObjectNotFound:  # `Follower` will create it
+    deployment = prefect_runs.deployment(client, f"{prefect_runs.SERVE}/{name}")
+    if deployment is None or deployment.paused:  # `Follower` will create it, somebody will resume it
         return False
-    open_ = {"type": {"any_": ["SCHEDULED", *prefect_runs.UNFINISHED]}}
-    same = {"any_": [deployment.id]}
-    if deployment.paused or prefect_runs.of_flows(client, (prefect_runs.SERVE,), open_, deployment_id=same):
+    open_, same = ("SCHEDULED", *prefect_runs.UNFINISHED), {"any_": [deployment.id]}
+    if prefect_runs.of_flows(client, (prefect_runs.SERVE,), open_, deployment_id=same):
         return False
     logger.info("%s: a target has not the champion; serving it again", name)
-    now: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client))
-    client.create_flow_run_from_deployment(deployment.id, state=now)
+    prefect_runs.start(client, deployment.id)
     return True

@@ -4,16 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from itertools import islice
 
-import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from pydantic import BaseModel
 
-from lewis.errors import InputError, TransientError
+from lewis.errors import InputError
 from lewis.registry import releases, versions
 from lewis.store.secrets import PREFECT_KEY, UP_SERVE_KEY
 from lewis_flows import prefect_runs, recipes_folder
@@ -63,7 +62,6 @@ def pages() -> Pages:
 
     Raises:
         InputError: if there is no Prefect server.
-        TransientError: if it does not answer.
     """
     with server() as (_, ui):
         found = {"deployments": f"{ui}/deployments", "runs": f"{ui}/runs", "recipes": f"{ui}/artifacts/key/{KEY}"}
@@ -127,11 +125,8 @@ def server() -> Iterator[tuple[SyncPrefectClient, str]]:
     url = servers.running()
     if not url:
         raise InputError("no Prefect server is running: start `lewis up`, or set PREFECT_API_URL")
-    try:
-        with connected(url), get_client(sync_client=True) as client:
-            yield client, url.removesuffix("/api")
-    except httpx.HTTPError as error:
-        raise TransientError(f"{url}: Prefect does not answer ({type(error).__name__})") from error
+    with connected(url), get_client(sync_client=True) as client:
+        yield client, url.rstrip("/").removesuffix("/api")
 
 
 def last_run(client: SyncPrefectClient, recipe: str) -> FlowRun | None:
@@ -140,6 +135,6 @@ def last_run(client: SyncPrefectClient, recipe: str) -> FlowRun | None:
     One that was skipped counts as begun to the server, which is when another one began.
     """
     flows, newest = (prefect_runs.MERGE, prefect_runs.SEARCH), FlowRunSort.START_TIME_DESC
-    began: dict[str, Any] = {"name": {"not_any_": [prefect_runs.SKIPPED]}}
-    runs = prefect_runs.all_of_flows(client, flows, began, newest, most=2000, start_time={"is_null_": False})
-    return next((run for run in runs if prefect_runs.recipe_of(run) == recipe), None)
+    begun, started = {"name": {"not_any_": [prefect_runs.SKIPPED]}}, {"is_null_": False}
+    runs = prefect_runs.all_of_flows(client, flows, (), newest, state=begun, start_time=started)
+    return next((run for run in islice(runs, 2000) if prefect_runs.recipe_of(run) == recipe), None)

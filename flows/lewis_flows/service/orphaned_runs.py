@@ -34,7 +34,7 @@ def give_back(worker: str) -> None:
             others = [each for each in client.read_workers_for_work_pool(POOL) if each.name != worker]
             if any(each.status == WorkerStatus.ONLINE for each in others):
                 return
-            for run in prefect_runs.of_flows(client, prefect_runs.ALL, {"type": {"any_": ["PENDING", "RUNNING"]}}):
+            for run in prefect_runs.of_flows(client, prefect_runs.ALL, ("PENDING", "RUNNING")):
                 if run.work_pool_name != POOL or run.state is None:
                     continue
                 if run.state.is_pending():

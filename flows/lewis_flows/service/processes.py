@@ -134,11 +134,12 @@ class Process:
         self._starting.release()
 
     def _read(self, lines: IO[str]) -> None:
-        with self.log.open("w") as log:
+        with suppress(OSError), self.log.open("w", encoding="utf-8") as log:
             store.restrict(self.log)
             for line in map(redacted, lines):
-                log.write(line)
-                log.flush()
+                with suppress(OSError):  # a full disk: if nobody read on, the process would wait, once its pipe is full
+                    log.write(line)
+                    log.flush()
                 if self._echo is not None and line.strip():
                     self._echo(line.rstrip("\n"))
 

@@ -15,22 +15,25 @@ from typing import Annotated, Any
 
 import httpx
 from huggingface_hub.utils import validate_repo_id
-from prefect.client.orchestration import get_client
-from prefect.settings import (
-    PREFECT_API_AUTH_STRING,
-    PREFECT_API_URL,
-    PREFECT_CLIENT_MAX_RETRIES,
-    temporary_settings,
-)
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lewis.errors import LewisError
 from lewis.redact import printable, redacted
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.release_event import announce, announced, hub_repos
+from lewis_tasks.support.patience import impatient
 
+logger = logging.getLogger("lewis.webhook")
+
+KEPT = 5.0  # seconds for which `Readiness` gives an answer again, so that frequent requests cause no load
 _BRANCH = "refs/heads/main"
+_KNOWN = timedelta(days=7)  # for which Prefect keeps events
+_REMEMBERED = 4096  # releases, to recognise one that is delivered again
+_TIMEOUT = 4.0
 
+Answer = tuple[int, dict[str, Any]]
+"""HTTP status, and the body as JSON data."""
 
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
@@ -86,15 +89,6 @@ class Delivery(_Part):
             return "not a change of the content"
         moved = [each for each in self.updatedRefs or [] if each.ref == _BRANCH and each.newSha]
         return moved[-1] if moved else "the main branch did not move"
-
-
-logger = logging.getLogger("lewis.webhook")
-
-_REMEMBERED = 4096  # releases, to recognise one that is delivered again
-_KNOWN = timedelta(days=7)  # for which Prefect keeps events
-
-Answer = tuple[int, dict[str, Any]]
-"""HTTP status, and the body as JSON data."""
 
 
 class Receiver:
@@ -161,7 +155,7 @@ def _ask(followers: Mapping[str, tuple[str, str]], new: str) -> tuple[set[str], 
     """
     paused, known, since = set[str](), set[str](), datetime.now(UTC) - _KNOWN
     try:
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+        with impatient(60) as client:
             for recipe, (repo, ref) in followers.items():
                 if prefect_runs.is_paused(client, recipe):
                     paused.add(recipe)
@@ -183,11 +177,6 @@ def _followers(name: str) -> Iterator[tuple[str, tuple[str, str]]]:
             continue
         # The Hub takes a repo's name in any case; its payload has the official one.
         yield from ((recipe, (repo, ref)) for repo, ref in followed if repo.lower() == name.lower())
-
-
-logger = logging.getLogger("lewis.webhook")
-KEPT = 5.0  # seconds for which `Readiness` gives an answer again, so that frequent requests cause no load
-_TIMEOUT = 4.0
 
 
 class Readiness:

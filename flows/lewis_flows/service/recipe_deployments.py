@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import cache
 from typing import Any, cast
 
@@ -21,7 +21,6 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Scheduled, State
 from tzlocal import get_localzone_name
 
 from lewis import settings
@@ -36,8 +35,7 @@ from lewis.registry import versions
 from lewis.serving import hub
 from lewis_flows import approval, edits, prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
-from lewis_tasks.support import events
-from lewis_tasks.support.flow_run import EDITED
+from lewis_tasks.support.flow_run import EDITED, pages
 from lewis_tasks.support.moves import PROMOTED, serves
 
 logger = logging.getLogger(__name__)
@@ -46,27 +44,36 @@ TAG = "lewis"
 """Of all our deployments and runs."""
 
 _CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its recipe cannot run
+_OF_OURS = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
 _OURS = (TAG, _CANNOT_RUN, "recipe:", "team:")  # tags, or how they begin
 _HOLDING = ["PENDING", "RUNNING", "CANCELLING"]  # state types of a run that holds a slot of its deployment's limit
 _GRACE = 90  # seconds from Pending to Running; a worker that dies between them holds the slot for so long
-_EARLIER = ("merge-nightly", "merge-on-release", "watch-releases", "search", "approve")  # before recipes had their own
 _ENTRYPOINTS = {
     prefect_runs.MERGE: "lewis_flows.merge.merge_flow",
     prefect_runs.SEARCH: "lewis_flows.search.search_flow",
     prefect_runs.SERVE: "lewis_flows.serve.serve_flow",
 }
-_OVERRIDES = {
-    "type": "array",
-    "items": {"type": "string"},
-    "title": "overrides",
-    "description": "key.path=value each, as `lewis run --set`",
-}
-_LIMITS = {
-    "trials": {"type": "integer", "title": "trials", "description": "how many in all, instead of the recipe's number"},
-    "minutes": {"type": "number", "title": "minutes", "description": "begin no further trial after this time"},
-}
 
-_AGAIN = {"type": "boolean", "title": "again", "default": False, "description": "also where the champion is in service"}
+
+def _parameter(kind: str, name: str, about: str, **more: Any) -> dict[str, Any]:
+    return {"type": kind, "title": name, "description": about, **more}
+
+
+_OVERRIDES = _parameter(
+    "array", "overrides", "key.path=value each, as `lewis run --set`", items={"type": "string"}, position=1
+)
+_PARAMETERS = {
+    prefect_runs.MERGE: {"overrides": _OVERRIDES},
+    prefect_runs.SEARCH: {
+        "overrides": _OVERRIDES,
+        "trials": _parameter("integer", "trials", "how many in all, instead of the recipe's number"),
+        "minutes": _parameter("number", "minutes", "begin no further trial after this time"),
+    },
+    prefect_runs.SERVE: {
+        "again": _parameter("boolean", "again", "also where the champion is in service", default=False)
+    },
+}
+"""Name of a flow -> what its form has, next to the recipe."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
         Sentences: what an operator changed and is kept, and what an edit leads to.
     """
     for flow in (prefect_runs.MERGE, *(flow for flow, block in _further(file).items() if block)):
-        before = _read(client, f"{flow}/{file.name}")
+        before = prefect_runs.deployment(client, f"{flow}/{file.name}")
         fields = _fields(flow, file, before)
         if before is None:
             made = client.create_deployment(client.create_flow_from_name(flow), file.name, **fields, **_first(flow))
@@ -194,23 +201,18 @@ def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, bef
         client.create_automation(trigger)
     new = before is None or (before.version != file.version and not before.paused)
     if new and not file.why:
-        start: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client))
-        client.create_flow_run_from_deployment(made, state=start, tags=[EDITED])
+        prefect_runs.start(client, made, tags=[EDITED])
 
 
 def paused(client: SyncPrefectClient) -> set[str]:
     """The recipes whose merges somebody paused."""
-    ours, merges = {"tags": {"all_": [TAG]}}, {"name": {"any_": [prefect_runs.MERGE]}}
-    found = client.read_deployments(
-        flow_filter=FlowFilter.model_validate(merges),
-        deployment_filter=DeploymentFilter.model_validate(ours),
-        limit=prefect_runs.PAGE,
-    )
+    merges = FlowFilter.model_validate({"name": {"any_": [prefect_runs.MERGE]}})
+    found = pages(client.read_deployments, flow_filter=merges, deployment_filter=_OF_OURS)
     return {each.name for each in found if each.paused and _CANNOT_RUN not in each.tags}
 
 
 def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bool:
-    """Remove the deployments that no recipe of the folder asks for, and those of earlier versions of the project.
+    """Remove the deployments that no recipe of the folder asks for.
 
     One with a run that goes on stays: with the deployment goes the limit that the run holds a slot of, and a server
     that cannot free the slot answers each state that would end the run with an error.
@@ -224,12 +226,11 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
     """
     stays, names = False, {each.name for each in files}
     dropped = {f"{flow}/{each.name}" for each in files for flow, block in _further(each).items() if not block}
-    ours = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
     read_flow = cache(client.read_flow)
-    for deployment in list(client.read_deployments(deployment_filter=ours, limit=prefect_runs.PAGE)):
+    for deployment in list(pages(client.read_deployments, deployment_filter=_OF_OURS)):
         name = f"{read_flow(deployment.flow_id).name}/{deployment.name}"
         of_recipe = f"recipe:{deployment.name}" in deployment.tags
-        if name in dropped or ((of_recipe or deployment.name in _EARLIER) and deployment.name not in names):
+        if name in dropped or (of_recipe and deployment.name not in names):
             if removed := remove(client, name):
                 changed = _changed(deployment, "it was paused", "it had a schedule of its own")
                 lost = ", and ".join(changed) if name.startswith(f"{prefect_runs.MERGE}/") else ""
@@ -240,7 +241,7 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
 
 def remove(client: SyncPrefectClient, name: str) -> bool:
     """Remove a deployment `flow/name` with its automation, if there is one; False if a run of it goes on."""
-    if found := _read(client, name):
+    if found := prefect_runs.deployment(client, name):
         holding = {"deployment_id": {"any_": [found.id]}, "state": {"type": {"any_": _HOLDING}}}
         if client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(holding), limit=1):
             return False
@@ -264,12 +265,7 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
             tags, paused = [*tags, _CANNOT_RUN], {"paused": True}
     elif by_us:
         paused = {"paused": False}
-    name = {"type": "string", "title": "recipe", "enum": [file.name], "default": file.name, "position": 0}
-    further: dict[str, Any] = (
-        {"again": _AGAIN} if flow == prefect_runs.SERVE else {"overrides": {**_OVERRIDES, "position": 1}}
-    )
-    further |= _LIMITS if flow == prefect_runs.SEARCH else {}
-    properties = {"recipe": name, **further}
+    recipes = {"type": "string", "title": "recipe", "enum": [file.name], "default": file.name, "position": 0}
     return {
         # Of a file that cannot run it stays: mended, it counts as edited only if it is another than before.
         "version": before.version if before and file.why else file.version,
@@ -280,7 +276,7 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
         "parameter_openapi_schema": {
             "type": "object",
             "title": "Parameters",
-            "properties": properties,
+            "properties": {"recipe": recipes, **_PARAMETERS[flow]},
             "additionalProperties": False,
         },
         "enforce_parameter_schema": True,
@@ -357,10 +353,3 @@ def _first_comment(text: str) -> str:
             break
         lines.append(line.lstrip("#").strip())
     return "\n".join(lines).strip()
-
-
-def _read(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
-    try:
-        return client.read_deployment_by_name(name)
-    except ObjectNotFound:
-        return None

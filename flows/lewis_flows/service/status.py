@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowFilterName
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import DeploymentFilter
 from prefect.client.schemas.objects import FlowRun, WorkQueueStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from lewis import settings, store
 from lewis.errors import LewisError
@@ -23,13 +22,15 @@ from lewis.redact import redacted
 from lewis.registry import history, releases
 from lewis.registry.releases import Held
 from lewis.serving import records, slots
-from lewis_flows import behind, edits, polls, prefect_runs, recipes_folder, turn, watch
-from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, recipe_of
+from lewis_flows import edits, polls, prefect_runs, recipes_folder, turn, watch
+from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, of_flows, recipe_of
 from lewis_flows.service import note, recipe_deployments
 from lewis_flows.service.credentials import connected
 from lewis_flows.service.deploy import POOL
 from lewis_flows.service.status_data import Input, Part, Run, Status, Watched
-from lewis_tasks.support import device_queue
+from lewis_tasks.support import device_queue, events
+from lewis_tasks.support.flow_run import BROKEN, tagged
+from lewis_tasks.support.patience import impatient
 
 
 def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
@@ -59,8 +60,8 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
     if prefect.up:
         try:
             facts = _ask_prefect(found, api, only)
-        except (httpx.HTTPError, LewisError) as error:
-            found.unknown["runs"] = redacted(f"Prefect answers with an error: {error}")
+        except LewisError as error:
+            found.unknown["runs"] = str(error)
     else:
         found.unknown["runs"] = f"Prefect {prefect.state}"
     try:
@@ -68,7 +69,7 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
     except LewisError as error:
         found.unknown["recipes"] = str(error)
         return found
-    since = behind.since()
+    since = polls.behind_since()
     with ThreadPoolExecutor(8) as pool:
         found.recipes = list(pool.map(lambda name: _watched(name, mlflow, facts, hub=hub, scores=scores), names))
     for recipe in found.recipes:
@@ -78,11 +79,19 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
 
 @dataclass
 class _Facts:
-    """What Prefect knows of recipes that no run shows: digests of merged texts, broken commits, who is paused."""
+    """What Prefect knows of recipes that no run shows.
+
+    Attributes:
+        merged: recipe -> digest of the text that was merged last.
+        broken: recipe -> commits that its runs found broken on the Hub itself.
+        paused: recipes whose merges somebody paused.
+        due: recipes of which a merge goes on or begins soon.
+    """
 
     merged: dict[str, str] = field(default_factory=dict)
     broken: dict[str, set[str]] = field(default_factory=dict)
     paused: set[str] = field(default_factory=set)
+    due: set[str] = field(default_factory=set)
 
 
 def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Facts) -> None:
@@ -94,7 +103,7 @@ def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Fa
     recipe.paused = recipe.recipe in facts.paused
     open_ = bool(seen) or not recipe.champion if recipe.settled is None else not recipe.settled
     last = next((run for run in found.last_runs() if run.flow == MERGE and run.recipe == recipe.recipe), None)
-    if not ((recipe.registered and open_) or recipe.unmerged) or _is_due(recipe.recipe, found):
+    if not ((recipe.registered and open_) or recipe.unmerged) or recipe.recipe in facts.due:
         return
     if last is None or last.since is None or last.state not in ("Failed", "TimedOut", "Crashed", "Cancelled"):
         return
@@ -106,14 +115,6 @@ def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Fa
         recipe.after = f"another commit of {' and '.join(refs)}, which is broken on the Hub"
     elif not broken or any(each.head for each in recipe.inputs):  # else nobody knows
         recipe.next_attempt = last.since + (polls.RETRY_AFTER if last.state in ("Failed", "TimedOut") else timedelta())
-
-
-def _is_due(recipe: str, found: Status) -> bool:
-    """Whether a merge of a recipe goes on or begins within minutes."""
-    soon = datetime.now(UTC) + watch.ANSWER_WITHIN
-    going = [run for run in found.running or [] if run.state != "Suspended"]
-    runs = [*going, *(run for run in found.scheduled or [] if run.since is None or run.since < soon)]
-    return any(run.flow == MERGE and run.recipe == recipe for run in runs)
 
 
 def _part(name: str, url: str) -> Part:
@@ -176,7 +177,6 @@ def _ask_registry(found: Watched, mlflow: Part, *, scores: bool) -> list[Held]:
 
 
 PATIENCE = 10.0  # seconds for one request
-_FLOWS = FlowFilter(name=FlowFilterName(any_=list(prefect_runs.ALL)))
 LAST = 5  # runs of one recipe that are shown
 
 
@@ -184,14 +184,10 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
     """Add the work pools and the runs that the Prefect server at `api` knows, `only` those of one recipe.
 
     Raises:
-        httpx.HTTPError: if the server does not answer, or answers with an error.
+        TransientError: if the server does not answer, or answers with an error.
         InputError: if it wants another key.
     """
-    with (
-        connected(api),
-        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
-        get_client(sync_client=True, httpx_settings={"timeout": PATIENCE}) as client,
-    ):
+    with connected(api), impatient(PATIENCE) as client:
         for pool in _pools(client):
             found.parts += [_workers(client, pool), *_queues(client, pool)]
         found.running, found.scheduled = _running(client), _scheduled(client)
@@ -199,7 +195,8 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
         names: list[str] = []
         with suppress(LewisError):  # there is no folder of recipes
             names = recipes_folder.names()
-        facts = _Facts(edits.merged(client, names), _broken(client), recipe_deployments.paused(client))
+        due = watch.due(client, datetime.now(UTC) + events.ahead(client))
+        facts = _Facts(edits.merged(client, names), _broken(client), recipe_deployments.paused(client), due)
     if only:
         found.running, found.scheduled = (
             [run for run in runs if run.recipe == only] for runs in (found.running, found.scheduled)
@@ -210,19 +207,16 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
 def _broken(client: SyncPrefectClient) -> dict[str, set[str]]:
     """Recipe -> the commits that its runs found broken on the Hub itself."""
     commits: dict[str, set[str]] = {}
-    for run in _runs(client, (MERGE,), ("FAILED",), FlowRunSort.END_TIME_DESC):
-        broken = {tag.removeprefix("broken:") for tag in run.tags if tag.startswith("broken:")}
-        commits.setdefault(recipe_of(run), set()).update(broken)
+    for run in of_flows(client, (MERGE,), ("FAILED",), FlowRunSort.END_TIME_DESC):
+        commits.setdefault(recipe_of(run), set()).update(tagged(run, BROKEN))
     return commits
 
 
 def _pools(client: SyncPrefectClient) -> list[str]:
     """The work pool, and that of evaluations if it is another."""
-    try:
-        scoring = client.read_deployment_by_name(f"{EVALUATE}/{EVALUATE}").work_pool_name
-    except ObjectNotFound:
-        scoring = None
-    return list(dict.fromkeys([POOL, scoring or POOL]))
+    scoring = prefect_runs.deployment(client, f"{EVALUATE}/{EVALUATE}")
+    pool = scoring.work_pool_name if scoring else None
+    return list(dict.fromkeys([POOL, pool or POOL]))
 
 
 def _workers(client: SyncPrefectClient, pool: str) -> Part:
@@ -257,7 +251,8 @@ def _queues(client: SyncPrefectClient, pool: str) -> Iterator[Part]:
 
 
 def _running(client: SyncPrefectClient) -> list[Run]:
-    runs = _runs(client, (MERGE, SEARCH, EVALUATE), prefect_runs.UNFINISHED, FlowRunSort.START_TIME_ASC)
+    flows, first = (MERGE, SEARCH, EVALUATE), FlowRunSort.START_TIME_ASC
+    runs = of_flows(client, flows, prefect_runs.UNFINISHED, first)
     return _described(client, runs, lambda run: run.start_time or run.expected_start_time)
 
 
@@ -265,7 +260,7 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
     """The next run of each deployment and recipe, the soonest first."""
     # Ask for each flow by itself: the server gives 200 runs at most.
     soonest = FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC
-    runs = [run for flow in (MERGE, SEARCH, EVALUATE) for run in _runs(client, (flow,), ("SCHEDULED",), soonest)]
+    runs = [run for flow in (MERGE, SEARCH, EVALUATE) for run in of_flows(client, (flow,), ("SCHEDULED",), soonest)]
     first = _first(runs, lambda run: (run.deployment_id, recipe_of(run)))
     described = _described(client, first, lambda run: run.next_scheduled_start_time or run.expected_start_time)
     return sorted(described, key=lambda run: run.since or datetime.max.replace(tzinfo=UTC))
@@ -273,19 +268,13 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
 
 def _finished(client: SyncPrefectClient, only: str) -> list[Run]:
     """The last merge and the last search of each recipe, or the last five of one; the newest first, none skipped."""
-    ended = {"type": {"any_": prefect_runs.ENDED}, "name": {"not_any_": [prefect_runs.SKIPPED]}}
-    runs = prefect_runs.of_flows(client, (MERGE, SEARCH), ended, FlowRunSort.END_TIME_DESC)
+    begun, newest = {"name": {"not_any_": [prefect_runs.SKIPPED]}}, FlowRunSort.END_TIME_DESC
+    runs = of_flows(client, (MERGE, SEARCH), prefect_runs.ENDED, newest, state=begun)
     if only:
         last = [run for run in runs if recipe_of(run) == only][:LAST]
     else:
         last = _first(runs, lambda run: (run.flow_id, recipe_of(run)))
     return _described(client, last, lambda run: run.end_time)
-
-
-def _runs(
-    client: SyncPrefectClient, flows: tuple[str, ...], states: tuple[str, ...], sort: FlowRunSort
-) -> list[FlowRun]:
-    return prefect_runs.of_flows(client, flows, {"type": {"any_": states}}, sort)
 
 
 def _described(
@@ -294,7 +283,7 @@ def _described(
     ids = {run.deployment_id for run in runs if run.deployment_id}
     wanted = DeploymentFilter.model_validate({"id": {"any_": list(ids)}})
     names = {each.id: each.name for each in client.read_deployments(deployment_filter=wanted)} if ids else {}
-    flows = {each.id: each.name for each in client.read_flows(flow_filter=_FLOWS)} if runs else {}
+    flows = prefect_runs.flow_names(client) if runs else {}
     return [
         Run(
             recipe=recipe_of(run),

@@ -20,10 +20,10 @@ class Part(BaseModel):
 
 
 class Run(BaseModel):
-    """A run of the merge, of the search or of the watcher.
+    """A run of a merge, a search or an evaluation.
 
     Attributes:
-        recipe: its name; empty for the watcher of all recipes.
+        recipe: its name.
         flow: name of the flow, such as `merge`.
         since: start, end or planned time, in UTC.
     """
@@ -190,7 +190,7 @@ def _of_runs(status: Status, now: datetime) -> Iterator[Problem]:
             yield Problem(code=FAILED, about=run.recipe, text=f"{_described(run)}{again}")
     for run in status.scheduled or []:
         if run.state == "Late":
-            yield Problem(code=LATE, about=run.recipe or run.name, text=_described(run))
+            yield Problem(code=LATE, about=run.recipe, text=_described(run))
 
 
 def _of_champions(status: Status, now: datetime) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ def as_text(status: Status, now: datetime, width: int = 120) -> str:
     """Tables for a terminal; times are relative, and in the local time zone.
 
     Args:
-        status: what to tell.
+        status: what to show.
         now: in UTC, which times are relative to.
         width: of the terminal, in characters.
     """
@@ -57,7 +57,7 @@ def _runs(runs: Sequence[Run], now: datetime) -> Table:
     for run in runs:
         what = f"{run.name} ({run.deployment})" if run.deployment else run.name
         when = moment(run.since, now) if run.since else ""
-        rows.append((run.recipe or "all recipes", what, run.state, when, run.message))
+        rows.append((run.recipe, what, run.state, when, run.message))
     columns = ("recipe", "run", "state", "when", "message")
     kept = 5 if any(run.message for run in runs) else 4
     return _table(columns[:kept], [row[:kept] for row in rows])

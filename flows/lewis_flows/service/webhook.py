@@ -35,6 +35,7 @@ from lewis_flows.service import credentials, keep_served, recipes_page
 from lewis_flows.service.deploy import Follower
 from lewis_flows.service.metrics.page import Page, default_sources
 from lewis_flows.service.receiver import Readiness, Receiver
+from lewis_tasks.support import events
 
 logger = logging.getLogger("lewis.webhook")
 
@@ -272,14 +273,6 @@ def _secret() -> str:
     return WEBHOOK_SECRET.read()
 
 
-def _check_server() -> None:
-    """Raise InputError unless a Prefect server is named: without one, Prefect's client would start its own."""
-    from prefect.settings import PREFECT_API_URL
-
-    if not PREFECT_API_URL.value():
-        raise InputError("PREFECT_API_URL is not set: there is no server to report a release to; start `lewis up`")
-
-
 def main() -> int:
     """`python -m lewis_flows.service.webhook`; the exit code is 2 if a setting is wrong."""
     try:
@@ -290,7 +283,7 @@ def main() -> int:
         logger.setLevel(logging.INFO)
         credentials.find()
         host, port = settings.WEBHOOK_HOST.get(), settings.WEBHOOK_PORT.get()
-        _check_server()
+        events.check_server()
         with suppress(KeyboardInterrupt):
             serve(host, port, _secret())
     except InputError as error:

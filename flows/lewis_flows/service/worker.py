@@ -20,17 +20,9 @@ from lewis_flows.service import credentials
 
 NOT_FOR_RUNS = (
     *(each.variable.name for each in (PREFECT_KEY, MLFLOW_PASSWORD, WEBHOOK_SECRET, METRICS_KEY)),
-    *(
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL",
-        "PREFECT_SERVER_DATABASE_PASSWORD",
-        "PREFECT_API_DATABASE_CONNECTION_URL",
-    ),
-    *(
-        "PREFECT_API_DATABASE_PASSWORD",
-        "MLFLOW_BACKEND_STORE_URI",
-        "MLFLOW_FLASK_SERVER_SECRET_KEY",
-        settings.NOTIFY_URL.name,
-    ),
+    *("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_PASSWORD"),
+    *("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_PASSWORD"),
+    *("MLFLOW_BACKEND_STORE_URI", "MLFLOW_FLASK_SERVER_SECRET_KEY", settings.NOTIFY_URL.name),
 )
 """Secrets of servers and of the receiver. A run gets the environment of its worker, which is started without them."""
 

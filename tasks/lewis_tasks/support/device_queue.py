@@ -42,26 +42,25 @@ class Place(BaseModel):
 
 
 class Note:
-    """The place of this task, which others see; without a folder for it, nobody does."""
+    """The place of this task, which others see; without a folder for it, nobody does.
+
+    Attributes:
+        place: what the note says now.
+    """
 
     def __init__(self, place: Place, file: int | None) -> None:
         """Write the note into a file that is open and locked, if there is one."""
-        self._place, self._file = place, file
+        self.place, self._file = place, file
         self._write()
-
-    @property
-    def place(self) -> Place:
-        """What the note says now."""
-        return self._place
 
     def hold(self) -> None:
         """Note that the task holds a slot from now on."""
-        self._place = self._place.model_copy(update={"holds": True, "since": datetime.now(UTC)})
+        self.place = self.place.model_copy(update={"holds": True, "since": datetime.now(UTC)})
         self._write()
 
     def _write(self) -> None:
         if self._file is not None:
-            data = self._place.model_dump_json().encode()
+            data = self.place.model_dump_json().encode()
             os.pwrite(self._file, data.ljust(4096), 0)  # one write: a reader sees it whole
 
 

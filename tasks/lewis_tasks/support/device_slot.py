@@ -101,16 +101,13 @@ def _lock(name: str) -> FileLock:
 
 
 def _first_free(locks: Iterable[FileLock], note: Note) -> FileLock:
-    told, wait = False, Wait()
+    wait = Wait()
     while True:
         if not (note.place.gives_way and device_queue.somebody_waits()):
             for lock in locks:
                 with suppress(Timeout):
                     lock.acquire(timeout=0)
                     return lock
-        if not told:
-            logger.info("waiting for a device slot, %s", _holders())
-            told = True
         wait.look(note.place.what, f"a device slot, {_holders()}")
         raise_if_stopping("waiting for a device slot")
         time.sleep(_POLL_SECONDS)
@@ -145,7 +142,7 @@ def _acquire(client: SyncPrefectClient, note: Note, gpus: int) -> UUID | None:
     """Wait for a part of the limit; gives its lease, None if there is no such limit."""
     run = TaskRunContext.get()
     holder = ConcurrencyLeaseHolder(type="task_run", id=run.task_run.id) if run else None
-    told, wait = False, Wait()
+    wait = Wait()
     while True:
         raise_if_stopping(f"waiting for a slot of {LIMIT}")
         try:
@@ -158,10 +155,7 @@ def _acquire(client: SyncPrefectClient, note: Note, gpus: int) -> UUID | None:
                 ) from error
             if error.response.status_code != httpx.codes.LOCKED:
                 raise
-            if not told:
-                logger.info("waiting for a slot of %s, which other tasks hold", LIMIT)
-                told = True
-            wait.look(note.place.what, f"a slot of {LIMIT}, which tasks of other machines hold")
+            wait.look(note.place.what, f"a slot of {LIMIT}, which other tasks hold")
             time.sleep(_ASK_SECONDS)
         else:
             found = answer.json()

@@ -35,6 +35,14 @@ def ahead_by(headers: Mapping[str, str]) -> timedelta:
     return found if abs(found) > _AGREES else timedelta()
 
 
+def check_server() -> None:
+    """Raise InputError unless a Prefect server is named: without one, Prefect's client would start its own."""
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
+        raise InputError("PREFECT_API_URL is not set: there is no server to report a release to; start `lewis up`")
+
+
 def post(event: Mapping[str, Any]) -> None:
     """Send an event; returns when the server has taken it, which does not mean that it has stored it.
 
@@ -47,17 +55,12 @@ def post(event: Mapping[str, Any]) -> None:
     """
     # Not Prefect's emit_event: it sends from a thread, and an event that is lost there raises no error.
     import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    url = PREFECT_API_URL.value()
-    if not url:
-        raise InputError("PREFECT_API_URL is not set: there is no server to report a release to; start `lewis up`")
+    from lewis_tasks.support.patience import impatient
+
+    check_server()
     try:
-        with (
-            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
-            get_client(sync_client=True, httpx_settings={"timeout": _PATIENCE}) as client,
-        ):
+        with impatient(_PATIENCE) as client:
             occurred = datetime.now(UTC) + ahead(client)
             client.request("POST", "/events", json=[{**event, "occurred": occurred.isoformat()}])
     except httpx.HTTPStatusError as error:
@@ -73,19 +76,22 @@ def post(event: Mapping[str, Any]) -> None:
 
 
 class Wait:
-    """A wait that is reported once, when it is long."""
+    """A wait that is logged when it begins, and reported once, when it is long."""
 
     def __init__(self) -> None:
         """Begin a wait."""
-        self._began, self._told = datetime.now(UTC), False
+        self._began, self._logged, self._told = datetime.now(UTC), False, False
 
     def look(self, name: str, what: str) -> None:
-        """Report the wait if it has become long. A failure is logged, not raised.
+        """Log the wait, if it is not logged yet, and report it if it has become long. A failure is logged, not raised.
 
         Args:
             name: of who waits.
             what: for what, and who holds that.
         """
+        if not self._logged:
+            logger.info("waiting for %s", what)
+            self._logged = True
         if self._told or datetime.now(UTC) - self._began < LONG:
             return
         self._told = True

@@ -14,7 +14,7 @@ from prefect.states import Failed, State
 from lewis.errors import BrokenModelError, InputError, LewisError, TransientError
 from lewis.redact import redacted
 from lewis.store.writable import explained, of_the_disk
-from lewis_tasks.support.flow_run import tag
+from lewis_tasks.support.flow_run import BROKEN, tag
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,7 +44,7 @@ def says_why(function: Callable[P, R | State[R]]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except LewisError as error:
             if isinstance(error, BrokenModelError):
-                tag(broken=error.commit)
+                tag(**{BROKEN: error.commit})
             name = "Unpublished" if isinstance(error, NotPublishedError) else "Failed"
             return Failed(name=name, message=str(error).partition(DETAILS)[0][:MAX_MESSAGE], data=error)
 

@@ -1,10 +1,11 @@
 """The flow run that a task belongs to: its name, what started it, where the UI shows it."""
 
+import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
@@ -18,7 +19,6 @@ from prefect.context import TaskRunContext
 from prefect.events.filters import EventFilter
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run as current
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, State
 from prefect.utilities.urls import url_for
 
@@ -28,13 +28,23 @@ from lewis.redact import redacted
 from lewis.reports.page import StepTime
 from lewis.reports.run_report import changes, duration, run_name, short
 from lewis.steps.graph import short_refs
+from lewis_tasks.support.patience import impatient
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
+PAGE = 200  # how many runs, artifacts or others the server gives at most for one request
 REJECTED, PATIENCE = "Rejected", 10.0  # seconds
 RECIPE, MODEL = "lewis.recipe", "lewis.model."
 """Labels of a run: the digest of its recipe; of each model, by its reference, the commits."""
+BROKEN = "broken"  # kind of tag of a run: a commit that is broken on the Hub itself, which it found
 EDITED = "edited"  # tag of a run that an edit of its recipe started
 ANSWERED = "answered"  # tag of a run that a person's approval started
+_WHY = {
+    "search": "by another flow",
+    "edit": "because the recipe was edited",
+    "approval": "because its version was approved",
+    "hand": "by hand",
+}
 later = ""
 """If the Prefect server ends with the run: the URL of the server that will show the run, that of `lewis up`."""
 
@@ -53,11 +63,12 @@ class RejectedRun(Exception):
 
 
 def ending(name: str, message: str, data: Any) -> State[Any]:
-    """The state of a run that did all its work.
+    """The state of a run that did all its work; its name is the verdict, a tag of this run.
 
     It is of the type Completed, but for `Rejected`, whose type is Cancelled: Prefect's pages colour a run by the type
     of its state, so a rejection is grey in lists, bars and the dashboard. It is no failure, and nothing repeats it.
     """
+    tag(verdict=name.lower())
     if name == REJECTED:
         _wait_for_ends()
         return Cancelled(name=name, message=message, data=RejectedRun(message, data))
@@ -105,8 +116,7 @@ def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:
     """
     labels = {RECIPE: store.digest(recipe.text)} | {f"{MODEL}{ref}": key for ref, key in keys.items()}
     try:
-        few = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2})  # a busy server answers 503
-        with few, get_client(sync_client=True, httpx_settings={"timeout": 20}) as client:
+        with impatient(20, retries=2) as client:  # a busy server answers 503
             before = _labels_before(client, recipe.name)
             of_before = {name.removeprefix(MODEL): key for name, key in before.items() if name.startswith(MODEL)}
             edited = before.get(RECIPE) != labels[RECIPE]
@@ -127,13 +137,22 @@ def _labels_before(client: SyncPrefectClient, recipe: str) -> dict[str, str]:
     return {name: str(value) for name, value in next(labels, {}).items()}
 
 
+def pages(read: Callable[..., Sequence[T]], **wanted: Any) -> Iterator[T]:
+    """All that a method of Prefect's client gives for some filters, page after page."""
+    for offset in itertools.count(0, PAGE):
+        page = read(**wanted, limit=PAGE, offset=offset)
+        yield from page
+        if len(page) < PAGE:
+            return
+
+
 def name_task(name: str) -> None:
     """Give the task that runs a name that says what it found out; it is shown once the task has ended."""
     if context := TaskRunContext.get():
         context.task_run.name = name  # sent with the task's last state
 
 
-def tag(run: UUID | None = None, **values: str) -> None:
+def tag(run: UUID | None = None, /, **values: str) -> None:
     """Add tags such as `recipe:tiny` to a flow run, by which people filter; a failure is logged, not raised.
 
     Args:
@@ -142,12 +161,16 @@ def tag(run: UUID | None = None, **values: str) -> None:
     """
     try:
         of = run or UUID(str(current.id))
-        once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
-        with once, get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
+        with impatient(5) as client:
             kept = [each for each in client.read_flow_run(of).tags if each.partition(":")[0] not in values]
             client.update_flow_run(of, tags=[*kept, *(f"{kind}:{value}" for kind, value in values.items())])
     except Exception as error:
         logger.warning("the run gets no tags: Prefect did not take %s (%s)", values, error)
+
+
+def tagged(run: FlowRun, kind: str) -> set[str]:
+    """The values of a kind among the tags of a run, as `tag` writes them."""
+    return {each.partition(":")[2] for each in run.tags if each.startswith(f"{kind}:")}
 
 
 def tag_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -199,18 +222,12 @@ def this_run() -> FlowRun:
 
 def why(run: FlowRun) -> str:
     """What started a run: `by hand`, `by schedule (cron 0 3 * * *)`, `because of a release: org/math 1a2b → 3c4d`."""
-    made = run.created_by
-    if run.parent_task_run_id:
-        return "by another flow"
-    if EDITED in run.tags:
-        return "because the recipe was edited"
-    if ANSWERED in run.tags:
-        return "because its version was approved"
-    if made is None or made.type not in ("SCHEDULE", "AUTOMATION"):
-        return "by hand"
+    started, made = trigger(run), run.created_by
+    if made is None or started in _WHY:
+        return _WHY[started]
     # The server may have forgotten the schedule or event; then fall back to the name that is kept in the run.
     with suppress(Exception), get_client(sync_client=True) as client:
-        return f"by schedule ({_schedule(client, run)})" if made.type == "SCHEDULE" else _event(client, run)
+        return f"by schedule ({_schedule(client, run)})" if started == "schedule" else _event(client, run)
     return f"by {made.type.lower()} {made.display_value}"
 
 
@@ -225,11 +242,10 @@ def step_times(run: FlowRun) -> list[StepTime]:
     of_run = FlowRunFilter.model_validate({"id": {"any_": [str(run.id)]}})
     found, begun = list[StepTime](), run.start_time
     with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
-        while page := client.read_task_runs(flow_run_filter=of_run, limit=200, offset=len(found)):
-            for each in page:
-                begin = (each.start_time - begun).total_seconds() if each.start_time and begun else 0.0
-                seconds = each.total_run_time.total_seconds()
-                found.append(StepTime(each.name, each.state_name or "", max(begin, 0.0), seconds))
+        for each in pages(client.read_task_runs, flow_run_filter=of_run):
+            begin = (each.start_time - begun).total_seconds() if each.start_time and begun else 0.0
+            seconds = each.total_run_time.total_seconds()
+            found.append(StepTime(each.name, each.state_name or "", max(begin, 0.0), seconds))
     return sorted((each for each in found if each.state not in ("", "Pending", "Running")), key=lambda each: each.begin)
 
 

@@ -6,7 +6,6 @@ that notify of it or put the champion into service, where there are any. Until t
 same id: a server that has seen it ignores it, so a program that reacts to events by their id reacts once.
 """
 
-import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -14,14 +13,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.events.filters import EventFilter
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from lewis.errors import LewisError
 from lewis.registry import outbox, promotion, versions
 from lewis.registry.outbox import Move
 from lewis_tasks.support import events
+from lewis_tasks.support.flow_run import pages
+from lewis_tasks.support.patience import impatient
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +31,13 @@ PROMOTED = "lewis.model.promoted"
 NOTIFIES = "lewis-notify-promotion"
 """The automation that does so, if the user wants it."""
 
-_SERVES, _PAGE = "service of ", 200
-
 _ENDED = ["prefect.automation.action.executed", "prefect.automation.action.failed"]
 _GIVEN_UP = timedelta(days=7)  # as long as Prefect keeps events
 _PAUSE = 0.5  # seconds between two looks
 _REQUEST = 5.0  # seconds for one request
 
 
-def tell(patience: float = 0) -> None:
+def report(patience: float = 0) -> None:
     """Send the events of all moves that the server may not know, and forget those that it does know.
 
     Nothing is raised: what could not be reported is logged, and reported the next time.
@@ -68,8 +66,7 @@ def _happened() -> list[Move]:
 
 
 def _forget_known() -> None:
-    once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
-    with once, get_client(sync_client=True, httpx_settings={"timeout": _REQUEST}) as client:
+    with impatient(_REQUEST) as client:
         for move in _happened():
             if _is_known(client, move):
                 outbox.remove(move)
@@ -88,13 +85,9 @@ def _is_known(client: SyncPrefectClient, move: Move) -> bool:
 
 def _awaited(client: SyncPrefectClient, move: Move) -> Iterator[str]:
     """The ids of the automations that a move must start."""
-    for offset in itertools.count(0, _PAGE):
-        page = client.request("POST", "/automations/filter", json={"limit": _PAGE, "offset": offset}).json()
-        for each in page:
-            if each["enabled"] and (each["name"] == NOTIFIES or each["name"].startswith(serves(move.name))):
-                yield str(each["id"])
-        if len(page) < _PAGE:
-            return
+    for each in pages(client.read_automations):
+        if each.enabled and (each.name == NOTIFIES or each.name.startswith(serves(move.name))):
+            yield str(each.id)
 
 
 def _acted(client: SyncPrefectClient, automation: str, move: Move) -> bool:
@@ -104,7 +97,7 @@ def _acted(client: SyncPrefectClient, automation: str, move: Move) -> bool:
 
 def serves(name: str) -> str:
     """The prefix of automations that put a registered model into service; the name of a recipe follows it."""
-    return f"{_SERVES}{name} by "
+    return f"service of {name} by "
 
 
 def _found(client: SyncPrefectClient, **wanted: Any) -> bool:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from lewis import private_names, settings
 from lewis_tasks.support.caching import REMIND, STOPPING
@@ -33,7 +35,7 @@ def begin(*, events: bool = True) -> None:
     """Be patient until this process ends: for the process of a worker's run, or of a task runner.
 
     Args:
-        events: as of `patient`.
+        events: whether this process sends its own events; one of a process pool gives them to its parent.
     """
     if not _always:
         _always.append(_put(_Outage(None), events=events))
@@ -43,22 +45,34 @@ _always = list[Callable[[], None]]()  # no open context: Python would close it a
 
 
 @contextmanager
-def patient(given_up: Callable[[str], object] | None = None, *, events: bool = True) -> Iterator[None]:
+def patient(given_up: Callable[[str], object] | None = None) -> Iterator[None]:
     """While the block lasts, Prefect's client in this process waits for a server that does not answer.
 
     Args:
         given_up: called with a sentence if it has waited for `LEWIS_SERVER_WAIT_SECONDS`. Without it, or if it returns,
             the request fails.
-        events: whether this process sends its own events; one of a process pool gives them to its parent.
     """
-    undo = _put(_Outage(given_up), events=events)
+    undo = _put(_Outage(given_up))
     try:
         yield
     finally:
         undo()
 
 
-def _put(outage: "_Outage", *, events: bool) -> Callable[[], None]:
+@contextmanager
+def impatient(seconds: float, retries: int = 0) -> Iterator[SyncPrefectClient]:
+    """A client of Prefect's server for a question that may stay without an answer.
+
+    Args:
+        seconds: for one request.
+        retries: how often the client asks again.
+    """
+    few = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries})
+    with few, get_client(sync_client=True, httpx_settings={"timeout": seconds}) as client:
+        yield client
+
+
+def _put(outage: "_Outage", *, events: bool = True) -> Callable[[], None]:
     """Make Prefect's client patient; gives what undoes that."""
     ask, ask_async = private_names.PREFECT_RETRY.get(), private_names.PREFECT_RETRY_ASYNC.get()
     put_events = private_names.PREFECT_EVENTS_CLIENT.get()

@@ -66,6 +66,15 @@ def test_a_look_at_an_empty_store_creates_no_database(
     assert not (tmp_path / "store" / "mlflow").exists()
 
 
+@pytest.mark.parametrize("command", ["report nope", "deploy", "cancel nope"])
+def test_a_prefect_server_that_does_not_answer_is_reported_without_a_traceback(
+    command: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    assert main(command.split()) == 1
+    assert "it failed: http://127.0.0.1:9/api: Prefect does not answer (ConnectError)" in capsys.readouterr().err
+
+
 def test_the_pages_and_the_log_of_the_last_run(
     client: SyncPrefectClient,
     prefect_url: str,

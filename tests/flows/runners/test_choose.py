@@ -127,9 +127,8 @@ def test_a_cluster_that_does_not_answer_is_named(lewis: Command, recipe: Path) -
 def test_a_cluster_of_this_machine_listens_on_loopback(tmp_path: Path) -> None:
     code = """
         import lewis_flows.merge  # as a worker does, before the runner is chosen
-        from lewis_flows.runners.ray import local, ray
-        runner = local(1)
-        with runner:
+        from lewis_flows.runners.ray import ray, runner
+        with runner("", 1):
             ray.get(ray.remote(lambda: 1).remote())
             print("READY", flush=True)
             input()

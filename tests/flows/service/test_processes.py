@@ -5,13 +5,17 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lewis import store
 from lewis.errors import InputError
 from lewis.store import kinds
 from lewis_flows.service import up
@@ -149,6 +153,54 @@ def test_a_second_service_of_a_store_names_the_first_while_that_starts(
     monkeypatch.setattr(up, "_start_servers", start)
     with pytest.raises(InputError, match=rf"already \(process {os.getpid()}\); stop it first"):
         up.up(lambda *_: None, lambda _: None)
+
+
+def test_what_the_locale_cannot_write_does_not_stop_the_log(home: Path) -> None:
+    """Nobody read on, and the process waited for ever once the pipe was full."""
+    child = "import sys, time; sys.stdout.buffer.write(b'\\xff\\nafter\\n'); sys.stdout.flush(); time.sleep(60)"
+    code = f"""
+        import time
+        from lewis_flows.service.processes import Process
+        said = []
+        process = Process("odd", ["-c", {child!r}], {{}}, echo=said.append, grace=0.1)
+        process.start()
+        deadline = time.monotonic() + 60
+        while "after" not in said and time.monotonic() < deadline:
+            time.sleep(0.05)
+        print(process.log.read_bytes())
+        process.stop()
+    """
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    told = subprocess.run(command, env=os.environ | locale, stdout=subprocess.PIPE, text=True).stdout
+    assert told == "b'\\xef\\xbf\\xbd\\nafter\\n'\n"
+
+
+def test_a_full_disk_does_not_stop_the_reading_of_output(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[str]()
+    process = Process("odd", [], {}, echo=said.append)
+    monkeypatch.setattr(store, "restrict", lambda path: None)
+    full = SimpleNamespace(open=lambda *_, **__: open("/dev/full", "w"))  # noqa: SIM115  # what calls it closes it
+    monkeypatch.setattr(process, "log", full)
+    process._read(iter(["one\n", "two\n"]))
+    assert said == ["one", "two"]
+
+
+@pytest.mark.parametrize("given", ["", "example.org", "*"])
+def test_a_proxy_of_the_environment_is_not_asked_for_our_servers(home: Path, given: str) -> None:
+    """`lewis up` and `lewis run` waited for their servers for seven minutes, and gave up."""
+    code = (
+        "import sys\nfrom lewis_flows import environment\nfrom lewis_flows.service.processes import answers\n"
+        "environment.prepare()\nprint(answers(sys.argv[1]))"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        url, proxied = f"http://127.0.0.1:{server.server_port}/", {"HTTP_PROXY": "http://127.0.0.1:9"}
+        environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+        environment |= proxied | ({"NO_PROXY": given} if given else {})
+        asked = subprocess.run([sys.executable, "-c", code, url], env=environment, stdout=subprocess.PIPE, text=True)
+        server.shutdown()
+    assert asked.stdout == "True\n"
 
 
 def test_an_answer_that_is_no_http_is_none() -> None:

@@ -16,7 +16,7 @@ from prefect.states import Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import InputError, LewisError
-from lewis_flows import approval, recipes_folder
+from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.merge import merge_flow
 from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments, webhook
@@ -109,7 +109,7 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(
     (schedule,) = of().schedules
     assert (schedule.slug, schedule.schedule.cron, of().parameters) == ("nightly", "0 3 * * *", {"recipe": "good"})
     assert of().concurrency_options.collision_strategy == "ENQUEUE" and of().global_concurrency_limit.limit == 1
-    assert recipe_deployments._read(client, "search/good") is None
+    assert prefect_runs.deployment(client, "search/good") is None
 
     (trigger,) = client.read_automations_by_name("release of good")
     client.delete_automation(trigger.id)  # as if a process had died before it made that
@@ -132,7 +132,7 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(
     recipe.write_text(GOOD)
     again()
     assert of().paused  # it was not paused because it was broken
-    assert recipe_deployments._read(client, "search/good") is None
+    assert prefect_runs.deployment(client, "search/good") is None
 
     client.resume_deployment(of().id)
     recipe.write_text("models: [")
@@ -149,7 +149,7 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(
         "the deployment merge/good is removed: no recipe asks for it; it was paused, and it had a schedule of its own"
     )
     assert f"{lost}: 0 4 * * *" in caplog.messages
-    assert recipe_deployments._read(client, "merge/good") is None and of("merge/better").name == "better"
+    assert prefect_runs.deployment(client, "merge/good") is None and of("merge/better").name == "better"
     assert client.read_automations_by_name("release of good") == []
 
 
@@ -168,14 +168,14 @@ def test_a_deployment_stays_while_a_run_of_it_goes_on(folder: Path, client: Sync
     follower.follow()
     recipe.unlink()
     follower.follow()
-    assert recipe_deployments._read(client, "merge/good") is None
-    assert recipe_deployments._read(client, "search/good") is not None
+    assert prefect_runs.deployment(client, "merge/good") is None
+    assert prefect_runs.deployment(client, "search/good") is not None
     assert recipe_deployments.remove_stale(client, [])
     assert client.read_flow_run(asks).state_name == "Lapsed"  # its answer would have been lost
     client.set_flow_run_state(begun, Completed())
     assert client.read_flow_run(begun).state_name == "Completed"
     assert not recipe_deployments.remove_stale(client, [])
-    assert recipe_deployments._read(client, "search/good") is None
+    assert prefect_runs.deployment(client, "search/good") is None
 
 
 def test_the_form_of_a_deployment_asks_for_what_the_flow_takes(folder: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectC
     )
     with pytest.raises(PrefectHTTPStatusError, match="'bogus' was unexpected"):
         client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", "bogus": 1})
-    resuming, asks = Scheduled(name="Resuming"), [f"{approval._TAG}models:/good/1"]
+    resuming, asks = Scheduled(name="Resuming"), ["awaits:models:/good/1"]
     answered = client.create_flow_run_from_deployment(
         deployment, parameters=begins.parameters, state=resuming, tags=asks
     )

@@ -45,24 +45,6 @@ def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def hub(home: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
-    with LocalHub(tmp_path / "hub") as hub:
-        for name, value in (hub.environment(tmp_path) | {"LEWIS_HOME": str(home)}).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        for name in ("base", "math", "code"):
-            hub.commit(f"org/{name}", getattr(family, name))
-        yield hub
-
-
-@pytest.fixture
-def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "recipes").mkdir()
-    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
-    return tmp_path / "recipes"
-
-
-@pytest.fixture
 def client(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncPrefectClient]:
     """A client of the server that `status` finds in the environment."""
     monkeypatch.setenv("PREFECT_API_URL", prefect_url)

@@ -10,23 +10,21 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName, TaskRunFilter
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import TaskRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
-from prefect.events import Event
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from lewis_flows import prefect_runs, recipes_folder, release_event
-from lewis_flows.prefect_runs import ALL, ENDED, MERGE, PAGE, UNFINISHED
+from lewis_flows.prefect_runs import ALL, ENDED, MERGE, UNFINISHED
+from lewis_tasks.support.flow_run import pages
+from lewis_tasks.support.patience import impatient
 
 WINDOW = timedelta(days=1)
 _LATE = timedelta(minutes=2)  # how much later than its end the server may hear that a task ended
 _TIMEOUT = 10.0  # seconds for one request
-_ENDED = {"type": {"any_": list(ENDED)}}
-_WAITS = ["Late", "AwaitingConcurrencySlot"]  # names of the type SCHEDULED
-_GOES_ON = {"operator": "or_", "type": {"any_": list(UNFINISHED)}, "name": {"any_": _WAITS}}
+_OR_WAITS = {"operator": "or_", "name": {"any_": ["Late", "AwaitingConcurrencySlot"]}}  # names of the type SCHEDULED
 
 
 class Step(NamedTuple):
@@ -83,22 +81,22 @@ class Prefect:
             httpx.HTTPError: if it does not answer, or refuses.
         """
         now = datetime.now(UTC)
-        once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
-        with once, get_client(sync_client=True, httpx_settings={"timeout": _TIMEOUT}) as client:
+        with impatient(_TIMEOUT) as client:
             if not self._last:  # the last run of a recipe may be older than a day
-                found = prefect_runs.of_flows(client, (MERGE,), _ENDED, FlowRunSort.END_TIME_DESC)
+                found = prefect_runs.of_flows(client, (MERGE,), ENDED, FlowRunSort.END_TIME_DESC)
                 self._note_last(dict(self._named(client, found)))
             ended = self._runs.read(client, now)
             self._note_last(ended)
-            going = dict(self._named(client, prefect_runs.of_flows(client, ALL, _GOES_ON)))
+            going = dict(self._named(client, prefect_runs.of_flows(client, ALL, UNFINISHED, state=_OR_WAITS)))
             steps = self._steps.read(client, now)
-            released_now = _releases(release_event.announced(client, now - WINDOW))
+            released = release_event.announced(client, now - WINDOW)
         runs = {**ended, **going}
         counts = Counter((each.flow, each.outcome, each.recipe) for each in runs.values())
         about = "Runs of the last day, by flow, outcome and recipe, those that go on too; a poll is none."
         yield gauge("lewis_runs", about, ["flow", "outcome", "recipe"], counts)
         yield from _step_counts(steps.values(), {key: each.recipe for key, each in runs.items()})
-        yield released_now
+        releases = Counter((str(event.payload.get("recipe", "")),) for event in released)
+        yield gauge("lewis_releases", "Releases seen in the last day, by recipe.", ["recipe"], releases)
         there = {name: each for name, each in self._last.items() if recipes_folder.is_there(name)}
         last = {(name, each.outcome): each.time.timestamp() for name, each in there.items()}
         about = "When the last merge of a recipe ended (Unix time), with its verdict; none of one that was removed."
@@ -112,13 +110,12 @@ class Prefect:
 
     def _ended_runs(self, client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Run]]:
         newest = FlowRunSort.END_TIME_DESC
-        found = prefect_runs.all_of_flows(client, ALL, _ENDED, newest, end_time={"after_": after})
+        found = prefect_runs.all_of_flows(client, ALL, ENDED, newest, end_time={"after_": after})
         return self._named(client, list(found))
 
     def _named(self, client: SyncPrefectClient, runs: Sequence[FlowRun]) -> Iterator[tuple[UUID, Run]]:
         if not self._flows.keys() >= {run.flow_id for run in runs}:
-            wanted = FlowFilter(name=FlowFilterName(any_=list(ALL)))
-            self._flows = {each.id: each.name for each in client.read_flows(flow_filter=wanted)}
+            self._flows = prefect_runs.flow_names(client)
         for run in runs:
             time, outcome = run.end_time or run.expected_start_time or datetime.now(UTC), (run.state_name or "").lower()
             yield run.id, Run(self._flows.get(run.flow_id, ""), prefect_runs.recipe_of(run), outcome, time)
@@ -143,19 +140,10 @@ def _step_counts(ended: Iterable[Step], recipes: Mapping[UUID | None, str]) -> I
     yield gauge("lewis_step_seconds", "Seconds that these steps took, in sum.", ["step", "recipe"], seconds)
 
 
-def _releases(events: list[Event]) -> Metric:
-    counts = Counter[tuple[str, ...]]((str(event.payload.get("recipe", "")),) for event in events)
-    return gauge("lewis_releases", "Releases seen in the last day, by recipe.", ["recipe"], counts)
-
-
 def _ended_steps(client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Step]]:
     wanted, newest = TaskRunFilter.model_validate({"end_time": {"after_": after}}), TaskRunSort.END_TIME_DESC
-    for offset in range(0, 1_000_000, PAGE):
-        page = client.read_task_runs(task_run_filter=wanted, sort=newest, limit=PAGE, offset=offset)
-        for run in page:
-            # The name of the task's function: a task's key is that, and a part that changes with the function.
-            step = run.task_key.rpartition("-")[0] or run.task_key
-            outcome, seconds = (run.state_name or "").lower(), run.total_run_time.total_seconds()
-            yield run.id, Step(run.flow_run_id, step, outcome, run.end_time or after, seconds)
-        if len(page) < PAGE:
-            return
+    for run in pages(client.read_task_runs, task_run_filter=wanted, sort=newest):
+        # The name of the task's function: a task's key is that, and a part that changes with the function.
+        step = run.task_key.rpartition("-")[0] or run.task_key
+        outcome, seconds = (run.state_name or "").lower(), run.total_run_time.total_seconds()
+        yield run.id, Step(run.flow_run_id, step, outcome, run.end_time or after, seconds)

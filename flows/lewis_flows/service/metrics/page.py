@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import copy_context
+from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
@@ -17,7 +18,8 @@ from prometheus_client.registry import Collector
 from lewis import settings, store
 from lewis.redact import printable, redacted
 from lewis.store import size
-from lewis_flows.service.metrics import of_polls, of_prefect, of_registry
+from lewis_flows import polls
+from lewis_flows.service.metrics import of_prefect, of_registry
 from lewis_flows.service.metrics.of_prefect import gauge
 
 logger = logging.getLogger("lewis.webhook")
@@ -80,7 +82,7 @@ class Source:
 def default_sources() -> list[Source]:
     """The last poll, Prefect's server, the registry, and the store of this machine."""
     return [
-        Source("poll", of_polls.read, 0.0),
+        Source("poll", _polls, 0.0),
         Source("prefect", of_prefect.Prefect().read, 15.0),
         Source("mlflow", of_registry.Registry().read, 60.0),
         Source("store", _store, 300.0),
@@ -114,6 +116,21 @@ class Page(Collector):
             if source.up is not None:
                 answers[source.name,] = float(source.up)
         yield gauge("lewis_source_up", "Whether what the numbers come from answers.", ["source"], answers)
+
+
+def _polls() -> Iterator[Metric]:
+    """What the polls left in the store: they compare the Hub and local folders with what the champions hold."""
+    now = datetime.now(UTC)
+    if last := polls.last():
+        age = {(): (now - last.time).total_seconds()}
+        yield gauge("lewis_last_poll_age_seconds", "Seconds since the last poll of all recipes ended.", [], age)
+        wrong = {(name,): 1.0 for name in last.problems}
+        about = "1 for a recipe that the last poll could not check; with an empty name, if it could check none."
+        yield gauge("lewis_poll_problem", about, ["recipe"], wrong)
+    since = polls.behind_since()
+    lag = {(name,): (now - when).total_seconds() if when else 0.0 for name, when in since.items()}
+    about = "Seconds since a model moved that the champion was not merged from; 0 if it holds the newest of all."
+    yield gauge("lewis_champion_behind_seconds", about, ["recipe"], lag)
 
 
 def _store() -> Iterator[Metric]:

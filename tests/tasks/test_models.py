@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from lewis.errors import InputError
 from lewis.progress import silent
 from lewis.steps.graph import graph
-from lewis_tasks import inspect
+from lewis_tasks import models as tasks
 from lewis_tasks.steps import task_of
 from lewis_tasks.support.assets import artifact_prefix
 from tests.conftest import Family
@@ -22,7 +22,7 @@ def test_findings_become_an_artifact_and_an_error_stops_the_run(
     family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr(inspect, "create_markdown_artifact", lambda text, **named: made.append({"text": text, **named}))
+    monkeypatch.setattr(tasks, "create_markdown_artifact", lambda text, **named: made.append({"text": text, **named}))
     odd = rewrite(family.math, tmp_path / "odd<img>", lambda name, t: t * (0 if "layers.0.mlp.up" in name else 1))
     models = [{"model": str(odd)}, {"model": str(family.code)}]
     data = {"merge_method": "ties", "base_model": str(family.base), "models": models}
@@ -64,9 +64,9 @@ def test_what_configs_show_is_told_before_the_download(
     odd = shutil.copytree(family.code, tmp_path / "odd")
     edit_json(odd / "generation_config.json", eos_token_id=5)
     recipe = parse({"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(odd)}]})
-    inspect.preflight.fn(recipe, *pipeline.pin_all(recipe))
+    tasks.preflight.fn(recipe, *pipeline.pin_all(recipe))
     assert f"{odd}: eos: it stops at the token ids [5], the base at [1]" in caplog.text
     twice = shutil.copytree(odd, tmp_path / "twice")
     data = {"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(e)} for e in (odd, twice)]}
     with pytest.raises(InputError, match=f"^error: {twice}: expert twice: the same files as {odd}"):
-        inspect.preflight.fn(parse(data), *pipeline.pin_all(parse(data)))
+        tasks.preflight.fn(parse(data), *pipeline.pin_all(parse(data)))

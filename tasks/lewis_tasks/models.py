@@ -1,4 +1,4 @@
-"""What is checked of the models before they are downloaded, and what their weights show of models that do not fit."""
+"""The models of a recipe: pinned, checked before they are downloaded, and what their weights show of a bad fit."""
 
 import logging
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis.inspection import result
 from lewis.inspection.step import InspectionInput, before_download, check_findings, inspect
-from lewis.models import compatible
+from lewis.models import compatible, source
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
 from lewis.reports import markdown
@@ -17,6 +17,19 @@ from lewis.steps.graph import inspection_settings
 from lewis_tasks.support.caching import RETRIES
 
 logger = logging.getLogger(__name__)
+
+
+# Never cached: each run must ask again what a branch points to.
+@task(name="resolve", task_run_name="resolve {short}", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def resolve(recipe: Recipe, ref: str, short: str, base: Source | None = None, first: Source | None = None) -> Source:
+    """Pin one model, called `short`; `base` is that of an adapter that names none, `first` has the tensors' names."""
+    return source.pin(ref, recipe.root, base, first)
+
+
+@task(name="resolve", task_run_name="resolve {short}", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def resolve_at(recipe: Recipe, ref: str, short: str, key: str, base: Source | None = None) -> Source:
+    """Pin one model to the content that another machine has pinned; `short` and `base` as for `resolve`."""
+    return source.pin_at(ref, key, recipe.root, base)
 
 
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)

@@ -7,7 +7,7 @@ import pytest
 
 from lewis.registry import lineage
 from lewis.registry.releases import Held
-from lewis_flows import behind
+from lewis_flows import polls
 
 START = datetime(2026, 1, 8, tzinfo=UTC)
 
@@ -22,8 +22,8 @@ def test_the_first_commit_that_the_champion_misses_counts(home: Path, monkeypatc
         def now(cls, tz: object = None) -> datetime:
             return now
 
-    monkeypatch.setattr(behind, "datetime", Clock)
-    polls = {  # hour: the champion's commit, the newest one, and the hour since which the champion is behind
+    monkeypatch.setattr(polls, "datetime", Clock)
+    hours = {  # hour: the champion's commit, the newest one, and the hour since which the champion is behind
         0: ("", "one", None),  # nothing is merged yet
         1: ("one", "one", None),
         2: ("one", "two", 2),
@@ -32,19 +32,19 @@ def test_the_first_commit_that_the_champion_misses_counts(home: Path, monkeypatc
         5: ("three", "three", None),
         6: ("two", "three", 6),  # rolled back
     }
-    for hour, (held, head, since) in polls.items():
+    for hour, (held, head, since) in hours.items():
         now = START + timedelta(hours=hour)
-        behind.note({"tiny": {"org/math": head}}, {"tiny": champion(held) if held else []}, ["tiny", "other"])
+        polls.note_missed({"tiny": {"org/math": head}}, {"tiny": champion(held) if held else []}, ["tiny", "other"])
         expected = None if since is None else START + timedelta(hours=since)
-        assert behind.since() == {"tiny": expected}
-    behind.note({}, {}, ["tiny"])  # it could not be checked
-    assert behind.since()["tiny"] is not None
+        assert polls.behind_since() == {"tiny": expected}
+    polls.note_missed({}, {}, ["tiny"])  # it could not be checked
+    assert polls.behind_since()["tiny"] is not None
     for number in range(60):
-        behind.note({"tiny": {"org/math": str(number)}}, {"tiny": champion("two")}, ["tiny"])
-    assert len(behind._read().commits["tiny"]["org/math"]) == 50 and behind.since()["tiny"] == START + timedelta(
+        polls.note_missed({"tiny": {"org/math": str(number)}}, {"tiny": champion("two")}, ["tiny"])
+    assert len(polls._seen().commits["tiny"]["org/math"]) == 50 and polls.behind_since()["tiny"] == START + timedelta(
         hours=6
     )
-    behind.note({}, {}, ["other"])
-    assert behind.since() == {}
+    polls.note_missed({}, {}, ["other"])
+    assert polls.behind_since() == {}
     (home / "behind.json").write_text("[1]")
-    assert behind.since() == {}
+    assert polls.behind_since() == {}
