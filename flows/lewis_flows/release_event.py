@@ -100,7 +100,7 @@ def announced(client: SyncPrefectClient, since: datetime, recipe: str = "", repo
     resource |= {"labels": {"lewis.recipe": recipe}} if recipe else {}
     wanted = {"event": {"name": [EVENT]}, "occurred": {"since": since}, "resource": resource}
     page = client.read_events(EventFilter.model_validate(wanted), limit=50)  # the server gives 50 at most
-    found = list(page.events)
+    found: list[Event] = [*page.events]
     while page.next_page and (following := page.get_next_page_sync(client)):
         page = following
         found += page.events

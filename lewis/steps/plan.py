@@ -359,7 +359,8 @@ def _look_at_scores(walked: Graph, results: Mapping[str, Any], asked: Sequence[F
     found = dict[str, str]()
     for of_task in by_task({node.name: node.given(results) for node in nodes}):
         plans = [{name: _state(each, device, asked) for name, each in of_task.items()} for device in scoring_devices()]
-        found |= min(plans, key=lambda states: list(states.values()).count("to do"))
+        fewest: dict[str, str] = min(plans, key=lambda states: list(states.values()).count("to do"))
+        found |= fewest
     return [PlannedStep(node.name, found[node.name]) for node in nodes]
 
 

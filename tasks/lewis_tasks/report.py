@@ -128,6 +128,7 @@ def report_run(
     inputs, in_use = lineage_of(base, experts, calibrations), champion.version.uri if champion else None
     earlier = champion.metrics if champion and champion.digest != merged.digest else None
     models = scored(recipe.score_weights, scores)
+    moved = _sizes(sizes_by_layer, recipe, base, experts) if verdict and not verdict.passed else None
     facts = RunFacts(
         recipe=recipe.name,
         outcome=outcome(version.uri if version else None, verdict, in_use, created=bool(version and version.created)),
@@ -143,9 +144,7 @@ def report_run(
         pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
         verdict=verdict,
         documents=side_by_side(recipe.gate_metric, models),
-        layers=tables.moved_rows(_sizes(sizes_by_layer, recipe, base, experts), allocated)
-        if verdict and not verdict.passed
-        else (),
+        layers=() if moved is None else tables.moved_rows(moved, allocated),
         means=allocated.means if allocated else {},
         fit=merged.fit,
         warning=warning_of_shared_set(recipe),

@@ -228,7 +228,7 @@ def why(run: FlowRun) -> str:
     # The server may have forgotten the schedule or event; then fall back to the name that is kept in the run.
     with suppress(Exception), get_client(sync_client=True) as client:
         return f"by schedule ({_schedule(client, run)})" if started == "schedule" else _event(client, run)
-    return f"by {made.type.lower()} {made.display_value}"
+    return f"by {(made.type or '').lower()} {made.display_value}"
 
 
 def tally(**steps: Iterable[PrefectFuture[Any] | None]) -> dict[str, tuple[int, int]]:
