@@ -55,7 +55,8 @@ def look(
     return found.certain, _look(recipe, scores, documents).after
 
 
-@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+# A judge is asked up to 400 questions.
+@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def gate(
     recipe: Recipe,
     champion: Champion | None,

@@ -71,15 +71,14 @@ def run_merge(prepared: "Merge", *arguments: Any, **named: Any) -> tuple["Writte
     from lewis.memory import peak_resident_bytes
 
     columns = TextColumn("{task.fields[tensors]} tensors"), TextColumn("{task.fields[rate]:.2f} GB/s")
-    begun, tensors, elements = time.perf_counter(), len(prepared.layout), prepared.elements
-    traffic = prepared.traffic
+    begun, tensors, traffic = time.perf_counter(), len(prepared.layout), prepared.traffic
     with _bars(*columns) as bars:
-        task, merged = _begin(bars, "merge", elements, tensors=f"0/{tensors}", rate=0.0), 0
+        task, merged = _begin(bars, "merge", prepared.steps, tensors=f"0/{tensors}", rate=0.0), 0
         lines = _Lines(bars)
 
         def report(what: str, done: int, total: int) -> None:
             nonlocal merged
-            merged += 1
+            merged += what != "fit"
             rate = traffic * (done / total if total else 1) / 1e9 / (time.perf_counter() - begun)
             bars.update(task, completed=done, tensors=f"{merged}/{tensors}", rate=rate)
             lines.add("fit" if what == "fit" else "merge", done, total)

@@ -1,6 +1,7 @@
 """The bar of a merge, and the line at its end."""
 
 import io
+import re
 import sys
 import time
 from pathlib import Path
@@ -8,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from lewis.importance.calibration import Calibration
 from lewis.memory import PeakMemory, anonymous_bytes
+from lewis.merging.run import Merge
+from lewis.merging.settings import Expert, resolve
+from lewis.models.checkpoint import Checkpoint
 from lewis_flows.cli import bars
 from tests.conftest import Family
-from tests.support.models import open_merge
+from tests.support.models import open_merge, parse
 
 
 class Terminal(io.StringIO):
@@ -38,6 +43,27 @@ def test_the_bar_tells_tensors_rate_and_time_left(
     assert effort.to_json() == {
         "seconds": effort.seconds, "gb_per_second": effort.bytes / 1e9 / effort.seconds, "peak_memory": effort.peak
     }  # fmt: skip
+
+
+def test_a_fit_counts_as_steps_and_not_as_tensors(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, rows = (family.math, family.code), Calibration("sums", ((3, 4, 5), (6, 7)))
+    models = [{"model": str(each)} for each in folders]
+    block = {"calibrations": {"sums": {"texts": ["w1"], "samples": 1}}}
+    recipe = parse({"merge_method": "regmean", "base_model": str(family.base), "models": models, "lewis": block})
+    experts = [Expert(str(each), Checkpoint(each, each.name), calibration=rows) for each in folders]
+    merge, terminal = Merge.of(resolve(recipe), Checkpoint(family.base, "base"), experts), Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    begun: list[int] = []
+    real = bars._begin
+    monkeypatch.setattr(bars, "_begin", lambda *given, **named: begun.append(given[2]) or real(*given, **named))
+    bars.run_merge(merge, tmp_path / "out")
+    count = len(merge.layout)
+    shown = {int(number) for number in re.findall(rf"(\d+)/{count} tensors", terminal.getvalue())}
+    assert max(shown) == count and begun == [merge.steps]
 
 
 def test_elsewhere_it_is_one_line_and_one_every_ten_seconds(
