@@ -38,7 +38,7 @@ def beside(path: Path) -> Path:
 
 
 def writer_of(path: Path) -> str | None:
-    """The writer of a scratch path that `beside` has named; None if another program has named the path."""
+    """The writer of a scratch path; None if another program has named the path."""
     found = _BESIDE.fullmatch(path.name)
     return found[1] if found else None
 

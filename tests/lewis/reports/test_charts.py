@@ -3,7 +3,6 @@
 import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lewis.evaluation.statistics.scores import Score
 from lewis.reports import charts
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -20,8 +20,8 @@ def densities(layers: int, value: float) -> dict[str, float]:
     return {f"model.layers.{i}.{name}.weight": value for i in range(layers) for name in PROJECTIONS}
 
 
-def score(task: str, value: float, metric: str = "acc,none", stderr: float | None = 0.02) -> SimpleNamespace:
-    return SimpleNamespace(task=task, metric=metric, value=value, stderr=stderr, higher_is_better="perp" not in metric)
+def score(task: str, value: float, metric: str = "acc,none", stderr: float | None = 0.02) -> Score:
+    return Score(task, metric, value, stderr, higher_is_better="perp" not in metric, samples=100)
 
 
 def pixels(png: bytes) -> np.ndarray:

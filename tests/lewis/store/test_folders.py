@@ -84,7 +84,7 @@ def test_a_folder_that_holds_no_store_yet_keeps_its_mode(home: Path) -> None:
 
 
 def test_a_folder_of_the_store_may_be_given_as_seen_from_there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home.mkdir(exist_ok=True)
+    home.mkdir(mode=0o755)
     monkeypatch.chdir(home)
     assert store.make_folder(Path("a/b")) == Path("a/b") and mode(home / "a" / "b") == "0700"
 
