@@ -294,12 +294,13 @@ def _check_fit(data: dict[str, Any], method: Method) -> list[str]:
     block, own = data.get("lewis") or {}, anchor.method_of(data)
     given = [key for key in GUIDES if block.get(key) is not None]
     problems = []
-    without_rows = method.fits == "static" and not block  # to the task vectors alone, by its prior
+    without_rows = method.fits == "static" and data.get("lewis") is None  # to the task vectors alone, by its prior
     if not block.get("calibrations") and not without_rows:
-        other = "" if method.fits == "static" else ", or take merge_method: regmean, which can do without rows"
+        other = "leave lewis out" if method.fits == "static" else "take merge_method: regmean without it"
         problems.append(
             f"lewis.calibrations: missing; {method.name} fits the projections to the experts on calibration rows; add "
-            'lewis: {calibrations: {NAME: {dataset: ..., prompt: "{question}", answer: "{answer}"}}}' + other
+            'lewis: {calibrations: {NAME: {dataset: ..., prompt: "{question}", answer: "{answer}"}}}'
+            f", or {other}, which fits to the task vectors alone"
         )
     if own is None or own.fits:
         why = f"{method.name} keeps whole task vectors and has no use for it; remove it, or let it guide an anchor"

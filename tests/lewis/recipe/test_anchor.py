@@ -95,6 +95,10 @@ def test_without_an_anchor_the_cache_key_is_as_it_was() -> None:
             "lewis.calibrations: missing; regmean_forward fits the projections to the experts on calibration rows",
         ),
         (
+            {"merge_method": "regmean", "lewis": {}},
+            "lewis.calibrations: missing; regmean fits the projections to the experts on calibration rows; add",
+        ),
+        (
             {"anchor": {"merge_method": "linear"}, "lewis": lewis(density={"budget": 0.5})},
             "lewis: linear takes no density to guide; use one of ties",
         ),
