@@ -124,8 +124,13 @@ def approve(name: str, version: str, why: str, by: str = "") -> str:
     """
     name = tracking.model_name(name)
     with store.SharedLock(f"registry-{name}"), tracking.client(f"approving {name}/{version}") as client:
-        _check_waits(client, name, version, _aliases(client, name).get("champion"))
-        before = _move(client, name, version, "approved", why, by=by)
+        aliases = _aliases(client, name)
+        if aliases.get("champion") == version:  # an approval died after it had moved the alias
+            _tags_of_waiting(client, name, version)
+            before = f"models:/{name}/{aliases['previous']}" if "previous" in aliases else ""
+        else:
+            _check_waits(client, name, version, aliases.get("champion"))
+            before = _move(client, name, version, "approved", why, by=by)
         client.set_model_version_tag(name, version, "lewis.verdict", "passed")
         return before
 

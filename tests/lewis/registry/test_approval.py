@@ -74,6 +74,20 @@ def test_a_version_waits_until_a_person_approves(home: Path, family: Family) -> 
     assert promotion.withdrawn("tiny", "c" * 64) == "it is rude"
 
 
+def test_an_approval_that_died_after_the_move_is_finished(
+    home: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (registered(family.base, digit, {"x": digit}, "tiny", None) for digit in "ab")
+    asked(first, "base", None)
+    asked(second, first.uri)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(history, "follow", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        promotion.approve("tiny", "2", "support has read it")
+    assert promotion.is_champion("tiny", "2") and promotion.is_waiting("tiny", "2")
+    assert promotion.approve("tiny", "2", "support has read it") == first.uri
+    assert not promotion.is_waiting("tiny", "2") and told() == ["promoted 1", "waits 2", "approved 2"]
+
+
 def test_nobody_approves_in_time(home: Path, family: Family) -> None:
     version = registered(family.base, "a", {}, "tiny", None)
     asked(version, "base")
