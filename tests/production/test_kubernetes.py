@@ -131,7 +131,10 @@ def test_scoring_gets_a_gpu_and_a_merge_none_and_a_run_chooses_nothing(
     parameters = {"recipe": "evil", "models": {"evil": "evil"}, "tasks": "evil", "base": "evil", "task": "evil"}
     scoring = evaluate_elsewhere._start(client, work_queue.queue(), parameters | DANGEROUS)
     nightly = client.read_deployment_by_name("merge/tiny")
-    of_merge = {"recipe": "tiny", "overrides": ["evil"], **DANGEROUS}
+    of_merge: dict[str, Any] = {"recipe": "tiny", "overrides": ["evil"]}
+    for name, value in DANGEROUS.items():
+        with pytest.raises(PrefectHTTPStatusError, match=f"409.*Additional properties are not allowed .*{name}"):
+            client.create_flow_run_from_deployment(nightly.id, parameters=of_merge | {name: value})
     merge = client.create_flow_run_from_deployment(nightly.id, parameters=of_merge, name="merge evil")
     evaluate = client.read_deployment_by_name(evaluate_elsewhere.DEPLOYMENT)
     for deployment, needed in ((nightly, of_merge), (evaluate, parameters)):
