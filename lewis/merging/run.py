@@ -174,7 +174,10 @@ class Merge(Prepared):
         known: dict[str, str] = {}
         with store.publish(folder, record, checksums=known) as scratch:
             with self._fitted_in(scratch / _FITTED, progress, threads) as (fitted, facts):
-                adapter, known[ADAPTER] = writer.write(scratch, partial(self._merged, fitted=fitted), threads)
+                merged = partial(self._merged, fitted=fitted)
+                if fitted is not None:  # which may have moved what the check before saw unmoved
+                    writer.check(merged)
+                adapter, known[ADAPTER] = writer.write(scratch, merged, threads)
             self._copy_tokenizer(scratch)
             size = (scratch / ADAPTER).stat().st_size
             record |= {**facts, "adapter": adapter.to_json()}

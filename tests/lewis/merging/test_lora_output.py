@@ -12,17 +12,20 @@ from transformers import AutoModelForCausalLM
 
 from lewis import store
 from lewis.errors import InputError, RecipeError
+from lewis.importance.calibration import Calibration
 from lewis.merging.adapter import factorise
 from lewis.merging.export import check_exportable
 from lewis.merging.run import Merge
-from lewis.merging.step import MergedModel, check_output, prepare_merge
+from lewis.merging.settings import Expert
+from lewis.merging.step import MergedModel, check_output, prepare, prepare_merge
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.lora.expert import WEIGHTS, LoraExpert
 from lewis.recipe.recipe import Recipe
 from lewis.steps.plan import make_plan
 from tests.conftest import Family
+from tests.lewis.models.test_module_tree import MOES, write
 from tests.support import pipeline
-from tests.support.models import open_merge, parse, rewrite, write_llama, write_lora, write_tokenizer
+from tests.support.models import open_merge, parse, rewrite, write_expert, write_llama, write_lora, write_tokenizer
 
 LORA = {"kind": "lora", "rank": 4}
 NORMS = ["norm"]
@@ -304,6 +307,24 @@ def test_a_merge_that_fits(family: Family, tmp_path: Path) -> None:
     found = read_by_lewis(family.base, tmp_path / "out")
     assert all(torch.allclose(found[name], merged[name], atol=1e-5) for name in merged)
     assert store.read_manifest(tmp_path / "out")["adapter"]["error"] < 1e-5  # type: ignore[index]
+
+
+def test_what_only_the_fit_moves_is_not_left_out_without_a_word(tmp_path: Path) -> None:
+    """Experts of a mixture, which an adapter does not hold: the anchor, which is the base here, does not move them."""
+    name, sizes, *_ = MOES["mixtral"]
+    base = tmp_path / "base"
+    write(base, name, sizes)
+    write_tokenizer(base)
+    expert = write_expert(base, tmp_path / "expert", seed=1)
+    models = [{"model": str(expert)}]
+    recipe = parse({
+        "merge_method": "regmean", "base_model": str(base), "models": models, "output": {"kind": "lora", "rank": 16},
+        "parameters": {"lambda": 0.0, "ridge": 0.1},
+    })  # fmt: skip
+    opened = [Expert(str(expert), Checkpoint(expert, str(expert)), calibration=Calibration("none", ()))]
+    with pytest.raises(InputError, match=r"experts.*: the merge changes it by .* a LoRA adapter cannot hold it"):
+        prepare(recipe, Checkpoint(base, str(base)), opened).run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (9, 9)])
