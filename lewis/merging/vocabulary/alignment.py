@@ -15,7 +15,7 @@ from lewis.importance.calibration import Calibration
 from lewis.merging.vocabulary.aligned import Aligned, Lenders, Origin, embedding_rows
 from lewis.merging.vocabulary.tokens import Target, plain_entry, union
 from lewis.models.model import Model
-from lewis.models.names import PER_TOKEN
+from lewis.models.names import EMBEDDINGS, PER_TOKEN
 from lewis.models.tokenizer import read_vocabulary, same, tokenizer_folder, vocabulary_of
 from lewis.recipe.tokenizer import Tokenizer, TokenRow
 
@@ -99,7 +99,8 @@ def align(
     source = base if policy.source in ("base", "union") else _find(policy.source, by_ref, "tokenizer.source")
     plain = Alignment(tokenizer_folder(source), source)
     models = list({id(model): model for model in (base, *(model for _, model in experts))}.values())
-    names = [name for name in base.tensors if name.endswith(PER_TOKEN)]
+    found = any(name.endswith(EMBEDDINGS) for name in base.tensors)  # a head alone must not be moved
+    names = [name for name in base.tensors if found and name.endswith(PER_TOKEN)]
     sizes = [embedding_rows(model, names) for model in models]
     known = _vocabulary_to_match(policy, plain.donor, models, sizes)
     if known is None:
@@ -125,17 +126,28 @@ def align(
 def _vocabulary_to_match(
     policy: Tokenizer, donor: Path, models: Sequence[Model], sizes: Sequence[int]
 ) -> Mapping[str, int] | None:
-    """Token -> id of the first model, which is the base; None if no rows have to be matched, or none can be."""
-    of_one_size = len(set(sizes)) == 1
-    as_they_are = of_one_size and not policy.tokens and policy.pad_to_multiple_of is None
-    if as_they_are and all(same(donor, tokenizer_folder(model)) for model in models):
+    """Token -> id of the first model, which is the base; None if no rows have to be matched.
+
+    Raises:
+        InputError: if rows have to be matched and cannot be.
+    """
+    of_one_size, plain = len(set(sizes)) == 1, not policy.tokens and policy.pad_to_multiple_of is None
+    if of_one_size and plain and all(same(donor, tokenizer_folder(model)) for model in models):
         return None
     folder = tokenizer_folder(models[0])
     known = read_vocabulary(folder)
-    if min(sizes) == 0 or (known is None and of_one_size):
-        return None  # a tensor that a model lacks is reported later, with all else that does not fit
+    if plain and (min(sizes) == 0 or (known is None and of_one_size)):
+        vocabularies = [each for model in models if (each := read_vocabulary(tokenizer_folder(model))) is not None]
+        if all(each == vocabularies[0] for each in vocabularies):
+            return None  # a tensor that a model lacks is reported later, with all else that does not fit
     if known is None:
         raise InputError(f"{folder}: no tokenizer.json; the models' embeddings cannot be matched")
+    if min(sizes) == 0:
+        raise InputError(
+            f"{models[list(sizes).index(0)].folder}: its rows cannot be matched by token: expected an embedding named "
+            f"{', '.join(EMBEDDINGS)}, and a head with as many rows, if it has one; leave tokenizer_source and "
+            "tokenizer out, and merge models of one vocabulary"
+        )
     return known
 
 

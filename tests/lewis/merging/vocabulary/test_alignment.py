@@ -274,6 +274,35 @@ def test_what_cannot_be_matched_is_refused(models: list[Path], tmp_path: Path) -
         open_merge("ties", base, [expert], tokenizer_source="union")
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_rows_that_are_not_known_by_name_are_not_taken_for_matched(tmp_path: Path, head: bool) -> None:
+    """An embedding as Mamba names it: rows of other tokens were averaged; and the head alone was moved."""
+
+    def renamed(folder: Path, words: list[str]) -> Path:
+        write_tensors(
+            folder, {"backbone.embeddings.weight": torch.ones(63, 4)} | ({HEAD: torch.ones(63, 4)} if head else {})
+        )
+        write_tokenizer(folder, words)
+        return folder
+
+    base, moved = renamed(tmp_path / "base", WORDS), renamed(tmp_path / "moved", WORDS[::-1])
+    with pytest.raises(InputError, match=r"base: its rows cannot be matched by token: expected an embedding named "):
+        open_merge("task_arithmetic", base, [moved], tokenizer_source="base")
+    alike = renamed(tmp_path / "alike", WORDS)
+    edit_json(alike / "tokenizer.json", version="1")  # other bytes, the same vocabulary
+    open_merge("task_arithmetic", base, [alike], tokenizer_source="base")
+
+
+def test_tokens_and_padding_are_not_left_out_for_want_of_a_tokenizer(family: Family, tmp_path: Path) -> None:
+    models = [rewrite(family.base, tmp_path / name, lambda _, tensor: tensor) for name in ("base", "expert")]
+    for model in models:
+        (model / "tokenizer.json").unlink()
+    open_merge("ties", models[0], models[1:], tokenizer={"source": "base"})
+    for asked in ({"pad_to_multiple_of": 48}, {"tokens": {"w1": {"source": {"kind": "zero"}, "force": True}}}):
+        with pytest.raises(InputError, match=r"base: no tokenizer.json; the models' embeddings cannot be matched"):
+            open_merge("ties", models[0], models[1:], tokenizer={"source": "base", **asked})
+
+
 @pytest.mark.parametrize("number", [-1, 10**11])
 def test_an_id_that_no_embedding_has(tmp_path: Path, number: int) -> None:
     """It took memory for as many rows."""
