@@ -35,7 +35,7 @@ from lewis.models.compatible import check_compatible
 from lewis.models.dtypes import size_of
 from lewis.models.files.folder import tokenizer_files
 from lewis.models.model import Model
-from lewis.models.names import layer_of
+from lewis.models.names import NUMBER
 from lewis.models.tokenizer import tokenizer_folder
 from lewis.threads import cores
 
@@ -250,13 +250,21 @@ class Prepared:
         return values
 
     def _depth(self, name: str) -> float:
-        """The position of a tensor's layer in [0, 1], for gradients; 0 outside the layers."""
-        layer = layer_of(name)
-        return 0.0 if layer is None else layer / (self._layers - 1) if self._layers > 1 else 1.0
+        """The position of a tensor's layer in its stack of layers, in [0, 1], for gradients; 0 outside the layers."""
+        match = NUMBER.search(name)
+        if match is None:
+            return 0.0
+        last = self._last_layers[name[: match.start(1)]]
+        return int(match[1]) / last if last else 1.0
 
     @cached_property
-    def _layers(self) -> int:
-        return 1 + max((layer_of(name) or 0 for name in self.base.tensors), default=0)
+    def _last_layers(self) -> Mapping[str, int]:
+        """What precedes the numbers of a stack's layers -> the number of its last; towers have stacks of their own."""
+        found: dict[str, int] = {}
+        for match in filter(None, map(NUMBER.search, self.base.tensors)):
+            stack = match.string[: match.start(1)]
+            found[stack] = max(found.get(stack, 0), int(match[1]))
+        return found
 
     def _ridge_factor(self, name: str) -> float:
         """How much harder than on average a tensor is pulled towards a guided anchor: mean density / its density.

@@ -392,6 +392,21 @@ class TestRun:
             expected = Checkpoint(family.math if "layers.1." in name else family.base, "key").read(name)
             assert bits(merge.tensor(name)) == bits(expected), name
 
+    def test_a_gradient_runs_over_the_layers_of_each_tower(self, tmp_path: Path) -> None:
+        """The last layer of a language model with a deeper tower next to it had a value from the middle."""
+        depths = {"vision.layers.": 5, "model.layers.": 3, "merger.": 1}
+        tensors = {f"{stack}{i}.w.weight": torch.ones(2) for stack, count in depths.items() for i in range(count)}
+        tensors["norm.weight"] = torch.ones(2)
+        base, expert = (write_tensors(tmp_path / name, tensors) for name in ("base", "expert"))
+        merge = open_merge("task_arithmetic", base, [expert], parameters={"weight": [0, 1]})
+        found = {
+            stack: [merge.parameters(f"{stack}{i}.w.weight")["weight"] for i in range(depths[stack])]
+            for stack in depths
+        }
+        assert found["vision.layers."] == [[0], [0.25], [0.5], [0.75], [1]]
+        assert found["model.layers."] == [[0], [0.5], [1]]
+        assert found["merger."] == [[1]] and merge.parameters("norm.weight")["weight"] == [0]
+
     def test_guided_densities_hold_for_their_tensors(self, family: Family) -> None:
         name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
         merge = open_merge("ties", family.base, [family.math], parameters={"density": 0.5}, densities=[{name: 0.25}])
