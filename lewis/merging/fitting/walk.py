@@ -111,6 +111,8 @@ class Walk:
             value = self._found[covered.tensor] = self._solver.solve(place, covered, weights, value)
             if sum(each.nbytes for each in self._found.values()) > IN_MEMORY_FITTED:
                 self._write()
+        else:
+            self._solver.forget()  # the next projection may share its inputs with this one, not with the last solved
         self._put(self._shared.merged, covered.parameter, value)
 
     def _put(self, weights: Weights, parameter: str, value: torch.Tensor) -> None:

@@ -291,6 +291,23 @@ def test_goes_on_after_a_kill_with_the_same_bytes(
     assert not list((tmp_path / "out" / "model").glob(".fitted*"))
 
 
+def test_what_is_fitted_again_between_known_parts_has_its_own_inputs(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs of the projection that was fitted last were taken, where the ones between were known already."""
+    from lewis.merging.fitting import fit, walk
+
+    monkeypatch.setattr(walk, "IN_MEMORY_FITTED", 0)  # a file for each tensor
+    merge, folder = prepare(recipe_of(family.base, family.experts)), tmp_path / "fitted"
+    damaged = [f"model.layers.0.{each}.weight" for each in ("self_attn.o_proj", "mlp.up_proj")]
+    first = fit.fit(merge, folder)
+    whole = {name: first.read(name) for name in damaged}
+    for name in damaged:
+        (folder / f"{name}.safetensors").write_bytes(b"")
+    again = fit.fit(merge, folder)
+    assert all(torch.equal(again.read(name), whole[name]) for name in damaged)
+
+
 def test_a_damaged_part_of_a_killed_fit_is_not_believed(family: Family, tmp_path: Path) -> None:
     from lewis.merging.fitting.fitted import Fitted
 
