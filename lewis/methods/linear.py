@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.sums import combine_linearly, divided
+from lewis.methods.arithmetic.sums import cancel_out, combine_linearly, divided
 from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 
@@ -29,7 +29,7 @@ def linear(weights: torch.Tensor, *, weight: PerExpert[float] = 1.0, normalize: 
     merged = combine_linearly(weights, w)
     if not normalize:
         return merged
-    if sum(w) == 0:
+    if cancel_out(w):
         raise ValueError(
             f"linear: the weights {w} sum to 0, so the average is undefined; change them or set normalize: false"
         )

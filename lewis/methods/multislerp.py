@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.sums import combine_linearly, exact_sum, gram
+from lewis.methods.arithmetic.sums import cancel_out, combine_linearly, exact_sum, gram
 from lewis.methods.registry import NotNegative, PerExpert, merge_method, per_expert
 
 _NOISE = 1e-7  # directions cancel if their sum is at most this share of what was added up
@@ -23,7 +23,7 @@ def coefficients(dots: np.ndarray, *, weight: PerExpert[float], normalize_weight
         return [1.0]
     w = per_expert(weight, dots)
     if normalize_weights:
-        if sum(w) == 0:
+        if cancel_out(w):
             raise ValueError(f"multislerp: the weights {w} sum to 0; change them or set normalize_weights: false")
         w = [each / sum(w) for each in w]
     lengths = np.sqrt(dots.diagonal()).tolist()

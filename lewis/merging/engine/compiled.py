@@ -18,6 +18,7 @@ from lewis.merging.engine.kernels import KINDS
 from lewis.merging.engine.selection import Kept, Pair, Varied, address_of
 from lewis.merging.memory_budget import chunks
 from lewis.merging.prepared import Prepared
+from lewis.methods.arithmetic.sums import cancel_out
 from lewis.methods.loops import Combine, Loops
 from lewis.models.dtypes import DTYPES
 
@@ -71,7 +72,7 @@ def _average(merge: Prepared, name: str, loops: Loops) -> Run | None:
     values = merge.parameters(name)
     weights, normalize = values[loops.weight], bool(values.get("normalize"))
     total = sum(weights)
-    if normalize and total == 0:
+    if normalize and cancel_out(weights):
         return None
     inputs = Inputs([expert.model for expert in merge.experts], name)
     return _weighted(inputs, weights, merge.layout[name][0], normalize=normalize, divisor=total if normalize else 1)

@@ -81,6 +81,11 @@ def gram(tensors: Sequence[torch.Tensor] | torch.Tensor) -> np.ndarray:
     return dots
 
 
+def cancel_out(weights: Sequence[float]) -> bool:
+    """Whether weights sum to 0, up to rounding errors: 0.1 + 0.2 - 0.3 is not exactly 0."""
+    return abs(sum(weights)) <= 1e-12 * sum(map(abs, weights))
+
+
 def cosine(dots: np.ndarray, i: int, j: int) -> float:
     """The cosine between tensors i and j of a `gram`, in [-1, 1]; 0 if one of them is all zeros."""
     norms = math.sqrt(dots[i, i]) * math.sqrt(dots[j, j])

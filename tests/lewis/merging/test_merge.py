@@ -592,6 +592,13 @@ class TestRefused:
         with pytest.raises(InputError, match=r"model\..*: linear: the weights .* sum to 0"):
             merge.tensor("model.norm.weight")
 
+    def test_weights_that_cancel_but_for_rounding_errors(self, family: Family, tmp_path: Path) -> None:
+        """0.1 + 0.2 - 0.3 is 5.6e-17: the average was divided by that."""
+        models, own = [family.base, family.math, family.code], [{"weight": each} for each in (0.1, 0.2, -0.3)]
+        for method in ("linear", "multislerp"):
+            with pytest.raises(InputError, match=rf"{method}: the weights .* sum to 0"):
+                open_merge(method, None, models, own=own).run(tmp_path / method)
+
     def fails(self, merge: Merge, out: Path, *expected: str) -> None:
         with pytest.raises(LewisError) as caught:
             merge.run(out)
