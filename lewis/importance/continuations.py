@@ -91,7 +91,7 @@ def continue_prompts(given: ContinueInput, report: Report = silent, device: str 
 
 
 def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
-    prompts = Calibration.load(given.prompts.path)
+    prompts = given.prompts.load()
     if other := clash(tokenizer_folder(given.base.open()), tokenizer_folder(given.files.open())):
         raise InputError(
             f"{given.files.ref}: another vocabulary: {other}; the prompts of lewis.calibrations.{prompts.name} become "

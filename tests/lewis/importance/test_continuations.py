@@ -98,6 +98,15 @@ def test_the_same_is_found_and_written_again(family: Family) -> None:
     assert find_continued(asked, "cpu") is None
 
 
+def test_they_have_the_name_of_this_recipe(family: Family) -> None:
+    """They had the name under which the prompts had been stored first, and no measurement of them was found."""
+    asked = given(family.math)
+    renamed = CalibrationEntry(**{**asked.prompts.model_dump(), "name": "other"})
+    assert continue_prompts(replace(asked, prompts=renamed)).name == "other"
+    with pytest.raises(InputError, match="lewis.calibrations.other: every prompt fills"):
+        continue_prompts(replace(asked, prompts=renamed, max_tokens=1))
+
+
 def test_a_generation_config_that_is_no_object_names_no_end(tmp_path: Path) -> None:
     """It was a traceback."""
     model = learned_positions(tmp_path / "gpt2")
