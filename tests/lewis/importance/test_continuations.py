@@ -103,7 +103,7 @@ def test_they_have_the_name_of_this_recipe(family: Family) -> None:
     asked = given(family.math)
     renamed = CalibrationEntry(**{**asked.prompts.model_dump(), "name": "other"})
     assert continue_prompts(replace(asked, prompts=renamed)).name == "other"
-    with pytest.raises(InputError, match="lewis.calibrations.other: every prompt fills"):
+    with pytest.raises(InputError, match=r"lewis.calibrations.other: every prompt fills"):
         continue_prompts(replace(asked, prompts=renamed, max_tokens=1))
 
 
