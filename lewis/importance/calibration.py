@@ -1,5 +1,6 @@
 """Calibration sets: rows of a dataset -> texts -> token ids, deterministically."""
 
+import glob
 import logging
 import threading
 from collections.abc import Iterable, Iterator
@@ -238,6 +239,7 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path, cache: Path) -> 
     repo = (spec.dataset or "").partition("@")[0]
     if repo in LOCAL:
         arguments["cache_dir"] = str(cache)
+        arguments["data_files"] = [glob.escape(path) for path in arguments["data_files"]]  # datasets takes patterns
     try:
         return datasets.load_dataset(repo, split=spec.split, **arguments)
     except Exception as error:  # datasets raises many kinds, also bare ones of its parsers

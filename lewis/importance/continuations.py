@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 from lewis import store
@@ -27,6 +28,7 @@ from lewis.store import kinds
 logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same prompts would be continued otherwise
 BATCH = 32  # continuations that are written side by side
+_DRAWING = Lock()  # torch's generators are those of all threads
 _PURE: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
 
 
@@ -91,7 +93,7 @@ def continue_prompts(given: ContinueInput, report: Report = silent, device: str 
 
 
 def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
-    prompts = Calibration.load(given.prompts.path)
+    prompts = given.prompts.load()
     if other := clash(tokenizer_folder(given.base.open()), tokenizer_folder(given.files.open())):
         raise InputError(
             f"{given.files.ref}: another vocabulary: {other}; the prompts of lewis.calibrations.{prompts.name} become "
@@ -115,7 +117,7 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
     places.sort(key=lambda place: len(rows[place[-1]]), reverse=True)
     rows, written, what = [rows[i] for *_, i in places], list[tuple[int, ...]](), f"{given.files.ref} continues"
     report(what, 0, len(rows))
-    with torch.random.fork_rng():
+    with _DRAWING, torch.random.fork_rng():
         torch.manual_seed(given.seed % (1 << 64))  # torch takes no greater one
         while len(written) < len(rows):
             batch = rows[len(written) : len(written) + BATCH]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Self
@@ -48,6 +48,10 @@ class CalibrationEntry(Reference):
         if store.entry(self.path, calibration.SAMPLES) is None:
             raise ValueError(f"{self.path} is gone or damaged")
         return self
+
+    def load(self) -> Calibration:
+        """The set, under the name of this recipe: another recipe may have stored the same rows first."""
+        return replace(Calibration.load(self.path), name=self.name)
 
 
 class ImportanceEntry(JsonReference):
@@ -182,7 +186,7 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
 
     for each in given.sets if given.grams else ():
         statistics = find_or_measure_grams(
-            files.open(), Calibration.load(each.path), device=device, progress=progress, unchanged=files.check_unchanged
+            files.open(), each.load(), device=device, progress=progress, unchanged=files.check_unchanged
         )
         if settings.prune_ratio == 0:
             _keep_norms(files, each, settings, device, statistics)
@@ -193,7 +197,7 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
             locks.enter_context(store.turn(kinds.IMPORTANCE, digest))
         absent = [each for each in missing.values() if not measurements.is_whole(places[each.digest][1])]
         if absent:
-            sets = [Calibration.load(each.path) for each in absent]
+            sets = [each.load() for each in absent]
             found = measuring.measure_sets(files.open(), sets, settings, device=device, progress=progress)
             files.check_unchanged()
             for each, measured in zip(absent, found, strict=True):
@@ -232,7 +236,7 @@ def _keep_norms(
     with store.turn(kinds.IMPORTANCE, digest):
         if measurements.is_whole(path):
             return
-        set_, grams = Calibration.load(calibration.path), Grams(statistics)
+        set_, grams = calibration.load(), Grams(statistics)
         measured = grams_pass.measured_by(files.open(), set_, grams, settings.reduce)
         if None not in measured.norms.values():
             files.check_unchanged()

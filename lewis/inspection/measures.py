@@ -201,13 +201,14 @@ def _of_tensor(name: str, base: Model, experts: Sequence[Model], most: int | Non
     values = np.empty((count, min(size, _CHUNK)), np.float32)
     gram, unchanged = np.zeros((count, count)), np.zeros(count - 1, np.int64)
     signs, broken = np.zeros((count - 1, count - 1), np.int64), np.zeros((2, count), np.int64)
-    peaks = np.zeros(count)
+    peaks, largest = np.zeros(count), np.zeros(count)
     for start in range(0, size, _CHUNK):
         length = min(_CHUNK, size - start)
         for k, (dtype, bits) in enumerate(raw):
-            peaks[k] = max(peaks[k], _load(dtype, bits[start : start + length], values[k, :length]))
-        if not np.isfinite(peaks).all():
-            peaks[:] = _without_broken(values[:, :length], broken)
+            largest[k] = _load(dtype, bits[start : start + length], values[k, :length])
+        if not np.isfinite(largest).all():
+            largest = _without_broken(values[:, :length], broken)
+        peaks = np.maximum(peaks, largest)
         loops.measure(values, length, gram, unchanged, signs)
     matrix = layer_of(name) is not None and len(info.shape) > 1 and not name.endswith(PER_TOKEN)
     distinct = [_distinct(bits, info.shape) if matrix and most is None else 0.0 for _, bits in raw]

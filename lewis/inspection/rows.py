@@ -29,7 +29,7 @@ def row_findings(given: MergeInput) -> list[Finding]:
 
     if not predicts_next_token(given.base.open()):
         return []
-    rows = {ref: _few(Calibration.load(entry.path)) for ref, entry in given.sets.items()}
+    rows = {ref: _few(entry.load()) for ref, entry in given.sets.items()}
     experts = [each for each in given.experts if rows.get(each.ref) and each.key != given.base.key]
     found = list[Finding]()
     with suppress(LewisError):  # a model that does not run its blocks in one order: the fit says so

@@ -117,7 +117,7 @@ class CalibrationSet(Block):
                 'expected one of: `text`, a template such as "{question} {answer}" that turns a row into text; '
                 "`prompt` with `answer`; or `messages`, the column of a chat"
             )
-        if self.dataset in LOCAL and not self.data_files:
+        if (self.dataset or "").partition("@")[0] in LOCAL and not self.data_files:
             raise ValueError(f"dataset {self.dataset!r} needs `data_files`")
         if self.texts is not None and any((self.text, pair, self.messages, self.weight, self.data_files, self.config)):
             raise ValueError("inline `texts` take no `text`, `prompt`, `messages`, `weight`, `config` or `data_files`")

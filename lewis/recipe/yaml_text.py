@@ -8,6 +8,7 @@ aliases expanded, are counted while the text is read.
 import re
 from collections.abc import Callable, Hashable
 from contextlib import suppress
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,9 @@ def override(data: dict[str, Any], setting: str) -> None:
         else:
             if isinstance(place, dict) and place.get(key) is None:
                 place[key] = {}
-            place = place[key]
+            inner = copy(place[key])  # by an alias it may stand in another place, too
+            place[key] = inner
+            place = inner
             if not isinstance(place, dict | list):
                 raise InputError(f"--set {setting}: {'.'.join(map(str, keys[: i + 1]))} is {place!r}, not a block")
 

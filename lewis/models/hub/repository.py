@@ -21,7 +21,7 @@ from typing import Any
 
 from lewis import store
 from lewis.errors import BrokenModelError, InputError, TransientError
-from lewis.models.files.folder import ADAPTER, GGUF_TABLE, SINGLE, check_weights, needed
+from lewis.models.files.folder import ADAPTER, GGUF_TABLE, INDEX, SINGLE, check_weights, needed, weight_files
 from lewis.models.files.safetensors_file import Headers, file_headers
 from lewis.models.gguf import as_folder, headers, only
 from lewis.models.hub.client import api, ask, cache_folder, check_repo_id, offline, resume_downloads, snapshot
@@ -202,7 +202,9 @@ def tensor_headers(pinned: Pinned) -> Headers:
     listing = {} if pinned.is_local else _listing_of(pinned)
     names = [name for name in needed(listing or os.listdir(folder)) if name.endswith(".safetensors")]
     # Next to a full model there may be an adapter, or heads for drafting: a merge does not read them.
-    names = [SINGLE] if SINGLE in names else [name for name in names if name != ADAPTER or len(names) == 1]
+    if SINGLE in names or (folder / INDEX).is_file():
+        names = sorted(weight_files(folder, names))
+    names = [name for name in names if name != ADAPTER or len(names) == 1]
 
     def read(name: str) -> Headers:
         path = folder / name

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock, get_ident
 from typing import Any
 
 from lewis import private_names
@@ -26,6 +27,7 @@ _TABLES = (
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
 )
+_BUILDING = Lock()
 
 
 def build(folder: Path, dtype: torch.dtype) -> Any:
@@ -34,7 +36,6 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
     Raises:
         InputError: if transformers has no class for it or cannot build it, or it needs code that comes with the model.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoConfig
 
     try:
@@ -46,7 +47,7 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
                 del block.quantization_config
         if own.config_class is type(text):  # perhaps the class of the language model alone
             config = text
-        with init_empty_weights(include_buffers=False):
+        with _empty_parameters():
             network = private_names.FROM_CONFIG.of(own)(config, dtype=dtype)
         if hasattr(network, "set_experts_implementation"):
             network.set_experts_implementation("eager")
@@ -57,6 +58,29 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
             raise needs_code(folder, "this model", "config.json") from error
         raise InputError(f"{folder}: transformers cannot build this model: {reason}") from error
     return network.eval()
+
+
+@contextmanager
+def _empty_parameters() -> Iterator[None]:
+    """While the block lasts, parameters that this thread's new modules get are on the meta device; buffers are not.
+
+    As `init_empty_weights` of accelerate, which empties those of all threads, a pass that is running among them, and if
+    two threads use it at a time then for good. One block at a time: transformers, too, changes what all threads have.
+    """
+    with _BUILDING:
+        plain, builder = nn.Module.register_parameter, get_ident()
+
+        def register(module: nn.Module, name: str, given: nn.Parameter | None) -> None:
+            plain(module, name, given)
+            if given is not None and get_ident() == builder:
+                module._parameters[name] = empty = nn.Parameter(given.to("meta"), requires_grad=given.requires_grad)
+                vars(empty).update(vars(given))
+
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = plain  # type: ignore[method-assign]
 
 
 def known_network(folder: Path) -> Any | None:

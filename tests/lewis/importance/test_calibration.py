@@ -93,6 +93,13 @@ class TestSamples:
         assert found.samples == tuple(ids(i, i + 1, i + 2) for i in chosen)
         assert found == run(family.base, data, dataset=kind, data_files=[file], text="{question} {answer}", samples=4)
 
+    def test_of_a_file_whose_name_is_a_pattern_are_its_own(self, family: Family, data: Path) -> None:
+        """The rows of another file, which the name matched as a pattern, came in the place of its own."""
+        for name, word in (("data/rows[1].jsonl", "w7"), ("data/rows1.jsonl", "w8")):
+            (data / name).write_text(f'{{"a": "{word}"}}\n')
+        found = run(family.base, data, dataset="json", data_files="data/rows[1].jsonl", text="{a}")
+        assert found.samples == (ids(7),)
+
     def test_of_a_hub_dataset_are_those_of_its_commit(self, family: Family, data: Path) -> None:
         code = (
             "import sys; from pathlib import Path\n"

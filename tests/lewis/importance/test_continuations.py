@@ -1,5 +1,6 @@
 """What an expert writes to prompts: its own words, the same each time, in the form of a calibration set."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,26 @@ def test_the_same_is_found_and_written_again(family: Family) -> None:
     damaged = kinds.CALIBRATIONS.path(asked.digest("cpu"))
     damaged.write_bytes(damaged.read_bytes().replace(b"a", b"b", 1))
     assert find_continued(asked, "cpu") is None
+
+
+def test_they_do_not_depend_on_another_set_that_is_continued_at_the_same_time(family: Family) -> None:
+    """Both drew from one generator, which the later of the two set back."""
+    asked = [given(family.math, prompts, count=8) for prompts in (PROMPTS, ((15, 6, 7), (18,)))]
+    with ThreadPoolExecutor(2) as pool:
+        together = [each.digest for each in pool.map(continue_prompts, asked)]
+    for path in kinds.CALIBRATIONS.entries():
+        path.unlink()
+    asked = [given(family.math, prompts, count=8) for prompts in (PROMPTS, ((15, 6, 7), (18,)))]
+    assert [continue_prompts(each).digest for each in asked] == together
+
+
+def test_they_have_the_name_of_this_recipe(family: Family) -> None:
+    """They had the name under which the prompts had been stored first, and no measurement of them was found."""
+    asked = given(family.math)
+    renamed = CalibrationEntry(**{**asked.prompts.model_dump(), "name": "other"})
+    assert continue_prompts(replace(asked, prompts=renamed)).name == "other"
+    with pytest.raises(InputError, match=r"lewis.calibrations.other: every prompt fills"):
+        continue_prompts(replace(asked, prompts=renamed, max_tokens=1))
 
 
 def test_a_generation_config_that_is_no_object_names_no_end(tmp_path: Path) -> None:

@@ -466,6 +466,10 @@ def test_headers_are_those_of_the_file_that_a_merge_reads(home: Path, tmp_path: 
     extra = save({"model.layers.9.eagle.weight": np.zeros((2, 2), np.float32)})
     folder = write(tmp_path / "m", NEEDED | {"eagle.safetensors": extra})
     assert tensor_headers(resolve(str(folder), tmp_path)) == HEADERS
+    sharded = {name: content for name, content in NEEDED.items() if name != "model.safetensors"}
+    index = json.dumps({"weight_map": dict.fromkeys(HEADERS, "model-1.safetensors")})
+    sharded |= {"model-1.safetensors": WEIGHTS, "model.safetensors.index.json": index, "eagle.safetensors": extra}
+    assert tensor_headers(resolve(str(write(tmp_path / "sharded", sharded)), tmp_path)) == HEADERS
 
 
 def test_a_config_that_no_network_can_have_and_a_shard_that_is_missing_are_broken_on_the_hub(

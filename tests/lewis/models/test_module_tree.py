@@ -1,5 +1,6 @@
 """Tiny random checkpoints of real classes, against hooks of the test's own: fp64, one sample at a time, no batching."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lewis.importance.calibration import Calibration
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.network.layouts import Rows, parts_of
 from lewis.models.network.module_tree import Network
+from lewis.models.network.network_class import build
+from tests.conftest import Family
 from tests.support.measuring import covered_layers, measure
 from tests.support.models import write_tensors
 
@@ -338,3 +341,14 @@ def test_blocks_are_empty_again_after_the_pass(tmp_path: Path) -> None:
         patch.setattr(Network, "value", value)
         measure(Checkpoint(tmp_path, "key"), CALIBRATION)
     assert max(seen) == 1  # the block that is being read
+
+
+def test_other_threads_keep_their_weights_while_a_network_is_built(family: Family) -> None:
+    """The weights of a pass in another thread were emptied; after two networks at a time, those of all that came."""
+    seen = set[str]()
+    with ThreadPoolExecutor(3) as pool:
+        built = [pool.submit(build, family.base, torch.float32) for _ in range(9)]
+        while not all(each.done() for each in built):
+            seen.add(nn.Linear(2, 2).weight.device.type)
+    assert seen | {nn.Linear(2, 2).weight.device.type} == {"cpu"}
+    assert {value.device.type for each in built for value in each.result().parameters()} == {"meta"}

@@ -238,6 +238,10 @@ class TestMistakes:
                 "{calibrations: {s: {dataset: json, text: '{a}'}}}",
                 "lewis.calibrations.s: dataset 'json' needs `data_files`",
             ),
+            (
+                "{calibrations: {s: {dataset: json@main, text: '{a}'}}}",  # was a traceback
+                "lewis.calibrations.s: dataset 'json@main' needs `data_files`",
+            ),
             ("{calibrations: {s: {texts: [a], text: '{a}'}}}", "lewis.calibrations.s: inline `texts` take no `text`"),
             (
                 "{calibrations: {s: {texts: [a]}, t: {texts: [b]}}}",

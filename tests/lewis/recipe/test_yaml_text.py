@@ -71,6 +71,14 @@ def test_what_is_fine_stays_so() -> None:
     assert load("a: &a {b: 1}\nc: {<<: *a}", "x") == {"a": {"b": 1}, "c": {"b": 1}}
 
 
+def test_set_changes_one_place_of_an_alias() -> None:
+    """Every model whose block is the same by an alias got the value."""
+    text = "{merge_method: ties, base_model: a, models: [{model: b, parameters: &p {weight: 1}}, "
+    text += "{model: c, parameters: *p}]}"
+    found = Recipe.parse(text, root=Path("/"), overrides=["models[0].parameters.weight=2"])
+    assert [each.parameters["weight"][0].value for each in found.models] == [2, 1]
+
+
 @pytest.mark.parametrize("setting", ["seed=" + "[" * 2000, "seed=2024-13-45", "models[²].model=x", "models.²=x"])
 def test_set_has_the_same_limits(setting: str) -> None:
     with pytest.raises(InputError, match=r"--set |unknown key"):
