@@ -15,6 +15,7 @@ from lewis.errors import InputError, LewisError, nearest
 from lewis.evaluation import step
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scored import Scored, gain
+from lewis.evaluation.statistics.scores import by_key
 from lewis.evaluation.step import ModelScores
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -113,14 +114,15 @@ class _Trials:
         assert plan.search is not None
         self.search, self.settings = plan.search, _settings(plan, SEARCH)
         # Score the recipe as it is first: its scores tell whether higher is better, and how many documents there are.
-        first = _scored(plan, result_of(self.submit(plan, 0, "all", self.settings))).by_name
+        scored = _scored(plan, result_of(self.submit(plan, 0, "all", self.settings)))
+        first = scored.by_name
         unknown = [metric for metric in metrics if metric not in first]
         if unknown:
             raise InputError(f"search.metrics: there is no score {unknown[0]!r}{nearest(unknown[0], first)}")
         self.objectives = [Objective(metric, first[metric].higher_is_better) for metric in metrics]
         inputs = {files.ref: files.key for files in known.values() if isinstance(files, ModelFiles)}
         self.log = Log(plan, self.objectives, inputs, tasks)
-        part = first[metrics[0]].samples // 4
+        part = _quarter(scored, metrics[0])
         prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
         self.part = replace(self.settings, look=part) if prune else None
 
@@ -237,6 +239,12 @@ def _confirm(
         mlflow_run=run,
     )
     return report, told
+
+
+def _quarter(found: Scored, metric: str) -> int:
+    """A quarter of the documents of the metric's largest task; 0 if it has no value per document to be compared by."""
+    samples = by_key(found.samples).get(metric)
+    return max(len(part.documents) for part in samples.parts) // 4 if samples else 0
 
 
 def _settings(plan: Recipe, documents: str) -> EvalSettings:

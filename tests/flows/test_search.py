@@ -4,12 +4,16 @@ import json
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lewis.evaluation.statistics.scored import WEIGHTED, Scored
+from lewis.evaluation.statistics.scores import Ends, Part, Samples, combined
 from lewis_flows.cli.main import main
+from lewis_flows.search import _quarter
 from tests.flows.conftest import Command
 from tests.flows.test_champion import newest_ended
 from tests.flows.test_run import finished, versions
@@ -123,3 +127,12 @@ def test_a_metric_that_nothing_scores_is_named(lewis: Command, recipe: Path, hom
     code, _, err = finished(lewis("search", recipe))
     assert code == 2 and "there is no score 'words/ac,none'; did you mean 'words/acc,none'" in err
     assert not versions(home)
+
+
+def test_a_quarter_is_of_each_task_that_the_metric_has() -> None:
+    """A look has so many documents of each task: a quarter of all of them together were all of four tasks."""
+    values = Part("", 1.0, "mean", tuple(map(str, range(40))), (1.0,) * 40)
+    each = [Samples(name, "acc,none", (replace(values, task=name),)) for name in "abcd"]
+    mean = combined(*WEIGHTED, [(one, 0.25) for one in each])
+    found = Scored("trial", "key", (), (*each, mean), Ends({}, 0, 0, None))
+    assert [_quarter(found, metric) for metric in ("weighted/mean,none", "a/acc,none", "a/f1,none")] == [10, 10, 0]
