@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import asdict, replace
+from itertools import takewhile
 from typing import Any
 
 from prefect import State, flow
@@ -136,6 +137,8 @@ class _Trials:
         Raises:
             LewisError: if none could be scored.
         """
+        failed = len(list(takewhile(lambda trial: trial.state == "failed", self.log.trials)))
+        wanted += failed  # of an earlier run whose first trials all failed, such as on a full disk: they do not count
         while (left := wanted - len(self.log.trials)) > 0 and time.monotonic() < deadline:
             self._round(min(left, self.search.parallel))
             self.record(ended=False)
