@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import takewhile
 from typing import Any
@@ -82,14 +83,14 @@ def search_flow(
     """
     path = begin(recipe)
     run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))
-    with turn(path.with_suffix(".search"), str(flow_run.id)):
+    with turn(path.with_suffix(".search"), str(flow_run.id)), ExitStack() as held:
         plan = load(path, overrides or [])
         metrics = study.objectives_of(plan)
         space.check(plan)
         assert plan.search is not None
         wanted = trials or plan.search.trials
         limit = minutes or plan.search.minutes
-        tried = _Trials(plan, *_prepare(plan), metrics)
+        tried = _Trials(plan, *_prepare(plan), metrics, held)
         best = tried.run(wanted, time.monotonic() + 60 * limit if limit else float("inf"))
         report, (name, line) = _confirm(recipe, plan, list(overrides or []), tried, best)
     return run_tags.ending(name, f"{len(report.trials)} trials; {line}", report)
@@ -110,7 +111,9 @@ def _prepare(plan: Recipe) -> tuple[dict[str, Any], str]:
 class _Trials:
     """The trials of one search."""
 
-    def __init__(self, plan: Recipe, known: dict[str, Any], tasks: str, metrics: tuple[str, ...]) -> None:
+    def __init__(
+        self, plan: Recipe, known: dict[str, Any], tasks: str, metrics: tuple[str, ...], held: ExitStack
+    ) -> None:
         self.plan, self.known = plan, known
         assert plan.search is not None
         self.search, self.settings = plan.search, _settings(plan, SEARCH)
@@ -122,7 +125,7 @@ class _Trials:
             raise InputError(f"search.metrics: there is no score {unknown[0]!r}{nearest(unknown[0], first)}")
         self.objectives = [Objective(metric, first[metric].higher_is_better) for metric in metrics]
         inputs = {files.ref: files.key for files in known.values() if isinstance(files, ModelFiles)}
-        self.log = Log(plan, self.objectives, inputs, tasks)
+        self.log = Log(plan, self.objectives, inputs, tasks, held)
         part = _quarter(scored, metrics[0])
         prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
         self.part = replace(self.settings, look=part) if prune else None

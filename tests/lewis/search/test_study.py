@@ -1,13 +1,14 @@
 """The space of a search, what it remembers, and how it is told."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis.errors import RecipeError
+from lewis.errors import LewisError, RecipeError
 from lewis.recipe.recipe import Recipe
 from lewis.search import report, space, study
 from lewis.search.study import Log, Objective, Trial
@@ -146,6 +147,17 @@ class TestLog:
         assert Log(recipe, [ACC], INPUTS, "t").ask().values == cut.values  # cut off twice
         more = Log(parse(**{"  space:": "  trials: 50\n  space:"}), [ACC], INPUTS, "t")
         assert len(more.trials) == 3
+
+    def test_two_searches_that_are_alike_do_not_share_their_log(self, recipe: Recipe) -> None:
+        """The second took the trials of the first for cut off."""
+        with ExitStack() as held:
+            log = Log(recipe, [ACC], INPUTS, "t", held)
+            trial = log.ask()
+            with ExitStack() as other, pytest.raises(LewisError, match="another run searches the same values"):
+                Log(recipe, [ACC], INPUTS, "t", other)
+            log.done(trial, [0.5])
+        with ExitStack() as held:
+            assert [each.state for each in Log(recipe, [ACC], INPUTS, "t", held).trials] == ["done"]
 
     @pytest.mark.parametrize("objectives", [[ACC], [ACC, LOSS]])
     def test_what_goes_on_tries_something_new(self, recipe: Recipe, objectives: list[Objective]) -> None:
