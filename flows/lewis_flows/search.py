@@ -13,6 +13,7 @@ from prefect.runtime import flow_run
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
+from lewis.devices import default_device, precision
 from lewis.errors import InputError, LewisError, nearest
 from lewis.evaluation import step
 from lewis.evaluation.harness.lm_eval import EvalSettings
@@ -125,7 +126,8 @@ class _Trials:
             raise InputError(f"search.metrics: there is no score {unknown[0]!r}{nearest(unknown[0], first)}")
         self.objectives = [Objective(metric, first[metric].higher_is_better) for metric in metrics]
         inputs = {files.ref: files.key for files in known.values() if isinstance(files, ModelFiles)}
-        self.log = Log(plan, self.objectives, inputs, tasks, held)
+        numbers = precision(default_device()) if self.settings.backend == "hf" else "fp32"
+        self.log = Log(plan, self.objectives, inputs, tasks, held, numbers)
         part = _quarter(scored, metrics[0])
         prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
         self.part = replace(self.settings, look=part) if prune else None

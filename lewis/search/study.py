@@ -100,6 +100,7 @@ class Log:
         inputs: Mapping[str, str],
         tasks: str,
         held: ExitStack | None = None,
+        numbers: str = "fp32",
     ) -> None:
         """Open the log, or create it.
 
@@ -109,6 +110,7 @@ class Log:
             inputs: reference -> commit or content digest of base and experts.
             tasks: digest of the tasks on the search's documents.
             held: keeps other processes from the log until it is closed; None: nobody else has it.
+            numbers: the precision in which models are scored, as `lewis.devices.precision`.
 
         Raises:
             LewisError: if another process has it.
@@ -121,7 +123,8 @@ class Log:
         searched = recipe.search.model_dump(mode="json", include={"space", "seed"})
         names = [o.metric for o in objectives]
         weights = [dict(recipe.score_weights)] if WEIGHTED_KEY in names else []  # with others the scores differ
-        self.digest = store.digest([SEMANTICS, recipe.blocks, searched, names, dict(inputs), tasks, *weights])
+        others = [numbers] if numbers != "fp32" else []  # a GPU's scores are not those of the CPU
+        self.digest = store.digest([SEMANTICS, recipe.blocks, searched, names, dict(inputs), tasks, *weights, *others])
         self.path = kinds.SEARCHES.path(self.digest)
         if held:
             try:

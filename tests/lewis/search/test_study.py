@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lewis.devices import precision
 from lewis.errors import LewisError, RecipeError
 from lewis.recipe.recipe import Recipe
 from lewis.search import report, space, study
@@ -189,6 +190,10 @@ class TestLog:
         mean = Objective("weighted/mean,none", True)
         assert digest(mean, "x: 1, y: 2") != digest(mean, "x: 2, y: 1")
         assert digest(ACC, "x: 1, y: 2") == Log(recipe, [ACC], INPUTS, "t").digest
+
+    def test_another_precision_is_another_search(self, recipe: Recipe) -> None:
+        digests = [Log(recipe, [ACC], INPUTS, "t", numbers=precision(each)).digest for each in ("cpu", "cuda:1")]
+        assert digests[0] == Log(recipe, [ACC], INPUTS, "t").digest != digests[1]
 
     def test_failed_and_pruned(self, recipe: Recipe) -> None:
         """What a test shows to be worse than the best is given up; a score alone decides nothing."""
