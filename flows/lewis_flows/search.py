@@ -2,7 +2,9 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import takewhile
 from typing import Any
 
 from prefect import State, flow
@@ -11,10 +13,12 @@ from prefect.runtime import flow_run
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
+from lewis.devices import default_device, precision
 from lewis.errors import InputError, LewisError, nearest
 from lewis.evaluation import step
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scored import Scored, gain
+from lewis.evaluation.statistics.scores import by_key
 from lewis.evaluation.step import ModelScores
 from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
@@ -80,14 +84,14 @@ def search_flow(
     """
     path = begin(recipe)
     run_tags.tag(recipe=path.stem, trigger=run_tags.trigger(run_tags.this_run()))
-    with turn(path.with_suffix(".search"), str(flow_run.id)):
+    with turn(path.with_suffix(".search"), str(flow_run.id)), ExitStack() as held:
         plan = load(path, overrides or [])
         metrics = study.objectives_of(plan)
         space.check(plan)
         assert plan.search is not None
         wanted = trials or plan.search.trials
         limit = minutes or plan.search.minutes
-        tried = _Trials(plan, *_prepare(plan), metrics)
+        tried = _Trials(plan, *_prepare(plan), metrics, held)
         best = tried.run(wanted, time.monotonic() + 60 * limit if limit else float("inf"))
         report, (name, line) = _confirm(recipe, plan, list(overrides or []), tried, best)
     return run_tags.ending(name, f"{len(report.trials)} trials; {line}", report)
@@ -108,19 +112,23 @@ def _prepare(plan: Recipe) -> tuple[dict[str, Any], str]:
 class _Trials:
     """The trials of one search."""
 
-    def __init__(self, plan: Recipe, known: dict[str, Any], tasks: str, metrics: tuple[str, ...]) -> None:
+    def __init__(
+        self, plan: Recipe, known: dict[str, Any], tasks: str, metrics: tuple[str, ...], held: ExitStack
+    ) -> None:
         self.plan, self.known = plan, known
         assert plan.search is not None
         self.search, self.settings = plan.search, _settings(plan, SEARCH)
         # Score the recipe as it is first: its scores tell whether higher is better, and how many documents there are.
-        first = _scored(plan, result_of(self.submit(plan, 0, "all", self.settings))).by_name
+        scored = _scored(plan, result_of(self.submit(plan, 0, "all", self.settings)))
+        first = scored.by_name
         unknown = [metric for metric in metrics if metric not in first]
         if unknown:
             raise InputError(f"search.metrics: there is no score {unknown[0]!r}{nearest(unknown[0], first)}")
         self.objectives = [Objective(metric, first[metric].higher_is_better) for metric in metrics]
         inputs = {files.ref: files.key for files in known.values() if isinstance(files, ModelFiles)}
-        self.log = Log(plan, self.objectives, inputs, tasks)
-        part = first[metrics[0]].samples // 4
+        numbers = precision(default_device()) if self.settings.backend == "hf" else "fp32"
+        self.log = Log(plan, self.objectives, inputs, tasks, held, numbers)
+        part = _quarter(scored, metrics[0])
         prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
         self.part = replace(self.settings, look=part) if prune else None
 
@@ -134,6 +142,8 @@ class _Trials:
         Raises:
             LewisError: if none could be scored.
         """
+        failed = len(list(takewhile(lambda trial: trial.state == "failed", self.log.trials)))
+        wanted += failed  # of an earlier run whose first trials all failed, such as on a full disk: they do not count
         while (left := wanted - len(self.log.trials)) > 0 and time.monotonic() < deadline:
             self._round(min(left, self.search.parallel))
             self.record(ended=False)
@@ -237,6 +247,12 @@ def _confirm(
         mlflow_run=run,
     )
     return report, told
+
+
+def _quarter(found: Scored, metric: str) -> int:
+    """A quarter of the documents of the metric's largest task; 0 if it has no value per document to be compared by."""
+    samples = by_key(found.samples).get(metric)
+    return max(len(part.documents) for part in samples.parts) // 4 if samples else 0
 
 
 def _settings(plan: Recipe, documents: str) -> EvalSettings:

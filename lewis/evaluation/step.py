@@ -131,17 +131,19 @@ def score_task(
             whole = digest if settings.whole == settings else scores_digest(files.key, settings.whole, device)
             answers = kinds.ANSWERS.path(f"{whole}-{settings.batch_size}")
             store.make_folder(answers.parent)
-            with loadable(files, whole=settings.backend != "hf") as (folder, adapter):
-                found = lm_eval.evaluate(
-                    folder,
-                    settings,
-                    adapter=adapter,
-                    device=device,
-                    answers=answers,
-                    to_serve=files.ref in (MERGED, "champion"),
-                    progress=progress,
-                )
-            files.check_unchanged()
+            try:
+                with loadable(files, whole=settings.backend != "hf") as (folder, adapter):
+                    found = lm_eval.evaluate(
+                        folder,
+                        settings,
+                        adapter=adapter,
+                        device=device,
+                        answers=answers,
+                        to_serve=files.ref in (MERGED, "champion"),
+                        progress=progress,
+                    )
+            finally:  # else another model's answers would be taken for this one's
+                store.discard_unless(files.check_unchanged, answers)
             if scores_digest(files.key, settings, device) != digest:
                 raise LewisError(
                     f"evaluate: a file of {', '.join(settings.tasks)} changed while running, so the scores of "

@@ -170,7 +170,8 @@ def _draw_rule(panel: "Axes", name: str, found: Sequence[Measured | None]) -> No
     for x, rule in zip(places, known, strict=True):
         if not rule.passed:
             panel.annotate("FAIL", (x + 0.16, rule.new), ha="center", va="bottom", fontsize=8, color=_BAD)
-    top = max((max(each.old, each.new, each.limit) for each in known if math.isfinite(each.new)), default=1.0)
+    sizes = [size for each in known for size in (each.old, each.new, each.limit)]
+    top = max(filter(math.isfinite, sizes), default=1.0)
     panel.set_ylim(0, 1.25 * top or 1.0)
     panel.set_title(name, fontsize=9, loc="left", parse_math=False)
     panel.spines[["top", "right"]].set_visible(False)

@@ -47,10 +47,11 @@ def record(
         experiment = tracking.experiment(client, team)
         parent = _parent(client, experiment, name, parameters, digest)
         recorded = client.search_runs([experiment], f"tags.`{_PARENT}` = '{parent}'", max_results=MOST)
-        seen = {run.data.tags.get(_TRIAL) for run in recorded}
+        begun = {run.data.tags.get(_TRIAL): run.info for run in recorded}
         for trial in trials:
-            if trial.state in _STATUS and str(trial.number) not in seen:
-                _add(client, experiment, parent, objectives, trial)
+            known = begun.get(str(trial.number))
+            if trial.state in _STATUS and (known is None or known.status == "RUNNING"):  # left by a kill in `_add`
+                _add(client, experiment, parent, objectives, trial, known.run_id if known else "")
         for tag, value in (tags or {}).items():
             client.set_tag(parent, tag, value)
         if files is not None:
@@ -70,11 +71,13 @@ def _parent(client: "MlflowClient", experiment: str, name: str, parameters: Mapp
     return str(run.info.run_id)
 
 
-def _add(client: "MlflowClient", experiment: str, parent: str, objectives: Sequence[Objective], trial: Trial) -> None:
+def _add(
+    client: "MlflowClient", experiment: str, parent: str, objectives: Sequence[Objective], trial: Trial, run: str
+) -> None:
     tags: dict[str, Any] = {_PARENT: parent, _TRIAL: str(trial.number)}
     if trial.reason:
         tags["lewis.reason"] = tracking.cut(trial.reason, tracking.MAX_PARAM, "the log")
-    run = client.create_run(experiment, run_name=f"trial {trial.number}", tags=tags)
+    run = run or client.create_run(experiment, run_name=f"trial {trial.number}", tags=tags).info.run_id
     scores = dict(zip((o.metric for o in objectives), trial.scores, strict=True)) if trial.state == "done" else {}
-    tracking.log_numbers(client, run.info.run_id, None, dict(trial.values), {**scores, "seconds": trial.seconds})
-    client.set_terminated(run.info.run_id, _STATUS[trial.state])
+    tracking.log_numbers(client, run, None, dict(trial.values), {**scores, "seconds": trial.seconds})
+    client.set_terminated(run, _STATUS[trial.state])

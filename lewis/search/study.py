@@ -5,12 +5,15 @@ the store, so a search that was killed can continue.
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import Timeout
+
 from lewis import store
-from lewis.errors import RecipeError
+from lewis.errors import LewisError, RecipeError
 from lewis.evaluation.statistics import power
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY
 from lewis.recipe.recipe import Recipe
@@ -90,7 +93,15 @@ class Log:
     The weights of the tasks are part of it if a metric is the weighted mean.
     """
 
-    def __init__(self, recipe: Recipe, objectives: Sequence[Objective], inputs: Mapping[str, str], tasks: str) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        objectives: Sequence[Objective],
+        inputs: Mapping[str, str],
+        tasks: str,
+        held: ExitStack | None = None,
+        numbers: str = "fp32",
+    ) -> None:
         """Open the log, or create it.
 
         Args:
@@ -98,6 +109,11 @@ class Log:
             objectives: the metrics to compare trials by, the most important first.
             inputs: reference -> commit or content digest of base and experts.
             tasks: digest of the tasks on the search's documents.
+            held: keeps other processes from the log until it is closed; None: nobody else has it.
+            numbers: the precision in which models are scored, as `lewis.devices.precision`.
+
+        Raises:
+            LewisError: if another process has it.
         """
         import optuna
 
@@ -107,8 +123,17 @@ class Log:
         searched = recipe.search.model_dump(mode="json", include={"space", "seed"})
         names = [o.metric for o in objectives]
         weights = [dict(recipe.score_weights)] if WEIGHTED_KEY in names else []  # with others the scores differ
-        self.digest = store.digest([SEMANTICS, recipe.blocks, searched, names, dict(inputs), tasks, *weights])
+        others = [numbers] if numbers != "fp32" else []  # a GPU's scores are not those of the CPU
+        self.digest = store.digest([SEMANTICS, recipe.blocks, searched, names, dict(inputs), tasks, *weights, *others])
         self.path = kinds.SEARCHES.path(self.digest)
+        if held:
+            try:
+                held.enter_context(store.lock(f"search-{self.digest}").acquire(timeout=0))
+            except Timeout:
+                raise LewisError(
+                    f"{recipe.name}: another run searches the same values of the same models now, for this recipe or "
+                    "one that is alike; run this again when it has ended"
+                ) from None
         self._study: Study = optuna.create_study(
             storage=open_journal(self.path),
             study_name=self.digest,

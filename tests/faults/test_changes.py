@@ -265,6 +265,26 @@ def test_a_task_that_is_edited_while_it_is_scored(
     assert pipeline.score(files, settings).scores
 
 
+def test_the_answers_of_a_model_that_changes_while_it_is_scored_are_not_kept(
+    models: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be taken for answers of the model as it was, once it is that again."""
+    write_words(tmp_path)
+    (tmp_path / "words.yaml").write_text(TASK)
+    weights, real = models["math"] / "model.safetensors", lm_eval.evaluate
+    files = pipeline.download(pipeline.pin(str(models["math"]), home))
+    settings = EvalSettings(tasks=("words.yaml",), root=tmp_path, limit=8)
+
+    def changing(*given: Any, **named: Any) -> Any:
+        weights.write_bytes((models["code"] / "model.safetensors").read_bytes())
+        return real(*given, **named)
+
+    monkeypatch.setattr(lm_eval, "evaluate", changing)
+    with pytest.raises(LewisError, match=r"math: .* changed while running"):
+        pipeline.score(files, settings)
+    assert not kinds.ANSWERS.entries() and not kinds.SCORES.entries()
+
+
 @pytest.mark.parametrize("how", ["missing", "full", "filled meanwhile"])
 def test_a_trial_whose_memory_is_taken_is_written_to_the_disk(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str

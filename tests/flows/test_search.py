@@ -4,12 +4,19 @@ import json
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lewis.errors import LewisError
+from lewis.evaluation.statistics.scored import WEIGHTED, Scored
+from lewis.evaluation.statistics.scores import Ends, Part, Samples, combined
+from lewis.recipe.recipe import Recipe
+from lewis.search.study import Log, Objective
 from lewis_flows.cli.main import main
+from lewis_flows.search import _quarter, _Trials
 from tests.flows.conftest import Command
 from tests.flows.test_champion import newest_ended
 from tests.flows.test_run import finished, versions
@@ -123,3 +130,41 @@ def test_a_metric_that_nothing_scores_is_named(lewis: Command, recipe: Path, hom
     code, _, err = finished(lewis("search", recipe))
     assert code == 2 and "there is no score 'words/ac,none'; did you mean 'words/acc,none'" in err
     assert not versions(home)
+
+
+def test_a_quarter_is_of_each_task_that_the_metric_has() -> None:
+    """A look has so many documents of each task: a quarter of all of them together were all of four tasks."""
+    values = Part("", 1.0, "mean", tuple(map(str, range(40))), (1.0,) * 40)
+    each = [Samples(name, "acc,none", (replace(values, task=name),)) for name in "abcd"]
+    mean = combined(*WEIGHTED, [(one, 0.25) for one in each])
+    found = Scored("trial", "key", (), (*each, mean), Ends({}, 0, 0, None))
+    assert [_quarter(found, metric) for metric in ("weighted/mean,none", "a/acc,none", "a/f1,none")] == [10, 10, 0]
+
+
+class Trials(_Trials):
+    """Trials of one recipe that are all scored, or all fail."""
+
+    def __init__(self, plan: Recipe, reason: str) -> None:
+        assert plan.search is not None
+        self.search, self.reason = plan.search, reason
+        self.log = Log(plan, [Objective("words/acc,none", True)], {}, "tasks")
+
+    def _round(self, count: int) -> None:
+        for trial in [self.log.ask() for _ in range(count)]:
+            if self.reason:
+                self.log.failed(trial, self.reason)
+            else:
+                self.log.done(trial, [0.5])
+
+    def record(self, *, ended: bool) -> str:
+        return ""
+
+
+def test_a_search_of_which_all_trials_failed_can_be_run_again(recipe: Path, home: Path) -> None:
+    plan = Recipe.load(searching(recipe))
+    for _ in range(2):
+        with pytest.raises(LewisError, match="trials could be scored: the disk is full"):
+            Trials(plan, "the disk is full").run(2, float("inf"))
+    again = Trials(plan, "")
+    assert again.run(2, float("inf")).scores == (0.5,) and len(again.log.trials) == 6
+    assert Trials(plan, "").run(2, float("inf")).number == 4 and len(again.log.trials) == 6, "there are enough"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,8 +45,9 @@ def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, 
     as_before = quantised and not files.adapter
     layout = {name: (_dtype(model, name, as_before), info.shape) for name, info in model.tensors.items()}
     store.check_space(store.home(), sum(size_of(dtype, shape) for dtype, shape in layout.values()) + 10**7)
-    with tempfile.TemporaryDirectory(dir=store.make_folder(store.home())) as place:
-        folder = Path(place)
+    folder = store.beside(store.make_folder(store.home()) / "scored")  # the next run removes what a killed one left
+    folder.mkdir(mode=0o700)
+    try:
         with CheckpointWriter(folder, layout, _SHARD) as writer:
             for name in writer.names:
                 writer.write(name, model.read(name).to(torch_dtype(layout[name][0])))
@@ -55,6 +55,8 @@ def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, 
         write_config(model.config, model.home, folder, None)
         copy_tokenizer(tokenizer_folder(model), folder)
         yield folder, None
+    finally:
+        store.discard(folder)
 
 
 def _saves_tied(folder: Path, adapter: Path) -> bool:

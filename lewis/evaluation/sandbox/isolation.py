@@ -177,5 +177,7 @@ def _usual_secrets(environment: Mapping[str, str]) -> Iterator[Path]:
     for name in ("token", "stored_tokens"):
         yield Path(environment.get("HF_HOME", "~/.cache/huggingface")).expanduser() / name
     for name in _NAMED:
-        if environment.get(name, os.devnull) != os.devnull:
-            yield Path(environment[name]).expanduser()
+        given = environment.get(name, "")
+        for path in dict.fromkeys((given, *given.split(os.pathsep))):  # KUBECONFIG may name several
+            if path not in ("", os.devnull):
+                yield Path(path).expanduser().absolute()

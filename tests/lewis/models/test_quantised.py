@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.harness.model_folder import loadable
 from lewis.models.checkpoint import Checkpoint
@@ -212,6 +215,19 @@ def test_what_lm_eval_scores_is_the_model_as_it_was_before(family: Family, tmp_p
             name: bits(tensor) for name, tensor in values.items()
         }
     assert not folder.exists()
+
+
+def test_the_model_that_a_killed_evaluation_left_is_swept(family: Family, tmp_path: Path, home: Path) -> None:
+    write_quantised(family.base, tmp_path / "q", "gptq")
+    killed = (
+        "import os; from pathlib import Path; from lewis.models.source import ModelFiles\n"
+        "from lewis.evaluation.harness.model_folder import loadable\n"
+        f"with loadable(ModelFiles.at('x', 'key', Path({str(tmp_path / 'q')!r}))): os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", killed]).returncode == -9
+    assert list(home.rglob("model.safetensors"))
+    store.sweep(home)  # as each run does
+    assert not list(home.rglob("model.safetensors"))
 
 
 def test_a_lora_expert_on_a_quantised_base(family: Family, tmp_path: Path) -> None:

@@ -53,3 +53,10 @@ def test_it_is_one_section_of_the_page_however_often_it_is_added() -> None:
     assert again.count("<h2>Into service") == 1 and "FAIL" not in again and "All 1 steps held" in again
     other = canary.into_page(again, Canary("second", made().time, (HELD,)))
     assert other.count("<h2>Into service") == 2
+
+
+def test_numbers_that_are_not_finite_are_drawn() -> None:
+    """Prometheus has them: a quantile beyond the last bucket, a share of no requests."""
+    inf = float("inf")
+    rules = [Measured("slow", 1.0, inf, inf), Measured("cut", inf, 0.5, 0.6), Measured("both", inf, inf, inf)]
+    assert Image.open(io.BytesIO(canary.draw(made(Step(10, 60, 300, tuple(rules)))))).size[0] > 0

@@ -1,13 +1,15 @@
 """The space of a search, what it remembers, and how it is told."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis.errors import RecipeError
+from lewis.devices import precision
+from lewis.errors import LewisError, RecipeError
 from lewis.recipe.recipe import Recipe
 from lewis.search import report, space, study
 from lewis.search.study import Log, Objective, Trial
@@ -147,6 +149,17 @@ class TestLog:
         more = Log(parse(**{"  space:": "  trials: 50\n  space:"}), [ACC], INPUTS, "t")
         assert len(more.trials) == 3
 
+    def test_two_searches_that_are_alike_do_not_share_their_log(self, recipe: Recipe) -> None:
+        """The second took the trials of the first for cut off."""
+        with ExitStack() as held:
+            log = Log(recipe, [ACC], INPUTS, "t", held)
+            trial = log.ask()
+            with ExitStack() as other, pytest.raises(LewisError, match="another run searches the same values"):
+                Log(recipe, [ACC], INPUTS, "t", other)
+            log.done(trial, [0.5])
+        with ExitStack() as held:
+            assert [each.state for each in Log(recipe, [ACC], INPUTS, "t", held).trials] == ["done"]
+
     @pytest.mark.parametrize("objectives", [[ACC], [ACC, LOSS]])
     def test_what_goes_on_tries_something_new(self, recipe: Recipe, objectives: list[Objective]) -> None:
         """A sampler that starts with the same seed again draws the same values again."""
@@ -177,6 +190,10 @@ class TestLog:
         mean = Objective("weighted/mean,none", True)
         assert digest(mean, "x: 1, y: 2") != digest(mean, "x: 2, y: 1")
         assert digest(ACC, "x: 1, y: 2") == Log(recipe, [ACC], INPUTS, "t").digest
+
+    def test_another_precision_is_another_search(self, recipe: Recipe) -> None:
+        digests = [Log(recipe, [ACC], INPUTS, "t", numbers=precision(each)).digest for each in ("cpu", "cuda:1")]
+        assert digests[0] == Log(recipe, [ACC], INPUTS, "t").digest != digests[1]
 
     def test_failed_and_pruned(self, recipe: Recipe) -> None:
         """What a test shows to be worse than the best is given up; a score alone decides nothing."""

@@ -70,3 +70,16 @@ def test_folders_within_each_other_and_links(tmp_path: Path, monkeypatch: pytest
     (inner / "in" / "file").touch()
     found = isolation.temporary_folders(needed)
     assert found == {str(tmp_path): ("a", "model"), str(inner): ("in", "link")}
+
+
+def test_each_file_that_a_variable_names_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/usr/local") as name:
+        for each in ("first", "second", "relative"):
+            Path(name, each).write_text("s3cret")
+        monkeypatch.chdir(name)
+        monkeypatch.setenv("KUBECONFIG", f"{name}/first:{name}/second")
+        monkeypatch.setenv("PGPASSFILE", "relative")
+        monkeypatch.setenv("NETRC", "")
+        walls = isolation.namespaces(network=False)
+        found = subprocess.run([*walls, "cat", "first", "second", "relative"], capture_output=True, text=True, cwd=name)
+        assert (found.returncode, found.stdout) == (0, ""), found
