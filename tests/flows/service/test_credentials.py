@@ -9,13 +9,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from lewis import settings
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.registry import tracking
 from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
 from lewis_flows.service import credentials, mlflow_app, note, worker
@@ -126,6 +127,19 @@ def test_a_first_start_that_was_killed_does_not_stop_the_next(home: Path, made: 
         connection.execute("CREATE TABLE users (id)")
         connection.execute("INSERT INTO users VALUES (1)")
     credentials.mlflow_environment()
+    assert users.exists()
+
+
+def test_users_that_cannot_be_read_now_are_not_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that another process had locked was taken for one without users."""
+    users = users_of(credentials.mlflow_environment())
+    with closing(sqlite3.connect(users, isolation_level=None)) as other:
+        other.execute("CREATE TABLE users (id)")
+        other.execute("INSERT INTO users VALUES (1)")
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0))
+        with pytest.raises(LewisError, match="users cannot be read: database is locked"):
+            credentials.mlflow_environment()
     assert users.exists()
 
 
