@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from lewis import settings
+from lewis import settings, store
 from lewis.errors import InputError, LewisError
 from lewis.registry import tracking
 from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
-from lewis_flows.service import credentials, mlflow_app, note, worker
+from lewis_flows.service import credentials, mlflow_app, note, servers, worker
 from lewis_flows.service.servers import mlflow_process
 
 
@@ -113,6 +113,21 @@ def test_it_can_be_switched_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("LEWIS_MLFLOW_AUTH", "no")
     with pytest.raises(InputError, match="LEWIS_MLFLOW_AUTH: expected 0 or 1, got 'no'"):
         settings.MLFLOW_AUTH.get()
+
+
+def test_what_answers_at_the_address_of_a_killed_service_does_not_get_its_key(
+    home: Path, healthy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PREFECT_API_URL", credentials.PREFECT_SENT, "MLFLOW_TRACKING_URI", "LEWIS_MLFLOW_UI"):
+        monkeypatch.setenv(name, "")  # so that the teardown undoes what is set
+        monkeypatch.delenv(name)
+    key, url = PREFECT_KEY.read(), f"{healthy}/api"
+    note.write({"prefect": url, "mlflow": healthy})
+    assert servers.client_environment()[credentials.PREFECT_SENT] == key
+    place = store.writer().rpartition("-")[0]
+    store.write_json(home / "service.json", {**note.read(), "writer": f"{place}-{1 << 22}"})
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert not {"PREFECT_API_URL", credentials.PREFECT_SENT} & servers.client_environment().keys()
 
 
 @pytest.mark.parametrize("made", ["", "CREATE TABLE users (id)"], ids=["empty", "no user yet"])
