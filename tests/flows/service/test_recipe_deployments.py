@@ -261,6 +261,13 @@ def test_a_recipe_has_its_deployment_before_the_poll_announces_its_release(
     assert seen == ["good"]
 
 
+@pytest.mark.parametrize("text", ["deployments: [merge]", "deployments: 5", "deployments: {name: x}"])
+def test_a_file_without_a_list_of_deployments_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "prefect.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"prefect.yaml: deployments: expected a list of mappings, got "):
+        deploy._content(tmp_path / "prefect.yaml")
+
+
 def test_what_is_deployed_names_no_recipe() -> None:
     """`search` was deployed with the recipe `smollm2`, which a folder of the user's own has not."""
     content = yaml.safe_load(deploy.PREFECT_YAML.read_text())
