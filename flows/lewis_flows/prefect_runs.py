@@ -58,7 +58,7 @@ def of_flows(
     Raises:
         httpx.HTTPError: if the server does not answer, or refuses.
     """
-    return client.read_flow_runs(**_filters(flows, states, **limits), sort=sort)
+    return client.read_flow_runs(**_filters(flows, states, **limits), sort=sort, limit=run_tags.PAGE)
 
 
 def all_of_flows(

@@ -13,7 +13,7 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events.filters import EventFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Crashed, Failed, Late, Pending, Running, Scheduled
+from prefect.states import AwaitingConcurrencySlot, Completed, Crashed, Failed, Late, Pending, Running, Scheduled
 
 from lewis.registry import outbox
 from lewis.registry.outbox import Move
@@ -134,6 +134,10 @@ def test_what_a_person_should_know_is_notified_with_a_link(
         assert all(each.description for each in client.read_automations())
         time.sleep(3)  # the server's triggers learn of the automations
         late = {}
+        for state in (Completed(name="Skipped"), AwaitingConcurrencySlot()):  # another run merges it; it takes its turn
+            run = client.create_flow_run(_merge, name="merge seen", tags=["lewis"], state=Scheduled())
+            for each in (Late(), state):
+                client.set_flow_run_state(run.id, each, force=True)
         for of, name in ((_merge, "merge late"), (_merge, "merge late for a moment"), (_verify, "verify late")):
             run = client.create_flow_run(of, name=name, tags=["lewis"], state=Scheduled())
             client.set_flow_run_state(run.id, Late(), force=True)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.states import Completed
 
@@ -189,6 +190,21 @@ def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_le
         crowned(adapter, "c", base=family.base)
         assert not looks()
     assert not keep_served.look(), "the server is away"
+
+
+def test_a_run_that_a_schedule_plans_for_later_does_not_keep_the_model_from_its_server(
+    folder: Path, home: Path, client: SyncPrefectClient
+) -> None:
+    (folder / "nightly.yaml").write_text(RECIPE % ("[x]", "http://127.0.0.1:9"))
+    Follower(lambda line: None).deploy()
+    made = client.read_deployment_by_name("serve/nightly").id
+    for run in client.read_flow_runs():
+        if run.deployment_id == made:
+            client.set_flow_run_state(run.id, Completed(), force=True)
+    client.create_deployment_schedules(made, [(CronSchedule(cron="0 3 * * *"), True)])
+    client.request("POST", "/deployments/{id}/schedule", path_params={"id": made}, json={})
+    assert any(run.auto_scheduled and run.deployment_id == made for run in client.read_flow_runs())
+    assert keep_served._start(client, "nightly") and not keep_served._start(client, "nightly")
 
 
 def artifact(client: SyncPrefectClient, key: str) -> str:

@@ -14,7 +14,7 @@ from prefect.exceptions import ObjectNotFound
 
 from lewis import settings
 from lewis.errors import InputError
-from lewis_flows.prefect_runs import ALL, EVALUATE, MERGE, SEARCH, SERVE, VERIFY
+from lewis_flows.prefect_runs import ALL, EVALUATE, MERGE, SEARCH, SERVE, SKIPPED, VERIFY
 from lewis_flows.release_event import STUCK, UNWATCHED
 from lewis_flows.service.prefect_app import DEAD_AFTER, DEAD_RUNS
 from lewis_flows.service.recipe_deployments import TAG
@@ -103,7 +103,8 @@ def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
     failing = tuple(each for each in ALL if each != EVALUATE)  # whose merge reports it
     failed, died = _runs("Failed", flows=failing), _runs("Crashed", flows=(MERGE, SEARCH, SERVE, VERIFY))
     asks = _runs("AwaitingApproval", "Suspended", flows=(MERGE,))
-    late = _runs("Pending", "Running", "Cancelled", flows=(MERGE, SEARCH, EVALUATE, SERVE), after="Late", within=LONG)
+    taken = ("Pending", "Running", "Cancelled", "AwaitingConcurrencySlot", SKIPPED)  # or another run does its work
+    late = _runs(*taken, flows=(MERGE, SEARCH, EVALUATE, SERVE), after="Late", within=LONG)
     for name, trigger, subject, body, about in (
         ("failure", failed, "a run failed", _RUN, "A run failed; its message says why."),
         ("crash", died, "a run died", _RUN, "The process or machine of a run died."),

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import State
 from pydantic import BaseModel
 
@@ -59,7 +60,7 @@ def _find(client: SyncPrefectClient, what: str) -> Iterator[FlowRun]:
     states, due = ("SCHEDULED", *prefect_runs.UNFINISHED), {"before_": datetime.now(UTC)}
     runs = [
         run
-        for run in prefect_runs.of_flows(client, _FLOWS, states, expected_start_time=due)
+        for run in prefect_runs.all_of_flows(client, _FLOWS, states, FlowRunSort.ID_DESC, expected_start_time=due)
         if run.parent_task_run_id is None
     ]
     named = [run for run in runs if what in (run.name, str(run.id))]

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lewis import store
-from lewis.errors import InputError, TransientError
+from lewis.errors import InputError, LewisError, TransientError
 from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
 from lewis_flows.service import note
 
@@ -144,5 +144,7 @@ def _has_users(database: Path) -> bool:
     with closing(sqlite3.connect(database)) as connection:
         try:
             return connection.execute("SELECT 1 FROM users").fetchone() is not None
-        except sqlite3.OperationalError:  # not even the table is there
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise LewisError(f"{database}: the users cannot be read: {error}; try again") from error
             return False

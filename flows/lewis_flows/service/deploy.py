@@ -95,6 +95,12 @@ def _content(file: Path) -> dict[str, Any]:
     content = yaml_text.load(read_bytes(file, yaml_text.MAX_BYTES), str(file))
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a mapping with `deployments`, got {type(content).__name__}")
+    listed = content.get("deployments") or []
+    if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+        raise InputError(
+            f"{file}: deployments: expected a list of mappings, got {str(listed)[:100]}; "
+            "copy one from deployments/prefect.yaml"
+        )
     return content
 
 

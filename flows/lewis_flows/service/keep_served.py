@@ -52,7 +52,8 @@ def _start(client: SyncPrefectClient, name: str) -> bool:
     if deployment is None or deployment.paused:  # `Follower` will create it, somebody will resume it
         return False
     open_, same = ("SCHEDULED", *prefect_runs.UNFINISHED), {"any_": [deployment.id]}
-    if prefect_runs.of_flows(client, (prefect_runs.SERVE,), open_, deployment_id=same):
+    runs = prefect_runs.of_flows(client, (prefect_runs.SERVE,), open_, deployment_id=same)
+    if any(map(prefect_runs.waits, runs)):
         return False
     logger.info("%s: a target has not the champion; serving it again", name)
     prefect_runs.start(client, deployment.id)

@@ -12,11 +12,13 @@ from lewis.store.folders import SERVICE_NOTE
 def read() -> dict[str, Any]:
     """The keys `pid`, `writer`, `prefect`, `mlflow` and `webhook`, with `--serve` `champion`; empty without a note.
 
-    A killed `lewis up` leaves its note. `writer` names its process as `store.writer` does.
+    A killed `lewis up` leaves its note, which counts for none. `writer` names its process as `store.writer` does.
 
     `mlflow_user` is there too if `lewis up` started an MLflow server that asks for a password.
     """
-    return store.read_json(_path()) or {}
+    known: dict[str, Any] = store.read_json(_path()) or {}
+    # Another process may answer there now, which must not get our key. A writer elsewhere cannot be asked.
+    return {} if store.is_dead(str(known.get("writer")), _path() / "-") else known
 
 
 def write(known: Mapping[str, str]) -> None:

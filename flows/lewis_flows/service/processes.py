@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.client import HTTPException
 from itertools import pairwise
 from typing import IO
@@ -134,14 +134,19 @@ class Process:
         self._starting.release()
 
     def _read(self, lines: IO[str]) -> None:
-        with suppress(OSError), self.log.open("w", encoding="utf-8") as log:
-            store.restrict(self.log)
+        with suppress(OSError), ExitStack() as stack:
+            log = None
+            with suppress(OSError):  # a full disk, here and below: read on, or the process waits once its pipe is full
+                log = stack.enter_context(self.log.open("w", encoding="utf-8"))
+                store.restrict(self.log)
             for line in map(redacted, lines):
-                with suppress(OSError):  # a full disk: if nobody read on, the process would wait, once its pipe is full
-                    log.write(line)
-                    log.flush()
-                if self._echo is not None and line.strip():
-                    self._echo(line.rstrip("\n"))
+                with suppress(OSError):
+                    if log:
+                        log.write(line)
+                        log.flush()
+                with suppress(OSError):  # where this process prints to
+                    if self._echo is not None and line.strip():
+                        self._echo(line.rstrip("\n"))
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _READY

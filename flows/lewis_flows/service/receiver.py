@@ -29,7 +29,7 @@ logger = logging.getLogger("lewis.webhook")
 KEPT = 5.0  # seconds for which `Readiness` gives an answer again, so that frequent requests cause no load
 _BRANCH = "refs/heads/main"
 _KNOWN = timedelta(days=7)  # for which Prefect keeps events
-_REMEMBERED = 4096  # releases, to recognise one that is delivered again
+_REMEMBERED = 4096  # repos, to recognise a release that is delivered again
 _TIMEOUT = 4.0
 
 Answer = tuple[int, dict[str, Any]]
@@ -95,7 +95,7 @@ class Receiver:
     """Takes deliveries whose sender is known to be the Hub; threads may share it."""
 
     def __init__(self) -> None:
-        self._taken: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._taken: OrderedDict[str, str] = OrderedDict()  # repo -> its last release
         self._one_at_a_time = threading.Lock()  # of two deliveries of one release at once, only one is the first
 
     def take(self, body: bytes) -> Answer:
@@ -131,14 +131,14 @@ class Receiver:
         if not followers.keys() - paused:  # once one is resumed, the poll announces it
             return 200, {"status": "ignored", "why": "the recipes that follow this repo are paused", "repo": name}
         new = str(push.newSha)
-        release = (name, new)
         about = {"repo": name, "new": new, "recipes": sorted(followers.keys() - paused)}
-        if release in self._taken:
-            self._taken.move_to_end(release)
+        if self._taken.get(name) == new:
+            self._taken.move_to_end(name)
             return 200, {"status": "duplicate", **about}
         unknown = {each: of for each, of in sorted(followers.items()) if each not in paused | known}
         events = [announce(recipe, ref, repo, push.oldSha, new) for recipe, (repo, ref) in unknown.items()]
-        self._taken[release] = None
+        self._taken[name] = new
+        self._taken.move_to_end(name)
         if len(self._taken) > _REMEMBERED:
             self._taken.popitem(last=False)
         if not events:  # a repeated delivery after a restart, or the poll was faster
@@ -160,7 +160,8 @@ def _ask(followers: Mapping[str, tuple[str, str]], new: str) -> tuple[set[str], 
                 if prefect_runs.is_paused(client, recipe):
                     paused.add(recipe)
                 payloads = (event.payload for event in announced(client, since, recipe, repo))
-                if any(each.get("ref") == ref and each.get("new") == new for each in payloads):
+                last = next((each.get("new") for each in payloads if each.get("ref") == ref), None)
+                if last == new:  # an earlier one may come again: somebody took the last commit back
                     known.add(recipe)
     except httpx.HTTPError:
         logger.info("Prefect does not say which recipes are paused, or which releases it knows")

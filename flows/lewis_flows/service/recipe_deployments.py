@@ -171,7 +171,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
         if flow != prefect_runs.MERGE:
             continue
         trigger = _on_release(file.name, made)
-        if not client.read_automations_by_name(trigger.name):  # also if an earlier process died before this line
+        if _is_missing(client, trigger.name, before):  # also if an earlier process died before this line
             client.create_automation(trigger)
         if before is None:
             continue
@@ -196,12 +196,20 @@ def _further(file: RecipeFile) -> dict[str, object]:
 def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, before: DeploymentResponse | None) -> None:
     """Start the deployment `serve/<recipe>` when the champion moves, and now if the recipe is new or was edited."""
     trigger = _on_promotion(file, made)
-    if not client.read_automations_by_name(trigger.name):
+    if _is_missing(client, trigger.name, before):
         client.delete_resource_owned_automations(f"prefect.deployment.{made}")  # of an earlier model
         client.create_automation(trigger)
     new = before is None or (before.version != file.version and not before.paused)
     if new and not file.why:
         prefect_runs.start(client, made, tags=[EDITED])
+
+
+def _is_missing(client: SyncPrefectClient, automation: str, before: DeploymentResponse | None) -> bool:
+    """Whether a deployment lacks its automation; one goes that starts a deployment of this name that was deleted."""
+    found = client.read_automations_by_name(automation)
+    for each in found if before is None else ():  # the server keeps it if somebody deletes the deployment
+        client.delete_automation(each.id)
+    return before is None or not found
 
 
 def paused(client: SyncPrefectClient) -> set[str]:

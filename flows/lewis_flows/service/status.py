@@ -1,7 +1,7 @@
 """Find out what the service is doing: ask each of its servers, the registry, and the Hub for each recipe."""
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from lewis_flows.service.credentials import connected
 from lewis_flows.service.deploy import POOL
 from lewis_flows.service.status_data import Input, Part, Run, Status, Watched
 from lewis_tasks.support import device_queue, events
-from lewis_tasks.support.flow_run import BROKEN, tagged
+from lewis_tasks.support.flow_run import BROKEN, PAGE, tagged
 from lewis_tasks.support.patience import impatient
 
 
@@ -191,10 +191,10 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
         for pool in _pools(client):
             found.parts += [_workers(client, pool), *_queues(client, pool)]
         found.running, found.scheduled = _running(client), _scheduled(client)
-        found.finished = _finished(client, only)
         names: list[str] = []
         with suppress(LewisError):  # there is no folder of recipes
             names = recipes_folder.names()
+        found.finished = _finished(client, only, names)
         due = watch.due(client, datetime.now(UTC) + events.ahead(client))
         facts = _Facts(edits.merged(client, names), _broken(client), recipe_deployments.paused(client), due)
     if only:
@@ -266,15 +266,26 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
     return sorted(described, key=lambda run: run.since or datetime.max.replace(tzinfo=UTC))
 
 
-def _finished(client: SyncPrefectClient, only: str) -> list[Run]:
+def _finished(client: SyncPrefectClient, only: str, names: Sequence[str]) -> list[Run]:
     """The last merge and the last search of each recipe, or the last five of one; the newest first, none skipped."""
-    begun, newest = {"name": {"not_any_": [prefect_runs.SKIPPED]}}, FlowRunSort.END_TIME_DESC
-    runs = of_flows(client, (MERGE, SEARCH), prefect_runs.ENDED, newest, state=begun)
+    runs = _ended(client)
+    if len(runs) == PAGE:  # there may be more
+        rest = {only} if only else set(names) - set(map(recipe_of, runs))
+        older = [run for name in rest for run in _ended(client, f"recipe:{name}")]
+        found = {run.id: run for run in [*runs, *older]}.values()
+        runs = sorted(found, key=lambda run: run.end_time or datetime.min.replace(tzinfo=UTC), reverse=True)
     if only:
         last = [run for run in runs if recipe_of(run) == only][:LAST]
     else:
         last = _first(runs, lambda run: (run.flow_id, recipe_of(run)))
     return _described(client, last, lambda run: run.end_time)
+
+
+def _ended(client: SyncPrefectClient, *tags: str) -> list[FlowRun]:
+    """The newest merges and searches that have ended, with some tags."""
+    begun, newest = {"name": {"not_any_": [prefect_runs.SKIPPED]}}, FlowRunSort.END_TIME_DESC
+    limits = {"tags": {"all_": list(tags)}} if tags else {}
+    return of_flows(client, (MERGE, SEARCH), prefect_runs.ENDED, newest, state=begun, **limits)
 
 
 def _described(

@@ -174,7 +174,10 @@ def _keep_up(parts: list[Process], say: Say, died: Mapping[str, Callable[[], Non
             time.sleep(2 ** (failures[part.name] - 1) - 1)
             if part.name in died:
                 died[part.name]()
-            part.start()
+            try:
+                part.start()
+            except LewisError as error:  # it has ended before it was ready; the next look counts that
+                say("lewis", str(error))
             started[part.name] = time.monotonic()
 
 

@@ -148,14 +148,16 @@ def _acquire(client: SyncPrefectClient, note: Note, gpus: int) -> UUID | None:
         try:
             answer = client.increment_concurrency_slots_with_lease([LIMIT], gpus, "concurrency", LEASE_SECONDS, holder)
         except httpx.HTTPStatusError as error:
-            if error.response.status_code == httpx.codes.UNPROCESSABLE_ENTITY and gpus > 1:
+            smaller = error.response.status_code == httpx.codes.UNPROCESSABLE_ENTITY
+            if smaller and gpus > 1:
                 raise InputError(
                     f"evaluate.gpus: {gpus} GPUs are needed at once, but Prefect's limit {LIMIT} over all machines is "
                     f"smaller; raise it: prefect gcl update {LIMIT} --limit N"
                 ) from error
-            if error.response.status_code != httpx.codes.LOCKED:
+            if not smaller and error.response.status_code != httpx.codes.LOCKED:
                 raise
-            wait.look(note.place.what, f"a slot of {LIMIT}, which other tasks hold")
+            why = "whose limit is 0" if smaller else "which other tasks hold"
+            wait.look(note.place.what, f"a slot of {LIMIT}, {why}")
             time.sleep(_ASK_SECONDS)
         else:
             found = answer.json()

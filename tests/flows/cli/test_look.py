@@ -150,6 +150,7 @@ def test_runs_that_go_on_or_wait_are_cancelled(
     (tmp_path / "stopped.yaml").touch()
     monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
     monkeypatch.setattr("lewis_flows.service.cancel.PATIENCE", 0.0)
+    monkeypatch.setattr("lewis_tasks.support.flow_run.PAGE", 1)  # as if more runs waited than the server gives at once
 
     def run(name: str, state: State, **of: Any) -> UUID:
         return client.create_flow_run(_merge, name=name, parameters={"recipe": "stopped"}, state=state, **of).id

@@ -9,16 +9,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from lewis import settings
-from lewis.errors import InputError
+from lewis import settings, store
+from lewis.errors import InputError, LewisError
 from lewis.registry import tracking
 from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
-from lewis_flows.service import credentials, mlflow_app, note, worker
+from lewis_flows.service import credentials, mlflow_app, note, servers, worker
 from lewis_flows.service.servers import mlflow_process
 
 
@@ -114,6 +115,21 @@ def test_it_can_be_switched_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
         settings.MLFLOW_AUTH.get()
 
 
+def test_what_answers_at_the_address_of_a_killed_service_does_not_get_its_key(
+    home: Path, healthy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PREFECT_API_URL", credentials.PREFECT_SENT, "MLFLOW_TRACKING_URI", "LEWIS_MLFLOW_UI"):
+        monkeypatch.setenv(name, "")  # so that the teardown undoes what is set
+        monkeypatch.delenv(name)
+    key, url = PREFECT_KEY.read(), f"{healthy}/api"
+    note.write({"prefect": url, "mlflow": healthy})
+    assert servers.client_environment()[credentials.PREFECT_SENT] == key
+    place = store.writer().rpartition("-")[0]
+    store.write_json(home / "service.json", {**note.read(), "writer": f"{place}-{1 << 22}"})
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert not {"PREFECT_API_URL", credentials.PREFECT_SENT} & servers.client_environment().keys()
+
+
 @pytest.mark.parametrize("made", ["", "CREATE TABLE users (id)"], ids=["empty", "no user yet"])
 def test_a_first_start_that_was_killed_does_not_stop_the_next(home: Path, made: str) -> None:
     """MLflow makes each table again if it does not find all of them, and fails if one is there."""
@@ -126,6 +142,19 @@ def test_a_first_start_that_was_killed_does_not_stop_the_next(home: Path, made: 
         connection.execute("CREATE TABLE users (id)")
         connection.execute("INSERT INTO users VALUES (1)")
     credentials.mlflow_environment()
+    assert users.exists()
+
+
+def test_users_that_cannot_be_read_now_are_not_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that another process had locked was taken for one without users."""
+    users = users_of(credentials.mlflow_environment())
+    with closing(sqlite3.connect(users, isolation_level=None)) as other:
+        other.execute("CREATE TABLE users (id)")
+        other.execute("INSERT INTO users VALUES (1)")
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0))
+        with pytest.raises(LewisError, match="users cannot be read: database is locked"):
+            credentials.mlflow_environment()
     assert users.exists()
 
 

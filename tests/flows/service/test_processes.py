@@ -186,6 +186,53 @@ def test_a_full_disk_does_not_stop_the_reading_of_output(home: Path, monkeypatch
     assert said == ["one", "two"]
 
 
+@pytest.mark.parametrize("folder", [".", "missing"])
+def test_neither_a_missing_log_nor_a_closed_terminal_stops_the_reading(home: Path, tmp_path: Path, folder: str) -> None:
+    """The part waited for ever once its pipe was full."""
+    said = list[str]()
+
+    def echo(line: str) -> None:
+        said.append(line)
+        raise BrokenPipeError
+
+    process = Process("odd", [], {}, echo=echo)
+    process.log = tmp_path / folder / "odd.log"
+    process._read(iter(["one\n", "two\n"]))  # type: ignore[arg-type]
+    assert said == ["one", "two"] and (folder == "missing" or process.log.read_text() == "one\ntwo\n")
+
+
+def test_a_part_that_ends_while_it_starts_again_is_tried_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole service ended with the first such start."""
+    starts, port, said = tmp_path / "starts", free_port(), list[str]()
+    code = f"""
+        import http.server, pathlib, sys
+        starts = pathlib.Path({str(starts)!r})
+        number = len(starts.read_text()) if starts.exists() else 0
+        starts.write_text("x" * (number + 1))
+        if number == 1:
+            sys.exit(3)
+        server = http.server.HTTPServer(("127.0.0.1", {port}), http.server.SimpleHTTPRequestHandler)
+        server.handle_request() if number == 0 else server.serve_forever()
+    """
+    part = Process("odd", ["-c", textwrap.dedent(code)], {}, health=f"http://127.0.0.1:{port}/", grace=0.1)
+
+    def sleep(seconds: float) -> None:
+        if len(starts.read_text()) == 3:
+            raise KeyboardInterrupt
+        time.sleep(seconds)
+
+    monkeypatch.setattr(up, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    part.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            up._keep_up([part], lambda _, line: said.append(line), {})
+        assert answers(part._health or "") and f"odd ended with exit code 3; its log is {part.log}" in said
+    finally:
+        part.stop()
+
+
 @pytest.mark.parametrize("given", ["", "example.org", "*"])
 def test_a_proxy_of_the_environment_is_not_asked_for_our_servers(home: Path, given: str) -> None:
     """`lewis up` and `lewis run` waited for their servers for seven minutes, and gave up."""

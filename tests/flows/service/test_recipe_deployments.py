@@ -153,6 +153,20 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(
     assert client.read_automations_by_name("release of good") == []
 
 
+def test_a_release_starts_a_deployment_that_was_deleted_and_made_again(folder: Path, client: SyncPrefectClient) -> None:
+    """The automation of the deleted one stayed, so no release and no new champion started anything any more."""
+    block = "serve: {kind: webhook, url: 'http://127.0.0.1:9'}"
+    (folder / "good.yaml").write_text(SEARCH.replace("search:", f"{block}\n#"))
+    names = {"merge/good": "release of good", "serve/good": "service of ops.good by good"}
+    for _ in range(2):
+        Follower(print).deploy()
+        for name, automation in names.items():
+            (found,) = client.read_automations_by_name(automation)
+            made = client.read_deployment_by_name(name).id
+            assert [action.deployment_id for action in found.actions] == [made]  # type: ignore[union-attr]
+            client.delete_deployment(made)
+
+
 def test_a_deployment_stays_while_a_run_of_it_goes_on(folder: Path, client: SyncPrefectClient) -> None:
     """Its limit went with it, and Prefect's server answered the state that ends the run with an error."""
     follower, recipe = Follower(print), folder / "good.yaml"
@@ -245,6 +259,13 @@ def test_a_recipe_has_its_deployment_before_the_poll_announces_its_release(
     monkeypatch.setattr(webhook.watch, "poll_once", poll_once)
     webhook._poll(Follower(print))
     assert seen == ["good"]
+
+
+@pytest.mark.parametrize("text", ["deployments: [merge]", "deployments: 5", "deployments: {name: x}"])
+def test_a_file_without_a_list_of_deployments_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "prefect.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"prefect.yaml: deployments: expected a list of mappings, got "):
+        deploy._content(tmp_path / "prefect.yaml")
 
 
 def test_what_is_deployed_names_no_recipe() -> None:

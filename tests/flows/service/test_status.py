@@ -294,6 +294,27 @@ def test_runs_and_what_comes_next(home: Path, recipes: Path, client: SyncPrefect
     assert main(["status", "nigth"]) == main(["status", "night", "--watch"]) == 2
 
 
+def test_a_run_that_many_of_other_recipes_came_after_is_found(
+    home: Path, recipes: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failures of all but the last two hundred were shown nowhere, and the check found nothing wrong."""
+    for module in ("lewis_tasks.support.flow_run", "lewis_flows.service.status"):
+        monkeypatch.setattr(f"{module}.PAGE", 1)
+    for name in ("rare", "often"):
+        (recipes / f"{name}.yaml").write_text((RECIPE % name).replace("org/", "./"))
+        tags, given = [f"recipe:{name}"], {"recipe": name}
+        client.create_flow_run(_merge, name=f"merge {name}", parameters=given, tags=tags, state=Failed())
+    found = status(hub=False)
+    assert [run.recipe for run in found.finished or []] == ["often", "rare"]
+    assert {
+        each.about for each in status_data.problems(found, datetime.now(UTC)) if each.code == status_data.FAILED
+    } == {
+        "often",
+        "rare",
+    }
+    assert [run.name for run in status("rare", hub=False).finished or []] == ["merge rare"]
+
+
 def test_the_work_pool_and_its_worker(home: Path, recipes: Path, client: SyncPrefectClient) -> None:
     pool = "work pool lewis"
     assert "does not exist" in part(status(), pool).state

@@ -334,6 +334,17 @@ def test_a_release_is_announced_once(receiver: Receiver, prefect_url: str) -> No
     assert len(stored(prefect_url, new, 2)) == 2  # one for each recipe
 
 
+def test_a_commit_that_is_the_newest_again_is_a_release_again(receiver: Receiver, prefect_url: str) -> None:
+    """Somebody took a bad commit back, and the merge of that one stayed."""
+    first, bad = "5" * 40, "6" * 40
+    for new in (first, bad):
+        assert receiver.deliver(new=new)[0] == 202
+        assert len(stored(prefect_url, new, 2)) == 2
+    status, answer = receiver.deliver(new=first)
+    assert (status, answer["recipes"]) == (202, ["alpha", "beta"])
+    assert len(stored(prefect_url, first, 4)) == 4
+
+
 def test_a_recipe_that_is_dropped_in_counts_at_once(receiver: Receiver) -> None:
     assert receiver.deliver("org/late")[0] == 200
     (receiver.recipes / "late.yml").write_text(ALPHA.replace("org/math", "org/late"))

@@ -187,6 +187,22 @@ def test_a_slot_is_a_part_of_the_servers_limit(
     assert taken(server) == 0
 
 
+def test_a_limit_of_none_is_waited_for(server: str, machine: Path) -> None:
+    limits, held = f"{server}/v2/concurrency_limits", threading.Event()
+    httpx.post(f"{limits}/", json={"name": LIMIT, "limit": 0}, headers=credentials()).raise_for_status()
+
+    def work() -> None:
+        with device_slot():
+            held.set()
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=[work])
+    thread.start()
+    computed = held.wait(1)
+    httpx.patch(f"{limits}/{LIMIT}", json={"limit": 1}, headers=credentials()).raise_for_status()
+    assert held.wait(120) and not computed
+    thread.join()
+
+
 def test_a_server_that_does_not_answer_stops_no_work(caplog: pytest.LogCaptureFixture) -> None:
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), device_slot() as name:  # nobody listens
         assert name
