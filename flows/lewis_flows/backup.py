@@ -121,7 +121,7 @@ def _copy_store(target: Path) -> None:
         _copy_database(path, target / path.relative_to(store.home()))
     for name in _FOLDERS:
         if (store.home() / name).is_dir():
-            shutil.copytree(store.home() / name, target / name, ignore=shutil.ignore_patterns(".*"))
+            shutil.copytree(store.home() / name, target / name, ignore=shutil.ignore_patterns(".*.partial"))
     for path in secrets.files():
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)

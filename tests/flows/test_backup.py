@@ -36,7 +36,9 @@ def home(tmp_path: Path, empty_database: Path, family: Family, monkeypatch: pyte
     (home / "outbox").mkdir()
     store.write_text(home / "outbox" / "note.txt", "a move")
     (home / "prefect").mkdir()
-    promotion.promote(registered(family.base, "a", {}, "tiny"), Verdict(True, (), "base"))
+    model = shutil.copytree(family.base, tmp_path / "model")
+    store.write_text(model / ".eval_results" / "lewis.yaml", "- scores")  # it was left out: the champion was damaged
+    promotion.promote(registered(model, "a", {}, "tiny"), Verdict(True, (), "base"))
     with sqlite3.connect(home / "prefect" / "prefect.db") as database:
         database.execute("pragma journal_mode=wal")
         database.execute("create table run (id)")
