@@ -176,5 +176,6 @@ def _put(source: Path, target: Path) -> None:
         return
     inside = store.holds(target)
     store.make_folder(target.parent) if inside else target.parent.mkdir(parents=True, exist_ok=True)
-    with store.written_beside(target, private=target in secrets.files()) as beside:
+    # Secrets are right in the store, next to the folders of the rest.
+    with store.written_beside(target, private=target.parent == store.home()) as beside:
         shutil.copy2(source, beside)

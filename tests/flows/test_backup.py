@@ -79,6 +79,17 @@ def test_all_is_back(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert backup(copy).files == facts["files"]  # the earlier copy is replaced
 
 
+def test_secrets_in_a_store_of_a_group_are_for_their_owner_alone(home: Path, tmp_path: Path) -> None:
+    """The group could read them once they were put back, and the service refused them."""
+    copy = backup(tmp_path / "copy").folder
+    lose(home)
+    home.mkdir()
+    home.chmod(0o2770)
+    restore(copy)
+    assert (home / "prefect-api-key").stat().st_mode & 0o077 == 0
+    assert (home / "mlflow" / "mlflow.db").stat().st_mode & 0o070 == 0o060
+
+
 def test_prefects_database_comes_from_where_it_is(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was left out without a word where `PREFECT_HOME` is set."""
     own = tmp_path / "own"
