@@ -1,5 +1,6 @@
 """A version that passed its gate waits for a person; what the person says counts only while the numbers do."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def test_an_approval_that_died_after_the_move_is_finished(
     assert promotion.is_champion("tiny", "2") and promotion.is_waiting("tiny", "2")
     assert promotion.approve("tiny", "2", "support has read it") == first.uri
     assert not promotion.is_waiting("tiny", "2") and told() == ["promoted 1", "waits 2", "approved 2"]
+
+
+def test_a_version_that_is_registered_again_waits_on(home: Path, family: Family) -> None:
+    """It waited without an end: the poll and `lewis status` ended with a KeyError."""
+    asked(registered(family.base, "a", {}, "tiny", None), "base")
+    shutil.rmtree(home / "mlflow" / "artifacts")
+    assert registered(family.base, "a", {}, "tiny", None).version == "2"
+    waits = releases.waiting(releases.merged("tiny"))
+    assert waits and waits.version == "2"
+    promotion.approve("tiny", "2", "x")
 
 
 def test_nobody_approves_in_time(home: Path, family: Family) -> None:
