@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.evaluation.gate import Verdict
-from lewis.registry import history, promotion, releases, tracking
+from lewis.registry import history, outbox, promotion, releases, tracking
 from lewis.registry.versions import Version
 from lewis.reports.run_report import outcome, verdict_line
 from lewis_flows.service.status_data import Watched
 from lewis_flows.service.status_text import _heading
 from tests.conftest import Family
+from tests.support.databases import champion_stays
 from tests.support.lineage import make_home, registered
 
 
@@ -87,6 +88,26 @@ def test_an_approval_that_died_after_the_move_is_finished(
     assert promotion.is_champion("tiny", "2") and promotion.is_waiting("tiny", "2")
     assert promotion.approve("tiny", "2", "support has read it") == first.uri
     assert not promotion.is_waiting("tiny", "2") and told() == ["promoted 1", "waits 2", "approved 2"]
+
+
+def test_a_promotion_that_died_leaves_no_verdict(
+    home: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one, no poll started another run of the recipe: what had passed never came into use."""
+    version = registered(family.base, "a", {"x": "a"}, "tiny", None)
+
+    def moved() -> list[releases.Moved]:
+        return releases.moved({"x": "a"}, releases.merged("tiny"), base=None, root=tmp_path)
+
+    with champion_stays(home), pytest.raises(LewisError):
+        asked(version, "base", None)
+    assert moved()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # after the alias has moved
+        patch.setattr(outbox, "write", lambda move: (_ for _ in ()).throw(KeyboardInterrupt) if move.happened else None)
+        asked(version, "base", None)
+    assert promotion.is_champion("tiny", "1") and moved()
+    promotion.promote(version, Verdict(True, ("this very model is the champion already",), version.uri))
+    assert told() == ["promoted 1"] and not moved()
 
 
 def test_a_version_that_is_registered_again_waits_on(home: Path, family: Family) -> None:
