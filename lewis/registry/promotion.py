@@ -198,6 +198,10 @@ def rollback(name: str, why: str) -> str:
     with store.SharedLock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
         aliases = _aliases(client, name)
         current, previous = aliases.get("champion"), aliases.get("previous")
+        if current is not None and current == previous:  # a process died between the two aliases
+            moves = [each for each in history.read(client, name) if each.what not in history.REFUSED]
+            to_current = [each.champion or "" for each in moves if each.version == f"models:/{name}/{current}"]
+            previous = "".join(to_current[-1:]).rpartition("/")[2] or None
         if current is None or previous is None or current == previous:
             raise InputError(f"{name}: there is no previous champion to go back to; see `lewis history {name}`")
         reason = client.get_model_version(name, previous).tags.get(WITHDRAWN)

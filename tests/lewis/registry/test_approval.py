@@ -110,6 +110,17 @@ def test_a_promotion_that_died_leaves_no_verdict(
     assert told() == ["promoted 1"] and not moved()
 
 
+def test_a_rollback_that_died_is_done_by_the_next(home: Path, family: Family) -> None:
+    """It had made the champion its own `previous`, and there was nothing to go back to."""
+    first, second = (registered(family.base, digit, {"x": digit}, "tiny", None) for digit in "ab")
+    asked(first, "base", None)
+    asked(second, first.uri, None)
+    with champion_stays(home), pytest.raises(LewisError):
+        promotion.rollback("tiny", "it is rude")
+    assert promotion.rollback("tiny", "it is rude") == first.uri
+    assert promotion.is_champion("tiny", "1") and told() == ["promoted 1", "promoted 2", "rolled back 1"]
+
+
 def test_a_version_that_is_registered_again_waits_on(home: Path, family: Family) -> None:
     """It waited without an end: the poll and `lewis status` ended with a KeyError."""
     asked(registered(family.base, "a", {}, "tiny", None), "base")
