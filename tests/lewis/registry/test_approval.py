@@ -10,6 +10,7 @@ from lewis.evaluation.gate import Verdict
 from lewis.registry import history, outbox, promotion, releases, tracking
 from lewis.registry.versions import Version
 from lewis.reports.run_report import outcome, verdict_line
+from lewis_flows.cli.main import main
 from lewis_flows.service.status_data import Watched
 from lewis_flows.service.status_text import _heading
 from tests.conftest import Family
@@ -119,6 +120,16 @@ def test_a_rollback_that_died_is_done_by_the_next(home: Path, family: Family) ->
         promotion.rollback("tiny", "it is rude")
     assert promotion.rollback("tiny", "it is rude") == first.uri
     assert promotion.is_champion("tiny", "1") and told() == ["promoted 1", "promoted 2", "rolled back 1"]
+
+
+def test_a_number_with_a_zero_before_it_is_the_same_number(
+    home: Path, family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The champion took its own place, and there was no previous one to go back to."""
+    asked(registered(family.base, "a", {}, "tiny", None), "base", None)
+    assert main(["promote", "tiny/01", "--why", "x"])
+    assert "models:/tiny/1 is the champion already" in capsys.readouterr().err
+    assert told() == ["promoted 1"]
 
 
 def test_a_version_that_is_registered_again_waits_on(home: Path, family: Family) -> None:
