@@ -31,6 +31,7 @@ _PREFECT_DATABASE = (
     *("PREFECT_SERVER_DATABASE_HOST", "PREFECT_API_DATABASE_HOST"),
 )
 _FOLDERS = ("mlflow/artifacts", *(kind.name for kind in kinds.TABLE.values() if kind.backed_up))
+_JOURNALS = ("-journal", "-wal")  # of SQLite, next to a database whose process died
 _SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
 
@@ -106,6 +107,9 @@ def restore(folder: Path) -> Copied:
             for name, target in wanted:
                 if target.exists() and store.file_sha256(target) != found["files"][name]["sha256"]:
                     raise InputError(f"{target}: it is there already; move the store or the recipes away first")
+                for left in (Path(f"{target}{end}") for end in _JOURNALS if f"{name}{end}" not in found["files"]):
+                    if name.endswith(".db") and left.exists() and not target.exists():
+                        raise InputError(f"{left}: SQLite would write it into the database of the copy; move it away")
             for name, target in wanted:
                 _put(folder / name, target)
     except Timeout:

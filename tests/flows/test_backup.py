@@ -90,6 +90,25 @@ def test_secrets_in_a_store_of_a_group_are_for_their_owner_alone(home: Path, tmp
     assert (home / "mlflow" / "mlflow.db").stat().st_mode & 0o070 == 0o060
 
 
+def test_the_journal_of_a_database_that_is_gone_is_not_taken_for_that_of_the_copy(home: Path, tmp_path: Path) -> None:
+    """SQLite wrote pages of the lost database into the one that was put back."""
+    copy = backup(tmp_path / "copy").folder
+    database = home / "mlflow" / "mlflow.db"
+    code = (
+        "import os, sqlite3, sys; it = sqlite3.connect(sys.argv[1], isolation_level=None); it.execute('begin');"
+        "it.execute('pragma cache_size=1'); it.execute('create table lost (x)');"
+        "[it.execute('insert into lost values (?)', ['y' * 3000]) for _ in range(200)]; os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(database)], check=False)
+    database.unlink()
+    shutil.rmtree(home / "prefect")
+    with pytest.raises(InputError, match=r"mlflow\.db-journal: SQLite would write it into the database of the copy"):
+        restore(copy)
+    assert not database.exists() and not (home / "prefect").exists()
+    (home / "mlflow" / "mlflow.db-journal").unlink()
+    restore(copy)
+
+
 def test_prefects_database_comes_from_where_it_is(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was left out without a word where `PREFECT_HOME` is set."""
     own = tmp_path / "own"
