@@ -31,6 +31,7 @@ _PREFECT_DATABASE = (
     *("PREFECT_SERVER_DATABASE_HOST", "PREFECT_API_DATABASE_HOST"),
 )
 _FOLDERS = ("mlflow/artifacts", *(kind.name for kind in kinds.TABLE.values() if kind.backed_up))
+_JOURNALS = ("-journal", "-wal")  # of SQLite, next to a database whose process died
 _SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
 
@@ -106,6 +107,9 @@ def restore(folder: Path) -> Copied:
             for name, target in wanted:
                 if target.exists() and store.file_sha256(target) != found["files"][name]["sha256"]:
                     raise InputError(f"{target}: it is there already; move the store or the recipes away first")
+                for left in (Path(f"{target}{end}") for end in _JOURNALS if f"{name}{end}" not in found["files"]):
+                    if name.endswith(".db") and left.exists() and not target.exists():
+                        raise InputError(f"{left}: SQLite would write it into the database of the copy; move it away")
             for name, target in wanted:
                 _put(folder / name, target)
     except Timeout:
@@ -121,7 +125,7 @@ def _copy_store(target: Path) -> None:
         _copy_database(path, target / path.relative_to(store.home()))
     for name in _FOLDERS:
         if (store.home() / name).is_dir():
-            shutil.copytree(store.home() / name, target / name, ignore=shutil.ignore_patterns(".*"))
+            shutil.copytree(store.home() / name, target / name, ignore=shutil.ignore_patterns(".*.partial"))
     for path in secrets.files():
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
@@ -176,5 +180,6 @@ def _put(source: Path, target: Path) -> None:
         return
     inside = store.holds(target)
     store.make_folder(target.parent) if inside else target.parent.mkdir(parents=True, exist_ok=True)
-    with store.written_beside(target, private=target in secrets.files()) as beside:
+    # Secrets are right in the store, next to the folders of the rest.
+    with store.written_beside(target, private=target.parent == store.home()) as beside:
         shutil.copy2(source, beside)

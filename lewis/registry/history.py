@@ -37,6 +37,7 @@ LUCK = "lewis.luck"  # tag of a version: the standard error of that score, below
 MARK = "lewis.mark"  # tag of a version that passed: the number of the mark (`lewis.evaluation.gate`), if not its own
 CHART = "lewis.champions"  # tag of the run that draws the history of a registered model
 _ENTRIES = "history entries"
+_MOST = 4000  # characters of a reason: PostgreSQL refuses a tag of a registered model that has more than 5000
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,14 @@ def record(
 ) -> bool:
     """Append a record, unless the newest record says the same. Call it under the registry's lock.
 
+    Of a reason that is too long, rules that passed are cut.
+
     Returns:
         whether there is a new record.
     """
+    if len(why) > _MOST:
+        rules = sorted(why.split("; "), key=lambda rule: rule.endswith(": pass"))
+        why = tracking.cut("; ".join(rules), _MOST, "verdict.json")
     new = Record(datetime.now(UTC).isoformat(), what, version, champion, why, by or _user())
     known = read(client, name)
     if known and replace(known[-1], time=new.time, by=new.by) == new:

@@ -69,21 +69,23 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
         before = current.version.uri if current is not None else None
         if before == version.uri:
             logger.info("%s already is the champion", version.uri)
+            if "lewis.verdict" not in client.get_model_version(version.name, version.version).tags:
+                client.set_model_version_tag(version.name, version.version, "lewis.verdict", "passed")
             history.follow(client, version.name)  # finish what a process that died left undone
             return Promotion(moved=False, previous=before)
         if verdict.passed:
             _check_still_champion(current, verdict)
             if versions.whole(client, version.name, version.version) is None:
                 raise LewisError(f"{version.uri}: its files are lost or damaged; run again to register it")
+        said = WAITING if verdict.waits else "passed" if verdict.passed else "failed"
         tags = {
-            "lewis.verdict": WAITING if verdict.waits else "passed" if verdict.passed else "failed",
             **({history.METRIC: verdict.metric} if verdict.metric else {}),
             **({history.LUCK: f"{verdict.luck:.6g}"} if verdict.luck is not None else {}),
             **({history.MARK: (verdict.mark or version.uri).rpartition("/")[2]} if verdict.passed else {}),
         }
         if verdict.waits:
             tags |= _ask(client, version, verdict, before, by)
-        facts = {"verdict": tags["lewis.verdict"], "compared with": verdict.compared_with, "reasons": verdict.reasons}
+        facts = {"verdict": said, "compared with": verdict.compared_with, "reasons": verdict.reasons}
         file = {"verdict.json": json.dumps(facts, indent=2).encode()}
         tracking.log_files(client, version.run_id, file, checked=True)
         for key, value in tags.items():
@@ -96,6 +98,8 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
             move_champion(client, move)
         else:
             set_alias(client, version.name, "challenger", version.version)
+        # Last: a version without a verdict is judged again, so what a process that died left undone is done then.
+        client.set_model_version_tag(version.name, version.version, "lewis.verdict", said)
         history.follow(client, version.name)
         return Promotion(moves, before, new)
 
@@ -194,6 +198,10 @@ def rollback(name: str, why: str) -> str:
     with store.SharedLock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
         aliases = _aliases(client, name)
         current, previous = aliases.get("champion"), aliases.get("previous")
+        if current is not None and current == previous:  # a process died between the two aliases
+            moves = [each for each in history.read(client, name) if each.what not in history.REFUSED]
+            to_current = [each.champion or "" for each in moves if each.version == f"models:/{name}/{current}"]
+            previous = "".join(to_current[-1:]).rpartition("/")[2] or None
         if current is None or previous is None or current == previous:
             raise InputError(f"{name}: there is no previous champion to go back to; see `lewis history {name}`")
         reason = client.get_model_version(name, previous).tags.get(WITHDRAWN)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WITHDRAWN = "lewis.withdrawn"  # tag of a version that was rolled back by hand; its value is the reason
-_INHERITED = (WITHDRAWN, "lewis.verdict", "lewis.published", history.MARK)
+_INHERITED = (WITHDRAWN, "lewis.verdict", "lewis.approve_", "lewis.published", history.MARK)
 
 
 def verify() -> Verified:

@@ -36,7 +36,9 @@ def home(tmp_path: Path, empty_database: Path, family: Family, monkeypatch: pyte
     (home / "outbox").mkdir()
     store.write_text(home / "outbox" / "note.txt", "a move")
     (home / "prefect").mkdir()
-    promotion.promote(registered(family.base, "a", {}, "tiny"), Verdict(True, (), "base"))
+    model = shutil.copytree(family.base, tmp_path / "model")
+    store.write_text(model / ".eval_results" / "lewis.yaml", "- scores")  # it was left out: the champion was damaged
+    promotion.promote(registered(model, "a", {}, "tiny"), Verdict(True, (), "base"))
     with sqlite3.connect(home / "prefect" / "prefect.db") as database:
         database.execute("pragma journal_mode=wal")
         database.execute("create table run (id)")
@@ -75,6 +77,36 @@ def test_all_is_back(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "recipes" / "tasks" / "words.yaml").read_text() == "task: words"
     restore(copy)  # all is there already
     assert backup(copy).files == facts["files"]  # the earlier copy is replaced
+
+
+def test_secrets_in_a_store_of_a_group_are_for_their_owner_alone(home: Path, tmp_path: Path) -> None:
+    """The group could read them once they were put back, and the service refused them."""
+    copy = backup(tmp_path / "copy").folder
+    lose(home)
+    home.mkdir()
+    home.chmod(0o2770)
+    restore(copy)
+    assert (home / "prefect-api-key").stat().st_mode & 0o077 == 0
+    assert (home / "mlflow" / "mlflow.db").stat().st_mode & 0o070 == 0o060
+
+
+def test_the_journal_of_a_database_that_is_gone_is_not_taken_for_that_of_the_copy(home: Path, tmp_path: Path) -> None:
+    """SQLite wrote pages of the lost database into the one that was put back."""
+    copy = backup(tmp_path / "copy").folder
+    database = home / "mlflow" / "mlflow.db"
+    code = (
+        "import os, sqlite3, sys; it = sqlite3.connect(sys.argv[1], isolation_level=None); it.execute('begin');"
+        "it.execute('pragma cache_size=1'); it.execute('create table lost (x)');"
+        "[it.execute('insert into lost values (?)', ['y' * 3000]) for _ in range(200)]; os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(database)], check=False)
+    database.unlink()
+    shutil.rmtree(home / "prefect")
+    with pytest.raises(InputError, match=r"mlflow\.db-journal: SQLite would write it into the database of the copy"):
+        restore(copy)
+    assert not database.exists() and not (home / "prefect").exists()
+    (home / "mlflow" / "mlflow.db-journal").unlink()
+    restore(copy)
 
 
 def test_prefects_database_comes_from_where_it_is(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,11 @@ And the index of lm-eval's own tasks, which takes five.
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,18 @@ from filelock import FileLock
 def empty_mlflow(root: Path) -> Path:
     """MLflow's database; made once for all test processes that share `root`."""
     return _once(root / "mlflow.db", _make_mlflow)
+
+
+@contextmanager
+def champion_stays(home: Path) -> Iterator[None]:
+    """In this block, MLflow's database in a store refuses to move the alias `champion`, as a server does that ends."""
+    with closing(sqlite3.connect(home / "mlflow" / "mlflow.db")) as database:
+        for change in ("insert", "update"):
+            when = f"before {change} on registered_model_aliases when new.alias = 'champion'"
+            database.execute(f"create trigger no_{change} {when} begin select raise(abort, 'no'); end")
+        yield
+        for change in ("insert", "update"):
+            database.execute(f"drop trigger no_{change}")
 
 
 def put_prefect(root: Path, home: Path) -> None:

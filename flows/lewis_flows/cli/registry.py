@@ -101,7 +101,7 @@ def _named(version: str) -> tuple[str, str]:
     name, _, number = version.removeprefix("models:/").rpartition("/")
     if not name or not number.isdecimal():
         raise InputError(f"expected NAME/VERSION, for example my-merge/3, got {version!r}")
-    return name, number
+    return name, str(int(number))
 
 
 def _champion(options: argparse.Namespace, name: str, number: str, before: str, *, waited: bool = False) -> None:

@@ -1,17 +1,20 @@
 """A version that passed its gate waits for a person; what the person says counts only while the numbers do."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.evaluation.gate import Verdict
-from lewis.registry import history, promotion, releases, tracking
+from lewis.registry import history, outbox, promotion, releases, tracking
 from lewis.registry.versions import Version
 from lewis.reports.run_report import outcome, verdict_line
+from lewis_flows.cli.main import main
 from lewis_flows.service.status_data import Watched
 from lewis_flows.service.status_text import _heading
 from tests.conftest import Family
+from tests.support.databases import champion_stays
 from tests.support.lineage import make_home, registered
 
 
@@ -86,6 +89,57 @@ def test_an_approval_that_died_after_the_move_is_finished(
     assert promotion.is_champion("tiny", "2") and promotion.is_waiting("tiny", "2")
     assert promotion.approve("tiny", "2", "support has read it") == first.uri
     assert not promotion.is_waiting("tiny", "2") and told() == ["promoted 1", "waits 2", "approved 2"]
+
+
+def test_a_promotion_that_died_leaves_no_verdict(
+    home: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one, no poll started another run of the recipe: what had passed never came into use."""
+    version = registered(family.base, "a", {"x": "a"}, "tiny", None)
+
+    def moved() -> list[releases.Moved]:
+        return releases.moved({"x": "a"}, releases.merged("tiny"), base=None, root=tmp_path)
+
+    with champion_stays(home), pytest.raises(LewisError):
+        asked(version, "base", None)
+    assert moved()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # after the alias has moved
+        patch.setattr(outbox, "write", lambda move: (_ for _ in ()).throw(KeyboardInterrupt) if move.happened else None)
+        asked(version, "base", None)
+    assert promotion.is_champion("tiny", "1") and moved()
+    promotion.promote(version, Verdict(True, ("this very model is the champion already",), version.uri))
+    assert told() == ["promoted 1"] and not moved()
+
+
+def test_a_rollback_that_died_is_done_by_the_next(home: Path, family: Family) -> None:
+    """It had made the champion its own `previous`, and there was nothing to go back to."""
+    first, second = (registered(family.base, digit, {"x": digit}, "tiny", None) for digit in "ab")
+    asked(first, "base", None)
+    asked(second, first.uri, None)
+    with champion_stays(home), pytest.raises(LewisError):
+        promotion.rollback("tiny", "it is rude")
+    assert promotion.rollback("tiny", "it is rude") == first.uri
+    assert promotion.is_champion("tiny", "1") and told() == ["promoted 1", "promoted 2", "rolled back 1"]
+
+
+def test_a_number_with_a_zero_before_it_is_the_same_number(
+    home: Path, family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The champion took its own place, and there was no previous one to go back to."""
+    asked(registered(family.base, "a", {}, "tiny", None), "base", None)
+    assert main(["promote", "tiny/01", "--why", "x"])
+    assert "models:/tiny/1 is the champion already" in capsys.readouterr().err
+    assert told() == ["promoted 1"]
+
+
+def test_a_version_that_is_registered_again_waits_on(home: Path, family: Family) -> None:
+    """It waited without an end: the poll and `lewis status` ended with a KeyError."""
+    asked(registered(family.base, "a", {}, "tiny", None), "base")
+    shutil.rmtree(home / "mlflow" / "artifacts")
+    assert registered(family.base, "a", {}, "tiny", None).version == "2"
+    waits = releases.waiting(releases.merged("tiny"))
+    assert waits and waits.version == "2"
+    promotion.approve("tiny", "2", "x")
 
 
 def test_nobody_approves_in_time(home: Path, family: Family) -> None:

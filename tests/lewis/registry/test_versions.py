@@ -645,6 +645,21 @@ def test_a_user_without_a_name_is_noted_by_number(entry: Registration, monkeypat
     assert history.history("tiny")[-1].by == f"user {os.getuid()}"
 
 
+def test_a_verdict_of_many_rules_fits_into_a_tag(entry: Registration, home: Path) -> None:
+    """PostgreSQL refused the history of a merge with fifty tasks, which could be neither promoted nor rejected."""
+    task = "mmlu_task_{}/acc,none must not be worse by 0.02: gain +0.0123, from -0.0123, p 0.0312: {}"
+    rules = tuple(task.format(number, "fail" if number == 59 else "pass") for number in range(60))
+    version = creation.register(entry)
+    for _ in range(2):
+        promotion.promote(version, replace(FAILED, reasons=rules))
+    (record,) = history.history("tiny")
+    assert record.why.startswith(rules[59]) and record.why.endswith("all of it is in verdict.json)")
+    with closing(sqlite3.connect(home / "mlflow" / "mlflow.db")) as database:
+        (most,) = database.execute("select max(length(value)) from registered_model_tags").fetchone()
+        (table,) = database.execute("select sql from sqlite_master where name = 'registered_model_tags'").fetchone()
+    assert 4000 < most <= 5000 and "value VARCHAR(5000)" in table
+
+
 def test_a_history_without_scores_is_not_plotted(entry: Registration) -> None:
     promotion.promote(creation.register(replace(entry, metrics={})), replace(PASSED, metric="addition/acc,none"))
     with pytest.raises(InputError, match="tiny: no version of it has a score"):
