@@ -71,7 +71,8 @@ def name_pattern(name: str) -> re.Pattern[str]:
 
 def _plain(name: str) -> str:
     """A registered name as part of a file's name and of a model's name in an URL."""
-    return re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip(".-") or "model"
+    plain = re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip(".-") or "model"
+    return plain if name.isascii() else f"{plain}-{store.digest(name)[:6]}"  # else all such names were the same
 
 
 def prepare(champion: Champion, previous: str | None = None, since: str = "") -> Model:

@@ -152,6 +152,16 @@ def test_files_are_verified_before_they_are_served_and_kept_while_they_are(
     assert served() == [] and SERVED.entries() == []
 
 
+def test_models_whose_names_have_no_letters_of_english_keep_their_files_apart(
+    home: Path, family: Family, program: Callable[..., CommandTarget]
+) -> None:
+    target = program("")
+    for name, digit in (("数学", "a"), ("代码", "b")):
+        service.serve(target, crowned(family.base, digit, name))
+        service.tidy(name, [target])
+    assert len(SERVED.entries()) == 2, "the files of one were removed, as those of an old version of the other"
+
+
 def test_a_process_that_is_killed_leaves_what_was_there_and_the_next_ends_it(
     home: Path, family: Family, tmp_path: Path, program: Callable[..., CommandTarget], warm: WarmPython
 ) -> None:
