@@ -29,8 +29,8 @@ from lewis_tasks.support.caching import RETRIES
 logger = logging.getLogger(__name__)
 
 
-# Not cached: the target's record says what it has.
-@task(name="serve", task_run_name="serve {label}", cache_policy=NO_CACHE, timeout_seconds=24 * 3600, **RETRIES)
+# Not cached: the target's record says what it has. No timeout: that of a canary, or of a program, is in the recipe.
+@task(name="serve", task_run_name="serve {label}", cache_policy=NO_CACHE, **RETRIES)
 def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[Served, bool]:
     """As `service.serve`; `label` names one of the recipe's targets. Of a refusal, an artifact has all answers, of a
     canary its picture."""
