@@ -142,7 +142,7 @@ def test_a_server_that_answers_wrongly_gets_the_model_back_that_it_had(
         assert record.uri == first.version.uri and record.failure and "served '" in record.failure.why
         shutil.rmtree(before := SERVED.path("tiny-1-aaaaaaaa"))  # as on another machine
         listed = {"data": [{"id": str(family.base)}]}
-        with HttpSink(lambda request: listed if request.method == "GET" else (400, "too long")) as half:
-            with pytest.raises(LewisError, match="tiny/1 stays in service: .*answered 400: too long"):
-                service.serve(lists(half.url), second, settings)
+        half = HttpSink(lambda request: listed if request.method == "GET" else (400, "too long"))
+        with half, pytest.raises(LewisError, match=r"tiny/1 stays in service: .*answered 400: too long"):
+            service.serve(lists(half.url), second, settings)
         assert [path[-10:] for path in calls[4:]] == ["2-bbbbbbbb", "1-aaaaaaaa"] and before.is_dir()
