@@ -26,6 +26,7 @@ from lewis_tasks.support.failures import says_why
 
 DAYS = 90.0
 _DAY = 86400.0
+_MOST = 20000  # days, since about 1970
 _SHOWN = 500  # rows of the table
 
 
@@ -64,11 +65,11 @@ def survey(days: float) -> list[Outdated]:
     """What can be removed; changes nothing.
 
     Raises:
-        InputError: if `days` is not at least 1.
+        InputError: if `days` is not at least 1, or more than there is of time.
         TransientError, LewisError: if MLflow or the remote half does not answer.
     """
-    if not days >= 1:
-        raise InputError(f"days: expected a number from 1 up, got {days}")
+    if not 1 <= days <= _MOST:
+        raise InputError(f"days: expected a number from 1 to {_MOST}, got {days}")
     before = time.time() - days * _DAY
     runs, made_versions = in_mlflow.runs(before)
     with get_client(sync_client=True) as client:

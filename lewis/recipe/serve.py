@@ -319,6 +319,8 @@ def _check_names(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     for label, count in Counter(each.label for each in targets).items():
         if count > 1:
             raise ValueError(f"{count} targets are called {label!r}; give each a `name` of its own")
+        if label in ("hub", "local"):
+            raise ValueError(f"{label!r} is the name of a target of LEWIS itself; give this one another `name`")
     return targets
 
 

@@ -60,7 +60,7 @@ def put(target: CommandTarget, model: Model, before: Served) -> str:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)  # the guard kills what does not end in time
-        output, _ = process.communicate(timeout=2 * _GRACE)
+        output, _ = process.communicate(timeout=3 * _GRACE)  # _GRACE for it, and again for what it started
         raise LewisError(
             f"{target.run[0]} did not end within {target.timeout_minutes:g} minutes{_end(output)}"
         ) from None

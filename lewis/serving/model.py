@@ -4,7 +4,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lewis import store
@@ -71,7 +71,8 @@ def name_pattern(name: str) -> re.Pattern[str]:
 
 def _plain(name: str) -> str:
     """A registered name as part of a file's name and of a model's name in an URL."""
-    return re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip(".-") or "model"
+    plain = re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip(".-") or "model"
+    return plain if name.isascii() else f"{plain}-{store.digest(name)[:6]}"  # else all such names were the same
 
 
 def prepare(champion: Champion, previous: str | None = None, since: str = "") -> Model:
@@ -89,15 +90,22 @@ def prepare(champion: Champion, previous: str | None = None, since: str = "") ->
     version = champion.version
     if not champion.digest:
         raise LewisError(f"{version.uri}: LEWIS did not register it, so its files cannot be verified; promote another")
-    key = served_name(version.name, version.version, champion.digest)
-    folder = SERVED.path(key)
-    with SERVED.lock(key):
-        manifest.set_damaged_aside(folder)
-        if (store.read_manifest(folder) or {}).get("digest") != champion.digest:
-            pull(f"{version.name}/{version.version}", folder)
+    folder = SERVED.path(served_name(version.name, version.version, champion.digest))
     delivery = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{version.uri} {champion.digest} {previous} {since}"))
-    output = "lora" if is_adapter(folder) else "full"
-    return Model(version.name, version.version, champion.digest, folder, output, previous, delivery)
+    return _fetched(Model(version.name, version.version, champion.digest, folder, "", previous, delivery))
+
+
+def before(record: Served) -> Model:
+    """The version of a record with its files, which another machine may have served; raises as `prepare`."""
+    return _fetched(recorded(record))
+
+
+def _fetched(model: Model) -> Model:
+    with SERVED.lock(model.alias):
+        manifest.set_damaged_aside(model.folder)
+        if (store.read_manifest(model.folder) or {}).get("digest") != model.digest:
+            pull(model.uri, model.folder)
+    return replace(model, output="lora" if is_adapter(model.folder) else "full")
 
 
 def remove_others(name: str, kept: Collection[str]) -> None:

@@ -15,10 +15,10 @@ from lewis.serving.requests_to import send, with_key
 
 
 def put(target: OpenaiTarget, model: Model, before: Served) -> str:
-    """Make the call, and look for the model in the server's list, if the target has an `api`.
+    """Make the call.
 
     Raises:
-        TransientError, LewisError: as `send`, or if the answer is not the expected one, or the list lacks the model.
+        TransientError, LewisError: as `send`, or if the answer is not the expected one.
     """
     body = filled(target.body, model)
     headers = {"Content-Type": target.content_type, **with_key(target.url)}
@@ -31,21 +31,26 @@ def put(target: OpenaiTarget, model: Model, before: Served) -> str:
         given = found.get(key) if isinstance(found, dict) else None
         if given != value:
             raise LewisError(f"the server's answer: expected {key}={value!r}, got {given!r}: {answer.text[:500]}")
-    if target.api:
-        name = asked_for(target, model)
-        listed = send("GET", f"{target.api.rstrip('/')}/models", headers=with_key(target.api))
-        try:
-            names = [str(each.get("id")) for each in listed.json()["data"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LewisError("its /models is no list of models; is `api` the URL of an OpenAI API, /v1?") from error
-        if name not in names:
-            raise LewisError(f"the server lists no model {name!r}, but {', '.join(names) or 'none'}")
     return model.alias
 
 
 def api(target: OpenaiTarget, model: Model, before: Served) -> tuple[str, str] | None:
-    """URL at which the model answers, and its name there; None if the target has no `api`."""
-    return (target.api.rstrip("/"), asked_for(target, model)) if target.api else None
+    """URL at which the model answers, and its name there; None if the target has no `api`.
+
+    Raises:
+        TransientError, LewisError: as `send`, or if the server's list lacks the model.
+    """
+    if not target.api:
+        return None
+    url, name = target.api.rstrip("/"), asked_for(target, model)
+    listed = send("GET", f"{url}/models", headers=with_key(target.api))
+    try:
+        names = [str(each.get("id")) for each in listed.json()["data"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LewisError("its /models is no list of models; is `api` the URL of an OpenAI API, /v1?") from error
+    if name not in names:
+        raise LewisError(f"the server lists no model {name!r}, but {', '.join(names) or 'none'}")
+    return url, name
 
 
 def asked_for(target: OpenaiTarget, model: Model) -> str:

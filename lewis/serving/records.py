@@ -116,7 +116,8 @@ def read(client: "MlflowClient", name: str) -> Iterator[Served]:
 
 def write(client: "MlflowClient", record: Served) -> None:
     """Write a record of a target, in place of its last one."""
-    client.set_registered_model_tag(record.name, f"{TAG}{record.target}", json.dumps(asdict(record)))
+    text = json.dumps(asdict(record), ensure_ascii=False)  # an escaped character would count as six
+    client.set_registered_model_tag(record.name, f"{TAG}{record.target}", text)
 
 
 def remove(client: "MlflowClient", record: Served) -> None:

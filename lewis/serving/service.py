@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -169,10 +169,9 @@ def _bring(
     alias = kind.put(target, ready, before)
     try:
         return _check(kind, target, ready, before, settings), alias
-    except server_gate.RefusedError:
-        last = replace(model.recorded(before), output=ready.output)
-        if before.alias and last.folder.is_dir():  # clients reach it already: go back to the version before
-            kind.put(target, last, before)
+    except LewisError:
+        if before.alias:  # clients reach it already: go back to the version before
+            kind.put(target, model.before(before), before)
         raise
 
 

@@ -1,6 +1,7 @@
 """Put the champion into service at one target."""
 
 import logging
+import os
 from datetime import UTC, datetime
 
 from prefect import task
@@ -28,8 +29,8 @@ from lewis_tasks.support.caching import RETRIES
 logger = logging.getLogger(__name__)
 
 
-# Not cached: the target's record says what it has.
-@task(name="serve", task_run_name="serve {label}", cache_policy=NO_CACHE, timeout_seconds=24 * 3600, **RETRIES)
+# Not cached: the target's record says what it has. No timeout: that of a canary, or of a program, is in the recipe.
+@task(name="serve", task_run_name="serve {label}", cache_policy=NO_CACHE, **RETRIES)
 def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[Served, bool]:
     """As `service.serve`; `label` names one of the recipe's targets. Of a refusal, an artifact has all answers, of a
     canary its picture."""
@@ -67,7 +68,9 @@ def _show(recipe: Recipe, target: CanaryTarget, version: Version, began: str) ->
             versions.attach(version, {versions.PAGE: shown})
             for path in kinds.REPORTS.entries():
                 if path.read_text(encoding="utf-8") == page:  # update the store's copy, too
+                    made = path.stat().st_mtime
                     store.write_text(path, shown)
+                    os.utime(path, (made, made))  # it is not the page of a newer run
     except LewisError as error:  # a missing picture must not fail the serving
         logger.warning("%s: its canary is not shown: %s", version.uri, error)
 

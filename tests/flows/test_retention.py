@@ -101,8 +101,9 @@ def test_runs_go_but_not_those_of_versions(
         assert {run.info.run_id for run in mlflow.search_runs([experiment])} == stays
     assert not {each.key for each in retention.survey(90)} & {idle, *searches[0]}
 
-    with pytest.raises(InputError, match="days: expected"):
-        retention.survey(0.5)
+    for days in (0.5, float("inf"), float("nan"), 1e7):
+        with pytest.raises(InputError, match="days: expected"):
+            retention.survey(days)
     assert main(["retention", "--days", "0"]) == 2 and "days: expected" in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 """The champion goes into service by a run of its own, which its promotion starts."""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -228,6 +229,7 @@ def test_a_version_that_fails_a_canary_is_rolled_back_with_its_numbers(
         assert serve_flow("nightly", return_state=True).name == "Served"
         versions.attach(crowned(adapter, "b", base=family.base).version, {versions.PAGE: PAGE})
         kept = str(run_page.find("tiny/2"))
+        made = os.stat(kept).st_mtime
         place.values = {"blue": 0.3, "green": 0.001}
         with pytest.raises(LewisError, match=r"canary at 10 %, 99 requests .* errors 0.3 vs 0.001, FAIL"):
             result_of_run(serve_flow("nightly", return_state=True))
@@ -241,6 +243,7 @@ def test_a_version_that_fails_a_canary_is_rolled_back_with_its_numbers(
         assert "| 10 % | 99 | " in shown and "| errors | 0.3 | 0.001 | 0.011 | FAIL |" in shown
         page = run_page.find("tiny/2")  # which was here before the canary
         assert str(page) == kept and page.read_text().count("Into service at haproxy") == 1
+        assert page.stat().st_mtime == made  # it is no newer run's
         assert "<td>FAIL</td>" in page.read_text() and "</section><!--end of canary-->\n</main>" in page.read_text()
 
         third = crowned(adapter, "c", base=family.base).version

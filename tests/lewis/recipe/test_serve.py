@@ -76,6 +76,7 @@ def test_no_card_and_no_file_of_the_model_names_the_targets() -> None:
         ("[{kind: command, run: [/bin/sh, -c, x]}]", "serve[0].run: expected the name of a program in LEWIS_SERVE"),
         ("[{kind: command, run: [..]}]", "without a path, got '..'"),
         ("[{kind: command, run: [x]}, {kind: command, run: [y]}]", "serve: 2 targets are called 'command'"),
+        ("[{kind: command, run: [x], name: hub}]", "'hub' is the name of a target of LEWIS itself"),
     ],
 )
 def test_what_is_wrong_is_named(block: str, problem: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lewis.recipe.serve import Check, OpenaiTarget
 from lewis.serving import server_gate, service
 from lewis.serving.records import served
 from lewis.serving.server_gate import RefusedError
+from lewis.store.kinds import SERVED
 from tests.conftest import Family
 from tests.flows.conftest import TASK, write_words
 from tests.support.completions_server import serving
@@ -136,5 +138,11 @@ def test_a_server_that_answers_wrongly_gets_the_model_back_that_it_had(
         with pytest.raises(RefusedError, match="tiny/1 stays in service: only"):
             service.serve(lists(url), second, settings)  # the server answers as the first
         assert [path[-10:] for path in calls] == ["1-aaaaaaaa", "1-aaaaaaaa", "2-bbbbbbbb", "1-aaaaaaaa"]
-    (record,) = served()
-    assert record.uri == first.version.uri and record.failure and "served '" in record.failure.why
+        (record,) = served()
+        assert record.uri == first.version.uri and record.failure and "served '" in record.failure.why
+        shutil.rmtree(before := SERVED.path("tiny-1-aaaaaaaa"))  # as on another machine
+        listed = {"data": [{"id": str(family.base)}]}
+        half = HttpSink(lambda request: listed if request.method == "GET" else (400, "too long"))
+        with half, pytest.raises(LewisError, match=r"tiny/1 stays in service: .*answered 400: too long"):
+            service.serve(lists(half.url), second, settings)
+        assert [path[-10:] for path in calls[4:]] == ["2-bbbbbbbb", "1-aaaaaaaa"] and before.is_dir()

@@ -111,6 +111,7 @@ def test_any_server_takes_a_model_by_a_call_of_the_recipe(home: Path, family: Fa
         other = target.model_copy(update={"expect": {}, "model": "{served_as}"})
         with pytest.raises(LewisError, match="the server lists no model 'tiny-2-bbbbbbbb', but tiny-2"):
             service.serve(other, second)
+        assert has == ["tiny-1"], "it has again what the record says"
         with pytest.raises(LewisError, match="tiny/1 stays in service: its /models is no list of models; is `api` the"):
             service.serve(other.model_copy(update={"api": server.url}), second)
 

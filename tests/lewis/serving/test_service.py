@@ -14,7 +14,7 @@ import pytest
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.serve import CommandTarget, WebhookTarget
 from lewis.registry import tracking
-from lewis.serving import records, service
+from lewis.serving import command, records, service
 from lewis.serving.records import Served, served
 from lewis.store.kinds import SERVED
 from lewis.store.secrets import SERVE_SECRET
@@ -111,6 +111,15 @@ def test_a_program_gets_the_facts_and_no_secret(
     failing = program("print('no room'); raise SystemExit(3)")
     with pytest.raises(LewisError, match=r"tiny/1 stays in service: .*exit code 3; the end of its output: no room"):
         service.serve(failing, model, again=True)
+    wordy = program("print('模' * 2000); raise SystemExit(3)")
+    with pytest.raises(LewisError, match="模模"):
+        service.serve(wordy, model, again=True)
+    with tracking.client("reading") as client:  # databases of servers have room for 5,000 characters
+        assert 1500 < len(client.get_registered_model("a team.tiny").tags["lewis.served.command"]) <= 5000
+    monkeypatch.setattr(command, "_GRACE", 1.0)
+    ignores = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.fork(); time.sleep(60)"
+    with pytest.raises(LewisError, match=r"did not end within 0.01 minutes"):
+        service.serve(program(ignores, timeout_minutes=0.01), model, again=True)
     slow = program("import time; time.sleep(60)", timeout_minutes=0.01)
     with pytest.raises(LewisError, match=r"did not end within 0.01 minutes"):
         service.serve(slow, model)
@@ -141,6 +150,16 @@ def test_files_are_verified_before_they_are_served_and_kept_while_they_are(
     assert kept == ["a-team.tiny-3-cccccccc", "a-team.tiny-4-dddddddd"]
     service.tidy("a team.tiny", [])
     assert served() == [] and SERVED.entries() == []
+
+
+def test_models_whose_names_have_no_letters_of_english_keep_their_files_apart(
+    home: Path, family: Family, program: Callable[..., CommandTarget]
+) -> None:
+    target = program("")
+    for name, digit in (("数学", "a"), ("代码", "b")):
+        service.serve(target, crowned(family.base, digit, name))
+        service.tidy(name, [target])
+    assert len(SERVED.entries()) == 2, "the files of one were removed, as those of an old version of the other"
 
 
 def test_a_process_that_is_killed_leaves_what_was_there_and_the_next_ends_it(
