@@ -76,7 +76,7 @@ def _empty_parameters() -> Iterator[None]:
                 module._parameters[name] = empty = nn.Parameter(given.to("meta"), requires_grad=given.requires_grad)
                 vars(empty).update(vars(given))
 
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
