@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from lewis_flows.service import receiver
+from lewis_flows.service.processes import free_port
 from lewis_flows.service.receiver import Receiver
 from tests.faults.fuzz import ANY, ODD, changed, fuzzed, outcome
 
@@ -44,7 +46,8 @@ def taking(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = tmp_path_factory.mktemp("recipes")
     (folder / "good.yaml").write_text("{merge_method: ties, base_model: org/base, models: [{model: org/math}]}")
     (folder / "bad.yaml").write_text("models: [")
-    with pytest.MonkeyPatch.context() as patch:
+    closed = f"http://127.0.0.1:{free_port()}/api"  # without an address, Prefect's client starts a server
+    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: closed}):
         patch.setenv("LEWIS_RECIPES", str(folder))
         patch.setattr(receiver, "announce", lambda *given: "id")
         yield Receiver()

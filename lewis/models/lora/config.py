@@ -164,7 +164,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and _is_finite(value) and value > 0
 
 
 @dataclass

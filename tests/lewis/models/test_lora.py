@@ -207,6 +207,7 @@ class TestRefused:
             ({"rank_pattern": {"q_proj": 2}}, r"r is 2 for 'model.layers.\d.self_attn.q_proj.weight'"),
             ({"r": 0}, "r: expected a whole number above 0, got 0"),
             ({"r": [4]}, r"r: expected a whole number above 0, got \[4\]"),
+            ({"r": 10**400}, "r: expected a whole number above 0"),
             ({"rank_pattern": []}, None),
             ({"rank_pattern": {"(": 4}}, r"rank_pattern: '\(' is no regular expression"),
             ({"lora_alpha": None}, "lora_alpha: expected a finite number, got None"),
