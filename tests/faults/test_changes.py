@@ -13,7 +13,6 @@ import yaml
 
 from lewis import library
 from lewis.allocation import step as allocation
-from lewis.allocation.step import AllocationInput
 from lewis.errors import LewisError
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
@@ -47,6 +46,21 @@ def change(path: Path) -> None:
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def first(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, changing: Callable[[], object]) -> None:
+    """Call `changing` before each call of a module's function."""
+    real = getattr(module, name)
+
+    def both(*given: Any, **named: Any) -> Any:
+        changing()
+        return real(*given, **named)
+
+    monkeypatch.setattr(module, name, both)
+
+
+def append(path: Path) -> None:
+    path.write_text(path.read_text() + " ")
 
 
 @pytest.fixture
@@ -101,13 +115,7 @@ def test_densities_of_a_model_that_changes_while_it_is_looked_at_are_not_kept(
     models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They were found again once the model was as before."""
-    real = allocation._allocated
-
-    def changing(given: AllocationInput) -> dict[str, Any]:
-        change(models["math"] / "model.safetensors")
-        return real(given)
-
-    monkeypatch.setattr(allocation, "_allocated", changing)
+    first(monkeypatch, allocation, "_allocated", lambda: change(models["math"] / "model.safetensors"))
     with pytest.raises(LewisError, match=r"math: .* changed while running"):
         merged(recipe_of(models))
     assert not kinds.ALLOCATIONS.entries()
@@ -116,13 +124,7 @@ def test_densities_of_a_model_that_changes_while_it_is_looked_at_are_not_kept(
 def test_rows_of_a_tokenizer_that_changes_while_it_is_used_are_not_kept(
     models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, tokenizer = calibration.calibrate, models["base"] / "tokenizer.json"
-
-    def changing(*given: Any, **named: Any) -> Any:
-        tokenizer.write_text(tokenizer.read_text() + " ")
-        return real(*given, **named)
-
-    monkeypatch.setattr(calibration, "calibrate", changing)
+    first(monkeypatch, calibration, "calibrate", lambda: append(models["base"] / "tokenizer.json"))
     with pytest.raises(LewisError, match=r"base: .* changed while running"):
         merged(recipe_of(models))
     assert not kinds.CALIBRATIONS.entries()
@@ -131,13 +133,8 @@ def test_rows_of_a_tokenizer_that_changes_while_it_is_used_are_not_kept(
 def test_the_covered_layers_of_a_base_that_changes_while_they_are_found_are_not_kept(
     models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, real, config = pipeline.download(pipeline.pin(str(models["base"]), home)), step.covered_tensors, "config.json"
-
-    def changing(*given: Any, **named: Any) -> Any:
-        (models["base"] / config).write_text((models["base"] / config).read_text() + " ")
-        return real(*given, **named)
-
-    monkeypatch.setattr(step, "covered_tensors", changing)
+    base = pipeline.download(pipeline.pin(str(models["base"]), home))
+    first(monkeypatch, step, "covered_tensors", lambda: append(models["base"] / "config.json"))
     with pytest.raises(LewisError, match=r"base: .* changed while running"):
         step.layers_of(base)
     assert not any("layers" in path.read_text() for path in kinds.DIGESTS.entries())
@@ -147,13 +144,7 @@ def test_the_inspection_of_a_model_that_changes_while_it_is_read_is_not_kept(
     models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, math = (pipeline.download(pipeline.pin(str(models[name]), home)) for name in ("base", "math"))
-    real = inspection.measure
-
-    def changing(*given: Any, **named: Any) -> Any:
-        change(models["math"] / "model.safetensors")
-        return real(*given, **named)
-
-    monkeypatch.setattr(inspection, "measure", changing)
+    first(monkeypatch, inspection, "measure", lambda: change(models["math"] / "model.safetensors"))
     with pytest.raises(LewisError, match=r"math: .* changed while running"):
         inspection.inspect(InspectionInput(base, (math,)))
     assert not kinds.INSPECTIONS.entries()
@@ -162,15 +153,11 @@ def test_the_inspection_of_a_model_that_changes_while_it_is_read_is_not_kept(
 def test_norms_of_a_model_that_changes_after_its_pass_are_not_kept(
     models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, real = pipeline.download(pipeline.pin(str(models["math"]), home)), grams.measured_by
+    files = pipeline.download(pipeline.pin(str(models["math"]), home))
     rows = Calibration("sums", ((3, 4, 5), (6, 7)))
     entry = CalibrationEntry(name="sums", digest=rows.digest, tokens=rows.tokens, path=rows.save())
 
-    def changing(*given: Any) -> Any:
-        change(models["math"] / "model.safetensors")
-        return real(*given)
-
-    monkeypatch.setattr(grams, "measured_by", changing)
+    first(monkeypatch, grams, "measured_by", lambda: change(models["math"] / "model.safetensors"))
     with pytest.raises(LewisError, match=r"math: .* changed while running"):
         pipeline.measure(files, [entry], grams=True)
     assert not kinds.IMPORTANCE.entries()
