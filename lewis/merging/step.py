@@ -168,7 +168,7 @@ def _prepare(given: MergeInput, device: str) -> Merge:
     guided = allocated.experts(given.which) if allocated else {}
     scales = allocated.scales() if allocated else {}
     factors = allocated.held_back(given.omega) if allocated and given.omega is not None else None
-    sets = {each.path: Calibration.load(each.path) for each in (given.sets or {}).values()}
+    sets = {each.path: each.load() for each in (given.sets or {}).values()}
     base = given.base.open() if given.base else None
     holds_back = given.holds_back and base is not None
     if holds_back:
