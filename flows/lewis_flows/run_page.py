@@ -1,6 +1,5 @@
 """Find the page of a run: by the recipe, whose last run it is, by the run, or by the version that the run made."""
 
-import os
 from pathlib import Path
 
 from lewis import store
@@ -78,8 +77,8 @@ def _of_version(what: str) -> Path | None:
         path = kinds.REPORTS.path(f"{name}_{run.data.tags.get('lewis.prefect.flow_run_id', run.info.run_id):>{ID}}")
         made = path.stat().st_mtime if path.exists() else run.info.start_time / 1000
         try:  # also if it is here: a canary may have been added since
-            store.write_text(path, tracking.file_of(client, run.info.run_id, versions.PAGE).decode())
-            os.utime(path, (made, made))  # `find` takes a recipe's newest page for that of its last run
+            page = tracking.file_of(client, run.info.run_id, versions.PAGE).decode()
+            store.write_text(path, page, modified=made)  # `find` takes a recipe's newest page for that of its last run
         except (OSError, MlflowException) as error:
             if not path.exists():
                 raise LewisError(f"{what}: the run that made it has no {versions.PAGE}") from error

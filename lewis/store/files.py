@@ -85,9 +85,17 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of UTF-8."""
+def write_text(path: Path, text: str, *, modified: float | None = None) -> None:
+    """`write_bytes` of UTF-8.
+
+    Args:
+        path: where the file goes.
+        text: its content.
+        modified: when the file counts as written (Unix time, seconds); None: now.
+    """
     write_bytes(path, text.encode())
+    if modified is not None:
+        os.utime(path, (modified, modified))
 
 
 def write_json(path: Path, value: Any) -> None:

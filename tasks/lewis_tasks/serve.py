@@ -1,7 +1,6 @@
 """Put the champion into service at one target."""
 
 import logging
-import os
 from datetime import UTC, datetime
 
 from prefect import task
@@ -68,9 +67,7 @@ def _show(recipe: Recipe, target: CanaryTarget, version: Version, began: str) ->
             versions.attach(version, {versions.PAGE: shown})
             for path in kinds.REPORTS.entries():
                 if path.read_text(encoding="utf-8") == page:  # update the store's copy, too
-                    made = path.stat().st_mtime
-                    store.write_text(path, shown)
-                    os.utime(path, (made, made))  # it is not the page of a newer run
+                    store.write_text(path, shown, modified=path.stat().st_mtime)  # it is not the page of a newer run
     except LewisError as error:  # a missing picture must not fail the serving
         logger.warning("%s: its canary is not shown: %s", version.uri, error)
 
