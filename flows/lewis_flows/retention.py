@@ -46,11 +46,11 @@ def retention_flow(days: float = DAYS, dry_run: bool = True) -> int | State[int]
         {"where": each.where, "what": each.what, "of": date, "MB": f"{each.bytes / 1e6:.2f}"}
         for each, date in zip(found, dates, strict=False)
     ]
-    told = to_text(found, removed=not dry_run)
-    create_table_artifact(rows or [{"where": "all", "what": "nothing"}], key="lewis-retention", description=told)
+    text = to_text(found, removed=not dry_run)
+    create_table_artifact(rows or [{"where": "all", "what": "nothing"}], key="lewis-retention", description=text)
     if not dry_run:
         remove(found)
-    return run_tags.ending("Looked" if dry_run else "Removed", told, len(found))
+    return run_tags.ending("Looked" if dry_run else "Removed", text, len(found))
 
 
 def to_text(found: list[Outdated], *, removed: bool) -> str:

@@ -58,8 +58,8 @@ def test_while_the_commands_are_loaded(tmp_path: Path, seconds: float) -> None:
         assert process.stdout and process.stdout.readline()
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
-        out, told = process.communicate()
-    assert (process.returncode, out) == (130, "") and told.startswith("lewis: stopped"), told
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130, "") and err.startswith("lewis: stopped"), err
 
 
 @pytest.mark.parametrize("how", ["load()", "Finaliser()"])
@@ -67,5 +67,5 @@ def test_where_a_package_or_a_finaliser_would_lose_it(tmp_path: Path, how: str) 
     """A traceback was printed, and the merge went on to its end."""
     (tmp_path / "package_that_loses.py").write_text(PACKAGE)
     with start(tmp_path, how, 1) as process:
-        out, told = process.communicate()
-    assert (process.returncode, out) == (130, "starts\n") and told.startswith("lewis: stopped"), told
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130, "starts\n") and err.startswith("lewis: stopped"), err
