@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _SEARCH, _TRIAL, _PARENT = "lewis.search", "lewis.trial", "mlflow.parentRunId"
-MOST = 50_000  # runs that MLflow returns for one request, which gives 1,000 by default
 _STATUS = {"done": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 
 
@@ -46,7 +45,7 @@ def record(
     with tracking.client(f"recording the search of {name}") as client:
         experiment = tracking.experiment(client, team)
         parent = _parent(client, experiment, name, parameters, digest)
-        recorded = client.search_runs([experiment], f"tags.`{_PARENT}` = '{parent}'", max_results=MOST)
+        recorded = tracking.every(client.search_runs, [experiment], f"tags.`{_PARENT}` = '{parent}'")
         begun = {run.data.tags.get(_TRIAL): run.info for run in recorded}
         for trial in trials:
             known = begun.get(str(trial.number))
