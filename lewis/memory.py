@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+LOADED = 450_000_000  # bytes of a process that has loaded torch and transformers, roughly
 _INTERVAL = 0.02  # seconds
 
 

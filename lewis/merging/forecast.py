@@ -17,7 +17,7 @@ from lewis.devices import one_thread
 from lewis.importance.grams import bytes_of, operations_per_second, share_of_tokens
 from lewis.importance.measure import network_of
 from lewis.lazy_torch import torch
-from lewis.memory import PeakMemory, anonymous_bytes
+from lewis.memory import LOADED, PeakMemory, anonymous_bytes
 from lewis.merging.adapter import factorise, sides
 from lewis.merging.engine.in_torch import PIECE, is_computed, is_whole
 from lewis.merging.run import Merge
@@ -119,7 +119,7 @@ def _of_fit(merge: Merge, network: Network) -> Forecast:
     paused = paused_bytes(merge, network)
     held = 4 * (merge.threads * 2 * LOGITS + solving) + (paused if paused <= IN_MEMORY else 0)
     seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads)
-    return Forecast(seconds, 450_000_000 + held, extra_disk_bytes(merge, network, paused))
+    return Forecast(seconds, LOADED + held, extra_disk_bytes(merge, network, paused))
 
 
 def _seconds_of_judging(merge: Merge) -> float:
@@ -149,7 +149,7 @@ def _of_static_fit(merge: Merge, network: Network) -> Forecast:
             4 * known * inputs + 16 * known**2 if inputs > DUAL_ABOVE else (8 * len(merge.experts) + 16) * inputs**2
         )
         held = max(held, of_inputs + 4 * (len(merge.experts) + 2) * shape.numel())
-    return Forecast(operations / (operations_per_second() * merge.threads), 450_000_000 + held)
+    return Forecast(operations / (operations_per_second() * merge.threads), LOADED + held)
 
 
 def _of_factors(merge: Merge) -> Forecast:
@@ -166,7 +166,7 @@ def _of_factors(merge: Merge) -> Forecast:
         per_operation = (time.perf_counter() - begun) / 256**3
     operations = sum(small * small * large for small, large in pairs)
     largest = max((small * large + 3 * small * small for small, large in pairs), default=0)
-    return Forecast(per_operation * operations / merge.threads, 450_000_000 + 20 * largest)
+    return Forecast(per_operation * operations / merge.threads, LOADED + 20 * largest)
 
 
 def without_models(method: Method, largest: int, experts: int) -> int:

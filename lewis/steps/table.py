@@ -36,6 +36,7 @@ from lewis.importance.step import (
 )
 from lewis.importance.step import measure as measure_model
 from lewis.inspection.step import InspectionEntry, InspectionInput, inspect, inspection_digest
+from lewis.memory import LOADED
 from lewis.merging import step as merging
 from lewis.merging.adapter import factor_bytes
 from lewis.merging.calibration_rows import split
@@ -53,7 +54,6 @@ from lewis.threads import cores
 
 logger = logging.getLogger(__name__)
 HOURS = 3600.0
-LOADED = 450_000_000  # bytes of a process that has loaded torch and transformers, roughly
 
 
 class Download(Step[Source, ModelFiles]):
