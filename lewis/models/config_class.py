@@ -16,6 +16,13 @@ from lewis.errors import InputError
 
 _NAMED = {"int": int, "str": str, "bool": bool, "float": float, "dict": dict, "list": list, "tuple": tuple}
 _ROPES = ("rope_parameters", "rope_scaling")
+_LAYERS = {"layer_types": "ALLOWED_ATTN_LAYER_TYPES", "mlp_layer_types": "ALLOWED_MLP_LAYER_TYPES"}
+_ACTIVATION = re.compile(r"\bACT2FN\[(?:self\.)?config\.(\w+)\]")
+_DROPOUT = re.compile(r"\bnn\.Dropout\((?:p=)?config\.(\w+)\)")
+_INTERVAL = re.compile(r"interval\(min=([\d.]+)(?:, max=([\d.]+))?\)\(")
+_PADDED = re.compile(
+    r"\bnn\.Embedding\(\s*config\.vocab_size,\s*config\.\w+,\s*(?:padding_idx=)?(?:self\.padding_idx|config\.pad_token_id)\b"
+)
 
 
 def check_values(folder: Path, config: Mapping[str, Any]) -> None:
@@ -48,23 +55,58 @@ def _unlike_class(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if kind is not None:
             yield "model_type", "str"
         return
-    source, fields, activations = _declared(kind)
+    source, fields, network = _declared(kind)
+    if not source:
+        return
+    activations = set(_ACTIVATION.findall(network))
     for key, declared in fields.items():
         if key not in config:
             continue
         value = config[key]
-        if not _accepts(declared, value):
-            yield key, ast.unparse(declared)
-        elif key in activations and isinstance(value, str) and value not in (known := _keys("activations", "ACT2CLS")):
+        if not _accepts(declared.annotation, value):
+            yield key, ast.unparse(declared.annotation)
+        elif key in activations and isinstance(value, str) and value not in (known := _names("activations", "ACT2CLS")):
             yield key, f"an activation function of transformers, such as {', '.join(sorted(known & {'gelu', 'silu'}))}"
+    if "def validate_layer_type" not in source:  # the class would have kinds of its own
+        yield from _layers(config)
+    yield from _outside(config, fields, network)
+    if not isinstance(config.get("id2label"), dict | None):
+        yield "id2label", "dict | None"
     if "RopeParameters" in source:
-        known = _keys("modeling_rope_utils", "ROPE_INIT_FUNCTIONS") | {"default"}
+        known = _names("modeling_rope_utils", "ROPE_INIT_FUNCTIONS") | {"default"}
         for key in _ROPES:
             if not isinstance(config.get(key), dict | None):
                 yield key, "dict | None"
             for name in _rope_types(config.get(key)):
                 if name not in known and f'"{name}"' not in source:  # some classes have names of their own
                     yield key, f"a rope_type among {', '.join(sorted(known))}"
+
+
+def _layers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """As `_unlike_class`, of the lists that give each layer its kind."""
+    older = _names("configuration_utils", "_LEGACY_LAYER_TYPE_REMAP")
+    for key, table in _LAYERS.items():
+        kinds, known = config.get(key), _names("configuration_utils", table)
+        if not isinstance(kinds, list) or not known:
+            return  # transformers looks no further either
+        if not (known | older).issuperset(map(str, kinds)):
+            yield key, f"kinds of layers among {', '.join(sorted(known))}"
+        if len(kinds) != config.get("num_hidden_layers", len(kinds)):
+            yield key, f"one for each of the {config['num_hidden_layers']} layers (num_hidden_layers)"
+
+
+def _outside(config: Mapping[str, Any], fields: Mapping[str, ast.AnnAssign], network: str) -> Iterator[tuple[str, str]]:
+    """As `_unlike_class`, of numbers outside of the range that the class gives, or that torch's modules take."""
+    pad, size = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size and _PADDED.search(network):
+        yield "pad_token_id", f"a token of the vocabulary of {size:,}"
+    ranges = {key: ("0", "1") for key in _DROPOUT.findall(network)}
+    for key, declared in fields.items():
+        if declared.value and (found := _INTERVAL.match(ast.unparse(declared.value))):
+            ranges[key] = (found[1], found[2])
+    for key, (least, most) in ranges.items():
+        if isinstance(given := config.get(key), int | float) and not float(least) <= given <= float(most or "inf"):
+            yield key, f"a number from {least} to {most}" if most else f"a number of at least {least}"
 
 
 def _rope_types(value: Any) -> Iterator[str]:
@@ -110,8 +152,8 @@ def _accepts(declared: ast.expr, value: Any) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _declared(kind: str) -> tuple[str, dict[str, ast.expr], frozenset[str]]:
-    """The class of a `model_type`: its file's source, its fields with their types, and which name activation functions.
+def _declared(kind: str) -> tuple[str, dict[str, ast.AnnAssign], str]:
+    """The class of a `model_type`: its file's source, its fields with their types, and the source of its network.
 
     All are empty if none is found.
     """
@@ -120,26 +162,26 @@ def _declared(kind: str) -> tuple[str, dict[str, ast.expr], frozenset[str]]:
     named = next((each for each in pairs if each.endswith("Config")), "")
     module = next((each for each in pairs if each.islower()), kind.replace("-", "_"))
     if not named or not module.isidentifier():
-        return "", {}, frozenset()
+        return "", {}, ""
     source = _source(f"models/{module}/configuration_{module}.py")
     classes = {each.name: each for each in ast.parse(source).body if isinstance(each, ast.ClassDef)}
-    fields: dict[str, ast.expr] = {}
+    fields: dict[str, ast.AnnAssign] = {}
     wanted = [named]
     while wanted:
         if (found := classes.get(wanted.pop())) and any("strict" in ast.unparse(each) for each in found.decorator_list):
-            own = [each for each in found.body if isinstance(each, ast.AnnAssign)]
-            fields = {each.target.id: each.annotation for each in own if isinstance(each.target, ast.Name)} | fields
+            stated = (each for each in found.body if isinstance(each, ast.AnnAssign))
+            fields = {each.target.id: each for each in stated if isinstance(each.target, ast.Name)} | fields
             wanted += [each.id for each in found.bases if isinstance(each, ast.Name)]
     network = _source(f"models/{module}/modeling_{module}.py")
-    activations = frozenset(re.findall(r"\bACT2FN\[(?:self\.)?config\.(\w+)\]", network))
-    return source, {name: each for name, each in fields.items() if "ClassVar" not in ast.unparse(each)}, activations
+    own = {name: each for name, each in fields.items() if "ClassVar" not in ast.unparse(each.annotation)}
+    return source, own, network
 
 
 @lru_cache
-def _keys(module: str, table: str) -> frozenset[str]:
-    """The keys of a dictionary that a module of transformers writes out."""
-    block = re.search(rf"^{table}\b.*?^}}", _source(f"{module}.py"), re.DOTALL | re.MULTILINE)
-    return frozenset(re.findall(r'^    "(\w+)":', block[0], re.MULTILINE) if block else ())
+def _names(module: str, table: str) -> frozenset[str]:
+    """The keys of a dictionary, or the items of a tuple, that a module of transformers writes out."""
+    block = re.search(rf"^{table}\b.*?^[}})]", _source(f"{module}.py"), re.DOTALL | re.MULTILINE)
+    return frozenset(re.findall(r'^    "(\w+)"', block[0], re.MULTILINE) if block else ())
 
 
 def _source(path: str) -> str:
