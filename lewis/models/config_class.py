@@ -17,6 +17,7 @@ from lewis.errors import InputError
 _NAMED = {"int": int, "str": str, "bool": bool, "float": float, "dict": dict, "list": list, "tuple": tuple}
 _ROPES = ("rope_parameters", "rope_scaling")
 _LAYERS = {"layer_types": "ALLOWED_ATTN_LAYER_TYPES", "mlp_layer_types": "ALLOWED_MLP_LAYER_TYPES"}
+_OWN_LAYERS = re.compile(r"def validate_layer_type|layer_types\[")  # classes that take other kinds, or shorten the list
 _ACTIVATION = re.compile(r"\bACT2FN\[(?:self\.)?config\.(\w+)\]")
 _DROPOUT = re.compile(r"\bnn\.Dropout\((?:p=)?config\.(\w+)\)")
 _INTERVAL = re.compile(r"interval\(min=([\d.]+)(?:, max=([\d.]+))?\)\(")
@@ -67,7 +68,7 @@ def _unlike_class(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, ast.unparse(declared.annotation)
         elif key in activations and isinstance(value, str) and value not in (known := _names("activations", "ACT2CLS")):
             yield key, f"an activation function of transformers, such as {', '.join(sorted(known & {'gelu', 'silu'}))}"
-    if "def validate_layer_type" not in source:  # the class would have kinds of its own
+    if not _OWN_LAYERS.search(source):
         yield from _layers(config)
     yield from _outside(config, fields, network)
     if not isinstance(config.get("id2label"), dict | None):
