@@ -17,8 +17,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,10 @@ _JINJA = (runtime.LoopContext, runtime.Macro, runtime.TemplateReference, runtime
 def main(descriptor: str, loaded: str = "") -> None:
     """Fork a child for each message, until the socket is closed; then, in the child, answer the request."""
     with socket.socket(fileno=int(descriptor)) as messages:
-        for name in LIBRARIES if loaded else ():
-            if select.select([messages], [], [], 0)[0] and not messages.recv(1, socket.MSG_PEEK):
-                return
-            with suppress(ImportError), quick_imports():  # the child will report it
-                importlib.import_module(name)
+        with _ending_with(messages):
+            for name in LIBRARIES if loaded else ():
+                with suppress(ImportError), quick_imports():  # the child will report it
+                    importlib.import_module(name)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: nothing waits for the keepers
         keepers: list[int] = []
         while True:
@@ -73,6 +72,27 @@ def main(descriptor: str, loaded: str = "") -> None:
                 os.close(end)
     _become_child(*ends)
     _answer()
+
+
+@contextmanager
+def _ending_with(messages: socket.socket) -> Iterator[None]:
+    """In the block, end this process once the other end of a socket is closed and nothing is left to be read."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            if select.select([messages], [], [], 0)[0]:
+                if not messages.recv(1, socket.MSG_PEEK):
+                    os._exit(0)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _become_child(stdin: int, stdout: int, status: int) -> None:
