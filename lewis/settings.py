@@ -230,6 +230,9 @@ JUDGE = Setting("LEWIS_JUDGE", _URL, "",
     "The server with the protocol of OpenAI that `register.gate.judge` asks, such as http://127.0.0.1:8000/v1.")
 JUDGE_KEY = Setting("LEWIS_JUDGE_KEY", ONE_LINE, "",
     "The key of that server.", secret=True)
+CODE_NEEDS_NAMESPACES = Setting("LEWIS_CODE_NEEDS_NAMESPACES", _SWITCH, "0",
+    "Whether code that a recipe brings (`allow_code_execution`) is refused where Linux allows no namespaces; with 0 it "
+    "runs there too, and can read the secrets of the worker.")
 EVALUATE_QUEUE = Setting("LEWIS_EVALUATE_QUEUE",
     _matching("the name of a work queue, such as gpu", r"[^/%&<>\s]+"), "",
     "The work queue whose workers score models; without it, models are scored where they are merged.")

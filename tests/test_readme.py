@@ -61,6 +61,17 @@ def test_every_file_and_module_is_there(page: Path) -> None:
     assert [name for name in [*files, *modules] if not (ROOT / name).exists()] == []
 
 
+def test_every_test_that_the_threats_name_is_there() -> None:
+    text = (ROOT / "deployments" / "THREATS.md").read_text()
+    named, lost = re.findall(r"`((?:tests/|test_|Test)[^`]*)`", text), []
+    for each in named:
+        file, *parts = each.split("::")
+        code = (ROOT / file).read_text() if (ROOT / file).is_file() else ""
+        if not code or any(f"def {part}(" not in code and f"class {part}:" not in code for part in parts):
+            lost.append(each)
+    assert named and not lost
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_no_prose_is_wider_than_110(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)

@@ -15,6 +15,7 @@ from lewis.models.config import check_config
 from lewis.models.config_class import _declared, check_values
 from tests.conftest import Family
 from tests.faults.fuzz import DRAWS
+from tests.support.local_hub import LocalHub
 from tests.support.models import edit_json, parse, rewrite
 from tests.support.tiny_architectures import architectures, tiny
 
@@ -136,6 +137,31 @@ def test_before_any_work(family: Family, home: Path, tmp_path: Path, change: dic
     else:
         errors = lewis.inspect(recipe).errors
         assert any(each.kind == "no fit" and f"config.json: {key}" in each.what for each in errors)
+
+
+@pytest.mark.parametrize("which", ["base", "expert"])
+def test_before_any_weights_of_the_hub_are_asked_for(
+    family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    odd = rewrite({"base": family.base, "expert": family.math}[which], tmp_path / "odd", lambda name, tensor: tensor)
+    edit_json(odd / "config.json", hidden_size="16")
+    with LocalHub(tmp_path / "hub") as hub:
+        for name, value in (hub.environment(tmp_path) | {"LEWIS_HOME": str(home)}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for name in ("base", "math", "code"):
+            hub.commit(f"org/{name}", getattr(family, name))
+        hub.commit("org/odd", odd)
+        base, expert = ("org/odd", "org/math") if which == "base" else ("org/base", "org/odd")
+        models = [{"model": expert}, {"model": "org/code"}]
+        recipe = parse({"merge_method": "ties", "base_model": base, "models": models})
+        for refused in (lambda: lewis.plan(recipe), lambda: lewis.merge(recipe, tmp_path / "merged")):
+            with pytest.raises(InputError, match=r"org/odd: config.json is broken .* hidden_size: expected "):
+                refused()
+        assert any(each.path.endswith("/config.json") for each in hub.log)
+        asked = {each.range for each in hub.log if each.method == "GET" and each.path.endswith(".safetensors")}
+    assert asked <= {"bytes=0-100000"}  # a file's header, which says the shapes
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from tests.support.prefect_key import credentials
 
 REPO = Path(__file__).resolve().parents[2]
 PYTHONPATH = os.pathsep.join(map(str, (REPO, REPO / "flows", REPO / "tasks")))
-SECRET = "only the Hub and the receiver know"
+SECRET = secrets.token_urlsafe(32)  # that only the Hub and the receiver know
 T = TypeVar("T")
 
 

@@ -19,6 +19,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lewis.errors import LewisError
+from lewis.models.hub import client as hub
 from lewis.redact import printable, redacted
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.release_event import announce, announced, hub_repos
@@ -127,45 +128,65 @@ class Receiver:
         followers = dict(_followers(name))
         if not followers:
             return 200, {"status": "ignored", "why": "no recipe follows the main branch of this repo", "repo": name}
-        paused, known = _ask(followers, str(push.newSha))
+        new = str(push.newSha)
+        paused, known, earlier = _ask(followers, new)
         if not followers.keys() - paused:  # once one is resumed, the poll announces it
             return 200, {"status": "ignored", "why": "the recipes that follow this repo are paused", "repo": name}
-        new = str(push.newSha)
         about = {"repo": name, "new": new, "recipes": sorted(followers.keys() - paused)}
         if self._taken.get(name) == new:
             self._taken.move_to_end(name)
             return 200, {"status": "duplicate", **about}
+        old = bool(earlier - paused) and _newest(name) not in (new, None)
+        if old:
+            known |= earlier
         unknown = {each: of for each, of in sorted(followers.items()) if each not in paused | known}
         events = [announce(recipe, ref, repo, push.oldSha, new) for recipe, (repo, ref) in unknown.items()]
-        self._taken[name] = new
-        self._taken.move_to_end(name)
+        if not old:
+            self._taken[name] = new
+            self._taken.move_to_end(name)
         if len(self._taken) > _REMEMBERED:
             self._taken.popitem(last=False)
-        if not events:  # a repeated delivery after a restart, or the poll was faster
+        if not events:  # an old delivery, one that is repeated after a restart, or the poll was faster
             return 200, {"status": "duplicate", **about}
         return 202, {"status": "accepted", **about, "recipes": list(unknown), "events": events}
 
 
-def _ask(followers: Mapping[str, tuple[str, str]], new: str) -> tuple[set[str], set[str]]:
-    """The followers that are paused, and those of which Prefect knows the release; none if it does not answer.
+def _ask(followers: Mapping[str, tuple[str, str]], new: str) -> tuple[set[str], set[str], set[str]]:
+    """The followers that are paused, whose last release Prefect knows to be this one, and which had it earlier.
+
+    None of each if Prefect does not answer.
 
     Args:
         followers: recipe -> repo and reference.
         new: the commit.
     """
-    paused, known, since = set[str](), set[str](), datetime.now(UTC) - _KNOWN
+    paused, known, earlier, since = set[str](), set[str](), set[str](), datetime.now(UTC) - _KNOWN
     try:
         with impatient(60) as client:
             for recipe, (repo, ref) in followers.items():
                 if prefect_runs.is_paused(client, recipe):
                     paused.add(recipe)
                 payloads = (event.payload for event in announced(client, since, recipe, repo))
-                last = next((each.get("new") for each in payloads if each.get("ref") == ref), None)
-                if last == new:  # an earlier one may come again: somebody took the last commit back
-                    known.add(recipe)
+                commits = [each.get("new") for each in payloads if each.get("ref") == ref]
+                if new in commits:
+                    (known if commits[0] == new else earlier).add(recipe)
     except httpx.HTTPError:
         logger.info("Prefect does not say which recipes are paused, or which releases it knows")
-    return paused, known
+    return paused, known, earlier
+
+
+def _newest(repo: str) -> str | None:
+    """The newest commit of a repo's main branch; None if the Hub does not say.
+
+    An earlier release that is delivered again is one if somebody took the later commits back.
+    """
+    try:
+        if not hub.offline():
+            with hub.errors(repo):
+                return hub.api().model_info(repo, timeout=_TIMEOUT).sha
+    except LewisError as error:
+        logger.info("%s", printable(f"the newest commit is not known: {error}"))
+    return None
 
 
 def _followers(name: str) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -12,6 +12,7 @@ from lewis.errors import InputError, LewisError
 from lewis.evaluation.harness import backends, builtin_tasks, process, server
 from lewis.evaluation.harness.permission import check_code, runs_code
 from lewis.evaluation.harness.task_files import FoundTasks, data_files, find_tasks, reads_hub
+from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.progress import Report, silent
 from lewis.recipe.schema import Backend, Documents, Evaluate
@@ -98,12 +99,14 @@ def check_tasks(settings: EvalSettings) -> None:
     """Check that every task is found and readable, that its data exist, and that the recipe allows the code it runs.
 
     Raises:
-        InputError: naming the task, and the nearest valid names for one that does not exist.
+        InputError: naming the task, and the nearest valid names for one that does not exist; as `isolation.check`.
     """
     found = settings.found()
     for name, task in found.files.items():
         data_files(task, settings.root)
         check_code(name, task, settings.allow_code_execution)
+    if any(map(runs_code, found.files.values())):
+        isolation.check()
     builtin_tasks.check_builtin(found.builtin, found.local)
 
 
@@ -160,7 +163,7 @@ def evaluate(
         progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Raises:
-        InputError: if `model` or `adapter` is not such a folder, or a task file is broken.
+        InputError: if `model` or `adapter` is not such a folder, or a task file is broken; as `isolation.check`.
         LewisError: if lm-eval fails, takes longer than `settings.timeout_s`, or gives a number that is not finite.
     """
     for folder, file in ((model, "config.json"), (adapter, "adapter_model.safetensors")):
@@ -172,6 +175,8 @@ def evaluate(
     hub = reads_hub(found, settings.root)
     # Keys are kept from code that the recipe brings.
     code = any(map(runs_code, found.files.values())) or bool(settings.model_args.get("trust_remote_code"))
+    if code:
+        isolation.check()
     with ExitStack() as held:
         include = [held.enter_context(process.scratch_folder()) for _ in range(2)]  # a name counts as in the last
         own = [task.path for task in found.files.values()]

@@ -15,6 +15,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lewis import settings
+from lewis.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 _NAMES = (
@@ -132,6 +135,20 @@ def temporary_folders(needed: Iterable[Path]) -> dict[str, tuple[str, ...]]:
         for folder in sorted(folders)
         if folder.is_dir()
     }
+
+
+def check() -> None:
+    """Check that code of a recipe may run here.
+
+    Raises:
+        InputError: if no namespaces can be made, and the settings say that such code needs them.
+    """
+    if settings.CODE_NEEDS_NAMESPACES.get() and not _possible():
+        raise InputError(
+            "evaluate: expected a machine that allows namespaces, for code that the recipe brings "
+            f"({settings.CODE_NEEDS_NAMESPACES.name}=1), got one that does not; score on another machine, or set "
+            f"{settings.CODE_NEEDS_NAMESPACES.name}=0 to let it run without"
+        )
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from tests.support.databases import put_prefect
 from tests.support.local_hub import LocalHub
 from tests.support.models import write_expert
 from tests.support.prefect_key import credentials
-from tests.support.service import Service, children, seconds
+from tests.support.service import SECRET, Service, children, seconds
 from tests.support.wheel import user_folder
 
 RECIPE = """
@@ -63,7 +63,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "busy": {"status": 503, "times": 3},
     "corrupted": {"corrupt": True, "times": 1},
 }
-HIDDEN = ("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DATABASE_URL", "X")  # secrets in the environment of the service
+HIDDEN = ("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DATABASE_URL", "HF_TOKEN", "X")  # in the environment of the service
 LONG = bool(os.environ.get("LEWIS_LONG"))
 # Each test has a recipe of its own, with an expert of the same name.
 NAMES = ("scored", *(("missed", "cron", "restarted", "killed", *FAULTS) if LONG else ()))
@@ -87,6 +87,7 @@ def service(
         service.recipes = service.home / "recipes"
         canaries = {name: secrets.token_hex() for name in HIDDEN}
         service.environment |= canaries
+        hub.tokens[canaries["HF_TOKEN"]] = "alice"
         put_prefect(common, service.home)
         (service.home / "mlflow").mkdir()
         shutil.copy(empty_database, service.home / "mlflow" / "mlflow.db")
@@ -116,7 +117,9 @@ def put_recipes(service: Service, canaries: dict[str, str]) -> None:
     tasks = service.recipes / "tasks"
     (tasks / "words.yaml").write_text(TASK + "process_docs: !function canary.docs\n")
     (tasks / "canary.py").write_text(CANARY + LOOK)
-    (tasks / "backwards").write_text(",".join(canaries.values())[::-1])
+    made = ((service.home / name).read_text().strip() for name in ("mlflow-password", "metrics-key"))
+    known = (*canaries.values(), SECRET, service.key().removeprefix("lewis:"), *made)
+    (tasks / "backwards").write_text(",".join(known)[::-1])
     experts = dict(zip(NAMES, NAMES, strict=True)) | (dict.fromkeys(("one", "two"), "shared") if LONG else {})
     for name, expert in experts.items():
         add_recipe(service, name, expert)

@@ -23,6 +23,7 @@ import pytest
 
 from lewis.errors import InputError
 from lewis_flows import release_event
+from lewis_flows.service import receiver as receiver_module
 from lewis_flows.service import webhook
 from tests.flows.conftest import REPO
 from tests.support.local_hub import LocalHub, Webhook
@@ -72,8 +73,14 @@ def payload(
 
 
 @contextmanager
-def receiving(folder: Path, api: str) -> Iterator[Receiver]:
-    """The receiver as a process; when it goes, it must have stayed up and told nobody the secret."""
+def receiving(folder: Path, api: str, hub: str) -> Iterator[Receiver]:
+    """The receiver as a process; when it goes, it must have stayed up and told nobody the secret.
+
+    Args:
+        folder: of its recipes, its log and its store.
+        api: of Prefect's server.
+        hub: the Hub's URL.
+    """
     recipes = folder / "recipes"
     recipes.mkdir()
     (recipes / "alpha.yaml").write_text(ALPHA)
@@ -82,6 +89,7 @@ def receiving(folder: Path, api: str) -> Iterator[Receiver]:
     logs = folder / "receiver.log"
     variables = {"LEWIS_WEBHOOK_SECRET": SECRET, "LEWIS_WEBHOOK_PORT": "0", "LEWIS_RECIPES": str(recipes)}
     variables |= {"PREFECT_API_URL": api, "LEWIS_HOME": str(folder / "home"), "LEWIS_POLL_SECONDS": "0"}
+    variables |= {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "huggingface"), "HF_TOKEN": ""}
     with logs.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "lewis_flows.service.webhook"],
@@ -110,8 +118,15 @@ def receiving(folder: Path, api: str) -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="module")
-def receiver(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
-    with receiving(tmp_path_factory.mktemp("receiver"), prefect_url) as started:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
+    """The Hub that the receiver asks."""
+    with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def receiver(prefect_url: str, hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
+    with receiving(tmp_path_factory.mktemp("receiver"), prefect_url, hub.url) as started:
         yield started
 
 
@@ -334,15 +349,40 @@ def test_a_release_is_announced_once(receiver: Receiver, prefect_url: str) -> No
     assert len(stored(prefect_url, new, 2)) == 2  # one for each recipe
 
 
-def test_a_commit_that_is_the_newest_again_is_a_release_again(receiver: Receiver, prefect_url: str) -> None:
-    """Somebody took a bad commit back, and the merge of that one stayed."""
-    first, bad = "5" * 40, "6" * 40
-    for new in (first, bad):
+def test_an_earlier_commit_is_a_release_again_only_if_it_is_the_newest_again(
+    receiver: Receiver, hub: LocalHub, prefect_url: str
+) -> None:
+    """Old deliveries that were sent again in turns each started a run."""
+    first, bad = commits = [hub.commit("org/math", {"a.txt": each}) for each in ("good", "bad")]
+    for new in commits:
         assert receiver.deliver(new=new)[0] == 202
         assert len(stored(prefect_url, new, 2)) == 2
+    for new in (first, bad, first):
+        status, answer = receiver.deliver(new=new)
+        assert (status, answer["status"]) == (200, "duplicate")
+    hub.repos["model", "org/math"].branches["main"] = first  # somebody took the last one back
     status, answer = receiver.deliver(new=first)
     assert (status, answer["recipes"]) == (202, ["alpha", "beta"])
-    assert len(stored(prefect_url, first, 4)) == 4
+    assert len(stored(prefect_url, first, 4)) == 4 and len(stored(prefect_url, bad, 2)) == 2
+
+
+def test_an_earlier_commit_is_a_release_where_the_hub_does_not_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced = []
+    monkeypatch.setattr(receiver_module, "_ask", lambda followers, new: (set(), set(), {*followers}))
+    monkeypatch.setattr(receiver_module, "announce", lambda *given: announced.append(given[0]) or "id")
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    (tmp_path / "alpha.yaml").write_text(ALPHA)
+    body = json.dumps(payload("org/math", "9" * 40)).encode()
+    with LocalHub(tmp_path / "hub") as hub:
+        hub.commit("org/math", {"a.txt": "1"})
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        taker = receiver_module.Receiver()
+        assert taker.take(body)[0] == 200 and not announced
+        hub.faults.append({"path": "^/api/models/org/math$", "status": 503})
+        assert taker.take(body)[0] == 202 and announced == ["alpha"]
 
 
 def test_a_recipe_that_is_dropped_in_counts_at_once(receiver: Receiver) -> None:
@@ -392,7 +432,10 @@ def test_a_release_is_not_lost_while_prefect_is_down(prefect_url: str, tmp_path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with receiving(tmp_path, f"http://127.0.0.1:{port}/api") as receiver, LocalHub(tmp_path / "hub") as hub:
+    with (
+        LocalHub(tmp_path / "hub") as hub,
+        receiving(tmp_path, f"http://127.0.0.1:{port}/api", hub.url) as receiver,
+    ):
         status, answer = receiver.deliver("org/code", "5" * 40)
         assert (status, answer["status"]) == (503, "failed")
         assert "Prefect did not take the event (ConnectError)" in receiver.log()
@@ -416,18 +459,16 @@ def test_a_delivery_that_is_sent_again_is_known_after_a_restart(
 ) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from lewis_flows.service.receiver import Receiver as Taker
-
     monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
     (tmp_path / "replayed.yaml").write_text(ALPHA)
     new = "7" * 40
     body = json.dumps(payload("org/code", new)).encode()
     with temporary_settings({PREFECT_API_URL: prefect_url}):
-        assert Taker().take(body)[0] == 202
+        assert receiver_module.Receiver().take(body)[0] == 202
         assert len(stored(prefect_url, new, 1)) == 1
-        status, answer = Taker().take(body)  # a new one, which remembers nothing
+        status, answer = receiver_module.Receiver().take(body)  # a new one, which remembers nothing
         assert (status, answer["status"]) == (200, "duplicate")
         (tmp_path / "new.yaml").write_text(ALPHA)
-        status, answer = Taker().take(body)
+        status, answer = receiver_module.Receiver().take(body)
         assert (status, answer["recipes"]) == (202, ["new"])
     assert len(stored(prefect_url, new, 2)) == 2

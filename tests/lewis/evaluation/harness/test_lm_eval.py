@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import runpy
 import secrets
 import select
 import shutil
@@ -620,7 +621,8 @@ class TestOtherSurroundings:
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         told = tmp_path / "told"
         (root / "tasks/canary.py").write_text(CANARY)
-        look = f"__import__('runpy').run_path('{root}/tasks/canary.py')['look']('{SECRET}')"
+        unseen = f"lewis-{SECRET[::-1]}"  # a socket without a file
+        look = f"__import__('runpy').run_path('{root}/tasks/canary.py')['look']('{SECRET}', sockets=['\\0{unseen}'])"
         task = faulty(root, f"pathlib.Path('{told}').write_text(repr({look}))\nreturn rows")
         with ExitStack() as stack:
             for folder in filter(os.path.isdir, {tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"}):
@@ -629,6 +631,11 @@ class TestOtherSurroundings:
                 listening = stack.enter_context(socket.socket(socket.AF_UNIX))
                 listening.bind(f"{place}/socket")
                 listening.listen()
+            listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listening.bind(f"\0{unseen}")
+            listening.listen()
+            canary = runpy.run_path(str(root / "tasks/canary.py"))
+            assert f"\0{unseen}" in filter(canary["answers"], canary["abstract"]())  # out here
             evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
         seen, found, interfaces = ast.literal_eval(told.read_text())
         assert seen > 10 and not found and interfaces == [(1, "lo")]

@@ -1,5 +1,6 @@
 """Code in a task file needs the recipe's permission; templates run in Jinja's sandbox."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from jinja2.exceptions import SecurityError
 
 from lewis.errors import InputError
 from lewis.evaluation.harness import child, permission
-from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks
+from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate
 from lewis.evaluation.harness.task_files import find_tasks, reads_hub
 from lewis.evaluation.sandbox import isolation
 
@@ -48,6 +49,26 @@ def test_code_needs_the_permission(
     with pytest.raises(InputError, match=rf"evaluate\.tasks: \w+ runs .*{what}.*`allow_code_execution: true`"):
         check_tasks(EvalSettings(("own.yaml",), tmp_path))
     check_tasks(EvalSettings(("own.yaml",), tmp_path, allow_code_execution=True))
+
+
+def test_code_may_need_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.py").write_text("raise SystemExit('this file must not run')")
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(isolation, "_possible", lambda: False)
+    write(tmp_path, {}, "process_docs: !function own.docs\n")
+    coded = EvalSettings(("own.yaml",), tmp_path, allow_code_execution=True)
+    check_tasks(coded)
+    monkeypatch.setenv("LEWIS_CODE_NEEDS_NAMESPACES", "1")
+    for refused in (lambda: check_tasks(coded), lambda: evaluate(tmp_path, coded)):
+        with pytest.raises(InputError, match=r"that allows namespaces.*LEWIS_CODE_NEEDS_NAMESPACES=1"):
+            refused()
+    write(tmp_path, {})
+    check_tasks(coded)
+    with pytest.raises(InputError, match="expected a machine that allows namespaces"):
+        evaluate(tmp_path, replace(coded, model_args={"trust_remote_code": True}))
+    monkeypatch.setattr(isolation, "_possible", lambda: True)
+    write(tmp_path, {}, "process_docs: !function own.docs\n")
+    check_tasks(coded)
 
 
 def test_a_task_without_code_needs_none(tmp_path: Path) -> None:
