@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,12 +202,19 @@ def merged(home: Path, digest: str) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*"))}
 
 
-def half_done(home: Path, name: str = "tiny") -> str:
+def half_done(home: Path, name: str = "tiny", expected: Sequence[str] = ("champion",)) -> str:
     """What is wrong with the registry after a run that succeeded; nothing if all is well.
 
     One version is right: it is ready, it is the champion, and no attempt of a process that died looks unfinished.
+
+    Args:
+        home: the store.
+        name: of the registered model.
+        expected: all aliases that the version has.
     """
     from mlflow import MlflowClient
+
+    from lewis.registry import history
 
     client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
     found = list(client.search_model_versions(f"name='{name}'"))
@@ -217,11 +224,15 @@ def half_done(home: Path, name: str = "tiny") -> str:
     version = found[0]
     if version.status != "READY" or version.tags.get("lewis.verdict") != "passed":
         return f"the version is {version.status}, its tags are {version.tags}"
-    if aliases != {"champion": str(version.version)}:
+    if aliases != dict.fromkeys(expected, str(version.version)):
         return f"the aliases are {aliases}"
     experiments = [each.experiment_id for each in client.search_experiments()]
     of_name = f"tags.`lewis.name` = '{name}'"
-    unfinished = client.search_runs(experiments, f"{of_name} and attributes.status = 'RUNNING'")
+    unfinished = [
+        run
+        for tag in ("lewis.name", history.CHART)
+        for run in client.search_runs(experiments, f"tags.`{tag}` = '{name}' and attributes.status = 'RUNNING'")
+    ]
     models = [each.status for each in client.search_logged_models(experiments, of_name)]
     if unfinished or [str(status) for status in models] != ["READY"]:
         return f"{len(unfinished)} runs of MLflow look as if they went on, its models are {models}"
