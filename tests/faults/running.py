@@ -22,6 +22,10 @@ from typing import Any
 
 import pytest
 
+from lewis.evaluation.documents import Document, SideBySide
+from lewis.evaluation.gate import Verdict
+from lewis.evaluation.statistics.scores import Texts
+from lewis.registry import history
 from tests.conftest import Family
 from tests.flows.conftest import RECIPE, REPO, TASK
 from tests.support.models import WORDS
@@ -36,6 +40,16 @@ for number, path in ((1, {out!r}), (2, {err!r})):
     os.dup2(os.open(path, os.O_WRONLY), number)
 """
 """For a forked process: a session of its own, and its output in files."""
+ANSWERS = SideBySide(
+    *("merged", "base", ()),
+    tuple(
+        Document(("words", f"{i}", 0), "words/acc", True, 1, 0, texts=(Texts("p", "t", "a"), Texts("p", "t", "b")))
+        for i in range(2)
+    ),
+)
+"""What two models answered, for traces."""
+WAITS = Verdict(True, ("no champion: pass",), "no champion", metric="words/acc,none", luck=0.1, approve_hours=1)
+"""Of a version that a person has to approve."""
 LEFT_OUT = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI")
 
 
@@ -213,8 +227,6 @@ def half_done(home: Path, name: str = "tiny", expected: Sequence[str] = ("champi
         expected: all aliases that the version has.
     """
     from mlflow import MlflowClient
-
-    from lewis.registry import history
 
     client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
     found = list(client.search_model_versions(f"name='{name}'"))

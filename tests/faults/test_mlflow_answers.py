@@ -15,15 +15,12 @@ import pytest
 
 from lewis import store
 from lewis.errors import LewisError
-from lewis.evaluation.documents import Document, SideBySide
-from lewis.evaluation.gate import Verdict
-from lewis.evaluation.statistics.scores import Texts
 from lewis.registry import creation, history, outbox, promotion, tracking, versions
 from lewis.registry.registration import Registration
 from lewis.registry.tracking import RunInput
 from lewis.store import kinds
 from tests.conftest import POINTS, Family, full
-from tests.faults.running import half_done
+from tests.faults.running import ANSWERS, WAITS, half_done
 from tests.support.faulty import HOWS, TRIES, Faulty
 from tests.support.service import free_port
 
@@ -31,11 +28,6 @@ pytestmark = full
 
 CREATES = re.compile("/(create|logged-models|traces)$")  # what must not be there twice
 GIVES_UP = 2  # seconds, a whole number
-VERDICT = Verdict(True, ("no champion: pass",), "no champion", metric="words/acc,none", luck=0.1, approve_hours=1)
-ANSWERS = tuple(
-    Document(("words", f"{i}", 0), "words/acc,none", True, 1.0, 0.0, (), (Texts("p", "t", "a"), Texts("p", "t", "b")))
-    for i in range(2)
-)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +81,7 @@ def entry(home: Path, family: Family, proxy: Faulty, monkeypatch: pytest.MonkeyP
         tables={"scores": [{"model": "merged", "acc": 0.9}]},
         card="# A card",
         datasets=(RunInput("words", "d" * 32, "evaluation", "lm-eval", {"lm_eval_task": "words"}),),
-        beside=SideBySide("merged", "base", (), ANSWERS),
+        beside=ANSWERS,
     )
 
 
@@ -103,7 +95,7 @@ def register(new: Registration) -> None:
     versions.champion(new.name)
     promotion.standing(new.name, new.digest)
     version = creation.register(new)
-    promotion.promote(version, VERDICT, "a test")
+    promotion.promote(version, WAITS, "a test")
     versions.attach(version, {versions.PAGE: "<html>"})
     if promotion.is_waiting(version.name, version.version):
         promotion.approve(version.name, version.version, "a test", "a test")
