@@ -123,7 +123,7 @@ def _keep_one(client: "MlflowClient", found: Version, new: Registration) -> Vers
         The version that is kept; the newest, as numbers of deleted versions are given again.
     """
     name, digest = found.name, new.digest
-    same = [each for each in versions.of_digest(client, name, digest) if each.run_id == found.run_id]
+    same = [each for each in versions.of_digest(client, name, digest) if Version.of(each).run_id == found.run_id]
     if len(same) > 1:
         named = {str(number) for number in history.registered_model(client, name).aliases.values()}
         same.sort(key=lambda each: (str(each.version) in named, int(each.version)))

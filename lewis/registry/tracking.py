@@ -173,9 +173,8 @@ def experiment(client: "MlflowClient", team: str = "") -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        found = client.get_experiment_by_name(
-            name
-        )  # another machine made it, or this one, whose request was sent again
+        found = client.get_experiment_by_name(name)  # another machine has made it, or the request was sent again
+        assert found is not None
     if found.lifecycle_stage != "active":
         restore = f"mlflow experiments restore -x {found.experiment_id}"
         raise InputError(f"MLflow's experiment {name!r} is deleted: run `{restore}`, or set MLFLOW_EXPERIMENT_NAME")
