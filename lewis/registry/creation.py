@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from lewis import store
 from lewis.errors import LewisError
-from lewis.registry import lineage, logged_model, repair, traces, tracking, versions
+from lewis.registry import history, lineage, logged_model, repair, traces, tracking, versions
 from lewis.registry.history import LUCK, TEAM
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
@@ -61,12 +61,12 @@ def register(new: Registration) -> Version:
     with store.SharedLock(f"registry-{name}"), tracking.client(f"registering {name}") as client:
         found = versions.find(client, name, new.digest)
         if found is not None:
-            _close_runs(client, name, new, finished=found.run_id)
+            found = _keep_one(client, found, new)
             _complete(client, found, new)
             _name_inputs(client, found, new)
         else:
             _clear_leftovers(client, name, new)
-            found = _create(client, name, new)
+            found = _keep_one(client, _create(client, name, new), new)
         repair.point_aliases_to(client, found, new.digest)
         return found
 
@@ -111,6 +111,35 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
     client.set_terminated(run_id)
     logger.info("registered %s as version %s", name, version.version)
     return Version.of(version, created=True)
+
+
+def _keep_one(client: "MlflowClient", found: Version, new: Registration) -> Version:
+    """Clear what is there besides a version, its run and its model, and have these marked as complete.
+
+    A request whose answer is lost is sent again by MLflow's client, and so a version may be there twice. It may be
+    there, too, though the request for it was taken to have failed, and its model and its run were marked so.
+
+    Returns:
+        The version that is kept; the newest, as numbers of deleted versions are given again.
+    """
+    name, digest = found.name, new.digest
+    same = [each for each in versions.of_digest(client, name, digest) if Version.of(each).run_id == found.run_id]
+    if len(same) > 1:
+        named = {str(number) for number in history.registered_model(client, name).aliases.values()}
+        same.sort(key=lambda each: (str(each.version) in named, int(each.version)))
+        for each in same[:-1]:
+            if str(each.version) not in named:
+                logger.warning("version %s of %s is there twice; it is deleted", each.version, name)
+                client.delete_model_version(name, str(each.version))
+        found = Version.of(same[-1], created=found.created)
+    _close_runs(client, name, new, finished=found.run_id)
+    own = (same[-1].source or "").removeprefix("models:/")
+    for model in client.search_logged_models([tracking.experiment(client, new.team)], _made_by(name, digest)):
+        if model.status != "READY" and model.model_id == own:
+            client.finalize_logged_model(model.model_id, "READY")
+        elif model.status != "READY":
+            logged_model.discard(client, model)
+    return found
 
 
 def _complete(client: "MlflowClient", found: Version, new: Registration) -> None:
@@ -249,10 +278,10 @@ def _clear_leftovers(client: "MlflowClient", name: str, new: Registration) -> No
 def _close_runs(client: "MlflowClient", name: str, new: Registration, finished: str | None) -> None:
     """End the runs whose process died: `finished`, which created a version, as FINISHED; all others as FAILED."""
     experiment = tracking.experiment(client, new.team)
-    for run in client.search_runs([experiment], f"{_made_by(name, new.digest)} and attributes.status = 'RUNNING'"):
+    for run in client.search_runs([experiment], f"{_made_by(name, new.digest)} and attributes.status != 'FINISHED'"):
         if run.info.run_id == finished:
             client.set_terminated(run.info.run_id)
-        else:
+        elif run.info.status == "RUNNING":
             _fail(client, experiment, run.info.run_id)
 
 

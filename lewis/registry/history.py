@@ -25,6 +25,7 @@ from lewis.reports.charts import MOVES, champion_steps
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import RegisteredModel
 
 TAG = "mlflow.lewis.history."  # MLflow's pages hide tags that begin with its own name
@@ -328,11 +329,21 @@ def _documents(client: "MlflowClient", run: str | None, metric: str) -> str:
 def _run(client: "MlflowClient", name: str) -> tuple[str, int]:
     """The run of the chart, made when it is missing, and how many entries of the history it has."""
     experiment = tracking.experiment(client, registered_model(client, name).tags.get(TEAM, ""))
-    for run in client.search_runs([experiment], f"tags.`{CHART}` = '{name}'"):
-        return str(run.info.run_id), int(run.data.metrics.get(_ENTRIES, 0))
-    made = client.create_run(experiment, run_name=f"{name}: champions", tags={CHART: name})
-    client.set_terminated(made.info.run_id)
-    return str(made.info.run_id), 0
+    search = ([experiment], f"tags.`{CHART}` = '{name}'")
+    if not (found := client.search_runs(*search)):
+        client.create_run(experiment, run_name=f"{name}: champions", tags={CHART: name})
+        found = client.search_runs(*search)
+    run, *others = sorted(found, key=_entries, reverse=True)
+    for each in others:  # MLflow's client sent the request again
+        client.delete_run(each.info.run_id)
+    if run.info.status == "RUNNING":
+        client.set_terminated(run.info.run_id)
+    return str(run.info.run_id), _entries(run)
+
+
+def _entries(run: "Run") -> int:
+    """How many entries of the history a chart has."""
+    return int(run.data.metrics.get(_ENTRIES, 0))
 
 
 def _number(uri: str) -> int:

@@ -159,9 +159,15 @@ def download(client: "MlflowClient", model: "LoggedModel", folder: Path) -> None
 
 def discard(client: "MlflowClient", model: "LoggedModel") -> None:
     """Delete a model that no version uses, with its local files; `mlflow gc` removes remote files."""
+    from mlflow.exceptions import MlflowException
+
     if (folder := local_folder(model)) is not None:
         shutil.rmtree(folder, ignore_errors=True)
-    client.delete_logged_model(model.model_id)
+    try:
+        client.delete_logged_model(model.model_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # MLflow's client sent the request again
+            raise
 
 
 @contextmanager

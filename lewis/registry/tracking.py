@@ -158,6 +158,8 @@ def experiment(client: "MlflowClient", team: str = "") -> str:
     Raises:
         InputError: if it has been deleted.
     """
+    from mlflow.exceptions import MlflowException
+
     name = experiment_name(team)
     artifacts = artifacts_folder()
     store.make_folder(artifacts)
@@ -166,7 +168,13 @@ def experiment(client: "MlflowClient", team: str = "") -> str:
         # A server knows where its artifacts go. Without a server, MLflow would put them into the current folder.
         location = None if client.tracking_uri.startswith("http") else artifacts.as_uri()
         kind = {"mlflow.experimentKind": "custom_model_development"}  # else its page is that of traces
-        return str(client.create_experiment(name, artifact_location=location, tags=kind))
+        try:
+            return str(client.create_experiment(name, artifact_location=location, tags=kind))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = client.get_experiment_by_name(name)  # another machine has made it, or the request was sent again
+        assert found is not None
     if found.lifecycle_stage != "active":
         restore = f"mlflow experiments restore -x {found.experiment_id}"
         raise InputError(f"MLflow's experiment {name!r} is deleted: run `{restore}`, or set MLFLOW_EXPERIMENT_NAME")

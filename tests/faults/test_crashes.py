@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,14 @@ from lewis.registry.registration import registration_of
 from lewis.reports import card
 from lewis.store.verification import verify
 from tests.conftest import POINTS, Family, full
-from tests.faults.running import half_done, left_over, merged
+from tests.faults.running import ANSWERS, WAITS, half_done, left_over, merged
 from tests.support import pipeline
 from tests.support.models import parse
 
 OF_THE_SYSTEM = ("replace", "rename", "link", "fsync", "mkdir")
-OF_THE_REGISTRY = (
-    *("create_run", "create_logged_model", "finalize_logged_model", "log_outputs", "log_batch", "log_artifacts"),
-    *("create_registered_model", "create_model_version", "set_terminated", "set_model_version_tag"),
-    *("set_registered_model_tag", "set_registered_model_alias", "set_tag", "download_artifacts"),
-    *("get_run", "search_model_versions", "get_model_version_by_alias", "create_experiment", "get_experiment_by_name"),
-)
 NEVER = 10**9  # no run comes to so many places
-DIED, REFUSED, ERROR_500 = -signal.SIGKILL, 3, "MLflow answers 500"
+DIED, REFUSED = -signal.SIGKILL, 3
+ERROR_500, AFTERWARDS = "MLflow answers 500", "MLflow answers 500 when it has done it"
 DATA: dict[str, Any] = {
     "merge_method": "ties",
     "lewis": {"calibrations": {"words": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}}},
@@ -53,8 +49,8 @@ DATA: dict[str, Any] = {
 }
 
 
-def go(recipe: Recipe, *, to_the_end: bool = bool(POINTS)) -> str:
-    """The steps of a run, without Prefect, to the scores or to the end; gives the digest."""
+def go(recipe: Recipe, *, to_the_end: bool = bool(POINTS), verdict: Verdict = WAITS) -> str:
+    """The steps of a run, without Prefect, to the scores or to the end, and those of who approves; gives the digest."""
     source, sources = pipeline.pin_all(recipe)
     assert source is not None and recipe.evaluate is not None
     base, experts = pipeline.download(source), [pipeline.download(each) for each in sources]
@@ -66,33 +62,47 @@ def go(recipe: Recipe, *, to_the_end: bool = bool(POINTS)) -> str:
     sets = [pipeline.prepare_calibration(recipe, "words", base)]
     new = registration_of(recipe, base, experts, sets, allocated, found, {"merged": scores})
     card.write(found.folder, new.card, new.pictures.get(card.HEAT_MAP))
-    version = creation.register(new)
-    promotion.promote(version, Verdict(True, ("no champion: pass",), "no champion"), "a test")
+    version = creation.register(replace(new, beside=ANSWERS))
+    promotion.promote(version, verdict, "a test")
+    if verdict.waits and promotion.is_waiting(version.name, version.version):
+        promotion.approve(version.name, version.version, "a test", "a test")
     promotion.settle()
     return found.digest
 
 
-def at_each_place(reached: Callable[[int], None], *, system: bool = True) -> None:
+def at_each_place(reached: Callable[[int], None], *, system: bool = True, after: bool = False) -> None:
     """From now on, call `reached` with the number of each place that this process comes to.
 
     Args:
         reached: as above.
         system: whether calls of the operating system are places too, next to those of the registry.
+        after: whether it is called after what is done at the place, not before.
     """
     from mlflow import MlflowClient
+    from mlflow.tracing.client import TracingClient
 
     places = 0
+    of_the_registry = [name for name, each in vars(MlflowClient).items() if callable(each) and name[0] != "_"]
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*given: Any, **named: Any) -> Any:
             nonlocal places
             places += 1
-            reached(places)
-            return call(*given, **named)
+            place = places
+            if not after:
+                reached(place)
+            result = call(*given, **named)
+            if after:
+                reached(place)
+            return result
 
         return wrapper
 
-    for module, names in ((os, OF_THE_SYSTEM if system else ()), (MlflowClient, OF_THE_REGISTRY)):
+    for module, names in (
+        (os, OF_THE_SYSTEM if system else ()),
+        (MlflowClient, of_the_registry),
+        (TracingClient, ("start_trace", "log_spans")),
+    ):
         for name in names:
             setattr(module, name, watched(getattr(module, name)))
 
@@ -102,23 +112,23 @@ def in_child(recipe: Recipe, home: Path, how: str, where: int, answer: Connectio
     from mlflow.protos.databricks_pb2 import INTERNAL_ERROR
 
     os.environ["LEWIS_HOME"] = str(home)
-    last = 0
+    last, refuses = 0, how in (ERROR_500, AFTERWARDS)
 
     def reached(place: int) -> None:
         nonlocal last
-        last = place
+        last = max(last, place)
         if how == "killed" and place == where:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "the disk is full" and place >= where:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if how == ERROR_500 and place == where:
-            raise MlflowException(ERROR_500, INTERNAL_ERROR)
+        if refuses and place == where:
+            raise MlflowException(how, INTERNAL_ERROR)
 
-    at_each_place(reached, system=how != ERROR_500)
+    at_each_place(reached, system=not refuses, after=how == AFTERWARDS)
     try:
         answer.send((go(recipe), last))
     except (LewisError, OSError) as error:
-        assert (ERROR_500 if how == ERROR_500 else os.strerror(errno.ENOSPC)) in str(error), error
+        assert (how if refuses else os.strerror(errno.ENOSPC)) in str(error), error
         os._exit(REFUSED)
 
 
@@ -139,7 +149,7 @@ def racing(recipe: Recipe, home: Path, computed: Path, begin: Any, answer: Conne
     for owner, name in ((lewis.merging.run.Merge, "run"), (lewis.importance.measure, "measure_sets")):
         setattr(owner, name, noting(getattr(owner, name), name))
     begin.wait(60)
-    answer.send(go(recipe))
+    answer.send(go(recipe, verdict=replace(WAITS, approve_hours=None)))
 
 
 def race(recipes: list[Recipe], home: Path) -> tuple[list[str], list[str]]:
@@ -224,7 +234,9 @@ def undisturbed(recipe: Recipe, template: Path, folder: Path, how: str) -> tuple
 
 
 @pytest.mark.usefixtures("warm")
-@pytest.mark.parametrize("how", ["killed", "the disk is full", pytest.param(ERROR_500, marks=full)])
+@pytest.mark.parametrize(
+    "how", ["killed", "the disk is full", *(pytest.param(how, marks=full) for how in (ERROR_500, AFTERWARDS))]
+)
 def test_a_run_that_ends_at_any_place_is_done_again_with_the_same_result(
     how: str, recipe: Recipe, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +256,10 @@ def test_a_run_that_ends_at_any_place_is_done_again_with_the_same_result(
         problems = [*left_over(home), *verify().damaged] if code == 0 else [f"exit code {code}"]
         if code == 0 and POINTS:
             told = [(move.version, move.happened) for move in outbox.moves()]
-            problems += [half_done(home), *([] if told == [("1", True)] else [f"to be told: {told}"])]
+            problems += [
+                half_done(home, expected=("challenger", "champion")),
+                *([] if told == [("1", True)] else [f"to be told: {told}"]),
+            ]
         if any(problems) or (found, merged(home, found)) != (digest, files):
             wrong.append(f"{where} of {places}, run again: {problems}, {found}")
         shutil.rmtree(home)

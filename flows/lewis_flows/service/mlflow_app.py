@@ -26,6 +26,7 @@ ORIGINS = "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"
 FILES = "MLFLOW_ARTIFACTS_DESTINATION"
 _HOSTS = "MLFLOW_SERVER_ALLOWED_HOSTS"
 _FACTORIES = {"basic-auth": "with_passwords"}
+_OPEN = "open"  # any other name
 
 
 def with_passwords() -> ASGIApp:
@@ -62,10 +63,13 @@ def main() -> None:
     module = "lewis_flows.service.mlflow_app"
     private_names.MLFLOW_FIND_APP.put(lambda name: f"{module}:{_FACTORIES.get(name, open_to_all.__name__)}")
     private_names.MLFLOW_START_SERVER.put(_become)
+    import click
     from mlflow.cli import cli
 
+    name = next(each for each in cli.commands["server"].params if each.name == "app_name")
+    name.type = click.Choice([*_FACTORIES, _OPEN])  # MLflow takes its own names alone
     named = any(each.partition("=")[0] == "--app-name" for each in given)
-    cli(["server", *given, *([] if named else ["--app-name", "open"])])
+    cli(["server", *given, *([] if named else ["--app-name", _OPEN])])
 
 
 def _prepare() -> None:

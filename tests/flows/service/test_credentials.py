@@ -7,11 +7,12 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -113,6 +114,29 @@ def test_it_can_be_switched_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("LEWIS_MLFLOW_AUTH", "no")
     with pytest.raises(InputError, match="LEWIS_MLFLOW_AUTH: expected 0 or 1, got 'no'"):
         settings.MLFLOW_AUTH.get()
+
+
+def test_a_server_without_a_password_is_ours_all_the_same(
+    home: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's command takes no name of an application but its own."""
+    from mlflow import server
+
+    begun = list[str]()
+
+    def become(command: Sequence[str], **_: object) -> None:
+        begun.extend(command)
+        sys.exit()
+
+    monkeypatch.setattr(server, "_find_app", server._find_app)  # so that the teardown undoes what is set
+    monkeypatch.setattr(server, "_exec_cmd", server._exec_cmd)
+    monkeypatch.setattr(mlflow_app, "_become", become)
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{shutil.copy(empty_database, home.with_name('m.db'))}")
+    monkeypatch.setenv(mlflow_app.ORIGINS, "http://127.0.0.1:1")
+    monkeypatch.setattr(sys, "argv", ["mlflow_app", "--port", "1"])
+    with mock.patch.dict(os.environ), pytest.raises(SystemExit):
+        mlflow_app.main()
+    assert "lewis_flows.service.mlflow_app:open_to_all" in begun and "--factory" in begun
 
 
 def test_what_answers_at_the_address_of_a_killed_service_does_not_get_its_key(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -921,6 +922,69 @@ def test_a_champion_whose_files_are_gone_comes_from_the_remote_half_of_the_store
     assert found.folder == (folder if shared == "1" else None)
     if found.folder:
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
+def _sent_again(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let MLflow's client send requests a second time, as it does if the answer to the first one is an error 500."""
+    from mlflow import MlflowClient
+
+    def twice(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*given: Any, **named: Any) -> Any:
+            call(*given, **named)
+            return call(*given, **named)
+
+        return wrapper
+
+    for name in names:
+        monkeypatch.setattr(MlflowClient, name, twice(getattr(MlflowClient, name)))
+
+
+def test_what_mlflow_did_twice_is_there_once(entry: Registration, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    creating = ("create_run", "create_logged_model", "create_registered_model", "create_model_version")
+    _sent_again(monkeypatch, "create_experiment", *creating, "delete_logged_model")
+    made = creation.register(replace(entry, team="research"))
+    promotion.promote(made, PASSED)
+    assert [str(each.version) for each in versions()] == [made.version] and runs() == []
+    assert registry.champion("tiny").version == replace(made, created=False)
+    experiment = client().get_experiment_by_name("lewis/research").experiment_id
+    found = client().search_runs([experiment])
+    charts = [run.info.status for run in found if "lewis.champions" in run.data.tags]
+    others = sorted(run.info.status for run in found if "lewis.champions" not in run.data.tags)
+    assert (charts, others) == (["FINISHED"], ["FAILED", "FINISHED"])
+    (model,) = client().search_logged_models([experiment])
+    assert (model.status, model.source_run_id) == ("READY", made.run_id)
+    assert creation.register(replace(entry, team="research")) == replace(made, created=False)
+
+
+def test_a_version_that_has_an_alias_is_not_taken_for_a_second_one(entry: Registration) -> None:
+    """Two of one run, which an earlier release of LEWIS left."""
+    promotion.promote(creation.register(entry), PASSED)
+    (first,) = versions()
+    client().create_model_version("tiny", first.source, first.run_id, tags={"lewis.digest": DIGEST})
+    assert creation.register(entry).version == "1" and len(versions()) == 1
+
+
+def test_a_version_whose_request_was_taken_to_have_failed_is_complete_after_the_next_run(
+    entry: Registration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    create = MlflowClient.create_model_version
+
+    def failing(*given: Any, **named: Any) -> None:
+        create(*given, **named)
+        raise MlflowException("the answer is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "create_model_version", failing)
+        with pytest.raises(TransientError, match="the answer is lost"):
+            creation.register(entry)
+    assert len(versions()) == 1 and runs() == ["FAILED"]
+    assert not creation.register(entry).created
+    experiment = client().get_experiment_by_name("lewis").experiment_id
+    assert len(versions()) == 1 and runs() == ["FINISHED"]
+    assert [model.status for model in client().search_logged_models([experiment])] == ["READY"]
 
 
 def test_a_server_that_does_not_answer_is_transient(entry: Registration, monkeypatch: pytest.MonkeyPatch) -> None:
