@@ -26,9 +26,11 @@ from lewis.merging.run import Merge
 from lewis.recipe.recipe import Recipe
 from lewis.search import trial
 from lewis.store import kinds
-from tests.conftest import Family
+from tests.conftest import Family, full
 from tests.flows.conftest import TASK, write_words
 from tests.support import pipeline
+from tests.support.deployed import deploying
+from tests.support.lineage import make_home
 from tests.support.models import parse
 
 DATA: dict[str, Any] = {
@@ -178,46 +180,92 @@ def test_a_recipe_that_is_edited_while_it_is_run(models: dict[str, Path], home: 
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
-@pytest.mark.parametrize("when", ["waits", "works"])
+@pytest.mark.parametrize("when", ["waits", "works", pytest.param("deployed", marks=full)])
 def test_a_recipe_that_is_edited_while_its_flow_run(
     models: dict[str, Path],
-    home: Path,
+    empty_database: Path,
     tmp_path: Path,
     prefect_url: str,
     monkeypatch: pytest.MonkeyPatch,
     when: str,
 ) -> None:
     """A run that waits merges what the file says when it begins; one that works goes on with that, and the next run
-    merges the edit.
+    merges the edit. The file in MLflow is the text that was merged.
     """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    from lewis.registry import tracking
     from lewis_flows import merge as flows
     from lewis_tasks.support import patience
 
+    make_home(tmp_path / "home", empty_database, monkeypatch)
     monkeypatch.setattr(patience, "begin", lambda **_: None)  # it is for a process that ends with its run
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    monkeypatch.setenv("LEWIS_RECIPES", str(recipes))
 
     def text(weight: float) -> str:
         experts = [{"model": str(models[each]), "parameters": {"weight": weight}} for each in ("math", "code")]
-        return yaml.safe_dump({"merge_method": "task_arithmetic", "base_model": str(models["base"]), "models": experts})
+        method = {"merge_method": "task_arithmetic", "base_model": str(models["base"])}
+        return yaml.safe_dump({**method, "models": experts, "register": {"name": "edited"}})
 
-    file, (old, new) = tmp_path / "edited.yaml", (text(0.5), text(0.25))
+    file, (old, new) = recipes / "edited.yaml", (text(0.5), text(0.25))
     digests = []
     for each in (old, new):
         file.write_text(each)
         digests.append(library.merge(file, tmp_path / str(len(digests))).digest)
     file.write_text(old)
     owner, name = (flows, "absorb") if when == "waits" else (Merge, "run")
-    real = getattr(owner, name)
+    real, edited = getattr(owner, name), list[Callable[[], object]]()
 
     def editing(*given: Any, **named: Any) -> Any:
         file.write_text(new)
+        for each in edited:
+            each()
         return real(*given, **named)
 
     monkeypatch.setattr(owner, name, editing)
     with temporary_settings({PREFECT_API_URL: prefect_url}):
-        found = [flows.merge_flow(str(file)).digest for _ in range(2)]
+        if when == "deployed":
+            found = deployed_twice(prefect_url, edited)
+        else:
+            found = [flows.merge_flow(str(file)).digest for _ in range(2)]
     assert found == ([digests[1]] * 2 if when == "waits" else digests)
+    with tracking.client("reading the recipes") as client:
+        of_runs = {
+            each.tags["lewis.digest"]: tracking.file_of(client, str(each.run_id), "recipe.yaml").decode()
+            for each in client.search_model_versions("name='edited'")
+        }
+    assert of_runs == ({digests[1]: new} if when == "waits" else dict(zip(digests, (old, new), strict=True)))
+
+
+def deployed_twice(url: str, edited: list[Callable[[], object]]) -> list[str]:
+    """Run the deployment of a recipe, and then the run that its edit has started; gives the digests of the merges."""
+    from prefect.flow_engine import run_flow
+    from prefect.states import Scheduled
+
+    from lewis_flows.merge import merge_flow
+    from lewis_flows.service.deploy import Follower
+    from lewis_tasks.support.flow_run import result_of_run
+
+    said = list[str]()
+    with deploying(url) as client:
+        follower = Follower(said.append)
+        follower.follow()
+        edited.append(follower.follow)
+        deployment = client.read_deployment_by_name("merge/edited").id
+
+        def run(of: Any) -> str:
+            """As a worker does."""
+            return str(result_of_run(run_flow(merge_flow, flow_run=of, return_type="state")).digest)
+
+        first = client.create_flow_run_from_deployment(deployment)
+        found = [run(first)]
+        assert "edited was edited: it is merged now" in said
+        of_edit = [each for each in client.read_flow_runs() if each.deployment_id == deployment and "edited" in each.tags]
+        (second,) = of_edit
+        client.set_flow_run_state(second.id, Scheduled(), force=True)  # now, not some seconds after the edit
+        return [*found, run(client.read_flow_run(second.id))]
 
 
 def test_a_task_that_is_edited_while_it_is_scored(
