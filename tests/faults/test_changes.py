@@ -288,8 +288,8 @@ def deployed_twice(url: str, edited: list[Callable[[], object]]) -> list[str]:
         first = client.create_flow_run_from_deployment(deployment)
         found = [run(first)]
         assert "edited was edited: it is merged now" in said
-        of_edit = [each for each in client.read_flow_runs() if each.deployment_id == deployment and "edited" in each.tags]
-        (second,) = of_edit
+        of_deployment = (each for each in client.read_flow_runs() if each.deployment_id == deployment)
+        [second] = [each for each in of_deployment if "edited" in each.tags]
         client.set_flow_run_state(second.id, Scheduled(), force=True)  # now, not some seconds after the edit
         return [*found, run(client.read_flow_run(second.id))]
 
