@@ -178,8 +178,9 @@ def registered_name(recipe: str) -> str:
 def check_alone(path: Path, recipe: Recipe) -> None:
     """Check that no other recipe of the folder registers the same model, unless both name one `register.group`.
 
-    Nor may an earlier one have the same keys in Prefect. A file of the same name elsewhere is the same recipe: its
-    versions and runs have that name.
+    Nor may another one have the same keys in Prefect: neither of the two passes, so that a new file cannot take the
+    place of one that was there. A file of the same name elsewhere is the same recipe: its versions and runs have that
+    name.
 
     Args:
         path: the recipe's file, in the folder or elsewhere.
@@ -194,10 +195,10 @@ def check_alone(path: Path, recipe: Recipe) -> None:
         return
     block = recipe.register_as
     for other, (name, group) in _all_registers(location(), tuple(signature())).items():
-        if other.stem < path.stem and slug(other.stem) == slug(path.stem):
+        if other.stem != path.stem and slug(other.stem) == slug(path.stem):
             raise InputError(
                 f"{path.name}: its artifacts and secrets would be those of {other.name}, whose name differs in case or "
-                "signs; rename one of them"
+                "signs alone; neither of them runs until one is renamed"
             )
         same = block is not None and name == block.model and (group != block.group or not group)
         if same and other.stem != path.stem:

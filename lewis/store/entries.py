@@ -62,7 +62,7 @@ def publish(
     scratch = folder.with_name(f".{folder.name}.{key[:32]}{files.RESUMABLE}") if key else beside(folder)
     with files.lock(str(scratch.absolute())) if key else nullcontext():
         files.sweep(folder.parent, folder.name)
-        _make_scratch(scratch, goes_on=bool(key))
+        _make_scratch(scratch)
         try:
             yield scratch
             # What a process left that died when it was almost done.
@@ -98,15 +98,15 @@ def _put(scratch: Path, folder: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _make_scratch(scratch: Path, *, goes_on: bool) -> None:
-    """Make a scratch folder; of one that is there already, what another user of the store left and this one may not
-    write to is removed.
+def _make_scratch(scratch: Path) -> None:
+    """Make a scratch folder; of one that is there already, what another user of the store left is removed: this one may
+    neither read all of it nor change its modes.
     """
-    scratch.mkdir(exist_ok=goes_on)
+    make_folder(scratch)
     if holds(scratch) and scratch.stat().st_uid == os.getuid():
         restrict(scratch)
     for path in scratch.iterdir():
-        if not os.access(path, os.W_OK):
+        if not os.access(path, os.W_OK) or (holds(scratch) and path.lstat().st_uid != os.getuid()):
             files.discard(path)
 
 

@@ -24,7 +24,7 @@ from lewis.errors import InputError, LewisError
 from lewis.input_files import open_regular
 from lewis.settings import QUOTA, size_text
 from lewis.store import size
-from lewis.store.folders import holds, home, make_folder, restrict, umask
+from lewis.store.folders import holds, home, make_folder, make_shared_file, restrict, umask
 from lewis.store.scratch import beside, is_dead, writer_of
 
 MANIFEST = "lewis.json"
@@ -48,6 +48,7 @@ def file_sha256(path: Path) -> str:
 def lock(name: str) -> FileLock:
     """A lock between processes and threads, held as `with lock("..."):`. The kernel frees it when its holder dies."""
     path = make_folder(home() / "locks") / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".lock")
+    make_shared_file(path)
     return FileLock(path, thread_local=False, mode=0o660 & ~umask())
 
 

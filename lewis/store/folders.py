@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from lewis import settings
 from lewis.errors import InputError
+from lewis.store.scratch import beside
 
 SERVICE_NOTE = "service.json"
 """The file of the store in which `lewis up` notes its process, and where its servers answer."""
@@ -52,12 +53,48 @@ def make_folder(folder: Path) -> Path:
     _close_to_others(place)
     missing = [each for each in (absolute, *absolute.parents) if each != place and each.is_relative_to(place)]
     for each in reversed(missing):
-        with suppress(FileExistsError):
-            os.mkdir(each)
-            restrict(each)
+        _make(each)
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder of the store, there is a file; move it away")
     return folder
+
+
+def _make(folder: Path) -> None:
+    """Make one folder of the store, if it is missing.
+
+    That of a group has its name only with its mode: another user may be about to write into it, and its maker may be
+    killed.
+    """
+    if not is_shared():
+        with suppress(FileExistsError):
+            os.mkdir(folder)
+            restrict(folder)
+    elif not os.path.lexists(folder):
+        scratch = beside(folder)
+        os.mkdir(scratch)
+        restrict(scratch)
+        try:
+            os.rename(scratch, folder)
+        except OSError:  # another process was faster
+            os.rmdir(scratch)
+            if not os.path.lexists(folder):
+                raise
+
+
+def make_shared_file(path: Path) -> None:
+    """Make an empty file of a group's store, if it is missing; it has its name only with its mode, as a folder has."""
+    if is_shared() and not os.path.lexists(path):
+        scratch = beside(path)
+        scratch.touch()
+        restrict(scratch)
+        with suppress(OSError):  # another process was faster, or there are no links here
+            os.link(scratch, path)
+        scratch.unlink()
+
+
+def is_shared() -> bool:
+    """Whether a group shares the store."""
+    return umask() == _OTHERS
 
 
 def restrict(path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +26,13 @@ from lewis.inspection.step import InspectionInput
 from lewis.merging.run import Merge
 from lewis.recipe.recipe import Recipe
 from lewis.search import trial
-from lewis.store import kinds
-from tests.conftest import Family
+from lewis.steps.graph import graph
+from lewis.store import kinds, manifest
+from tests.conftest import Family, full
 from tests.flows.conftest import TASK, write_words
 from tests.support import pipeline
+from tests.support.deployed import deploying
+from tests.support.lineage import make_home
 from tests.support.models import parse
 
 DATA: dict[str, Any] = {
@@ -37,15 +41,24 @@ DATA: dict[str, Any] = {
 }
 
 
-def change(path: Path) -> None:
-    """Flip a byte of the weights; size and modification time stay."""
+def put(path: Path, content: bytes) -> None:
+    """Write other content of the same size into a file; its modification time stays."""
     before = path.stat()
+    assert len(content) == before.st_size and content != path.read_bytes()
     with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
+        file.write(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def change(path: Path) -> None:
+    """Flip a byte of the weights."""
+    content = path.read_bytes()
+    put(path, content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def swap(path: Path, old: str, new: str) -> None:
+    """Put one word of a JSON file in the place of another of its length."""
+    put(path, path.read_bytes().replace(old.encode(), new.encode()))
 
 
 def first(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, changing: Callable[[], object]) -> None:
@@ -59,22 +72,19 @@ def first(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, changing: Cal
     monkeypatch.setattr(module, name, both)
 
 
-def append(path: Path) -> None:
-    path.write_text(path.read_text() + " ")
-
-
 @pytest.fixture
 def models(family: Family, tmp_path: Path) -> dict[str, Path]:
     """Base and experts that may be changed."""
-    found = {name: tmp_path / name for name in ("base", "math", "code")}
+    found = {name: tmp_path / name for name in ("base", "math", "code", "lora")}
     for name, path in found.items():
         shutil.copytree(getattr(family, name), path, copy_function=shutil.copyfile)
+    time.sleep(1.2 * manifest._TIMESTAMP_TICK / 1e9)  # else no checksum is remembered, and each look reads the files
     return found
 
 
-def recipe_of(models: dict[str, Path]) -> Recipe:
-    experts = [{"model": str(models[name])} for name in ("math", "code")]
-    return parse({**DATA, "base_model": str(models["base"]), "models": experts})
+def recipe_of(models: dict[str, Path], *experts: str, **blocks: Any) -> Recipe:
+    of = [{"model": str(models[name])} for name in experts or ("math", "code")]
+    return parse({**DATA, "base_model": str(models["base"]), "models": of, **blocks}, models["base"].parent)
 
 
 def merged(recipe: Recipe) -> bytes:
@@ -85,14 +95,14 @@ def merged(recipe: Recipe) -> bytes:
     return (pipeline.merge(recipe, base, experts, allocated).folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["base", "math"])
+@pytest.mark.parametrize("name", ["base", "math", "lora"])
 @pytest.mark.parametrize("step", ["merge", "importance"])
 def test_a_model_that_changes_while_it_is_read(
     models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: str
 ) -> None:
     owner, called = (Merge, "_write") if step == "merge" else (measure, "measure_sets")
-    real, weights = getattr(owner, called), models[name] / "model.safetensors"
-    left = [weights]
+    real, weights = getattr(owner, called), models[name] / ("adapter_" * (name == "lora") + "model.safetensors")
+    left, recipe = [weights], recipe_of(models, "lora" if name == "lora" else "math", "code")
 
     def changing(*given: Any, **named: Any) -> Any:
         while left:
@@ -101,13 +111,13 @@ def test_a_model_that_changes_while_it_is_read(
 
     monkeypatch.setattr(owner, called, changing)
     with pytest.raises(LewisError, match=rf"{name}: .* changed while running: was sha256:.*; run again"):
-        merged(recipe_of(models))
+        merged(recipe)
     assert not kinds.MERGED.entries()
-    of_changed = merged(recipe_of(models))
+    of_changed = merged(recipe)
     change(weights)  # as it was before
-    again = merged(recipe_of(models))
+    again = merged(recipe)
     monkeypatch.setenv("LEWIS_HOME", str(home.parent / "another"))
-    assert again == merged(recipe_of(models))
+    assert again == merged(recipe)
     assert name == "base" or again != of_changed
 
 
@@ -124,7 +134,7 @@ def test_densities_of_a_model_that_changes_while_it_is_looked_at_are_not_kept(
 def test_rows_of_a_tokenizer_that_changes_while_it_is_used_are_not_kept(
     models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first(monkeypatch, calibration, "calibrate", lambda: append(models["base"] / "tokenizer.json"))
+    first(monkeypatch, calibration, "calibrate", lambda: swap(models["base"] / "tokenizer.json", "w59", "v59"))
     with pytest.raises(LewisError, match=r"base: .* changed while running"):
         merged(recipe_of(models))
     assert not kinds.CALIBRATIONS.entries()
@@ -134,7 +144,7 @@ def test_the_covered_layers_of_a_base_that_changes_while_they_are_found_are_not_
     models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = pipeline.download(pipeline.pin(str(models["base"]), home))
-    first(monkeypatch, step, "covered_tensors", lambda: append(models["base"] / "config.json"))
+    first(monkeypatch, step, "covered_tensors", lambda: swap(models["base"] / "config.json", "silu", "gelu"))
     with pytest.raises(LewisError, match=r"base: .* changed while running"):
         step.layers_of(base)
     assert not any("layers" in path.read_text() for path in kinds.DIGESTS.entries())
@@ -163,6 +173,24 @@ def test_norms_of_a_model_that_changes_after_its_pass_are_not_kept(
     assert not kinds.IMPORTANCE.entries()
 
 
+def test_a_trial_of_a_model_that_changes_while_it_is_merged_is_not_scored(
+    models: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scores would be kept as those of the models before the change."""
+    write_words(tmp_path)
+    (tmp_path / "words.yaml").write_text(TASK)
+    recipe = recipe_of(models, "math", "lora", evaluate={"tasks": ["words.yaml"]})
+    known = pipeline.known(recipe, *pipeline.fetch(recipe))
+    monkeypatch.setattr(trial, "MEMORY", memory := tmp_path / "shm")
+    memory.mkdir()
+    first(monkeypatch, Merge, "run", lambda: change(models["lora"] / "adapter_model.safetensors"))
+    monkeypatch.setattr(lm_eval, "evaluate", lambda *_, **__: pytest.fail("it was scored"))
+    with pytest.raises(LewisError, match=r"lora: .* changed while running"):
+        trial.score_trial(graph(recipe), "merged", known, pipeline.eval_settings(recipe))
+    assert not kinds.SCORES.entries() and not kinds.ANSWERS.entries()
+    assert not list(memory.rglob("*.safetensors")) and not list(home.glob("trials/**/*.safetensors"))
+
+
 def test_a_recipe_that_is_edited_while_it_is_run(models: dict[str, Path], home: Path, tmp_path: Path) -> None:
     data = {"merge_method": "linear", "models": [{"model": str(models[each])} for each in ("math", "code")]}
     file = tmp_path / "edited.yaml"
@@ -178,46 +206,92 @@ def test_a_recipe_that_is_edited_while_it_is_run(models: dict[str, Path], home: 
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
-@pytest.mark.parametrize("when", ["waits", "works"])
+@pytest.mark.parametrize("when", ["waits", "works", pytest.param("deployed", marks=full)])
 def test_a_recipe_that_is_edited_while_its_flow_run(
     models: dict[str, Path],
-    home: Path,
+    empty_database: Path,
     tmp_path: Path,
     prefect_url: str,
     monkeypatch: pytest.MonkeyPatch,
     when: str,
 ) -> None:
     """A run that waits merges what the file says when it begins; one that works goes on with that, and the next run
-    merges the edit.
+    merges the edit. The file in MLflow is the text that was merged.
     """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    from lewis.registry import tracking
     from lewis_flows import merge as flows
     from lewis_tasks.support import patience
 
+    make_home(tmp_path / "home", empty_database, monkeypatch)
     monkeypatch.setattr(patience, "begin", lambda **_: None)  # it is for a process that ends with its run
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    monkeypatch.setenv("LEWIS_RECIPES", str(recipes))
 
     def text(weight: float) -> str:
         experts = [{"model": str(models[each]), "parameters": {"weight": weight}} for each in ("math", "code")]
-        return yaml.safe_dump({"merge_method": "task_arithmetic", "base_model": str(models["base"]), "models": experts})
+        method = {"merge_method": "task_arithmetic", "base_model": str(models["base"])}
+        return yaml.safe_dump({**method, "models": experts, "register": {"name": "edited"}})
 
-    file, (old, new) = tmp_path / "edited.yaml", (text(0.5), text(0.25))
+    file, (old, new) = recipes / "edited.yaml", (text(0.5), text(0.25))
     digests = []
     for each in (old, new):
         file.write_text(each)
         digests.append(library.merge(file, tmp_path / str(len(digests))).digest)
     file.write_text(old)
     owner, name = (flows, "absorb") if when == "waits" else (Merge, "run")
-    real = getattr(owner, name)
+    real, edited = getattr(owner, name), list[Callable[[], object]]()
 
     def editing(*given: Any, **named: Any) -> Any:
         file.write_text(new)
+        for each in edited:
+            each()
         return real(*given, **named)
 
     monkeypatch.setattr(owner, name, editing)
     with temporary_settings({PREFECT_API_URL: prefect_url}):
-        found = [flows.merge_flow(str(file)).digest for _ in range(2)]
+        if when == "deployed":
+            found = deployed_twice(prefect_url, edited)
+        else:
+            found = [flows.merge_flow(str(file)).digest for _ in range(2)]
     assert found == ([digests[1]] * 2 if when == "waits" else digests)
+    with tracking.client("reading the recipes") as client:
+        of_runs = {
+            each.tags["lewis.digest"]: tracking.file_of(client, str(each.run_id), "recipe.yaml").decode()
+            for each in client.search_model_versions("name='edited'")
+        }
+    assert of_runs == ({digests[1]: new} if when == "waits" else dict(zip(digests, (old, new), strict=True)))
+
+
+def deployed_twice(url: str, edited: list[Callable[[], object]]) -> list[str]:
+    """Run the deployment of a recipe, and then the run that its edit has started; gives the digests of the merges."""
+    from prefect.flow_engine import run_flow
+    from prefect.states import Scheduled
+
+    from lewis_flows.merge import merge_flow
+    from lewis_flows.service.deploy import Follower
+    from lewis_tasks.support.flow_run import result_of_run
+
+    said = list[str]()
+    with deploying(url) as client:
+        follower = Follower(said.append)
+        follower.follow()
+        edited.append(follower.follow)
+        deployment = client.read_deployment_by_name("merge/edited").id
+
+        def run(of: Any) -> str:
+            """As a worker does."""
+            return str(result_of_run(run_flow(merge_flow, flow_run=of, return_type="state")).digest)
+
+        first = client.create_flow_run_from_deployment(deployment)
+        found = [run(first)]
+        assert "edited was edited: it is merged now" in said
+        of_deployment = (each for each in client.read_flow_runs() if each.deployment_id == deployment)
+        [second] = [each for each in of_deployment if "edited" in each.tags]
+        client.set_flow_run_state(second.id, Scheduled(), force=True)  # now, not some seconds after the edit
+        return [*found, run(client.read_flow_run(second.id))]
 
 
 def test_a_task_that_is_edited_while_it_is_scored(
@@ -263,7 +337,7 @@ def test_the_answers_of_a_model_that_changes_while_it_is_scored_are_not_kept(
     settings = EvalSettings(tasks=("words.yaml",), root=tmp_path, limit=8)
 
     def changing(*given: Any, **named: Any) -> Any:
-        weights.write_bytes((models["code"] / "model.safetensors").read_bytes())
+        put(weights, (models["code"] / "model.safetensors").read_bytes())
         return real(*given, **named)
 
     monkeypatch.setattr(lm_eval, "evaluate", changing)

@@ -25,7 +25,7 @@ class Fitted:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        store.make_folder(folder)
         self._index, self._places = folder / "blocks.json", dict[str, Path]()
         known = store.read_entry(self._index) or {}
         for name, (sha256, tensors) in known.items():

@@ -78,7 +78,7 @@ def choose(merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, t
         if expert.calibration
     ]
     file = folder / "ridges.json"
-    folder.mkdir(parents=True, exist_ok=True)
+    store.make_folder(folder)
     known = dict(store.read_entry(file) or {})
     for i, ridge in enumerate(RIDGES):
 

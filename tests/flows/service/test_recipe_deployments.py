@@ -1,6 +1,7 @@
 """The deployments always are those that the folder of recipes asks for; what an operator changed stays."""
 
 import logging
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import InputError, LewisError
 from lewis_flows import prefect_runs, recipes_folder
-from lewis_flows.merge import merge_flow
+from lewis_flows.merge import load, merge_flow
 from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments, webhook
 from lewis_flows.service.deploy import Follower
@@ -80,12 +81,35 @@ def test_whatever_happens_to_a_recipe_counts(folder: Path, caplog: pytest.LogCap
     assert len(caplog.messages) == 1 and "local cannot run: ./model" in caplog.text
     (folder / "model").mkdir()  # no file of the folder's top has changed
     assert runnable(seen) == ["good", "local"]
-    (folder / "Good.yaml").write_text(GOOD)  # a search in capital letters, or in small ones, finds both
-    assert runnable(seen) == ["Good", "local"]
-    shared = "its artifacts and secrets would be those of Good"
-    assert shared in caplog.text and "Traceback" not in caplog.text
-    with pytest.raises(InputError, match=shared):  # as `lewis status` and the poll read it
-        recipes_folder.load("good")
+
+
+@pytest.mark.parametrize("name", ["Good", "good-"])
+def test_of_two_names_that_differ_in_case_or_signs_neither_runs(
+    folder: Path, client: SyncPrefectClient, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """The later one in the alphabet alone was refused: a new file ran in the place of one that was there."""
+    follower, new = Follower(print), folder / f"{name}.yaml"
+    follower.follow()
+    made = client.read_deployment_by_name("merge/good")
+    new.write_text(GOOD)
+    follower.follow()
+    assert follower.runnable() == []
+    for mine, other in ((new, "good.yaml"), (folder / "good.yaml", new.name)):
+        why = f"{mine.name}: its artifacts and secrets would be those of {other}, whose name differs in case or signs"
+        assert f"recipe {mine.stem} is left out: {why}" in caplog.text
+        with pytest.raises(InputError, match=re.escape(why)):  # as `lewis status` and the poll read it
+            recipes_folder.load(mine.stem)
+        with pytest.raises(InputError, match=re.escape(why)):  # as a run reads it
+            load(mine, [])
+        found = client.read_deployment_by_name(f"merge/{mine.stem}")
+        assert found.paused and "cannot-run" in found.tags and "It cannot run" in (found.description or "")
+    assert "Traceback" not in caplog.text
+    new.rename(folder / "better.yaml")
+    follower.follow()
+    assert follower.runnable() == ["better", "good"]
+    found = client.read_deployment_by_name("merge/good")
+    assert (found.id, found.version, found.paused, found.tags) == (made.id, made.version, False, made.tags)
+    assert not [run for run in client.read_flow_runs() if run.deployment_id == made.id and not run.auto_scheduled]
 
 
 def test_a_recipe_has_a_deployment_that_an_operator_can_change(
