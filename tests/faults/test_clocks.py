@@ -102,6 +102,41 @@ def test_a_living_holder_whose_clock_is_wrong(bucket: Path, monkeypatch: pytest.
     Lease("living").acquire(timeout=20).close()
 
 
+@pytest.mark.parametrize("whose", ["holder", "all"])
+@pytest.mark.parametrize("jump", [DAY, -DAY])
+def test_a_clock_that_jumps_while_a_lease_is_held(
+    bucket: Path, monkeypatch: pytest.MonkeyPatch, jump: float, whose: str
+) -> None:
+    """Nobody takes a lease that is renewed. Its end passes once it is not, and it gives nothing back that is another's."""
+    monkeypatch.setattr(lease, "SECONDS", 1.0)
+    monkeypatch.setattr(lease, "GRACE", 0.5)
+    name, shift = uuid4().hex, 0.0
+    holder, other = Lease(name), Lease(name)
+
+    def clock() -> float:
+        mine = whose == "all" or threading.current_thread() is holder._keeper
+        return time.time() + (shift if mine else 0.0)
+
+    monkeypatch.setattr(lease, "time", SimpleNamespace(time=clock, monotonic=time.monotonic, sleep=time.sleep))
+    holder.acquire()
+    place = bucket / holder._folder / holder._own
+    shift, before = jump, place.read_text()
+    assert until(lambda: place.read_text() not in ("", before), 60)
+    with pytest.raises(Timeout):
+        other.acquire(timeout=0)
+    assert holder._keeper
+    holder._ended.set()
+    holder._keeper.join(60)
+    other.acquire(timeout=60)
+    holder.release()
+    with pytest.raises(Timeout):
+        Lease(name).acquire(timeout=0)
+    other.release()
+    assert other._keeper
+    assert not holder._keeper.is_alive() and not other._keeper.is_alive()
+    Lease(name).acquire(timeout=60).close()
+
+
 @pytest.mark.parametrize(("ahead", "most"), [(0.1, 1), (3600.0, 2), (-3600.0, 2)])
 def test_two_workers_make_one_entry(bucket: Path, monkeypatch: pytest.MonkeyPatch, ahead: float, most: int) -> None:
     """Clocks that differ by more than `GRACE` may cost double work, and nothing else."""
