@@ -23,12 +23,15 @@ from prefect.states import Completed, Failed, Running, Scheduled
 
 from lewis import store
 from lewis.errors import InputError
+from lewis.registry import outbox
 from lewis.registry.releases import Moved
 from lewis.store import kinds, lease, remote
 from lewis.store.lease import Lease, SharedLock
-from lewis_flows import prefect_runs, release_event, turn, watch
+from lewis_flows import prefect_runs, release_event, retention, turn, watch
 from lewis_flows.service import cancel, receiver, worker
+from lewis_tasks.support import moves
 from tests.faults.running import until
+from tests.support.lineage import make_home
 
 DAY, HOUR = 86400.0, timedelta(hours=1)
 
@@ -317,6 +320,34 @@ def test_a_wait_for_a_burst_ends_though_the_clock_goes_back(monkeypatch: pytest.
     monkeypatch.setattr(release_event, "_recent", lambda _: [timedelta(0)] * 2)
     release_event.settle("x")
     assert next(times, None) is None
+
+
+def test_the_news_of_a_champion_is_kept_where_the_clock_is_a_month_ahead(
+    client: SyncPrefectClient, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = outbox.Move(f"tiny-{uuid4().hex[:6]}", "2", None, ["better"], happened=True)
+    outbox.write(move)
+    set_clock(monkeypatch, timedelta(days=30))
+    moves._forget_known()
+    assert outbox.moves() == [move]
+
+
+def test_nothing_is_old_because_a_clock_is_a_year_ahead(
+    client: SyncPrefectClient, tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The retention keeps what ended, or was written, lately by the clock of Prefect's server."""
+    make_home(tmp_path / "home", empty_database, monkeypatch)
+    monkeypatch.setenv("LEWIS_STORE", f"file://{tmp_path}/remote")
+    store.write_entry(kinds.SCORES.path("7e" * 32), {"results": 1})
+    kinds.SCORES.path("7e" * 32).unlink()  # another machine wrote it
+    recipe = f"old{uuid4().hex[:8]}"
+    for _ in range(2):
+        run = client.create_flow_run(_merge, parameters={"recipe": recipe}, state=Running())
+        client.set_flow_run_state(run.id, Completed(), force=True)
+    set_clock(monkeypatch, timedelta(days=365))
+    clock = SimpleNamespace(time=lambda: time.time() + 365 * DAY)
+    monkeypatch.setattr(retention, "time", clock)
+    assert retention.survey(retention.DAYS) == []
 
 
 def test_a_worker_whose_clock_is_wrong_does_not_start(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
