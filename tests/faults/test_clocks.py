@@ -28,7 +28,7 @@ from lewis.registry.releases import Moved
 from lewis.store import kinds, lease, remote
 from lewis.store.lease import Lease, SharedLock
 from lewis_flows import prefect_runs, release_event, retention, turn, watch
-from lewis_flows.service import cancel, receiver, worker
+from lewis_flows.service import cancel, keep_served, receiver, worker
 from lewis_tasks.support import moves
 from tests.faults.running import until
 from tests.support.lineage import make_home
@@ -277,7 +277,7 @@ def planned(client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_run_that_a_schedule_plans(
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, planned: list[FlowRun], ahead: timedelta
 ) -> None:
-    """A run that begins ends what is due, and nothing else, and so does `lewis cancel`."""
+    """What is due ends with a run that begins, and by `lewis cancel`; what is planned stays, and holds up no other."""
     due, later = planned
     assert due.auto_scheduled and later.auto_scheduled
     set_clock(monkeypatch, ahead)
@@ -289,6 +289,8 @@ def test_a_run_that_a_schedule_plans(
     waits = client.create_flow_run_from_deployment(due.deployment_id, state=a_minute_ago)
     assert [each.id for each in cancel.cancel(prefect_runs.recipe_of(due))] == [str(waits.id)]
     assert client.read_flow_run(later.id).state_name == "Scheduled"
+    monkeypatch.setattr(prefect_runs, "SERVE", "merge")
+    assert keep_served._start(client, prefect_runs.recipe_of(due))
 
 
 @pytest.mark.parametrize("ahead", [HOUR, -HOUR])

@@ -25,7 +25,7 @@ def now(client: "SyncPrefectClient") -> datetime:
     Raises:
         httpx.HTTPError: if the server does not answer.
     """
-    return datetime.now(UTC) + ahead(client)
+    return ahead(client) + datetime.now(UTC)  # in this order: the request takes time
 
 
 def ahead(client: "SyncPrefectClient") -> timedelta:
