@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -92,10 +92,10 @@ def recipe_of(run: FlowRun) -> str:
     return str(given)
 
 
-def waits(run: FlowRun) -> bool:
-    """Whether a scheduled run waits to begin: not one that a schedule plans for later."""
+def waits(run: FlowRun, now: datetime) -> bool:
+    """Whether a scheduled run waits to begin by the server's clock: not one that a schedule plans for later."""
     later = run.auto_scheduled and run.state_name == "Scheduled"
-    return not later or (run.expected_start_time or datetime.now(UTC)) <= datetime.now(UTC)
+    return not later or (run.expected_start_time or now) <= now
 
 
 def deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
@@ -110,7 +110,7 @@ def start(
     client: SyncPrefectClient, deployment: UUID, after: timedelta = timedelta(), tags: Sequence[str] = ()
 ) -> None:
     """Start a run of a deployment some time from now, by the server's clock."""
-    when: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + events.ahead(client) + after)
+    when: State[Any] = Scheduled(scheduled_time=events.now(client) + after)
     client.create_flow_run_from_deployment(deployment, state=when, tags=tags)
 
 

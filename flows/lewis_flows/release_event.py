@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 
@@ -78,7 +78,7 @@ def _recent(recipe: str) -> list[timedelta]:
     """The ages of the releases of a recipe that were announced within `BURST`."""
     try:
         with get_client(sync_client=True) as client:
-            now = datetime.now(UTC) + events.ahead(client)
+            now = events.now(client)
             return [now - event.occurred for event in announced(client, now - BURST, recipe)]
     except httpx.HTTPError:
         return []

@@ -21,6 +21,7 @@ from lewis.registry import retention as in_mlflow
 from lewis.store import outdated as in_remote
 from lewis.store.outdated import Outdated
 from lewis_flows import prefect_runs
+from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.failures import says_why
 
@@ -64,17 +65,24 @@ def to_text(found: list[Outdated], *, removed: bool) -> str:
 def survey(days: float) -> list[Outdated]:
     """What can be removed; changes nothing.
 
+    What is old is so by the clock of this machine and by that of Prefect's server.
+
     Raises:
         InputError: if `days` is not at least 1, or more than there is of time.
         TransientError, LewisError: if MLflow or the remote half does not answer.
     """
     if not 1 <= days <= _MOST:
         raise InputError(f"days: expected a number from 1 to {_MOST}, got {days}")
-    before = time.time() - days * _DAY
-    runs, made_versions = in_mlflow.runs(before)
     with get_client(sync_client=True) as client:
+        before = _now(client) - days * _DAY
+        runs, made_versions = in_mlflow.runs(before)
         flow_runs = list(_flow_runs(client, before, made_versions))
     return [*flow_runs, *runs, *in_remote.entries(before, in_mlflow.by_versions())]
+
+
+def _now(client: SyncPrefectClient) -> float:
+    """Unix time in seconds, the earlier of this machine's and the server's: by a clock that is ahead, all is old."""
+    return min(time.time(), events.now(client).timestamp())
 
 
 def remove(found: list[Outdated]) -> None:

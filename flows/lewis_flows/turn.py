@@ -24,6 +24,7 @@ from lewis import store
 from lewis.store import runs
 from lewis.store.lease import SharedLock
 from lewis_flows import approval, prefect_runs, recipes_folder
+from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.events import Wait
 
@@ -66,10 +67,10 @@ def absorb(run: FlowRun) -> None:
         return
     try:
         with get_client(sync_client=True) as client:
-            same = {"any_": [run.deployment_id]}
+            same, now = {"any_": [run.deployment_id]}, events.now(client)
             for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("SCHEDULED",), deployment_id=same):
                 alike = other.id != run.id and _given(other) == _given(run) and not approval.asked(other)
-                if alike and prefect_runs.waits(other):
+                if alike and prefect_runs.waits(other, now):
                     prefect_runs.skip(client, other, f"the run {run.name} merges the newest state")
     except httpx.HTTPError as error:  # then they run after this one, and find all steps done
         logger.info("runs that wait stay: %s", type(error).__name__)

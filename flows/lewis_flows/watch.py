@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
@@ -140,7 +140,7 @@ def _repeat_releases(recipes: Sequence[str], report: WatchReport) -> None:
 def _unmerged_release(recipe: str) -> Moved | None:
     """The last release of a recipe that was announced, if no run has merged the newest commits since."""
     with _prefect() as client:
-        found = release_event.announced(client, datetime.now(UTC) - REMEMBER, recipe)
+        found = release_event.announced(client, events.now(client) - REMEMBER, recipe)
         if not found:
             return None
         last = found[0]
@@ -159,7 +159,7 @@ def _merge_edits(recipes: Sequence[Recipe], report: WatchReport) -> None:
             deployment = prefect_runs.deployment(client, f"{prefect_runs.MERGE}/{name}")
             if deployment is None or deployment.version != recipes_folder.version(text.encode()):
                 continue  # the deploy of the file starts a run
-            began, now = edits.started(client, deployment), datetime.now(UTC) + events.ahead(client)
+            began, now = edits.started(client, deployment), events.now(client)
             waits = deployment.paused or name in due(client, now)
             news = not waits and (began is None or _came_to_nothing(client, name, began, now))
             if news:
@@ -216,7 +216,7 @@ def _is_news(recipe: str, move: Moved) -> bool:
     with _prefect() as client:
         if prefect_runs.is_paused(client, recipe):
             return False
-        now = datetime.now(UTC) + events.ahead(client)  # the server says when runs ended
+        now = events.now(client)  # the server says when runs ended
         times = _announcements(client, recipe, move, now)
         if not times:
             return True

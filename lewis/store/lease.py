@@ -11,10 +11,11 @@ its end passes, the next holder makes the object of the next number, which only 
 The numbers never go back, so a slow process that makes an object which was made and removed before sees a higher
 one.
 
-The end is by the holder's clock. An object that has not changed for `SECONDS + GRACE` by the clock of a waiting process
-has ended, too, so that a killed holder whose clock was ahead blocks nobody. If clocks differ by more than `GRACE`, or a
-holder stands still for longer, two may hold one lease. Whatever is made under it is addressed by content and published
-whole, so that costs double work. The local lock, which is held as well, is exact.
+The end is by the holder's clock; if that is set back meanwhile, by the time that has passed since it took the lease. An
+object that has not changed for `SECONDS + GRACE` by the clock of a waiting process has ended, too, so that a killed
+holder whose clock was ahead blocks nobody. If clocks differ by more than `GRACE`, or a holder stands still for longer,
+two may hold one lease. Whatever is made under it is addressed by content and published whole, so that costs double
+work. The local lock, which is held as well, is exact.
 """
 
 import contextvars
@@ -52,6 +53,7 @@ class Lease:
         """
         self._name, self._folder = name, f"leases/{hashlib.sha256(name.encode()).hexdigest()[:32]}"
         self._own = ""
+        self._zero = 0.0  # of the monotonic clock, by the clock when the lease was taken
         self._ended = threading.Event()
         self._keeper: threading.Thread | None = None
 
@@ -102,6 +104,7 @@ class Lease:
         number, end = self._highest(system, place)
         if end > time.time() - GRACE and not self._stands_still(number, end):
             return False
+        self._zero = time.time() - time.monotonic()
         own, data = f"{number + 1:08d}", self._content()
         try:
             remote.create(system, f"{place}/{own}", data)
@@ -158,7 +161,7 @@ class Lease:
         return system, f"{root}/{self._folder}"
 
     def _content(self, end: float | None = None) -> bytes:
-        end = time.time() + SECONDS if end is None else end
+        end = max(time.time(), self._zero + time.monotonic()) + SECONDS if end is None else end
         return json.dumps({"holder": writer(), "lock": id(self), "end": end}).encode()
 
     @staticmethod

@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from uuid import UUID, uuid4
 
 import pytest
@@ -45,7 +44,7 @@ def client(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncPr
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retention thinks that 200 days have gone by."""
-    monkeypatch.setattr(retention, "time", SimpleNamespace(time=lambda: time.time() + LATER))
+    monkeypatch.setattr(retention, "_now", lambda _: time.time() + LATER)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
@@ -13,6 +12,7 @@ from pydantic import BaseModel
 from lewis.errors import InputError, nearest
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.service.links import server
+from lewis_tasks.support import events
 
 PATIENCE = 90.0  # seconds for all runs to end; a process has 30 after SIGTERM
 _FLOWS = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE)
@@ -57,7 +57,7 @@ def cancel(what: str) -> list[Cancelled]:
 
 def _find(client: SyncPrefectClient, what: str) -> Iterator[FlowRun]:
     """The runs to cancel; those that another run has started end with it."""
-    states, due = ("SCHEDULED", *prefect_runs.UNFINISHED), {"before_": datetime.now(UTC)}
+    states, due = ("SCHEDULED", *prefect_runs.UNFINISHED), {"before_": events.now(client)}
     runs = [
         run
         for run in prefect_runs.all_of_flows(client, _FLOWS, states, FlowRunSort.ID_DESC, expected_start_time=due)

@@ -8,6 +8,7 @@ from lewis.errors import LewisError
 from lewis.recipe.recipe import Recipe
 from lewis.serving import hub, service
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
+from lewis_tasks.support import events
 
 logger = logging.getLogger("lewis.served")
 EVERY = 60.0
@@ -52,8 +53,8 @@ def _start(client: SyncPrefectClient, name: str) -> bool:
     if deployment is None or deployment.paused:  # `Follower` will create it, somebody will resume it
         return False
     open_, same = ("SCHEDULED", *prefect_runs.UNFINISHED), {"any_": [deployment.id]}
-    runs = prefect_runs.of_flows(client, (prefect_runs.SERVE,), open_, deployment_id=same)
-    if any(map(prefect_runs.waits, runs)):
+    runs, now = prefect_runs.of_flows(client, (prefect_runs.SERVE,), open_, deployment_id=same), events.now(client)
+    if any(prefect_runs.waits(run, now) for run in runs):
         return False
     logger.info("%s: a target has not the champion; serving it again", name)
     prefect_runs.start(client, deployment.id)

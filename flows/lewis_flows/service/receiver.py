@@ -10,7 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Annotated, Any
 
 import httpx
@@ -23,6 +23,7 @@ from lewis.models.hub import client as hub
 from lewis.redact import printable, redacted
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.release_event import announce, announced, hub_repos
+from lewis_tasks.support import events
 from lewis_tasks.support.patience import impatient
 
 logger = logging.getLogger("lewis.webhook")
@@ -160,9 +161,10 @@ def _ask(followers: Mapping[str, tuple[str, str]], new: str) -> tuple[set[str], 
         followers: recipe -> repo and reference.
         new: the commit.
     """
-    paused, known, earlier, since = set[str](), set[str](), set[str](), datetime.now(UTC) - _KNOWN
+    paused, known, earlier = set[str](), set[str](), set[str]()
     try:
         with impatient(60) as client:
+            since = events.now(client) - _KNOWN
             for recipe, (repo, ref) in followers.items():
                 if prefect_runs.is_paused(client, recipe):
                     paused.add(recipe)

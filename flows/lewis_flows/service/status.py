@@ -195,7 +195,7 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
         with suppress(LewisError):  # there is no folder of recipes
             names = recipes_folder.names()
         found.finished = _finished(client, only, names)
-        due = watch.due(client, datetime.now(UTC) + events.ahead(client))
+        due = watch.due(client, events.now(client))
         facts = _Facts(edits.merged(client, names), _broken(client), recipe_deployments.paused(client), due)
     if only:
         found.running, found.scheduled = (

@@ -19,6 +19,15 @@ _AGREES = timedelta(seconds=5)
 _PATIENCE = 10.0  # seconds for one request; the caller tries again, so the client does not
 
 
+def now(client: "SyncPrefectClient") -> datetime:
+    """The time by the server's clock.
+
+    Raises:
+        httpx.HTTPError: if the server does not answer.
+    """
+    return ahead(client) + datetime.now(UTC)  # in this order: the request takes time
+
+
 def ahead(client: "SyncPrefectClient") -> timedelta:
     """How far the server's clock is ahead of this machine's; nothing while both agree within `_AGREES`.
 
@@ -61,8 +70,7 @@ def post(event: Mapping[str, Any]) -> None:
     check_server()
     try:
         with impatient(_PATIENCE) as client:
-            occurred = datetime.now(UTC) + ahead(client)
-            client.request("POST", "/events", json=[{**event, "occurred": occurred.isoformat()}])
+            client.request("POST", "/events", json=[{**event, "occurred": now(client).isoformat()}])
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
         if status in (401, 403):
