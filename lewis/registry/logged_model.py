@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from lewis import private_names, store
+from lewis.errors import TransientError
 from lewis.models.chat_template import template_in
 from lewis.models.lora.config import read_settings
 from lewis.store import kinds, manifest
@@ -52,6 +53,9 @@ def write(
             `adapter_config.json` says, a commit of the Hub or a folder, and puts the adapter on it.
         facts: JSON data of the version, kept as `version.json` next to the model with `files`: size in bytes and
             SHA-256 of every other file, by its path in the model's artifacts.
+
+    Raises:
+        TransientError: if a remote artifact store has not all that was sent.
     """
     with _target(client, model) as target:
         _build(model, folder, target, card, base)
@@ -61,6 +65,13 @@ def write(
                 store.restrict(path)
         files = {p.relative_to(target).as_posix(): (p.stat().st_size, remembered_sha256(p)) for p in written}
         store.write_json(target / FACTS, {**facts, "files": files})
+    if local_folder(model) is None:
+        try:
+            check(client, model)
+        except DamagedError as error:
+            raise TransientError(
+                f"{model.artifact_location}: not all that was sent is there: {error}; run again"
+            ) from error
     client.finalize_logged_model(model.model_id, "READY")
 
 

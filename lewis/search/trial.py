@@ -82,11 +82,9 @@ def _folder(digest: str, size: int, *, in_memory: bool = True) -> Iterator[Path]
     fits = fits and size < SHARE * min(shutil.disk_usage(MEMORY).free, memory.available_bytes())
     if not fits:
         logger.info("the merged model, %.1f GB, is written to the disk: it does not fit in memory", size / 1e9)
-    parent = (_own_memory() if fits else None) or store.make_folder(store.home() / "trials")
-    store.sweep(parent)  # left by killed trials
-    scratch = store.beside(parent / digest[:12])
-    scratch.mkdir()
-    if store.holds(scratch):
+    scratch = _in_memory(digest) if fits else None
+    if scratch is None:
+        scratch = _scratch(store.make_folder(store.home() / "trials"), digest)
         store.restrict(scratch)
     try:
         yield scratch / "model"
@@ -94,10 +92,20 @@ def _folder(digest: str, size: int, *, in_memory: bool = True) -> Iterator[Path]
         store.discard(scratch)
 
 
-def _own_memory() -> Path | None:
-    """The folder of this user in memory; None, with a warning, if somebody else could have put models there."""
+def _scratch(parent: Path, digest: str) -> Path:
+    """A new scratch folder for a merge; what killed trials left next to it is removed."""
+    store.sweep(parent)
+    scratch = store.beside(parent / digest[:12])
+    scratch.mkdir()
+    return scratch
+
+
+def _in_memory(digest: str) -> Path | None:
+    """`_scratch` in the folder of this user in memory; None, with a warning, if somebody else could have put models
+    there, or if it takes no folder: it is read-only, or has no inode left.
+    """
     try:
-        return store.private_folder(MEMORY / f"lewis-{os.getuid()}")
-    except InputError as error:
+        return _scratch(store.private_folder(MEMORY / f"lewis-{os.getuid()}"), digest)
+    except (InputError, OSError) as error:
         logger.warning("%s; until then trials are written to the disk", error)
         return None

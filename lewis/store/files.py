@@ -7,6 +7,7 @@ manifest (`lewis.json`) with the size and checksum of each file, against which t
 (`lewis.store.manifest`). Entries of one file carry a checksum of their own (`lewis.store.entries`).
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -122,7 +123,10 @@ def free_space(folder: Path) -> int:
 
 
 def check_space(folder: Path, needed: int, what: str = "the output") -> None:
-    """Raise InputError unless the file system of `folder`, and the quota, have room for `needed` bytes, for `what`."""
+    """Raise InputError unless the file system of `folder`, and the quota, have room for `needed` bytes, for `what`.
+
+    Its cause is the OSError of a full disk, by which a caller who can write elsewhere knows it.
+    """
     free, by_quota = _free(folder)
     if free < needed:
         fix = "raise LEWIS_QUOTA, remove what you can do without (`lewis gc --days 1`)" if by_quota else "free some"
@@ -130,7 +134,7 @@ def check_space(folder: Path, needed: int, what: str = "the output") -> None:
         raise InputError(
             f"{folder}: no space: {what} needs {size_text(needed)}, {where}; "
             f"{fix}, or write elsewhere (-o, or LEWIS_HOME)"
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _free(folder: Path) -> tuple[int, bool]:

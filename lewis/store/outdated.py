@@ -15,6 +15,8 @@ from lewis.store.housekeeping import Needed
 from lewis.store.kinds import Kind
 from lewis.store.scratch import scratch_folder
 
+_ROUNDED = 1.0  # seconds by which the time that is said of one object may differ from the time in a list
+
 
 @dataclass(frozen=True)
 class Outdated:
@@ -61,7 +63,9 @@ def entries(before: float, needed: Mapping[str, Needed]) -> list[Outdated]:
 
 
 def remove(found: Outdated) -> None:
-    """Remove all objects of an entry, its head first.
+    """Remove all objects of an entry, its head first; an entry that was written again stays.
+
+    The bucket may have listed it as it was before. What it says of one object is not from a list.
 
     Raises:
         TransientError: if the remote half does not answer.
@@ -71,8 +75,11 @@ def remove(found: Outdated) -> None:
     with _answering():
         system, root = remote.opened()
         entry = f"{root}/{name}/{kind.path(digest).name}"
+        head = remote.head_object(kind, entry)
         with suppress(FileNotFoundError):  # an upload that was broken off has none
-            system.rm_file(remote.head_object(kind, entry))
+            if _modified(system, head, system.info(head)) > found.time + _ROUNDED:
+                return
+            system.rm_file(head)
         with suppress(FileNotFoundError):  # somebody else was quicker
             if kind.manifest:
                 system.rm(entry, recursive=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lewis import library
+from lewis import library, store
 from lewis.allocation import step as allocation
 from lewis.errors import LewisError
 from lewis.evaluation.harness import lm_eval
@@ -346,7 +346,7 @@ def test_the_answers_of_a_model_that_changes_while_it_is_scored_are_not_kept(
     assert not kinds.ANSWERS.entries() and not kinds.SCORES.entries()
 
 
-@pytest.mark.parametrize("how", ["missing", "full", "filled meanwhile"])
+@pytest.mark.parametrize("how", ["missing", "full", "no inode", "filled meanwhile", "less than a merge asks for"])
 def test_a_trial_whose_memory_is_taken_is_written_to_the_disk(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -356,16 +356,27 @@ def test_a_trial_whose_memory_is_taken_is_written_to_the_disk(
         memory.mkdir()
     room = 0 if how == "full" else 1 << 40
     monkeypatch.setattr(trial.shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    real = os.mkdir
+
+    def mkdir(path: Path, *given: Any, **named: Any) -> None:
+        if how == "no inode" and Path(path).is_relative_to(memory):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(path, *given, **named)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
 
     def run(folder: Path, **_: Any) -> None:
         written.append(folder)
+        if folder.is_relative_to(memory) and how == "less than a merge asks for":
+            store.check_space(folder, 1 << 50)
         if folder.is_relative_to(memory):
             raise LewisError(f"{folder}: cannot be written") from OSError(errno.ENOSPC, "No space left on device")
         folder.mkdir()
 
     answer = stub_trial(monkeypatch, run)
     assert answer() == "scores"
-    assert [each.is_relative_to(memory) for each in written] == ([True, False] if "filled" in how else [False])
+    tried = how in ("filled meanwhile", "less than a merge asks for")
+    assert [each.is_relative_to(memory) for each in written] == ([True, False] if tried else [False])
     assert not any(each.exists() for each in written)
 
 

@@ -26,6 +26,7 @@ from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.damage import DAMAGES, damage
 from tests.support.models import parse
+from tests.support.shared_entries import png_of
 
 DATA: dict[str, Any] = {
     "merge_method": "ties",
@@ -82,16 +83,6 @@ def made(home: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr(lm_eval, "tasks_digest", lambda settings: "tasks")
     models = [{"model": str(path)} for path in family.experts]
     return Store(parse({**DATA, "base_model": str(family.base), "models": models}))
-
-
-def png_of(text: bytes) -> bytes:
-    """The smallest PNG file that says something."""
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"tEXt", text) + chunk(b"IEND", b"")
 
 
 ENTRIES: dict[str, Callable[[], Path]] = {

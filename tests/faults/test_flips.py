@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,15 @@ from lewis import store
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import find_or_measure_grams
 from lewis.search.study import Log, Objective
-from lewis.store import kinds, remote, sealed_json
+from lewis.store import kinds, lease, remote, sealed_json
+from lewis.store.lease import Lease
 from tests.conftest import Family
 from tests.faults.fuzz import DRAWS
 from tests.lewis.merging.test_resume import KILLED, LIMIT, content, prepare, recipe_of
-from tests.lewis.store.test_remote import MAKERS, whole
 from tests.support import pipeline
 from tests.support.models import parse
 from tests.support.odd_bucket import OddBucket
+from tests.support.shared_entries import ENTRIES
 
 
 def flipped(data: bytes, bit: int) -> bytes:
@@ -122,21 +123,47 @@ def test_of_a_killed_merges_journal(family: Family, tmp_path: Path) -> None:
         assert os.listdir(copy) == ["out"]
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_of_an_object_of_a_bucket(make: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> type[OddBucket]:
     monkeypatch.setenv("LEWIS_STORE", "odd://bucket/prefix")
-    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "one"))
+    monkeypatch.setenv("LEWIS_STORE_MERGED", "1")
     monkeypatch.setattr(remote, "_asleep", {})
     OddBucket.clear(0)
-    made = make()
-    right, files = dict(OddBucket.objects), sorted(each for each in made.parent.rglob("*") if each.is_file())
-    there = tmp_path / "two" / made.parent.name / made.name
+    return OddBucket
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_of_an_object_of_a_bucket(
+    bucket: type[OddBucket], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = ENTRIES[kind]
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "one"))
+    entry.make()
+    objects, right = dict(bucket.objects), entry.read()
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "two"))
-    for name, data in right.items():
-        for bit in bits(data, DRAWS):
-            OddBucket.objects.update(right)
-            OddBucket.objects[name] = flipped(data, bit)
-            assert not whole(there) and not there.exists(), (name, bit)
-    OddBucket.objects.update(right)
-    assert whole(there)
-    assert all((there.parent / each.relative_to(made.parent)).read_bytes() == each.read_bytes() for each in files)
+    for name, data in objects.items():
+        for bit in bits(data, DRAWS // 3):
+            bucket.objects.update(objects)
+            bucket.objects[name] = flipped(data, bit)
+            assert entry.read() is None and not entry.path.exists(), (name, bit)
+    bucket.objects.update(objects)
+    assert right and entry.read() == right
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_of_the_object_of_a_lease(bucket: type[OddBucket], monkeypatch: pytest.MonkeyPatch, held: bool) -> None:
+    """Of a holder that was killed, or that gave it back: it holds up nobody for longer than a lease lives."""
+    seconds, poll = 0.02, 0.001
+    for name, value in {"SECONDS": seconds, "GRACE": seconds, "_POLL": poll, "_seen": {}}.items():
+        monkeypatch.setattr(lease, name, value)
+    mine = Lease("x")
+    place = f"bucket/prefix/{mine._folder}/00000001"
+    data = mine._content(time.time() + 60 if held else 0.0)
+    for bit in bits(data, DRAWS // 3):
+        bucket.clear(0)
+        bucket.objects[place], bucket.modified_at[place] = flipped(data, bit), time.time()
+        lease._seen.clear()
+        taken, begun = Lease("x"), time.monotonic()
+        with taken.acquire(timeout=60):
+            assert [name.rpartition("/")[2] for name in bucket.objects] == ["00000002"], bit
+        assert time.monotonic() - begun < 30, bit

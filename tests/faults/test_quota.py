@@ -1,4 +1,4 @@
-"""A disk quota that is used up after any number of bytes: told in a sentence, and no half of an entry stays."""
+"""A disk quota that is used up after any number of bytes or files: told in a sentence, no half of an entry stays."""
 
 import json
 import os
@@ -38,7 +38,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @full
-def test_a_quota_that_is_used_up(quota: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", ["bytes", "files"])
+def test_a_quota_that_is_used_up(
+    quota: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
         json.dumps(
@@ -51,24 +54,27 @@ def test_a_quota_that_is_used_up(quota: Path, family: Family, tmp_path: Path, mo
         )
     )
     preload = {"LD_PRELOAD": str(quota), "QUOTA_ROOT": str(tmp_path)}
-    plain = merged(recipe, tmp_path / "plain", **preload, QUOTA_BYTES=str(1 << 40))
+    plain = merged(recipe, tmp_path / "plain", **preload, QUOTA_BYTES=str(1 << 40), QUOTA_FILES=str(1 << 30))
     assert plain.returncode == 0, plain.stderr
     right = content(tmp_path / "plain" / "out")
-    files = [each for each in (tmp_path / "plain").rglob("*") if each.is_file()]
-    whole = sum(path.stat().st_size for path in files)
+    made = list((tmp_path / "plain").rglob("*"))
+    whole = len(made) if of == "files" else sum(path.stat().st_size for path in made if path.is_file())
     count = max(4, POINTS // 4)
+    failed = []
     for number in range(count):
         root = tmp_path / str(number)
-        bytes_ = int(whole * (number + 0.5) / count)
-        cut = merged(recipe, root, **preload, QUOTA_BYTES=str(bytes_))
-        assert "Traceback" not in cut.stderr, (bytes_, cut.stderr)
+        limit = int(whole * (number + 0.5) / count)
+        cut = merged(recipe, root, **preload, **{f"QUOTA_{of.upper()}": str(limit)})
+        assert "Traceback" not in cut.stderr, (limit, cut.stderr)
         if cut.returncode:  # a note that is not written, such as a checksum, ends nothing
-            assert cut.returncode == 1 and "quota exceeded" in cut.stderr, (bytes_, cut.stderr)
+            failed.append(limit)
+            assert cut.returncode in (1, 2) and "quota exceeded" in cut.stderr, (limit, cut.stderr)
             out = root / "out"  # of which the card may lack
-            assert not out.exists() or store.read_manifest(out) is not None, (bytes_, cut.stderr)
-            assert not list(root.glob("*.partial")), bytes_
+            assert not out.exists() or store.read_manifest(out) is not None, (limit, cut.stderr)
+            assert not list(root.glob("*.partial")), limit
         monkeypatch.setenv("LEWIS_HOME", str(root / "home"))
-        assert verification.verify().damaged == [], bytes_
+        assert verification.verify().damaged == [], limit
         again = merged(recipe, root)
-        assert again.returncode == 0 and content(root / "out") == right, (bytes_, again.stderr)
-        assert not list(root.rglob("*.partial")), bytes_
+        assert again.returncode == 0 and content(root / "out") == right, (limit, again.stderr)
+        assert not list(root.rglob("*.partial")), limit
+    assert len(failed) >= count / 2, f"the quota has not struck often enough: at {failed} of {whole} {of}"

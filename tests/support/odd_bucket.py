@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,8 @@ class OddBucket(AbstractFileSystem):
         partial: how often a listing lacks some names.
         twice: how often a call is made twice, as by a client that lost the first answer.
         lost: how often an upload loses its second half, and nobody says so.
+        struck: fault -> how often it has changed what a caller got or what is there; a test may empty it.
+        lists: how often it was asked for a list.
     """
 
     protocol = "odd"
@@ -30,7 +33,9 @@ class OddBucket(AbstractFileSystem):
     lock = threading.RLock()
     random = random.Random(0)
     stale = partial = twice = lost = 0.0
-    _earlier: ClassVar[dict[str, list[list[str]]]] = {}
+    struck: ClassVar[Counter[str]] = Counter()
+    lists = 0
+    _earlier: ClassVar[dict[str, list[dict[str, dict[str, Any]]]]] = {}
 
     @classmethod
     def clear(cls, seed: int, **faults: float) -> None:
@@ -48,23 +53,46 @@ class OddBucket(AbstractFileSystem):
     def _strikes(self, fault: str) -> bool:
         return type(self).random.random() < getattr(type(self), fault)
 
+    def _times(self) -> int:
+        """How often a call is made."""
+        twice = self._strikes("twice")
+        type(self).struck["twice"] += twice
+        return 1 + twice
+
+    def _list(self, place: str, there: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What it says of `there`, name -> facts, with its faults; each list of `place` is remembered."""
+        own = type(self)
+        own.lists += 1
+        earlier = self._earlier.setdefault(place, [])
+        earlier.append(there)
+        for fault in ("stale", "partial"):
+            if self._strikes(fault):
+                kept = {name: facts for name, facts in there.items() if own.random.random() < 0.5}
+                said = own.random.choice(earlier) if fault == "stale" else kept
+                own.struck[fault] += said != there
+                there = said
+        return there
+
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         """The objects of a folder."""
         with self.lock:
-            there = sorted(name for name in self.objects if name.rpartition("/")[0] == path)
-            earlier = self._earlier.setdefault(path, [])
-            earlier.append(there)
-            if self._strikes("stale"):
-                there = type(self).random.choice(earlier)
-            if self._strikes("partial"):
-                there = [name for name in there if type(self).random.random() < 0.5]
+            names = sorted(name for name in self.objects if name.rpartition("/")[0] == path)
+            there = self._list(path, {name: {"name": name, "size": 1, "type": "file"} for name in names})
         if not there:
             raise FileNotFoundError(path)
-        return [{"name": name, "size": 1, "type": "file"} for name in there] if detail else list(there)
+        return list(there.values()) if detail else list(there)
+
+    def find(self, path: str, *_: Any, detail: bool = False, **__: Any) -> Any:
+        """The objects whose names begin so, in one list as S3's; there may be none."""
+        with self.lock:
+            names = sorted(name for name in self.objects if name.startswith(f"{path}/"))
+            there = self._list(f"{path}/**", {name: self.info(name) for name in names})
+        return there if detail else list(there)
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Its size."""
-        return {"name": path, "size": len(self.cat_file(path)), "type": "file"}
+        """Its size, and when it was written."""
+        with self.lock:
+            return {"name": path, "size": len(self.cat_file(path)), "type": "file", "mtime": self.modified_at[path]}
 
     def modified(self, path: str) -> datetime:
         """When it was written."""
@@ -88,16 +116,18 @@ class OddBucket(AbstractFileSystem):
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
         """Write it; with the mode `create` only if it is not there."""
-        for _ in range(2 if self._strikes("twice") else 1):
+        for _ in range(self._times()):
             with self.lock:
                 if mode == "create" and path in self.objects:
                     raise FileExistsError(path)
-                self.objects[path] = value[: len(value) // 2] if self._strikes("lost") else value
+                half = self._strikes("lost")
+                type(self).struck["lost"] += half
+                self.objects[path] = value[: len(value) // 2] if half else value
                 self.modified_at[path] = time.time()
 
     def rm_file(self, path: str) -> None:
         """Remove it."""
-        for _ in range(2 if self._strikes("twice") else 1):
+        for _ in range(self._times()):
             with self.lock:
                 if path not in self.objects:
                     raise FileNotFoundError(path)

@@ -1,18 +1,22 @@
-/* A disk quota for one process: after QUOTA_BYTES bytes in files below QUOTA_ROOT, the system answers EDQUOT.
+/* A disk quota for one process: after QUOTA_BYTES bytes in files below QUOTA_ROOT, or after QUOTA_FILES files and
+   folders that it makes there, the system answers EDQUOT.
 
    cc -shared -fPIC -o quota.so quota.c -ldl; LD_PRELOAD=quota.so QUOTA_ROOT=/store QUOTA_BYTES=4096 program */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-static atomic_long written;
+static atomic_long written, made;
 
 /* How many of these bytes the file may still take: all, some, or -1 with EDQUOT. */
 static long allowed(int fd, long wanted) {
@@ -78,4 +82,49 @@ ssize_t sendfile64(int out, int in, off64_t *at, size_t count) {
 ssize_t copy_file_range(int in, off64_t *from, int out, off64_t *to, size_t count, unsigned int flags) {
     LIMITED(out, count);
     return note(out, NEXT(copy_file_range)(in, from, out, to, may, flags));
+}
+
+/* Whether a file or folder may be made; it counts then. One that is there, or is elsewhere, may be. */
+static int may_make(int at, const char *name) {
+    const char *root = getenv("QUOTA_ROOT"), *files = getenv("QUOTA_FILES");
+    char folder[PATH_MAX] = "", path[2 * PATH_MAX];
+    int before = errno;
+    if (!root || !files || !name || !faccessat(at, name, F_OK, AT_SYMLINK_NOFOLLOW)) {
+        errno = before;
+        return 1;
+    }
+    if (*name != '/') {
+        char link[64] = "/proc/self/cwd";
+        if (at != AT_FDCWD) snprintf(link, sizeof link, "/proc/self/fd/%d", at);
+        long length = readlink(link, folder, sizeof folder - 1);
+        folder[length < 0 ? 0 : length] = 0;
+    }
+    snprintf(path, sizeof path, "%s%s%s", folder, *name == '/' ? "" : "/", name);
+    errno = before;
+    if (strncmp(path, root, strlen(root)) || atomic_fetch_add(&made, 1) < atol(files)) return 1;
+    errno = EDQUOT;
+    return 0;
+}
+
+int mkdir(const char *name, mode_t mode) { return may_make(AT_FDCWD, name) ? NEXT(mkdir)(name, mode) : -1; }
+int mkdirat(int at, const char *name, mode_t mode) { return may_make(at, name) ? NEXT(mkdirat)(at, name, mode) : -1; }
+
+#define OPENED(at, name, flags, mode, call) \
+    mode_t mode = 0; \
+    if (((flags) & O_CREAT) || ((flags) & O_TMPFILE) == O_TMPFILE) { \
+        va_list given; \
+        va_start(given, flags); \
+        mode = va_arg(given, mode_t); \
+        va_end(given); \
+    } \
+    if (((flags) & O_CREAT) && !may_make(at, name)) return -1; \
+    return call
+
+int open(const char *name, int flags, ...) { OPENED(AT_FDCWD, name, flags, mode, NEXT(open)(name, flags, mode)); }
+int open64(const char *name, int flags, ...) { OPENED(AT_FDCWD, name, flags, mode, NEXT(open64)(name, flags, mode)); }
+int openat(int at, const char *name, int flags, ...) {
+    OPENED(at, name, flags, mode, NEXT(openat)(at, name, flags, mode));
+}
+int openat64(int at, const char *name, int flags, ...) {
+    OPENED(at, name, flags, mode, NEXT(openat64)(at, name, flags, mode));
 }
