@@ -61,6 +61,57 @@ def test_of_every_architecture(kind: str) -> None:
                     check_config(Path("model"), changed, shapes)
 
 
+SIZES = re.compile(
+    r"(hidden|(moe_|shared_expert_)?intermediate|vocab)_size|n_embd|n_inner|d_model|.*ffn_dim|d_ff|(v_|linear_)?head_dim|"
+    r"num_(attention|key_value)_heads|n_heads?|num_(local_)?experts|n_routed_experts|num_hidden_layers|n_layer"
+)
+REFUSED = {
+    "llama": [
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+    ],
+    "gpt2": ["n_embd", "vocab_size", "n_layer"],
+    "mixtral": ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_local_experts"],
+}
+
+
+def built_of(model: Any, config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Tensor -> shape in the network that transformers builds of a config; None if it builds none."""
+    try:
+        with torch.device("meta"):
+            network = type(model)(type(model.config).from_dict(copy.deepcopy(config)))
+    except Exception:
+        return None
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", architectures() if DRAWS > 1000 else FEW)
+def test_sizes_as_the_network_has_them(kind: str) -> None:
+    """With other sizes, of each part by itself, the tensors of its own network fit; those of the first do not."""
+    model, config = tiny_or_skip(kind)
+    stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    refused = set()
+    for path in ((), *((key,) for key in config if isinstance(config[key], dict))):
+        for key, value in (config[path[0]] if path else config).items():
+            if not SIZES.fullmatch(key) or not isinstance(value, int) or value < 1:
+                continue
+            changed = copy.deepcopy(config)
+            (changed[path[0]] if path else changed)[key] = 2 * value
+            if (theirs := built_of(model, changed)) is None:
+                continue
+            check_config(Path("model"), changed, theirs)
+            if theirs != stored:
+                try:
+                    check_config(Path("model"), changed, stored)
+                except InputError:
+                    refused.add(key)
+    assert refused >= {*REFUSED.get(kind, [])}
+
+
 # No layer of the tiny ones uses a rope type or an activation that their configs name.
 UNUSED = {"blt", "olmo3", "zamba2", "inkling2_text", "minimax_m3_vl_text", "seamless_m4t", "seamless_m4t_v2"}
 VALUES = ["x", 1, 10**9, -1, 0, 1.5, True, None, [], [1], ["a"], {}, {"a": 1}, {"rope_type": "x", "rope_theta": 1e4}]
@@ -116,6 +167,9 @@ def test_values_as_the_class_of_the_config_takes_them(kind: str) -> None:
         {"num_key_value_heads": 1},
         {"head_dim": 0},
         {"attention_bias": True},
+        {"intermediate_size": 100},
+        {"num_attention_heads": 8},
+        {"hidden_act": "os.system", "auto_map": {}},
     ],
 )
 @pytest.mark.parametrize("which", ["base", "expert"])
@@ -125,7 +179,8 @@ def test_before_any_work(family: Family, home: Path, tmp_path: Path, change: dic
     base, expert = (odd, family.math) if which == "base" else (family.base, odd)
     models = [{"model": str(expert)}, {"model": str(family.code)}]
     recipe = parse({"merge_method": "ties", "base_model": str(base), "models": models})
-    key = {"num_key_value_heads": "head_dim"}.get(*change, *change)  # the config says how large a head is
+    first = next(iter(change))
+    key = {"num_key_value_heads": "head_dim"}.get(first, first)  # the config says how large a head is
     for refused in (lambda: lewis.plan(recipe), lambda: lewis.merge(recipe, tmp_path / "merged")):
         with pytest.raises(InputError, match=f"odd: config.json: {key}: expected "):
             refused()
@@ -136,6 +191,24 @@ def test_before_any_work(family: Family, home: Path, tmp_path: Path, change: dic
     else:
         errors = lewis.inspect(recipe).errors
         assert any(each.kind == "no fit" and f"config.json: {key}" in each.what for each in errors)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("llama", 0), ("moshi", 1), ("mllama_text_model", 8)])
+def test_an_embedding_has_as_many_rows_as_its_class_makes(kind: str, rows: int) -> None:
+    for count in range(10):
+        config, shapes = {"model_type": kind, "vocab_size": 64}, {"model.embed_tokens.weight": (64 + count, 16)}
+        if count in (0, rows):
+            check_config(Path("model"), config, shapes)
+        else:
+            with pytest.raises(InputError, match=r"config.json says vocab_size 64, but '.*' has "):
+                check_config(Path("model"), config, shapes)
+
+
+def test_three_times_the_width_is_no_width() -> None:
+    model, config = tiny_or_skip("gpt2")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"config.json: n_embd: expected 32, by the tensors ln_1.weight, got 96;"):
+        check_config(Path("model"), config | {"n_embd": 96, "n_inner": 128}, shapes)
 
 
 @pytest.mark.parametrize(

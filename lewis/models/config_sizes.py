@@ -1,0 +1,101 @@
+"""Which sizes in a config.json the tensors of known names contradict: widths, heads, inner sizes, experts."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lewis.models.config_class import brings_class
+from lewis.models.names import Shapes
+
+# Key -> the tensors that have this size: the end of their names, how many dimensions, which of these, how many times.
+_PLACES: dict[str, tuple[tuple[str, int, int, int], ...]] = {
+    "hidden_size": ((".input_layernorm.weight", 1, 0, 1),),
+    "n_embd": ((".ln_1.weight", 1, 0, 1),),
+    "intermediate_size": (
+        (".mlp.up_proj.weight", 2, 0, 1),
+        (".mlp.down_proj.weight", 2, 1, 1),
+        (".mlp.gate_up_proj.weight", 2, 0, 2),
+    ),
+}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
+_STACKED = ".experts.gate_up_proj"  # (experts, 2 times the inner size, width), or the last two the other way round
+_INNER = ("moe_intermediate_size", "intermediate_size")
+_HEADS = "num_attention_heads"
+
+
+def unlike_names(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
+    """Key -> what was expected, for each size of a model of one tower that the tensors of known names do not have.
+
+    A size that some of these tensors have is right: layers may differ.
+
+    Args:
+        config: parsed.
+        shapes: of the model's tensors.
+    """
+    inner = any(isinstance(value, dict) and "hidden_size" in value for value in config.values())
+    if inner or brings_class(config):
+        return
+    for key, places in _PLACES.items():
+        for end, dimensions, axis, times in places if _is_size(config.get(key)) else ():
+            found = _sizes(shapes, end, dimensions, axis)
+            if found and config[key] * times not in found:
+                yield key, _of(found, end, times)
+    if not config.keys() & {"attention_head_dim", "linear_head_dim"}:  # of heads that have other names
+        yield from _unlike_attention(config, shapes)
+    yield from _unlike_experts(config, shapes)
+
+
+def _unlike_attention(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
+    heads, width, size = (config.get(key) for key in (_HEADS, "hidden_size", "head_dim"))
+    if not _is_size(heads) or not _is_size(width):
+        return
+    key = "num_key_value_heads" if size is None else "head_dim"
+    count = config.get("num_key_value_heads")
+    count, size = heads if count is None else count, width // heads if size is None else size
+    if not isinstance(count, int) or not isinstance(size, int):
+        return
+    keys = _sizes(shapes, ".self_attn.k_proj.weight", 2, 0)
+    if keys and count * size not in keys:
+        yield key, f"keys of {_listed(keys)} numbers, which the tensors k_proj give"
+    results = _sizes(shapes, ".self_attn.o_proj.weight", 2, 1)
+    if results and heads * size not in results and "v_head_dim" not in config:
+        yield _HEADS, f"heads of {_listed(results)} numbers in all, which the tensors o_proj take"
+    fused = _sizes(shapes, ".self_attn.qkv_proj.weight", 2, 0)
+    if fused and fused.isdisjoint({(heads + 2 * count) * size, 3 * heads * size}):
+        yield _HEADS, f"queries, keys and values of {_listed(fused)} numbers in all, which the tensors qkv_proj give"
+
+
+def _unlike_experts(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
+    counts, inner = dict[str, int](), set[int]()
+    for name, shape in shapes.items():
+        if match := _EXPERT.match(name):
+            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+            if match[3] in ("up_proj.weight", "w1.weight") and len(shape) == 2:
+                inner.add(shape[0])
+        elif name.endswith(_STACKED) and len(shape) == 3:
+            counts[name] = shape[0]
+            inner |= {size // 2 for size in shape[1:]}
+    for keys, found, what in (
+        (_EXPERTS, {*counts.values()}, "as many as there are tensors of experts"),
+        (_INNER, inner, "by the tensors of experts"),
+    ):
+        given = {key: config[key] for key in keys if _is_size(config.get(key))}
+        if found and given and found.isdisjoint(given.values()):
+            yield next(iter(given)), f"{_listed(found)}, {what}"
+
+
+def _sizes(shapes: Shapes, end: str, dimensions: int, axis: int) -> set[int]:
+    return {shape[axis] for name, shape in shapes.items() if name.endswith(end) and len(shape) == dimensions}
+
+
+def _of(found: set[int], end: str, times: int) -> str:
+    return f"{_listed({each // times for each in found})}, by the tensors {end[1:]}"
+
+
+def _listed(numbers: set[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
