@@ -13,6 +13,8 @@ import lewis
 from lewis.errors import InputError, LewisError
 from lewis.models.config import check_config
 from lewis.models.config_class import _declared, check_values
+from lewis.models.source import pin_all
+from lewis_tasks import models as tasks
 from tests.conftest import Family
 from tests.faults.fuzz import DRAWS
 from tests.support.models import edit_json, parse, rewrite
@@ -234,6 +236,24 @@ def test_a_network_that_is_not_of_these_tensors(
         else:
             [error] = refused(recipe).errors
             assert error.kind == "no fit" and re.search(f"odd: {message}", error.what)
+
+
+def test_where_seconds_do_not_matter_the_network_is_built(family: Family, home: Path, tmp_path: Path) -> None:
+    """In a run of Prefect, in an inspection, and in the plan of a recipe that registers; a merge by itself is fast."""
+    odd = rewrite(family.math, tmp_path / "odd", lambda name, tensor: tensor)
+    edit_json(odd / "config.json", model_type="qwen3", layer_types=None)
+    models = [{"model": str(odd)}, {"model": str(family.code)}]
+    plain: dict[str, Any] = {"merge_method": "ties", "base_model": str(family.base), "models": models}
+    wrong = "odd: config.json: '.*q_norm.weight' is in the network of this config, but not in the weights"
+    with pytest.raises(InputError, match=wrong):
+        tasks.preflight.fn(parse(plain), *pin_all(parse(plain)))
+    with pytest.raises(InputError, match=wrong):
+        lewis.plan(parse({**plain, "register": {"name": "m"}}))
+    [error] = lewis.inspect(parse(plain)).errors
+    assert error.kind == "no fit" and re.search(wrong, error.what)
+    lewis.plan(parse(plain))
+    edit_json(odd / "config.json", model_type="unheard")  # may be merged by those who know it
+    tasks.preflight.fn(parse(plain), *pin_all(parse(plain)))
 
 
 def test_a_config_whose_class_comes_with_the_model_may_have_other_types() -> None:
