@@ -185,7 +185,7 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Non
         )
     stacks = _stacks(shapes)
     stated = set(_stated(config, "num_hidden_layers", "n_layer"))
-    others = set(_stated(config, "num_layers_per_stack"))  # HRM: the layers count once for each of its stacks
+    others = set(_stated(config, "num_layers_per_stack", "num_blocks"))  # HRM counts those of all stacks; xLSTM
     spare = max(_stated(config, "num_nextn_predict_layers"), default=0)  # stored after the layers that count
     if (
         stacks

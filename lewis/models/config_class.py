@@ -56,6 +56,15 @@ def brings_class(config: Mapping[str, Any]) -> bool:
     return isinstance(given, dict) and any(str(key).startswith(("AutoConfig", "AutoModel")) for key in given)
 
 
+def stated_size(config: Mapping[str, Any], key: str) -> int | None:
+    """The whole number that a config gives for a key, or else the default of its class; None if neither is one."""
+    value = config.get(key)
+    if key not in config and isinstance(kind := config.get("model_type"), str):
+        declared = _declared(kind)[1].get(key)
+        value = declared.value.value if declared and isinstance(declared.value, ast.Constant) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def added_rows(config: Mapping[str, Any]) -> set[int]:
     """How many rows the embedding of a `model_type` may have beyond `vocab_size`: Moshi's has one, Mllama's eight."""
     kind = config.get("model_type")

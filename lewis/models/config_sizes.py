@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lewis.models.config_class import brings_class
+from lewis.models.config_class import brings_class, stated_size
 from lewis.models.names import Shapes
 
 # Key -> the tensors that have this size: the end of their names, how many dimensions, which of these, how many times.
@@ -18,8 +18,9 @@ _PLACES: dict[str, tuple[tuple[str, int, int, int], ...]] = {
     ),
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
-_STACKED = ".experts.gate_up_proj"  # (experts, 2 times the inner size, width), or the last two the other way round
+# The last projection of an expert, or those of all: (experts, width, inner size), or the last two the other way round.
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(?:down_proj|w2)\.weight$")
+_STACKED = ".experts.down_proj"
 _INNER = ("moe_intermediate_size", "intermediate_size")
 _HEADS = "num_attention_heads"
 
@@ -41,25 +42,25 @@ def unlike_names(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[st
             found = _sizes(shapes, end, dimensions, axis)
             if found and config[key] * times not in found:
                 yield key, _of(found, end, times)
-    if not config.keys() & {"attention_head_dim", "linear_head_dim"}:  # of heads that have other names
+    by_layer = any(key.startswith(f"{_HEADS}_") for key in config)
+    if not by_layer and not config.keys() & {"attention_head_dim", "linear_head_dim"}:  # of heads with other names
         yield from _unlike_attention(config, shapes)
     yield from _unlike_experts(config, shapes)
 
 
 def _unlike_attention(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
-    heads, width, size = (config.get(key) for key in (_HEADS, "hidden_size", "head_dim"))
-    if not _is_size(heads) or not _is_size(width):
+    keys = (_HEADS, "hidden_size", "num_key_value_heads", "head_dim")
+    heads, width, count, size = (stated_size(config, key) for key in keys)
+    if not heads or not width:
         return
     key = "num_key_value_heads" if size is None else "head_dim"
-    count = config.get("num_key_value_heads")
     count, size = heads if count is None else count, width // heads if size is None else size
-    if not isinstance(count, int) or not isinstance(size, int):
-        return
-    keys = _sizes(shapes, ".self_attn.k_proj.weight", 2, 0)
-    if keys and count * size not in keys:
-        yield key, f"keys of {_listed(keys)} numbers, which the tensors k_proj give"
+    given = _sizes(shapes, ".self_attn.k_proj.weight", 2, 0)
+    if given and count * size not in given:
+        yield key, f"keys of {_listed(given)} numbers, which the tensors k_proj give"
     results = _sizes(shapes, ".self_attn.o_proj.weight", 2, 1)
-    if results and heads * size not in results and "v_head_dim" not in config:
+    square = width in results and heads * size in _sizes(shapes, ".self_attn.q_proj.weight", 2, 0)  # Helium's
+    if results and heads * size not in results and not square and "v_head_dim" not in config:
         yield _HEADS, f"heads of {_listed(results)} numbers in all, which the tensors o_proj take"
     fused = _sizes(shapes, ".self_attn.qkv_proj.weight", 2, 0)
     if fused and fused.isdisjoint({(heads + 2 * count) * size, 3 * heads * size}):
@@ -69,13 +70,12 @@ def _unlike_attention(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tup
 def _unlike_experts(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
     counts, inner = dict[str, int](), set[int]()
     for name, shape in shapes.items():
-        if match := _EXPERT.match(name):
+        if (match := _EXPERT.match(name)) and len(shape) == 2:
             counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
-            if match[3] in ("up_proj.weight", "w1.weight") and len(shape) == 2:
-                inner.add(shape[0])
+            inner.add(shape[1])
         elif name.endswith(_STACKED) and len(shape) == 3:
             counts[name] = shape[0]
-            inner |= {size // 2 for size in shape[1:]}
+            inner |= {*shape[1:]}
     for keys, found, what in (
         (_EXPERTS, {*counts.values()}, "as many as there are tensors of experts"),
         (_INNER, inner, "by the tensors of experts"),

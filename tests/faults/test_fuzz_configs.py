@@ -206,6 +206,19 @@ def test_an_embedding_has_as_many_rows_as_its_class_makes(kind: str, rows: int) 
                 check_config(Path("model"), config, shapes)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "mistral"])
+def test_what_a_config_does_not_say_is_the_default_of_its_class(kind: str) -> None:
+    """Qwen3's heads have 128 numbers, Gemma's 256, and Mistral has 8 pairs of keys and values."""
+    model, _ = tiny_or_skip(kind)
+    own = type(model.config)(hidden_size=32, num_attention_heads=16, num_hidden_layers=2, intermediate_size=48)
+    shapes = built_of(model, own.to_dict())
+    assert shapes
+    left = {key: value for key, value in own.to_dict().items() if key not in ("head_dim", "num_key_value_heads")}
+    check_config(Path("model"), left, shapes)
+    with pytest.raises(InputError, match=r"config.json: (head_dim|num_key_value_heads): expected keys of"):
+        check_config(Path("model"), left | {"num_key_value_heads": 4}, shapes)
+
+
 def test_three_times_the_width_is_no_width() -> None:
     model, config = tiny_or_skip("gpt2")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
