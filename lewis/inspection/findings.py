@@ -14,7 +14,7 @@ from lewis.inspection.structure import odd_tensors
 
 CHILD, NEAR = 0.2, 0.6  # cosines with the base: below the first it is no fine-tune, below the second a distant one
 DISTANT = 0.5  # cosine from which on a tensor counts as replaced
-RESCALED, SAME_WAY = 100.0, 0.9  # times the base's norm, with at least this cosine; or as many times less
+RESCALED = 100.0  # times the base's norm in the same direction, or as many times less
 FEWEST = 16  # elements of a tensor whose cosine says something
 LARGEST_HALF = 65504.0  # of float16
 NOTHING = 1e-4  # size of a task vector that is next to nothing
@@ -95,7 +95,7 @@ def _is_rescaled(i: int, tensor: TensorMeasures) -> bool:
     if tensor.elements < FEWEST or tensor.name.endswith("bias"):
         return False
     if tensor.scale(i) > RESCALED:
-        return abs(tensor.cosine(i)) > SAME_WAY
+        return abs(tensor.cosine(i)) > DISTANT
     return 0 < tensor.peaks[i] * RESCALED < tensor.peaks[0]
 
 

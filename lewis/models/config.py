@@ -115,11 +115,17 @@ def _check_numbers(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> N
                 )
     for key, expected in (*unlike_names(config, shapes), *_unlike_biases(config, shapes)):
         raise InputError(
-            f"{folder}: config.json: {key}: expected {expected}, got {config.get(key)}; take the config.json that came "
-            "with these weights"
+            f"{folder}: config.json: {key}: expected {expected}, got {_at(config, key)}; take the config.json that "
+            "came with these weights"
         )
     if _holds_nan(config):
         raise InputError(f"{folder}: config.json: holds NaN; take the config.json that came with these weights")
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None if the config does not say."""
+    block, _, last = key.rpartition(".")
+    return (config[block] if block else config).get(last)
 
 
 def _unlike_size(key: str, value: Any, least: int) -> str:
@@ -185,7 +191,7 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Non
         )
     stacks = _stacks(shapes)
     stated = set(_stated(config, "num_hidden_layers", "n_layer"))
-    others = set(_stated(config, "num_layers_per_stack", "num_blocks"))  # HRM counts those of all stacks; xLSTM
+    others = set(_stated(config, "num_layers_per_stack", "num_blocks"))  # keys of HRM and xLSTM
     spare = max(_stated(config, "num_nextn_predict_layers"), default=0)  # stored after the layers that count
     if (
         stacks

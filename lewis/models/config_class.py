@@ -21,6 +21,7 @@ _OWN_LAYERS = re.compile(r"def validate_layer_type|layer_types\[")  # classes th
 _ACTIVATION = re.compile(r"\bACT2FN\[(?:self\.)?config\.(\w+)\]")
 _DROPOUT = re.compile(r"\bnn\.Dropout\((?:p=)?config\.(\w+)\)")
 _INTERVAL = re.compile(r"interval\(min=([\d.]+)(?:, max=([\d.]+))?\)\(")
+_OWN_HEADS = "\n        self.head_dim = self.hidden_size // self.num_attention_heads"  # under no condition
 _ADDED = re.compile(r"\bnn\.Embedding\(config\.vocab_size \+ (\d+),")
 _PADDED = re.compile(
     r"\bnn\.Embedding\(\s*config\.vocab_size,\s*config\.\w+,\s*(?:padding_idx=)?(?:self\.padding_idx|config\.pad_token_id)\b"
@@ -63,6 +64,12 @@ def stated_size(config: Mapping[str, Any], key: str) -> int | None:
         declared = _declared(kind)[1].get(key)
         value = declared.value.value if declared and isinstance(declared.value, ast.Constant) else None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def ignores_head_dim(config: Mapping[str, Any]) -> bool:
+    """Whether the class of a config computes the size of its heads, whatever the config says."""
+    source, fields, _ = _declared(str(config.get("model_type")))
+    return "head_dim" not in fields or _OWN_HEADS in source
 
 
 def added_rows(config: Mapping[str, Any]) -> set[int]:

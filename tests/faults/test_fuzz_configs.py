@@ -77,6 +77,7 @@ REFUSED = {
         "vocab_size",
     ],
     "gpt2": ["n_embd", "vocab_size", "n_layer"],
+    "gemma3": ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"],
     "mixtral": ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_local_experts"],
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import nn
 from lewis.models.config_class import brings_class
-from lewis.models.names import Shapes
+from lewis.models.names import Shapes, in_layers
 from lewis.models.network.network_class import NoClassError, built, text_tower
 from lewis.models.network.placing import Placing, only_moves
 
@@ -50,7 +50,8 @@ def check_network(folder: Path, config: Mapping[str, Any], shapes: Shapes, *, ne
         raise
     with_head = needed or type(network).__name__ in (config.get("architectures") or ())
     placing = Placing(network, shapes)
-    for wrong in (*_unlike_parameters(placing, shapes), *_missing(placing, with_head)):
+    knows_all = needed or not in_layers(placing.unplaced)  # a tensor of another name may be what is missing
+    for wrong in (*_unlike_parameters(placing, shapes), *(_missing(placing, with_head) if knows_all else ())):
         raise InputError(f"{folder}: config.json: {wrong}; take the config.json that came with these weights")
 
 
