@@ -14,7 +14,8 @@ from lewis.inspection.structure import odd_tensors
 
 CHILD, NEAR = 0.2, 0.6  # cosines with the base: below the first it is no fine-tune, below the second a distant one
 DISTANT = 0.5  # cosine from which on a tensor counts as replaced
-RESCALED, SAME_WAY = 100.0, 0.9  # times the base's norm, with at least this cosine; or as many times less
+RESCALED = 100.0  # times the base's norm in the same direction, or as many times less
+FEWEST = 16  # elements of a tensor whose cosine says something
 LARGEST_HALF = 65504.0  # of float16
 NOTHING = 1e-4  # size of a task vector that is next to nothing
 ROUNDING = {"BF16": 1.2e-3, "F16": 1.5e-4}  # size of the difference that rounding alone makes
@@ -33,6 +34,8 @@ def weight_findings(
     dtypes: Sequence[str],
     result: str | None,
     apart: Callable[[int, int], bool],
+    *,
+    among: bool = False,
 ) -> list[Finding]:
     """All findings that follow from the measured weights.
 
@@ -42,7 +45,8 @@ def weight_findings(
         moved: for each expert, what `structure.moved_parts` found.
         dtypes: in which most elements of the base and of each expert are stored.
         result: the dtype of the merged model, as safetensors names it.
-        apart: whether two experts differ in weights that were not measured.
+        apart: whether two models differ in weights that were not measured.
+        among: whether the base is one of the experts, since the recipe has no base.
     """
     experts = range(1, len(dtypes))
     found, sizes = list(_broken(refs[0], 0, measures, result)), dict[int, float]()
@@ -57,8 +61,14 @@ def weight_findings(
     related = [i for i in experts if refs[i] not in strange]  # the others share the way from this base to theirs
     for i in related:
         others = [sizes[j] for j in related if j != i and sizes[j] >= NOTHING]
+        if among and not measures.gram[i, i] and not apart(0, i):
+            found.append(Finding("expert twice", refs[i], f"its weights are those of {refs[0]}"))
+            continue
         found += _amount(refs[i], sizes[i], others, dtypes[i], dtypes[0])
-    return found + [each for i, j in combinations(related, 2) for each in _pair(refs, i, j, measures, apart)]
+    for i, j in combinations(experts, 2):
+        pair = _pair(refs, i, j, measures, apart)
+        found += [each for each in pair if each.kind == "expert twice" or {i, j} <= {*related}]
+    return found
 
 
 def _tensors(
@@ -78,11 +88,14 @@ def _tensors(
 
 
 def _is_rescaled(i: int, tensor: TensorMeasures) -> bool:
-    """Whether a matrix is the base's but for a factor that no training gives."""
-    if not tensor.matrix:
+    """Whether a tensor is the base's but for a factor that no training gives, of either sign.
+
+    Biases do not count, which may be next to nothing in the base, nor what has too few elements for a direction.
+    """
+    if tensor.elements < FEWEST or tensor.name.endswith("bias"):
         return False
     if tensor.scale(i) > RESCALED:
-        return tensor.cosine(i) > SAME_WAY
+        return abs(tensor.cosine(i)) > DISTANT
     return 0 < tensor.peaks[i] * RESCALED < tensor.peaks[0]
 
 

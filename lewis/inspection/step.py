@@ -207,6 +207,7 @@ def _weight_findings(
         [Described.on_disk(each.files).dtype for each in chosen],
         given.settings.dtype,
         _differ_by_token(chosen) if given.settings.by_token else lambda one, other: False,
+        among=given.base is None,
     )
 
 

@@ -16,7 +16,7 @@ from lewis.models.lora.config import read_settings
 from lewis.models.lora.modules import CONFIG
 from lewis.models.model import Model
 from lewis.models.names import HEADS, PER_TOKEN, Shapes, in_layers
-from lewis.models.network.network_class import check_network
+from lewis.models.network.check import check_network
 from lewis.models.network.renamed import differ, match
 from lewis.models.source import Source
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
@@ -58,7 +58,12 @@ def check_compatible(
 
 
 def preflight(
-    config: MergeConfig, base: Source | None, experts: Sequence[Source], *, network: bool = False
+    config: MergeConfig,
+    base: Source | None,
+    experts: Sequence[Source],
+    *,
+    network: bool = False,
+    needed: bool = False,
 ) -> list[str]:
     """Check configs, names, shapes and filters by the headers of the weight files, before gigabytes are downloaded.
 
@@ -67,6 +72,7 @@ def preflight(
         base: the base; None: the first expert takes its place.
         experts: in the recipe's order.
         network: whether each model's network is built without weights, too, which takes seconds.
+        needed: whether the run needs the networks; they are then always built.
 
     Returns:
         Which models have other names for the base's tensors, and how they are read.
@@ -77,7 +83,9 @@ def preflight(
     """
     sources = [*([base] if base else []), *experts]
     first = sources[0]
-    shapes = {model: _check_model(model, network) for model in dict.fromkeys(source.model for source in sources)}
+    shapes = {
+        model: _check_model(model, network, needed) for model in dict.fromkeys(source.model for source in sources)
+    }
     for adapter in (adapter for source in sources for adapter in source.adapters):
         folder = repository.fetch(adapter, weights=False)
         with repository.blaming(adapter, CONFIG, "unusable"):
@@ -104,8 +112,8 @@ def preflight(
     return renamed
 
 
-def _check_model(model: Pinned, network: bool) -> Shapes:
-    """Check the index and the config of a full model; `network` as that of `preflight`. Returns its tensors' shapes."""
+def _check_model(model: Pinned, network: bool, needed: bool) -> Shapes:
+    """Check the index and the config of a full model; flags as those of `preflight`. Returns its tensors' shapes."""
     home = repository.fetch(model, weights=False)
     with repository.blaming(model, INDEX):
         weight_files(home, () if model.is_local else repository.file_names(model))
@@ -114,8 +122,8 @@ def _check_model(model: Pinned, network: bool) -> Shapes:
     shapes = repository.tensor_shapes(model)
     with repository.blaming(model, "config.json"):
         check_config(home, config, shapes)
-        if network:
-            check_network(home, config, shapes)
+        if network or needed:
+            check_network(home, config, shapes, needed=needed)
     return shapes
 
 

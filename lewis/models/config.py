@@ -10,7 +10,8 @@ from typing import Any
 
 from lewis.errors import InputError
 from lewis.input_files import read_json
-from lewis.models.config_class import check_values
+from lewis.models.config_class import added_rows, check_values
+from lewis.models.config_sizes import unlike_names
 from lewis.models.dtypes import MERGED
 from lewis.models.names import EMBEDDINGS, Shapes, in_layers
 
@@ -112,13 +113,19 @@ def _check_numbers(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> N
                     f"{folder}: config.json: {where}{key}: expected {expected}, got {str(value)[:80]}; no network can "
                     "be built of it: take the config.json that came with these weights"
                 )
-    for key, expected in _unlike_attention(config, shapes):
+    for key, expected in (*unlike_names(config, shapes), *_unlike_biases(config, shapes)):
         raise InputError(
-            f"{folder}: config.json: {key}: expected {expected}, got {config.get(key)}; take the config.json that came "
-            "with these weights"
+            f"{folder}: config.json: {key}: expected {expected}, got {_at(config, key)}; take the config.json that "
+            "came with these weights"
         )
     if _holds_nan(config):
         raise InputError(f"{folder}: config.json: holds NaN; take the config.json that came with these weights")
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None if the config does not say."""
+    block, _, last = key.rpartition(".")
+    return (config[block] if block else config).get(last)
 
 
 def _unlike_size(key: str, value: Any, least: int) -> str:
@@ -148,18 +155,8 @@ def _unlike_tensors(key: str, value: Any, sizes: Collection[int]) -> str:
     return ""
 
 
-def _unlike_attention(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
-    """Key -> what was expected, where the attention of a model of one tower has other keys, or a part has no biases."""
-    rows = {shape[0] for name, shape in shapes.items() if name.endswith(".self_attn.k_proj.weight") and len(shape) == 2}
-    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    inner = any(isinstance(value, dict) and "hidden_size" in value for value in config.values())
-    own = inner or "attention_head_dim" in config or "auto_map" in config  # sizes of other names
-    if rows and isinstance(heads, int) and isinstance(width, int) and not own:
-        key = "num_key_value_heads" if config.get("head_dim") is None else "head_dim"
-        count, size = config.get("num_key_value_heads"), config.get("head_dim")
-        count, size = heads if count is None else count, width // heads if size is None else size
-        if isinstance(count, int) and isinstance(size, int) and count * size not in rows:
-            yield key, f"keys of {' or '.join(map(str, sorted(rows)))} numbers, which the tensors k_proj give"
+def _unlike_biases(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
+    """Key -> what was expected, where a config gives biases to a part that has none."""
     for key, part in (("attention_bias", "att"), ("mlp_bias", "mlp")):
         if config.get(key) is True and not any(part in name and name.endswith(".bias") for name in shapes):
             yield key, "false, as no tensor is such a bias"
@@ -183,10 +180,8 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Non
     check_values(folder, config)
     rows = {name: shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS) and shape}
     stated = set(_stated(config, "vocab_size"))
-    # One more row: Moshi has a token that begins a text; Mllama has eight for its images, Molmo2 says how many.
-    more = {1, *_stated(config, "additional_vocab_size")} | (
-        {8} if "mllama" in str(config.get("model_type")) else set()
-    )
+    blocks = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    more = {*_stated(config, "additional_vocab_size"), *(each for block in blocks for each in added_rows(block))}
     beyond = {count + each for count in stated for each in more}
     if rows and stated and not (stated | beyond) & set(rows.values()):
         name, count = next(iter(rows.items()))
@@ -196,7 +191,7 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Non
         )
     stacks = _stacks(shapes)
     stated = set(_stated(config, "num_hidden_layers", "n_layer"))
-    others = set(_stated(config, "num_layers_per_stack"))  # HRM: the layers count once for each of its stacks
+    others = set(_stated(config, "num_layers_per_stack", "num_blocks"))  # keys of HRM and xLSTM
     spare = max(_stated(config, "num_nextn_predict_layers"), default=0)  # stored after the layers that count
     if (
         stacks

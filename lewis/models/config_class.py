@@ -21,6 +21,8 @@ _OWN_LAYERS = re.compile(r"def validate_layer_type|layer_types\[")  # classes th
 _ACTIVATION = re.compile(r"\bACT2FN\[(?:self\.)?config\.(\w+)\]")
 _DROPOUT = re.compile(r"\bnn\.Dropout\((?:p=)?config\.(\w+)\)")
 _INTERVAL = re.compile(r"interval\(min=([\d.]+)(?:, max=([\d.]+))?\)\(")
+_OWN_HEADS = "\n        self.head_dim = self.hidden_size // self.num_attention_heads"  # under no condition
+_ADDED = re.compile(r"\bnn\.Embedding\(config\.vocab_size \+ (\d+),")
 _PADDED = re.compile(
     r"\bnn\.Embedding\(\s*config\.vocab_size,\s*config\.\w+,\s*(?:padding_idx=)?(?:self\.padding_idx|config\.pad_token_id)\b"
 )
@@ -39,7 +41,7 @@ def check_values(folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         InputError: naming the key, what was expected and what was given.
     """
-    if "auto_map" in config:
+    if brings_class(config):
         return
     for where, block in (("", config), *((f"{key}.", each) for key, each in config.items() if isinstance(each, dict))):
         for key, expected in _unlike_class(block):
@@ -47,6 +49,34 @@ def check_values(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder}: config.json: {where}{key}: expected {expected}, got {json.dumps(block[key])[:80]}; "
                 "transformers builds no network of it: take the config.json that came with these weights"
             )
+
+
+def brings_class(config: Mapping[str, Any]) -> bool:
+    """Whether the class of a config or of its network comes with the model: its `auto_map` names one."""
+    given = config.get("auto_map")
+    return isinstance(given, dict) and any(str(key).startswith(("AutoConfig", "AutoModel")) for key in given)
+
+
+def stated_size(config: Mapping[str, Any], key: str) -> int | None:
+    """The whole number that a config gives for a key, or else the default of its class; None if neither is one."""
+    value = config.get(key)
+    if key not in config and isinstance(kind := config.get("model_type"), str):
+        declared = _declared(kind)[1].get(key)
+        value = declared.value.value if declared and isinstance(declared.value, ast.Constant) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def ignores_head_dim(config: Mapping[str, Any]) -> bool:
+    """Whether the class of a config computes the size of its heads, whatever the config says."""
+    source, fields, _ = _declared(str(config.get("model_type")))
+    return "head_dim" not in fields or _OWN_HEADS in source
+
+
+def added_rows(config: Mapping[str, Any]) -> set[int]:
+    """How many rows the embedding of a `model_type` may have beyond `vocab_size`: Moshi's has one, Mllama's eight."""
+    kind = config.get("model_type")
+    network = _declared(kind)[2] if isinstance(kind, str) else ""
+    return {int(each) for each in _ADDED.findall(network)}
 
 
 def _unlike_class(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

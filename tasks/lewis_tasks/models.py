@@ -35,7 +35,7 @@ def resolve_at(recipe: Recipe, ref: str, short: str, key: str, base: Source | No
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
 def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
     """Refuse models that do not fit together, before they are downloaded, and show what their configs say."""
-    for renamed in compatible.preflight(recipe, base, experts, network=recipe.needs_network):
+    for renamed in compatible.preflight(recipe, base, experts, network=True, needed=recipe.needs_network):
         logger.info(renamed)
     settings = inspection_settings(recipe)
     findings = before_download(base, experts, settings) if recipe.inspect.on != "off" else []

@@ -13,6 +13,8 @@ import lewis
 from lewis.errors import InputError, LewisError
 from lewis.models.config import check_config
 from lewis.models.config_class import _declared, check_values
+from lewis.models.source import pin_all
+from lewis_tasks import models as tasks
 from tests.conftest import Family
 from tests.faults.fuzz import DRAWS
 from tests.support.local_hub import LocalHub
@@ -60,6 +62,58 @@ def test_of_every_architecture(kind: str) -> None:
                 block[key] = value
                 with pytest.raises(InputError, match=rf"config.json: {'.'.join((*path, key))}: expected .*, got "):
                     check_config(Path("model"), changed, shapes)
+
+
+SIZES = re.compile(
+    r"(hidden|(moe_|shared_expert_)?intermediate|vocab)_size|n_embd|n_inner|d_model|.*ffn_dim|d_ff|(v_|linear_)?head_dim|"
+    r"num_(attention|key_value)_heads|n_heads?|num_(local_)?experts|n_routed_experts|num_hidden_layers|n_layer"
+)
+REFUSED = {
+    "llama": [
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+    ],
+    "gpt2": ["n_embd", "vocab_size", "n_layer"],
+    "gemma3": ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"],
+    "mixtral": ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_local_experts"],
+}
+
+
+def built_of(model: Any, config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Tensor -> shape in the network that transformers builds of a config; None if it builds none."""
+    try:
+        with torch.device("meta"):
+            network = type(model)(type(model.config).from_dict(copy.deepcopy(config)))
+    except Exception:
+        return None
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", architectures() if DRAWS > 1000 else FEW)
+def test_sizes_as_the_network_has_them(kind: str) -> None:
+    """With other sizes, of each part by itself, the tensors of its own network fit; those of the first do not."""
+    model, config = tiny_or_skip(kind)
+    stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    refused = set()
+    for path in ((), *((key,) for key in config if isinstance(config[key], dict))):
+        for key, value in (config[path[0]] if path else config).items():
+            if not SIZES.fullmatch(key) or not isinstance(value, int) or value < 1:
+                continue
+            changed = copy.deepcopy(config)
+            (changed[path[0]] if path else changed)[key] = 2 * value
+            if (theirs := built_of(model, changed)) is None:
+                continue
+            check_config(Path("model"), changed, theirs)
+            if theirs != stored:
+                try:
+                    check_config(Path("model"), changed, stored)
+                except InputError:
+                    refused.add(key)
+    assert refused >= {*REFUSED.get(kind, [])}
 
 
 # No layer of the tiny ones uses a rope type or an activation that their configs name.
@@ -117,6 +171,9 @@ def test_values_as_the_class_of_the_config_takes_them(kind: str) -> None:
         {"num_key_value_heads": 1},
         {"head_dim": 0},
         {"attention_bias": True},
+        {"intermediate_size": 100},
+        {"num_attention_heads": 8},
+        {"hidden_act": "os.system", "auto_map": {}},
     ],
 )
 @pytest.mark.parametrize("which", ["base", "expert"])
@@ -126,7 +183,8 @@ def test_before_any_work(family: Family, home: Path, tmp_path: Path, change: dic
     base, expert = (odd, family.math) if which == "base" else (family.base, odd)
     models = [{"model": str(expert)}, {"model": str(family.code)}]
     recipe = parse({"merge_method": "ties", "base_model": str(base), "models": models})
-    key = {"num_key_value_heads": "head_dim"}.get(*change, *change)  # the config says how large a head is
+    first = next(iter(change))
+    key = {"num_key_value_heads": "head_dim"}.get(first, first)  # the config says how large a head is
     for refused in (lambda: lewis.plan(recipe), lambda: lewis.merge(recipe, tmp_path / "merged")):
         with pytest.raises(InputError, match=f"odd: config.json: {key}: expected "):
             refused()
@@ -164,6 +222,37 @@ def test_before_any_weights_of_the_hub_are_asked_for(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize(("kind", "rows"), [("llama", 0), ("moshi", 1), ("mllama_text_model", 8)])
+def test_an_embedding_has_as_many_rows_as_its_class_makes(kind: str, rows: int) -> None:
+    for count in range(10):
+        config, shapes = {"model_type": kind, "vocab_size": 64}, {"model.embed_tokens.weight": (64 + count, 16)}
+        if count in (0, rows):
+            check_config(Path("model"), config, shapes)
+        else:
+            with pytest.raises(InputError, match=r"config.json says vocab_size 64, but '.*' has "):
+                check_config(Path("model"), config, shapes)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "mistral"])
+def test_what_a_config_does_not_say_is_the_default_of_its_class(kind: str) -> None:
+    """Qwen3's heads have 128 numbers, Gemma's 256, and Mistral has 8 pairs of keys and values."""
+    model, _ = tiny_or_skip(kind)
+    own = type(model.config)(hidden_size=32, num_attention_heads=16, num_hidden_layers=2, intermediate_size=48)
+    shapes = built_of(model, own.to_dict())
+    assert shapes
+    left = {key: value for key, value in own.to_dict().items() if key not in ("head_dim", "num_key_value_heads")}
+    check_config(Path("model"), left, shapes)
+    with pytest.raises(InputError, match=r"config.json: (head_dim|num_key_value_heads): expected keys of"):
+        check_config(Path("model"), left | {"num_key_value_heads": 4}, shapes)
+
+
+def test_three_times_the_width_is_no_width() -> None:
+    model, config = tiny_or_skip("gpt2")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"config.json: n_embd: expected 32, by the tensors ln_1.weight, got 96;"):
+        check_config(Path("model"), config | {"n_embd": 96, "n_inner": 128}, shapes)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -187,6 +276,24 @@ def test_a_network_that_is_not_of_these_tensors(
         else:
             [error] = refused(recipe).errors
             assert error.kind == "no fit" and re.search(f"odd: {message}", error.what)
+
+
+def test_where_seconds_do_not_matter_the_network_is_built(family: Family, home: Path, tmp_path: Path) -> None:
+    """In a run of Prefect, in an inspection, and in the plan of a recipe that registers; a merge by itself is fast."""
+    odd = rewrite(family.math, tmp_path / "odd", lambda name, tensor: tensor)
+    edit_json(odd / "config.json", model_type="qwen3", layer_types=None)
+    models = [{"model": str(odd)}, {"model": str(family.code)}]
+    plain: dict[str, Any] = {"merge_method": "ties", "base_model": str(family.base), "models": models}
+    wrong = "odd: config.json: '.*q_norm.weight' is in the network of this config, but not in the weights"
+    with pytest.raises(InputError, match=wrong):
+        tasks.preflight.fn(parse(plain), *pin_all(parse(plain)))
+    with pytest.raises(InputError, match=wrong):
+        lewis.plan(parse({**plain, "register": {"name": "m"}}))
+    [error] = lewis.inspect(parse(plain)).errors
+    assert error.kind == "no fit" and re.search(wrong, error.what)
+    lewis.plan(parse(plain))
+    edit_json(odd / "config.json", model_type="unheard")  # may be merged by those who know it
+    tasks.preflight.fn(parse(plain), *pin_all(parse(plain)))
 
 
 def test_a_config_whose_class_comes_with_the_model_may_have_other_types() -> None:

@@ -368,6 +368,22 @@ def test_a_wrong_recipe_is_told_in_the_state_of_the_run(own: Path, client: Any, 
     assert state.message.splitlines()[1] == "merge_methode: unknown key; did you mean 'merge_method'?"
 
 
+def test_a_run_that_an_inspection_stopped_says_what_it_found(
+    own: Path, client: Any, home: Path, family: Family
+) -> None:
+    from lewis_flows.merge import merge_flow
+
+    odd = rewrite(family.math, home.parent / "odd", lambda name, t: t * (-1e6 if "layers.0.mlp.up" in name else 1))
+    models = [{"model": str(each)} for each in (odd, family.code)]
+    own.write_text(json.dumps({"merge_method": "ties", "base_model": str(family.base), "models": models}))
+    state = merge_flow(str(own), return_state=True)
+    assert state.is_failed()
+    message = str(client.read_flow_run(state.state_details.flow_run_id).state.message)
+    told = rf"diagnose: error: {odd}: rescaled: model.layers.0.mlp.up_proj.weight: peak .*\n  means: .*\n  do: .*"
+    assert re.match(told, message), message
+    assert not [each for each in runs(client, own) if each.state.name != "Failed"]
+
+
 def test_a_run_is_named_by_what_moved_and_goes_on_if_that_is_not_known(
     own: Path, client: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

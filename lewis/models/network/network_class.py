@@ -6,8 +6,7 @@ No architecture is named here, and no code that comes with a model is run.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -15,10 +14,10 @@ from threading import Lock, get_ident
 from typing import Any
 
 from lewis import private_names
-from lewis.errors import InputError, LewisError
+from lewis.errors import InputError
 from lewis.lazy_torch import nn, torch
 from lewis.models.config import needs_code, read_config
-from lewis.models.names import Shapes
+from lewis.models.config_class import brings_class
 
 logger = logging.getLogger(__name__)
 _TABLES = (
@@ -54,7 +53,7 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
         network.tie_weights()
     except Exception as error:  # any kind, by architecture
         reason = " ".join(str(error).split())[:300]
-        if "auto_map" in read_config(folder):
+        if brings_class(read_config(folder)):
             raise needs_code(folder, "this model", "config.json") from error
         raise InputError(f"{folder}: transformers cannot build this model: {reason}") from error
     return network.eval()
@@ -86,63 +85,19 @@ def _empty_parameters() -> Iterator[None]:
 def known_network(folder: Path) -> Any | None:
     """The network of a folder in fp32, built once per process while its config stays; None if it cannot be built."""
     try:
-        return _built(folder, (folder / "config.json").read_bytes())
+        return built(folder, (folder / "config.json").read_bytes())
     except InputError as error:
         logger.info("%s: so other names of its tensors are not known", error)
         return None
 
 
-def check_network(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
-    """Build the network of a config without weights, and compare its parameters with the tensors of the same names.
-
-    Nothing is checked if transformers has no class of the `model_type` that generates text, or if the model needs code
-    that comes with it or a package that is not installed.
-
-    Args:
-        folder: of the model.
-        config: parsed.
-        shapes: of its tensors.
-
-    Raises:
-        InputError: if transformers cannot build the network, if a parameter has another number of elements than its
-            tensor, or if only one of both has the bias of a weight.
-        LewisError: if transformers does not know the `model_type`.
-    """
-    from transformers import CONFIG_MAPPING, __version__
-
-    if "auto_map" in config:
-        return
-    if (kind := config.get("model_type")) not in CONFIG_MAPPING:
-        raise LewisError(
-            f"{folder}: config.json: model_type: expected one that transformers {__version__} knows, got {kind!r}; "
-            "upgrade transformers, or merge the model without a lewis block and without evaluating it"
-        )
-    try:
-        network = _built(folder, (folder / "config.json").read_bytes())
-    except InputError as error:
-        if isinstance(error.__cause__, ImportError | _NoClassError):
-            return
-        raise
-    theirs = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    for name, shape in theirs.items():
-        wrong = ""
-        # Of some tensors the shape is another one, since transformers turns them when it loads them.
-        if name in shapes and math.prod(shapes[name]) != math.prod(shape):
-            wrong = f"{name!r} has shape {list(shapes[name])}, but in the network of this config it has {list(shape)}"
-        bias = name.removesuffix(".weight") + ".bias"
-        if name != bias and name in shapes and (bias in shapes) != (bias in theirs):
-            place, other = ("network of this config", "weights")[:: -1 if bias in shapes else 1]
-            wrong = f"{bias!r} is in the {place}, but not in the {other}"
-        if wrong:
-            raise InputError(f"{folder}: config.json: {wrong}; take the config.json that came with these weights")
-
-
-class _NoClassError(ValueError):
+class NoClassError(ValueError):
     """transformers has no class for a model that generates text."""
 
 
 @lru_cache(maxsize=2)
-def _built(folder: Path, config: bytes) -> Any:
+def built(folder: Path, config: bytes) -> Any:
+    """`build` in fp32, done once while the bytes of config.json stay."""
     return build(folder, torch.float32)
 
 
@@ -154,7 +109,7 @@ def _class_of(config: Any) -> Any:
     named = [found for name in wanted if (found := getattr(transformers, name, None)) is not None]
     own = [each for each in named if each in registered or (each.config_class is type(config) and each.can_generate())]
     if not own and not registered:
-        raise _NoClassError(f"{type(config).__name__} has no class that generates text")
+        raise NoClassError(f"{type(config).__name__} has no class that generates text")
     return (own or registered)[0]
 
 

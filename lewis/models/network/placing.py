@@ -11,6 +11,13 @@ from lewis.lazy_torch import torch
 from lewis.models.names import Shapes
 
 Read = Callable[[str], "torch.Tensor"]
+_MOVES = frozenset(  # operations of conversions that move values, and never round, pad or drop some
+    (
+        *("Chunk", "Split", "Concatenate", "Interleave", "MergeModulelist", "SplitModulelist", "Transpose"),
+        *("PermuteForRope", "Conv3dToLinear", "LinearToConv3d", "Inkling2LoopMergeMessageQueries"),
+        *("ErnieFuseAndSplitTextVisionExperts", "ErnieSplitAndDecoupleTextVisionExperts"),
+    )
+)
 
 
 class Placing:
@@ -76,6 +83,11 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 def operations_of(converter: Any) -> Sequence[tuple[str, int | None]]:
     """The operations of a conversion: name and dimension of each."""
     return [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
+
+
+def only_moves(converter: Any) -> bool:
+    """Whether a conversion moves values, and never rounds, pads or drops some."""
+    return all(name in _MOVES for name, _ in operations_of(converter))
 
 
 def _conversions(network: Any) -> tuple[list[Any], list[Any]]:

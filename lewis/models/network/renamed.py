@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 
@@ -24,18 +23,11 @@ from lewis.models.dtypes import as_tensor, bits_dtype, bytes_of, name_of
 from lewis.models.model import Model, TensorInfo, View
 from lewis.models.names import HEADS, PER_TOKEN, Shapes, in_layers
 from lewis.models.network.network_class import known_network
-from lewis.models.network.placing import Read, operations_of
+from lewis.models.network.placing import Read, only_moves
 from lewis.models.network.segments import Layout, Run
 
 logger = logging.getLogger(__name__)
 _WHOLE = -1  # as the end of a run: the tensor as it is, whatever its shape
-_MOVES = frozenset(  # operations of conversions that move values, and never round, pad or drop some
-    (
-        *("Chunk", "Split", "Concatenate", "Interleave", "MergeModulelist", "SplitModulelist", "Transpose"),
-        *("PermuteForRope", "Conv3dToLinear", "LinearToConv3d", "Inkling2LoopMergeMessageQueries"),
-        *("ErnieFuseAndSplitTextVisionExperts", "ErnieSplitAndDecoupleTextVisionExperts"),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -264,7 +256,7 @@ class Conversions:
             parts = [read(run.name).reshape(-1)[run.start : run.stop] for run in runs]
             return torch.cat(parts).reshape(shape)
         converter = self._theirs.placing.converters.get(name)
-        if converter is None or not _only_moves(converter):
+        if converter is None or not only_moves(converter):
             return None
         return self._theirs.placing.value(name, read)
 
@@ -272,7 +264,7 @@ class Conversions:
         role = self._ours.roles.get(name)
         placing = self._ours.placing
         converter = placing.converters.get(role[0]) if role else None
-        if role is None or converter is None or not _only_moves(converter):
+        if role is None or converter is None or not only_moves(converter):
             return {}
         back, first = copy.deepcopy(converter.reverse_transform()), ""
         for parameter in (each for each, of in placing.firsts.items() if of == role[0]):
@@ -286,7 +278,3 @@ class Conversions:
         roles = Layout(placing.module, {each: tuple(value.shape) for each, value in made.items()}).roles
         own = self._ours.by_role
         return {own[its]: made[each] for each, its in roles.items() if its in own}
-
-
-def _only_moves(converter: Any) -> bool:
-    return all(name in _MOVES for name, _ in operations_of(converter))

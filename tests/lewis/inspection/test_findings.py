@@ -182,6 +182,18 @@ FAULTS: dict[str, tuple[Make, set[str]]] = {
         tensors(lambda name, t: t * (1e6 if "mlp" in name else 1e-6 if "o_proj" in name else 1)),
         {"rescaled"},
     ),
+    "an embedding of another scale": (
+        tensors(lambda name, t: t * (1e6 if "embed_tokens" in name else 1)),
+        {"rescaled"},
+    ),
+    "a norm of another scale": (
+        tensors(lambda name, t: t * (1e6 if name == "model.norm.weight" else 1)),
+        {"rescaled"},
+    ),
+    "a matrix of another scale and sign": (
+        tensors(lambda name, t: t * (-1e6 if "layers.0.mlp.up_proj" in name else 1)),
+        {"rescaled"},
+    ),
     "outsized": (
         lambda expert, folder: write_expert(expert.parent / "base", folder, seed=3, scale=0.011),
         {"outsized"},
@@ -211,6 +223,40 @@ def test_an_error_stops_a_merge_unless_the_recipe_says_otherwise(
     forced = [recipe_of(models / "base", models / "code", odd, inspect={"on": on}) for on in ("warn", "off")]
     digests = {lewis.merge(each, tmp_path / "merged").digest for each in forced}
     assert len(digests) == 1 and recipe.blocks == forced[0].blocks
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e-6])
+def test_a_head_of_another_scale_is_an_error(factor: float, home: Path, tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base", layers=4, hidden=64, tied=False)
+    code = write_expert(base, tmp_path / "code", seed=1, scale=0.001)
+    odd = tensors(lambda name, t: t * (factor if "lm_head" in name else 1))(code, tmp_path / "odd")
+    math = write_expert(base, tmp_path / "math", seed=2, scale=0.001)
+    assert told(base, math, odd) == {("rescaled", "odd")}
+
+
+def test_a_bias_that_grew_from_next_to_nothing_is_no_error(home: Path, tmp_path: Path) -> None:
+    base = write_tensors(
+        tmp_path / "base", {"layers.0.a.weight": torch.randn(32, 32), "layers.0.a.bias": torch.full((32,), 1e-6)}
+    )
+    odd = tensors(lambda name, t: t + 1e-3)(base, tmp_path / "odd")
+    assert ("rescaled", "odd") not in told(base, odd)
+
+
+def test_without_a_base_a_second_copy_of_the_first_is_an_error(models: Path, home: Path, tmp_path: Path) -> None:
+    """In other files, too; what differs only in its config is no other model."""
+    again = shard(models / "math", tmp_path / "again")
+    recipe = parse({"merge_method": "linear", "models": [{"model": str(each)} for each in (models / "math", again)]})
+    found = inspect_recipe(recipe).findings
+    assert [(each.kind, each.model) for each in found] == [("expert twice", str(again))]
+    with pytest.raises(InputError, match=f"^error: {again}: expert twice: its weights are those of "):
+        lewis.merge(recipe, tmp_path / "merged")
+
+
+def test_copies_of_one_expert_far_from_the_base_are_an_error(models: Path, home: Path, tmp_path: Path) -> None:
+    far = write_expert(models / "base", tmp_path / "far", seed=3, scale=0.04)
+    again = shard(far, tmp_path / "again")
+    found = told(models / "base", far, again)
+    assert found == {("far from base", "far"), ("far from base", "again"), ("expert twice", "again")}
 
 
 def test_what_is_excluded_stops_no_merge(models: Path, home: Path, tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""Whether the tensors of a model are those of the network that transformers builds of its config; no weight is read."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import InputError, LewisError
+from lewis.lazy_torch import nn
+from lewis.models.config_class import brings_class
+from lewis.models.names import Shapes, in_layers
+from lewis.models.network.network_class import NoClassError, built, text_tower
+from lewis.models.network.placing import Placing, only_moves
+
+
+def check_network(folder: Path, config: Mapping[str, Any], shapes: Shapes, *, needed: bool) -> None:
+    """Build the network of a config without weights, and compare its parameters with the tensors.
+
+    Nothing is checked if transformers has no class of the `model_type` that generates text, or if the model needs code
+    that comes with it or a package that is not installed.
+
+    Args:
+        folder: of the model.
+        config: parsed.
+        shapes: of its tensors.
+        needed: whether the network will be run. If not, transformers need not know the `model_type`, and a head may be
+            missing where the class that the config names has none.
+
+    Raises:
+        InputError: if transformers cannot build the network, if a parameter has another number of elements than its
+            tensors, if it has none, or if only one of both has the bias of a weight.
+        LewisError: if transformers does not know the `model_type`.
+    """
+    from transformers import CONFIG_MAPPING, __version__
+
+    if brings_class(config):
+        return
+    if (kind := config.get("model_type")) not in CONFIG_MAPPING:
+        if not needed:
+            return
+        raise LewisError(
+            f"{folder}: config.json: model_type: expected one that transformers {__version__} knows, got {kind!r}; "
+            "upgrade transformers, or merge the model without a lewis block and without evaluating it"
+        )
+    try:
+        network = built(folder, (folder / "config.json").read_bytes())
+    except InputError as error:
+        if isinstance(error.__cause__, ImportError | NoClassError):
+            return
+        raise
+    with_head = needed or type(network).__name__ in (config.get("architectures") or ())
+    placing = Placing(network, shapes)
+    knows_all = needed or not in_layers(placing.unplaced)  # a tensor of another name may be what is missing
+    for wrong in (*_unlike_parameters(placing, shapes), *(_missing(placing, with_head) if knows_all else ())):
+        raise InputError(f"{folder}: config.json: {wrong}; take the config.json that came with these weights")
+
+
+def _unlike_parameters(placing: Placing, shapes: Shapes) -> Iterator[str]:
+    """What is wrong with tensors that are parameters, or that a conversion makes parameters of."""
+    theirs = {name: tuple(tensor.shape) for name, tensor in placing.state.items()}
+    for name, shape in theirs.items():
+        # Of some tensors the shape is another one, since transformers turns them when it loads them.
+        if name in shapes and math.prod(shapes[name]) != math.prod(shape):
+            yield f"{name!r} has shape {list(shapes[name])}, but in the network of this config it has {list(shape)}"
+        bias = name.removesuffix(".weight") + ".bias"
+        if name != bias and name in shapes and (bias in shapes) != (bias in theirs):
+            place, other = ("network of this config", "weights")[:: -1 if bias in shapes else 1]
+            yield f"{bias!r} is in the {place}, but not in the {other}"
+    parts: dict[tuple[str, ...], list[str]] = {}  # tensors -> the parameters that are made of them
+    for name, found in placing.sources.items():
+        converter = placing.converters.get(name)
+        if converter is None and found[0][0] not in theirs:
+            parts[found[0][:1]] = [name]
+        elif converter is not None and only_moves(converter):
+            parts.setdefault(tuple(tensor for tensor, _ in found), []).append(name)
+    for tensors, names in parts.items():
+        stored, wanted = sum(math.prod(shapes[t]) for t in tensors), sum(math.prod(theirs[n]) for n in names)
+        if stored != wanted:
+            yield (
+                f"{names[0]!r} has shape {list(theirs[names[0]])} in the network of this config, but the tensors that "
+                f"make it have {stored:,} numbers in all, the first is {tensors[0]!r}"
+            )
+
+
+def _missing(placing: Placing, with_head: bool) -> Iterator[str]:
+    """Parameters that text runs through and that no tensor is, nor one that they are tied to."""
+    network, state = placing.module, placing.state
+    made = {id(state[name]) for name in placing.sources}
+    head = network.get_output_embeddings()
+    of_head = {id(each) for each in head.parameters()} if head is not None else set()
+    inside = {id(each) for each in text_tower(network).parameters()}
+    for name, value in state.items():
+        module = network.get_submodule(name.rpartition(".")[0])
+        if not isinstance(value, nn.Parameter) or id(value) in made or hasattr(module, "create_weight"):
+            continue
+        if id(value) in of_head and with_head:
+            yield f"tie_word_embeddings: {name!r} is a weight of its own in the network of this config, but not stored"
+        elif id(value) in inside - of_head:
+            yield f"{name!r} is in the network of this config, but not in the weights"
