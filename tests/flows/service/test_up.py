@@ -365,6 +365,14 @@ def test_mlflow_asks_for_a_password_and_has_what_was_registered_before(service: 
         assert "earlier" in names and "of a stranger" not in names
 
 
+def test_its_note_says_where_the_databases_are(service: Service) -> None:
+    """`lewis backup` refuses if its environment says otherwise."""
+    databases = {"prefect_database": "prefect/prefect.db", "mlflow_database": "mlflow/mlflow.db"}
+    assert {name: service.note()[name] for name in databases} == {
+        name: str(service.home / path) for name, path in databases.items()
+    }
+
+
 def status_of(url: str, body: Any, headers: dict[str, str]) -> int:
     sent = {"content-type": "application/json", **headers}
     try:
