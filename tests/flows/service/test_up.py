@@ -403,7 +403,7 @@ def test_commands_find_the_key_and_nobody_is_shown_it(service: Service) -> None:
     own = ("prefect-api-key", "mlflow-password")
     files = [path for path in service.home.rglob("*") if path.is_file() and path.name not in own]
     assert not [secret for secret in hidden for text in shown if secret in text]
-    assert "FOREIGN KEY" not in shown[-3]  # what Prefect said of polls that deleted their own runs
+    assert "FOREIGN KEY" not in shown[-3]  # as Prefect logs of events of runs that were deleted
     assert not [path for path in files for secret in hidden if secret.encode() in content(path)]
 
 
