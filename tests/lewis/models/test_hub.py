@@ -37,6 +37,7 @@ from lewis.models.source import download, pin, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import CalibrationSet
 from lewis.store import files
+from tests.conftest import full
 from tests.support import pipeline
 from tests.support.gguf_files import write_gguf
 from tests.support.local_hub import LocalHub
@@ -123,6 +124,21 @@ def test_what_the_hub_asks_to_wait_is_waited(
     for _ in range(2):
         with pytest.raises(TransientError, match="answered 429"):
             resolve("org/x", tmp_path)
+
+
+@full
+def test_what_the_hub_asks_to_wait_is_waited_though_a_part_is_in_the_cache(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client waits five times, and then took the part for the whole: the fetch ended: missing, try again."""
+    hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    slept = list[float]()
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=slept.append))
+    folder_of(pinned).mkdir(parents=True)
+    hub.faults.append({"path": "/tree/", "status": 429, "headers": {"Retry-After": "0"}, "times": 12})
+    assert (fetch(pinned) / "model.safetensors").read_bytes() == WEIGHTS
+    assert slept == [0.0]
 
 
 def test_a_connection_that_is_reset_is_made_again(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
