@@ -100,7 +100,7 @@ def verify(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(asdict(found), indent=2))
     else:
-        print(f"checked {found.checked} entries and versions, {len(found.damaged)} damaged")
+        print(f"checked {found.checked} entries and versions, {len(found.damaged)} damaged{found.left_out}")
         print("".join(f"{each.kind} {each.entry}: {each.why}\n" for each in found.damaged), end="")
     if found.damaged:
         raise LewisError(found.to_text())
