@@ -1,7 +1,8 @@
 """Back up, and restore, what cannot be made again: MLflow's and Prefect's data, recipes, secrets, the outbox.
 
     DIR/lewis.json  DIR/store/mlflow/mlflow.db  DIR/store/mlflow/artifacts/...  DIR/store/prefect/prefect.db
-    DIR/store/prefect-api-key ...  DIR/store/outbox/...  DIR/recipes/...  DIR/prefect/prefect.db with PREFECT_HOME
+    DIR/store/prefect-api-key ...  DIR/store/outbox/...  DIR/recipes/...
+    DIR/prefect/prefect.db  if Prefect's database is outside of the store
 
 `lewis.json` has the size and SHA-256 of every file. A copy appears whole or not at all.
 """
@@ -24,15 +25,11 @@ from lewis.store import kinds, manifest, secrets
 from lewis.store.folders import leads_out
 from lewis.store.verification import problem_of_database
 from lewis_flows import recipes_folder
+from lewis_flows.service import databases, note
 
 _DATABASES = ("mlflow/*.db", "prefect/prefect.db")
-_PREFECT_DATABASE = (
-    *("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"),
-    *("PREFECT_SERVER_DATABASE_HOST", "PREFECT_API_DATABASE_HOST"),
-)
 _FOLDERS = ("mlflow/artifacts", *(kind.name for kind in kinds.TABLE.values() if kind.backed_up))
 _JOURNALS = ("-journal", "-wal")  # of SQLite, next to a database whose process died
-_SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}
 
 
 class Copied(NamedTuple):
@@ -43,12 +40,14 @@ class Copied(NamedTuple):
         files: how many.
         bytes: of all of them.
         elsewhere: parts that are on servers of your own and are not in this copy: part -> the server's address.
+        missing: parts that have no database yet: part -> where it was looked for.
     """
 
     folder: Path
     files: int
     bytes: int
     elsewhere: dict[str, str]
+    missing: dict[str, str]
 
 
 def backup(folder: Path) -> Copied:
@@ -56,19 +55,21 @@ def backup(folder: Path) -> Copied:
 
     Raises:
         InputError: if the folder holds something else than an earlier copy of this store, or is in the store, or if the
-            earlier copy has a database that is not there any more.
+            earlier copy has a database that is not there any more, or if `lewis up` has a database elsewhere than
+            the environment says.
         LewisError: if a database cannot be read or is damaged, or the folder not be written.
     """
     folder = folder.absolute()
     if store.holds(folder):
         raise InputError(f"{folder}: expected a folder outside of the store, which is copied; choose another one")
+    places = {"mlflow": databases.mlflow(), "prefect": databases.prefect()}
+    _check_as_served(places)
     about = {store.COPIED: str(store.home()), "made": datetime.now(UTC).isoformat()}
     try:
         with store.publish(folder, about) as scratch:
             scratch.chmod(0o700)  # there are secrets in it
+            copied = _copy_databases(places, scratch)
             _copy_store(scratch / "store")
-            if (own := _prefect_home() / "prefect.db").is_file() and not store.holds(own):
-                _copy_database(own, scratch / "prefect" / own.name)
             with suppress(InputError):  # there is none
                 # A link that leads nowhere is no recipe: an editor's mark of an open file is one.
                 shutil.copytree(recipes_folder.folder(), scratch / "recipes", ignore_dangling_symlinks=True)
@@ -76,10 +77,12 @@ def backup(folder: Path) -> Copied:
     except (OSError, sqlite3.Error, shutil.Error) as error:
         raise LewisError(f"{folder}: the copy could not be made: {error}") from error
     files = (store.read_manifest(folder) or {})["files"]
-    servers = {part: os.environ.get(name, "") for part, name in _SERVERS.items()}
-    servers["prefect"] = servers["prefect"] or next(filter(None, map(os.environ.get, _PREFECT_DATABASE)), "")
-    servers = {part: redacted(url) for part, url in servers.items() if url and str(store.home()) not in url}
-    return Copied(folder, len(files), sum(each["size"] for each in files.values()), servers)
+    if api := os.environ.get("PREFECT_API_URL"):
+        places["prefect"] = redacted(api)
+    left = {part: place for part, place in places.items() if place not in copied}
+    missing = {part: str(place) for part, place in left.items() if isinstance(place, Path) and not place.exists()}
+    elsewhere = {part: str(place) for part, place in left.items() if part not in missing}
+    return Copied(folder, len(files), sum(each["size"] for each in files.values()), elsewhere, missing)
 
 
 def restore(folder: Path) -> Copied:
@@ -116,13 +119,29 @@ def restore(folder: Path) -> Copied:
         raise InputError(f"`lewis up` runs on {store.home()}; stop it first") from None
     except OSError as error:
         raise LewisError(f"{error.filename or folder}: the copy could not be put back: {error}") from error
-    return Copied(folder, len(wanted), sum(each["size"] for each in found["files"].values()), {})
+    return Copied(folder, len(wanted), sum(each["size"] for each in found["files"].values()), {}, {})
+
+
+def _copy_databases(places: dict[str, Path | str], target: Path) -> set[Path]:
+    """Copy those of the store, and Prefect's; to be done first, as what a database names is written before it does so.
+
+    Args:
+        places: part -> the database that the environment gives it.
+        target: the copy's folder.
+
+    Returns:
+        those that were copied.
+    """
+    found = {path for pattern in _DATABASES for path in store.home().glob(pattern)}
+    found |= {place for place in places.values() if isinstance(place, Path) and place.is_file()}
+    copied = {path for path in found if store.holds(path) or path == places["prefect"]}
+    for path in sorted(copied):
+        inside = Path("store") / path.relative_to(store.home()) if store.holds(path) else Path("prefect") / path.name
+        _copy_database(path, target / inside)
+    return copied
 
 
 def _copy_store(target: Path) -> None:
-    # First, as what a database names is written before it does so.
-    for path in (path for pattern in _DATABASES for path in store.home().glob(pattern)):
-        _copy_database(path, target / path.relative_to(store.home()))
     for name in _FOLDERS:
         if (store.home() / name).is_dir():
             shutil.copytree(store.home() / name, target / name, ignore=shutil.ignore_patterns(".*.partial"))
@@ -151,14 +170,26 @@ def _check_complete(earlier: Path, made: Path) -> None:
             )
 
 
-def _prefect_home() -> Path:
-    """Where a Prefect server of this machine keeps its database, if no setting names another."""
-    return Path(os.environ.get("PREFECT_HOME") or store.home() / "prefect").expanduser().absolute()
+def _check_as_served(places: dict[str, Path | str]) -> None:
+    """Raise InputError if `lewis up` runs and has a database elsewhere than this environment says."""
+    for part, place in places.items():
+        served = note.read().get(note.database_of(part))
+        if served and os.path.realpath(served) != os.path.realpath(place):
+            raise InputError(
+                f"{part}: `lewis up` has its database in {served}, and by this environment it is {place}: set "
+                "LEWIS_HOME, PREFECT_HOME and the URLs of databases as `lewis up` has them"
+            )
+
+
+def _prefect_folder() -> Path:
+    """Where a copy's database of Prefect goes that was outside of the store."""
+    place = databases.prefect()
+    return place.parent if isinstance(place, Path) else store.home() / "prefect"
 
 
 def _check_unused() -> None:
     """Raise InputError if a process has files of the store open, or of one that was there and is deleted."""
-    places = tuple(f"{place.resolve()}/" for place in (store.home(), _prefect_home()))
+    places = tuple(f"{place.resolve()}/" for place in (store.home(), _prefect_folder()))
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):  # it has ended, or is of another user
             if os.readlink(link).startswith(places) and link.parts[2] != str(os.getpid()):
@@ -167,7 +198,7 @@ def _check_unused() -> None:
 
 def _targets(folder: Path, files: dict[str, object]) -> Iterator[tuple[str, Path]]:
     """Each file of a copy and the path that it goes back to; MLflow's database last, after the files that it names."""
-    places = {"store": store.home(), "recipes": recipes_folder.location(), "prefect": _prefect_home()}
+    places = {"store": store.home(), "recipes": recipes_folder.location(), "prefect": _prefect_folder()}
     for name in sorted(files, key=lambda name: (name.endswith(".db"), name)):
         top, _, rest = name.partition("/")
         if not rest or leads_out(rest) or top not in places:

@@ -8,13 +8,14 @@ from prefect.assets import Asset
 from prefect.futures import PrefectFuture, wait
 from prefect.utilities.annotations import quote
 
+from lewis.errors import LewisError
 from lewis.evaluation.step import ModelScores
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
 from lewis.steps.graph import PREFLIGHT, Node, evaluations, graph, resolved, short_refs
 from lewis.steps.step import Step
-from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DOWNLOAD
+from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DIAGNOSE, DOWNLOAD
 from lewis_tasks.models import preflight, resolve
 from lewis_tasks.steps import task_of
 from lewis_tasks.support.assets import artifact_prefix, asset, page_of
@@ -58,8 +59,16 @@ class Walk:
             note: ends the names of the tasks.
 
         Raises:
-            LewisError: what the first failed task raised that a node needs.
+            LewisError: what the first failed task raised that a node needs; or `diagnose`, which says what is wrong
+                with a model that others stumble over.
         """
+        try:
+            self._go(nodes, results, note)
+        except LewisError:
+            finish(*self.of(DIAGNOSE))
+            raise
+
+    def _go(self, nodes: Iterable[Node], results: Mapping[str, Any] | None, note: str) -> None:
         found = dict(results or {})
         for node in nodes:
             if self.wants(node, found):

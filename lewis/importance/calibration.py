@@ -3,16 +3,17 @@
 import glob
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lewis import store
-from lewis.errors import InputError, LewisError
+from lewis.errors import InputError, LewisError, TransientError
 from lewis.importance.row_texts import Text, texts_of
 from lewis.input_files import check_regular
 from lewis.models.config import needs_code
@@ -240,8 +241,11 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path, cache: Path) -> 
     if repo in LOCAL:
         arguments["cache_dir"] = str(cache)
         arguments["data_files"] = [glob.escape(path) for path in arguments["data_files"]]  # datasets takes patterns
+    load = partial(datasets.load_dataset, repo, split=spec.split, **arguments)
     try:
-        return datasets.load_dataset(repo, split=spec.split, **arguments)
+        return load() if repo in LOCAL else _from_hub(where, load)
+    except TransientError:
+        raise
     except Exception as error:  # datasets raises many kinds, also bare ones of its parsers
         reason = " ".join(str(error.__cause__ or error).split())[:400]
         first = Path(arguments.get("data_files", [""])[0])
@@ -250,6 +254,25 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path, cache: Path) -> 
         raise InputError(
             f"{where}: cannot load {repo!r} (config {spec.config}, split {spec.split}): {reason}{hint}"
         ) from error
+
+
+def _from_hub(where: str, load: Callable[[], Any]) -> Any:
+    """Load a dataset of the Hub, as patiently as models are.
+
+    Raises:
+        TransientError: if the Hub is busy or unreachable.
+        Exception: any other of `datasets`.
+    """
+    from lewis.models.hub.client import endpoint, repeated, resume_downloads
+    from lewis.models.hub.errors import explain, retryable
+
+    resume_downloads()
+    try:
+        return repeated(where, load)
+    except Exception as error:
+        if retryable(error):
+            raise explain(where, error, endpoint()) from error
+        raise
 
 
 def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lewis.importance.calibration import Calibration
 from lewis.importance.measured import Measured
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import torch_dtype
-from lewis.models.model import Model
+from lewis.models.model import Model, damaged
 from lewis.models.network.module_tree import Covered, Network
 from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report, silent
@@ -209,7 +209,7 @@ def _warn_of_silent(model: Model, network: Network, calibration: Calibration, me
 def _damaged(model: Model, tensor: str, s: torch.Tensor, weights: torch.Tensor) -> LewisError:
     """The error for the first layer whose norm is not finite: are its weights or its activations the cause?"""
     if not bool(weights.isfinite().all()):
-        return LewisError(f"{model.folder}: tensor {tensor!r} has values that are NaN or Inf; the model is damaged")
+        return damaged(model, f"tensor {tensor!r} has values that are NaN or Inf")
     what = "its weights are too large for fp32"
     if not bool(s[s.isnan().logical_not()].isfinite().all()):
         what = "activations into it are NaN, Inf or too large for fp32"

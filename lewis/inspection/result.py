@@ -39,6 +39,12 @@ class Inspection:
         return [each for each in self.findings if each.level == "error"]
 
     @property
+    def broken(self) -> list[str]:
+        """The models that hold NaN or infinity."""
+        tensors = self.measures.tensors
+        return [ref for i, ref in enumerate(self.refs) if any(each.nans[i] or each.infinities[i] for each in tensors)]
+
+    @property
     def verdict(self) -> str:
         """How many findings there are of each level, in one line."""
         if not self.findings:

@@ -21,10 +21,11 @@ from lewis.inspection.measures import SAMPLE, SEMANTICS, Measures, measure, weig
 from lewis.inspection.result import Inspection
 from lewis.inspection.structure import moved_parts
 from lewis.models.compatible import check_compatible
+from lewis.models.hub.repository import COMMIT
 from lewis.models.layers.stack import other_depth
-from lewis.models.model import Model
+from lewis.models.model import Model, broken
 from lewis.models.names import PER_TOKEN
-from lewis.models.source import ModelFiles, Source
+from lewis.models.source import ModelFiles, Source, commits_of
 from lewis.models.tokenizer import read_vocabulary, tokenizer_folder
 from lewis.progress import Report, silent
 from lewis.recipe.config import excluded
@@ -89,6 +90,17 @@ class InspectionInput:
         first, others = (self.base, self.experts) if self.base else (self.experts[0], self.experts[1:])
         skipped = self.base is not None and self.settings.base_is_a_model
         return first, [each for each in others if not (skipped and each.key == first.key)]
+
+    def commits(self, refs: Sequence[str]) -> dict[str, str]:
+        """Model -> the commit of the Hub that it is, or of the adapter that is put on the base for it; not of others.
+
+        Args:
+            refs: of models.
+        """
+        first, others = self.first()
+        keys = {each.ref: commits_of(each.key) for each in (*others, first)}
+        last = {ref: keys[ref][-1] for ref in refs if ref in keys and keys[ref][:-1] in ((), keys[first.ref])}
+        return {ref: commit for ref, commit in last.items() if COMMIT.fullmatch(commit)}
 
     @cached_property
     def _chosen(self) -> tuple[list[_Opened], list[_Opened], list[Finding]]:
@@ -163,12 +175,27 @@ def check_findings(findings: Sequence[Finding], settings: InspectionSettings) ->
         raise InputError(f"{listed}\n  to merge them all the same: inspect: {{on: warn}} in the recipe, or --force")
 
 
+def check(found: Inspection, given: InspectionInput) -> None:
+    """`check_findings` of what was found of an input.
+
+    Raises:
+        BrokenModelError: instead, if a model of the Hub holds NaN or infinity: only another commit can help.
+        InputError: as `check_findings`.
+    """
+    try:
+        check_findings(found.findings, given.settings)
+    except InputError as error:
+        for ref, commit in given.commits(found.broken).items():
+            raise broken(f"{error}\n  {ref} has NaN or infinity", commit) from None
+        raise
+
+
 def look(given: InspectionInput, report: Report = silent) -> None:
     """Stop a merge whose models do not belong together, at little cost: a sample of each tensor decides whether all
     weights are read.
 
     Raises:
-        InputError: as `check_findings`.
+        InputError: as `check`.
     """
     if not given.settings.stops:
         return
@@ -178,7 +205,7 @@ def look(given: InspectionInput, report: Report = silent) -> None:
     found = _weight_findings(given, sample, [[] for _ in experts])
     keys = [each.key for each in given.first()[1]]
     if refused or len(keys) > len(set(keys)) or any(each.level == "error" or each.kind == "norms" for each in found):
-        check_findings(inspect(given, report).findings, given.settings)
+        check(inspect(given, report), given)
 
 
 def _inspect(given: InspectionInput, report: Report, known: Sequence[Finding] | None) -> Inspection:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from lewis.errors import InputError
 from lewis.models.config import check_config, read_config
@@ -19,7 +20,7 @@ from lewis.models.names import HEADS, PER_TOKEN, Shapes, in_layers
 from lewis.models.network.check import check_network
 from lewis.models.network.renamed import differ, match
 from lewis.models.source import Source
-from lewis.models.tokenizer import FIX, clash, tokenizer_folder
+from lewis.models.tokenizer import FIX, TOKENIZER, clash, read_vocabulary, tokenizer_folder
 from lewis.recipe.config import MergeConfig
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def preflight(
         folder = repository.fetch(adapter, weights=False)
         with repository.blaming(adapter, CONFIG, "unusable"):
             read_settings(folder)
+        _check_tokenizer(adapter, folder)
     by_ref = {source.ref: shapes[source.model] for source in sources}
     if config.slices and _preflight_slices(config, first.ref, by_ref):
         return []
@@ -119,12 +121,20 @@ def _check_model(model: Pinned, network: bool, needed: bool) -> Shapes:
         weight_files(home, () if model.is_local else repository.file_names(model))
     with repository.blaming(model, "config.json"):
         config = read_config(home)
+    _check_tokenizer(model, home)
     shapes = repository.tensor_shapes(model)
     with repository.blaming(model, "config.json"):
         check_config(home, config, shapes)
         if network or needed:
             check_network(home, config, shapes, needed=needed)
     return shapes
+
+
+def _check_tokenizer(model: Pinned, folder: Path) -> None:
+    """Check that a tokenizer of the Hub can be read; that of a local folder is read where tokens are compared."""
+    if not model.is_local:
+        with repository.blaming(model, TOKENIZER):
+            read_vocabulary(folder)
 
 
 def _preflight_slices(config: MergeConfig, first: str, shapes: Mapping[str, Shapes]) -> bool:

@@ -2,7 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lewis.recipe.block import parts_of
 from lewis.recipe.parameter_values import parse_setting
 from lewis.recipe.schema import GUIDES, Density, contradictions
 
+_REPO = re.compile(r"\w[\w.-]*/[\w.-]+")
 _DEFAULTS = {key: Density.model_fields[key].default for key in ("min", "max", "budget")}
 
 
@@ -205,29 +207,39 @@ def _guided_densities(block: dict[str, Any]) -> list[float]:
     return sorted({low, high})
 
 
-def other_spellings(models: Sequence[str], base: str | None, root: Path) -> list[str]:
-    """Problems: models that are listed twice, by different paths.
+def other_spellings(models: Mapping[str, str], base: str | None, root: Path) -> list[str]:
+    """Problems: models that are listed twice, by different paths, or by different names of one commit of the Hub.
 
     Args:
-        models: of the recipe, as they are written there.
+        models: YAML path -> model of the recipe, as it is written there.
         base: likewise.
         root: where relative folders start.
     """
     first = {_place(base, root): ("base_model", base)} if base is not None else {}
     problems = []
-    for i, name in enumerate(models):
-        where, known = first.setdefault(_place(name, root), (f"models[{i}].model", name))
+    for path, name in models.items():
+        where, known = first.setdefault(_place(name, root), (path, name))
         if known != name:
-            problems.append(f"models[{i}].model: {name!r} is {where} {known!r}, written in another way; give it once")
+            problems.append(f"{path}: {name!r} is {where} {known!r}, written in another way; give it once")
     return problems
 
 
 def _place(ref: str, root: Path) -> tuple[str, ...]:
-    """A reference with the real path of each folder in it."""
+    """A reference with the real path of each folder or file in it, and the Hub's repos in one spelling."""
     parts = parts_of(ref, root)
     places = [(os.path.join(root, os.path.expanduser(part)), os.path.expanduser(part)) for part in parts]
-    folders = [next(filter(os.path.isdir, each), None) for each in places]
-    return tuple(os.path.realpath(each) if each else part for each, part in zip(folders, parts, strict=True))
+    found = [next(filter(_is_model, each), None) for each in places]
+    return tuple(os.path.realpath(each) if each else _repo(part) for each, part in zip(found, parts, strict=True))
+
+
+def _is_model(path: str) -> bool:
+    return os.path.isdir(path) or (path.endswith(".gguf") and os.path.isfile(path))
+
+
+def _repo(part: str) -> str:
+    """A repo as the Hub takes it: letters of either case, and its main branch without a revision."""
+    name, _, revision = part.partition("@")
+    return f"{name.lower()}@{revision or 'main'}" if _REPO.fullmatch(name) else part
 
 
 def _check_models(data: dict[str, Any]) -> list[str]:

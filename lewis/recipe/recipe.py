@@ -27,7 +27,7 @@ from lewis.recipe.schema import (
     Search,
 )
 from lewis.recipe.serve import TARGETS, Serve
-from lewis.recipe.slices import listed_models
+from lewis.recipe.slices import listed_models, of_listed
 
 MAX_PROBLEMS = 50  # problems of one recipe that an error lists
 
@@ -106,8 +106,10 @@ class Recipe(MergeConfig):
         try:
             sliced = {"models": listed_models(data)} if data.get("slices") else {}
             recipe = cls.model_validate({**data, **sliced})
-            listed = () if recipe.slices else (entry.model for entry in recipe.models)
-            problems += other_spellings(list(listed), recipe.base_model, root)
+            listed = {f"models[{i}].model": entry.model for i, entry in enumerate(recipe.models)}
+            if sliced:
+                listed = {of_listed(data, path): name for path, name in listed.items()}
+            problems += other_spellings(listed, recipe.base_model, root)
         except ValidationError as error:
             problems = [*describe(error, cls), *problems]
         if problems:

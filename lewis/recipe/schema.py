@@ -408,7 +408,7 @@ class Register(Block):
     """
 
     # MLflow allows 256 characters, team included
-    name: str = Field(pattern=r"^[^/:\x00-\x1f\x7f]*[^/:.\x00-\x1f\x7f][^/:\x00-\x1f\x7f]*$", max_length=200)
+    name: str = Field(pattern=r"^[^/:\x00-\x1f\x7f]*[^/:.\s\x00-\x1f\x7f][^/:\x00-\x1f\x7f]*$", max_length=200)
     team: str = Field(default="", pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$", max_length=50)
     group: str = ""
     gate: Gate | None = None

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,11 @@ def publish(
         there = _look(repo, private)
         if there is None:
             with _errors(repo):
-                client.api().create_repo(repo, private=private, exist_ok=True)
+                client.repeated(repo, lambda: client.api().create_repo(repo, private=private, exist_ok=True))
             there = _look(repo, private)
         if branch != "main":
             with _errors(repo):
-                client.api().create_branch(repo, branch=branch, exist_ok=True)
+                client.repeated(repo, lambda: client.api().create_branch(repo, branch=branch, exist_ok=True))
             there = _look(repo, private, branch)
         assert there is not None
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -146,7 +147,8 @@ def _look(repo: str, private: bool, branch: str = "main") -> _Remote | None:
         raise InputError(f"publish: HF_TOKEN is needed to push to {repo}; set one that may write")
     with _errors(repo):
         try:
-            info = client.api().model_info(repo, revision=None if branch == "main" else branch)
+            revision = None if branch == "main" else branch
+            info = client.repeated(repo, lambda: client.api().model_info(repo, revision=revision))
         except HfHubHTTPError as error:
             if error.response.status_code == 404:
                 return None
@@ -156,9 +158,8 @@ def _look(repo: str, private: bool, branch: str = "main") -> _Remote | None:
         files = frozenset(file.rfilename for file in info.siblings or ())
         digest = None
         if store.MANIFEST in files:
-            place = client.api().hf_hub_download(
-                repo, store.MANIFEST, revision=info.sha, cache_dir=client.cache_folder()
-            )
+            download = partial(client.api().hf_hub_download, repo, store.MANIFEST, cache_dir=client.cache_folder())
+            place = client.repeated(repo, lambda: download(revision=info.sha))
             digest = (store.read_json(Path(place)) or {}).get("digest")
     if digest is None and any(WEIGHTS.search(name) for name in files):
         raise InputError(f"publish.repo: {repo} holds a model that LEWIS did not publish; choose another repo")
@@ -170,8 +171,11 @@ def _commit(
 ) -> Any:
     """Make the commit; on a Hub without Xet, which new files of the Hub are kept in, upload by the LFS protocol."""
 
+    create = partial(client.api().create_commit, repo, operations, commit_message=title)
+
     def make() -> Any:
-        return client.api().create_commit(repo, operations, commit_message=title, parent_commit=parent, revision=branch)
+        # After a reset the commit may be there, and what comes after it would be taken for somebody else's.
+        return client.repeated(repo, lambda: create(parent_commit=parent, revision=branch), after_reset=False)
 
     try:
         return make()

@@ -294,8 +294,8 @@ def file_of(client: "MlflowClient", run_id: str, name: str) -> bytes:
         return Path(client.download_artifacts(run_id, name, str(scratch))).read_bytes()
 
 
-def check_files(client: "MlflowClient", run_id: str) -> None:
-    """Check that the files of a run are those that `log_files` noted.
+def check_files(client: "MlflowClient", run_id: str) -> set[str]:
+    """Check that the files of a run are those that `log_files` noted; gives their names.
 
     Raises:
         DamagedError: naming one that is missing or damaged.
@@ -315,6 +315,7 @@ def check_files(client: "MlflowClient", run_id: str) -> None:
             raise DamagedError(f"{name} cannot be read: {error}") from error
         if (len(content), hashlib.sha256(content).hexdigest()) != (size, sha256):
             raise DamagedError(f"{name}: expected SHA-256 {sha256}, it has another content; put back that of a backup")
+    return set(noted)
 
 
 def key(name: str) -> str:

@@ -39,15 +39,26 @@ class Verified:
     Attributes:
         checked: how many entries and versions.
         damaged: what is wrong.
+        unchecked: how many versions are of a run whose own files (scores, verdict, recipe) have no checksums.
     """
 
     checked: int
     damaged: list[Damage]
+    unchecked: int = 0
+
+    @property
+    def left_out(self) -> str:
+        """What was not checked; empty if everything was."""
+        if not self.unchecked:
+            return ""
+        return (
+            f"; not checked: scores, verdict and recipe of {self.unchecked} earlier versions, which have no checksums"
+        )
 
     def to_text(self) -> str:
         """How many are damaged, which is the first, and what to do."""
         if not self.damaged:
-            return f"{self.checked} entries and versions, none is damaged"
+            return f"{self.checked} entries and versions, none is damaged{self.left_out}"
         first = self.damaged[0]
         return (
             f"{len(self.damaged)} of {self.checked} entries and versions are damaged; the first: {first.entry}: "

@@ -8,7 +8,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis.inspection import result
-from lewis.inspection.step import InspectionInput, before_download, check_findings, inspect
+from lewis.inspection.step import InspectionInput, before_download, check, check_findings, inspect
 from lewis.models import compatible, source
 from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
@@ -48,7 +48,7 @@ def show_inspection(given: InspectionInput, prefix: str) -> None:
     """The findings on the models of a merge, with tables and a picture, as an artifact; warnings go to the log.
 
     Raises:
-        InputError: if one is an error, and the recipe does not want to merge all the same.
+        BrokenModelError, InputError: if one is an error, and the recipe does not want to merge all the same.
     """
     found = inspect(given)
     (logger.warning if found.findings else logger.info)("%s", found.verdict)
@@ -60,7 +60,7 @@ def show_inspection(given: InspectionInput, prefix: str) -> None:
         key=f"{prefix}-inspection",
         description=found.verdict,
     )
-    check_findings(found.findings, given.settings)
+    check(found, given)
 
 
 def _shown(row: Mapping[str, object]) -> dict[str, object]:

@@ -19,6 +19,7 @@ from lewis.store import sealed_json
 from lewis.store.writable import check_output_folder
 from lewis_flows.backup import backup, restore
 from lewis_flows.cli.main import main
+from lewis_flows.service import note
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered
 
@@ -123,7 +124,52 @@ def test_prefects_database_comes_from_where_it_is(home: Path, tmp_path: Path, mo
     with closing(sqlite3.connect(own / "prefect.db")) as database:
         assert database.execute("select id from run").fetchall() == [(1,)]
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql+asyncpg://me:secret@db/prefect")
-    assert backup(made.folder).elsewhere == {"prefect": "postgresql+asyncpg://***@db/prefect"}
+    assert backup(tmp_path / "other").elsewhere == {"prefect": "postgresql+asyncpg://***@db/prefect"}
+
+
+@pytest.mark.parametrize("named_by", ["folder", "url"])
+def test_prefects_database_may_be_anywhere_in_the_store(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named_by: str
+) -> None:
+    """Only `prefect/prefect.db` of the store was known: another one was left out without a word."""
+    own = home / "own" / ("prefect.db" if named_by == "folder" else "runs.db")
+    (home / "prefect").rename(own.parent)
+    (own.parent / "prefect.db").rename(own)
+    (own.parent / "prefect.db-wal").rename(f"{own}-wal")
+    if named_by == "folder":
+        monkeypatch.setenv("PREFECT_HOME", str(own.parent))
+    else:
+        monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{own}?timeout=30")
+    made = backup(tmp_path / "copy")
+    assert made.elsewhere == {} and made.missing == {}
+    lose(home)
+    restore(made.folder)
+    with closing(sqlite3.connect(own)) as database:
+        assert database.execute("select id from run").fetchall() == [(1,)]
+
+
+def test_a_copy_without_the_database_that_the_service_has_is_refused(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where only `lewis up` had PREFECT_HOME, and cron had not, a copy had no history of runs, and did not say so."""
+    note.write({note.database_of("prefect"): str(tmp_path / "own" / "prefect.db")})
+    with pytest.raises(InputError, match=f"`lewis up` has its database in {tmp_path}/own/prefect.db, .*PREFECT_HOME"):
+        backup(tmp_path / "copy")
+    note.write({note.database_of("prefect"): str(home / "prefect" / "prefect.db")})
+    assert backup(tmp_path / "copy").missing == {}
+    note.remove()  # of a service that was stopped
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "none"))
+    assert main(["backup", str(tmp_path / "other")]) == 0
+    assert f"prefect has no database in {tmp_path}/none/prefect.db: if its server has" in capsys.readouterr().out
+
+
+def test_mlflows_database_may_be_anywhere_in_the_store(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "mlflow" / "mlflow.db").rename(home / "registry.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/registry.db")
+    made = backup(tmp_path / "copy")
+    assert (made.folder / "store" / "registry.db").is_file() and made.elsewhere == {} and made.missing == {}
 
 
 def test_a_store_that_a_process_uses_is_not_put_back(home: Path, tmp_path: Path) -> None:

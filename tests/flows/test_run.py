@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,13 @@ def test_nan_in_an_input_is_named_and_nothing_is_written(
     code, _, err = finished(lewis(*arguments, "--force"))
     assert code == 1 and "NaN" in err and str(broken) in err
     assert not list((home / "merged").glob("*")) and not versions(home)
+
+
+@pytest.mark.long
+def test_a_run_needs_no_stderr(recipe: Path, home: Path, prefect_url: str) -> None:
+    """Nor does its Prefect server, which it starts."""
+    program = "from lewis_flows.cli.main import program; program()"
+    command = ["sh", "-c", 'exec "$@" 2>&-', "-", sys.executable, "-c", program, "run", str(recipe), *NO_SCORES]
+    environment = {**os.environ, "LEWIS_HOME": str(home), "PREFECT_API_URL": "", "PREFECT_HOME": str(home / "prefect")}
+    assert subprocess.run([*command, "--set", "lewis=null"], env=environment).returncode == 0
+    assert len(versions(home)) == 1

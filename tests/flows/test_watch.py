@@ -19,7 +19,8 @@ from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
 from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled, State, Suspended
 
 from lewis import store
-from lewis.errors import TransientError
+from lewis.errors import BrokenModelError, TransientError
+from lewis.models.compatible import preflight
 from lewis.models.source import pin_all
 from lewis.registry import releases, tracking
 from lewis.registry.releases import Moved
@@ -27,6 +28,7 @@ from lewis_flows import polls, recipes_folder, release_event, watch
 from lewis_flows.service.receiver import Receiver
 from lewis_flows.service.status import status
 from lewis_flows.watch import WatchReport, poll
+from lewis_tasks.support.failures import says_why
 from lewis_tasks.support.flow_run import RECIPE as TEXT
 from lewis_tasks.support.flow_run import tag
 from tests.conftest import Family
@@ -348,6 +350,36 @@ def test_a_release_that_is_broken_on_the_hub_waits_for_another_commit(
     assert poll().waiting == ["broken: org/math"]
     hub.commit("org/code", family.base)
     assert poll().announced == ["broken: org/math"]
+
+
+@flow(name="merge")
+@says_why
+def _preflight(recipe: str) -> None:
+    """The first part of a merge."""
+    plan = recipes_folder.load(recipe)
+    preflight(plan, *pin_all(plan))
+
+
+def test_a_run_that_finds_a_broken_tokenizer_is_not_repeated_until_another_commit_comes(
+    hub: LocalHub,
+    client: SyncPrefectClient,
+    prefect_url: str,
+    recipes: Path,
+    family: Family,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each hour there was one, which downloaded the model and failed."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    files = {path.name: path.read_bytes() for path in family.code.iterdir() if path.is_file()}
+    hub.commit("org/code", {**files, "tokenizer.json": "{"})
+    (recipes / "odd.yaml").write_text(RECIPE % "odd")
+    with pytest.raises(BrokenModelError, match=r"org/code: tokenizer.json is broken on the Hub itself"):
+        _preflight("odd")
+    for name, value in ({"REMEMBER": timedelta(0)} | MINUTES_GONE | HOUR_GONE).items():
+        monkeypatch.setattr(watch, name, value)
+    assert poll(["odd"]).waiting == ["odd: org/math"]
+    hub.commit("org/code", {**files, "README.md": "# mended"})
+    assert poll(["odd"]).announced == ["odd: org/math"]
 
 
 def test_a_release_of_a_recipe_that_registers_nothing_is_repeated_until_a_run_has_merged_it(

@@ -71,6 +71,8 @@ def backup(options: argparse.Namespace) -> None:
     print(f"{done.folder}: {done.files} files, {size_text(done.bytes)}; it holds the secrets: keep it as you keep them")
     for part, url in done.elsewhere.items():
         print(f"{part} is at {url}: copy its database{' and artifacts' if part == 'mlflow' else ''} there")
+    for part, place in done.missing.items():
+        print(f"{part} has no database in {place}: if its server has it elsewhere, set the server's variables here too")
 
 
 def restore(options: argparse.Namespace) -> None:
@@ -98,7 +100,7 @@ def verify(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(asdict(found), indent=2))
     else:
-        print(f"checked {found.checked} entries and versions, {len(found.damaged)} damaged")
+        print(f"checked {found.checked} entries and versions, {len(found.damaged)} damaged{found.left_out}")
         print("".join(f"{each.kind} {each.entry}: {each.why}\n" for each in found.damaged), end="")
     if found.damaged:
         raise LewisError(found.to_text())

@@ -63,10 +63,15 @@ def show_controls() -> None:
 
 
 def open_closed() -> None:
-    """Open what the caller has closed (`>&-`) as the null device: else the next file that is opened takes its place."""
-    for name in ("stdin", "stdout", "stderr"):
+    """Open what the caller has closed (`>&-`) as the null device, for the processes that this one starts too.
+
+    Else the next file that one of them opens takes its place.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  # as long as the process
+            null = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115  # as long as the process
+            os.set_inheritable(null.fileno(), null.fileno() == number)
+            setattr(sys, name, null)
 
 
 def output_is_file() -> bool:

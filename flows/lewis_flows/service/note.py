@@ -14,7 +14,8 @@ def read() -> dict[str, Any]:
 
     A killed `lewis up` leaves its note, which counts for none. `writer` names its process as `store.writer` does.
 
-    `mlflow_user` is there too if `lewis up` started an MLflow server that asks for a password.
+    `mlflow_user` is there too if `lewis up` started an MLflow server that asks for a password, and `database_of` each
+    server that it started.
     """
     known: dict[str, Any] = store.read_json(_path()) or {}
     # Another process may answer there now, which must not get our key. A writer elsewhere cannot be asked.
@@ -24,6 +25,11 @@ def read() -> dict[str, Any]:
 def write(known: Mapping[str, str]) -> None:
     """Tell other commands of this store where the parts of this process answer, and MLflow's user."""
     store.write_json(_path(), {**known, "pid": os.getpid(), "writer": store.writer()})
+
+
+def database_of(part: str) -> str:
+    """The key that says where the server of a part, `prefect` or `mlflow`, has its database."""
+    return f"{part}_database"
 
 
 def remove() -> None:

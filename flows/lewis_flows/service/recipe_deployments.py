@@ -6,21 +6,22 @@ for. What an operator changed stays: a pause, the schedule, the work queue, the 
 """
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, cast
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
 from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowRunFilter
-from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled
 from tzlocal import get_localzone_name
 
 from lewis import settings
@@ -47,6 +48,7 @@ _CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its rec
 _OF_OURS = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
 _OURS = (TAG, _CANNOT_RUN, "recipe:", "team:")  # tags, or how they begin
 _HOLDING = ["PENDING", "RUNNING", "CANCELLING"]  # state types of a run that holds a slot of its deployment's limit
+_SOON = timedelta(minutes=2)  # a worker fetches a run seconds before its time
 _GRACE = 90  # seconds from Pending to Running; a worker that dies between them holds the slot for so long
 _ENTRYPOINTS = {
     prefect_runs.MERGE: "lewis_flows.merge.merge_flow",
@@ -250,14 +252,27 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
 def remove(client: SyncPrefectClient, name: str) -> bool:
     """Remove a deployment `flow/name` with its automation, if there is one; False if a run of it goes on."""
     if found := prefect_runs.deployment(client, name):
-        holding = {"deployment_id": {"any_": [found.id]}, "state": {"type": {"any_": _HOLDING}}}
-        if client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(holding), limit=1):
+        if _runs(client, found, _HOLDING):
+            return False
+        # The server deletes what is scheduled with the deployment. It would delete a run that a worker begins right
+        # now, and then log errors for each event of it; one that is cancelled stays, and does not begin.
+        for run in _runs(client, found, ["SCHEDULED"], expected_start_time={"before_": datetime.now(UTC) + _SOON}):
+            with suppress(ObjectNotFound):
+                client.set_flow_run_state(run.id, Cancelled(message="no recipe asks for its deployment any more"))
+        if _runs(client, found, _HOLDING):
             return False
         client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
         approval.lapse(client, found.id, "no recipe asks for its deployment any more; `lewis approve` takes an answer")
         with suppress(ObjectNotFound):  # another process was quicker
             client.delete_deployment(found.id)
     return True
+
+
+def _runs(
+    client: SyncPrefectClient, deployment: DeploymentResponse, states: Sequence[str], **limits: Any
+) -> list[FlowRun]:
+    wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": [*states]}}, **limits}
+    return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
 
 
 def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lewis.evaluation import work_queue
 from lewis.registry import tracking
 from lewis.serving import slots
 from lewis.store.secrets import PREFECT_KEY
-from lewis_flows.service import credentials, note, worker
+from lewis_flows.service import credentials, databases, note, worker
 from lewis_flows.service.processes import Process, usable_port
 from lewis_flows.service.servers import mlflow_process, prefect_port, prefect_process
 
@@ -83,8 +83,11 @@ def up(
             part.wait()
         if serve is not None:
             add(_champion(urls, say))
-        asks = settings.MLFLOW_AUTH.get() and any(part.name == "mlflow" for part in parts)
-        known = urls | ({"mlflow_user": credentials.mlflow_user()} if asks else {})
+        places = {"prefect": databases.prefect(), "mlflow": databases.mlflow()}
+        ours = [part.name for part in parts if part.name in places]
+        known = urls | {note.database_of(part): str(places[part]) for part in ours}
+        if "mlflow" in ours and settings.MLFLOW_AUTH.get():
+            known["mlflow_user"] = credentials.mlflow_user()
         note.write(known)
         os.environ.setdefault(settings.MLFLOW_UI.name, urls["mlflow"])  # for links
         say("lewis", "deploying")

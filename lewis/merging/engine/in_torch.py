@@ -20,7 +20,7 @@ from lewis.lazy_torch import torch
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, rows_of
 from lewis.models.dtypes import as_tensor, torch_dtype
-from lewis.models.model import Model
+from lewis.models.model import Model, damaged
 
 PIECE = 1 << 18  # elements of a run of rows on the CPU
 _PIECE_ON_GPU = 1 << 24
@@ -197,9 +197,7 @@ class _Tensor:
         self._looked_at.add(place)
         if not _is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
-            raise LewisError(
-                f"{model.folder}: tensor {self._name!r} has {bad} values that are NaN or Inf; the model is damaged"
-            )
+            raise damaged(model, f"tensor {self._name!r} has {bad} values that are NaN or Inf")
         return tensor
 
     def _finished(self, finish: Finish, piece: Piece, like: torch.Tensor) -> torch.Tensor:

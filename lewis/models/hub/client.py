@@ -105,10 +105,21 @@ def ask(ref: str, question: Callable[[], T]) -> T:
     Raises:
         InputError, TransientError, LewisError: as `lewis.models.hub.errors.explain` explains the client's errors.
     """
+    with errors(ref):
+        return repeated(ref, question)
+
+
+def repeated(ref: str, question: Callable[[], T], *, after_reset: bool = True) -> T:
+    """`ask`, but raises the client's own errors.
+
+    Args:
+        ref: what is asked for, for messages.
+        question: a call of the client.
+        after_reset: whether it may be repeated though it may have been answered: a reset does not say that.
+    """
     from lewis.models.hub.errors import was_reset
 
-    with errors(ref):
-        return _repeated(ref, question, was_reset)
+    return _repeated(ref, question, was_reset if after_reset else lambda _: False)
 
 
 @functools.cache

@@ -157,7 +157,14 @@ def _complete(pinned: Pinned, folder: Path, names: list[str], files: _Listing, *
         resume_downloads()
         wanted = [*(glob.escape(name) for name in names), *(["README.md"] if card else [])]
         download = functools.partial(api().snapshot_download, cache_dir=cache_folder(), allow_patterns=wanted)
-        ask(pinned.ref, lambda: download(pinned.source, revision=pinned.commit))
+
+        def load() -> None:
+            download(pinned.source, revision=pinned.commit)
+            if not all((folder / name).is_file() for name in names):
+                # A client that is not given the commit's list takes the folder as it is. This raises why.
+                list(api().list_repo_tree(pinned.source, revision=pinned.commit, recursive=True))
+
+        ask(pinned.ref, load)
     damaged = [folder / name for name in names if not _is_intact(folder / name, *files[name])]
     found = {path.name: store.file_sha256(path) if path.is_file() else "" for path in damaged}
     for path in damaged:

@@ -56,15 +56,32 @@ sys.exit(main(["history", "m", *sys.argv[1:]]))
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_streams_that_the_caller_has_closed_are_the_null_device(recipe: Path, home: Path) -> None:
+@pytest.mark.parametrize("closed", [">&- 2>&-", "2>&-"])
+def test_streams_that_the_caller_has_closed_are_the_null_device(recipe: Path, home: Path, closed: str) -> None:
     program = "import lewis_flows.cli.main as m; m.program()"
-    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "-", sys.executable, "-c", program]
+    command = ["sh", "-c", f'exec "$@" {closed}', "-", sys.executable, "-c", program]
     for arguments, code in (
         (["merge", str(recipe), "-o", str(home / "out"), "--set", "lewis=null"], 0),
         (["plan", "x"], 2),
     ):
         assert subprocess.run([*command, *arguments]).returncode == code
     assert (home / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&-", ">&- 2>&-"])
+def test_processes_that_it_starts_have_all_streams(tmp_path: Path, closed: str) -> None:
+    """A server was started without a stderr: what it opened next took its place, and got its messages."""
+    program = """
+import json, os, subprocess, sys
+from lewis_flows.cli import main, terminal
+terminal.open_closed()
+child = "import json, sys; print(json.dumps([None in (sys.stdin, sys.stdout, sys.stderr)]))"
+done = subprocess.run([sys.executable, "-c", child], stdout=subprocess.PIPE)
+open(sys.argv[1], "wb").write(done.stdout)
+"""
+    command = ["sh", "-c", f'exec "$@" {closed}', "-", sys.executable, "-c", program, str(tmp_path / "found")]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "found").read_text() == "[false]\n"
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["settings"]])

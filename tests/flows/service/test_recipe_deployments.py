@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
@@ -214,6 +214,29 @@ def test_a_deployment_stays_while_a_run_of_it_goes_on(folder: Path, client: Sync
     assert client.read_flow_run(begun).state_name == "Completed"
     assert not recipe_deployments.remove_stale(client, [])
     assert prefect_runs.deployment(client, "search/good") is None
+
+
+def test_a_run_that_is_about_to_begin_is_cancelled_before_its_deployment_goes(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server deleted it, also one that a worker began right then, and logged errors for each of its events."""
+    Follower(print).deploy()
+    deployment = client.read_deployment_by_name("merge/good").id
+    late, later = (
+        client.create_flow_run_from_deployment(deployment, state=Scheduled(scheduled_time=datetime.now(UTC) + each)).id
+        for each in (timedelta(), timedelta(days=1))
+    )
+    delete, states = client.delete_deployment, list[str]()
+
+    def look(found: Any) -> None:
+        states.extend(str(client.read_flow_run(run).state_name) for run in (late, later))
+        delete(found)
+
+    monkeypatch.setattr(client, "delete_deployment", look)
+    assert recipe_deployments.remove(client, "merge/good")
+    assert states == ["Cancelled", "Scheduled"] and client.read_flow_run(late).state_name == "Cancelled"
+    with pytest.raises(ObjectNotFound):
+        client.read_flow_run(later)
 
 
 def test_the_form_of_a_deployment_asks_for_what_the_flow_takes(folder: Path) -> None:

@@ -368,6 +368,14 @@ def test_mlflow_asks_for_a_password_and_has_what_was_registered_before(service: 
         assert "earlier" in names and "of a stranger" not in names
 
 
+def test_its_note_says_where_the_databases_are(service: Service) -> None:
+    """`lewis backup` refuses if its environment says otherwise."""
+    databases = {"prefect_database": "prefect/prefect.db", "mlflow_database": "mlflow/mlflow.db"}
+    assert {name: service.note()[name] for name in databases} == {
+        name: str(service.home / path) for name, path in databases.items()
+    }
+
+
 def status_of(url: str, body: Any, headers: dict[str, str]) -> int:
     sent = {"content-type": "application/json", **headers}
     try:
@@ -398,7 +406,7 @@ def test_commands_find_the_key_and_nobody_is_shown_it(service: Service) -> None:
     own = ("prefect-api-key", "mlflow-password")
     files = [path for path in service.home.rglob("*") if path.is_file() and path.name not in own]
     assert not [secret for secret in hidden for text in shown if secret in text]
-    assert "FOREIGN KEY" not in shown[-3]  # what Prefect said of polls that deleted their own runs
+    assert "FOREIGN KEY" not in shown[-3]  # as Prefect logs of events of runs that were deleted
     assert not [path for path in files for secret in hidden if secret.encode() in content(path)]
 
 

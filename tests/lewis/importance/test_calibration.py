@@ -18,7 +18,7 @@ from lewis.importance import chats
 from lewis.importance.calibration import Calibration, calibrate
 from lewis.importance.row_texts import Text
 from lewis.recipe.schema import CalibrationSet
-from tests.conftest import Family
+from tests.conftest import Family, full
 from tests.support.local_hub import LocalHub
 from tests.support.models import edit_json, shard, write_tokenizer
 
@@ -100,19 +100,39 @@ class TestSamples:
         found = run(family.base, data, dataset="json", data_files="data/rows[1].jsonl", text="{a}")
         assert found.samples == (ids(7),)
 
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from lewis.importance.calibration import calibrate; from lewis.recipe.schema import CalibrationSet\n"
+        "for name in sys.argv[2:]:\n"
+        "    spec = CalibrationSet(dataset=name, text='{question}', samples=3)\n"
+        "    print(*calibrate('sums', spec, tokenizer=Path(sys.argv[1]), root=Path('/')).samples)"
+    )  # for a process of its own: `datasets` reads the environment once, at import
+
+    @full
+    def test_of_a_hub_that_is_busy_and_cuts_come_in_one_run(self, family: Family, data: Path) -> None:
+        """What models had been given was not given to them: a wait that is asked for, and what arrived is kept."""
+        with LocalHub(data / "server") as hub:
+            hub.commit("org/sums", {"train.jsonl": '{"question": "w59"}\n' * 200_000}, repo_type="dataset")
+            file = {"path": "train.jsonl", "method": "GET"}
+            hub.faults += [{**file, "truncate": 3_000_000, "reset": True}, {**file, "status": 503}]
+            busy = {"path": "train.jsonl", "method": "HEAD", "status": 429, "headers": {"Retry-After": "1"}}
+            hub.faults += [{**busy, "times": 7}]
+            command = [sys.executable, "-c", self.code, str(family.base), "org/sums"]
+            environment = os.environ | hub.environment(data / "caches")
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.stdout == " ".join([str(ids(59))] * 3) + "\n", done.stderr
+            gets = [each.range for each in hub.log if each.method == "GET" and "train.jsonl" in each.path]
+            assert gets[0] is None and all(gets[1:]) and not hub.faults[-1].get("times")
+            hub.faults[:] = [{"path": "api/datasets", "status": 503, "times": 99}]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert "lewis.errors.TransientError" in done.stderr
+
     def test_of_a_hub_dataset_are_those_of_its_commit(self, family: Family, data: Path) -> None:
-        code = (
-            "import sys; from pathlib import Path\n"
-            "from lewis.importance.calibration import calibrate; from lewis.recipe.schema import CalibrationSet\n"
-            "for name in sys.argv[2:]:\n"
-            "    spec = CalibrationSet(dataset=name, text='{question}', samples=3)\n"
-            "    print(*calibrate('sums', spec, tokenizer=Path(sys.argv[1]), root=Path('/')).samples)"
-        )  # a process of its own: `datasets` reads the environment once, at import
         with LocalHub(data / "server") as hub:
             old = hub.commit("org/sums", data / "data", repo_type="dataset")
             hub.commit("org/sums", {"train.jsonl": '{"question": "w59"}\n' * 20}, repo_type="dataset")
             environment = os.environ | hub.environment(data / "caches")
-            command = [sys.executable, "-c", code, str(family.base), f"org/sums@{old}", "org/sums"]
+            command = [sys.executable, "-c", self.code, str(family.base), f"org/sums@{old}", "org/sums"]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
         chosen = np.random.default_rng(42).permutation(20)[:3]
         assert done.stdout.splitlines() == [

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import httpx2
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors.numpy import save
@@ -24,6 +26,7 @@ from safetensors.numpy import save
 from lewis import store
 from lewis.errors import BrokenModelError, InputError, LewisError, TransientError
 from lewis.importance.calibration import origin
+from lewis.inspection.step import InspectionInput, InspectionSettings, look
 from lewis.models.compatible import preflight
 from lewis.models.hub import client
 from lewis.models.hub import errors as hub_errors
@@ -34,9 +37,11 @@ from lewis.models.source import download, pin, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import CalibrationSet
 from lewis.store import files
+from tests.conftest import full
+from tests.support import pipeline
 from tests.support.gguf_files import write_gguf
 from tests.support.local_hub import LocalHub
-from tests.support.models import write_llama
+from tests.support.models import parse, rewrite, write_expert, write_llama
 
 WEIGHTS = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.zeros(2, np.float16)})
 HEADERS = {"a.weight": ("F32", (2, 3)), "a.bias": ("F16", (2,))}
@@ -119,6 +124,21 @@ def test_what_the_hub_asks_to_wait_is_waited(
     for _ in range(2):
         with pytest.raises(TransientError, match="answered 429"):
             resolve("org/x", tmp_path)
+
+
+@full
+def test_what_the_hub_asks_to_wait_is_waited_though_a_part_is_in_the_cache(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client waits five times, and then took the part for the whole: the fetch ended: missing, try again."""
+    hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    slept = list[float]()
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=slept.append))
+    folder_of(pinned).mkdir(parents=True)
+    hub.faults.append({"path": "/tree/", "status": 429, "headers": {"Retry-After": "0"}, "times": 12})
+    assert (fetch(pinned) / "model.safetensors").read_bytes() == WEIGHTS
+    assert slept == [0.0]
 
 
 def test_a_connection_that_is_reset_is_made_again(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,6 +515,42 @@ def test_a_config_that_no_network_can_have_and_a_shard_that_is_missing_are_broke
         BrokenModelError, match=r"org/x: model.safetensors.index.json is broken .*-2.safetensors is mis"
     ):
         preflight(config, *pin_all(config))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_broken_on_the_hub(hub: LocalHub, tmp_path: Path) -> None:
+    """It was a wrong input, which may be mended at any time: the poll announced it again each hour."""
+    text = "merge_method: ties\nbase_model: org/base\nmodels: [{model: org/x}]"
+    config = Recipe.load(write(tmp_path, {"r.yaml": text}) / "r.yaml")
+    model = write_llama(tmp_path / "m", hidden=64, layers=1)
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    hub.commit("org/base", files)
+    commit = hub.commit("org/x", {**files, "tokenizer.json": "{"})
+    with pytest.raises(BrokenModelError, match=r"org/x: tokenizer.json is broken on the Hub itself") as caught:
+        preflight(config, *pin_all(config))
+    assert caught.value.commit == commit
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_broken_on_the_hub(
+    hub: LocalHub, home: Path, tmp_path: Path, value: float
+) -> None:
+    def spoilt(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(tensor, value) if "layers.0.mlp.up_proj" in name else tensor
+
+    model = write_llama(tmp_path / "m", hidden=64, layers=1)
+    hub.commit("org/base", model)
+    hub.commit("org/fine", write_expert(model, tmp_path / "fine", seed=1))
+    commit = hub.commit("org/x", rewrite(tmp_path / "fine", tmp_path / "x", spoilt))
+    recipe = parse(
+        {"merge_method": "ties", "base_model": "org/base", "models": [{"model": "org/fine"}, {"model": "org/x"}]}
+    )
+    base, experts = pipeline.fetch(recipe)
+    with pytest.raises(BrokenModelError, match="org/x has NaN or infinity; it is so on the Hub itself") as caught:
+        look(InspectionInput(base, tuple(experts), InspectionSettings(stops=True)))
+    assert caught.value.commit == commit
+    with pytest.raises(BrokenModelError, match=r"up_proj.weight' has \d+ values that are NaN or Inf; it is") as caught:
+        pipeline.merge(recipe, base, experts)
+    assert caught.value.commit == commit
 
 
 def test_a_preflight_reads_the_headers_of_each_model_once(hub: LocalHub, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ class TestMistakes:
             ({"parameters": {"weight": [1, "auto"]}}, "parameters.weight: expected a number, got 'auto': what"),
             *(
                 ({"register": {"name": name}}, "register.name: ")
-                for name in ("a/b", "..", "a\nb", "a\x1b[8m", "x" * 10_000)
+                for name in ("a/b", "..", " ", " . ", "a\nb", "a\x1b[8m", "x" * 10_000)
             ),
             ({"register": {"name": "x", "team": "x" * 51}}, "register.team: "),
             ({"register": {"name": "x", "gate": {"metric": "m"}}}, "register.gate: there is nothing to compare"),
@@ -515,6 +515,40 @@ def test_a_model_by_another_path_does_not_count_twice(tmp_path: Path, written: s
         Recipe.parse(yaml.safe_dump({**data, "models": models}), root=tmp_path)
     with pytest.raises(RecipeError, match=r"^models\[1\]\.model: 'base/' is base_model 'base', written in another way"):
         Recipe.parse(yaml.safe_dump({**data, "models": [models[0], {"model": "base/"}]}), root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("first", "written"),
+    [
+        ("m.gguf", "./m.gguf"),
+        ("m.gguf", "linked.gguf"),
+        ("org/x", "Org/X"),
+        ("org/x", "org/x@main"),
+        ("org/x@v1", "org/X@v1"),
+    ],
+)
+def test_a_file_or_a_repo_by_another_name_does_not_count_twice(tmp_path: Path, first: str, written: str) -> None:
+    (tmp_path / "m.gguf").touch()
+    (tmp_path / "linked.gguf").symlink_to("m.gguf")
+    text = yaml.safe_dump({"merge_method": "linear", "models": [{"model": first}, {"model": written}]})
+    with pytest.raises(RecipeError, match=r"models\[1\]\.model: .* is models\[0\]\.model .*, written in another way"):
+        Recipe.parse(text, root=tmp_path)
+
+
+def test_a_model_of_slices_by_another_name_does_not_count_twice(tmp_path: Path) -> None:
+    sources = [{"model": name, "layer_range": [0, 2]} for name in ("org/x", "org/y", "org/X")]
+    data = {
+        "merge_method": "ties",
+        "base_model": "org/base",
+        "slices": [{"sources": sources[:2]}, {"sources": sources}],
+    }
+    with pytest.raises(
+        RecipeError, match=r"slices\[1\]\.sources\[2\]\.model: 'org/X' is slices\[0\]\.sources\[0\]\.model 'org/x'"
+    ):
+        Recipe.parse(yaml.safe_dump(data), root=tmp_path)
+    for each in ("org/x@v1", "org/x@V1"), ("a/X", "b/x"), ("org/x", "org/x@v1"):
+        text = yaml.safe_dump({"merge_method": "linear", "models": [{"model": name} for name in each]})
+        assert len(Recipe.parse(text, root=tmp_path).models) == 2
 
 
 def test_a_gate_asks_for_no_gain_unless_the_recipe_does() -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
+from lewis.models.hub import client
 from lewis.recipe.recipe import Recipe
 from lewis.registry import publishing
 from lewis.reports import card
@@ -46,6 +48,19 @@ def test_the_folder_is_pushed_once_to_a_private_repo(hub: LocalHub, tmp_path: Pa
     again = publishing.publish(folder, "org/new", True, "version 1")
     assert again.commit == made.commit and not again.new
     assert not any("lfs" in request.path for request in hub.log[asked:]), "weights that are there are not hashed again"
+
+
+def test_a_busy_hub_is_waited_for_as_long_as_it_asks(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that had scored for hours ended as Unpublished, after some attempts in seconds."""
+    slept = list[float]()
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=slept.append))
+    busy = {"status": 429, "headers": {"Retry-After": "70"}}
+    hub.faults += [{**busy, "path": path} for path in ("api/models/org/new$", "repos/create", "/commit/")]
+    folder = merged(tmp_path)
+    assert publishing.publish(folder, "org/new", True, "version 1").new
+    assert slept == [70.0] * 3 and tree(hub) == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_hub_without_xet_gets_the_weights_by_lfs(

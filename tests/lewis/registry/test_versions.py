@@ -40,6 +40,7 @@ from lewis.registry.tracking import RunInput
 from lewis.registry.versions import Version
 from lewis.store import manifest
 from lewis.store.kinds import check_png
+from lewis_flows.cli.main import main
 from tests.support.damage import damage
 from tests.support.lineage import make_home
 from tests.support.warm import WarmPython
@@ -724,6 +725,21 @@ def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, how: s
         assert registered() is not None  # the model is whole
         path.unlink(missing_ok=True)
         path.write_bytes(whole)
+
+
+def test_verify_says_of_which_runs_it_has_no_checksums(
+    entry: Registration, tiny_model: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that were made before checksums were noted counted as whole, whatever was in their files."""
+    first = creation.register(entry)
+    with tracking.client("x") as client:
+        client.delete_tag(first.run_id, tracking.FILES)
+    promotion.promote(first, PASSED)  # whose verdict is noted now
+    creation.register(replace(entry, digest=OTHER, folder=merged(tiny_model, OTHER)))
+    assert repair.verify().unchecked == 1
+    assert main(["verify"]) == 0
+    expected = "0 damaged; not checked: scores, verdict and recipe of 1 earlier versions, which have no checksums\n"
+    assert capsys.readouterr().out.endswith(expected)
 
 
 def test_a_run_that_is_deleted_for_good_stops_nothing(entry: Registration, tiny_model: Path, home: Path) -> None:
