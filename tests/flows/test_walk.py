@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 from prefect.cache_policies import CacheKeyFnPolicy
 
-from lewis.errors import InputError
+from lewis.errors import BrokenModelError, InputError, LewisError
 from lewis.models.hub.pin import Pinned
 from lewis.models.source import Source
 from lewis.progress import silent
@@ -18,7 +18,7 @@ from lewis.steps import plan as plans
 from lewis.steps.graph import CHAMPION, resolved
 from lewis.steps.plan import make_plan
 from lewis.steps.run import begin
-from lewis.steps.table import EVALUATE
+from lewis.steps.table import DIAGNOSE, EVALUATE
 from lewis_flows import walk as walking
 from lewis_flows.walk import Walk
 from lewis_tasks.steps import SHOWN, task_of
@@ -110,6 +110,21 @@ def test_an_input_that_is_wrong_has_no_key_so_that_the_task_itself_reports_it(
     assert isinstance(policy, CacheKeyFnPolicy)
     monkeypatch.setattr("lewis.steps.table.prepare_merge", Mock(side_effect=InputError("it does not fit")))
     assert policy.compute_key(SimpleNamespace(), {"given": None}, {}) is None
+
+
+def test_what_the_inspection_says_of_a_model_comes_before_what_another_task_stumbled_over(
+    family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The importance of a model with NaN failed first, and the poll did not learn that only another commit can help."""
+    walk = Walk(recipes(family, tmp_path)["guided"], {})
+    walk.futures[DIAGNOSE.name] = diagnosed = Mock()
+
+    def finish(*futures: Any) -> None:
+        raise BrokenModelError("NaN", "1" * 40) if diagnosed in futures else LewisError("activations are not finite")
+
+    monkeypatch.setattr(walking, "finish", finish)
+    with pytest.raises(BrokenModelError):
+        walk.go(walk.graph)
 
 
 def test_an_asset_has_its_page_and_its_team(monkeypatch: pytest.MonkeyPatch) -> None:
