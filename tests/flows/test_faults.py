@@ -146,7 +146,8 @@ FAULTS: dict[str, tuple[Edit, int, str]] = {
     ),
     "bounds": (guided({"texts": ["w1"]}, density={"min": 0.9}), 2, "lewis.density.min: expected 0 < min <= max <= 1"),
     "too large for fp16": (
-        lambda family, folder: damaged(1e5, "norm")(family, folder) or {"dtype": "float16"}, 2, "layernorm.weight has 1e+05, and the recipe stores the result in float16",
+        lambda family, folder: damaged(1e5, "norm")(family, folder) or {"dtype": "float16"},
+        2, "layernorm.weight has 1e+05, and the recipe stores the result in float16",
     ),
 }  # fmt: skip
 
