@@ -57,11 +57,9 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def damaged(value: float) -> Edit:
+def damaged(value: float, part: str = "up_proj") -> Edit:
     def edit(family: Family, folder: Path) -> None:
-        rewrite(
-            family.math, folder, lambda name, t: t.index_fill(0, torch.tensor(1), value) if "up_proj" in name else t
-        )
+        rewrite(family.math, folder, lambda name, t: t.index_fill(0, torch.tensor(1), value) if part in name else t)
 
     return edit
 
@@ -148,8 +146,8 @@ FAULTS: dict[str, tuple[Edit, int, str]] = {
     ),
     "bounds": (guided({"texts": ["w1"]}, density={"min": 0.9}), 2, "lewis.density.min: expected 0 < min <= max <= 1"),
     "too large for fp16": (
-        lambda family, folder: rewrite(family.math, folder, lambda name, t: t * 0 + 1e5 if "norm" in name else t)
-        and {"dtype": "float16"}, 2, "layernorm.weight has 1e+05, and the recipe stores the result in float16",
+        lambda family, folder: damaged(1e5, "norm")(family, folder) or {"dtype": "float16"},
+        2, "layernorm.weight has 1e+05, and the recipe stores the result in float16",
     ),
 }  # fmt: skip
 
