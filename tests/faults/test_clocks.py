@@ -218,7 +218,7 @@ def test_a_release_is_known_where_the_clock_is_a_month_ahead(
     recipe, commit = f"known{uuid4().hex[:8]}", "1" * 40
     set_clock(monkeypatch, timedelta(days=30))
     release_event.announce(recipe, "org/math", "org/math", None, commit)
-    assert until(lambda: receiver._ask({recipe: ("org/math", "org/math")}, commit) == (set(), {recipe}), 60)
+    assert until(lambda: receiver._ask({recipe: ("org/math", "org/math")}, commit) == (set(), {recipe}, set()), 60)
     assert watch._unmerged_release(recipe) == Moved("org/math", "org/math", None, commit)
 
 

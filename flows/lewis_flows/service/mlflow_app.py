@@ -63,11 +63,10 @@ def main() -> None:
     module = "lewis_flows.service.mlflow_app"
     private_names.MLFLOW_FIND_APP.put(lambda name: f"{module}:{_FACTORIES.get(name, open_to_all.__name__)}")
     private_names.MLFLOW_START_SERVER.put(_become)
-    import click
     from mlflow.cli import cli
 
-    name = next(each for each in cli.commands["server"].params if each.name == "app_name")
-    name.type = click.Choice([*_FACTORIES, _OPEN])  # MLflow takes its own names alone
+    name: Any = next(each for each in cli.commands["server"].params if each.name == "app_name")
+    name.type = type(name.type)([*_FACTORIES, _OPEN])  # MLflow takes its own names alone
     named = any(each.partition("=")[0] == "--app-name" for each in given)
     cli(["server", *given, *([] if named else ["--app-name", _OPEN])])
 
