@@ -121,6 +121,7 @@ def test_a_server_without_a_password_is_ours_all_the_same(
 ) -> None:
     """MLflow's command takes no name of an application but its own."""
     from mlflow import server
+    from mlflow.tracking._model_registry import utils
 
     begun = list[str]()
 
@@ -130,6 +131,7 @@ def test_a_server_without_a_password_is_ours_all_the_same(
 
     monkeypatch.setattr(server, "_find_app", server._find_app)  # so that the teardown undoes what is set
     monkeypatch.setattr(server, "_exec_cmd", server._exec_cmd)
+    monkeypatch.setattr(utils, "_registry_uri", utils._registry_uri)
     monkeypatch.setattr(mlflow_app, "_become", become)
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{shutil.copy(empty_database, home.with_name('m.db'))}")
     monkeypatch.setenv(mlflow_app.ORIGINS, "http://127.0.0.1:1")
