@@ -20,8 +20,9 @@ from lewis.errors import InputError, LewisError
 from lewis.importance.calibration import Calibration
 from lewis.importance.measured import Measured
 from lewis.lazy_torch import torch
+from lewis.models.broken import damaged
 from lewis.models.dtypes import torch_dtype
-from lewis.models.model import Model, damaged
+from lewis.models.model import Model
 from lewis.models.network.module_tree import Covered, Network
 from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report, silent

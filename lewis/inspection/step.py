@@ -20,10 +20,10 @@ from lewis.inspection.kinds import Finding
 from lewis.inspection.measures import SAMPLE, SEMANTICS, Measures, measure, weights
 from lewis.inspection.result import Inspection
 from lewis.inspection.structure import moved_parts
+from lewis.models.broken import COMMIT, broken
 from lewis.models.compatible import check_compatible
-from lewis.models.hub.repository import COMMIT
 from lewis.models.layers.stack import other_depth
-from lewis.models.model import Model, broken
+from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN
 from lewis.models.source import ModelFiles, Source, commits_of
 from lewis.models.tokenizer import read_vocabulary, tokenizer_folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lewis.errors import BrokenModelError, LewisError
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import DTYPES
 
@@ -37,23 +35,6 @@ class TensorInfo:
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
-
-
-def damaged(model: Model, why: str) -> LewisError:
-    """The error of a model whose weights cannot be merged: if it is a commit of the Hub, only another one can help."""
-    commit = model.key.partition(" as ")[0]
-    if re.fullmatch(r"[0-9a-f]{40}", commit):
-        return broken(f"{model.folder}: {why}", commit)
-    return LewisError(f"{model.folder}: {why}; the model is damaged")
-
-
-def broken(why: str, commit: str) -> BrokenModelError:
-    """The error of a model whose content is wrong as the Hub has it, in a commit (40 hex digits)."""
-    return BrokenModelError(
-        f"{why}; it is so on the Hub itself, in commit {commit[:8]}: name another revision, or wait until its authors "
-        "upload it again",
-        commit,
-    )
 
 
 class Model(Protocol):

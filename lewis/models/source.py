@@ -14,11 +14,11 @@ from pydantic import model_validator
 
 from lewis import store
 from lewis.errors import InputError, LewisError
+from lewis.models.broken import COMMIT
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.files.folder import INDEX, weight_files
 from lewis.models.hub import repository
 from lewis.models.hub.pin import Pinned, check_unchanged, find_folder
-from lewis.models.hub.repository import COMMIT
 from lewis.models.lora.expert import LoraExpert, holds_adapter
 from lewis.models.model import Model
 from lewis.models.names import short_or_whole

@@ -11,7 +11,7 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.statistics.scores import Score
 from lewis.input_files import read_text
-from lewis.models.hub.repository import COMMIT
+from lewis.models.broken import COMMIT
 from lewis.models.source import commits_of
 from lewis.recipe import yaml_text
 from lewis.recipe.block import parts_of

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import cache
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ from lewis.registry import versions
 from lewis.serving import hub
 from lewis_flows import approval, edits, prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
+from lewis_tasks.support import events
 from lewis_tasks.support.flow_run import EDITED, pages
 from lewis_tasks.support.moves import PROMOTED, serves
 
@@ -256,7 +257,7 @@ def remove(client: SyncPrefectClient, name: str) -> bool:
             return False
         # The server deletes what is scheduled with the deployment. It would delete a run that a worker begins right
         # now, and then log errors for each event of it; one that is cancelled stays, and does not begin.
-        for run in _runs(client, found, ["SCHEDULED"], expected_start_time={"before_": datetime.now(UTC) + _SOON}):
+        for run in _runs(client, found, ["SCHEDULED"], expected_start_time={"before_": events.now(client) + _SOON}):
             with suppress(ObjectNotFound):
                 client.set_flow_run_state(run.id, Cancelled(message="no recipe asks for its deployment any more"))
         if _runs(client, found, _HOLDING):

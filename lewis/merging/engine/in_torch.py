@@ -19,8 +19,9 @@ from lewis.errors import LewisError
 from lewis.lazy_torch import torch
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.rows import Finish, Piece, Pieces, rows_of
+from lewis.models.broken import damaged
 from lewis.models.dtypes import as_tensor, torch_dtype
-from lewis.models.model import Model, damaged
+from lewis.models.model import Model
 
 PIECE = 1 << 18  # elements of a run of rows on the CPU
 _PIECE_ON_GPU = 1 << 24

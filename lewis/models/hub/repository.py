@@ -13,7 +13,6 @@ import glob
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from lewis import store
 from lewis.errors import BrokenModelError, InputError, TransientError
+from lewis.models.broken import COMMIT
 from lewis.models.files.folder import ADAPTER, GGUF_TABLE, INDEX, SINGLE, check_weights, needed, weight_files
 from lewis.models.files.safetensors_file import Headers, file_headers
 from lewis.models.gguf import as_folder, headers, only
@@ -36,7 +36,6 @@ from lewis.threads import ContextPool
 
 logger = logging.getLogger(__name__)
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 _Listing = dict[str, tuple[int, str]]  # name -> size in bytes, SHA-256 (64 digits) or git blob id (40 digits)
 _logged: dict[str, str] = {}  # reference -> commit, as last logged
 
