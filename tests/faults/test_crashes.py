@@ -255,10 +255,10 @@ def test_a_run_that_ends_at_any_place_is_done_again_with_the_same_result(
         monkeypatch.setenv("LEWIS_HOME", str(home))
         problems = [*left_over(home), *verify().damaged] if code == 0 else [f"exit code {code}"]
         if code == 0 and POINTS:
-            told = [(move.version, move.happened) for move in outbox.moves()]
+            news = [(move.version, move.happened) for move in outbox.moves()]
             problems += [
                 half_done(home, expected=("challenger", "champion")),
-                *([] if told == [("1", True)] else [f"to be told: {told}"]),
+                *([] if news == [("1", True)] else [f"the news are {news}"]),
             ]
         if any(problems) or (found, merged(home, found)) != (digest, files):
             wrong.append(f"{where} of {places}, run again: {problems}, {found}")

@@ -17,7 +17,7 @@ from lewis.models.source import pin_all
 from lewis_tasks import models as tasks
 from tests.conftest import Family
 from tests.faults.fuzz import DRAWS
-from tests.support.local_hub import LocalHub
+from tests.support.lineage import hub_of
 from tests.support.models import edit_json, parse, rewrite
 from tests.support.tiny_architectures import architectures, tiny
 
@@ -204,12 +204,7 @@ def test_before_any_weights_of_the_hub_are_asked_for(
 ) -> None:
     odd = rewrite({"base": family.base, "expert": family.math}[which], tmp_path / "odd", lambda name, tensor: tensor)
     edit_json(odd / "config.json", hidden_size="16")
-    with LocalHub(tmp_path / "hub") as hub:
-        for name, value in (hub.environment(tmp_path) | {"LEWIS_HOME": str(home)}).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        for name in ("base", "math", "code"):
-            hub.commit(f"org/{name}", getattr(family, name))
+    with hub_of(family, home, tmp_path, monkeypatch) as hub:
         hub.commit("org/odd", odd)
         base, expert = ("org/odd", "org/math") if which == "base" else ("org/base", "org/odd")
         models = [{"model": expert}, {"model": "org/code"}]

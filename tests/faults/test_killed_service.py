@@ -96,33 +96,30 @@ OTHERWISE = [name for name in OF_THE_SERVICE if name != AT_ONCE]
 
 
 class TestHalfKilledAtOnce:  # a class of its own is a process of its own in `make faults`
+    half = 0
+
     def test_comes_back_and_the_next_run_has_the_same_result(
         self, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        kill_and_run_again(AT_ONCE, 0, service, tmp_path, capsys)
+        kill_and_run_again(AT_ONCE, self.half, service, tmp_path, capsys)
 
 
-class TestOtherHalfKilledAtOnce:
-    def test_comes_back_and_the_next_run_has_the_same_result(
-        self, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        kill_and_run_again(AT_ONCE, 1, service, tmp_path, capsys)
+class TestOtherHalfKilledAtOnce(TestHalfKilledAtOnce):
+    half = 1
 
 
 class TestHalfKilledOtherwise:
+    half = 0
+
     @pytest.mark.parametrize("name", OTHERWISE)
     def test_comes_back_and_the_next_run_has_the_same_result(
         self, name: str, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        kill_and_run_again(name, 0, service, tmp_path, capsys)
+        kill_and_run_again(name, self.half, service, tmp_path, capsys)
 
 
-class TestOtherHalfKilledOtherwise:
-    @pytest.mark.parametrize("name", OTHERWISE)
-    def test_comes_back_and_the_next_run_has_the_same_result(
-        self, name: str, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        kill_and_run_again(name, 1, service, tmp_path, capsys)
+class TestOtherHalfKilledOtherwise(TestHalfKilledOtherwise):
+    half = 1
 
 
 def kill_and_run_again(

@@ -108,8 +108,8 @@ def wrong(home: Path, new: Registration) -> list[str]:
     found = [half_done(home, new.name, ("challenger", "champion"))]
     champion = versions.champion(new.name)
     assert champion is not None
-    told = [(move.version, move.happened) for move in outbox.moves() if move.name == new.name]
-    found += [] if told == [(champion.version.version, True)] else [f"to be told: {told}"]
+    news = [(move.version, move.happened) for move in outbox.moves() if move.name == new.name]
+    found += [] if news == [(champion.version.version, True)] else [f"the news are {news}"]
     with tracking.client("x") as client:
         version = client.get_model_version(new.name, champion.version.version)
         files = home / "files" / versions.check_model(client, version).artifact_location.partition(":/")[2]

@@ -1,4 +1,4 @@
-"""A disk quota that is used up after any number of bytes or files: told in a sentence, no half of an entry stays."""
+"""A disk quota that is used up after any number of bytes or files: that is said, no half of an entry stays."""
 
 import json
 import os

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SESSION_HOME, Family
-from tests.support.lineage import make_home
+from tests.support.lineage import hub_of, make_home
 from tests.support.local_hub import LocalHub
 from tests.support.models import WORDS
 from tests.support.warm import WarmPython
@@ -66,12 +66,7 @@ def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def hub(home: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     """A Hub that has the family as `org/base`, `org/math` and `org/code`."""
-    with LocalHub(tmp_path / "hub") as hub:
-        for name, value in (hub.environment(tmp_path) | {"LEWIS_HOME": str(home)}).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        for name in ("base", "math", "code"):
-            hub.commit(f"org/{name}", getattr(family, name))
+    with hub_of(family, home, tmp_path, monkeypatch) as hub:
         yield hub
 
 

@@ -379,8 +379,8 @@ def test_a_run_that_an_inspection_stopped_says_what_it_found(
     state = merge_flow(str(own), return_state=True)
     assert state.is_failed()
     message = str(client.read_flow_run(state.state_details.flow_run_id).state.message)
-    told = rf"diagnose: error: {odd}: rescaled: model.layers.0.mlp.up_proj.weight: peak .*\n  means: .*\n  do: .*"
-    assert re.match(told, message), message
+    expected = rf"diagnose: error: {odd}: rescaled: model.layers.0.mlp.up_proj.weight: peak .*\n  means: .*\n  do: .*"
+    assert re.match(expected, message), message
     assert not [each for each in runs(client, own) if each.state.name != "Failed"]
 
 

@@ -63,9 +63,7 @@ class Faulty:
                 headers["Accept-Encoding"] = "identity"
                 server = http.client.HTTPConnection(place.netloc, timeout=120)
                 try:
-                    server.request(
-                        str(self.command), self.path, body or None, headers | {"Accept-Encoding": "identity"}
-                    )
+                    server.request(str(self.command), self.path, body or None, headers)
                     answer = server.getresponse()
                     return answer.status, answer.headers.get("content-type", ""), answer.read()
                 finally:

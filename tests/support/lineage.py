@@ -1,7 +1,8 @@
 """Registered versions with a lineage and without a merge, in a registry that is quick to make."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from lewis.models.hub import repository
 from lewis.registry import creation, promotion, tracking, versions
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Champion, Version
+from tests.conftest import Family
+from tests.support.local_hub import LocalHub
 from tests.support.models import write_tokenizer
 
 
@@ -21,6 +24,20 @@ def make_home(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copy(database, folder / "mlflow" / "mlflow.db")
     monkeypatch.setenv("LEWIS_HOME", str(folder))
     return folder
+
+
+@contextmanager
+def hub_of(
+    family: Family, home: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *others: str
+) -> Iterator[LocalHub]:
+    """A Hub for a store, with the family as `org/base`, `org/math`, `org/code`, and others of it by their names."""
+    with LocalHub(folder / "hub") as hub:
+        for name, value in (hub.environment(folder) | {"LEWIS_HOME": str(home)}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for name in ("base", "math", "code", *others):
+            hub.commit(f"org/{name}", getattr(family, name))
+        yield hub
 
 
 def registered(

@@ -74,7 +74,7 @@ def payload(
 
 @contextmanager
 def receiving(folder: Path, api: str, hub: str) -> Iterator[Receiver]:
-    """The receiver as a process; when it goes, it must have stayed up and told nobody the secret.
+    """The receiver as a process; when it goes, it must have stayed up and shown nobody the secret.
 
     Args:
         folder: of its recipes, its log and its store.

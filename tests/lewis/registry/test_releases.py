@@ -16,7 +16,7 @@ from lewis.registry.lineage import by_reference
 from lewis.registry.releases import Moved
 from lewis.reports.run_report import changes
 from tests.conftest import Family
-from tests.support.lineage import make_home, registered
+from tests.support.lineage import hub_of, make_home, registered
 from tests.support.local_hub import LocalHub
 
 RECIPE = """
@@ -35,12 +35,7 @@ def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def hub(home: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
-    with LocalHub(tmp_path / "hub") as hub:
-        for name, value in (hub.environment(tmp_path) | {"LEWIS_HOME": str(home)}).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        for name in ("base", "math", "code", "lora"):
-            hub.commit(f"org/{name}", getattr(family, name))
+    with hub_of(family, home, tmp_path, monkeypatch, "lora") as hub:
         yield hub
 
 
