@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +153,29 @@ def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fol
     head = next((name for name in tensors if name.endswith(HEADS)), None)
     if embedding is None:
         return {}
-    said = [block.get("tie_word_embeddings") for block in (config, config.get("text_config") or {})]
-    if head is None:  # not stored: it is tied, unless the config says that nothing is (a model without a head)
-        return {} if False in said and True not in said else {"lm_head.weight": embedding}
+    if head is None:
+        return {} if lacks_head(config, tensors) else {"lm_head.weight": embedding}
+    said = _said(config)
     tied = said[0] if "tie_word_embeddings" in config else said[1]
     if tied is None:
         tied = _class_default(folder)
     return {head: embedding} if tied else {}
+
+
+def lacks_head(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
+    """Whether a model stores no head, and its config says that none is tied: it has none, or one that is lost.
+
+    Args:
+        config: parsed.
+        tensors: the names of those that are stored.
+    """
+    said = _said(config)
+    return False in said and True not in said and not any(name.endswith(HEADS) for name in tensors)
+
+
+def _said(config: Mapping[str, Any]) -> list[Any]:
+    """What a config, and that of its language model, say about tying the head."""
+    return [block.get("tie_word_embeddings") for block in (config, config.get("text_config") or {})]
 
 
 def _class_default(folder: Path) -> bool:

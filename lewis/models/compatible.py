@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lewis.errors import InputError
+from lewis.models.checkpoint import lacks_head
 from lewis.models.config import check_config, read_config
 from lewis.models.files.folder import INDEX, weight_files
 from lewis.models.files.safetensors_file import Headers
@@ -72,7 +73,8 @@ def preflight(
         config: what is merged, and how.
         base: the base; None: the first expert takes its place.
         experts: in the recipe's order.
-        network: whether each model's network is built without weights, too, which takes seconds.
+        network: whether each model's network is built without weights, too, which takes seconds. That of a model with
+            no head of its own, whose config ties it to nothing, is built always.
         needed: whether the run needs the networks; they are then always built.
 
     Returns:
@@ -125,7 +127,7 @@ def _check_model(model: Pinned, network: bool, needed: bool) -> Shapes:
     shapes = repository.tensor_shapes(model)
     with repository.blaming(model, "config.json"):
         check_config(home, config, shapes)
-        if network or needed:
+        if network or needed or lacks_head(config, shapes):
             check_network(home, config, shapes, needed=needed)
     return shapes
 

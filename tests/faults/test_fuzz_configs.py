@@ -292,5 +292,18 @@ def test_where_seconds_do_not_matter_the_network_is_built(family: Family, home: 
     tasks.preflight.fn(parse(plain), *pin_all(parse(plain)))
 
 
+def test_a_head_that_is_lost_ends_a_plain_merge(family: Family, home: Path, tmp_path: Path) -> None:
+    """By its sizes, the model is one of a class without a head; so this one network is built."""
+    odd = rewrite(family.base, tmp_path / "odd", lambda name, tensor: tensor)
+    edit_json(odd / "config.json", tie_word_embeddings=False)
+    recipe = parse({"merge_method": "ties", "base_model": str(odd), "models": [{"model": str(family.code)}]})
+    for refused in (lewis.plan, lambda recipe: lewis.merge(recipe, tmp_path / "out")):
+        with pytest.raises(InputError, match=r"config.json: tie_word_embeddings: 'lm_head.weight' is a weight of its "):
+            refused(recipe)
+    assert not (tmp_path / "out").exists()
+    edit_json(odd / "config.json", architectures=["LlamaModel"])
+    lewis.merge(recipe, tmp_path / "out")
+
+
 def test_a_config_whose_class_comes_with_the_model_may_have_other_types() -> None:
     check_values(Path("model"), {"model_type": "llama", "rms_norm_eps": "1e-6", "auto_map": {"AutoConfig": "own.Own"}})

@@ -12,6 +12,7 @@ import pytest
 from lewis import store
 from lewis.store import verification
 from tests.conftest import POINTS, Family, full
+from tests.faults.running import half_done, left_over, merged, write_recipe
 from tests.flows.conftest import REPO
 
 SOURCE = Path(__file__).parents[1] / "support" / "quota.c"
@@ -27,10 +28,20 @@ def quota(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def merged(recipe: Path, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", LEWIS, "merge", str(recipe), "-o", str(root / "out")]
+def lewis(root: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LEWIS, *map(str, arguments)]
     given = {**os.environ, "LEWIS_HOME": str(root / "home"), **environment}
-    return subprocess.run(command, cwd=REPO, env=given, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=REPO, env=given, capture_output=True, text=True, timeout=600)
+
+
+def merge(recipe: Path, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return lewis(root, "merge", recipe, "-o", root / "out", **environment)
+
+
+def used(folder: Path, of: str) -> int:
+    """How much of a quota it takes to make what is in a folder, at least."""
+    made = list(folder.rglob("*"))
+    return len(made) if of == "files" else sum(path.stat().st_size for path in made if path.is_file())
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -39,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @full
 @pytest.mark.parametrize("of", ["bytes", "files"])
-def test_a_quota_that_is_used_up(
+def test_a_merge_that_uses_it_up(
     quota: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
 ) -> None:
     recipe = tmp_path / "tiny.yaml"
@@ -54,17 +65,16 @@ def test_a_quota_that_is_used_up(
         )
     )
     preload = {"LD_PRELOAD": str(quota), "QUOTA_ROOT": str(tmp_path)}
-    plain = merged(recipe, tmp_path / "plain", **preload, QUOTA_BYTES=str(1 << 40), QUOTA_FILES=str(1 << 30))
+    plain = merge(recipe, tmp_path / "plain", **preload, QUOTA_BYTES=str(1 << 40), QUOTA_FILES=str(1 << 30))
     assert plain.returncode == 0, plain.stderr
     right = content(tmp_path / "plain" / "out")
-    made = list((tmp_path / "plain").rglob("*"))
-    whole = len(made) if of == "files" else sum(path.stat().st_size for path in made if path.is_file())
+    whole = used(tmp_path / "plain", of)
     count = max(4, POINTS // 4)
     failed = []
     for number in range(count):
         root = tmp_path / str(number)
         limit = int(whole * (number + 0.5) / count)
-        cut = merged(recipe, root, **preload, **{f"QUOTA_{of.upper()}": str(limit)})
+        cut = merge(recipe, root, **preload, **{f"QUOTA_{of.upper()}": str(limit)})
         assert "Traceback" not in cut.stderr, (limit, cut.stderr)
         if cut.returncode:  # a note that is not written, such as a checksum, ends nothing
             failed.append(limit)
@@ -74,7 +84,43 @@ def test_a_quota_that_is_used_up(
             assert not list(root.glob("*.partial")), limit
         monkeypatch.setenv("LEWIS_HOME", str(root / "home"))
         assert verification.verify().damaged == [], limit
-        again = merged(recipe, root)
+        again = merge(recipe, root)
         assert again.returncode == 0 and content(root / "out") == right, (limit, again.stderr)
         assert not list(root.rglob("*.partial")), limit
     assert len(failed) >= count / 2, f"the quota has not struck often enough: at {failed} of {whole} {of}"
+
+
+@full
+@pytest.mark.parametrize("of", ["bytes", "files"])
+def test_a_run_that_uses_it_up(
+    quota: Path, family: Family, empty_store: Path, prefect_url: str, tmp_path: Path, of: str
+) -> None:
+    """All its processes together, but for Prefect's server; MLflow's database is among what they write."""
+    recipe, right, whole = write_recipe(tmp_path, family), "", 0
+    count, failed, wrong = max(4, POINTS // 8), 0, []
+    for number in range(-1, count):
+        root = tmp_path / str(number)
+        shutil.copytree(empty_store, root / "home")
+        (root / "tmp").mkdir()
+        before = used(root, of)
+        given = {"PREFECT_API_URL": prefect_url, "TMPDIR": str(root / "tmp")}
+        limit = int(whole * (number + 0.5) / count) if whole else 1 << 40
+        counted = {"QUOTA_ROOT": str(root), "QUOTA_COUNTS": f"{root}.counts", f"QUOTA_{of.upper()}": str(limit)}
+        cut = lewis(root, "run", recipe, "--json", LD_PRELOAD=str(quota), **counted, **given)
+        if not whole:
+            assert cut.returncode == 0, cut.stderr
+            whole = used(root, of) - before
+        elif cut.returncode:
+            failed += 1
+            if "quota exceeded" not in cut.stderr or "Traceback" in cut.stderr:
+                wrong.append(f"{limit} of {whole}: {cut.returncode} {cut.stderr[-3000:]}")
+        again = lewis(root, "run", recipe, "--json", **given)
+        digest = json.loads(again.stdout)["digest"] if again.returncode == 0 else ""
+        files = merged(root / "home", digest)
+        right = right or files["model.safetensors"]
+        left = [*left_over(root / "home", root / "tmp"), half_done(root / "home") if digest else again.stderr]
+        if any(left) or files.get("model.safetensors") != right:
+            wrong.append(f"{limit} of {whole}, run again: {left}")
+        shutil.rmtree(root)
+    assert not wrong, "\n".join(wrong)
+    assert failed >= count / 2, f"the quota has struck at {failed} of {count} limits alone"

@@ -1,7 +1,8 @@
-/* A disk quota for one process: after QUOTA_BYTES bytes in files below QUOTA_ROOT, or after QUOTA_FILES files and
-   folders that it makes there, the system answers EDQUOT.
+/* A disk quota: after QUOTA_BYTES bytes in files below QUOTA_ROOT, or after QUOTA_FILES files and folders that are made
+   there, the system answers EDQUOT. It counts what all processes do that name the same file of counts, QUOTA_COUNTS.
 
-   cc -shared -fPIC -o quota.so quota.c -ldl; LD_PRELOAD=quota.so QUOTA_ROOT=/store QUOTA_BYTES=4096 program */
+   cc -shared -fPIC -o quota.so quota.c -ldl
+   LD_PRELOAD=quota.so QUOTA_ROOT=/store QUOTA_COUNTS=/tmp/counts QUOTA_BYTES=4096 program */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -12,11 +13,23 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-static atomic_long written, made;
+static struct { atomic_long written, made; } own, *counts = &own;
+
+#define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+__attribute__((constructor)) static void share(void) {
+    const char *name = getenv("QUOTA_COUNTS");
+    int fd = name ? NEXT(open)(name, O_RDWR | O_CREAT | O_CLOEXEC, 0600) : -1;
+    if (fd < 0 || ftruncate(fd, sizeof own)) return;
+    void *found = mmap(0, sizeof own, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (found != MAP_FAILED) counts = found;
+    close(fd);
+}
 
 /* How many of these bytes the file may still take: all, some, or -1 with EDQUOT. */
 static long allowed(int fd, long wanted) {
@@ -27,7 +40,7 @@ static long allowed(int fd, long wanted) {
     if (!root || !bytes || length < 0) return wanted;
     path[length] = 0;
     if (strncmp(path, root, strlen(root)) || wanted <= 0) return wanted;
-    long left = atol(bytes) - atomic_load(&written);
+    long left = atol(bytes) - atomic_load(&counts->written);
     if (left <= 0) {
         errno = EDQUOT;
         return -1;
@@ -42,12 +55,11 @@ static long note(int fd, long done) {
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     long length = readlink(link, path, sizeof path - 1);
     if (length >= 0) path[length] = 0;
-    if (done > 0 && length >= 0 && root && !strncmp(path, root, strlen(root))) atomic_fetch_add(&written, done);
+    if (done > 0 && length >= 0 && root && !strncmp(path, root, strlen(root))) atomic_fetch_add(&counts->written, done);
     errno = before;
     return done;
 }
 
-#define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 #define LIMITED(fd, count) \
     long may = allowed(fd, (long)(count)); \
     if (may < 0) return -1
@@ -101,7 +113,7 @@ static int may_make(int at, const char *name) {
     }
     snprintf(path, sizeof path, "%s%s%s", folder, *name == '/' ? "" : "/", name);
     errno = before;
-    if (strncmp(path, root, strlen(root)) || atomic_fetch_add(&made, 1) < atol(files)) return 1;
+    if (strncmp(path, root, strlen(root)) || atomic_fetch_add(&counts->made, 1) < atol(files)) return 1;
     errno = EDQUOT;
     return 0;
 }

@@ -33,6 +33,7 @@ from lewis.evaluation.harness.answer_texts import texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.evaluation.harness.kept_requests import add_answers, requests_of
 from lewis.evaluation.statistics.scores import HASH, plain_value
+from lewis.models.hub.client import repeated, resume_downloads
 from lewis.quick_imports import quick_imports
 from lewis.store import write_json
 
@@ -299,9 +300,10 @@ def _as_drawn(rows: list[Any], indices: list[int]) -> list[Any]:
 
 
 def _load(manager: Any, tasks: list[str]) -> Any:
-    """The tasks with their data."""
+    """The tasks with their data, of which those of the Hub are asked for as patiently as models are."""
+    resume_downloads()
     try:
-        return manager.load(tasks)
+        return repeated("the data of the tasks", lambda: manager.load(tasks))
     except Exception:
         for name in tasks:
             try:

@@ -112,6 +112,9 @@ def _is_broken_transfer(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+    """An error and what led to it, also where its `from None` would hide that: `datasets` hides the Hub's answers."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
         yield error
-        error = error.__cause__
+        seen.append(error)
+        error = error.__cause__ or error.__context__

@@ -39,6 +39,7 @@ from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored
 from lewis.evaluation.statistics.scores import Evaluated, Score, read_texts, score_table
 from lewis.models.source import ModelFiles
 from lewis.store import kinds
+from tests.conftest import POINTS
 from tests.support.canary import CANARY
 from tests.support.local_hub import LocalHub
 
@@ -597,7 +598,7 @@ class TestBadEnds:
 class TestOtherSurroundings:
     """Each needs a fork server of its own, which takes four seconds: last, so that none is started once more."""
 
-    def test_documents_of_the_hub_have_their_commit(self, model, root, tmp_path, monkeypatch):
+    def test_documents_of_a_hub_that_may_be_busy_have_their_commit(self, model, root, tmp_path, monkeypatch):
         config = {key: value for key, value in CHOICE.items() if key not in DATA}
         write_task(root / "hub.yaml", {**config, "task": "hub", "dataset_path": "org/rows", "test_split": "test"})
         with LocalHub(tmp_path / "server") as hub:
@@ -605,6 +606,8 @@ class TestOtherSurroundings:
                 monkeypatch.setenv(name, value)
             text = "".join(json.dumps(row) + "\n" for row in ROWS)
             commit = hub.commit("org/rows", {"test.jsonl": text}, repo_type="dataset")
+            busy = {"path": "datasets/org/rows", "status": 429, "headers": {"Retry-After": "1"}, "times": 7}
+            hub.faults += [busy] * bool(POINTS)
             found = evaluate(model, EvalSettings(("hub.yaml", "pets"), root)).content["sources"]
         assert found == {"hub": {"path": "org/rows", "config_name": None, "split": "test", "revision": commit}}
 
