@@ -47,14 +47,17 @@ def explain(ref: str, error: Exception, endpoint: str) -> LewisError:
 
 
 def asked_wait(error: BaseException) -> float | None:
-    """The seconds that a busy Hub (429 or 503) asks to wait (`Retry-After`); None if it does not."""
+    """The seconds that a busy Hub (429 or 503) asks to wait (`Retry-After`), at least one; None if it does not.
+
+    By a clock that is ahead of the Hub's, the time that it names is past.
+    """
     for each in _chain(error):
         if isinstance(each, HfHubHTTPError) and each.response.status_code in (429, 503):
             text = each.response.headers.get("Retry-After", "")
             if text.isdecimal() and len(text) < 10:
-                return float(text)
+                return max(1.0, float(text))
             with suppress(ValueError):
-                return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+                return max(1.0, parsedate_to_datetime(text).timestamp() - time.time())
     return None
 
 

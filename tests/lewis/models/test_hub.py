@@ -126,6 +126,23 @@ def test_what_the_hub_asks_to_wait_is_waited(
             resolve("org/x", tmp_path)
 
 
+@pytest.mark.parametrize("asked", ["0", formatdate(0.0, usegmt=True)])
+def test_a_hub_that_asks_to_wait_for_no_time_is_not_asked_without_end(
+    monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    slept, request = list[float](), httpx2.Request("GET", "http://hub")
+    answer = httpx2.Response(429, headers={"Retry-After": asked}, request=request)
+
+    def question() -> None:
+        assert len(slept) < 1000
+        raise HfHubHTTPError("busy", response=answer)
+
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=slept.append))
+    with pytest.raises(TransientError, match="answered 429"):
+        client.ask("org/x", question)
+    assert slept == [1.0] * 300
+
+
 @full
 def test_what_the_hub_asks_to_wait_is_waited_though_a_part_is_in_the_cache(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -138,7 +155,7 @@ def test_what_the_hub_asks_to_wait_is_waited_though_a_part_is_in_the_cache(
     folder_of(pinned).mkdir(parents=True)
     hub.faults.append({"path": "/tree/", "status": 429, "headers": {"Retry-After": "0"}, "times": 12})
     assert (fetch(pinned) / "model.safetensors").read_bytes() == WEIGHTS
-    assert slept == [0.0]
+    assert slept == [1.0]
 
 
 def test_a_connection_that_is_reset_is_made_again(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
