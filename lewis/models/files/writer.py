@@ -250,9 +250,10 @@ def _read(path: Path) -> dict[str, dict[int, str]]:
     for line in lines:
         try:
             name, stop, sha256 = json.loads(line)
-            known.setdefault(name, {})[int(stop)] = sha256
         except (ValueError, TypeError):  # the process died while it wrote this line
             continue
+        if isinstance(name, str) and isinstance(stop, int):
+            known.setdefault(name, {})[stop] = sha256
     return known
 
 

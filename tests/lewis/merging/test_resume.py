@@ -125,7 +125,7 @@ class TestKilled:
                 line[(7 * number + len(line) // 2) % (len(line) - 1)] ^= 1
             journal.write_bytes(b"".join(lines))
         else:
-            journal.write_text('[1]\n{"a": 2}\n[["x"], 3, 4]\n["model.safetensors", "x", "y"]\n')
+            journal.write_text('[1]\n{"a": 2}\n[["x"], 3, 4]\n["model.safetensors", "x", "y"]\n["a", 12e45678, "y"]\n')
         (partial / ".lewis.json.1.abc.partial").write_text("half a manifest")
         (partial / "lewis.json").write_text("{}")
         merge = prepare(recipe_of(family))
