@@ -149,18 +149,24 @@ def push(path: Path) -> bool:
     kind = _shared_kind(path)
     if kind is None:
         return False
-    notes = make_folder(home() / "unpushed")
-    (notes / _name(path).replace("/", "@")).touch()
+    note = _note_of(path)
+    with suppress(OSError):  # without a note an entry is not sent later, which stops no run
+        files.write_bytes(note, b"")
     if _sleeps() or not _push(kind, path):
         return False
-    for note in list(notes.iterdir()):
-        with suppress(FileNotFoundError):
-            left = home() / note.name.replace("@", "/")
+    for each in list(note.parent.glob("[!.]*")):
+        with suppress(OSError):
+            left = home() / each.name.replace("@", "/")
             if (its_kind := kinds.kind_of(left)) is None or not left.exists():
-                note.unlink()
-            elif note.stat().st_mtime < time.time() - _RESEND and not _push(its_kind, left):
+                each.unlink()
+            elif each.stat().st_mtime < time.time() - _RESEND and not _push(its_kind, left):
                 break
     return True
+
+
+def _note_of(path: Path) -> Path:
+    """The note that an entry is to be pushed. In a group's store each user replaces or removes those of the others."""
+    return home() / "unpushed" / _name(path).replace("/", "@")
 
 
 def _push(kind: Kind, path: Path) -> bool:
@@ -174,7 +180,8 @@ def _push(kind: Kind, path: Path) -> bool:
             else:
                 _warn("pushed", path, error)
         else:
-            (home() / "unpushed" / _name(path).replace("/", "@")).unlink(missing_ok=True)
+            with suppress(OSError):
+                _note_of(path).unlink()
             return True
     return False
 

@@ -22,7 +22,7 @@ from lewis.merging.fitting.fitted import Fitted
 from lewis.recipe.recipe import Recipe
 from lewis.registry import tracking
 from lewis.search.study import Log, Objective
-from lewis.store import housekeeping, kinds, manifest, secrets, verification, writable
+from lewis.store import housekeeping, kinds, manifest, remote, secrets, verification, writable
 from tests.conftest import Family, full
 from tests.support.damage import damage
 from tests.support.models import parse
@@ -164,6 +164,23 @@ def test_each_reads_and_replaces_what_the_other_made(place: Path, umask: int) ->
         found = path.stat()
         assert found.st_gid == LAB and not stat.S_IMODE(found.st_mode) & 0o007, path
     assert "PermissionError" in as_user(STRANGER, lambda: list(home.iterdir()), group=STRANGER)
+
+
+def test_what_one_could_not_push_the_other_makes_again_and_pushes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The note of an entry that is not pushed was its maker's alone: the other one's run ended there."""
+
+    def make() -> None:
+        store.write_entry(kinds.SCORES.path("a"), {"results": os.getuid()})
+
+    monkeypatch.setattr(remote, "_WAIT", 0.001)
+    monkeypatch.setenv("LEWIS_STORE", "file:///proc/nowhere")
+    remote.opened()  # what is imported late is imported now
+    notes = place / "home" / "unpushed"
+    for user in (ADA, BOB):
+        assert as_user(user, make) == "" and [note.name for note in notes.iterdir()] == ["scores@a.json"]
+    monkeypatch.setenv("LEWIS_STORE", f"file://{place}/bucket")
+    assert as_user(ADA, make) == "" and not list(notes.iterdir())
+    assert (place / "bucket" / "scores" / "a.json").is_file()
 
 
 @pytest.fixture
