@@ -130,12 +130,37 @@ def write(folder: Path, block: str, inputs: Mapping[str, Collected], sources: Ma
         tensors |= {f"{key}|{kind}": parts for kind, parts in result.items()}
     header = {"inputs": {key: [each.tokens, each.size] for key, each in inputs.items()}, "sources": dict(sources)}
     contents = {f"{block}{_SQUARES}": (squares, {}), f"{block}{_ENDING}": (tensors, {_HEADER: json.dumps(header)})}
-    return {name: write_file(folder / name, *content) for name, content in contents.items()}  # the last: see `has`
+    return {name: write_file(folder / name, *content) for name, content in contents.items()}
 
 
-def has(folder: Path, block: str) -> bool:
-    """Whether the statistics of a block have been written: a file appears whole or not at all, this one last."""
-    return (folder / f"{block}{_ENDING}").is_file()
+class Written:
+    """The files of a pass so far. Until the pass is done, a list of their checksums is next to them.
+
+    A file that a killed pass has finished is found again by that list, unless it was damaged since.
+
+    Attributes:
+        checksums: file name -> SHA-256.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._index = folder / "blocks.json"
+        known = store.read_entry(self._index) or {}
+        whole = (path for name in known if (path := folder / name).is_file())
+        self.checksums = {
+            path.name: sha256 for path in whole if (sha256 := store.file_sha256(path)) == known[path.name]
+        }
+
+    def __contains__(self, block: str) -> bool:
+        return f"{block}{_ENDING}" in self.checksums and f"{block}{_SQUARES}" in self.checksums
+
+    def add(self, checksums: Mapping[str, str]) -> None:
+        """Add the files of a block, as `write` gives them."""
+        self.checksums |= checksums
+        store.write_entry(self._index, self.checksums)
+
+    def remove_list(self) -> None:
+        """Remove the list when all is written: it is no part of the statistics."""
+        self._index.unlink(missing_ok=True)
 
 
 class Grams:

@@ -23,7 +23,7 @@ from lewis.devices import one_thread
 from lewis.errors import LewisError
 from lewis.importance import gram_files
 from lewis.importance.calibration import Calibration
-from lewis.importance.gram_files import Collected, Grams
+from lewis.importance.gram_files import Collected, Grams, Written
 from lewis.importance.measure import check_samples, network_of, norms, stored_dtype
 from lewis.importance.measured import Measured
 from lewis.importance.passes import Pass, Watched, of_expert
@@ -65,7 +65,7 @@ def measure_grams(
             blocks counts as half done.
 
     Returns:
-        File name -> SHA-256, of those written now.
+        File name -> SHA-256.
 
     Raises:
         InputError: if no layer is covered, or a token id is out of the vocabulary.
@@ -93,7 +93,8 @@ def measure_grams(
         walk = _Walk(weights, watched, passes, workers, writer, folder, calibration.tokens)
         for share in walk.blocks():
             progress("statistics", int(share * calibration.tokens), calibration.tokens)
-    return walk.checksums
+    walk.files.remove_list()
+    return walk.files.checksums
 
 
 def tokens_per_pass(network: Network) -> int:
@@ -120,7 +121,7 @@ class _Walk:
         self._written: Future[None] | None = None
         self._sums: list[Callable[[], None]] = []
         self._summed: Callable[[], None] | None = None
-        self.checksums: dict[str, str] = {}
+        self.files = Written(folder)
 
     def blocks(self) -> Iterator[float]:
         """Go through the model; yields the share of the blocks that are done, after each."""
@@ -134,7 +135,7 @@ class _Walk:
                 )
             done.add(path)
             waiting = [each for each in self._passes if each.place == path]
-            self._watched.notes = not gram_files.has(self._folder, path)
+            self._watched.notes = path not in self.files
             names = network.parameters_in(path)
             self._workers([partial(self._weights.load, [name]) for name in names])
             found = self._through(waiting)
@@ -190,7 +191,7 @@ class _Walk:
 
     def _write(self, path: str, inputs: Mapping[str, Collected], sources: Mapping[str, str]) -> None:
         try:
-            self.checksums |= gram_files.write(self._folder, path, inputs, sources)
+            self.files.add(gram_files.write(self._folder, path, inputs, sources))
         except ValueError as error:
             raise LewisError(
                 f"{self._weights.model.folder}: activations into {str(error)!r} are NaN, Inf or too large for fp32; "

@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lewis import store
+from lewis.importance import gram_files
 from lewis.importance.calibration import Calibration
 from lewis.importance.step import find_or_measure_grams
 from lewis.search.study import Log, Objective
@@ -42,11 +45,13 @@ def bits(data: bytes, count: int) -> list[int]:
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    path.chmod(0o600)
+    if path.exists():
+        path.chmod(0o600)
     path.write_bytes(data)
 
 
-def test_of_a_gram_file(home: Path, family: Family) -> None:
+def gram_pass(family: Family) -> Callable[[], Path]:
+    """A function that finds or measures the statistics of a model."""
     data = {"sums": {"texts": ["w1 w2 w3", "w4 w5"], "samples": 2}}
     recipe = parse(
         {
@@ -60,17 +65,53 @@ def test_of_a_gram_file(home: Path, family: Family) -> None:
     assert source is not None
     base = pipeline.download(source)
     calibration = Calibration.load(pipeline.prepare_calibration(recipe, "sums", base).path)
-    folder = find_or_measure_grams(base.open(), calibration)
+    return lambda: find_or_measure_grams(base.open(), calibration)
+
+
+def test_of_a_gram_file(home: Path, family: Family) -> None:
+    measure = gram_pass(family)
+    folder = measure()
     right = content(shutil.copytree(folder, home.parent / "right"))
     for name, data in right.items():
         for number, bit in enumerate(bits(data, DRAWS // 10)):
             overwrite(folder / name, flipped(data, bit))
             if number == 1:
-                assert find_or_measure_grams(base.open(), calibration) == folder and content(folder) == right
+                assert measure() == folder and content(folder) == right
             else:
                 assert store.read_manifest(folder) is None, (name, bit)
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.copytree(home.parent / "right", folder)
+
+
+class Killed(BaseException):
+    """In place of a kill."""
+
+
+def test_of_a_gram_file_of_a_pass_that_was_killed(home: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next pass goes on from it, and does not seal it."""
+    measure, write = gram_pass(family), gram_files.write
+    right = content(folder := measure())
+    shutil.rmtree(folder)
+
+    def write_or_die(folder: Path, block: str, *rest: Any) -> dict[str, str]:
+        if block.endswith(".1"):
+            raise Killed
+        return write(folder, block, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(gram_files, "write", write_or_die)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill leaves nothing tidied up
+        measure()
+    [left] = kinds.GRAMS.folder.glob(".*.partial")
+    files = content(left)
+    assert len(files) > 1
+    for name, data in files.items():
+        for bit in bits(data, DRAWS // 300):
+            store.discard(folder)
+            left.mkdir(exist_ok=True)
+            for each, kept in files.items():
+                overwrite(left / each, flipped(kept, bit) if each == name else kept)
+            assert measure() == folder and content(folder) == right, (name, bit)
 
 
 def test_of_a_searchs_journal(home: Path) -> None:
