@@ -11,6 +11,7 @@ import numpy as np
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
 from lewis.models.config import check_config, read_config
+from lewis.models.config_class import ties_head
 from lewis.models.dtypes import as_tensor
 from lewis.models.files.folder import GGUF_TABLE, weight_files
 from lewis.models.files.safetensors_file import TensorFile, same_bits
@@ -165,11 +166,16 @@ def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fol
 def lacks_head(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
     """Whether a model stores no head, and its config says that none is tied: it has none, or one that is lost.
 
+    Where the config is silent, the default of its class counts, and of that of its language model, if both are known.
+
     Args:
         config: parsed.
         tensors: the names of those that are stored.
     """
     said = _said(config)
+    if said == [None, None]:
+        defaults = [ties_head(block) for block in (config, config.get("text_config")) if block]
+        said = [] if None in defaults else defaults
     return False in said and True not in said and not any(name.endswith(HEADS) for name in tensors)
 
 

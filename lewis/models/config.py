@@ -10,14 +10,14 @@ from typing import Any
 
 from lewis.errors import InputError
 from lewis.input_files import read_json
-from lewis.models.config_class import added_rows, check_values
+from lewis.models.config_class import added_rows, check_values, takes_null
 from lewis.models.config_sizes import unlike_names
 from lewis.models.dtypes import MERGED
 from lewis.models.names import EMBEDDINGS, Shapes, in_layers
 
-_WIDTHS = ("hidden_size", "n_embd", "d_model")  # each is a dimension of some tensor
+_WIDTHS = ("hidden_size", "n_embd", "n_embed", "d_model")  # each is a dimension of some tensor
 _PARTS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim")  # each divides one
-_INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")  # null: four times the width
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")  # null: the class computes it
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 _COUNTS = (*_WIDTHS, *_PARTS, *_INNER, *_DEPTHS, "vocab_size")
 _POSITIONS = ("max_position_embeddings", "n_positions")
@@ -86,7 +86,8 @@ def _check_numbers(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> N
     """Check the sizes that a config gives, of the whole model and of its `text_config`, without building the network.
 
     The width must be a dimension of some tensor, and heads must divide one; the inner size and the vocabulary must not
-    be larger than there are tensors for. Of several towers each is checked against all tensors.
+    be larger than there are tensors for. Of several towers each is checked against all tensors. Whether the class of
+    the config takes null for an inner size is left to `check_values`.
 
     Args:
         folder: of the model.
@@ -103,8 +104,7 @@ def _check_numbers(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> N
     for where, block in (("", config), ("text_config.", text)):
         given = {key: block[key] for key in (*_COUNTS, *_POSITIONS) if key in block}
         for key, value in given.items():
-            widths = [width for name in _WIDTHS if isinstance(width := block.get(name), int)]
-            optional = key in _PARTS[2:] or (key in _INNER and any(4 * width in sizes for width in widths))
+            optional = key in (*_PARTS[2:], *_INNER) or (key == "vocab_size" and takes_null(block, key))
             if value is None and optional:
                 continue
             against = set() if key == "vocab_size" and embeds else sizes

@@ -93,6 +93,26 @@ def stated_size(config: Mapping[str, Any], key: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def takes_null(config: Mapping[str, Any], key: str) -> bool:
+    """Whether the class of a config declares a key that may be null: wav2vec2's `vocab_size`, of no tokens."""
+    declared = _declared(str(config.get("model_type")))[1].get(key)
+    return declared is not None and _accepts(declared.annotation, None)
+
+
+def ties_head(config: Mapping[str, Any]) -> bool | None:
+    """Whether the class of a config ties the head to the embedding where the config does not say so.
+
+    None if the source of the class does not say so either: transformers does not know the class, it comes with the
+    model, it declares no default, or it computes what it declares.
+    """
+    source, fields, _ = _declared(str(config.get("model_type")))
+    declared = fields.get("tie_word_embeddings")
+    if brings_class(config) or "self.tie_word_embeddings = " in source or declared is None:
+        return None
+    value = declared.value.value if isinstance(declared.value, ast.Constant) else None
+    return value if isinstance(value, bool) else None
+
+
 def ignores_head_dim(config: Mapping[str, Any]) -> bool:
     """Whether the class of a config computes the size of its heads, whatever the config says."""
     source, fields, _ = _declared(str(config.get("model_type")))

@@ -292,11 +292,24 @@ def test_where_seconds_do_not_matter_the_network_is_built(family: Family, home: 
     tasks.preflight.fn(parse(plain), *pin_all(parse(plain)))
 
 
-def test_a_head_that_is_lost_ends_a_plain_merge(family: Family, home: Path, tmp_path: Path) -> None:
-    """By its sizes, the model is one of a class without a head; so this one network is built."""
-    odd = rewrite(family.base, tmp_path / "odd", lambda name, tensor: tensor)
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("which", ["base", "expert"])
+def test_a_head_that_is_lost_ends_a_plain_merge(
+    family: Family, home: Path, tmp_path: Path, which: str, silent: bool
+) -> None:
+    """By its sizes, the model is one of a class without a head; so this one network is built.
+
+    Where the config says nothing of the head, Llama's class says that it is a weight of its own.
+    """
+    odd = rewrite({"base": family.base, "expert": family.math}[which], tmp_path / "odd", lambda name, tensor: tensor)
     edit_json(odd / "config.json", tie_word_embeddings=False)
-    recipe = parse({"merge_method": "ties", "base_model": str(odd), "models": [{"model": str(family.code)}]})
+    if silent:
+        said = json.loads((odd / "config.json").read_text())
+        del said["tie_word_embeddings"]
+        (odd / "config.json").write_text(json.dumps(said))
+    base, expert = (odd, family.math) if which == "base" else (family.base, odd)
+    models = [{"model": str(expert)}, {"model": str(family.code)}]
+    recipe = parse({"merge_method": "ties", "base_model": str(base), "models": models})
     for refused in (lewis.plan, lambda recipe: lewis.merge(recipe, tmp_path / "out")):
         with pytest.raises(InputError, match=r"config.json: tie_word_embeddings: 'lm_head.weight' is a weight of its "):
             refused(recipe)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lewis.errors import InputError, LewisError
-from lewis.models.checkpoint import Checkpoint
+from lewis.models.checkpoint import Checkpoint, lacks_head
+from lewis.models.compatible import check_compatible
 from lewis.models.files.folder import INDEX
 from lewis.models.model import TensorInfo
 from tests.conftest import Family
@@ -84,6 +85,44 @@ class TestTying:
         assert Checkpoint(write_tensors(tmp_path / "llama", heads, model_type="llama"), "key").tied == {}
         assert Checkpoint(write_tensors(tmp_path / "gemma", heads, model_type="gemma"), "key").tied != {}
         refused(write_tensors(tmp_path / "new", heads, model_type="brand-new"), "no tie_word_embeddings", "brand-new")
+
+    @pytest.mark.parametrize(
+        ("config", "lacks"),
+        [
+            *(({"model_type": kind}, True) for kind in ("llama", "mistral", "qwen2")),
+            *(({"model_type": kind}, False) for kind in ("gpt2", "gemma", "t5", "bert", "lfm2", "brand-new")),
+            ({}, False),
+            ({"model_type": "llama", "tie_word_embeddings": True}, False),
+            ({"model_type": "gpt2", "tie_word_embeddings": False}, True),
+            ({"model_type": "llama", "auto_map": {"AutoConfig": "own.Own"}}, False),
+            ({"model_type": "llava_next", "text_config": {"model_type": "mistral"}}, True),
+            ({"model_type": "llava_next", "text_config": {"model_type": "gemma"}}, False),
+            ({"model_type": "llava_next", "text_config": {"hidden_size": 2}}, False),
+            ({"model_type": "llava_next", "text_config": {"tie_word_embeddings": True}}, False),
+            ({"model_type": "llava", "text_config": {"model_type": "gemma"}}, False),
+            ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, False),
+        ],
+    )
+    def test_a_head_that_is_not_stored_is_tied_where_the_class_ties_it(
+        self, tmp_path: Path, config: dict[str, Any], lacks: bool
+    ) -> None:
+        embedding = "model.embed_tokens.weight"
+        opened = Checkpoint(write_tensors(tmp_path, {embedding: torch.ones(2, 2)}, **config), "key")
+        assert lacks_head(config, opened.tensors) == lacks
+        assert opened.tied == ({} if lacks else {"lm_head.weight": embedding})
+        assert not lacks_head(config, [*opened.tensors, "lm_head.weight"])
+
+    def test_an_embedding_does_not_stand_for_a_head_that_is_lost(self, tmp_path: Path) -> None:
+        tensors = {"model.embed_tokens.weight": torch.ones(2, 2), "lm_head.weight": torch.zeros(2, 2)}
+        base = write_tensors(tmp_path / "base", tensors, model_type="llama", tie_word_embeddings=False)
+        del tensors["lm_head.weight"]
+        for kind in ("llama", "gemma"):
+            expert = Checkpoint(write_tensors(tmp_path / kind, tensors, model_type=kind), kind)
+            if kind == "gemma":
+                check_compatible(Checkpoint(base, "base"), [expert])
+            else:
+                with pytest.raises(InputError, match=r"missing, the first is 'lm_head\.weight'"):
+                    check_compatible(Checkpoint(base, "base"), [expert])
 
 
 class TestDamaged:
@@ -200,6 +239,36 @@ class TestContradictions:
     )
     def test_are_told_only_where_there_is_one(self, tmp_path: Path, config: dict[str, Any]) -> None:
         Checkpoint(write_tensors(tmp_path, self.TENSORS, **config), "key")
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"model_type": "bloom", "n_embed": 2, "n_inner": None, "n_layer": 3},
+            {"model_type": "rwkv", "hidden_size": 2, "intermediate_size": None},
+            {"model_type": "gla", "hidden_size": 2, "intermediate_size": None},
+            {"model_type": "llama", "intermediate_size": None, "auto_map": {"AutoConfig": "own.Own"}},
+            {"model_type": "wav2vec2-bert", "vocab_size": None},
+        ],
+    )
+    def test_null_may_stand_where_the_class_takes_it(self, tmp_path: Path, config: dict[str, Any]) -> None:
+        Checkpoint(write_tensors(tmp_path, self.TENSORS, **config), "key")
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"model_type": "llama", "intermediate_size": None},
+            {"model_type": "llava", "text_config": {"model_type": "mistral", "intermediate_size": None}},
+            {"model_type": "t5", "d_ff": None},
+            {"model_type": "bart", "d_model": None},
+            {"model_type": "gla", "vocab_size": None},
+            {"model_type": "gla", "hidden_size": None},
+            {"model_type": "bloom", "n_embed": None},
+            {"model_type": "bloom", "n_embed": 7},
+        ],
+    )
+    def test_sizes_that_no_class_takes_are_refused(self, tmp_path: Path, config: dict[str, Any]) -> None:
+        key = list(config.get("text_config", config))[-1]
+        refused(write_tensors(tmp_path, self.TENSORS, **config), f"{key}: expected ", "came with these weights")
 
     def test_mllama_has_eight_tokens_more_than_it_says(self, tmp_path: Path) -> None:
         tensors = {"model.embed_tokens.weight": torch.ones(13, 2)}
