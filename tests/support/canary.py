@@ -40,6 +40,26 @@ def answers(address):
         return False
 
 
+def other_processes(secret):
+    """The children of the first process, and the processes that have the secret in their heap, without this one."""
+    children, knowing = [], []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(")")[2].split()[1] == "1":
+                    children.append(pid)
+            with open(f"/proc/{pid}/maps") as file:
+                heaps = [line.split()[0].split("-") for line in file if line.endswith("[heap]\\n")]
+            with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+                for start, end in heaps if pid != os.getpid() else ():
+                    memory.seek(int(start, 16))
+                    if secret.encode() in memory.read(int(end, 16) - int(start, 16)):
+                        knowing.append(pid)
+        except OSError:
+            pass
+    return children, knowing
+
+
 def look(*secrets, sockets=()):
     """How many files were read, which hold one of the secrets or are sockets that answer, and the network's devices.
 

@@ -105,7 +105,7 @@ def check_tasks(settings: EvalSettings) -> None:
     for name, task in found.files.items():
         data_files(task, settings.root)
         check_code(name, task, settings.allow_code_execution)
-    if any(map(runs_code, found.files.values())):
+    if _brings_code(settings, found):
         isolation.check()
     builtin_tasks.check_builtin(found.builtin, found.local)
 
@@ -173,8 +173,7 @@ def evaluate(
     for name, task in found.files.items():
         check_code(name, task, settings.allow_code_execution)
     hub = reads_hub(found, settings.root)
-    # Keys are kept from code that the recipe brings.
-    code = any(map(runs_code, found.files.values())) or bool(settings.model_args.get("trust_remote_code"))
+    code = _brings_code(settings, found)  # keys are kept from it, and other evaluations
     if code:
         isolation.check()
     with ExitStack() as held:
@@ -221,6 +220,7 @@ def evaluate(
                 network=hub or asked.network,
                 hub=hub,
                 token=hub and not code,
+                code=code,
                 environment=asked.environment,
                 shown=[each for folder in (model, adapter) if folder for each in (folder, *folder.iterdir())]
                 + [path for task in found.files.values() for path in (*task.sources, *data_files(task, settings.root))],
@@ -233,6 +233,11 @@ def evaluate(
     _warn_of_fewshot(settings, result["n-shot"])
     _warn_of_direction(evaluated.scores, result["higher_is_better"])
     return evaluated
+
+
+def _brings_code(settings: EvalSettings, found: FoundTasks) -> bool:
+    """Whether the recipe or a model brings code that runs in the evaluation's process."""
+    return any(map(runs_code, found.files.values())) or bool(settings.model_args.get("trust_remote_code"))
 
 
 def _warn_of_fewshot(settings: EvalSettings, shots: Mapping[str, int]) -> None:

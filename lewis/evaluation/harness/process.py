@@ -5,6 +5,9 @@ than many evaluations. CUDA does not work after a fork, so a child that uses a G
 imported nothing. A child has a session of its own, in which a second process, its keeper, waits for it and reports how
 it ended.
 
+The children of one server are in the same namespaces, so that they see each other. A child that runs code of a recipe
+is the only one of its server.
+
 The request is one line of JSON on the child's standard input, which stays open: when the parent dies, even by SIGKILL,
 the keeper sees the end of that input and kills the child and all processes that it started. The result is a file that
 appears when it is complete.
@@ -51,6 +54,7 @@ def run(
     network: bool,
     hub: bool,
     token: bool,
+    code: bool,
     timeout_s: float,
     environment: Mapping[str, str] = MappingProxyType({}),
     shown: Sequence[Path] = (),
@@ -64,6 +68,7 @@ def run(
         network: whether the child has the network of this machine.
         hub: whether it gets the way to the Hub, proxies included.
         token: whether it gets the Hub's token. It gets no other secret of this process's environment.
+        code: whether it runs code that a recipe or a model brings, which must see no other child.
         timeout_s: seconds until the process and all processes that it started are killed.
         environment: further variables of the child.
         shown: what the child needs in addition to `cwd`, the Python that runs and the folders that variables name, if
@@ -85,7 +90,7 @@ def run(
     with scratch_folder() as scratch:
         result, given["TMPDIR"] = scratch / "result.json", str(scratch)
         no_gpu = request["device"] == "cpu" or request["model"].startswith("local-")
-        child = new_child(common, loaded=no_gpu, network=network, shown=(cwd, *shown))
+        child = new_child(common, loaded=no_gpu, network=network, shown=(cwd, *shown), alone=code)
         try:
             child.send({**request, "cwd": str(cwd), "environment": given, "result": str(result)})
             _watch(child, output, timeout_s)
@@ -271,7 +276,9 @@ class _ForkServer:
         threading.Thread(target=self._process.wait, daemon=True).start()  # the server may still be importing
 
 
-def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool, shown: Sequence[Path] = ()) -> Child:
+def new_child(
+    environment: Mapping[str, str], *, loaded: bool, network: bool, shown: Sequence[Path] = (), alone: bool = False
+) -> Child:
     """Fork a child, which waits for its request.
 
     Args:
@@ -279,17 +286,20 @@ def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool, sh
         loaded: whether the child has the libraries imported already.
         network: whether the child reaches other machines.
         shown: as for `run`.
+        alone: whether it is the only child that its server ever has.
 
     Raises:
         LewisError: if the server does not start.
     """
     global _current
-    if not loaded:
-        alone = _ForkServer(environment, loaded=False, network=network, shown=shown)
+    if alone or not loaded:
+        server = _ForkServer(environment, loaded=loaded, network=network, shown=shown)
         try:
-            return alone.fork()
+            return server.fork()
+        except OSError as error:
+            raise _died(server.output()) from error
         finally:
-            alone.close()
+            server.close()
     output = ""
     with _guard:
         for _ in range(2):
@@ -302,7 +312,11 @@ def new_child(environment: Mapping[str, str], *, loaded: bool, network: bool, sh
             output = _current.output()
             _current.close()
             _current = None
-    raise LewisError(f"the process that loads lm-eval has died\nThe end of its output:\n{output}")
+    raise _died(output)
+
+
+def _died(output: str) -> LewisError:
+    return LewisError(f"the process that loads lm-eval has died\nThe end of its output:\n{output}")
 
 
 def _start(environment: Mapping[str, str], network: bool, shown: Sequence[Path]) -> tuple[object, ...]:

@@ -64,9 +64,12 @@ def test_code_may_need_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             refused()
     write(tmp_path, {})
     check_tasks(coded)
-    with pytest.raises(InputError, match="expected a machine that allows namespaces"):
-        evaluate(tmp_path, replace(coded, model_args={"trust_remote_code": True}))
+    remote = replace(coded, model_args={"trust_remote_code": True})
+    for refused in (lambda: check_tasks(remote), lambda: evaluate(tmp_path, remote)):
+        with pytest.raises(InputError, match="expected a machine that allows namespaces"):
+            refused()
     monkeypatch.setattr(isolation, "_possible", lambda: True)
+    check_tasks(remote)
     write(tmp_path, {}, "process_docs: !function own.docs\n")
     check_tasks(coded)
 

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lewis.evaluation.harness.process import _Output
+import pytest
+
+from lewis.errors import LewisError
+from lewis.evaluation.harness import process
+from lewis.evaluation.harness.process import Child, _ForkServer, _Output
 
 BAR = "\rRunning loglikelihood requests: {:3d}%|{:<10}| {}/{} [00:05<00:20,  8.53it/s]"
 
@@ -46,3 +50,17 @@ def test_a_server_whose_process_was_killed_does_not_go_on_loading(tmp_path: Path
     ours.close()
     server.stdout.close()
     assert server.wait(120) == 0
+
+
+def test_a_server_that_dies_before_its_only_child_is_an_error_with_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("sh", "-c", "echo no memory; exit 1", "server")
+    monkeypatch.setattr(process, "namespaces", lambda *_, **__: command)
+    fork = _ForkServer.fork
+
+    def fork_late(server: _ForkServer) -> Child:
+        server._process.wait(120)
+        return fork(server)
+
+    monkeypatch.setattr(_ForkServer, "fork", fork_late)
+    with pytest.raises(LewisError, match=r"has died\nThe end of its output:\nno memory"):
+        process.new_child(dict(os.environ), loaded=True, network=False, alone=True)
