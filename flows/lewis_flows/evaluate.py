@@ -77,8 +77,13 @@ def evaluate_flow(
             "meanwhile, run it again; else give both the same folder of recipes, the same version of lm-eval, and the "
             "same LEWIS_EVALUATION_SERVER"
         )
-    walk, results = _models(plan, models, base)
     names = evaluations(plan)
+    if unknown := [label for label in models if label not in names]:
+        raise InputError(
+            f"{recipe}: expected a recipe that scores {unknown[0]!r}, which this one does not here; if it was edited "
+            "meanwhile, run it again"
+        )
+    walk, results = _models(plan, models, base)
     listed = list(dict.fromkeys(plan.evaluate.tasks))  # in the order of where the merge runs
     places = range(len(listed)) if task is None else [listed.index(task)]
     walk.go((walk.graph[names[label][place]] for label in models for place in places), {**results, LOOK: look})

@@ -23,6 +23,7 @@ from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_fold
 from lewis_flows.registration import Ended, MergeReport, register_merge, report_tables
 from lewis_flows.runners import choose
 from lewis_flows.scoring import Judged, score
+from lewis_flows.searched import SEARCHED
 from lewis_flows.service import recipes_page
 from lewis_flows.turn import HOOKS, absorb, turn
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, pin, submit
@@ -70,6 +71,8 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
             release_event.settle(path.stem)
         absorb(run)
         plan = load(path, overrides or [])
+        if searched := SEARCHED.get():
+            searched.check(load(path, searched.overrides))
         report, changed, (name, line) = _merge(plan, path, overrides or [])
     if name == AWAITS and run.deployment_id and report.version:
         return approval.ask(run, report.version, "\n".join(f"* {reason}" for reason in report.verdict))
@@ -125,7 +128,8 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     tasks = submit(check_tasks, quote(plan), not queue) if plan.evaluate else None
     champion = submit(find_champion, plan.register_as.model, bool(tasks)) if plan.register_as else None
     publishable = submit(check_publish, quote(plan)) if plan.publish else None
-    walk = Walk(plan, pin(plan, [tasks, publishable]))
+    searched = SEARCHED.get()
+    walk = Walk(plan, pin(plan, [tasks, publishable], searched.keys if searched else None))
     sources = [each.result() for name, each in walk.futures.items() if name != PREFLIGHT]
     run_tags.rename(plan, {source.ref: source.key for source in sources})
     walk.go(node for node in walk.graph if node.step is not EVALUATE)

@@ -24,11 +24,12 @@ from lewis.models.source import ModelFiles
 from lewis.recipe.recipe import Recipe
 from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
-from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DOWNLOAD, MEASURE
+from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DIAGNOSE, DOWNLOAD, MEASURE
 from lewis_flows import prefect_runs
 from lewis_flows.merge import begin, load, merge_flow, run_name
 from lewis_flows.registration import MergeReport
 from lewis_flows.runners import choose
+from lewis_flows.searched import SEARCHED, Searched
 from lewis_flows.turn import HOOKS, turn
 from lewis_flows.walk import Walk, finish, pin, submit
 from lewis_tasks.evaluate import check_tasks
@@ -98,12 +99,19 @@ def search_flow(
 
 
 def _prepare(plan: Recipe) -> tuple[dict[str, Any], str]:
-    """Fetch the models and measure their importance, once for all trials; gives the results, and the tasks' digest."""
+    """Fetch the models, inspect them and measure their importance, once for all trials.
+
+    Gives the results, and the tasks' digest.
+
+    Raises:
+        LewisError: what the first failed task raised; what an inspection found, if the recipe stops for that.
+    """
     tasks = submit(check_tasks, quote(space.with_values(plan, {}, SEARCH)))
     walk = Walk(plan, pin(plan, [tasks]))
-    names = [node.name for step in (DOWNLOAD, CHECK, CALIBRATE, CONTINUE, MEASURE) for node in walk.graph.of(step)]
-    walk.go(walk.graph.towards(*names))
-    finish(*walk.futures.values())
+    steps = (DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE, MEASURE)
+    walk.go(walk.graph.towards(*(node.name for step in steps for node in walk.graph.of(step))))
+    shown = walk.of(DIAGNOSE) if plan.inspect.on == "warn" else []  # its failure ends no merge either
+    finish(*(future for future in walk.futures.values() if future not in shown))
     # A trial may vary the sets and passes: it looks for these itself, and finds most of them in the store.
     kept = [node.name for step in (DOWNLOAD, CHECK) for node in walk.graph.of(step)]
     return {name: walk.futures[name].result() for name in kept}, tasks.result()
@@ -125,9 +133,9 @@ class _Trials:
         if unknown:
             raise InputError(f"search.metrics: there is no score {unknown[0]!r}{nearest(unknown[0], first)}")
         self.objectives = [Objective(metric, first[metric].higher_is_better) for metric in metrics]
-        inputs = {files.ref: files.key for files in known.values() if isinstance(files, ModelFiles)}
+        self.inputs = {files.ref: files.key for files in known.values() if isinstance(files, ModelFiles)}
         numbers = precision(default_device()) if self.settings.backend == "hf" else "fp32"
-        self.log = Log(plan, self.objectives, inputs, tasks, held, numbers)
+        self.log = Log(plan, self.objectives, self.inputs, tasks, held, numbers)
         part = _quarter(scored, metrics[0])
         prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
         self.part = replace(self.settings, look=part) if prune else None
@@ -221,7 +229,11 @@ def _confirm(
 ) -> tuple[SearchReport, tuple[str, str]]:
     """Merge, gate and register the best on the half of the documents that no trial saw, next to the recipe as it is.
 
-    Gives the report and the search's verdict: name and line of its state.
+    Gives the report and the search's verdict: name and line of its state. The models are those that the trials had,
+    whatever was released since.
+
+    Raises:
+        InputError: if the recipe was edited since the search began; nothing is merged then.
     """
     settings = _settings(plan, CONFIRM)
     winner = space.with_values(plan, best.values, CONFIRM)
@@ -230,7 +242,11 @@ def _confirm(
     told = "Completed", f"the best is number {best.number}: {', '.join(f'{o.metric} {s:.4g}' for o, s in scores)}"
     merged = None
     if plan.register_as:
-        ended = merge_flow(recipe, [*overrides, *best.overrides, CONFIRM], return_state=True)
+        handed = SEARCHED.set(Searched(plan, overrides, tried.inputs))
+        try:
+            ended = merge_flow(recipe, [*overrides, *best.overrides, CONFIRM], return_state=True)
+        finally:
+            SEARCHED.reset(handed)
         merged, told = run_tags.result_of_run(ended), (ended.name or "Completed", ended.message or "")
     default = tried.submit(plan, 0, "confirm", settings)
     chosen = tried.submit(winner, best.number, "confirm", settings)  # finds the scores that the merge made

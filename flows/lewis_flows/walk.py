@@ -16,7 +16,7 @@ from lewis.registry import versions
 from lewis.steps.graph import PREFLIGHT, Node, evaluations, graph, resolved, short_refs
 from lewis.steps.step import Step
 from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DIAGNOSE, DOWNLOAD
-from lewis_tasks.models import preflight, resolve
+from lewis_tasks.models import preflight, resolve, resolve_at
 from lewis_tasks.steps import task_of
 from lewis_tasks.support.assets import artifact_prefix, asset, page_of
 from lewis_tasks.support.failures import result_of
@@ -120,24 +120,31 @@ class Walk:
         return [known(each) for each in (base, experts, self.of(CALIBRATE, CONTINUE), self.futures.get(ALLOCATE.name))]
 
 
-def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None]) -> Futures:
+def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None], keys: Mapping[str, str] | None = None) -> Futures:
     """Resolve base and experts, and check from their headers that they fit together.
 
     Args:
         plan: the recipe.
         checks: nothing is looked at before they have ended: if a task does not exist, the run fails early.
+        keys: reference of each model -> the commits that it is pinned to; None: what it is now.
 
     Raises:
         LewisError: if a check fails, or a model does not exist or does not fit.
     """
     short = short_refs(plan)
-    base = submit(resolve, quote(plan), plan.base_model, short[plan.base_model]) if plan.base_model else None
+
+    def resolved_to(ref: str, *about: Any) -> PrefectFuture[Source]:
+        if keys is None:
+            return submit(resolve, quote(plan), ref, short[ref], *about)
+        return submit(resolve_at, quote(plan), ref, short[ref], keys[ref], *about)
+
+    base = resolved_to(plan.base_model) if plan.base_model else None
     finish(base)
     experts = list[PrefectFuture[Source]]()
     for entry in plan.experts:  # without a base, models are read under the names of the first
         first = experts[0] if experts and base is None else None
         finish(first)
-        experts.append(submit(resolve, quote(plan), entry.model, short[entry.model], known(base), first))
+        experts.append(resolved_to(entry.model, known(base), first))
     finish(*checks, *experts)
     checked = submit(preflight, quote(plan), base, experts, wait_for=[each for each in checks if each])
     finish(checked)

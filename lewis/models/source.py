@@ -270,14 +270,15 @@ def pin(ref: str, root: Path, base: Source | None = None, first: Source | None =
     return Source(ref, base.model, pinned)
 
 
-def pin_at(ref: str, key: str, root: Path, base: Source | None = None) -> Source:
-    """Pin a model reference to the content that it had elsewhere, as another machine has pinned it.
+def pin_at(ref: str, key: str, root: Path, base: Source | None = None, first: Source | None = None) -> Source:
+    """Pin a model reference to the content that it had where the work began: on another machine, or earlier.
 
     Args:
         ref: as in a recipe.
-        key: the `Source.key` of that machine.
+        key: the `Source.key` that it had.
         root: where relative folders start (the recipe's folder).
         base: of the recipe, which an adapter without a base of its own is for.
+        first: as for `pin`.
 
     Raises:
         InputError: if this machine has another content under this reference, such as in a folder of the same name.
@@ -288,7 +289,7 @@ def pin_at(ref: str, key: str, root: Path, base: Source | None = None) -> Source
         f"{part.partition('@')[0]}@{commit}" if COMMIT.fullmatch(commit) and not find_folder(part, root) else part
         for part, commit in zip(reversed(parts), reversed(commits_of(key)), strict=False)
     ]
-    found = replace(pin("+".join(reversed(fixed)), root, base), ref=ref)
+    found = replace(pin("+".join(reversed(fixed)), root, base, first), ref=ref)
     if found.key != key or len(fixed) < len(parts):
         raise InputError(f"{ref}: expected {key}, as where the run began, but on this machine it is {found.key}")
     return found

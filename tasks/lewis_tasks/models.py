@@ -27,9 +27,11 @@ def resolve(recipe: Recipe, ref: str, short: str, base: Source | None = None, fi
 
 
 @task(name="resolve", task_run_name="resolve {short}", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
-def resolve_at(recipe: Recipe, ref: str, short: str, key: str, base: Source | None = None) -> Source:
-    """Pin one model to the content that another machine has pinned; `short` and `base` as for `resolve`."""
-    return source.pin_at(ref, key, recipe.root, base)
+def resolve_at(
+    recipe: Recipe, ref: str, short: str, key: str, base: Source | None = None, first: Source | None = None
+) -> Source:
+    """Pin one model to the content that it had where, or when, the work began; the others are as for `resolve`."""
+    return source.pin_at(ref, key, recipe.root, base, first)
 
 
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)

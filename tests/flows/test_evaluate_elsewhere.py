@@ -277,6 +277,7 @@ def test_the_run_scores_what_the_merge_names_and_only_then(
         assert all(each["models"] == {"base": base.key, "merged": merged.digest} for each in runs)
         wrong: dict[str, dict[str, Any]] = {
             "not the same on this worker": {"tasks": "another"},
+            "expected a recipe that scores 'gone', .* if it was edited": {"models": {"gone": "0" * 64}},
             "does not have the model 00000000": {"models": {"merged": "0" * 64}},
             r"does not have the model \.\./": {"models": {"merged": f"../merged/{merged.digest}"}},
             "expected sha256:0, as where the run began": {"base": "sha256:0"},

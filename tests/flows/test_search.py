@@ -4,22 +4,31 @@ import json
 import os
 import re
 import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from lewis.errors import LewisError
 from lewis.evaluation.statistics.scored import WEIGHTED, Scored
 from lewis.evaluation.statistics.scores import Ends, Part, Samples, combined
+from lewis.models.source import pin
 from lewis.recipe.recipe import Recipe
-from lewis.search.study import Log, Objective
+from lewis.search.study import Log, Objective, Trial
+from lewis_flows import merge, search
 from lewis_flows.cli.main import main
 from lewis_flows.search import _quarter, _Trials
+from lewis_tasks.support import flow_run as run_tags
+from tests.conftest import Family, full
 from tests.flows.conftest import Command
 from tests.flows.test_champion import newest_ended
 from tests.flows.test_run import finished, versions
+from tests.support.local_hub import LocalHub
+from tests.support.models import rewrite
 
 SEARCH = """
 search:
@@ -123,6 +132,82 @@ def test_what_is_wrong_costs_nothing(recipe: Path, home: Path, capsys: pytest.Ca
     assert main(["search", str(recipe)]) == 2
     assert re.search(r"search\.space\.parameters\.lamda: .*did you mean 'lambda'", capsys.readouterr().err)
     assert not (home / "search").exists() and not versions(home)
+
+
+@pytest.fixture
+def flow_here(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Flows of this process are runs of the tests' server; evaluation tasks are not looked for."""
+    from prefect import task
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    for module in (search, merge):
+        monkeypatch.setattr(module, "check_tasks", task(lambda *_: "tasks"))
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        yield
+
+
+PLAIN = """
+merge_method: ties
+base_model: %(base)s
+models: [{model: %(math)s}, {model: %(code)s}]
+evaluate: {tasks: [words.yaml], baselines: []}
+search: {metrics: ["words/acc,none"], space: {parameters.lambda: [0.5, 1.0]}}
+"""
+
+
+@pytest.mark.usefixtures("flow_here", "home")
+@pytest.mark.parametrize("on", ["error", pytest.param("warn", marks=full)])
+def test_a_search_of_models_that_do_not_belong_together_stops_before_its_first_trial(
+    recipe: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: str
+) -> None:
+    odd = rewrite(family.math, tmp_path / "odd", lambda name, t: t * (-1e6 if "layers.0.mlp.up" in name else 1))
+    recipe.write_text(PLAIN % {"base": family.base, "math": odd, "code": family.code})
+    monkeypatch.setattr(search, "_Trials", Mock(side_effect=LewisError("the first trial")))
+    state = search.search_flow(str(recipe), [f"inspect.on={on}"], return_state=True)
+    expected = rf"diagnose: error: {odd}: rescaled: " if on == "error" else "the first trial"
+    assert state.is_failed() and re.match(expected, str(state.message)), state.message
+
+
+def confirm(path: Path, overrides: list[str], keys: dict[str, str], edit: Callable[[], object]) -> Any:
+    """Confirm `lambda: 0.5` for a recipe that is edited, or whose models move, after its search has begun."""
+    plan, best = Recipe.load(path, overrides), Trial(1, {"parameters.lambda": 0.5}, "done", (0.5,))
+    edit()
+    tried: Any = SimpleNamespace(record=lambda **_: "run", objectives=[Objective("words/acc,none", True)], inputs=keys)
+    return search._confirm(str(path), plan, overrides, tried, best)
+
+
+@pytest.mark.usefixtures("flow_here", "home")
+def test_the_best_values_are_not_merged_into_another_text_than_was_searched(
+    recipe: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "pin", Mock(side_effect=LewisError("the models are pinned")))
+    models = {"base": family.base, "math": family.math, "code": family.code}
+    text = PLAIN % models + "register: {name: tiny}\n"
+
+    def edited(old: str, new: str, *overrides: str) -> str:
+        recipe.write_text(text)
+        with pytest.raises(LewisError) as found:
+            confirm(recipe, list(overrides), {}, lambda: recipe.write_text(text.replace(old, new)))
+        return str(found.value)
+
+    told = edited(f"[{{model: {family.math}}}, ", "[").partition("; ")
+    assert told[0] == "tiny: edited while its search worked: models" and told[2].endswith("run the search again")
+    assert "search worked: register; " in edited("name: tiny", "name: other", "seed=7")
+    assert edited("\nmerge_method", "\n# A comment\nmerge_method") == "the models are pinned"
+
+
+@pytest.mark.usefixtures("flow_here")
+def test_the_best_values_are_merged_with_the_models_that_were_searched(
+    hub: LocalHub, recipe: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is released while a search works is merged by the next run."""
+    recipe.write_text(PLAIN % {"base": "org/base", "math": "org/math", "code": "org/code"} + "register: {name: tiny}\n")
+    heads = {ref: pin(ref, recipe.parent).key for ref in ("org/base", "org/math", "org/code")}
+    rename = Mock(side_effect=LewisError("the models are pinned"))
+    monkeypatch.setattr(run_tags, "rename", rename)
+    with pytest.raises(LewisError, match="the models are pinned"):
+        confirm(recipe, [], heads, lambda: hub.commit("org/math", family.code))
+    assert rename.call_args.args[1] == heads != {ref: pin(ref, recipe.parent).key for ref in heads}
 
 
 def test_a_metric_that_nothing_scores_is_named(lewis: Command, recipe: Path, home: Path) -> None:
