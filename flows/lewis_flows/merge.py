@@ -84,13 +84,14 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
 def begin(recipe: str) -> Path:
     """What a run of a recipe does first; gives the recipe's file, which `find` and `check_deployment` check.
 
-    What killed runs left half-written in the store's own folder is removed.
+    What killed runs left half-written in the store's own folder, or among the temporary files, is removed.
     """
     choose.check()
     deployed = deployment.id is not None
     if deployed:  # a worker started this process for this run alone
         patience.begin()
     store.sweep(store.home())
+    store.remove_abandoned()
     path = recipes_folder.find(recipe, paths=not deployed)
     recipes_folder.check_deployment(str(deployment.name or ""), path.stem)
     secret_blocks.load_for_run(path.stem)

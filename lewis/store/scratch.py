@@ -6,7 +6,8 @@ process of the same host, boot and namespace can be asked for whether it lives. 
 age.
 
 A temporary folder elsewhere is locked by the process that made it, and the kernel frees the lock when that process
-dies. The next process that makes such a folder removes those that nobody holds.
+dies. The next process that makes such a folder removes those that nobody holds; so does each run of a recipe, which may
+find that all is done and make none.
 """
 
 import fcntl
@@ -79,18 +80,22 @@ def _is_alive(number: int) -> bool:
     return True
 
 
+def remove_abandoned() -> None:
+    """Remove the folders that dead processes of this user left among the temporary files, whatever they were for."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        with suppress(OSError):  # another process was faster
+            if _is_abandoned(path):
+                shutil.rmtree(path)
+
+
 @contextmanager
 def scratch_folder(purpose: str) -> Iterator[Path]:
     """Give an empty folder where the system has its temporary files (`TMPDIR`); it is removed at the end of the block.
 
-    What dead processes of this user left is removed first, whatever it was for: a run that was killed while it scored
-    may find all scores kept when it is run again.
+    What dead processes left is removed first.
     """
+    remove_abandoned()
     parent = Path(tempfile.gettempdir())
-    for path in parent.glob(f"{_FOLDER}*"):
-        with suppress(OSError):  # another process was faster
-            if _is_abandoned(path):
-                shutil.rmtree(path)
     made = Path(tempfile.mkdtemp(prefix=f"{_MADE}{purpose}-"))
     held = _locked(made)
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lewis.recipe.recipe import Recipe
-from tests.conftest import Family
+from tests.conftest import SESSION_HOME, Family
 from tests.flows.conftest import Command
 from tests.support import pipeline
 from tests.support.local_hub import LocalHub
@@ -68,8 +68,11 @@ def test_a_run_scores_registers_and_promotes_and_the_next_is_cached(lewis: Comma
     assert [row["model"] for row in first["scores"]] == ["base", "math", "code", "uniform", "merged"]
     assert first["mean_density"].keys() == {entry["ref"] for entry in _inputs(home, first)}
 
+    left = Path(SESSION_HOME, "lewis-tmp-eval-killed")  # a run that finds all done needs no such folder itself
+    left.mkdir()
     code, out, err = finished(lewis("run", recipe, "--json"))
     second = json.loads(out)
+    assert not left.exists()
     assert code == 0 and second["digest"] == first["digest"] and not second["created"]
     done = states(err)
     expensive = [name for name in done if name.split()[0] in ("download", "measure", "merge", "evaluate")]
