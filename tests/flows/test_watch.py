@@ -20,15 +20,14 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Sched
 
 from lewis import store
 from lewis.errors import BrokenModelError, TransientError
-from lewis.models.compatible import preflight
 from lewis.models.source import pin_all
 from lewis.registry import releases, tracking
 from lewis.registry.releases import Moved
 from lewis_flows import polls, recipes_folder, release_event, watch
+from lewis_flows.merge import merge_flow
 from lewis_flows.service.receiver import Receiver
 from lewis_flows.service.status import status
 from lewis_flows.watch import WatchReport, poll
-from lewis_tasks.support.failures import says_why
 from lewis_tasks.support.flow_run import MODEL, tag
 from lewis_tasks.support.flow_run import RECIPE as TEXT
 from tests.conftest import Family
@@ -395,14 +394,6 @@ def test_a_commit_is_broken_until_the_recipe_is_edited_or_a_later_run_merges_it(
     assert poll(["mended"]).waiting == ["mended: org/math"] and attempt().startswith("after another commit of org/code")
 
 
-@flow(name="merge")
-@says_why
-def _preflight(recipe: str) -> None:
-    """The first part of a merge."""
-    plan = recipes_folder.load(recipe)
-    preflight(plan, *pin_all(plan))
-
-
 def test_a_run_that_finds_a_broken_tokenizer_is_not_repeated_until_another_commit_comes(
     hub: LocalHub,
     client: SyncPrefectClient,
@@ -417,10 +408,13 @@ def test_a_run_that_finds_a_broken_tokenizer_is_not_repeated_until_another_commi
     hub.commit("org/code", {**files, "tokenizer.json": "{"})
     (recipes / "odd.yaml").write_text(RECIPE % "odd")
     with pytest.raises(BrokenModelError, match=r"org/code: tokenizer.json is broken on the Hub itself"):
-        _preflight("odd")
+        merge_flow("odd")
     for name, value in ({"REMEMBER": timedelta(0)} | MINUTES_GONE | HOUR_GONE).items():
         monkeypatch.setattr(watch, name, value)
     assert poll(["odd"]).waiting == ["odd: org/math"]
+    (recipes / "odd.yaml").write_text(RECIPE % "odd" + "dtype: float32\n")  # which may be merged
+    assert poll(["odd"]).announced == ["odd: org/math"]
+    (recipes / "odd.yaml").write_text(RECIPE % "odd")
     hub.commit("org/code", {**files, "README.md": "# mended"})
     assert poll(["odd"]).announced == ["odd: org/math"]
 
