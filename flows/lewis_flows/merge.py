@@ -123,6 +123,7 @@ def _answered(run: FlowRun, version: str, path: Path, overrides: list[str]) -> S
 
 def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport, bool, tuple[str, str]]:
     """The DAG; gives its report, whether anything is new, if only the verdict, and how it ended."""
+    run_tags.note_text(plan)
     # The recipe is quoted: else Prefect takes each name in it for the result of a task that returned the same name, and
     # draws edges between tasks that have nothing to do with each other.
     queue = evaluate_elsewhere.queue_for(path) if plan.evaluate else ""

@@ -26,11 +26,11 @@ from lewis.models.source import commits_of, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from lewis_flows import edits, polls, prefect_runs, recipes_folder, release_event, secret_blocks
+from lewis_flows import broken_commits, edits, polls, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import events, moves
-from lewis_tasks.support.flow_run import BROKEN, did_its_work
+from lewis_tasks.support.flow_run import did_its_work
 
 logger = logging.getLogger("lewis.watch")
 
@@ -48,7 +48,8 @@ class WatchReport(BaseModel):
         announced: `recipe: ref` of each release that this poll announced; `recipe: its file` of a text that it
             started a merge of.
         waiting: of each release or edit that was announced before, and whose run has not failed; or that waits for
-            another commit of a model that is broken on the Hub itself, or until a paused deployment is resumed.
+            another commit of a model that is broken on the Hub itself, or for an edit of the recipe, or until a paused
+            deployment is resumed.
         problems: recipe -> why it could not be checked.
     """
 
@@ -110,28 +111,29 @@ def poll(recipes: list[str] | None = None) -> WatchReport:
         raise TransientError("nothing could be checked:\n" + "\n".join(dict.fromkeys(transient)))
     report = WatchReport(checked=list(found), problems={name: str(problem) for name, problem in problems.items()})
     for name, (moved, heads) in found.items():
-        broken = bool(moved) and _is_broken(name, heads)
+        broken = bool(moved) and _is_broken(loaded[name], heads)
         for move in moved:
             news = not broken and _is_news(name, move)
             if news:
                 logger.info("%s: %s moved: %s -> %s", name, move.ref, move.old or "never merged", move.new)
                 release_event.announce(name, move.ref, move.repo, move.old, move.new)
             (report.announced if news else report.waiting).append(f"{name}: {move.ref}")
-    _repeat_releases([name for name, recipe in loaded.items() if not recipe.register_as], report)
+    _repeat_releases([recipe for recipe in loaded.values() if not recipe.register_as], report)
     # Where a model has moved too, the run of that release merges the file as it is.
     also = {name for name, (moved, _) in found.items() if moved}.union(problems)
     _merge_edits([recipe for name, recipe in loaded.items() if name not in also], report)
     return report
 
 
-def _repeat_releases(recipes: Sequence[str], report: WatchReport) -> None:
+def _repeat_releases(recipes: Sequence[Recipe], report: WatchReport) -> None:
     """Announce the last release of each recipe again whose run came to nothing: of recipes that register nothing.
 
     No version says what these were merged from, so their releases come by webhook alone.
     """
-    for name in recipes:
+    for recipe in recipes:
+        name = recipe.name
         move = _unmerged_release(name)
-        if move and not _is_broken(name, {move.ref: move.new}) and _is_news(name, move):
+        if move and not _is_broken(recipe, {move.ref: move.new}) and _is_news(name, move):
             logger.info("%s: no run has merged %s %s; it is announced again", name, move.ref, move.new)
             release_event.announce(name, move.ref, move.repo, move.old, move.new)
             report.announced.append(f"{name}: {move.ref}")
@@ -204,11 +206,11 @@ def _heads(recipe: Recipe) -> dict[str, str]:
     return releases.heads(*pin_all(recipe))
 
 
-def _is_broken(recipe: str, heads: Mapping[str, str]) -> bool:
-    """Whether a run of a recipe found one of these commits broken on the Hub itself, so that another one must come."""
-    tags = sorted({f"{BROKEN}:{commit}" for key in heads.values() for commit in commits_of(key)})
+def _is_broken(recipe: Recipe, heads: Mapping[str, str]) -> bool:
+    """Whether one of these commits is broken on the Hub itself, so that another one must come."""
+    commits = {commit for key in heads.values() for commit in commits_of(key)}
     with _prefect() as client:
-        return bool(_runs(client, recipe, ("FAILED",), tags={"any_": tags}))
+        return bool(broken_commits.still_broken(client, recipe, commits))
 
 
 def _is_news(recipe: str, move: Moved) -> bool:

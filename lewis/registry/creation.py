@@ -37,6 +37,9 @@ _ABOUT = (
     "`lewis history {name}` prints which version replaced which and why, and `lewis pull {name} -o DIR` writes the "
     "champion into a folder."
 )
+UNFINISHED = "lewis.unfinished"
+"""Tag of a version whose scores are being completed, or were when the process died; its value is the luck that the
+version has then."""
 _OF_RUN = "lewis.prefect."  # tags that lead to the flow run
 
 
@@ -145,24 +148,30 @@ def _keep_one(client: "MlflowClient", found: Version, new: Registration) -> Vers
 def _complete(client: "MlflowClient", found: Version, new: Registration) -> None:
     """Replace scores on a part of the documents by scores on all, and add the scores of further tasks.
 
-    The tag that says that there are only some goes last.
+    The tags that say that there are only some, or not all of what belongs to them, go last.
     """
     version = client.get_model_version(found.name, found.version)
-    in_part = tracking.PART in version.tags
-    if tracking.PART in new.tags or not new.documents or not (in_part or _has_more(client, found.run_id, new)):
+    tags = version.tags
+    in_part = tracking.PART in tags
+    more = in_part or _has_more(client, found.run_id, new, again=UNFINISHED in tags)
+    if tracking.PART in new.tags or not new.documents or not more:
         return
     model = versions.model_of(client, version)
     assert model is not None  # `found` is whole
+    luck = tags.get(LUCK, "0")
+    if in_part and luck != tags.get(UNFINISHED):  # it falls with the root of the number of documents
+        scored, _, pool = tags[tracking.PART].partition(" of ")
+        luck = f"{float(luck) * math.sqrt(int(scored) / int(pool)):.6g}"
+    client.set_model_version_tag(found.name, found.version, UNFINISHED, luck)
     logged_model.note_metrics(client, model, _metrics_of_merged(new))
     _log_scores(client, found.run_id, model.model_id, new)
     text = description(new.card, new.pictures, found.run_id)
     client.update_model_version(found.name, found.version, description=text)
     if in_part:
-        if luck := version.tags.get(LUCK):  # it falls with the root of the number of documents
-            scored, _, pool = version.tags[tracking.PART].partition(" of ")
-            on_all = float(luck) * math.sqrt(int(scored) / int(pool))
-            client.set_model_version_tag(found.name, found.version, LUCK, f"{on_all:.6g}")
+        if LUCK in tags:
+            client.set_model_version_tag(found.name, found.version, LUCK, luck)
         client.delete_model_version_tag(found.name, found.version, tracking.PART)
+    client.delete_model_version_tag(found.name, found.version, UNFINISHED)
     logger.info("%s has the scores of all documents and tasks now", found.uri)
 
 
@@ -174,15 +183,21 @@ def _name_inputs(client: "MlflowClient", found: Version, new: Registration) -> N
             client.set_model_version_tag(found.name, found.version, tag, key)
 
 
-def _has_more(client: "MlflowClient", run_id: str, new: Registration) -> bool:
-    """Whether a merge was scored on further tasks, and on the same documents of those that its run has."""
+def _has_more(client: "MlflowClient", run_id: str, new: Registration, *, again: bool) -> bool:
+    """Whether a merge was scored on further tasks, and on the same documents of those that its run has.
+
+    Args:
+        again: whether no further tasks are needed, only all that its run has.
+    """
     if (run := tracking.run_of(client, run_id)) is None:
         return False
     inputs = run.inputs.dataset_inputs if run.inputs else []
     known = {(each.dataset.name, each.dataset.digest) for each in inputs}
     tasks = {task for task, _ in known}
-    more = {tracking.key(name) for name in new.metrics if name.startswith("merged/")} - run.data.metrics.keys()
-    return bool(more) and all(each in known or each[0] not in tasks for each in new.documents.values())
+    ours = {tracking.key(name) for name in new.metrics if name.startswith("merged/")}
+    theirs = {name for name in run.data.metrics if name.startswith("merged/")}
+    more = bool(ours - theirs) or (again and ours >= theirs)
+    return more and all(each in known or each[0] not in tasks for each in new.documents.values())
 
 
 def _metrics_of_merged(new: Registration) -> dict[str, float]:

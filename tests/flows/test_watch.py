@@ -20,17 +20,16 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Sched
 
 from lewis import store
 from lewis.errors import BrokenModelError, TransientError
-from lewis.models.compatible import preflight
 from lewis.models.source import pin_all
 from lewis.registry import releases, tracking
 from lewis.registry.releases import Moved
 from lewis_flows import polls, recipes_folder, release_event, watch
+from lewis_flows.merge import merge_flow
 from lewis_flows.service.receiver import Receiver
 from lewis_flows.service.status import status
 from lewis_flows.watch import WatchReport, poll
-from lewis_tasks.support.failures import says_why
+from lewis_tasks.support.flow_run import MODEL, tag
 from lewis_tasks.support.flow_run import RECIPE as TEXT
-from lewis_tasks.support.flow_run import tag
 from tests.conftest import Family
 from tests.flows.service.test_webhook import payload
 from tests.support.forgetful import Forgetful
@@ -352,12 +351,47 @@ def test_a_release_that_is_broken_on_the_hub_waits_for_another_commit(
     assert poll().announced == ["broken: org/math"]
 
 
-@flow(name="merge")
-@says_why
-def _preflight(recipe: str) -> None:
-    """The first part of a merge."""
-    plan = recipes_folder.load(recipe)
-    preflight(plan, *pin_all(plan))
+def test_a_commit_is_broken_until_the_recipe_is_edited_or_a_later_run_merges_it(
+    hub: LocalHub,
+    client: SyncPrefectClient,
+    prefect_url: str,
+    recipes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One old failure kept off all releases of the other models for ever."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    for name, value in ({"REMEMBER": timedelta(0)} | MINUTES_GONE | HOUR_GONE).items():
+        monkeypatch.setattr(watch, name, value)
+    text, code = RECIPE % "mended", hub.repos["model", "org/code"].branches["main"]
+    (recipes / "mended.yaml").write_text(text)
+
+    def ended(state: State, **tags: str) -> FlowRun:
+        run = started(client, "mended", Running(), state)
+        client.update_flow_run_labels(run.id, {TEXT: store.digest(text), f"{MODEL}org/code": code})
+        tag(run.id, recipe="mended", **tags)
+        return run
+
+    def attempt() -> str:
+        (found,) = status("mended").recipes or []
+        return found.attempt(TOMORROW)
+
+    first = ended(Failed(), broken=code)
+    assert poll(["mended"]).waiting == ["mended: org/math"] and attempt().startswith("after another commit of org/code")
+    (recipes / "mended.yaml").write_text(f"{text}dtype: float32\n")
+    assert poll(["mended"]).announced == ["mended: org/math"] and attempt() == "at the next poll"
+    (recipes / "mended.yaml").write_text(text)
+    assert poll(["mended"]).waiting == ["mended: org/math"]
+
+    other = started(client, "mended", Running(), Completed())  # of other commits
+    client.update_flow_run_labels(other.id, {TEXT: store.digest(text), f"{MODEL}org/code": OLD_RELEASE})
+    tag(other.id, recipe="mended")
+    started(client, "mended", Running(), Crashed())
+    assert poll(["mended"]).waiting == ["mended: org/math"]
+    ended(Completed())
+    started(client, "mended", Running(), Crashed())
+    assert poll(["mended"]).announced == ["mended: org/math"] and attempt() == "at the next poll"
+    assert ended(Failed(), broken=code).id != first.id  # the last word again
+    assert poll(["mended"]).waiting == ["mended: org/math"] and attempt().startswith("after another commit of org/code")
 
 
 def test_a_run_that_finds_a_broken_tokenizer_is_not_repeated_until_another_commit_comes(
@@ -374,10 +408,13 @@ def test_a_run_that_finds_a_broken_tokenizer_is_not_repeated_until_another_commi
     hub.commit("org/code", {**files, "tokenizer.json": "{"})
     (recipes / "odd.yaml").write_text(RECIPE % "odd")
     with pytest.raises(BrokenModelError, match=r"org/code: tokenizer.json is broken on the Hub itself"):
-        _preflight("odd")
+        merge_flow("odd")
     for name, value in ({"REMEMBER": timedelta(0)} | MINUTES_GONE | HOUR_GONE).items():
         monkeypatch.setattr(watch, name, value)
     assert poll(["odd"]).waiting == ["odd: org/math"]
+    (recipes / "odd.yaml").write_text(RECIPE % "odd" + "dtype: float32\n")  # which may be merged
+    assert poll(["odd"]).announced == ["odd: org/math"]
+    (recipes / "odd.yaml").write_text(RECIPE % "odd")
     hub.commit("org/code", {**files, "README.md": "# mended"})
     assert poll(["odd"]).announced == ["odd: org/math"]
 

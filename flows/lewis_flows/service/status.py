@@ -22,7 +22,7 @@ from lewis.redact import redacted
 from lewis.registry import history, releases
 from lewis.registry.releases import Held
 from lewis.serving import records, slots
-from lewis_flows import edits, polls, prefect_runs, recipes_folder, turn, watch
+from lewis_flows import broken_commits, edits, polls, prefect_runs, recipes_folder, turn, watch
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, of_flows, recipe_of
 from lewis_flows.service import note, recipe_deployments
 from lewis_flows.service.credentials import connected
@@ -83,7 +83,7 @@ class _Facts:
 
     Attributes:
         merged: recipe -> digest of the text that was merged last.
-        broken: recipe -> commits that its runs found broken on the Hub itself.
+        broken: recipe -> commits that are broken on the Hub itself, as for the poll.
         paused: recipes whose merges somebody paused.
         due: recipes of which a merge goes on or begins soon.
     """
@@ -196,7 +196,7 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
             names = recipes_folder.names()
         found.finished = _finished(client, only, names)
         due = watch.due(client, events.now(client))
-        facts = _Facts(edits.merged(client, names), _broken(client), recipe_deployments.paused(client), due)
+        facts = _Facts(edits.merged(client, names), _broken(client, names), recipe_deployments.paused(client), due)
     if only:
         found.running, found.scheduled = (
             [run for run in runs if run.recipe == only] for runs in (found.running, found.scheduled)
@@ -204,11 +204,15 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
     return facts
 
 
-def _broken(client: SyncPrefectClient) -> dict[str, set[str]]:
-    """Recipe -> the commits that its runs found broken on the Hub itself."""
+def _broken(client: SyncPrefectClient, names: Sequence[str]) -> dict[str, set[str]]:
+    """Recipe -> the commits that its runs found broken on the Hub itself, as far as that still holds."""
     commits: dict[str, set[str]] = {}
-    for run in of_flows(client, (MERGE,), ("FAILED",), FlowRunSort.END_TIME_DESC):
+    for run in prefect_runs.all_of_flows(client, (MERGE,), ("FAILED",), FlowRunSort.END_TIME_DESC):
         commits.setdefault(recipe_of(run), set()).update(tagged(run, BROKEN))
+    for name in names:
+        if found := commits.get(name):
+            with suppress(LewisError):  # a recipe that cannot be read: its own line says why
+                commits[name] = broken_commits.still_broken(client, recipes_folder.load(name), found)
     return commits
 
 

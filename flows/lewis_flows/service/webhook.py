@@ -40,7 +40,7 @@ from lewis_tasks.support import events
 logger = logging.getLogger("lewis.webhook")
 
 FOLLOW = 5.0  # seconds between two looks at the folder of recipes
-MAX_SECONDS = 10.0  # until a whole request has arrived; then, or when a connection is idle for so long, it is closed
+MAX_SECONDS = 10.0  # from the first byte of a request until it is whole, or from a connection to its first request
 MAX_BODY = 1 << 20  # bytes; a delivery of the Hub has about two thousand
 
 
@@ -158,17 +158,34 @@ def _impatient() -> type[asyncio.Protocol]:
     class Impatient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
-            self._look = self.loop.call_later(MAX_SECONDS, self._close_if_not_busy, transport)
+            self._begun = False
+            self._look = self.loop.call_later(MAX_SECONDS, self._close_if_not_whole, transport)
+
+        def data_received(self, data: bytes) -> None:
+            if not self._begun or self._is_idle():
+                self._begun = True
+                self._look_later(self.transport)
+            super().data_received(data)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._look.cancel()
             super().connection_lost(exc)
 
-        def _close_if_not_busy(self, transport: asyncio.Transport) -> None:
-            """Close the connection, unless a complete request is being answered."""
+        def _is_idle(self) -> bool:
+            """Whether the connection is kept for another request, so that uvicorn closes it if none comes."""
+            return self.timeout_keep_alive_task is not None
+
+        def _look_later(self, transport: asyncio.Transport) -> None:
+            self._look.cancel()
+            self._look = self.loop.call_later(MAX_SECONDS, self._close_if_not_whole, transport)
+
+        def _close_if_not_whole(self, transport: asyncio.Transport) -> None:
+            """Close the connection, unless it is idle, or a complete request is being answered."""
+            if self._is_idle():
+                return
             if self.cycle is None or self.cycle.more_body or self.cycle.response_complete:
                 return transport.abort()
-            self._look = self.loop.call_later(MAX_SECONDS, self._close_if_not_busy, transport)
+            self._look_later(transport)
 
     return Impatient
 

@@ -105,6 +105,15 @@ def result_of_run(state: State[Any]) -> Any:
     return found.report if isinstance(found, RejectedRun) else found
 
 
+def note_text(recipe: Recipe) -> None:
+    """Note which text of its recipe the run has, in case it fails before `rename`; a failure is logged, not raised."""
+    try:
+        with impatient(5) as client:
+            client.update_flow_run_labels(UUID(str(current.id)), {RECIPE: store.digest(recipe.text)})
+    except Exception as error:
+        logger.warning("the run does not say which text of its recipe it has: Prefect did not take it (%s)", error)
+
+
 def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:
     """Name the flow run by what moved since the last run of the recipe that did its work, and note what this one has.
 

@@ -1,5 +1,6 @@
 """The webhook receiver as a process of its own, with a real Prefect server; deliveries come from the local Hub."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from lewis.errors import InputError
 from lewis_flows import release_event
@@ -258,6 +261,85 @@ def test_a_half_sent_request_is_not_waited_for_for_long(receiver: Receiver) -> N
                     pass
     assert time.monotonic() - began < 1.5 * webhook.MAX_SECONDS
     assert receiver.deliver(new="8" * 40)[0] == 202
+
+
+def test_the_time_for_a_request_on_a_kept_connection_begins_with_its_first_byte() -> None:
+    """A reverse proxy keeps connections: one that was ten seconds old was closed in the middle of a delivery."""
+    answer = b"HTTP/1.1 200"
+    line, end = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{", b"}"
+
+    class Transport(asyncio.Transport):
+        written, closed = b"", ""
+
+        def write(self, data: Any) -> None:
+            self.written += bytes(data)
+
+        def close(self) -> None:
+            self.closed = self.closed or "closed"
+
+        def abort(self) -> None:
+            self.closed = "aborted"
+
+        def is_closing(self) -> bool:
+            return bool(self.closed)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def talk() -> None:
+        loop, skipped = asyncio.get_running_loop(), 0.0
+        clock, start = loop.time, loop.time()
+        loop.time = lambda: start + skipped  # type: ignore[method-assign]  # it stands still otherwise
+
+        async def skip(seconds: float) -> None:
+            nonlocal skipped
+            skipped += seconds
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+        def opened() -> tuple[Any, Transport]:
+            transport = Transport()
+            protocol = webhook._impatient()(uvicorn.Config(app, lifespan="off", log_config=None), ServerState(), {})
+            protocol.connection_made(transport)
+            return protocol, transport
+
+        try:
+            reused, transport = opened()
+            for count, pause in enumerate((4, 4, 0), 1):
+                reused.data_received(line + end)
+                await skip(0)
+                assert transport.written.count(answer) == count
+                await skip(pause)
+            reused.data_received(line)
+            await skip(webhook.MAX_SECONDS - 1)  # when the connection is older than that
+            assert not transport.closed
+            reused.data_received(end)
+            await skip(0)
+            assert transport.written.count(answer) == 4 and not transport.closed
+            reused.data_received(line[:9])
+            await skip(webhook.MAX_SECONDS - 1)
+            reused.data_received(line[9:])
+            await skip(2)
+            assert transport.closed == "aborted"
+
+            idle, transport = opened()
+            await skip(webhook.MAX_SECONDS - 1)
+            idle.data_received(line + end)
+            await skip(2)
+            assert transport.written.count(answer) == 1 and not transport.closed
+            await skip(idle.timeout_keep_alive)
+            assert transport.closed == "closed"
+
+            _, transport = opened()  # which says nothing
+            await skip(webhook.MAX_SECONDS + 1)
+            assert transport.closed == "aborted"
+        finally:
+            loop.time = clock  # type: ignore[method-assign]
+
+    asyncio.run(talk())
 
 
 def test_an_oversized_body_is_refused_before_it_arrives(receiver: Receiver) -> None:

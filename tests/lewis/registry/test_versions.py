@@ -41,6 +41,7 @@ from lewis.registry.versions import Version
 from lewis.store import manifest
 from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
+from tests.conftest import full
 from tests.support.damage import damage
 from tests.support.lineage import make_home
 from tests.support.warm import WarmPython
@@ -601,6 +602,76 @@ def test_a_task_that_is_scored_later_is_added_to_the_version(entry: Registration
         assert found() == (both, {"addition", "sums"})
         creation.register(scored("sums"))  # what is no longer scored stays
         assert found() == (both, {"addition", "sums"})
+
+
+@pytest.mark.parametrize("in_part", [False, pytest.param(True, marks=full)])
+@pytest.mark.parametrize(
+    "requests", [("log_artifacts",), pytest.param(("log_", "set_", "update_", "delete_", "get_"), marks=full)]
+)
+def test_scores_that_a_failure_kept_from_being_completed_are_completed_by_the_next_run(
+    requests: tuple[str, ...], in_part: bool, entry: Registration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scores of a further task were there, so the card and the pictures without them stayed."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INTERNAL_ERROR
+
+    def scored(name: str, *tasks: str, **changes: Any) -> Registration:
+        names = [f"merged/{task}/acc,none" for task in tasks]
+        return replace(
+            entry,
+            name=name,
+            metrics=dict.fromkeys(names, 0.5),
+            documents={each: (task, "d" * 32) for each, task in zip(names, tasks, strict=True)},
+            datasets=[RunInput(task, "d" * 32, "evaluation", "lm-eval", {}) for task in tasks],
+            card=f"# Scored on {tasks}",
+            tables={"scores": [{"task": task} for task in tasks]},
+            **changes,
+        )
+
+    def completed(name: str, where: int) -> tuple[bool, list[object]]:
+        """Whether the completion came to a request of this number, which failed; and what the next run left."""
+        first = scored(name, "addition", tags={tracking.PART: "32 of 128"} if in_part else {})
+        version, both, count = creation.register(first), scored(name, "addition", "sums"), 0
+        with tracking.client("the luck") as client:
+            client.set_model_version_tag(name, version.version, history.LUCK, "0.02")
+
+        def failing(call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*given: Any, **named: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == where:
+                    raise MlflowException("it fails", INTERNAL_ERROR)
+                return call(*given, **named)
+
+            return wrapper
+
+        with monkeypatch.context() as patch:
+            for each in [each for each in vars(MlflowClient) if each.startswith(requests)]:
+                patch.setattr(MlflowClient, each, failing(getattr(MlflowClient, each)))
+            try:
+                creation.register(both)
+            except LewisError as error:
+                assert "it fails" in str(error)
+        assert not creation.register(both).created
+        with tracking.client("reading") as client:
+            found, run = client.get_model_version(name, version.version), client.get_run(version.run_id)
+            model = registry.check_model(client, found)
+            kept = {key: value for key, value in found.tags.items() if not key.startswith("lewis.digest")}
+            files = [tracking.file_of(client, version.run_id, file) for file in ("card.md", "scores.json")]
+            inputs = sorted(each.dataset.name for each in run.inputs.dataset_inputs)
+            metrics = logged_model.facts(client, model)["metrics"]
+            tracking.check_files(client, version.run_id)
+        return count >= where, [found.description, kept, *files, inputs, run.data.metrics, metrics]
+
+    failed, expected = completed("undisturbed", 10**9)
+    assert not failed and "sums" in str(expected[0]) and history.LUCK in str(expected[1])
+    where = 1
+    while failed or where == 1:
+        failed, found = completed(f"tiny-{where}", where)
+        assert found == expected, f"request {where}"
+        where += 1
+    assert where > len(requests) + 1
 
 
 def test_the_luck_of_an_early_verdict_is_less_once_all_documents_are_scored(
