@@ -1,6 +1,7 @@
 """Commits that a run found broken on the Hub itself: its recipe waits for others, for as long as that holds."""
 
 from collections.abc import Iterable
+from datetime import datetime
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
@@ -24,7 +25,7 @@ def still_broken(client: SyncPrefectClient, recipe: Recipe, commits: Iterable[st
     """
     text, newest, merges = store.digest(recipe.text), FlowRunSort.END_TIME_DESC, (prefect_runs.MERGE,)
     tags = sorted(f"{BROKEN}:{commit}" for commit in commits)
-    found = {}
+    found: dict[str, datetime] = {}
     for run in prefect_runs.all_of_flows(client, merges, ("FAILED",), newest, tags={"any_": tags}):
         if prefect_runs.recipe_of(run) == recipe.name and run.labels.get(RECIPE, text) == text and run.end_time:
             for commit in tagged(run, BROKEN):
