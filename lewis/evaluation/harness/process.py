@@ -5,8 +5,8 @@ than many evaluations. CUDA does not work after a fork, so a child that uses a G
 imported nothing. A child has a session of its own, in which a second process, its keeper, waits for it and reports how
 it ended.
 
-The children of one server are in the same namespaces, so that they see each other. A child that runs code of a recipe
-is the only one of its server.
+The children of one server are in the same namespaces, so that they see each other. Those that run code of a recipe or a
+model, which get no secrets, have a server that no others have.
 
 The request is one line of JSON on the child's standard input, which stays open: when the parent dies, even by SIGKILL,
 the keeper sees the end of that input and kills the child and all processes that it started. The result is a file that
@@ -44,7 +44,7 @@ _NOT_READ_WHEN_LOADED = ("LEWIS_",)  # changing these needs no new server
 _SECRET = ("prefect", "open.html", "mlflow/auth.ini")  # in the store: Prefect's database has blocks of secrets
 _PATIENCE = 2.0  # seconds for a child to be killed
 _guard = threading.Lock()
-_current: "_ForkServer | None" = None
+_servers: "dict[bool, _ForkServer]" = {}  # the loaded ones, by whether their children run code of a recipe or a model
 
 
 def run(
@@ -68,7 +68,7 @@ def run(
         network: whether the child has the network of this machine.
         hub: whether it gets the way to the Hub, proxies included.
         token: whether it gets the Hub's token. It gets no other secret of this process's environment.
-        code: whether it runs code that a recipe or a model brings, which must see no other child.
+        code: whether it runs code that a recipe or a model brings, which must see no child that has a secret.
         timeout_s: seconds until the process and all processes that it started are killed.
         environment: further variables of the child.
         shown: what the child needs in addition to `cwd`, the Python that runs and the folders that variables name, if
@@ -90,7 +90,7 @@ def run(
     with scratch_folder() as scratch:
         result, given["TMPDIR"] = scratch / "result.json", str(scratch)
         no_gpu = request["device"] == "cpu" or request["model"].startswith("local-")
-        child = new_child(common, loaded=no_gpu, network=network, shown=(cwd, *shown), alone=code)
+        child = new_child(common, loaded=no_gpu, network=network, shown=(cwd, *shown), code=code)
         try:
             child.send({**request, "cwd": str(cwd), "environment": given, "result": str(result)})
             _watch(child, output, timeout_s)
@@ -277,7 +277,7 @@ class _ForkServer:
 
 
 def new_child(
-    environment: Mapping[str, str], *, loaded: bool, network: bool, shown: Sequence[Path] = (), alone: bool = False
+    environment: Mapping[str, str], *, loaded: bool, network: bool, shown: Sequence[Path] = (), code: bool = False
 ) -> Child:
     """Fork a child, which waits for its request.
 
@@ -285,33 +285,32 @@ def new_child(
         environment: in which the libraries are imported. The child's own environment is in its request.
         loaded: whether the child has the libraries imported already.
         network: whether the child reaches other machines.
-        shown: as for `run`.
-        alone: whether it is the only child that its server ever has.
+        shown, code: as for `run`.
 
     Raises:
         LewisError: if the server does not start.
     """
-    global _current
-    if alone or not loaded:
-        server = _ForkServer(environment, loaded=loaded, network=network, shown=shown)
+    if not loaded:
+        alone = _ForkServer(environment, loaded=False, network=network, shown=shown)
         try:
-            return server.fork()
+            return alone.fork()
         except OSError as error:
-            raise _died(server.output()) from error
+            raise _died(alone.output()) from error
         finally:
-            server.close()
+            alone.close()
     output = ""
     with _guard:
         for _ in range(2):
-            if _current is None or _current.started_with != _start(environment, network, shown):
-                if _current is not None:
-                    _current.close()
-                _current = _ForkServer(environment, loaded=True, network=network, shown=shown)
+            server = _servers.get(code)
+            if server is None or server.started_with != _start(environment, network, shown):
+                if server is not None:
+                    server.close()
+                server = _servers[code] = _ForkServer(environment, loaded=True, network=network, shown=shown)
             with suppress(OSError):  # it is dead: try again with a new one
-                return _current.fork()
-            output = _current.output()
-            _current.close()
-            _current = None
+                return server.fork()
+            output = server.output()
+            server.close()
+            del _servers[code]
     raise _died(output)
 
 

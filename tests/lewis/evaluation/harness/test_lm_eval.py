@@ -504,11 +504,11 @@ class TestTrust:
         with (root / "tasks/faulty.py").open("a") as more:
             more.write(f"\nopen('{told}2', 'w').write(repr(dict(os.environ)))\n")
         common = isolation.without_secrets(os.environ)
-        other, before = process.new_child(common, loaded=True, network=False, shown=(root,)), process._current
+        other, before = process.new_child(common, loaded=True, network=False, shown=(root,)), process._servers[False]
         try:
             os.write(other._stdin, json.dumps({"environment": {"HF_TOKEN": SECRET}}).encode())  # it waits for the rest
             evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
-            assert other.poll() is None and process._current is before
+            assert other.poll() is None and process._servers[False] is before
         finally:
             other.end()
         for text in (told.read_text(), Path(f"{told}2").read_text()):
@@ -590,18 +590,17 @@ class TestBadEnds:
         evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
         assert wait_until(lambda: not held(tmp_path / "lock"))
 
-    def test_a_killed_current_is_replaced(self, model, root):
+    def test_a_killed_server_is_replaced(self, model, root):
         evaluate(model, EvalSettings(("pets",), root))
-        dead = process._current
-        assert dead is not None
+        dead = process._servers[False]
         dead._process.kill()
         dead._process.wait()
         assert select.select([dead._socket], [], [], 10)[0]  # what runs in its namespaces has ended too
         assert evaluate(model, EvalSettings(("pets",), root)).scores
-        assert process._current is not dead
+        assert process._servers[False] is not dead
 
     def test_for_a_device_that_a_fork_would_break_nothing_is_loaded_before(self):
-        before, others = process._current, servers()
+        before, others = process._servers[False], servers()
         child = process.new_child(dict(os.environ), loaded=False, network=False)
         assert wait_until(lambda: child.poll() is None and len(servers() - others) >= 3)  # server, keeper, child
         maps = [Path(f"/proc/{pid}/maps").read_text() for pid in servers() - others]
@@ -609,7 +608,7 @@ class TestBadEnds:
         assert wait_until(lambda: child.poll() == 1)
         assert "KeyError: 'environment'" in os.read(child.stdout, 65536).decode()
         child.end()
-        assert all("python" in each and "torch" not in each for each in maps) and process._current is before
+        assert all("python" in each and "torch" not in each for each in maps) and process._servers[False] is before
 
 
 class TestOtherSurroundings:

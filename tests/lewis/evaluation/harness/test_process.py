@@ -63,4 +63,4 @@ def test_a_server_that_dies_before_its_only_child_is_an_error_with_its_output(mo
 
     monkeypatch.setattr(_ForkServer, "fork", fork_late)
     with pytest.raises(LewisError, match=r"has died\nThe end of its output:\nno memory"):
-        process.new_child(dict(os.environ), loaded=True, network=False, alone=True)
+        process.new_child(dict(os.environ), loaded=False, network=False)
