@@ -54,12 +54,12 @@ class Tokenizer(Block):
     Attributes:
         source: `base`, `union`, or one of the models.
         tokens: token -> where its row comes from; a token that no model has is added.
-        pad_to_multiple_of: embeddings have one row per token, rounded up to a multiple of this.
+        pad_to_multiple_of: embeddings have one row per token, rounded up to a multiple of this, 65,536 at most.
     """
 
     source: ModelName = "union"
     tokens: dict[Annotated[str, Field(min_length=1)], TokenEmbedding] = Field(default_factory=dict)
-    pad_to_multiple_of: int | None = Field(default=None, ge=1, le=1 << 20)
+    pad_to_multiple_of: int | None = Field(default=None, ge=1, le=1 << 16)
 
 
 AUTO = "auto"

@@ -49,8 +49,10 @@ class Move:
 
 
 def write(move: Move) -> None:
-    """Write a move to a file; it replaces an earlier one of the same id."""
-    store.write_entry(OUTBOX.path(move.id), asdict(move))
+    """Write a move to a file; it replaces an earlier one of the same id. What dead processes left of others goes."""
+    path = OUTBOX.path(move.id)
+    store.write_entry(path, asdict(move))
+    store.sweep(path.parent)
 
 
 def remove(move: Move) -> None:

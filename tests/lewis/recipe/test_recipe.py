@@ -165,7 +165,7 @@ class TestMistakes:
                 {"tokenizer": {"tokens": {"<x>": {"source": {"kind": "model_token"}}}}},
                 "tokenizer.tokens.<x>.source: kind model_token",
             ),
-            ({"tokenizer": {"pad_to_multiple_of": 0}}, "tokenizer.pad_to_multiple_of: "),
+            *(({"tokenizer": {"pad_to_multiple_of": n}}, "tokenizer.pad_to_multiple_of: ") for n in (0, 65_537)),
             ({"tokenizer": {"sorce": "base"}}, "tokenizer.sorce: unknown key; did you mean 'source'?"),
             ({"tokenizer": {}, "tokenizer_source": "base"}, "tokenizer: expected it or tokenizer_source, got both"),
             ({"slices": []}, "slices: list should have at least 1 item"),

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
+from lewis import store
 from lewis.evaluation.gate import Verdict
 from lewis.registry import outbox, promotion, versions
 from lewis.registry.versions import Version
+from lewis.store.kinds import OUTBOX
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered
 
@@ -56,6 +58,16 @@ def test_a_promotion_is_to_be_told_with_what_is_known_of_it(two: list[Version]) 
     assert first.id != second.id and outbox.unsettled() == []
     outbox.remove(first)
     assert outbox.moves() == [second]
+
+
+def test_a_note_that_a_killed_process_has_half_written_goes_with_the_next(home: Path) -> None:
+    move = outbox.Move("tiny", "1", None, ("better",))
+    path = OUTBOX.path(move.id)
+    store.make_folder(path.parent)
+    left = path.with_name(f".another.json.{store.writer().rpartition('-')[0]}-999999999.abc.partial")
+    left.write_text("{")
+    outbox.write(move)
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_verdict_without_a_move_is_not_told(two: list[Version]) -> None:
