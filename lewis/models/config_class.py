@@ -180,7 +180,8 @@ def _outside(
 ) -> Iterator[tuple[str, str]]:
     """As `_unlike_class`, of numbers outside of the range that the class gives, or that torch's modules take."""
     pad, size = config.get("pad_token_id"), config.get("vocab_size")
-    if isinstance(pad, int) and isinstance(size, int) and network.pads and not -size <= pad < size:
+    of_parts = any(isinstance(each, dict) and "vocab_size" in each for each in config.values())  # T5Gemma's embeddings
+    if isinstance(pad, int) and isinstance(size, int) and network.pads and not of_parts and not -size <= pad < size:
         yield "pad_token_id", f"a token of the vocabulary of {size:,}"
     ranges = {key: ("0", "1") for key in network.dropouts}
     for key, declared in fields.items():

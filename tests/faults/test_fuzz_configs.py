@@ -21,7 +21,7 @@ from tests.support.lineage import hub_of
 from tests.support.models import edit_json, parse, rewrite
 from tests.support.tiny_architectures import architectures, tiny
 
-FEW = ["llama", "gpt2", "t5", "lfm2", "mixtral", "gemma3", "qwen3_vl_moe", "recurrent_gemma", "zamba2", "mamba2"]
+FEW = ["llama", "gpt2", "t5", "lfm2", "mixtral", "gemma3", "qwen3_vl_moe", "t5gemma", "zamba2", "mamba2"]
 KEYS = [
     "hidden_size",
     "n_embd",
