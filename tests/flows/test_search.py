@@ -190,8 +190,8 @@ def test_the_best_values_are_not_merged_into_another_text_than_was_searched(
             confirm(recipe, list(overrides), {}, lambda: recipe.write_text(text.replace(old, new)))
         return str(found.value)
 
-    told = edited(f"[{{model: {family.math}}}, ", "[").partition("; ")
-    assert told[0] == "tiny: edited while its search worked: models" and told[2].endswith("run the search again")
+    message = edited(f"[{{model: {family.math}}}, ", "[").partition("; ")
+    assert message[0] == "tiny: edited while its search worked: models" and message[2].endswith("run the search again")
     assert "search worked: register; " in edited("name: tiny", "name: other", "seed=7")
     assert edited("\nmerge_method", "\n# A comment\nmerge_method") == "the models are pinned"
 

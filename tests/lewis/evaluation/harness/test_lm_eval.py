@@ -493,16 +493,16 @@ class TestTrust:
 
     def test_code_that_is_allowed_sees_no_secrets(self, model, root, tmp_path):
         """Nor an evaluation at the same time, which knows one: they were in the same namespaces."""
-        told = tmp_path / "told"
+        seen = tmp_path / "seen"
         (root / "tasks/canary.py").write_text(CANARY)
         look = f"__import__('runpy').run_path('{root}/tasks/canary.py')['other_processes']('{SECRET}')"
         task = faulty(
             root,
-            f"pathlib.Path('{told}').write_bytes(open('/proc/self/environ', 'rb').read())\n"
-            f"pathlib.Path('{told}3').write_text(repr((os.getppid(), *{look})))\nreturn rows",
+            f"pathlib.Path('{seen}').write_bytes(open('/proc/self/environ', 'rb').read())\n"
+            f"pathlib.Path('{seen}3').write_text(repr((os.getppid(), *{look})))\nreturn rows",
         )
         with (root / "tasks/faulty.py").open("a") as more:
-            more.write(f"\nopen('{told}2', 'w').write(repr(dict(os.environ)))\n")
+            more.write(f"\nopen('{seen}2', 'w').write(repr(dict(os.environ)))\n")
         common = isolation.without_secrets(os.environ)
         other, before = process.new_child(common, loaded=True, network=False, shown=(root,)), process._servers[False]
         try:
@@ -511,10 +511,10 @@ class TestTrust:
             assert other.poll() is None and process._servers[False] is before
         finally:
             other.end()
-        for text in (told.read_text(), Path(f"{told}2").read_text()):
+        for text in (seen.read_text(), Path(f"{seen}2").read_text()):
             assert "PATH" in text and SECRET not in text
         if isolation._possible():
-            keeper, children, knowing = ast.literal_eval(Path(f"{told}3").read_text())
+            keeper, children, knowing = ast.literal_eval(Path(f"{seen}3").read_text())
             assert children == [keeper] and not knowing
 
     def test_code_that_came_after_the_check_is_refused(self, model, root, monkeypatch):
