@@ -5,7 +5,7 @@ or function that its package uses for itself. Such a name may change in any rele
 
     table = private_names.SOME_TABLE.get()
 
-A row that works around a bug says so in `upstream`; `deployments/UPSTREAM.md` has the report for its authors.
+`deployments/UPSTREAM.md` has a report for the authors of each: a bug, or the request for a documented name.
 `tests/lewis/test_private_names.py` fails when a name is gone, and when the bug is fixed in the installed version.
 """
 
@@ -29,7 +29,7 @@ class PrivateName:
         versions: a specifier set: those that LEWIS was tried with, or, of a workaround, those that have the bug.
         why: what LEWIS needs it for.
         used_in: the module of LEWIS that uses it.
-        upstream: title of the section of UPSTREAM.md; empty if there is nothing to report.
+        upstream: title of its section of UPSTREAM.md.
     """
 
     package: str
@@ -37,7 +37,7 @@ class PrivateName:
     versions: str
     why: str
     used_in: str
-    upstream: str = ""
+    upstream: str
 
     def get(self) -> Any:
         """The object.
@@ -166,38 +166,48 @@ LM_EVAL_ENVIRONMENT = PrivateName(
     "lm-eval: every evaluation runs pip to list all packages")
 LM_EVAL_TOKENS = PrivateName(
     "lm_eval", "lm_eval.api.model.TemplateLM._loglikelihood_tokens", ">=0.4.13,<0.5",
-    "keep the windows of rolling log-likelihoods batch by batch", "lewis.evaluation.harness.kept_answers")
+    "keep the windows of rolling log-likelihoods batch by batch", "lewis.evaluation.harness.kept_answers",
+    "lm-eval: rolling log-likelihoods are kept only when all are done")
 RESIZE_EMBEDDINGS = PrivateName(
     "transformers", "transformers.PreTrainedModel.resize_token_embeddings", ">=5.17,<6",
     "score an adapter on a base with more rows than tokens", "lewis.evaluation.harness.loaded_model",
     "lm-eval: the base of an adapter is cut to the number of tokens")
 FROM_CONFIG = PrivateName(
     "transformers", "transformers.PreTrainedModel._from_config", ">=5.17,<6",
-    "build the class that a config names, without weights", "lewis.models.network.network_class")
+    "build the class that a config names, without weights", "lewis.models.network.network_class",
+    "transformers: a class of a model has no `from_config`")
 CONVERSIONS = PrivateName(
     "transformers", "transformers.conversion_mapping.get_model_conversion_mapping", ">=5.17,<6",
-    "find the parameter that a tensor of a checkpoint belongs to", "lewis.models.network.placing")
+    "find the parameter that a tensor of a checkpoint belongs to", "lewis.models.network.placing",
+    "transformers: which parameter a tensor of a checkpoint becomes")
 WEIGHT_RENAMING = PrivateName(
     "transformers", "transformers.core_model_loading.WeightRenaming", ">=5.17,<6",
-    "find the parameter that a tensor of a checkpoint belongs to", "lewis.models.network.placing")
+    "find the parameter that a tensor of a checkpoint belongs to", "lewis.models.network.placing",
+    "transformers: which parameter a tensor of a checkpoint becomes")
 RENAME_KEY = PrivateName(
     "transformers", "transformers.core_model_loading.rename_source_key", ">=5.17,<6",
-    "find the parameter that a tensor of a checkpoint belongs to", "lewis.models.network.placing")
+    "find the parameter that a tensor of a checkpoint belongs to", "lewis.models.network.placing",
+    "transformers: which parameter a tensor of a checkpoint becomes")
 GGUF_ARCHITECTURES = PrivateName(
     "transformers", "transformers.modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES", ">=5.17,<6",
-    "know which GGUF files transformers reads", "lewis.models.gguf")
+    "know which GGUF files transformers reads", "lewis.models.gguf",
+    "transformers: what is known of GGUF files is not documented")
 GGUF_PROCESSORS = PrivateName(
     "transformers", "transformers.modeling_gguf_pytorch_utils.TENSOR_PROCESSORS", ">=5.17,<6",
-    "undo what llama.cpp does to the values of a GGUF file", "lewis.models.gguf")
+    "undo what llama.cpp does to the values of a GGUF file", "lewis.models.gguf",
+    "transformers: what is known of GGUF files is not documented")
 GGUF_PROCESSOR = PrivateName(
     "transformers", "transformers.modeling_gguf_pytorch_utils.TensorProcessor", ">=5.17,<6",
-    "undo what llama.cpp does to the values of a GGUF file", "lewis.models.gguf")
+    "undo what llama.cpp does to the values of a GGUF file", "lewis.models.gguf",
+    "transformers: what is known of GGUF files is not documented")
 GGUF_NAMES = PrivateName(
     "transformers", "transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map", ">=5.17,<6",
-    "know the names of the tensors of a GGUF file", "lewis.models.gguf")
+    "know the names of the tensors of a GGUF file", "lewis.models.gguf",
+    "transformers: what is known of GGUF files is not documented")
 CHAT_TEMPLATES = PrivateName(
     "transformers", "transformers.utils.chat_template_utils.render_jinja_template", ">=5.17,<6",
-    "write chats by a template in a process without the tokenizer", "lewis.importance.chats")
+    "write chats by a template in a process without the tokenizer", "lewis.importance.chats",
+    "transformers: where the answers of a chat are is given in tokens only")
 PIPELINE_TASK = PrivateName(
     "transformers", "transformers.pipelines.check_task", ">=5.17,<6",
     "let MLflow find the class of the pipeline", "lewis.registry.logged_model",
@@ -213,7 +223,8 @@ MLFLOW_SQL_STORE = PrivateName(
 MLFLOW_TRACES = PrivateName(
     "mlflow", "mlflow.tracing.client.TracingClient", ">=3.17,<4",
     "log traces in a fourth of the time: MLflow logs the span first, and then writes its trace twice",
-    "lewis.registry.traces")
+    "lewis.registry.traces",
+    "MLflow: a trace is written twice, since its spans are logged first")
 MLFLOW_START_SERVER = PrivateName(
     "mlflow", "mlflow.server._exec_cmd", ">=3.17,<4",
     "save the 200 MB of a process that waits for the server", "lewis_flows.service.mlflow_app",

@@ -285,13 +285,13 @@ def test_a_name_that_is_there_and_needed(key: str, tmp_path: Path) -> None:
     else:
         assert case(tmp_path), f"{row.name} is not needed any more: remove its row"
     titles = [line[3:] for line in (ROOT / "deployments/UPSTREAM.md").read_text().splitlines() if line[:3] == "## "]
-    assert not row.upstream or row.upstream in titles
+    assert row.upstream in titles
 
 
 def test_a_name_that_is_gone_is_told_with_the_versions() -> None:
     for name in ("prefect.nothing", "prefect.no_module.nothing", "no_package.nothing", "prefect.Flow.nothing"):
         package = name.partition(".")[0]
-        row = PrivateName(package, name, ">=1,<2", "do this", "lewis.here")
+        row = PrivateName(package, name, ">=1,<2", "do this", "lewis.here", "a title")
         with pytest.raises(LewisError, match=rf"{name} is missing.* do this: expected {package}>=1,<2, .*installed"):
             row.get()
         with pytest.raises(LewisError, match="is missing"):
@@ -299,13 +299,13 @@ def test_a_name_that_is_gone_is_told_with_the_versions() -> None:
 
 
 def test_what_is_put_in_the_place_of_another_is_put_back() -> None:
-    row = PrivateName("prefect", "lewis.private_names.ALL", ">=1", "do this", "lewis.here")
+    row = PrivateName("prefect", "lewis.private_names.ALL", ">=1", "do this", "lewis.here", "a title")
     before = private_names.ALL
     with pytest.raises(ZeroDivisionError), row.replaced(()):
         assert row.get() == () == private_names.ALL
         raise ZeroDivisionError
     assert private_names.ALL is before and row.applies()
-    assert not PrivateName("prefect", "prefect.flow", "<1", "do this", "lewis.here").applies()
+    assert not PrivateName("prefect", "prefect.flow", "<1", "do this", "lewis.here", "a title").applies()
 
 
 def foreign(tree: ast.AST) -> set[str]:
