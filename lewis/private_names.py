@@ -128,6 +128,10 @@ PREFECT_WRITE_EVENTS = PrivateName(
     "prefect", "prefect.server.events.services.event_persister.write_events", ">=3.9,<3.10",
     "keep events that arrive next to one that SQLite has already", "lewis_flows.service.prefect_app",
     "Prefect: on SQLite, events that are sent again make others be dropped")
+PREFECT_LEASE_INDEX = PrivateName(
+    "prefect", "prefect.server.concurrency.lease_storage.filesystem.ConcurrencyLeaseStorage._lock_expiration_index",
+    ">=3.9,<4", "start a server again that was killed while it noted a lease", "lewis_flows.service.prefect_app",
+    "Prefect: a server that was killed leaves a lock that its successor may wait for without end")
 PREFECT_TASK_INPUTS = PrivateName(
     "prefect", "prefect.utilities.engine.collect_task_run_inputs_sync", ">=3.9,<4",
     "draw the edges between tasks that run in processes", "lewis_flows.runners.choose",

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -52,6 +53,25 @@ def second_ui(folder: Path) -> bool:
     with temporary_settings({PREFECT_SERVER_UI_V2_ENABLED: False, PREFECT_UI_STATIC_DIRECTORY: str(folder)}):
         offered = TestClient(create_ui_app(ephemeral=False)).get("/ui-settings").json()["available_uis"]
     return "v2" in offered
+
+
+def believes_a_number(folder: Path) -> bool:
+    """The lock of a dead server is held while any process has its number."""
+    import asyncio
+
+    from prefect.server.concurrency.lease_storage.filesystem import ConcurrencyLeaseStorage
+
+    (folder / "expirations.lock").write_text(str(os.getpid()))
+
+    async def take() -> None:
+        async with private_names.PREFECT_LEASE_INDEX.get()(ConcurrencyLeaseStorage(folder)):
+            pass
+
+    try:
+        asyncio.run(asyncio.wait_for(take(), 1))
+    except TimeoutError:
+        return True
+    return False
 
 
 def task_inputs(_: Path) -> bool:
@@ -237,6 +257,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fail
     "PREFECT_WRITE_EVENTS": (
         "tests/flows/service/test_access.py::test_events_that_are_there_already_hold_no_others_up"
     ),
+    "PREFECT_LEASE_INDEX": believes_a_number,
     "PREFECT_TASK_INPUTS": task_inputs,
     "PREFECT_ASSET_CONTEXT": cached_assets,
     "PREFECT_RETRY": gives_up,

@@ -8,9 +8,11 @@ Its own addresses are those in `PREFECT_SERVER_CORS_ALLOWED_ORIGINS`.
 import asyncio
 import json
 import os
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -80,6 +82,24 @@ def write_each_event_once() -> None:
     private_names.PREFECT_WRITE_EVENTS.put(write_new)
 
 
+def free_leases_of_the_dead() -> None:
+    """Guard the index of leases by a lock that the kernel frees as soon as its holder dies.
+
+    Prefect's own is a file with the number of a process. It outlives a killed server for good if another process gets
+    this number, as in a container that is started again. Then each request that ends a run waits for it, within a
+    transaction that locks SQLite for all others.
+    """
+    from filelock import AsyncFileLock
+
+    @asynccontextmanager
+    async def guarded(storage: Any) -> AsyncIterator[None]:
+        storage.storage_path.mkdir(parents=True, exist_ok=True)
+        async with AsyncFileLock(storage.storage_path / "index.lock", run_in_executor=False):
+            yield
+
+    private_names.PREFECT_LEASE_INDEX.put(guarded)
+
+
 async def wait_again_for_heartbeats() -> None:
     """Restart the time in which each run must send its next heartbeat, as if the last had come now.
 
@@ -115,6 +135,7 @@ def main() -> None:
     url = server.database.connection_url
     if private_names.PREFECT_WRITE_EVENTS.applies() and url and url.get_secret_value().startswith("sqlite"):
         write_each_event_once()
+    free_leases_of_the_dead()
     asyncio.run(wait_again_for_heartbeats())
     key = server.api.auth_string.get_secret_value() if server.api.auth_string else ""
     origins = split_origins(server.api.cors_allowed_origins)

@@ -164,6 +164,24 @@ def test_a_server_that_was_away_waits_again_for_heartbeats(common: Path, tmp_pat
         asyncio.run(prefect_app.wait_again_for_heartbeats())
 
 
+def test_the_lock_of_a_killed_server_on_the_index_of_leases_holds_no_other_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do those that write at the same time undo what another wrote."""
+    from prefect.server.concurrency.lease_storage.filesystem import ConcurrencyLeaseStorage
+
+    async def lease() -> set[UUID]:
+        made = [ConcurrencyLeaseStorage(tmp_path).create_lease([UUID(int=1)], timedelta(days=1)) for _ in range(20)]
+        ids = {each.id for each in await asyncio.wait_for(asyncio.gather(*made), 300)}
+        assert set(await ConcurrencyLeaseStorage(tmp_path).read_active_lease_ids()) == ids
+        return ids
+
+    monkeypatch.setattr(ConcurrencyLeaseStorage, "_lock_expiration_index", None)  # and put back at the end
+    prefect_app.free_leases_of_the_dead()
+    (tmp_path / "expirations.lock").write_text(str(os.getpid()))  # this process got the number of the killed server
+    assert len(asyncio.run(lease())) == 20
+
+
 @pytest.mark.parametrize("path", ["/api/health", "/api/admin/version", "/", "/ui-settings"])
 def test_a_name_that_is_not_its_own_is_refused(prefect_url: str, path: str) -> None:
     """As a page of evil.example sees it when that name leads to 127.0.0.1."""
