@@ -190,12 +190,18 @@ def _impatient() -> type[asyncio.Protocol]:
     return Impatient
 
 
+def _follow(follower: Follower) -> None:
+    """Deploy the recipes if their folder has changed; the page of all recipes follows it."""
+    if follower.follow():
+        recipes_page.keep()
+
+
 def _poll(follower: Follower) -> None:
     """One poll; the page of all recipes follows it.
 
     A recipe that was just added gets its deployment first: what is announced before starts nothing.
     """
-    follower.follow()
+    _follow(follower)
     if watch.poll_once():
         recipes_page.keep()
 
@@ -227,7 +233,7 @@ def serve(host: str, port: int, secret: str) -> None:
     )
     follower = Follower(logger.info)
     loops = [
-        Loop("recipes", follower.follow, FOLLOW),
+        Loop("recipes", lambda: _follow(follower), FOLLOW),
         Loop("poll", lambda: _poll(follower), settings.POLL_SECONDS.get()),
         Loop("served", keep_served.look, keep_served.EVERY),
     ]

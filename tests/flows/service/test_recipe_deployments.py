@@ -20,8 +20,9 @@ from lewis.errors import InputError, LewisError
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.merge import load, merge_flow
 from lewis_flows.search import search_flow
-from lewis_flows.service import deploy, recipe_deployments, webhook
+from lewis_flows.service import deploy, recipe_deployments, recipes_page, webhook
 from lewis_flows.service.deploy import Follower
+from lewis_flows.service.status_data import Status, Watched
 from lewis_flows.turn import absorb
 from tests.support.deployed import deploying
 
@@ -177,6 +178,68 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(
     assert client.read_automations_by_name("release of good") == []
 
 
+def test_the_page_of_a_recipe_links_its_champion(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It linked the registered model alone."""
+    recipe, follower = folder / "good.yaml", Follower(print)
+    (folder / "other.yaml").write_text(GOOD)
+    recipe.write_text(SEARCH)
+    follower.deploy()
+
+    def links(name: str = "merge/good") -> str:
+        return (client.read_deployment_by_name(name).description or "").rpartition("\n\n")[2]
+
+    def keep(champion: str | None, model: str = "ops.good", *unknown: str) -> str:
+        watched = Watched(recipe="good", registered=model, champion=champion, unknown=list(unknown))
+        found = Status(parts=[], recipes=[watched, Watched(recipe="other")])
+        monkeypatch.setattr(recipes_page, "status", lambda **_: found)
+        recipes_page.keep()
+        return links()
+
+    def linked(number: str) -> str:
+        page = f"http://mlflow.example/#/models/ops.good/versions/{number}?workflowType=machine_learning"
+        return f"{none[:-1]}; its champion is [version {number}]({page})."
+
+    none, made = links(), client.read_deployment_by_name("merge/good")
+    assert none == "Registers [ops.good](http://mlflow.example/#/models/ops.good?workflowType=machine_learning)."
+    assert keep("3") == links("search/good") == linked("3")
+    seen = client.read_deployment_by_name("merge/good")
+    assert (seen.version, seen.tags, seen.schedules) == (made.version, made.tags, made.schedules)
+    assert keep("3") == linked("3") and client.read_deployment_by_name("merge/good").updated == seen.updated
+    assert keep(None, "ops.good", "MLflow does not answer") == linked("3")
+    assert keep("7", "of.another") == linked("3") and links("merge/other") == ""
+    recipe.write_text(SEARCH.replace("Keeps", "Still keeps"))
+    follower.deploy()
+    assert links() == linked("3")  # MLflow is not asked for it
+    assert keep("4") == links("search/good") == linked("4")
+
+    now = datetime.now(UTC)
+    nights = {"start_time": now.isoformat(), "end_time": (now + timedelta(days=3)).isoformat(), "min_runs": 2}
+    client.request("POST", "/deployments/{id}/schedule", path_params={"id": made.id}, json=nights)
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe_deployments, "_SOON", timedelta(days=2))  # as if the nightly run were due now
+        assert keep("5") == linked("4") and links("search/good") == linked("5")
+    assert keep("5") == linked("5") and keep(None) == none
+    recipe.write_text(SEARCH.replace("name: good", "name: better"))
+    assert keep("5") == linked("5")
+    follower.deploy()
+    assert links() == none.replace("ops.good", "ops.better")
+
+
+def test_the_page_of_all_recipes_follows_a_deploy(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, follower = list[int](), Follower(print)
+    monkeypatch.setattr(recipes_page, "keep", lambda: kept.append(1))
+    for expected in (1, 1):
+        webhook._follow(follower)
+        assert len(kept) == expected
+    (folder / "new.yaml").write_text(GOOD)
+    webhook._follow(follower)
+    assert len(kept) == 2
+
+
 def test_a_release_starts_a_deployment_that_was_deleted_and_made_again(folder: Path, client: SyncPrefectClient) -> None:
     """The automation of the deleted one stayed, so no release and no new champion started anything any more."""
     block = "serve: {kind: webhook, url: 'http://127.0.0.1:9'}"
@@ -304,6 +367,7 @@ def test_a_recipe_has_its_deployment_before_the_poll_announces_its_release(
         return False
 
     monkeypatch.setattr(webhook.watch, "poll_once", poll_once)
+    monkeypatch.setattr(recipes_page, "keep", lambda: None)
     webhook._poll(Follower(print))
     assert seen == ["good"]
 
