@@ -44,7 +44,7 @@ from lewis_tasks.support.moves import PROMOTED, serves
 logger = logging.getLogger(__name__)
 
 TAG = "lewis"
-"""Of all our deployments and runs."""
+"""Of the recipes' deployments and of runs; those of the service itself have `automations.SERVICE_TAG`."""
 
 _CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its recipe cannot run
 _OF_OURS = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})

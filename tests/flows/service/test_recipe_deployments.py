@@ -21,6 +21,7 @@ from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.merge import load, merge_flow
 from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments, recipes_page, webhook
+from lewis_flows.service.automations import SERVICE_TAG
 from lewis_flows.service.deploy import Follower
 from lewis_flows.service.status_data import Status, Watched
 from lewis_flows.turn import absorb
@@ -385,4 +386,4 @@ def test_what_is_deployed_names_no_recipe() -> None:
     assert content["deployments"] and not [
         each for each in content["deployments"] if "recipe" in each.get("parameters", {})
     ]
-    assert all("lewis-service" in each["tags"] for each in content["deployments"])
+    assert all(each["tags"] == [SERVICE_TAG] for each in content["deployments"])  # `lewis open` shows none of them
