@@ -1,7 +1,8 @@
 """One page of all recipes: champion, score over versions, behind since, last verdict, next run.
 
-It is a file of HTML (`lewis status --html`), and an artifact in Prefect. Every merge brings it up to date, and so do a
-poll that finds a change, such as another champion, and the deploy of a recipe.
+It is a file of HTML (`lewis status --html`), and an artifact in Prefect, which is brought up to date at the end of a
+merge, and by the receiver: when a recipe is deployed, when a champion moves on its store, and by a poll that finds a
+change, such as a champion that was moved elsewhere.
 """
 
 import html

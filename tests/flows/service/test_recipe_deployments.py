@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from prefect.states import Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import InputError, LewisError
+from lewis.registry import outbox
+from lewis.registry.outbox import Move
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.merge import load, merge_flow
 from lewis_flows.search import search_flow
@@ -228,17 +231,27 @@ def test_the_page_of_a_recipe_links_its_champion(
     assert links() == none.replace("ops.good", "ops.better")
 
 
-def test_the_page_of_all_recipes_follows_a_deploy(
+def test_the_page_of_all_recipes_follows_a_deploy_and_a_move_of_a_champion(
     folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, follower = list[int](), Follower(print)
+    kept, look = list[int](), webhook._Look(Follower(print))
     monkeypatch.setattr(recipes_page, "keep", lambda: kept.append(1))
-    for expected in (1, 1):
-        webhook._follow(follower)
-        assert len(kept) == expected
+    move = Move("good", "2", None, ["by hand"])
+
+    def looks() -> int:
+        look()
+        look()
+        return len(kept)
+
+    assert looks() == 1
     (folder / "new.yaml").write_text(GOOD)
-    webhook._follow(follower)
-    assert len(kept) == 2
+    assert looks() == 2
+    outbox.write(move)  # which may not have happened
+    assert looks() == 2
+    outbox.write(replace(move, happened=True))
+    assert looks() == 3
+    outbox.remove(move)
+    assert looks() == 3
 
 
 def test_a_release_starts_a_deployment_that_was_deleted_and_made_again(folder: Path, client: SyncPrefectClient) -> None:
@@ -369,7 +382,7 @@ def test_a_recipe_has_its_deployment_before_the_poll_announces_its_release(
 
     monkeypatch.setattr(webhook.watch, "poll_once", poll_once)
     monkeypatch.setattr(recipes_page, "keep", lambda: None)
-    webhook._poll(Follower(print))
+    webhook._poll(webhook._Look(Follower(print)))
     assert seen == ["good"]
 
 
