@@ -31,9 +31,16 @@ class Poll(BaseModel):
 
 
 class _Seen(BaseModel):
-    """Recipe -> reference of a model -> the commits that its champion misses and when each was seen, oldest first."""
+    """What is remembered of each recipe.
+
+    Attributes:
+        commits: recipe -> reference of a model -> the commits that its champion misses and when each was seen, oldest
+            first.
+        champions: as `champions` gives it.
+    """
 
     commits: dict[str, dict[str, list[tuple[str, datetime]]]] = {}
+    champions: dict[str, tuple[str, str]] = {}
 
 
 def last() -> Poll | None:
@@ -54,14 +61,15 @@ def remember(checked: int, problems: dict[str, str]) -> bool:
 def note_missed(
     heads: Mapping[str, Mapping[str, str]], held: Mapping[str, Sequence[Held]], recipes: Sequence[str]
 ) -> None:
-    """Note the commits that champions miss. Prefect's events have them too, but only of the last seven days.
+    """Note the champions, and the commits that they miss. Prefect's events have those too, but only of seven days.
 
     Args:
         heads: recipe -> reference -> commit key now, of the recipes that could be checked.
         held: recipe -> its registered versions.
         recipes: names of all recipes; what is known of others is forgotten.
     """
-    known, now = _seen().commits, datetime.now(UTC)
+    before, now = _seen(), datetime.now(UTC)
+    known = before.commits
     found = {name: commits for name, commits in known.items() if name in recipes}
     for name, current in heads.items():
         champion = releases.champion(held[name])
@@ -76,8 +84,20 @@ def note_missed(
                 seen = [*seen, (head, now)]
             missed[ref] = seen if len(seen) <= _KEPT else [seen[0], *seen[1 - _KEPT :]]
         found[name] = missed
-    if found != known:
-        store.write_json(_seen_file(), _Seen(commits=found).model_dump(mode="json"))
+    kept = {name: versions for name, versions in before.champions.items() if name in recipes}
+    champions = kept | {name: _named(versions) for name, versions in held.items()}
+    if (after := _Seen(commits=found, champions=champions)) != before:
+        store.write_json(_seen_file(), after.model_dump(mode="json"))
+
+
+def _named(versions: Sequence[Held]) -> tuple[str, str]:
+    champion, waits = releases.champion(versions), releases.waiting(versions)
+    return champion.version if champion else "", waits.version if waits else ""
+
+
+def champions() -> dict[str, tuple[str, str]]:
+    """Recipe -> the version that polls saw last as its champion, and the one that waits for approval; "" for none."""
+    return _seen().champions
 
 
 def behind_since() -> dict[str, datetime | None]:

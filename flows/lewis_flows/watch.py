@@ -72,15 +72,16 @@ def poll_all() -> bool:
     """Poll all recipes; what is wrong is logged, and notified, when it is not what was wrong at the poll before.
 
     Returns:
-        whether it announced something, or has other problems than the poll before.
+        whether it announced something, or found other problems, champions or versions that wait than the poll before.
     """
+    before = polls.champions()
     try:
         report = poll()
         checked, problems, announced = len(report.checked), report.problems, report.announced
     except (LewisError, OSError, httpx.HTTPError) as error:
         checked, problems, announced = 0, {"": str(error)}, []
     if not polls.remember(checked, problems):
-        return bool(announced)
+        return bool(announced) or polls.champions() != before
     for name, text in problems.items():
         logger.warning("%s cannot be watched: %s", name or "the recipes", text)
     if not problems:

@@ -241,8 +241,8 @@ def _table(rows: Sequence[Mapping[str, object]]) -> bytes:
 def description(text: str, pictures: Iterable[str], run_id: str) -> str:
     """A card for MLflow's pages: without front matter, which they show as text, and with pictures that they find.
 
-    They have tables without room between columns: each cell gets some. The recipe, which ends a card, is a link to its
-    file. A card that is too long all the same is cut after a whole line.
+    They have tables without room between columns: each cell gets some. After the recipe, which ends a card as a block
+    of code, comes a link to its file. What is too long is cut after a whole line: first the recipe, then the rest.
 
     Args:
         text: the card.
@@ -254,10 +254,20 @@ def description(text: str, pictures: Iterable[str], run_id: str) -> str:
         text = text.replace(f"]({picture})", f"](get-artifact?path={quote(picture)}&run_uuid={run_id})")
     text = _ROW.sub(lambda row: _ARROW.sub("\u00a0", row[0]).replace(" |", f"{_ROOM} |"), text)
     link = f"\n\nThe recipe: [recipe.yaml](get-artifact?path=recipe.yaml&run_uuid={run_id})" if recipe else ""
-    if len(text) + len(link) > MAX_DESCRIPTION:
+    if (room := MAX_DESCRIPTION - len(text) - len(link)) < 0:
         link = f"\n\n... (cut, all of it is in card.md){link}"
-        text = text[: MAX_DESCRIPTION - len(link)].rpartition("\n")[0]
-    return text + link
+        return text[: MAX_DESCRIPTION - len(link)].rpartition("\n")[0] + link
+    return text + _shown(recipe.rstrip(), room) + link
+
+
+def _shown(recipe: str, room: int) -> str:
+    """The part of a card that has the recipe, a block of code, in so many characters; empty if no line has room."""
+    if len(whole := f"{RECIPE}{recipe}" if recipe else "") <= room:
+        return whole
+    fence = recipe[: len(recipe) - len(recipe.lstrip("`"))]
+    end = f"\n{fence}\n\n... (cut, all of it is in recipe.yaml)"
+    cut = whole[: max(0, room - len(end))].rpartition("\n")[0]
+    return cut + end if f"{fence}yaml\n" in cut else ""
 
 
 def _tags_of(new: Registration) -> dict[str, str]:

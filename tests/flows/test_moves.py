@@ -19,7 +19,7 @@ from lewis.registry import outbox
 from lewis.registry.outbox import Move
 from lewis_flows import release_event
 from lewis_flows.service import automations
-from lewis_flows.service.automations import put_automations
+from lewis_flows.service.automations import SERVICE_TAG, put_automations
 from lewis_tasks.support import events, moves
 from tests.support.forgetful import Forgetful
 from tests.support.service import Sink
@@ -143,7 +143,8 @@ def test_what_a_person_should_know_is_notified_with_a_link(
             client.set_flow_run_state(run.id, Late(), force=True)
             late[name] = run.id
         client.set_flow_run_state(late["merge late for a moment"], Running(), force=True)
-        stuck_run, other = (client.create_flow_run(_retention, tags=["lewis"], state=Scheduled()).id for _ in range(2))
+        tags = [SERVICE_TAG]
+        stuck_run, other = (client.create_flow_run(_retention, tags=tags, state=Scheduled()).id for _ in range(2))
         for run_id, states in ((stuck_run, [Pending()]), (other, [Pending(), Running()])):
             for each in states:
                 client.set_flow_run_state(run_id, each, force=True)

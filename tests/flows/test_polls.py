@@ -17,6 +17,7 @@ from prefect.states import Cancelling, Crashed
 
 from lewis import store
 from lewis.errors import LewisError, TransientError
+from lewis.registry.releases import Held
 from lewis_flows import polls, prefect_runs, release_event, watch
 from lewis_flows.service import status_data
 from lewis_flows.service.status_data import Part, Status
@@ -63,6 +64,26 @@ def test_what_is_wrong_is_logged_and_notified_once(
     prefect = Part(name="Prefect", up=True, state="answers")
     text = as_text(Status(parts=[prefect], polled=polls.last()), datetime.now(UTC))
     assert "last looked 0 s ago" in text and "at 1 recipe" in text
+
+
+def test_a_champion_that_was_moved_by_hand_is_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page of all recipes named the one before until the next merge ended."""
+    aliases: dict[str, tuple[str, ...]] = {"1": ("champion",), "2": (), "3": ()}
+
+    def poll() -> WatchReport:
+        waits = {"2": "passed", "1": "passed"}
+        held = [Held(number, "", waits.get(number, "waiting"), named, {}) for number, named in aliases.items()]
+        polls.note_missed({}, {"a": held}, ["a"])
+        return WatchReport()
+
+    monkeypatch.setattr(watch, "poll", poll)
+    assert watch.poll_all() and not watch.poll_all()
+    aliases |= {"1": ("previous",), "2": ("champion",)}
+    assert watch.poll_all() and not watch.poll_all()
+    aliases["3"] = ("challenger",)
+    assert watch.poll_all() and not watch.poll_all() and polls.champions() == {"a": ("2", "3")}
+    polls.note_missed({}, {}, ["b"])
+    assert polls.champions() == {}
 
 
 def test_of_several_receivers_one_polls(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ UP = (
 def up(options: argparse.Namespace) -> None:
     """Run the service until Ctrl-C or SIGTERM, and print what its parts say."""
     from lewis_flows.cli.up_output import Output
+    from lewis_flows.service.servers import RECIPES
     from lewis_flows.service.up import up
 
     if options.log_format:
@@ -41,7 +42,8 @@ def up(options: argparse.Namespace) -> None:
     output = Output(verbose=options.verbose, as_json=json_logs.is_json())
 
     def ready(urls: dict[str, str]) -> None:
-        named = {"Prefect": urls["prefect"].removesuffix("/api"), "MLflow": urls["mlflow"], "Webhook": urls["webhook"]}
+        prefect = urls["prefect"].removesuffix("/api")
+        named = {"Prefect": prefect, "Recipes": prefect + RECIPES, "MLflow": urls["mlflow"], "Webhook": urls["webhook"]}
         named |= {"Champion": f"{urls['champion']}/v1"} if "champion" in urls else {}
         for name, url in named.items():
             output.say("lewis", f"{name:<8} {redacted(url)}")

@@ -21,6 +21,9 @@ from lewis_flows.service.recipe_deployments import TAG
 from lewis_tasks.support.events import LONG, WAITING
 from lewis_tasks.support.moves import NOTIFIES, PROMOTED
 
+SERVICE_TAG = "lewis-service"
+"""Of the deployments of the service itself, in `prefect.yaml`."""
+
 STARTS_WITHIN = timedelta(minutes=10)  # from Pending, on a machine that is busy
 _NOT_PENDING = (
     *("Running", "Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Scheduled", "Late"),
@@ -78,7 +81,8 @@ def _runs(*states: str, flows: Sequence[str] = (), after: str = "", within: time
         after: name of the state, or `heartbeat`.
         within: the time.
     """
-    related = [ResourceSpecification({"prefect.resource.role": ["tag"], "prefect.resource.id": [f"prefect.tag.{TAG}"]})]
+    tags = [f"prefect.tag.{TAG}", f"prefect.tag.{SERVICE_TAG}"]
+    related = [ResourceSpecification({"prefect.resource.role": ["tag"], "prefect.resource.id": tags})]
     if flows:
         named = {"prefect.resource.role": ["flow"], "prefect.resource.name": list(flows)}
         related.append(ResourceSpecification(named))

@@ -190,10 +190,13 @@ class Follower:
             self._stays = recipe_deployments.remove_stale(client, files)
         self._known = files
 
-    def follow(self) -> None:
+    def follow(self) -> bool:
         """Deploy if the folder has changed; what does not succeed is logged, and done at a later call.
 
         The folder or the server may be away for a moment.
+
+        Returns:
+            Whether it had changed, and is deployed.
         """
         try:
             with self._lock:
@@ -203,12 +206,14 @@ class Follower:
             if changed:
                 self._say(f"recipes in {recipes_folder.folder()}: {', '.join(self.runnable()) or 'none'}")
             self._problem = ""
+            return changed
         except (LewisError, httpx.HTTPError, PrefectException) as error:
             no_pool = f"there is no work pool {POOL}: `lewis deploy` makes it"
             why = no_pool if isinstance(error, ObjectNotFound) else error
             if (problem := f"the recipes could not be deployed; trying again: {why}") != self._problem:
                 logger.warning("%s", problem)
             self._problem = problem
+            return False
 
 
 def main() -> int:

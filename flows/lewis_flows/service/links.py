@@ -64,7 +64,7 @@ def pages() -> Pages:
         InputError: if there is no Prefect server.
     """
     with server() as (_, ui):
-        found = {"deployments": f"{ui}/deployments", "runs": f"{ui}/runs", "recipes": f"{ui}/artifacts/key/{KEY}"}
+        found = {"deployments": f"{ui}{servers.RECIPES}", "runs": f"{ui}/runs", "recipes": f"{ui}/artifacts/key/{KEY}"}
     mlflow = os.environ.get("MLFLOW_TRACKING_URI") or str(note.read().get("mlflow") or "")
     if mlflow.startswith("http"):
         found["models"] = f"{mlflow.rstrip('/')}/#/models{versions.MODE}"

@@ -6,7 +6,8 @@ for. What an operator changed stays: a pause, the schedule, the work queue, the 
 """
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -43,13 +44,16 @@ from lewis_tasks.support.moves import PROMOTED, serves
 logger = logging.getLogger(__name__)
 
 TAG = "lewis"
-"""Of all our deployments and runs."""
+"""Of the recipes' deployments and of runs; those of the service itself have `automations.SERVICE_TAG`."""
 
 _CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its recipe cannot run
 _OF_OURS = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
 _OURS = (TAG, _CANNOT_RUN, "recipe:", "team:")  # tags, or how they begin
 _HOLDING = ["PENDING", "RUNNING", "CANCELLING"]  # state types of a run that holds a slot of its deployment's limit
 _SOON = timedelta(minutes=2)  # a worker fetches a run seconds before its time
+_REGISTERS = re.compile(  # the last paragraph of a description
+    r"Registers \[(?P<model>[^]]+)\]\(\S+\)(?:; its champion is \[version (?P<champion>\d+)\]\(\S+\))?\.\Z"
+)
 _GRACE = 90  # seconds from Pending to Running; a worker that dies between them holds the slot for so long
 _ENTRYPOINTS = {
     prefect_runs.MERGE: "lewis_flows.merge.merge_flow",
@@ -222,6 +226,28 @@ def paused(client: SyncPrefectClient) -> set[str]:
     return {each.name for each in found if each.paused and _CANNOT_RUN not in each.tags}
 
 
+def name_champions(client: SyncPrefectClient, champions: Mapping[str, tuple[str, str]]) -> None:
+    """Have the descriptions of the recipes' deployments link the champions, where they name another version or none.
+
+    The server plans the runs of a schedule again, within seconds, when it updates a deployment. So one that is due
+    soon is left as it is: a later call, such as the one at the end of that run, updates it.
+
+    Args:
+        client: of the server.
+        champions: recipe -> the model that it registers, and the number of its champion; empty if there is none.
+    """
+    for deployment in list(pages(client.read_deployments, deployment_filter=_OF_OURS)):
+        model, champion = champions.get(deployment.name, ("", ""))
+        named = _REGISTERS.search(deployment.description or "")
+        if not named or named["model"] != model or (named["champion"] or "") == champion:
+            continue
+        soon = {"before_": events.now(client) + _SOON}
+        if not any(run.auto_scheduled for run in _runs(client, deployment, ["SCHEDULED"], expected_start_time=soon)):
+            text = named.string[: named.start()] + _registers(model, champion)
+            with suppress(ObjectNotFound):  # it was removed just now
+                client.update_deployment(deployment.id, DeploymentUpdate(description=text))
+
+
 def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bool:
     """Remove the deployments that no recipe of the folder asks for.
 
@@ -293,7 +319,7 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
     return {
         # Of a file that cannot run it stays: mended, it counts as edited only if it is another than before.
         "version": before.version if before and file.why else file.version,
-        "description": _description(file),
+        "description": _description(file, before),
         "tags": tags,
         "parameters": {"recipe": file.name},
         # The process of a run with another parameter would end before it could say why.
@@ -362,12 +388,24 @@ def _changed(deployment: DeploymentResponse, paused: str, schedule: str) -> Iter
         yield f"{schedule}: {', '.join(crons) or 'none'}"
 
 
-def _description(file: RecipeFile) -> str:
-    """Markdown: the recipe's first comment, why it cannot run, and links to what it registers."""
-    block = file.recipe.register_as if file.recipe else None
-    links = f"Registers [{block.model}]({versions.model_page(block.model)})." if block else ""
+def _description(file: RecipeFile, before: DeploymentResponse | None) -> str:
+    """Markdown: the recipe's first comment, why it cannot run, and links to what it registers.
+
+    The champion is the one that the deployment named `before`, if it registered the same model; see `name_champions`.
+    """
+    links = ""
+    if block := file.recipe.register_as if file.recipe else None:
+        named = _REGISTERS.search((before.description if before else None) or "")
+        known = named["champion"] if named and named["model"] == block.model else None
+        links = _registers(block.model, known or "")
     why = f"**It cannot run:** {file.why}" if file.why else ""
     return "\n\n".join(filter(None, (file.comment, why, links)))
+
+
+def _registers(model: str, champion: str) -> str:
+    """Links to a registered model and to the version that is its champion, as `_REGISTERS` finds them."""
+    version = f"; its champion is [version {champion}]({versions.page(model, champion)})" if champion else ""
+    return f"Registers [{model}]({versions.model_page(model)}){version}."
 
 
 def _first_comment(text: str) -> str:

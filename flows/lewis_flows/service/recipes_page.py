@@ -1,7 +1,8 @@
 """One page of all recipes: champion, score over versions, behind since, last verdict, next run.
 
-It is a file of HTML (`lewis status --html`), and an artifact in Prefect that every merge and every poll that finds a
-change bring up to date.
+It is a file of HTML (`lewis status --html`), and an artifact in Prefect, which is brought up to date at the end of a
+merge, and by the receiver: when a recipe is deployed, when a champion moves on its store, and by a poll that finds a
+change, such as a champion that was moved elsewhere.
 """
 
 import html
@@ -19,6 +20,7 @@ from prefect.exceptions import ObjectNotFound
 
 from lewis.reports.markdown import code, markdown_table, plain
 from lewis_flows.prefect_runs import MERGE
+from lewis_flows.service import recipe_deployments
 from lewis_flows.service.status import status
 from lewis_flows.service.status_data import FAILURES, Run, Status, Watched
 from lewis_flows.service.status_text import sparkline
@@ -157,16 +159,24 @@ def _picture(scores: dict[int, float]) -> str:
 
 
 def keep(flow: Flow[..., Any] | None = None, flow_run: FlowRun | None = None, state: State[Any] | None = None) -> None:
-    """Bring the artifact in Prefect up to date; a failure is logged, not raised. It can be a hook of a flow.
+    """Bring the artifact in Prefect up to date, and the links to champions on the pages of the recipes' deployments.
 
-    The newest commits are not asked for: what the last poll saw is shown.
+    It can be a hook of a flow. A failure is logged, not raised. The newest commits are not asked for: what the last
+    poll saw is shown.
     """
     try:
         found = status(hub=False, scores=True)
         with get_client(sync_client=True) as client:
             _put(client, as_markdown(found, datetime.now(UTC)), new=bool(found.recipes))
+            champions = {
+                each.recipe: (each.registered, each.champion or "")
+                for each in found.recipes or []
+                if each.champion or not each.unknown  # else nobody knows
+            }
+            recipe_deployments.name_champions(client, champions)
     except Exception as error:  # whatever is wrong, the run has done its work
-        logger.warning("the artifact %r stays as it is: %s: %s", KEY, type(error).__name__, error)
+        what = "the page of all recipes, or a link to a champion, stays as it is"
+        logger.warning("%s: %s: %s", what, type(error).__name__, error)
 
 
 def after(hooks: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from lewis_flows.service.own_pages import own_origins
 from lewis_flows.service.processes import Process, answers, free_port
 
 OPENAI = ("OPENAI_BASE_URL", "OPENAI_API_KEY")  # by which clients of the OpenAI API find a server
+RECIPES = "/deployments?deployments.tags.name=lewis"
+"""The page of a Prefect server that shows the recipes' deployments, by their tag, and not those of the service."""
 _ORIGINS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")  # one setting, two names
 _DEFAULTS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lewis import settings
 from lewis.errors import InputError
 from lewis.redact import printable
-from lewis.registry import tracking
+from lewis.registry import outbox, tracking
 from lewis.store.secrets import METRICS_KEY, WEBHOOK_SECRET
 from lewis_flows import environment, json_logs, secret_blocks, watch
 from lewis_flows.service import credentials, keep_served, recipes_page
@@ -190,12 +190,26 @@ def _impatient() -> type[asyncio.Protocol]:
     return Impatient
 
 
-def _poll(follower: Follower) -> None:
+class _Look:
+    """Looks at the folder of recipes, and at what moves champions on this store; the page of all recipes follows."""
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower, self._moved = follower, set[str]()
+
+    def __call__(self) -> None:
+        """Deploy the recipes if their folder has changed."""
+        deployed, moved = self._follower.follow(), {move.id for move in outbox.moves() if move.happened}
+        if deployed or not moved <= self._moved:
+            recipes_page.keep()
+        self._moved = moved
+
+
+def _poll(look: Callable[[], object]) -> None:
     """One poll; the page of all recipes follows it.
 
     A recipe that was just added gets its deployment first: what is announced before starts nothing.
     """
-    follower.follow()
+    look()
     if watch.poll_once():
         recipes_page.keep()
 
@@ -225,10 +239,10 @@ def serve(host: str, port: int, secret: str) -> None:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    follower = Follower(logger.info)
+    look = _Look(Follower(logger.info))
     loops = [
-        Loop("recipes", follower.follow, FOLLOW),
-        Loop("poll", lambda: _poll(follower), settings.POLL_SECONDS.get()),
+        Loop("recipes", look, FOLLOW),
+        Loop("poll", lambda: _poll(look), settings.POLL_SECONDS.get()),
         Loop("served", keep_served.look, keep_served.EVERY),
     ]
     logger.info("listening on http://%s:%d/webhook", *listening.getsockname()[:2])

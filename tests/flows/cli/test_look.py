@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 from uuid import UUID
 
+import prefect
 import pytest
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -28,6 +29,8 @@ from lewis.registry import promotion, versions
 from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
 from lewis_flows.cli.main import main
 from lewis_flows.service import note
+from lewis_flows.service.recipe_deployments import TAG
+from lewis_flows.service.servers import RECIPES
 from lewis_flows.service.sign_in import SignIn, make_code
 from tests.conftest import Family
 from tests.support.lineage import registered
@@ -177,6 +180,13 @@ def test_runs_that_go_on_or_wait_are_cancelled(
     client.delete_deployment(deployment)
 
 
+def test_prefects_page_of_deployments_takes_the_filter_of_the_link() -> None:
+    """Its parameters have the names of the properties that the page gives its menu of tags."""
+    ((filtered, _),) = parse_qsl(urlsplit(RECIPES).query)
+    scripts = Path(prefect.__ui_static_path__).glob("assets/index-*.js")
+    assert any(f').{filtered},"onUpdate:selected"' in script.read_text() for script in scripts)
+
+
 def test_the_pages_of_the_service(
     client: SyncPrefectClient, prefect_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,7 +194,8 @@ def test_the_pages_of_the_service(
     assert main(["open", "--json"]) == 0
     found, ui = json.loads(capsys.readouterr().out), prefect_url.removesuffix("/api")
     assert found["pages"] == {
-        **{name: f"{ui}/{name}" for name in ("deployments", "runs")},
+        "deployments": f"{ui}/deployments?deployments.tags.name={TAG}",
+        "runs": f"{ui}/runs",
         "recipes": f"{ui}/artifacts/key/recipes",
         "models": "http://127.0.0.1:5001/#/models?workflowType=machine_learning",
     }
@@ -199,14 +210,15 @@ def test_the_pages_of_the_service(
     (file,) = (Path(urlsplit(each).path) for each in opened)
     assert file.stat().st_mode & 0o077 == 0 and key not in file.read_text()
     address = html.unescape(re.findall('url=(.*)"', file.read_text())[0])
-    assert address.startswith(f"{ui}/lewis/sign-in?code=") and address.endswith("&to=/deployments")
+    assert address.startswith(f"{ui}/lewis/sign-in?code=")
+    assert address.endswith("&to=/deployments%3Fdeployments.tags.name%3Dlewis")
 
     app = SignIn(PlainTextResponse("Prefect"), key)
     browser = TestClient(app, base_url=ui)
     path = address.removeprefix(ui)
     assert browser.get(path.replace("code=", "code=1")).status_code == browser.post(path).status_code == 403
     page = browser.get(path)
-    assert json.dumps(key) in page.text and '"/deployments"' in page.text
+    assert json.dumps(key) in page.text and '"/deployments?deployments.tags.name=lewis"' in page.text
     assert page.headers["cache-control"] == "no-store"
     assert browser.get(path).status_code == 403  # once
     for to in ("//evil.example", "https://evil.example", "/\\\\evil.example"):

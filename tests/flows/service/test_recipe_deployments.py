@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from prefect.states import Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import InputError, LewisError
+from lewis.registry import outbox
+from lewis.registry.outbox import Move
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.merge import load, merge_flow
 from lewis_flows.search import search_flow
-from lewis_flows.service import deploy, recipe_deployments, webhook
+from lewis_flows.service import deploy, recipe_deployments, recipes_page, webhook
+from lewis_flows.service.automations import SERVICE_TAG
 from lewis_flows.service.deploy import Follower
+from lewis_flows.service.status_data import Status, Watched
 from lewis_flows.turn import absorb
 from tests.support.deployed import deploying
 
@@ -177,6 +182,78 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(
     assert client.read_automations_by_name("release of good") == []
 
 
+def test_the_page_of_a_recipe_links_its_champion(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It linked the registered model alone."""
+    recipe, follower = folder / "good.yaml", Follower(print)
+    (folder / "other.yaml").write_text(GOOD)
+    recipe.write_text(SEARCH)
+    follower.deploy()
+
+    def links(name: str = "merge/good") -> str:
+        return (client.read_deployment_by_name(name).description or "").rpartition("\n\n")[2]
+
+    def keep(champion: str | None, model: str = "ops.good", *unknown: str) -> str:
+        watched = Watched(recipe="good", registered=model, champion=champion, unknown=list(unknown))
+        found = Status(parts=[], recipes=[watched, Watched(recipe="other")])
+        monkeypatch.setattr(recipes_page, "status", lambda **_: found)
+        recipes_page.keep()
+        return links()
+
+    def linked(number: str) -> str:
+        page = f"http://mlflow.example/#/models/ops.good/versions/{number}?workflowType=machine_learning"
+        return f"{none[:-1]}; its champion is [version {number}]({page})."
+
+    none, made = links(), client.read_deployment_by_name("merge/good")
+    assert none == "Registers [ops.good](http://mlflow.example/#/models/ops.good?workflowType=machine_learning)."
+    assert keep("3") == links("search/good") == linked("3")
+    seen = client.read_deployment_by_name("merge/good")
+    assert (seen.version, seen.tags, seen.schedules) == (made.version, made.tags, made.schedules)
+    assert keep("3") == linked("3") and client.read_deployment_by_name("merge/good").updated == seen.updated
+    assert keep(None, "ops.good", "MLflow does not answer") == linked("3")
+    assert keep("7", "of.another") == linked("3") and links("merge/other") == ""
+    recipe.write_text(SEARCH.replace("Keeps", "Still keeps"))
+    follower.deploy()
+    assert links() == linked("3")  # MLflow is not asked for it
+    assert keep("4") == links("search/good") == linked("4")
+
+    now = datetime.now(UTC)
+    nights = {"start_time": now.isoformat(), "end_time": (now + timedelta(days=3)).isoformat(), "min_runs": 2}
+    client.request("POST", "/deployments/{id}/schedule", path_params={"id": made.id}, json=nights)
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe_deployments, "_SOON", timedelta(days=2))  # as if the nightly run were due now
+        assert keep("5") == linked("4") and links("search/good") == linked("5")
+    assert keep("5") == linked("5") and keep(None) == none
+    recipe.write_text(SEARCH.replace("name: good", "name: better"))
+    assert keep("5") == linked("5")
+    follower.deploy()
+    assert links() == none.replace("ops.good", "ops.better")
+
+
+def test_the_page_of_all_recipes_follows_a_deploy_and_a_move_of_a_champion(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, look = list[int](), webhook._Look(Follower(print))
+    monkeypatch.setattr(recipes_page, "keep", lambda: kept.append(1))
+    move = Move("good", "2", None, ["by hand"])
+
+    def looks() -> int:
+        look()
+        look()
+        return len(kept)
+
+    assert looks() == 1
+    (folder / "new.yaml").write_text(GOOD)
+    assert looks() == 2
+    outbox.write(move)  # which may not have happened
+    assert looks() == 2
+    outbox.write(replace(move, happened=True))
+    assert looks() == 3
+    outbox.remove(move)
+    assert looks() == 3
+
+
 def test_a_release_starts_a_deployment_that_was_deleted_and_made_again(folder: Path, client: SyncPrefectClient) -> None:
     """The automation of the deleted one stayed, so no release and no new champion started anything any more."""
     block = "serve: {kind: webhook, url: 'http://127.0.0.1:9'}"
@@ -304,7 +381,8 @@ def test_a_recipe_has_its_deployment_before_the_poll_announces_its_release(
         return False
 
     monkeypatch.setattr(webhook.watch, "poll_once", poll_once)
-    webhook._poll(Follower(print))
+    monkeypatch.setattr(recipes_page, "keep", lambda: None)
+    webhook._poll(webhook._Look(Follower(print)))
     assert seen == ["good"]
 
 
@@ -321,4 +399,4 @@ def test_what_is_deployed_names_no_recipe() -> None:
     assert content["deployments"] and not [
         each for each in content["deployments"] if "recipe" in each.get("parameters", {})
     ]
-    assert all("lewis-service" in each["tags"] for each in content["deployments"])
+    assert all(each["tags"] == [SERVICE_TAG] for each in content["deployments"])  # `lewis open` shows none of them

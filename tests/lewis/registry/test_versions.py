@@ -153,6 +153,31 @@ def artifacts(home: Path) -> Path:
     return home / "mlflow" / "artifacts"
 
 
+@pytest.mark.parametrize("fence", ["```", "````"])
+def test_a_description_shows_the_recipe_as_far_as_there_is_room(fence: str) -> None:
+    """It only linked it."""
+    link = "\n\nThe recipe: [recipe.yaml](get-artifact?path=recipe.yaml&run_uuid=r)"
+    cut = f"\n{fence}\n\n... (cut, all of it is in recipe.yaml){link}"
+
+    def shown(lines: int, card: str = "# Tiny") -> str:
+        recipe = "models: [a]\n" * lines
+        text = creation.description(f"{card}\n\n## Recipe\n\n{fence}yaml\n{recipe}{fence}\n", (), "r")
+        assert len(text) <= creation.MAX_DESCRIPTION and text.endswith(link)
+        return text
+
+    head, line = f"# Tiny\n\n## Recipe\n\n{fence}yaml\n", "models: [a]\n"
+    assert shown(2) == f"{head}{line}{line}{fence}{link}"
+    room = (creation.MAX_DESCRIPTION - len(f"{head}{fence}{link}")) // len(line)
+    assert shown(room) == f"{head}{line * room}{fence}{link}"
+    longer = shown(room + 1)
+    assert longer.startswith(f"{head}{line}") and longer.endswith(f"]{cut}") and longer.count("`") == 2 * len(fence)
+    assert len(longer) > creation.MAX_DESCRIPTION - 2 * len(line)
+    full = "x" * (creation.MAX_DESCRIPTION - len(link))
+    for card in (full, full[:-1], full[:-60]):  # not even a line has room
+        assert shown(9, card) == card + link
+    assert creation.description("# Tiny", (), "r") == "# Tiny"
+
+
 def test_a_registered_model_says_what_it_was_made_of(entry: Registration, home: Path) -> None:
     made = creation.register(entry)
     assert made == Version("tiny", "1", made.run_id, "models:/tiny/1", created=True)
