@@ -30,7 +30,7 @@ from lewis.errors import InputError
 from lewis.redact import printable
 from lewis.registry import tracking
 from lewis.store.secrets import METRICS_KEY, WEBHOOK_SECRET
-from lewis_flows import environment, json_logs, secret_blocks, watch
+from lewis_flows import environment, json_logs, secret_blocks, turn, watch
 from lewis_flows.service import credentials, keep_served, orphaned_runs, recipes_page
 from lewis_flows.service.deploy import Follower
 from lewis_flows.service.metrics.page import Page, default_sources
@@ -230,6 +230,7 @@ def serve(host: str, port: int, secret: str) -> None:
         Loop("recipes", follower.follow, FOLLOW),
         Loop("poll", lambda: _poll(follower), settings.POLL_SECONDS.get()),
         Loop("served", keep_served.look, keep_served.EVERY),
+        Loop("turns", turn.absorb_waiting, turn.EVERY),
         Loop("workers", orphaned_runs.DeadWorkers().look, orphaned_runs.EVERY),
     ]
     logger.info("listening on http://%s:%d/webhook", *listening.getsockname()[:2])

@@ -2,10 +2,11 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.states import Completed, Pending, Running, Scheduled, Suspended
+from prefect.states import Cancelled, Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import InputError, LewisError
@@ -22,7 +23,7 @@ from lewis_flows.merge import load, merge_flow
 from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments, webhook
 from lewis_flows.service.deploy import Follower
-from lewis_flows.turn import absorb
+from lewis_flows.turn import absorb, absorb_waiting
 from tests.support.deployed import deploying
 
 GOOD = "{merge_method: ties, base_model: org/base, models: [{model: org/math}]}"
@@ -265,6 +266,36 @@ def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectC
     assert "verdict:skipped" in client.read_flow_run(waits.id).tags
     planned = [run for run in client.read_flow_runs() if run.deployment_id == deployment and run.auto_scheduled]
     assert all(run.state_name == "Scheduled" and run.expected_start_time > datetime.now(UTC) for run in planned)
+
+
+def test_of_the_runs_that_wait_behind_another_one_alone_stays(folder: Path, client: SyncPrefectClient) -> None:
+    """A third one waited, and was skipped only when the second began."""
+    (folder / "other.yaml").write_text(GOOD)
+    Follower(print).deploy()
+    deployment, elsewhere = (client.read_deployment_by_name(f"merge/{name}").id for name in ("good", "other"))
+
+    def take(of: UUID, tags: Sequence[str] = (), **given: Any) -> UUID:
+        """As a worker does, which finds the slot taken by the first."""
+        recipe = "good" if of == deployment else "other"
+        run = client.create_flow_run_from_deployment(of, parameters={"recipe": recipe, **given}, tags=tags).id
+        client.set_flow_run_state(run, Pending())
+        return run
+
+    def states() -> list[str | None]:
+        return [client.read_flow_run(run).state_name for run in (*goes_on, second, other, answered, *third)]
+
+    goes_on, second = (take(deployment), take(elsewhere)), take(deployment)
+    other, answered = take(deployment, overrides=["seed=1"]), take(deployment, ["awaits:models:/good/1"])
+    third = take(deployment, overrides=[]), take(elsewhere)
+    waits = "AwaitingConcurrencySlot"
+    assert states() == ["Pending", "Pending", *[waits] * 5]
+    absorb_waiting()
+    assert states() == ["Pending", "Pending", waits, waits, waits, "Skipped", waits]
+    assert "verdict:skipped" in client.read_flow_run(third[0]).tags
+    absorb_waiting()  # the last one is there to stay
+    assert states().count("Skipped") == 1
+    for run in goes_on:
+        client.set_flow_run_state(run, Cancelled(), force=True)
 
 
 def test_what_cannot_be_deployed_is_told_once_and_tried_again(
