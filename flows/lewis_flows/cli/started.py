@@ -64,10 +64,8 @@ def run(path: Path, overrides: Sequence[str]) -> FlowRun | None:
 
 def _deployment(client: SyncPrefectClient, path: Path, overrides: Sequence[str]) -> DeploymentResponse | None:
     """The deployment that runs just this text of a recipe, if a worker is there; else None."""
-    found, text = (
-        prefect_runs.deployment(client, f"{prefect_runs.MERGE}/{path.stem}"),
-        read_bytes(path, yaml_text.MAX_BYTES),
-    )
+    found = prefect_runs.deployment(client, f"{prefect_runs.MERGE}/{path.stem}")
+    text = read_bytes(path, yaml_text.MAX_BYTES)
     if found is None or not found.work_pool_name or found.version != recipes_folder.version(text):
         return None
     try:

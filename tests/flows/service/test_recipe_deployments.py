@@ -11,6 +11,7 @@ from uuid import UUID
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
@@ -176,6 +177,35 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(
     assert f"{lost}: 0 4 * * *" in caplog.messages
     assert prefect_runs.deployment(client, "merge/good") is None and of("merge/better").name == "better"
     assert client.read_automations_by_name("release of good") == []
+
+
+def test_a_recipe_that_needs_several_gpus_is_in_their_queue_unless_an_operator_chose_another(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker without a GPU took it, and it failed there."""
+    recipe, several = folder / "good.yaml", SEARCH.replace("tasks: [x]", "tasks: [x], gpus: 2")
+
+    def queues(text: str) -> list[str | None]:
+        recipe.write_text(text)
+        Follower(print).deploy()
+        return [client.read_deployment_by_name(f"{flow}/good").work_queue_name for flow in ("merge", "search")]
+
+    def move(queue: str) -> None:
+        to = DeploymentUpdate(work_pool_name="lewis", work_queue_name=queue)
+        client.update_deployment(client.read_deployment_by_name("merge/good").id, to)
+
+    assert queues(several) == ["default", "default"]  # there is no such queue
+    client.create_work_queue("cuda", work_pool_name="lewis")
+    assert queues(several) == queues(several) == ["cuda", "cuda"]
+    assert "queue:cuda" in client.read_deployment_by_name("merge/good").tags
+    assert queues("models: [")[0] == "cuda"
+    assert queues(SEARCH) == ["default", "default"] and queues(several) == ["cuda", "cuda"]
+    move("night")
+    assert queues(several) == ["night", "cuda"] and queues(SEARCH) == ["night", "default"]
+    move("default")
+    assert queues(several) == ["default", "cuda"]
+    monkeypatch.setenv("LEWIS_EVALUATE_QUEUE", "gpu")  # other workers score
+    assert queues(several) == ["default", "default"]
 
 
 def test_a_release_starts_a_deployment_that_was_deleted_and_made_again(folder: Path, client: SyncPrefectClient) -> None:
