@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Failed, Pending, Running, State, Suspended
 
 from lewis_flows import prefect_runs
-from lewis_flows.cli import started
+from lewis_flows.cli import runs, started
 from lewis_flows.cli.main import main
 from lewis_flows.registration import MergeReport
 from lewis_flows.service.deploy import POOL, Follower
@@ -81,6 +81,8 @@ def ends(client: SyncPrefectClient, state: State[Any], report: MergeReport | Non
 def test_a_worker_does_it_and_the_command_shows_log_and_report(
     recipe: Path, client: SyncPrefectClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in (started, runs):
+        monkeypatch.setattr(module, "_PAUSE", 0.1)
     assert started.run(recipe, []) is None  # no worker is online
     client.send_worker_heartbeat(POOL, "ours", heartbeat_interval_seconds=600)
     assert started.run(recipe, ["publish={repo: org/x}"]) is None  # which no run of a deployment may do
