@@ -74,6 +74,8 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
         if searched := SEARCHED.get():
             searched.check(load(path, searched.overrides))
         report, changed, (name, line) = _merge(plan, path, overrides or [])
+    if run.deployment_id:
+        report.save(str(run.id))
     if name == AWAITS and run.deployment_id and report.version:
         return approval.ask(run, report.version, "\n".join(f"* {reason}" for reason in report.verdict))
     if not changed:

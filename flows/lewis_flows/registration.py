@@ -1,6 +1,8 @@
 """The end of a merge and its report: judge, register, promote and publish, by hand-made tasks, which no graph has."""
 
+import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,18 +11,22 @@ from prefect.futures import PrefectFuture
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
+from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import LewisError
 from lewis.evaluation.statistics.scored import MERGED, shown
 from lewis.merging.step import MergedModel
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import verdict_line
+from lewis.store import kinds
+from lewis.store.kinds import Kind
 from lewis_flows.scoring import Judged
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, submit
 from lewis_tasks.register import gate, promote, publish, register
 from lewis_tasks.report import report_scores
 
 logger = logging.getLogger(__name__)
+_SAVED = kinds.add(Kind("run-reports"))  # reports of runs of deployments, for `lewis run NAME`, which started them
 
 
 class MergeReport(BaseModel):
@@ -60,6 +66,17 @@ class MergeReport(BaseModel):
     verdict: list[str] = []
     published: str | None = None
     page: Path | None = None
+
+    def save(self, run: str) -> None:
+        """Keep it for `saved` under the id of its run; a full disk is no failure of the run."""
+        with suppress(OSError):
+            store.write_entry(_SAVED.path(run), json.loads(self.model_dump_json()))
+
+    @classmethod
+    def saved(cls, run: str) -> "MergeReport | None":
+        """What `save` kept; None if there is nothing in this store."""
+        found = store.read_entry(_SAVED.path(run))
+        return cls.model_validate(found) if found else None
 
     @classmethod
     def of(cls, recipe: str, merged: MergedModel, allocated: AllocationEntry | None) -> "MergeReport":

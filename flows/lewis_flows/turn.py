@@ -31,6 +31,8 @@ from lewis_tasks.support.events import Wait
 logger = logging.getLogger(__name__)
 _WAITS = "waits"  # the second line of its note
 _LOOK = 60.0  # seconds between two checks for a long wait
+EVERY = 10.0
+"""Seconds between two calls of `absorb_waiting`."""
 
 
 @contextmanager
@@ -73,6 +75,30 @@ def absorb(run: FlowRun) -> None:
                 if alike and prefect_runs.waits(other, now):
                     prefect_runs.skip(client, other, f"the run {run.name} merges the newest state")
     except httpx.HTTPError as error:  # then they run after this one, and find all steps done
+        logger.info("runs that wait stay: %s", type(error).__name__)
+
+
+def absorb_waiting() -> None:
+    """Of the runs that wait behind a run of their deployment, keep of those that are alike the one that is tried next.
+
+    When it begins it would end the others, by the same rule as `absorb`; so they add nothing. While one waits for its
+    slot another run holds that, so that none of them begins meanwhile.
+    """
+    slot = {"name": {"any_": ["AwaitingConcurrencySlot"]}}
+    try:
+        with get_client(sync_client=True) as client:
+            soonest, kept = FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC, list[FlowRun]()
+            for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("SCHEDULED",), soonest, state=slot):
+                if approval.asked(run):
+                    continue
+                alike = [
+                    each for each in kept if each.deployment_id == run.deployment_id and _given(each) == _given(run)
+                ]
+                if alike:
+                    prefect_runs.skip(client, run, f"the run {alike[0].name}, which waits too, merges the newest state")
+                else:
+                    kept.append(run)
+    except httpx.HTTPError as error:  # then the first of them to begin ends the others
         logger.info("runs that wait stay: %s", type(error).__name__)
 
 

@@ -419,6 +419,7 @@ def test_what_waits_after_an_early_end_is_scored_on_all_documents_only_once_a_pe
     from prefect.states import Scheduled
 
     from lewis_flows.merge import merge_flow
+    from lewis_flows.registration import MergeReport
 
     write_words(recipe.parent, 60)
     monkeypatch.setenv("LEWIS_RECIPES", str(recipe.parent))
@@ -443,6 +444,8 @@ def test_what_waits_after_an_early_end_is_scored_on_all_documents_only_once_a_pe
             given = {"recipe": "tiny", "overrides": [f"models[0].model={expert}", *asks]}
             of = client.create_flow_run_from_deployment(deployment, parameters=given).id
             assert go_on(of).name == "Suspended"
+            report = MergeReport.saved(str(of))  # for the `lewis run` that may have started it
+            assert report and report.waits and report.version
             return of
 
         def dead(*_: Any) -> None:

@@ -63,6 +63,11 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     return number
 
 
+def is_name(given: str) -> bool:
+    """Whether a recipe is given by its name in the folder of recipes, not as a file."""
+    return "/" not in given and not given.endswith((".yaml", ".yml")) and not Path(given).exists()
+
+
 def recipe_file(options: argparse.Namespace) -> str:
     """The file of `options.recipe`, which may be the name of a recipe in the folder of recipes; kept there.
 
@@ -70,7 +75,7 @@ def recipe_file(options: argparse.Namespace) -> str:
         InputError: if there is neither.
     """
     given: str = options.recipe
-    if "/" not in given and not given.endswith((".yaml", ".yml")) and not Path(given).exists():
+    if is_name(given):
         from lewis_flows import recipes_folder
 
         options.recipe = str(recipes_folder.find(given))

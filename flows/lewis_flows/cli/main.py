@@ -171,8 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LewisError as error:
         terminal.say_error(f"it failed: {error}", as_json=as_json)
         return 1
-    except KeyboardInterrupt:
-        terminal.say_error("stopped; finished steps are kept, run the same command to go on", as_json=as_json)
+    except KeyboardInterrupt as error:
+        stopped = "stopped; finished steps are kept, run the same command to go on"
+        terminal.say_error(str(error) or stopped, as_json=as_json)
         return 130
     except OSError as error:
         if isinstance(error, BrokenPipeError) and terminal.nobody_reads():

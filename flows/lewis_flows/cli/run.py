@@ -1,7 +1,8 @@
-"""`lewis run`, `search`, `serve` and `demo`: the flows in this process, on a Prefect server."""
+"""`lewis run`, `search`, `serve` and `demo`: the flows in this process, on a Prefect server; `run` also by a worker."""
 
 import argparse
 import importlib
+import json
 import os
 import signal
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from lewis_flows.cli.arguments import flag, option, positive
 from lewis_flows.cli.terminal import print_table, say_error
 
 if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+
     from lewis.recipe.recipe import Recipe
     from lewis_flows.merge import MergeReport
     from lewis_flows.search import SearchReport
@@ -34,9 +37,36 @@ _NEXT = {  # commands after the demo, and what each shows
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the DAG of a recipe."""
+    """Run the DAG of a recipe: one that is given by its name by the service, if that is up, else in this process."""
+    from lewis_flows.service.servers import running
+
+    by_name = arguments.is_name(options.recipe)
     _load(options)
+    if by_name and running():
+        from lewis_flows.cli import started
+
+        if ended := started.run(Path(options.recipe), options.overrides):
+            _print_ended(ended, as_json=options.json)
+            return
     run_merge(str(Path(options.recipe).resolve()), options.overrides, as_json=options.json)
+
+
+def _print_ended(ended: "FlowRun", *, as_json: bool) -> None:
+    """Print the report of a run of a deployment; without one, as of a skipped run, its state."""
+    from lewis_flows.registration import MergeReport
+
+    if report := MergeReport.saved(str(ended.id)):
+        _print_report(report, as_json=as_json)
+        return
+    told = {"run": ended.name, "state": ended.state_name, "message": (ended.state and ended.state.message) or ""}
+    print(json.dumps(told, indent=2, ensure_ascii=False) if as_json else ": ".join(filter(None, told.values())))
+
+
+def _print_report(report: "MergeReport", *, as_json: bool) -> None:
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        print_merge(report)
 
 
 def _load(options: argparse.Namespace) -> "Recipe":
@@ -57,10 +87,7 @@ def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> "Merge
         as_json: print JSON instead of text.
     """
     report: MergeReport = _run_flow("merge", recipe, list(overrides), as_json=as_json)
-    if as_json:
-        print(report.model_dump_json(indent=2))
-    else:
-        print_merge(report)
+    _print_report(report, as_json=as_json)
     return report
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lewis.errors import LewisError
 from lewis.redact import redacted
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import Log
+    from prefect.client.schemas.objects import FlowRun, Log
 
     from lewis_flows.service.links import Links
 
@@ -41,7 +41,7 @@ _WHAT = "name of a recipe, or name or id of a run"
 CANCEL = option("what", metavar="RECIPE|RUN", help=_WHAT, offer=completion.recipes)
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 LOGS = (
-    flag("--follow", "go on until the run ends"),
+    flag("--follow", "go on until the run ends, or waits for a person"),
     option("--level", choices=_LEVELS, default="INFO", help="the least level (INFO)"),
 )
 
@@ -108,15 +108,35 @@ def logs(options: argparse.Namespace) -> None:
     with server() as (client, _):
         if (run := last_run(client, recipe)) is None:
             raise LewisError(f"{recipe}: Prefect knows no run of this recipe; `lewis run` starts one")
-        seen, name_of = 0, cache(partial(_name_of_task, client))
-        while True:
-            state = client.read_flow_run(run.id).state
-            for line in _lines(client, run.id, logging.getLevelName(options.level), seen):
-                seen += 1
-                _print(line, name_of(line.task_run_id), as_json=options.json)
-            if not options.follow or state is None or state.is_final():
-                return
-            time.sleep(_PAUSE)
+        level = logging.getLevelName(options.level)
+        print_log(client, run.id, level, follow=options.follow, as_json=options.json, file=sys.stdout)
+
+
+def print_log(
+    client: "SyncPrefectClient", run: "UUID", level: int, *, follow: bool, as_json: bool, file: TextIO
+) -> "FlowRun":
+    """Print the log of a run.
+
+    Args:
+        client: of the server.
+        run: its id.
+        level: the least that a line has.
+        follow: go on until the run ends, or waits for a person.
+        as_json: print an object a line.
+        file: where to.
+
+    Returns:
+        the run as it was before the last lines were read.
+    """
+    seen, name_of = 0, cache(partial(_name_of_task, client))
+    while True:
+        found = client.read_flow_run(run)
+        for line in _lines(client, run, level, seen):
+            seen += 1
+            _print(line, name_of(line.task_run_id), as_json=as_json, file=file)
+        if not follow or found.state is None or found.state.is_final() or found.state.is_paused():
+            return found
+        time.sleep(_PAUSE)
 
 
 def _lines(client: "SyncPrefectClient", run: Any, level: int, seen: int) -> Iterator["Log"]:
@@ -138,11 +158,11 @@ def _name_of_task(client: "SyncPrefectClient", task: "UUID | None") -> str:
     return ""
 
 
-def _print(line: "Log", task: str, *, as_json: bool) -> None:
+def _print(line: "Log", task: str, *, as_json: bool, file: TextIO) -> None:
     level, text = logging.getLevelName(line.level), line.message
     if as_json:
         told = {"time": line.timestamp.isoformat(), "level": level, "logger": line.name, "task": task, "message": text}
-        print(json.dumps(told, ensure_ascii=False), flush=True)
+        print(json.dumps(told, ensure_ascii=False), file=file, flush=True)
     else:
         about = f"{task} | " if task and not text.startswith(task) else ""  # progress has its name already
-        print(f"{line.timestamp.astimezone():%H:%M:%S} {level:<7} {about}{text}", flush=True)
+        print(f"{line.timestamp.astimezone():%H:%M:%S} {level:<7} {about}{text}", file=file, flush=True)

@@ -27,6 +27,7 @@ from tzlocal import get_localzone_name
 
 from lewis import settings
 from lewis.errors import InputError, LewisError
+from lewis.evaluation import work_queue
 from lewis.evaluation.work_queue import MERGES as POOL
 from lewis.input_files import read_bytes
 from lewis.models.hub.pin import find_folder
@@ -48,8 +49,12 @@ TAG = "lewis"
 
 _CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its recipe cannot run
 _OF_OURS = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
-_OURS = (TAG, _CANNOT_RUN, "recipe:", "team:")  # tags, or how they begin
+_QUEUE = "queue:"  # how the tag begins that names the work queue that we chose; without it, that is the default one
+_OURS = (TAG, _CANNOT_RUN, "recipe:", "team:", _QUEUE)  # tags, or how they begin
 _HOLDING = ["PENDING", "RUNNING", "CANCELLING"]  # state types of a run that holds a slot of its deployment's limit
+GPUS = "cuda"
+"""The work queue of recipes that need several GPUs at once, if the pool has a queue of that name."""
+
 _SOON = timedelta(minutes=2)  # a worker fetches a run seconds before its time
 _REGISTERS = re.compile(  # the last paragraph of a description
     r"Registers \[(?P<model>[^]]+)\]\(\S+\)(?:; its champion is \[version (?P<champion>\d+)\]\(\S+\))?\.\Z"
@@ -168,6 +173,9 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
     for flow in (prefect_runs.MERGE, *(flow for flow, block in _further(file).items() if block)):
         before = prefect_runs.deployment(client, f"{flow}/{file.name}")
         fields = _fields(flow, file, before)
+        if flow != prefect_runs.SERVE:
+            placed, tag = _place(client, file.recipe, before)
+            fields |= {**placed, "tags": [*fields["tags"], *tag]}
         if before is None:
             made = client.create_deployment(client.create_flow_from_name(flow), file.name, **fields, **_first(flow))
         else:
@@ -339,6 +347,26 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
         ),
         **paused,
     }
+
+
+def _place(
+    client: SyncPrefectClient, recipe: Recipe | None, before: DeploymentResponse | None
+) -> tuple[dict[str, str], list[str]]:
+    """The work queue of a deployment: that of the hardware that its runs cannot do without, or the one of before.
+
+    Returns:
+        what changes: nothing if an operator chose the queue, or the recipe is wrong; and the tag that names the queue
+        that we chose last.
+    """
+    tag = [each for each in before.tags if each.startswith(_QUEUE)] if before else []
+    ours = tag[0].removeprefix(_QUEUE) if tag else "default"
+    if recipe is None or (before and (before.work_pool_name, before.work_queue_name) != (POOL, ours)):
+        return {}, tag
+    needs = recipe.evaluate is not None and recipe.evaluate.gpus > 1 and not work_queue.queue()
+    there = needs and any(each.name == GPUS for each in client.read_work_queues(work_pool_name=POOL))
+    queue = GPUS if there else "default"
+    changed = {"work_pool_name": POOL, "work_queue_name": queue} if queue != ours else {}
+    return changed, [f"{_QUEUE}{GPUS}"] if there else []
 
 
 def _first(flow: str) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from lewis.errors import InputError
 from lewis.redact import printable
 from lewis.registry import outbox, tracking
 from lewis.store.secrets import METRICS_KEY, WEBHOOK_SECRET
-from lewis_flows import environment, json_logs, secret_blocks, watch
-from lewis_flows.service import credentials, keep_served, recipes_page
+from lewis_flows import environment, json_logs, secret_blocks, turn, watch
+from lewis_flows.service import credentials, keep_served, orphaned_runs, recipes_page
 from lewis_flows.service.deploy import Follower
 from lewis_flows.service.metrics.page import Page, default_sources
 from lewis_flows.service.receiver import Readiness, Receiver
@@ -244,6 +244,8 @@ def serve(host: str, port: int, secret: str) -> None:
         Loop("recipes", look, FOLLOW),
         Loop("poll", lambda: _poll(look), settings.POLL_SECONDS.get()),
         Loop("served", keep_served.look, keep_served.EVERY),
+        Loop("turns", turn.absorb_waiting, turn.EVERY),
+        Loop("workers", orphaned_runs.DeadWorkers().look, orphaned_runs.EVERY),
     ]
     logger.info("listening on http://%s:%d/webhook", *listening.getsockname()[:2])
     try:

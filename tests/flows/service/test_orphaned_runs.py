@@ -5,6 +5,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -17,6 +18,7 @@ from prefect.states import Pending, Running
 
 from lewis_flows import prefect_runs
 from lewis_flows.service import orphaned_runs
+from lewis_tasks.support import events
 
 
 @flow(name=prefect_runs.VERIFY)
@@ -56,6 +58,57 @@ def test_a_run_that_no_worker_can_begin_is_scheduled_again_and_gives_its_slot_ba
     orphaned_runs.give_back("another")
     assert state_of(taken) == "Scheduled"
     assert state_of(take()) == "Pending"
+
+
+def test_what_a_dead_worker_had_taken_is_scheduled_again_while_others_go_on(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stayed Pending for ten minutes, in which the poll took it for a merge that goes on."""
+    made = client.create_deployment(client.create_flow(_watch), "watch", work_pool_name="lewis", parameters={})
+
+    def take(worker: str) -> UUID:
+        run = client.create_flow_run_from_deployment(made).id
+        client.set_flow_run_state(run, Pending())
+        if worker:
+            client.update_flow_run_labels(run, {"prefect.worker.name": worker})
+            client.set_flow_run_state(run, Pending(name="Submitting"), force=True)
+        return run
+
+    def states(*runs: UUID) -> list[str | None]:
+        return [client.read_flow_run(each).state_name for each in runs]
+
+    client.send_worker_heartbeat("lewis", "dead", heartbeat_interval_seconds=100)
+    client.send_worker_heartbeat("lewis", "alive", heartbeat_interval_seconds=1000)
+    of_dead, killed_at_once, of_alive = take("dead"), take(""), take("alive")
+    in_cluster, begun = take("dead"), take("dead")
+    client.set_flow_run_state(in_cluster, Pending(name="InfrastructurePending"), force=True)
+    client.set_flow_run_state(begun, Running(), force=True)
+    look = orphaned_runs.DeadWorkers()
+    look.look()  # from here on it knows that the server answers
+    monkeypatch.setattr(events, "now", lambda _: datetime.now(UTC) + timedelta(seconds=400))
+    look.look()  # a server that was away, as far as this process knows, has lost heartbeats of living workers, too
+    assert states(of_dead, killed_at_once) == ["Submitting", "Pending"]
+    taken, [worker] = (
+        client.read_flow_run(of_dead),
+        [each for each in client.read_workers_for_work_pool("lewis") if each.name == "dead"],
+    )
+    assert taken.state and orphaned_runs._took(worker, taken)
+    taken.state.timestamp += timedelta(seconds=301)  # by another worker, which has given it no label of its own yet
+    assert not orphaned_runs._took(worker, taken)
+    monkeypatch.setattr(orphaned_runs, "_BACK", 0.0)
+    look.look()
+    assert states(of_dead, killed_at_once) == ["Scheduled", "Scheduled"]
+    assert states(of_alive, in_cluster, begun) == ["Submitting", "InfrastructurePending", "Running"]
+
+
+def test_the_worker_of_a_machine_gets_back_what_it_had_taken_while_others_go_on(client: SyncPrefectClient) -> None:
+    made = client.create_deployment(client.create_flow(_watch), "watch", work_pool_name="lewis", parameters={})
+    mine, of_another = (client.create_flow_run_from_deployment(made, state=Pending()).id for _ in range(2))
+    client.send_worker_heartbeat("lewis", "another")
+    for run, worker in ((mine, "ours"), (of_another, "another")):
+        client.update_flow_run_labels(run, {"prefect.worker.name": worker})
+    orphaned_runs.give_back("ours")
+    assert [client.read_flow_run(each).state_name for each in (mine, of_another)] == ["Scheduled", "Pending"]
 
 
 def test_a_run_whose_process_died_before_it_took_its_turn_is_crashed(client: SyncPrefectClient) -> None:

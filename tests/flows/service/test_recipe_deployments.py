@@ -2,19 +2,21 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.states import Completed, Pending, Running, Scheduled, Suspended
+from prefect.states import Cancelled, Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
 from lewis.errors import InputError, LewisError
@@ -27,7 +29,7 @@ from lewis_flows.service import deploy, recipe_deployments, recipes_page, webhoo
 from lewis_flows.service.automations import SERVICE_TAG
 from lewis_flows.service.deploy import Follower
 from lewis_flows.service.status_data import Status, Watched
-from lewis_flows.turn import absorb
+from lewis_flows.turn import absorb, absorb_waiting
 from tests.support.deployed import deploying
 
 GOOD = "{merge_method: ties, base_model: org/base, models: [{model: org/math}]}"
@@ -254,6 +256,35 @@ def test_the_page_of_all_recipes_follows_a_deploy_and_a_move_of_a_champion(
     assert looks() == 3
 
 
+def test_a_recipe_that_needs_several_gpus_is_in_their_queue_unless_an_operator_chose_another(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker without a GPU took it, and it failed there."""
+    recipe, several = folder / "good.yaml", SEARCH.replace("tasks: [x]", "tasks: [x], gpus: 2")
+
+    def queues(text: str) -> list[str | None]:
+        recipe.write_text(text)
+        Follower(print).deploy()
+        return [client.read_deployment_by_name(f"{flow}/good").work_queue_name for flow in ("merge", "search")]
+
+    def move(queue: str) -> None:
+        to = DeploymentUpdate(work_pool_name="lewis", work_queue_name=queue)
+        client.update_deployment(client.read_deployment_by_name("merge/good").id, to)
+
+    assert queues(several) == ["default", "default"]  # there is no such queue
+    client.create_work_queue("cuda", work_pool_name="lewis")
+    assert queues(several) == queues(several) == ["cuda", "cuda"]
+    assert "queue:cuda" in client.read_deployment_by_name("merge/good").tags
+    assert queues("models: [")[0] == "cuda"
+    assert queues(SEARCH) == ["default", "default"] and queues(several) == ["cuda", "cuda"]
+    move("night")
+    assert queues(several) == ["night", "cuda"] and queues(SEARCH) == ["night", "default"]
+    move("default")
+    assert queues(several) == ["default", "cuda"]
+    monkeypatch.setenv("LEWIS_EVALUATE_QUEUE", "gpu")  # other workers score
+    assert queues(several) == ["default", "default"]
+
+
 def test_a_release_starts_a_deployment_that_was_deleted_and_made_again(folder: Path, client: SyncPrefectClient) -> None:
     """The automation of the deleted one stayed, so no release and no new champion started anything any more."""
     block = "serve: {kind: webhook, url: 'http://127.0.0.1:9'}"
@@ -342,6 +373,36 @@ def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectC
     assert "verdict:skipped" in client.read_flow_run(waits.id).tags
     planned = [run for run in client.read_flow_runs() if run.deployment_id == deployment and run.auto_scheduled]
     assert all(run.state_name == "Scheduled" and run.expected_start_time > datetime.now(UTC) for run in planned)
+
+
+def test_of_the_runs_that_wait_behind_another_one_alone_stays(folder: Path, client: SyncPrefectClient) -> None:
+    """A third one waited, and was skipped only when the second began."""
+    (folder / "other.yaml").write_text(GOOD)
+    Follower(print).deploy()
+    deployment, elsewhere = (client.read_deployment_by_name(f"merge/{name}").id for name in ("good", "other"))
+
+    def take(of: UUID, tags: Sequence[str] = (), **given: Any) -> UUID:
+        """As a worker does, which finds the slot taken by the first."""
+        recipe = "good" if of == deployment else "other"
+        run = client.create_flow_run_from_deployment(of, parameters={"recipe": recipe, **given}, tags=tags).id
+        client.set_flow_run_state(run, Pending())
+        return run
+
+    def states() -> list[str | None]:
+        return [client.read_flow_run(run).state_name for run in (*goes_on, second, other, answered, *third)]
+
+    goes_on, second = (take(deployment), take(elsewhere)), take(deployment)
+    other, answered = take(deployment, overrides=["seed=1"]), take(deployment, ["awaits:models:/good/1"])
+    third = take(deployment, overrides=[]), take(elsewhere)
+    waits = "AwaitingConcurrencySlot"
+    assert states() == ["Pending", "Pending", *[waits] * 5]
+    absorb_waiting()
+    assert states() == ["Pending", "Pending", waits, waits, waits, "Skipped", waits]
+    assert "verdict:skipped" in client.read_flow_run(third[0]).tags
+    absorb_waiting()  # the last one is there to stay
+    assert states().count("Skipped") == 1
+    for run in goes_on:
+        client.set_flow_run_state(run, Cancelled(), force=True)
 
 
 def test_what_cannot_be_deployed_is_told_once_and_tried_again(
