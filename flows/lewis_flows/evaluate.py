@@ -71,17 +71,14 @@ def evaluate_flow(
         raise InputError(f"{recipe}: expected a recipe with an `evaluate` block, which this one has not here")
     checked = submit(check_tasks, quote(plan))
     finish(checked)
-    if checked.result() != tasks:
+    names = evaluations(plan)
+    unknown = [label for label in models if label not in names]
+    if unknown or checked.result() != tasks:
+        more = f": expected a recipe that scores {unknown[0]!r}, which this one does not here" if unknown else ""
         raise InputError(
-            f"{recipe}: its evaluation is not the same on this worker as where the merge runs; if it was edited "
+            f"{recipe}: its evaluation is not the same on this worker as where the merge runs{more}; if it was edited "
             "meanwhile, run it again; else give both the same folder of recipes, the same version of lm-eval, and the "
             "same LEWIS_EVALUATION_SERVER"
-        )
-    names = evaluations(plan)
-    if unknown := [label for label in models if label not in names]:
-        raise InputError(
-            f"{recipe}: expected a recipe that scores {unknown[0]!r}, which this one does not here; if it was edited "
-            "meanwhile, run it again"
         )
     walk, results = _models(plan, models, base)
     listed = list(dict.fromkeys(plan.evaluate.tasks))  # in the order of where the merge runs
