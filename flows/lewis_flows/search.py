@@ -26,10 +26,9 @@ from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
 from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DIAGNOSE, DOWNLOAD, MEASURE
 from lewis_flows import prefect_runs
-from lewis_flows.merge import begin, load, merge_flow, run_name
+from lewis_flows.merge import SEARCHED, Searched, begin, load, merge_flow, run_name
 from lewis_flows.registration import MergeReport
 from lewis_flows.runners import choose
-from lewis_flows.searched import SEARCHED, Searched
 from lewis_flows.turn import HOOKS, turn
 from lewis_flows.walk import Walk, finish, pin, submit
 from lewis_tasks.evaluate import check_tasks
