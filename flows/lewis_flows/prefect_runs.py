@@ -35,6 +35,7 @@ UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 """State types of a run that has ended."""
 
+NEWEST = FlowRunSort.END_TIME_DESC  # the last to end first
 SKIPPED = "Skipped"
 """The state of a run that ended before it began, since another one merges what it would."""
 
@@ -62,9 +63,9 @@ def of_flows(
 
 
 def all_of_flows(
-    client: SyncPrefectClient, flows: Sequence[str], states: Sequence[str], sort: FlowRunSort, **limits: Any
+    client: SyncPrefectClient, flows: Sequence[str], states: Sequence[str], sort: FlowRunSort = NEWEST, **limits: Any
 ) -> Iterator[FlowRun]:
-    """As `of_flows`, but all of them, page after page."""
+    """As `of_flows`, but all of them, page after page; by default the last to end first."""
     return run_tags.pages(client.read_flow_runs, **_filters(flows, states, **limits), sort=sort)
 
 

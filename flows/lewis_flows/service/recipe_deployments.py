@@ -34,7 +34,7 @@ from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
 from lewis.serving import hub
-from lewis_flows import approval, edits, prefect_runs, recipes_folder
+from lewis_flows import approval, earlier_runs, prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
 from lewis_tasks.support import events
 from lewis_tasks.support.flow_run import EDITED, pages
@@ -187,7 +187,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
             yield f"{file.name} was edited and is not merged: {file.why or 'its deployment is paused'}"
         else:
             yield f"{file.name} was edited: it is merged now"
-            edits.start(client, before.id)
+            earlier_runs.start_of_edit(client, before.id)
 
 
 def _further(file: RecipeFile) -> dict[str, object]:

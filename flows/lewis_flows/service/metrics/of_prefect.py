@@ -109,9 +109,7 @@ class Prefect:
                 self._last[each.recipe] = each
 
     def _ended_runs(self, client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Run]]:
-        newest = FlowRunSort.END_TIME_DESC
-        found = prefect_runs.all_of_flows(client, ALL, ENDED, newest, end_time={"after_": after})
-        return self._named(client, list(found))
+        return self._named(client, list(prefect_runs.all_of_flows(client, ALL, ENDED, end_time={"after_": after})))
 
     def _named(self, client: SyncPrefectClient, runs: Sequence[FlowRun]) -> Iterator[tuple[UUID, Run]]:
         if not self._flows.keys() >= {run.flow_id for run in runs}:
