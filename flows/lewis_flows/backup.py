@@ -123,15 +123,7 @@ def restore(folder: Path) -> Copied:
 
 
 def _copy_databases(places: dict[str, Path | str], target: Path) -> set[Path]:
-    """Copy those of the store, and Prefect's; to be done first, as what a database names is written before it does so.
-
-    Args:
-        places: part -> the database that the environment gives it.
-        target: the copy's folder.
-
-    Returns:
-        those that were copied.
-    """
+    """Copy those of the store, and Prefect's, before the files that they name; gives those that were copied."""
     found = {path for pattern in _DATABASES for path in store.home().glob(pattern)}
     found |= {place for place in places.values() if isinstance(place, Path) and place.is_file()}
     copied = {path for path in found if store.holds(path) or path == places["prefect"]}

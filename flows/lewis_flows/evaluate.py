@@ -91,11 +91,7 @@ def evaluate_flow(
 
 
 def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Walk, dict[str, Any]]:
-    """Bring the models to this machine; gives the walk that scores them, and what its nodes are given.
-
-    Raises:
-        LewisError: naming a model that this machine has not.
-    """
+    """Bring the models to this machine, or raise LewisError; gives the walk that scores them and its nodes' results."""
     begun, of_base, names = Futures(), f"{DOWNLOAD.name} {plan.base_model}", short_refs(plan)
     pinned_base = None
     if plan.base_model and base:

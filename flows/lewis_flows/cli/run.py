@@ -125,15 +125,9 @@ def print_merge(report: "MergeReport") -> None:
 
 
 def _run_flow(name: str, *arguments: object, as_json: bool) -> Any:
-    """Run a flow on the server that there is, or on one that is started for it; if that dies, end as if killed.
+    """Run the flow of a module on the server that there is, or on one that is started for it; gives what it returned.
 
-    Args:
-        name: of the flow, and of its module.
-        arguments: of the flow.
-        as_json: print JSON instead of text.
-
-    Returns:
-        What the flow returned.
+    If that server dies, this process ends as if killed.
     """
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_port, prefect_server, running

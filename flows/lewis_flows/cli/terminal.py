@@ -24,7 +24,6 @@ class Terminal(logging.Handler):
     """Writes to what `sys.stderr` is now: while a progress bar is drawn, the messages appear above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one message."""
         sys.stderr.write(self.format(record) + "\n")
 
 
@@ -37,7 +36,6 @@ class Visible(io.TextIOWrapper):
     """An output in which only what commands draw themselves is obeyed by a terminal: colours, and a cleared screen."""
 
     def __init__(self, out: io.TextIOWrapper) -> None:
-        """Write where `out` does, in place of it."""
         out.flush()
         buffering = 0 if out.write_through else -1  # PYTHONUNBUFFERED
         super().__init__(

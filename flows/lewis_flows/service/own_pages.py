@@ -31,7 +31,6 @@ class OwnPages:
         self._app, self._origins = TrustedHostMiddleware(app, hosts, www_redirect=False), frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or let the application answer it."""
 
         async def send_unframed(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -153,13 +153,9 @@ class Receiver:
 
 
 def _ask(followers: Mapping[str, tuple[str, str]], new: str) -> tuple[set[str], set[str], set[str]]:
-    """The followers that are paused, whose last release Prefect knows to be this one, and which had it earlier.
+    """The followers (recipe -> repo and reference) that are paused; whose last release is `new`; that had it earlier.
 
-    None of each if Prefect does not answer.
-
-    Args:
-        followers: recipe -> repo and reference.
-        new: the commit.
+    Prefect knows; none of each if it does not answer.
     """
     paused, known, earlier = set[str](), set[str](), set[str]()
     try:

@@ -102,7 +102,6 @@ class Folder:
     """The folder of recipes; a file is read, and what is wrong with it logged, only when the folder has changed."""
 
     def __init__(self) -> None:
-        """Read nothing yet."""
         self._seen: object = None
         self._files: list[RecipeFile] = []
         self._logged: dict[str, str] = {}

@@ -181,12 +181,7 @@ LAST = 5  # runs of one recipe that are shown
 
 
 def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
-    """Add the work pools and the runs that the Prefect server at `api` knows, `only` those of one recipe.
-
-    Raises:
-        TransientError: if the server does not answer, or answers with an error.
-        InputError: if it wants another key.
-    """
+    """Add the work pools and runs that the Prefect server at `api` knows, `only` of one recipe; as `connected`."""
     with connected(api), impatient(PATIENCE) as client:
         for pool in _pools(client):
             found.parts += [_workers(client, pool), *_queues(client, pool)]

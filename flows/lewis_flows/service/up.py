@@ -104,8 +104,7 @@ def up(
 def _apart(module: str, *what: str) -> None:
     """Run `main` of a module in a process of its own: with Prefect's client, this one would hold 200 MB more for days.
 
-    Raises:
-        InputError, LewisError: as the process says on its stdout; its log goes to the stderr of this one.
+    InputError or LewisError says what the process says on its stdout; its log goes to the stderr of this one.
     """
     command = [sys.executable, "-m", f"lewis_flows.service.{module}", *what]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

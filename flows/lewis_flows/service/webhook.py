@@ -111,7 +111,6 @@ class _AccessLog:
         self._app, self._secret = app, secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the application answer a request, then log it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         status, started = 500, time.monotonic()
@@ -274,8 +273,7 @@ class Loop:
 def _secret() -> str:
     """The secret of the environment or of the store; else that of Prefect's block; else a new one, which is kept.
 
-    Raises:
-        InputError: if Prefect, which may have it, does not answer, or as `Secret.read`.
+    InputError if Prefect, which may have it, does not answer, or as `Secret.read`.
     """
     if not settings.WEBHOOK_SECRET.get() and not WEBHOOK_SECRET.path().exists():
         from httpx import HTTPError

@@ -83,11 +83,7 @@ _PATHS = ("path", "folder", "adapter", "base", "statistics")  # fields of refere
 
 
 def _content(record: bytes) -> dict[str, Any]:
-    """The `result` of a record as plain data: to load it as a reference would mark it as used.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: if LEWIS did not write it, or it is damaged.
-    """
+    """The `result` of a record as plain data: to load it as a reference would mark it as used; fails if damaged."""
     return sealed_json.loads(json.loads(record)["result"].encode())
 
 

@@ -87,7 +87,6 @@ class Wait:
     """A wait that is logged when it begins, and reported once, when it is long."""
 
     def __init__(self) -> None:
-        """Begin a wait."""
         self._began, self._logged, self._told = datetime.now(UTC), False, False
 
     def look(self, name: str, what: str) -> None:

@@ -69,7 +69,6 @@ class Prefect:
     """The numbers of one server; answers are kept. `Source` ensures that one thread asks at a time."""
 
     def __init__(self) -> None:
-        """Know nothing yet."""
         self._runs, self._steps = Recent(self._ended_runs), Recent(_ended_steps)
         self._flows = dict[UUID, str]()
         self._last = dict[str, Run]()
