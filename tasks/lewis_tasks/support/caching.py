@@ -32,16 +32,8 @@ RETRIES: dict[str, Any] = {
     "retries": 4,
     "retry_delay_seconds": exponential_backoff(2),
     "retry_jitter_factor": 0.5,
-    "retry_condition_fn": lambda task, run, state: _heals(_exception_of(state)),
+    "retry_condition_fn": lambda task, run, state: _heals(state.result(raise_on_failure=False)),
 }
-
-
-def _exception_of(state: Any) -> BaseException:
-    try:
-        state.result()
-    except BaseException as error:
-        return error
-    return RuntimeError("the task did not fail")
 
 
 def _heals(error: BaseException) -> bool:
