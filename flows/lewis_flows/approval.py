@@ -99,7 +99,6 @@ def resume(version: str, why: str, *, approve: bool) -> None:
 
 def lapse(client: SyncPrefectClient, deployment: UUID, why: str) -> None:
     """End the runs of a deployment that wait for an answer, which can be given no longer, or elsewhere."""
-    same = {"any_": [deployment]}
-    for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",), deployment_id=same):
+    for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",), deployment_id={"any_": [deployment]}):
         client.set_flow_run_state(run.id, Completed(name="Lapsed", message=why), force=True)
         run_tags.tag(run.id, verdict="lapsed")

@@ -83,17 +83,9 @@ def score(
         base = walk.futures[f"{DOWNLOAD.name} {plan.base_model}"].result().key if plan.base_model else None
         common = {"recipe": name, "tasks": tasks, "base": base, "overrides": list(overrides), "look": found.get(LOOK)}
         merged = {MERGED: walk.futures["merge experts"].result().key}  # its digest may decide which documents are drawn
-        _run(
-            queue,
-            [
-                {
-                    **common,
-                    "models": {each.label: each.key for each in of_task.values()} | merged,
-                    "task": next(iter(of_task.values())).settings.tasks[0],
-                }
-                for of_task in missing
-            ],
-        )
+        models = [{each.label: each.key for each in of_task.values()} | merged for of_task in missing]
+        wanted = [next(iter(of_task.values())).settings.tasks[0] for of_task in missing]
+        _run(queue, [{**common, "models": of, "task": task} for of, task in zip(models, wanted, strict=True)])
     entries = _find(given)
     if entries is None:
         raise LewisError(
@@ -168,13 +160,8 @@ def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) ->
                 f"evaluate: expected the deployment {DEPLOYMENT} in the work pool {work_queue.pool()}, but it is in "
                 f"{found}; run `lewis deploy` with the LEWIS_EVALUATE_POOL that the merges have"
             )
-        run = run_deployment(
-            DEPLOYMENT,
-            parameters=parameters,
-            flow_run_name=run_name(parameters["recipe"], parameters["task"]),
-            timeout=0,
-            work_queue_name=queue,
-        )
+        name = run_name(parameters["recipe"], parameters["task"])
+        run = run_deployment(DEPLOYMENT, parameters=parameters, flow_run_name=name, timeout=0, work_queue_name=queue)
     except ObjectNotFound as error:
         raise LewisError(
             f"evaluate: the Prefect server has no deployment {DEPLOYMENT}, which LEWIS_EVALUATE_QUEUE and "

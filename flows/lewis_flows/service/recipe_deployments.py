@@ -11,7 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
-from typing import Any, cast
+from itertools import takewhile
+from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
@@ -132,7 +133,8 @@ def _read_file(name: str, recipe: Recipe | None) -> RecipeFile | None:
     except (LewisError, OSError):  # the file was removed just now
         return None
     why = "" if recipe else "it is wrong: `lewis status` says where"
-    comment = _first_comment(content.decode(errors="replace"))
+    first = takewhile(lambda line: line.startswith("#"), content.decode(errors="replace").splitlines())
+    comment = "\n".join(line.lstrip("#").strip() for line in first).strip()
     return RecipeFile(name, recipes_folder.version(content), comment, recipe, why)
 
 
@@ -323,30 +325,23 @@ def _first(flow: str) -> dict[str, Any]:
 
 def _on_release(name: str, deployment: Any) -> Any:
     """The automation that starts a recipe's merge when one of its models was released."""
-    trigger = DeploymentEventTrigger(
-        name=f"release of {name}",
-        description=f"Merges {name} when one of its models was released, and no other was for some seconds.",
-        expect={EVENT},
-        match=cast(Any, {"prefect.resource.id": "lewis.expert.*", "lewis.recipe": name}),
-        threshold=1,
-        within=SETTLE - timedelta(seconds=1),
-        schedule_after=SETTLE,
-    )
-    trigger.set_deployment_id(deployment)
-    return trigger.as_automation()
+    about = f"Merges {name} when one of its models was released, and no other was for some seconds."
+    match, rest = {"prefect.resource.id": "lewis.expert.*", "lewis.recipe": name}, SETTLE - timedelta(seconds=1)
+    return _starts(deployment, f"release of {name}", about, EVENT, match, within=rest, schedule_after=SETTLE)
 
 
 def _on_promotion(file: RecipeFile, deployment: Any) -> Any:
     """The automation that serves a recipe's model whenever its champion moves: by a run, a person or a rollback."""
     assert file.recipe is not None and file.recipe.register_as is not None
     model = file.recipe.register_as.model
-    trigger = DeploymentEventTrigger(
-        name=f"{serves(model)}{file.name}",
-        description=f"Puts the champion of {model} into service when it has moved.",
-        expect={PROMOTED},
-        match=cast(Any, {"prefect.resource.id": f"lewis.model.{model}"}),
-        threshold=1,
-    )
+    about = f"Puts the champion of {model} into service when it has moved."
+    match = {"prefect.resource.id": f"lewis.model.{model}"}
+    return _starts(deployment, f"{serves(model)}{file.name}", about, PROMOTED, match)
+
+
+def _starts(deployment: Any, name: str, about: str, event: str, match: Any, **when: Any) -> Any:
+    """The automation that starts a deployment after an event."""
+    trigger = DeploymentEventTrigger(name=name, description=about, expect={event}, match=match, threshold=1, **when)
     trigger.set_deployment_id(deployment)
     return trigger.as_automation()
 
@@ -367,12 +362,3 @@ def _description(file: RecipeFile) -> str:
     links = f"Registers [{block.model}]({versions.model_page(block.model)})." if block else ""
     why = f"**It cannot run:** {file.why}" if file.why else ""
     return "\n\n".join(filter(None, (file.comment, why, links)))
-
-
-def _first_comment(text: str) -> str:
-    lines = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("#").strip())
-    return "\n".join(lines).strip()

@@ -25,20 +25,14 @@ def now(client: "SyncPrefectClient") -> datetime:
     Raises:
         httpx.HTTPError: if the server does not answer.
     """
-    return ahead(client) + datetime.now(UTC)  # in this order: the request takes time
-
-
-def ahead(client: "SyncPrefectClient") -> timedelta:
-    """How far the server's clock is ahead of this machine's; nothing while both agree within `_AGREES`.
-
-    Raises:
-        httpx.HTTPError: if the server does not answer.
-    """
-    return ahead_by(client.request("GET", "/health").headers)
+    return ahead_by(client.request("GET", "/health").headers) + datetime.now(UTC)  # in this order: a request takes time
 
 
 def ahead_by(headers: Mapping[str, str]) -> timedelta:
-    """As `ahead`, by the headers of an answer of the server, whose `Date` is in seconds."""
+    """How far the server's clock is ahead of this machine's, by the headers of its answer, whose `Date` is in seconds.
+
+    Nothing while both agree within `_AGREES`.
+    """
     stated = headers.get("Date")
     found = parsedate_to_datetime(stated) - datetime.now(UTC) if stated else timedelta()
     return found if abs(found) > _AGREES else timedelta()

@@ -69,19 +69,14 @@ def _forget_known() -> None:
     with impatient(_REQUEST) as client:
         now = min(datetime.now(UTC), events.now(client))  # by a clock that is ahead, each move is old
         for move in _happened():
-            if _is_known(client, move):
+            known = _found(client, id={"id": [move.id]})
+            if known and all(_acted(client, each, move) for each in _awaited(client, move)):
                 outbox.remove(move)
             elif now - datetime.fromisoformat(move.time) > _GIVEN_UP:
                 logger.warning(
                     "it was not reported to Prefect that %s is the champion: it took no event for a week", move.uri
                 )
                 outbox.remove(move)
-
-
-def _is_known(client: SyncPrefectClient, move: Move) -> bool:
-    if not _found(client, id={"id": [move.id]}):
-        return False
-    return all(_acted(client, each, move) for each in _awaited(client, move))
 
 
 def _awaited(client: SyncPrefectClient, move: Move) -> Iterator[str]:
