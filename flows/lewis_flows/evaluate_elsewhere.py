@@ -28,8 +28,7 @@ from lewis_tasks.evaluate import take_scores
 logger = logging.getLogger(__name__)
 DEPLOYMENT = f"{prefect_runs.EVALUATE}/evaluate"
 POLL = 2.0  # seconds
-ATTEMPTS = 3
-"""How many runs one merge starts for a task, if each before the last has died with its worker."""
+ATTEMPTS = 3  # how many runs one merge starts for a task, if each before the last has died with its worker
 
 
 def queue_for(recipe: Path) -> str:

@@ -19,25 +19,14 @@ from lewis_flows import recipes_folder
 from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
 
-MERGE, SEARCH, EVALUATE = "merge", "search", "evaluate"
-SERVE, VERIFY, RETENTION = "serve", "verify", "retention"
-"""Names of our flows, as their decorators give them to Prefect."""
+# Names of our flows, as their decorators give them to Prefect.
+ALL = MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION = "merge", "search", "evaluate", "serve", "verify", "retention"
+OF_RECIPES = (MERGE, SEARCH, EVALUATE, SERVE)  # those whose runs are of one recipe
+UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")  # state types of a run that is about to begin, or goes on
 
-ALL = (MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION)
-"""All of them."""
-
-OF_RECIPES = (MERGE, SEARCH, EVALUATE, SERVE)
-"""Those whose runs are of one recipe."""
-
-UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
-"""State types of a run that has begun, or is about to, and has not ended."""
-
-ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-"""State types of a run that has ended."""
-
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")  # state types of a run that has ended
 NEWEST = FlowRunSort.END_TIME_DESC  # the last to end first
-SKIPPED = "Skipped"
-"""The state of a run that ended before it began, since another one merges what it would."""
+SKIPPED = "Skipped"  # the state of a run that ended before it began, since another one merges what it would
 
 
 def of_flows(

@@ -20,18 +20,13 @@ from lewis.reports.run_report import short
 from lewis_tasks.support import events
 
 EVENT = "lewis.expert.released"
-
-SETTLE = timedelta(seconds=7)
-"""How long after a release its merge begins."""
+SETTLE = timedelta(seconds=7)  # how long after a release its merge begins
 
 BURST, REST, LONGEST = timedelta(minutes=1), timedelta(seconds=12), timedelta(minutes=2)
 """Several releases within `BURST` are merged once there was none for `REST`, or after `LONGEST`."""
 
-STUCK = "lewis.release.stuck"
-"""A release whose merge has failed three times."""
-
-UNWATCHED = "lewis.watch.problems"
-"""Some recipes cannot be watched."""
+STUCK = "lewis.release.stuck"  # a release whose merge has failed three times
+UNWATCHED = "lewis.watch.problems"  # some recipes cannot be watched
 
 
 def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str:

@@ -22,10 +22,8 @@ from lewis_tasks.support.assets import artifact_prefix, asset, page_of
 from lewis_tasks.support.failures import result_of
 
 R = TypeVar("R")
-Futures = dict[str, PrefectFuture[Any]]
-"""Name of a node, or of a task by hand -> its future."""
-Scores = dict[str, list[PrefectFuture[Any]]]
-"""Label of a model -> futures of its scores, one for each task."""
+Futures = dict[str, PrefectFuture[Any]]  # name of a node, or of a task by hand -> its future
+Scores = dict[str, list[PrefectFuture[Any]]]  # label of a model -> futures of its scores, one for each task
 
 # A flow that waits for what a task needs, and passes it quoted, draws no edge in Prefect's UI. So the graph of a
 # run has only the edges of `Graph.edges`, and reads from left to right. And no task is submitted before all that it

@@ -33,10 +33,7 @@ _BRANCH = "refs/heads/main"
 _KNOWN = timedelta(days=7)  # for which Prefect keeps events
 _REMEMBERED = 4096  # repos, to recognise a release that is delivered again
 _TIMEOUT = 4.0
-
-Answer = tuple[int, dict[str, Any]]
-"""HTTP status, and the body as JSON data."""
-
+Answer = tuple[int, dict[str, Any]]  # HTTP status, and the body as JSON data
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 

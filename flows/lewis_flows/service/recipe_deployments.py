@@ -42,10 +42,7 @@ from lewis_tasks.support.flow_run import EDITED, pages
 from lewis_tasks.support.moves import PROMOTED, serves
 
 logger = logging.getLogger(__name__)
-
-TAG = "lewis"
-"""Of all our deployments and runs."""
-
+TAG = "lewis"  # of all our deployments and runs
 _CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its recipe cannot run
 _OF_OURS = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
 _OURS = (TAG, _CANNOT_RUN, "recipe:", "team:")  # tags, or how they begin

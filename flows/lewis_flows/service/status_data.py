@@ -133,12 +133,8 @@ A part of the service is down; something could not be found out; a recipe is bro
 a champion is behind, and nothing is done about it; a version waits for a person's approval.
 """
 
-GRACE = timedelta(hours=1)
-"""For so long a champion may be behind before that is a problem."""
-
-
-FAILURES = ("Failed", "Crashed", "TimedOut", "Unpublished")
-"""Names of the states of a run that failed."""
+GRACE = timedelta(hours=1)  # for so long a champion may be behind before that is a problem
+FAILURES = ("Failed", "Crashed", "TimedOut", "Unpublished")  # names of the states of a run that failed
 
 
 class Problem(BaseModel):

@@ -21,9 +21,7 @@ from lewis_flows.service import credentials, databases, note, worker
 from lewis_flows.service.processes import Process, usable_port
 from lewis_flows.service.servers import mlflow_process, prefect_port, prefect_process
 
-Say = Callable[[str, str], None]
-"""Called with the name of a part and a line of its output."""
-
+Say = Callable[[str, str], None]  # called with the name of a part and a line of its output
 _NOISE = (
     *(" ___ ___ ", "| _ \\ _ \\", "|  _/ ", "|_| |_|_"),  # Prefect's name in letters
     "already in terminal state",  # if a run ends while its heartbeat is on the way

@@ -45,8 +45,7 @@ _WHY = {
     "approval": "because its version was approved",
     "hand": "by hand",
 }
-later = ""
-"""If the Prefect server ends with the run: the URL of the server that will show the run, that of `lewis up`."""
+later = ""  # if the Prefect server ends with the run: the URL of the server that will show the run, that of `lewis up`
 
 
 class RejectedRun(Exception):

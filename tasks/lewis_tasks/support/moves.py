@@ -24,13 +24,8 @@ from lewis_tasks.support.flow_run import pages
 from lewis_tasks.support.patience import impatient
 
 logger = logging.getLogger(__name__)
-
-PROMOTED = "lewis.model.promoted"
-"""The event that automations can react to, to notify or deploy."""
-
-NOTIFIES = "lewis-notify-promotion"
-"""The automation that does so, if the user wants it."""
-
+PROMOTED = "lewis.model.promoted"  # the event that automations can react to, to notify or deploy
+NOTIFIES = "lewis-notify-promotion"  # the automation that does so, if the user wants it
 _ENDED = ["prefect.automation.action.executed", "prefect.automation.action.failed"]
 _GIVEN_UP = timedelta(days=7)  # as long as Prefect keeps events
 _PAUSE = 0.5  # seconds between two looks
