@@ -23,7 +23,6 @@ from lewis_tasks.support import flow_run as run_tags
 ALL = MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION = "merge", "search", "evaluate", "serve", "verify", "retention"
 OF_RECIPES = (MERGE, SEARCH, EVALUATE, SERVE)  # those whose runs are of one recipe
 UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")  # state types of a run that is about to begin, or goes on
-
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")  # state types of a run that has ended
 NEWEST = FlowRunSort.END_TIME_DESC  # the last to end first
 SKIPPED = "Skipped"  # the state of a run that ended before it began, since another one merges what it would
