@@ -119,7 +119,13 @@ def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Wal
         if isinstance(found, MergedModel) and on_base:
             found = found.model_copy(update={"base": walk.futures[of_base].result().folder})
         if found is None or found.key != models[label]:
-            raise _missing(label, models[label])
+            key = short(models[label])
+            if label in ("champion", "mark"):
+                raise LewisError(f"{label}: expected {key}, but it is another one by now, or its files are gone")
+            raise LewisError(
+                f"{label}: this worker does not have the model {key}; the workers must share the disk of the store "
+                f"({store.home()}), or LEWIS_STORE must be the same on all of them, and LEWIS_STORE_MERGED=1"
+            )
         results[name] = found
     return walk, results
 
@@ -133,12 +139,3 @@ def _found(source: str, key: str, begun: Futures) -> ModelFiles | MergedModel | 
         files: ModelFiles = begun[source].result()
         return files
     return find_merged(key) if _DIGEST.fullmatch(key) else None  # so that a parameter cannot name any path
-
-
-def _missing(label: str, key: str) -> LewisError:
-    if label in ("champion", "mark"):
-        return LewisError(f"{label}: expected {short(key)}, but it is another one by now, or its files are gone")
-    return LewisError(
-        f"{label}: this worker does not have the model {short(key)}; the workers must share the disk of the store "
-        f"({store.home()}), or LEWIS_STORE must be the same on all of them, and LEWIS_STORE_MERGED=1"
-    )

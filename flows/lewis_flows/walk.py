@@ -60,24 +60,20 @@ class Walk:
             LewisError: what the first failed task raised that a node needs; or `diagnose`, which says what is wrong
                 with a model that others stumble over.
         """
-        try:
-            self._go(nodes, results, note)
-        except LewisError:
-            finish(*self.of(DIAGNOSE))
-            raise
-
-    def _go(self, nodes: Iterable[Node], results: Mapping[str, Any] | None, note: str) -> None:
         found = dict(results or {})
-        for node in nodes:
-            if self.wants(node, found):
+        try:
+            for node in nodes:
+                if not self.wants(node, found):
+                    continue
                 if node.name in self.futures:  # from an earlier walk with other results
                     self._before.append((node, self.futures[node.name]))
                 after = [self.futures[name] for name in self.graph.edges(node.name) if name in self.futures]
                 finish(*after)
-                given = quote(node.given(found))
-                self.futures[node.name] = submit(
-                    task_of(node, self._asset), given, node.label + note, self._prefix, wait_for=after
-                )
+                given = quote(node.given(found)), node.label + note, self._prefix
+                self.futures[node.name] = submit(task_of(node, self._asset), *given, wait_for=after)
+        except LewisError:
+            finish(*self.of(DIAGNOSE))
+            raise
 
     def _asset(self, kind: str, name: str) -> Asset:
         """An asset with the team that it belongs to, and its page on the Hub or in MLflow."""

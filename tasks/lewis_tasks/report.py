@@ -154,9 +154,10 @@ def report_run(
         adapter=merged.adapter.to_text() if merged.adapter else "",
     )
     page = kinds.REPORTS.path(f"{recipe.name}_{run.id}")
+    sizes = _sizes(sizes_by_tensor, recipe, base, experts)
     about = PageFacts(
         {each.ref: "expert" for each in experts} | ({base.ref: "base"} if base else {}),
-        _sizes(sizes_by_tensor, recipe, base, experts),
+        sizes,
         {ref: dict(each.densities) for ref, each in allocated.experts().items()} if allocated else {},
         flow_run.step_times(run),
         intervals(models) if models else {},
