@@ -124,31 +124,24 @@ def _run(queue: str, parameters: Sequence[dict[str, Any]]) -> None:
             for number, each in enumerate(parameters):
                 for attempt in range(ATTEMPTS):
                     runs[number] = run = _wait(client, runs[number], queue)
-                    assert run.state is not None
-                    if not run.state.is_crashed() or attempt == ATTEMPTS - 1:
+                    state = run.state
+                    if not (state and state.is_crashed()) or attempt == ATTEMPTS - 1:
                         break
-                    logger.warning(
-                        "the run %s in the %s died; starting it again: %s", run.name, place, run.state.message
-                    )
+                    logger.warning("the run %s in the %s died; starting it again: %s", run.name, place, state.message)
                     runs[number] = _start(client, queue, each)
-                _check_ended_well(run, place)
+                assert state is not None
+                if not state.is_completed():
+                    died = "was cancelled" if state.is_cancelled() else f"died {ATTEMPTS} times"
+                    raise LewisError(
+                        f"evaluate: the run {run.name} in the {place} {'failed' if state.is_failed() else died}: "
+                        f"{state.message or state.name}; what was scored is kept, run the merge again to go on"
+                    )
         except BaseException:  # also the exception of a cancelled run
             for run in runs:
                 if not (run.state and run.state.is_final()):
                     with suppress(Exception):
                         client.set_flow_run_state(run.id, Cancelling(message="The merge that waited for it has ended."))
             raise
-
-
-def _check_ended_well(run: FlowRun, place: str) -> None:
-    state = run.state
-    assert state is not None
-    if not state.is_completed():
-        how = "failed" if state.is_failed() else "was cancelled" if state.is_cancelled() else f"died {ATTEMPTS} times"
-        raise LewisError(
-            f"evaluate: the run {run.name} in the {place} {how}: "
-            f"{state.message or state.name}; what was scored is kept, run the merge again to go on"
-        )
 
 
 def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) -> FlowRun:

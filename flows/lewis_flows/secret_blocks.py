@@ -13,6 +13,7 @@ in no parameter, log, state or command line.
 """
 
 import os
+import re
 from collections.abc import Mapping
 
 from prefect.client.orchestration import get_client
@@ -35,7 +36,7 @@ def load_for_run(recipe: str | None) -> None:
         recipe: its name. A token that was made for this recipe is used in place of `HF_TOKEN`. None for a run that
             looks at all recipes.
     """
-    own = f"{HUB_TOKEN}-{_slug(recipe)}" if recipe else ""
+    own = f"{HUB_TOKEN}-{re.sub('[^a-z0-9]', '-', recipe.lower())}" if recipe else ""  # as names of blocks may be
     found = _load(_OF_RUNS, own)
     if own in found:
         os.environ["HF_TOKEN"] = found[own]
@@ -67,8 +68,3 @@ def _read(names: list[str]) -> dict[str, str]:
         answer = client.request("POST", "/block_documents/filter", json={**wanted, "include_secrets": True})
     found = {str(each["name"]): each["data"].get("value") for each in answer.json()}
     return {name: value.strip() for name, value in found.items() if isinstance(value, str) and value.strip()}
-
-
-def _slug(recipe: str) -> str:
-    """A recipe's name as part of a block's, which has only small letters, digits and dashes."""
-    return "".join(each if each.isascii() and each.isalnum() else "-" for each in recipe.lower())

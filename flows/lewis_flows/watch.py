@@ -218,7 +218,10 @@ def _is_news(recipe: str, move: Moved) -> bool:
         if prefect_runs.is_paused(client, recipe):
             return False
         now = events.now(client)  # the server says when runs ended
-        times = _announcements(client, recipe, move, now)
+        found = release_event.announced(client, now - REMEMBER, recipe, move.repo)
+        commits = {move.new, *commits_of(move.new)}  # of `base+adapter`, a webhook knows only the part that moved
+        found = [each for each in found if each.payload.get("ref") == move.ref and each.payload.get("new") in commits]
+        times = [each.occurred for each in found]
         if not times:
             return True
         _report_if_stuck(client, recipe, move, min(times))
@@ -258,13 +261,6 @@ def _report_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since:
     if len(failed) >= STUCK_AFTER:
         why = (failed[0].state.message if failed[0].state else None) or "it says not why"
         release_event.announce_stuck(recipe, move.ref, move.repo, move.new, why.partition("\n")[0])
-
-
-def _announcements(client: SyncPrefectClient, recipe: str, move: Moved, now: datetime) -> list[datetime]:
-    """When a release was announced."""
-    found = release_event.announced(client, now - REMEMBER, recipe, move.repo)
-    commits = {move.new, *commits_of(move.new)}  # of `base+adapter`, a webhook knows only the part that moved
-    return [e.occurred for e in found if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
 
 
 def _runs(client: SyncPrefectClient, recipe: str, states: tuple[str, ...], **limits: Any) -> list[FlowRun]:
