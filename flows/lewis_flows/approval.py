@@ -48,7 +48,6 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     """Suspend the run until a person has answered, and do what the answer says. In a resumed run, return immediately.
 
     Args:
-        run: this one.
         version: `models:/<name>/<number>`, which waits.
         verdict: for the person, Markdown.
 

@@ -38,9 +38,7 @@ def of_flows(
     """The runs of some flows in some states; the server gives 200 at most.
 
     Args:
-        client: of the server to ask.
-        flows: names of the flows.
-        states: types of the states; empty: all.
+        flows, states: names of the flows, types of the states; no states: all.
         sort: which come first; by default the server's order.
         limits: further filters of `FlowRunFilter`, such as `end_time={"after_": ...}`; `state` is one of the states.
 

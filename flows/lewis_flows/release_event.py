@@ -83,10 +83,7 @@ def announced(client: SyncPrefectClient, since: datetime, recipe: str = "", repo
     """The events of releases since a time, newest first.
 
     Args:
-        client: of the server to ask.
-        since: the time.
-        recipe: its name; by default, events of all recipes.
-        repo: as of `announce`; by default, events of all repos.
+        recipe, repo: as of `announce`; by default, events of all recipes and repos.
 
     Raises:
         httpx.HTTPError: if the server does not answer, or refuses.

@@ -39,11 +39,7 @@ class Walk:
     """
 
     def __init__(self, plan: Recipe, begun: Futures) -> None:
-        """
-        Args:
-            plan: the recipe.
-            begun: as `pin` gives it.
-        """
+        """Begin the walk of a recipe; `begun` is what `pin` gives for it."""
         self.graph, self.futures, self._prefix = graph(plan), dict(begun), artifact_prefix(plan)
         self._before = list[tuple[Node, PrefectFuture[Any]]]()
         self._registered, self._evaluations = plan.register_as, evaluations(plan)
@@ -52,7 +48,6 @@ class Walk:
         """Submit the tasks of nodes in order, each once the results that it needs are there.
 
         Args:
-            nodes: of the graph.
             results: what is taken for the result of a name, instead of what its task returned.
             note: ends the names of the tasks.
 
@@ -118,7 +113,6 @@ def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None], keys: Mapping
     """Resolve base and experts, and check from their headers that they fit together.
 
     Args:
-        plan: the recipe.
         checks: nothing is looked at before they have ended: if a task does not exist, the run fails early.
         keys: reference of each model -> the commits that it is pinned to; None: what it is now.
 
@@ -154,7 +148,6 @@ def submit(
     It is `Task.submit`, whose own types allow only an argument's value.
 
     Args:
-        task: what to start.
         arguments: for each argument its value, a future of it, or the value quoted; Prefect searches a value for
             results of other tasks, but not a quoted one.
         wait_for: what must have ended before.

@@ -49,13 +49,7 @@ def _load(options: argparse.Namespace) -> "Recipe":
 
 
 def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> "MergeReport":
-    """Run the flow `merge`, print its report and return it.
-
-    Args:
-        recipe: path of the YAML file.
-        overrides: `key.path=value` each.
-        as_json: print JSON instead of text.
-    """
+    """Run the flow `merge` on the path of a recipe, print its report, as text or JSON, and return it."""
     report: MergeReport = _run_flow("merge", recipe, list(overrides), as_json=as_json)
     if as_json:
         print(report.model_dump_json(indent=2))

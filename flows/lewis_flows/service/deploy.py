@@ -162,11 +162,7 @@ class Follower:
     """Keeps the deployments of the recipes equal to the folder; threads may share it."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        """Deploy nothing yet.
-
-        Args:
-            say: called with what is done.
-        """
+        """Deploy nothing yet; `say` will be called with what is done."""
         self._say, self._folder, self._problem, self._lock = say, Folder(), "", threading.Lock()
         self._known: list[RecipeFile] | None = None  # before the first deploy
         self._stays = False  # a deployment that no recipe asks for, and a run of it goes on

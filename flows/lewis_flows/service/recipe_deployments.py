@@ -221,14 +221,10 @@ def paused(client: SyncPrefectClient) -> set[str]:
 
 
 def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bool:
-    """Remove the deployments that no recipe of the folder asks for.
+    """Remove the deployments that none of `files`, all recipes of the folder, asks for.
 
     One with a run that goes on stays: with the deployment goes the limit that the run holds a slot of, and a server
     that cannot free the slot answers each state that would end the run with an error.
-
-    Args:
-        client: of the server.
-        files: all recipes of the folder.
 
     Returns:
         Whether one stays for that reason, to be removed by a later call.

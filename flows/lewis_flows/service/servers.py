@@ -133,9 +133,7 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
     """An MLflow server on loopback, not started yet, and its URL; with a password unless `LEWIS_MLFLOW_AUTH` is 0.
 
     Args:
-        port: where it listens.
-        database: URL of its database, as MLflow's `MLFLOW_BACKEND_STORE_URI`.
-        echo: as for `Process`.
+        database: its URL, as MLflow's `MLFLOW_BACKEND_STORE_URI`.
     """
     url = f"http://127.0.0.1:{port}"
     command = ["-m", mlflow_app.__name__, mlflow_app.PREPARE, "--host", "127.0.0.1", "--port", str(port)]

@@ -200,11 +200,7 @@ def _poll(follower: Follower) -> None:
 
 
 def serve(host: str, port: int, secret: str) -> None:
-    """Run the receiver until it gets the signal to stop.
-
-    Args:
-        host, port: where to listen.
-        secret: as for `create_app`.
+    """Run the receiver until it gets the signal to stop; `secret` is as for `create_app`.
 
     Raises:
         InputError: if the port is taken.
@@ -237,13 +233,7 @@ class Loop:
     """Does something again and again in a thread, until it is stopped."""
 
     def __init__(self, name: str, do: Callable[[], object], pause: float) -> None:
-        """Begin.
-
-        Args:
-            name: of the thread, for logs.
-            do: what is done; if it raises, that is logged, and it is done again.
-            pause: seconds; 0: it is never done.
-        """
+        """Call `do` in a thread of this name, again and again, with pauses of seconds, 0: never; log errors."""
         self._do, self._pause, self._over = do, pause, threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()

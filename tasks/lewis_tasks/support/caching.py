@@ -123,11 +123,7 @@ class Progress:
     """A `lewis.progress.Report` of a long task: an artifact in the UI and a line in the log, every two seconds."""
 
     def __init__(self, key: str, about: str) -> None:
-        """
-        Args:
-            key: prefix of the artifact's key: recipe and step.
-            about: name of the task's run.
-        """
+        """Show the progress of the task run `about`; `key` is the prefix of the artifact's key: recipe and step."""
         self._key, self._about, self._last = f"{key}-progress", about, time.monotonic()
         self._artifact: UUID | None = None
 

@@ -119,7 +119,6 @@ def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:
     The name is only for people: a failure is logged, not raised.
 
     Args:
-        recipe: of the run.
         keys: reference of each model -> its commits.
     """
     labels = {RECIPE: store.digest(recipe.text)} | {f"{MODEL}{ref}": key for ref, key in keys.items()}
