@@ -53,18 +53,14 @@ def load_for_receiver() -> None:
 
 
 def _load(variables: Mapping[str, str], *further: str) -> dict[str, str]:
-    """Set variables that the environment lacks; gives the secrets of these blocks and of `further` ones."""
-    found = _read([*variables, *further])
+    """Set variables that the environment lacks; gives the secrets of these blocks, and `further`, that exist."""
+    named, kind = {"name": {"any_": [*variables, *further]}}, {"slug": {"any_": ["secret"]}}
+    wanted = {"block_documents": named, "block_types": kind, "include_secrets": True}
+    with get_client(sync_client=True) as client:
+        answer = client.request("POST", "/block_documents/filter", json=wanted)
+    given = {str(each["name"]): each["data"].get("value") for each in answer.json()}
+    found = {name: value.strip() for name, value in given.items() if isinstance(value, str) and value.strip()}
     for block, name in variables.items():
         if block in found and not os.environ.get(name):
             os.environ[name] = found[block]
     return found
-
-
-def _read(names: list[str]) -> dict[str, str]:
-    """Name -> secret, of the blocks that exist; one request."""
-    wanted = {"block_documents": {"name": {"any_": names}}, "block_types": {"slug": {"any_": ["secret"]}}}
-    with get_client(sync_client=True) as client:
-        answer = client.request("POST", "/block_documents/filter", json={**wanted, "include_secrets": True})
-    found = {str(each["name"]): each["data"].get("value") for each in answer.json()}
-    return {name: value.strip() for name, value in found.items() if isinstance(value, str) and value.strip()}
