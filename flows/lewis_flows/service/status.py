@@ -183,7 +183,9 @@ LAST = 5  # runs of one recipe that are shown
 def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
     """Add the work pools and runs that the Prefect server at `api` knows, `only` of one recipe; as `connected`."""
     with connected(api), impatient(PATIENCE) as client:
-        for pool in _pools(client):
+        scoring = prefect_runs.deployment(client, f"{EVALUATE}/{EVALUATE}")
+        own = scoring.work_pool_name if scoring else None
+        for pool in dict.fromkeys([POOL, own or POOL]):  # evaluations may have one of their own
             found.parts += [_workers(client, pool), *_queues(client, pool)]
         found.running, found.scheduled = _running(client), _scheduled(client)
         names: list[str] = []
@@ -210,13 +212,6 @@ def _broken(client: SyncPrefectClient, names: Sequence[str]) -> dict[str, set[st
             with suppress(LewisError):  # a recipe that cannot be read: its own line says why
                 commits[name] = earlier_runs.still_broken(client, recipes_folder.load(name), found)
     return commits
-
-
-def _pools(client: SyncPrefectClient) -> list[str]:
-    """The work pool, and that of evaluations if it is another."""
-    scoring = prefect_runs.deployment(client, f"{EVALUATE}/{EVALUATE}")
-    pool = scoring.work_pool_name if scoring else None
-    return list(dict.fromkeys([POOL, pool or POOL]))
 
 
 def _workers(client: SyncPrefectClient, pool: str) -> Part:
