@@ -17,9 +17,9 @@ from lewis.evaluation import work_queue
 from lewis.registry import tracking
 from lewis.serving import slots
 from lewis.store.secrets import PREFECT_KEY
-from lewis_flows.service import credentials, databases, note, worker
+from lewis_flows.service import credentials, note, worker
 from lewis_flows.service.processes import Process, usable_port
-from lewis_flows.service.servers import mlflow_process, prefect_port, prefect_process
+from lewis_flows.service.servers import mlflow_database, mlflow_process, prefect_database, prefect_port, prefect_process
 
 Say = Callable[[str, str], None]  # called with the name of a part and a line of its output
 _NOISE = (
@@ -78,7 +78,7 @@ def up(
             part.wait()
         if serve is not None:
             add(_champion(urls, say))
-        places = {"prefect": databases.prefect(), "mlflow": databases.mlflow()}
+        places = {"prefect": prefect_database(), "mlflow": mlflow_database()}
         ours = [part.name for part in parts if part.name in places]
         known = urls | {note.database_of(part): str(places[part]) for part in ours}
         if "mlflow" in ours and settings.MLFLOW_AUTH.get():
