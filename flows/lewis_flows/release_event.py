@@ -126,18 +126,8 @@ def announce_problems(problems: Mapping[str, str]) -> None:
 
 def _send(kind: str, id_: str, recipe: str, repo: str, about: Mapping[str, object]) -> None:
     """Send an event `kind` about a recipe and a repo; `about` is the rest of its payload."""
-    events.post(
-        {
-            "id": id_,
-            "event": kind,
-            "resource": {
-                "prefect.resource.id": resource_id(repo),
-                "prefect.resource.name": repo,
-                "lewis.recipe": recipe,
-            },
-            "payload": {"recipe": recipe, "repo": repo, **about},
-        }
-    )
+    resource = {"id": resource_id(repo), "name": repo, "lewis.recipe": recipe}
+    events.post(kind, resource, {"recipe": recipe, "repo": repo, **about}, id_=id_)
 
 
 def resource_id(repo: str) -> str:

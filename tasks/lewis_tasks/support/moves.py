@@ -48,7 +48,7 @@ def report(patience: float = 0) -> None:
         # First look, then send: what an earlier process sent is known by now, or lost.
         _forget_known()
         for move in _happened():
-            events.post(_event(move))
+            _send(move)
         while _happened() and time.monotonic() < deadline:
             time.sleep(_PAUSE)
             _forget_known()
@@ -95,23 +95,18 @@ def _found(client: SyncPrefectClient, **wanted: Any) -> bool:
     return bool(client.read_events(EventFilter.model_validate(wanted), limit=1).events)
 
 
-def _event(move: Move) -> dict[str, Any]:
-    run, before = move.about.get("flow_run"), f"in place of {move.previous}" if move.previous else "the first one"
-    role = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
-    return {
-        "id": move.id,
-        "event": PROMOTED,
-        "resource": {"prefect.resource.id": f"lewis.model.{move.name}", "prefect.resource.name": move.name},
-        "related": [role] if run else [],
-        "payload": {
-            "recipe": move.about.get("recipe", ""),
-            "version": move.version,
-            "uri": move.uri,
-            "url": versions.page(move.name, move.version),
-            "digest": move.about.get("digest", ""),
-            "previous": move.previous,
-            "reasons": list(move.reasons),
-            "moved": move.time,
-            "message": f"{move.uri} is the champion now, {before}: {'; '.join(move.reasons)}",
-        },
+def _send(move: Move) -> None:
+    before = f"in place of {move.previous}" if move.previous else "the first one"
+    payload = {
+        "recipe": move.about.get("recipe", ""),
+        "version": move.version,
+        "uri": move.uri,
+        "url": versions.page(move.name, move.version),
+        "digest": move.about.get("digest", ""),
+        "previous": move.previous,
+        "reasons": list(move.reasons),
+        "moved": move.time,
+        "message": f"{move.uri} is the champion now, {before}: {'; '.join(move.reasons)}",
     }
+    resource = {"id": f"lewis.model.{move.name}", "name": move.name}
+    events.post(PROMOTED, resource, payload, run=move.about.get("flow_run"), id_=move.id)
