@@ -6,18 +6,18 @@ for. What an operator changed stays: a pause, the schedule, the work queue, the 
 """
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from itertools import takewhile
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
-from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowRunFilter
-from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, FlowRun
+from prefect.client.schemas.filters import DeploymentFilter, FlowFilter
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
@@ -247,27 +247,21 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
 def remove(client: SyncPrefectClient, name: str) -> bool:
     """Remove a deployment `flow/name` with its automation, if there is one; False if a run of it goes on."""
     if found := prefect_runs.deployment(client, name):
-        if _runs(client, found, _HOLDING):
+        runs = partial(prefect_runs.of_flows, client, prefect_runs.ALL, deployment_id={"any_": [found.id]})
+        if runs(_HOLDING):
             return False
         # The server deletes what is scheduled with the deployment. It would delete a run that a worker begins right
         # now, and then log errors for each event of it; one that is cancelled stays, and does not begin.
-        for run in _runs(client, found, ["SCHEDULED"], expected_start_time={"before_": events.now(client) + _SOON}):
+        for run in runs(["SCHEDULED"], expected_start_time={"before_": events.now(client) + _SOON}):
             with suppress(ObjectNotFound):
                 client.set_flow_run_state(run.id, Cancelled(message="no recipe asks for its deployment any more"))
-        if _runs(client, found, _HOLDING):
+        if runs(_HOLDING):
             return False
         client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
         approval.lapse(client, found.id, "no recipe asks for its deployment any more; `lewis approve` takes an answer")
         with suppress(ObjectNotFound):  # another process was quicker
             client.delete_deployment(found.id)
     return True
-
-
-def _runs(
-    client: SyncPrefectClient, deployment: DeploymentResponse, states: Sequence[str], **limits: Any
-) -> list[FlowRun]:
-    wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": [*states]}}, **limits}
-    return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
 
 
 def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> dict[str, Any]:
