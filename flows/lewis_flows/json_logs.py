@@ -75,8 +75,3 @@ def line_of(record: logging.LogRecord) -> str:
     if record.exc_info and record.exc_info[0]:
         told["error"] = record.exc_text or logging.Formatter().formatException(record.exc_info)
     return json.dumps({key: redacted(text) for key, text in told.items()}, ensure_ascii=False)
-
-
-def error_line(text: str) -> str:
-    """What a command says when it ends with an error, as such an object."""
-    return line_of(logging.LogRecord("lewis", logging.ERROR, "", 0, text, (), None))

@@ -29,7 +29,8 @@ class Terminal(logging.Handler):
 
 def say_error(text: str, *, as_json: bool = False) -> None:
     """Print on stderr why a command ends."""
-    print(json_logs.error_line(text) if as_json else f"lewis: {visible(text)}", file=sys.stderr)
+    record = logging.LogRecord("lewis", logging.ERROR, "", 0, text, (), None)
+    print(json_logs.line_of(record) if as_json else f"lewis: {visible(text)}", file=sys.stderr)
 
 
 class Visible(io.TextIOWrapper):
