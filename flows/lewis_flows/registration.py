@@ -99,7 +99,11 @@ class Ended:
 
 
 def register_merge(
-    plan: Recipe, walk: Walk, report: MergeReport, champion: PrefectFuture[Any] | None, judged: Judged
+    plan: Recipe,
+    walk: Walk,
+    report: MergeReport,
+    champion: PrefectFuture[Any] | None,
+    judged: Judged,
 ) -> Ended:
     """Judge, register, promote, score what was scored early on all documents, and publish; write it into the report."""
     scores, documents, merged = judged.scores, judged.documents, walk.futures["merge experts"]

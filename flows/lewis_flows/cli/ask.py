@@ -52,7 +52,9 @@ def _of_file(path: Path, columns: list[str], count: int, found: Topic) -> Topic:
         return replace(own, prompt="", answer=_template("text", f"{{{prompt}}}", columns))
     answer = answer or next(name for name in reversed(columns) if name != prompt)
     return replace(
-        own, prompt=_template("prompt", f"{{{prompt}}}", columns), answer=_template("answer", f"{{{answer}}}", columns)
+        own,
+        prompt=_template("prompt", f"{{{prompt}}}", columns),
+        answer=_template("answer", f"{{{answer}}}", columns),
     )
 
 

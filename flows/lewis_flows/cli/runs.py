@@ -33,7 +33,10 @@ OPEN = (
     flag("--no-browser", "print the pages and open none"),
 )
 _PAGE = "a recipe, whose last run it is; id or name of a run; or a version, such as my-merge/3"
-REPORT = (option("what", metavar="NAME", help=_PAGE, offer=completion.recipes), flag("--open", "open it in a browser"))
+REPORT = (
+    option("what", metavar="NAME", help=_PAGE, offer=completion.recipes),
+    flag("--open", "open it in a browser"),
+)
 _WHAT = "name of a recipe, or name or id of a run"
 CANCEL = option("what", metavar="RECIPE|RUN", help=_WHAT, offer=completion.recipes)
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")

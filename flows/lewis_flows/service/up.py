@@ -32,7 +32,10 @@ _RESTARTS = 5  # in a row, each within a minute of its start: then `lewis up` gi
 
 
 def up(
-    say: Say, ready: Callable[[dict[str, str]], None], prefect_file: Path | None = None, serve: str | None = None
+    say: Say,
+    ready: Callable[[dict[str, str]], None],
+    prefect_file: Path | None = None,
+    serve: str | None = None,
 ) -> None:
     """Run servers, deployments, a worker and the receiver until Ctrl-C; a part that dies is started again.
 

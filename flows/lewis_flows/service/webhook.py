@@ -213,7 +213,12 @@ def serve(host: str, port: int, secret: str) -> None:
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port}: {error.strerror}; set LEWIS_WEBHOOK_PORT") from error
     config = uvicorn.Config(
-        app, http=_impatient(), log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5
+        app,
+        http=_impatient(),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
     )
     follower = Follower(logger.info)
     loops = [
