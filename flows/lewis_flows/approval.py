@@ -48,7 +48,6 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     """Suspend the run until a person has answered, and do what the answer says. In a resumed run, return immediately.
 
     Args:
-        run: this one.
         version: `models:/<name>/<number>`, which waits.
         verdict: for the person, Markdown.
 
@@ -99,7 +98,6 @@ def resume(version: str, why: str, *, approve: bool) -> None:
 
 def lapse(client: SyncPrefectClient, deployment: UUID, why: str) -> None:
     """End the runs of a deployment that wait for an answer, which can be given no longer, or elsewhere."""
-    same = {"any_": [deployment]}
-    for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",), deployment_id=same):
+    for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",), deployment_id={"any_": [deployment]}):
         client.set_flow_run_state(run.id, Completed(name="Lapsed", message=why), force=True)
         run_tags.tag(run.id, verdict="lapsed")

@@ -25,7 +25,8 @@ from lewis.store import kinds, manifest, secrets
 from lewis.store.folders import leads_out
 from lewis.store.verification import problem_of_database
 from lewis_flows import recipes_folder
-from lewis_flows.service import databases, note
+from lewis_flows.service import note
+from lewis_flows.service.servers import mlflow_database, prefect_database
 
 _DATABASES = ("mlflow/*.db", "prefect/prefect.db")
 _FOLDERS = ("mlflow/artifacts", *(kind.name for kind in kinds.TABLE.values() if kind.backed_up))
@@ -62,7 +63,7 @@ def backup(folder: Path) -> Copied:
     folder = folder.absolute()
     if store.holds(folder):
         raise InputError(f"{folder}: expected a folder outside of the store, which is copied; choose another one")
-    places = {"mlflow": databases.mlflow(), "prefect": databases.prefect()}
+    places = {"mlflow": mlflow_database(), "prefect": prefect_database()}
     _check_as_served(places)
     about = {store.COPIED: str(store.home()), "made": datetime.now(UTC).isoformat()}
     try:
@@ -123,15 +124,7 @@ def restore(folder: Path) -> Copied:
 
 
 def _copy_databases(places: dict[str, Path | str], target: Path) -> set[Path]:
-    """Copy those of the store, and Prefect's; to be done first, as what a database names is written before it does so.
-
-    Args:
-        places: part -> the database that the environment gives it.
-        target: the copy's folder.
-
-    Returns:
-        those that were copied.
-    """
+    """Copy those of the store, and Prefect's, before the files that they name; gives those that were copied."""
     found = {path for pattern in _DATABASES for path in store.home().glob(pattern)}
     found |= {place for place in places.values() if isinstance(place, Path) and place.is_file()}
     copied = {path for path in found if store.holds(path) or path == places["prefect"]}
@@ -183,7 +176,7 @@ def _check_as_served(places: dict[str, Path | str]) -> None:
 
 def _prefect_folder() -> Path:
     """Where a copy's database of Prefect goes that was outside of the store."""
-    place = databases.prefect()
+    place = prefect_database()
     return place.parent if isinstance(place, Path) else store.home() / "prefect"
 
 

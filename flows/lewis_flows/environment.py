@@ -38,18 +38,14 @@ def prepare() -> None:
     """
     redact_logs()
     json_logs.prepare()
-    _reach_loopback()
+    # Our own servers listen on loopback: ask them directly where the environment names a proxy for all others.
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    proxied = any(name.lower() in ("http_proxy", "all_proxy") for name in os.environ)
+    if proxied and known != "*" and "127.0.0.1" not in known.split(","):
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (known, "127.0.0.1", "localhost")))
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if not os.environ.get("PREFECT_API_URL"):
         with suppress(OSError, InputError):  # the command that needs the store reports what is wrong with it
             store.make_folder(store.home())  # before Prefect makes it, open to others
         os.environ.setdefault("PREFECT_HOME", str(store.home() / "prefect"))
-
-
-def _reach_loopback() -> None:
-    """Ask our own servers, which listen on loopback, directly where the environment names a proxy for all others."""
-    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    proxied = any(name.lower() in ("http_proxy", "all_proxy") for name in os.environ)
-    if proxied and known != "*" and "127.0.0.1" not in known.split(","):
-        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (known, "127.0.0.1", "localhost")))

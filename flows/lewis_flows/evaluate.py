@@ -71,17 +71,14 @@ def evaluate_flow(
         raise InputError(f"{recipe}: expected a recipe with an `evaluate` block, which this one has not here")
     checked = submit(check_tasks, quote(plan))
     finish(checked)
-    if checked.result() != tasks:
+    names = evaluations(plan)
+    unknown = [label for label in models if label not in names]
+    if unknown or checked.result() != tasks:
+        more = f": expected a recipe that scores {unknown[0]!r}, which this one does not here" if unknown else ""
         raise InputError(
-            f"{recipe}: its evaluation is not the same on this worker as where the merge runs; if it was edited "
+            f"{recipe}: its evaluation is not the same on this worker as where the merge runs{more}; if it was edited "
             "meanwhile, run it again; else give both the same folder of recipes, the same version of lm-eval, and the "
             "same LEWIS_EVALUATION_SERVER"
-        )
-    names = evaluations(plan)
-    if unknown := [label for label in models if label not in names]:
-        raise InputError(
-            f"{recipe}: expected a recipe that scores {unknown[0]!r}, which this one does not here; if it was edited "
-            "meanwhile, run it again"
         )
     walk, results = _models(plan, models, base)
     listed = list(dict.fromkeys(plan.evaluate.tasks))  # in the order of where the merge runs
@@ -94,11 +91,7 @@ def evaluate_flow(
 
 
 def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Walk, dict[str, Any]]:
-    """Bring the models to this machine; gives the walk that scores them, and what its nodes are given.
-
-    Raises:
-        LewisError: naming a model that this machine has not.
-    """
+    """Bring the models to this machine, or raise LewisError; gives the walk that scores them and its nodes' results."""
     begun, of_base, names = Futures(), f"{DOWNLOAD.name} {plan.base_model}", short_refs(plan)
     pinned_base = None
     if plan.base_model and base:
@@ -126,7 +119,13 @@ def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Wal
         if isinstance(found, MergedModel) and on_base:
             found = found.model_copy(update={"base": walk.futures[of_base].result().folder})
         if found is None or found.key != models[label]:
-            raise _missing(label, models[label])
+            key = short(models[label])
+            if label in ("champion", "mark"):
+                raise LewisError(f"{label}: expected {key}, but it is another one by now, or its files are gone")
+            raise LewisError(
+                f"{label}: this worker does not have the model {key}; the workers must share the disk of the store "
+                f"({store.home()}), or LEWIS_STORE must be the same on all of them, and LEWIS_STORE_MERGED=1"
+            )
         results[name] = found
     return walk, results
 
@@ -140,12 +139,3 @@ def _found(source: str, key: str, begun: Futures) -> ModelFiles | MergedModel | 
         files: ModelFiles = begun[source].result()
         return files
     return find_merged(key) if _DIGEST.fullmatch(key) else None  # so that a parameter cannot name any path
-
-
-def _missing(label: str, key: str) -> LewisError:
-    if label in ("champion", "mark"):
-        return LewisError(f"{label}: expected {short(key)}, but it is another one by now, or its files are gone")
-    return LewisError(
-        f"{label}: this worker does not have the model {short(key)}; the workers must share the disk of the store "
-        f"({store.home()}), or LEWIS_STORE must be the same on all of them, and LEWIS_STORE_MERGED=1"
-    )

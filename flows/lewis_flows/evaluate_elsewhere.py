@@ -28,8 +28,7 @@ from lewis_tasks.evaluate import take_scores
 logger = logging.getLogger(__name__)
 DEPLOYMENT = f"{prefect_runs.EVALUATE}/evaluate"
 POLL = 2.0  # seconds
-ATTEMPTS = 3
-"""How many runs one merge starts for a task, if each before the last has died with its worker."""
+ATTEMPTS = 3  # how many runs one merge starts for a task, if each before the last has died with its worker
 
 
 def queue_for(recipe: Path) -> str:
@@ -83,17 +82,9 @@ def score(
         base = walk.futures[f"{DOWNLOAD.name} {plan.base_model}"].result().key if plan.base_model else None
         common = {"recipe": name, "tasks": tasks, "base": base, "overrides": list(overrides), "look": found.get(LOOK)}
         merged = {MERGED: walk.futures["merge experts"].result().key}  # its digest may decide which documents are drawn
-        _run(
-            queue,
-            [
-                {
-                    **common,
-                    "models": {each.label: each.key for each in of_task.values()} | merged,
-                    "task": next(iter(of_task.values())).settings.tasks[0],
-                }
-                for of_task in missing
-            ],
-        )
+        models = [{each.label: each.key for each in of_task.values()} | merged for of_task in missing]
+        wanted = [next(iter(of_task.values())).settings.tasks[0] for of_task in missing]
+        _run(queue, [{**common, "models": of, "task": task} for of, task in zip(models, wanted, strict=True)])
     entries = _find(given)
     if entries is None:
         raise LewisError(
@@ -133,31 +124,24 @@ def _run(queue: str, parameters: Sequence[dict[str, Any]]) -> None:
             for number, each in enumerate(parameters):
                 for attempt in range(ATTEMPTS):
                     runs[number] = run = _wait(client, runs[number], queue)
-                    assert run.state is not None
-                    if not run.state.is_crashed() or attempt == ATTEMPTS - 1:
+                    state = run.state
+                    if not (state and state.is_crashed()) or attempt == ATTEMPTS - 1:
                         break
-                    logger.warning(
-                        "the run %s in the %s died; starting it again: %s", run.name, place, run.state.message
-                    )
+                    logger.warning("the run %s in the %s died; starting it again: %s", run.name, place, state.message)
                     runs[number] = _start(client, queue, each)
-                _check_ended_well(run, place)
+                assert state is not None
+                if not state.is_completed():
+                    died = "was cancelled" if state.is_cancelled() else f"died {ATTEMPTS} times"
+                    raise LewisError(
+                        f"evaluate: the run {run.name} in the {place} {'failed' if state.is_failed() else died}: "
+                        f"{state.message or state.name}; what was scored is kept, run the merge again to go on"
+                    )
         except BaseException:  # also the exception of a cancelled run
             for run in runs:
                 if not (run.state and run.state.is_final()):
                     with suppress(Exception):
                         client.set_flow_run_state(run.id, Cancelling(message="The merge that waited for it has ended."))
             raise
-
-
-def _check_ended_well(run: FlowRun, place: str) -> None:
-    state = run.state
-    assert state is not None
-    if not state.is_completed():
-        how = "failed" if state.is_failed() else "was cancelled" if state.is_cancelled() else f"died {ATTEMPTS} times"
-        raise LewisError(
-            f"evaluate: the run {run.name} in the {place} {how}: "
-            f"{state.message or state.name}; what was scored is kept, run the merge again to go on"
-        )
 
 
 def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) -> FlowRun:
@@ -168,13 +152,8 @@ def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) ->
                 f"evaluate: expected the deployment {DEPLOYMENT} in the work pool {work_queue.pool()}, but it is in "
                 f"{found}; run `lewis deploy` with the LEWIS_EVALUATE_POOL that the merges have"
             )
-        run = run_deployment(
-            DEPLOYMENT,
-            parameters=parameters,
-            flow_run_name=run_name(parameters["recipe"], parameters["task"]),
-            timeout=0,
-            work_queue_name=queue,
-        )
+        name = run_name(parameters["recipe"], parameters["task"])
+        run = run_deployment(DEPLOYMENT, parameters=parameters, flow_run_name=name, timeout=0, work_queue_name=queue)
     except ObjectNotFound as error:
         raise LewisError(
             f"evaluate: the Prefect server has no deployment {DEPLOYMENT}, which LEWIS_EVALUATE_QUEUE and "

@@ -61,11 +61,13 @@ class JsonLines(logging.StreamHandler[TextIO]):
 
 def line_of(record: logging.LogRecord) -> str:
     """A record as JSON, without a line break and without passwords."""
+    kind = {"prefect.flow_runs": "flow", "prefect.task_runs": "task"}.get(record.name)  # as in Prefect's text
+    of_run = f"{kind.capitalize()} run {getattr(record, f'{kind}_run_name', '')!r} - " if kind else ""
     told: dict[str, str] = {
         "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
         "level": record.levelname,
         "logger": record.name,
-        "line": _of_run(record) + record.getMessage(),
+        "line": of_run + record.getMessage(),
     }
     for key in ("flow_run", "task_run"):
         if given := str(getattr(record, f"{key}_id", "") or ""):
@@ -73,14 +75,3 @@ def line_of(record: logging.LogRecord) -> str:
     if record.exc_info and record.exc_info[0]:
         told["error"] = record.exc_text or logging.Formatter().formatException(record.exc_info)
     return json.dumps({key: redacted(text) for key, text in told.items()}, ensure_ascii=False)
-
-
-def error_line(text: str) -> str:
-    """What a command says when it ends with an error, as such an object."""
-    return line_of(logging.LogRecord("lewis", logging.ERROR, "", 0, text, (), None))
-
-
-def _of_run(record: logging.LogRecord) -> str:
-    """What Prefect's text format begins with."""
-    kind = {"prefect.flow_runs": "flow", "prefect.task_runs": "task"}.get(record.name)
-    return f"{kind.capitalize()} run {getattr(record, f'{kind}_run_name', '')!r} - " if kind else ""

@@ -1,6 +1,9 @@
 """The DAG: merge the models of a recipe, score the result, register it, and promote it if it is better."""
 
 import logging
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.utilities.annotations import quote
 
 from lewis import store
-from lewis.errors import LewisError
+from lewis.errors import InputError, LewisError
 from lewis.evaluation.statistics.scored import shown
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import AWAITS
@@ -23,7 +26,6 @@ from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_fold
 from lewis_flows.registration import Ended, MergeReport, register_merge, report_tables
 from lewis_flows.runners import choose
 from lewis_flows.scoring import Judged, score
-from lewis_flows.searched import SEARCHED
 from lewis_flows.service import recipes_page
 from lewis_flows.turn import HOOKS, absorb, turn
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, pin, submit
@@ -36,6 +38,41 @@ from lewis_tasks.support.failures import NotPublishedError, result_of, says_why
 from lewis_tasks.support.flow_run import tally
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search has tried its values on.
+
+    Attributes:
+        plan: the recipe, as it was read when the search began.
+        overrides: with which it was read.
+        keys: reference of each model -> the commits that the search has pinned.
+    """
+
+    plan: Recipe
+    overrides: list[str]
+    keys: Mapping[str, str]
+
+    def check(self, now: Recipe) -> None:
+        """Check that a recipe still says what it said; its comments may be others.
+
+        Args:
+            now: as its file is by now, read with `overrides`.
+
+        Raises:
+            InputError: naming the keys that have another value.
+        """
+        before, after = (each.model_dump(mode="json", by_alias=True) for each in (self.plan, now))
+        if changed := [key for key, value in after.items() if value != before[key]]:
+            raise InputError(
+                f"{now.name}: edited while its search worked: {', '.join(changed)}; the best values were found for "
+                "the recipe as it was, so nothing was merged or registered; run the search again"
+            )
+
+
+SEARCHED: ContextVar[Searched | None] = ContextVar("searched", default=None)
+"""Of the search that the running merge confirms; None: there is none."""
 
 
 def run_name() -> str:
@@ -70,10 +107,10 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
         if trigger == "release":
             release_event.settle(path.stem)
         absorb(run)
-        plan = load(path, overrides or [])
-        if searched := SEARCHED.get():
+        plan, searched = load(path, overrides or []), SEARCHED.get()
+        if searched:
             searched.check(load(path, searched.overrides))
-        report, changed, (name, line) = _merge(plan, path, overrides or [])
+        report, changed, (name, line) = _merge(plan, path, overrides or [], searched.keys if searched else None)
     if run.deployment_id:
         report.save(str(run.id))
     if name == AWAITS and run.deployment_id and report.version:
@@ -123,8 +160,10 @@ def _answered(run: FlowRun, version: str, path: Path, overrides: list[str]) -> S
     return state
 
 
-def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport, bool, tuple[str, str]]:
-    """The DAG; gives its report, whether anything is new, if only the verdict, and how it ended."""
+def _merge(
+    plan: Recipe, path: Path, overrides: list[str], keys: Mapping[str, str] | None
+) -> tuple[MergeReport, bool, tuple[str, str]]:
+    """The DAG; gives its report, whether anything is new, if only the verdict, and how it ended; `keys`: see `pin`."""
     run_tags.note_text(plan)
     # The recipe is quoted: else Prefect takes each name in it for the result of a task that returned the same name, and
     # draws edges between tasks that have nothing to do with each other.
@@ -132,8 +171,7 @@ def _merge(plan: Recipe, path: Path, overrides: list[str]) -> tuple[MergeReport,
     tasks = submit(check_tasks, quote(plan), not queue) if plan.evaluate else None
     champion = submit(find_champion, plan.register_as.model, bool(tasks)) if plan.register_as else None
     publishable = submit(check_publish, quote(plan)) if plan.publish else None
-    searched = SEARCHED.get()
-    walk = Walk(plan, pin(plan, [tasks, publishable], searched.keys if searched else None))
+    walk = Walk(plan, pin(plan, [tasks, publishable], keys))
     sources = [each.result() for name, each in walk.futures.items() if name != PREFLIGHT]
     run_tags.rename(plan, {source.ref: source.key for source in sources})
     walk.go(node for node in walk.graph if node.step is not EVALUATE)

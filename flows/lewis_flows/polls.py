@@ -10,9 +10,7 @@ from lewis import store
 from lewis.registry import releases
 from lewis.registry.releases import Held
 
-RETRY_AFTER = timedelta(hours=1)
-"""After a failed run, its release is announced again."""
-
+RETRY_AFTER = timedelta(hours=1)  # after a failed run, its release is announced again
 _KEPT = 50  # commits remembered per model: the oldest says since when it is behind, a champion may be of any later one
 
 

@@ -19,24 +19,13 @@ from lewis_flows import recipes_folder
 from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
 
-MERGE, SEARCH, EVALUATE = "merge", "search", "evaluate"
-SERVE, VERIFY, RETENTION = "serve", "verify", "retention"
-"""Names of our flows, as their decorators give them to Prefect."""
-
-ALL = (MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION)
-"""All of them."""
-
-OF_RECIPES = (MERGE, SEARCH, EVALUATE, SERVE)
-"""Those whose runs are of one recipe."""
-
-UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
-"""State types of a run that has begun, or is about to, and has not ended."""
-
-ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-"""State types of a run that has ended."""
-
-SKIPPED = "Skipped"
-"""The state of a run that ended before it began, since another one merges what it would."""
+# Names of our flows, as their decorators give them to Prefect.
+ALL = MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION = "merge", "search", "evaluate", "serve", "verify", "retention"
+OF_RECIPES = (MERGE, SEARCH, EVALUATE, SERVE)  # those whose runs are of one recipe
+UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")  # state types of a run that is about to begin, or goes on
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")  # state types of a run that has ended
+NEWEST = FlowRunSort.END_TIME_DESC  # the last to end first
+SKIPPED = "Skipped"  # the state of a run that ended before it began, since another one merges what it would
 
 
 def of_flows(
@@ -49,9 +38,7 @@ def of_flows(
     """The runs of some flows in some states; the server gives 200 at most.
 
     Args:
-        client: of the server to ask.
-        flows: names of the flows.
-        states: types of the states; empty: all.
+        flows, states: names of the flows, types of the states; no states: all.
         sort: which come first; by default the server's order.
         limits: further filters of `FlowRunFilter`, such as `end_time={"after_": ...}`; `state` is one of the states.
 
@@ -62,9 +49,9 @@ def of_flows(
 
 
 def all_of_flows(
-    client: SyncPrefectClient, flows: Sequence[str], states: Sequence[str], sort: FlowRunSort, **limits: Any
+    client: SyncPrefectClient, flows: Sequence[str], states: Sequence[str], sort: FlowRunSort = NEWEST, **limits: Any
 ) -> Iterator[FlowRun]:
-    """As `of_flows`, but all of them, page after page."""
+    """As `of_flows`, but all of them, page after page; by default the last to end first."""
     return run_tags.pages(client.read_flow_runs, **_filters(flows, states, **limits), sort=sort)
 
 

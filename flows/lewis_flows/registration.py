@@ -162,8 +162,7 @@ def _score_on_all(
 ) -> tuple[Scores, str]:
     """Score a version that passed early on all documents, and register these scores.
 
-    Returns:
-        the scores, if that is wanted and went well; and the error if it did not, which leaves all as it is.
+    Gives them, if that is wanted and went well; and the error if it did not, which leaves all as it is.
     """
     if judged.on_all is None:
         return {}, ""

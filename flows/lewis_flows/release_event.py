@@ -20,18 +20,13 @@ from lewis.reports.run_report import short
 from lewis_tasks.support import events
 
 EVENT = "lewis.expert.released"
-
-SETTLE = timedelta(seconds=7)
-"""How long after a release its merge begins."""
+SETTLE = timedelta(seconds=7)  # how long after a release its merge begins
 
 BURST, REST, LONGEST = timedelta(minutes=1), timedelta(seconds=12), timedelta(minutes=2)
 """Several releases within `BURST` are merged once there was none for `REST`, or after `LONGEST`."""
 
-STUCK = "lewis.release.stuck"
-"""A release whose merge has failed three times."""
-
-UNWATCHED = "lewis.watch.problems"
-"""Some recipes cannot be watched."""
+STUCK = "lewis.release.stuck"  # a release whose merge has failed three times
+UNWATCHED = "lewis.watch.problems"  # some recipes cannot be watched
 
 
 def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str:
@@ -88,10 +83,7 @@ def announced(client: SyncPrefectClient, since: datetime, recipe: str = "", repo
     """The events of releases since a time, newest first.
 
     Args:
-        client: of the server to ask.
-        since: the time.
-        recipe: its name; by default, events of all recipes.
-        repo: as of `announce`; by default, events of all repos.
+        recipe, repo: as of `announce`; by default, events of all recipes and repos.
 
     Raises:
         httpx.HTTPError: if the server does not answer, or refuses.
@@ -134,18 +126,8 @@ def announce_problems(problems: Mapping[str, str]) -> None:
 
 def _send(kind: str, id_: str, recipe: str, repo: str, about: Mapping[str, object]) -> None:
     """Send an event `kind` about a recipe and a repo; `about` is the rest of its payload."""
-    events.post(
-        {
-            "id": id_,
-            "event": kind,
-            "resource": {
-                "prefect.resource.id": resource_id(repo),
-                "prefect.resource.name": repo,
-                "lewis.recipe": recipe,
-            },
-            "payload": {"recipe": recipe, "repo": repo, **about},
-        }
-    )
+    resource = {"id": resource_id(repo), "name": repo, "lewis.recipe": recipe}
+    events.post(kind, resource, {"recipe": recipe, "repo": repo, **about}, id_=id_)
 
 
 def resource_id(repo: str) -> str:

@@ -13,7 +13,6 @@ from prefect import State, flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter
-from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
 from lewis.errors import InputError
@@ -103,8 +102,7 @@ def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iter
     """The old runs of our flows; of each flow and recipe without the newest, whose artifacts are the last ones."""
     seen = set[tuple[str, str]]()
     old = {"before_": datetime.fromtimestamp(before, UTC)}
-    newest = FlowRunSort.END_TIME_DESC
-    for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, prefect_runs.ENDED, newest, end_time=old):
+    for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, prefect_runs.ENDED, end_time=old):
         of = (str(run.flow_id), prefect_runs.recipe_of(run))
         needed = str(run.id) in kept or run_tags.tagged(run, run_tags.BROKEN)
         if of in seen and not needed and run.end_time is not None:

@@ -57,11 +57,7 @@ def _runs_named(name: str) -> set[str]:
 
 
 def _of_version(what: str) -> Path | None:
-    """The page of the run that made a version, brought here from MLflow; None if `what` names no version.
-
-    Raises:
-        LewisError: if that run has no page.
-    """
+    """The page of the run that made a version, from MLflow; None if `what` names none, LewisError if it has no page."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -26,10 +26,9 @@ from lewis.search import space, study
 from lewis.search.study import Log, Objective, Trial
 from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DIAGNOSE, DOWNLOAD, MEASURE
 from lewis_flows import prefect_runs
-from lewis_flows.merge import begin, load, merge_flow, run_name
+from lewis_flows.merge import SEARCHED, Searched, begin, load, merge_flow, run_name
 from lewis_flows.registration import MergeReport
 from lewis_flows.runners import choose
-from lewis_flows.searched import SEARCHED, Searched
 from lewis_flows.turn import HOOKS, turn
 from lewis_flows.walk import Walk, finish, pin, submit
 from lewis_tasks.evaluate import check_tasks
@@ -99,13 +98,7 @@ def search_flow(
 
 
 def _prepare(plan: Recipe) -> tuple[dict[str, Any], str]:
-    """Fetch the models, inspect them and measure their importance, once for all trials.
-
-    Gives the results, and the tasks' digest.
-
-    Raises:
-        LewisError: what the first failed task raised; what an inspection found, if the recipe stops for that.
-    """
+    """Fetch, inspect and measure the models, once for all trials; gives the results, and the tasks' digest."""
     tasks = submit(check_tasks, quote(space.with_values(plan, {}, SEARCH)))
     walk = Walk(plan, pin(plan, [tasks]))
     steps = (DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE, MEASURE)
@@ -230,10 +223,7 @@ def _confirm(
     """Merge, gate and register the best on the half of the documents that no trial saw, next to the recipe as it is.
 
     Gives the report and the search's verdict: name and line of its state. The models are those that the trials had,
-    whatever was released since.
-
-    Raises:
-        InputError: if the recipe was edited since the search began; nothing is merged then.
+    whatever was released since; InputError if the recipe was edited since the search began.
     """
     settings = _settings(plan, CONFIRM)
     winner = space.with_values(plan, best.values, CONFIRM)

@@ -13,6 +13,7 @@ in no parameter, log, state or command line.
 """
 
 import os
+import re
 from collections.abc import Mapping
 
 from prefect.client.orchestration import get_client
@@ -35,7 +36,7 @@ def load_for_run(recipe: str | None) -> None:
         recipe: its name. A token that was made for this recipe is used in place of `HF_TOKEN`. None for a run that
             looks at all recipes.
     """
-    own = f"{HUB_TOKEN}-{_slug(recipe)}" if recipe else ""
+    own = f"{HUB_TOKEN}-{re.sub('[^a-z0-9]', '-', recipe.lower())}" if recipe else ""  # as names of blocks may be
     found = _load(_OF_RUNS, own)
     if own in found:
         os.environ["HF_TOKEN"] = found[own]
@@ -52,23 +53,14 @@ def load_for_receiver() -> None:
 
 
 def _load(variables: Mapping[str, str], *further: str) -> dict[str, str]:
-    """Set variables that the environment lacks; gives the secrets of these blocks and of `further` ones."""
-    found = _read([*variables, *further])
+    """Set variables that the environment lacks; gives the secrets of these blocks, and `further`, that exist."""
+    named, kind = {"name": {"any_": [*variables, *further]}}, {"slug": {"any_": ["secret"]}}
+    wanted = {"block_documents": named, "block_types": kind, "include_secrets": True}
+    with get_client(sync_client=True) as client:
+        answer = client.request("POST", "/block_documents/filter", json=wanted)
+    given = {str(each["name"]): each["data"].get("value") for each in answer.json()}
+    found = {name: value.strip() for name, value in given.items() if isinstance(value, str) and value.strip()}
     for block, name in variables.items():
         if block in found and not os.environ.get(name):
             os.environ[name] = found[block]
     return found
-
-
-def _read(names: list[str]) -> dict[str, str]:
-    """Name -> secret, of the blocks that exist; one request."""
-    wanted = {"block_documents": {"name": {"any_": names}}, "block_types": {"slug": {"any_": ["secret"]}}}
-    with get_client(sync_client=True) as client:
-        answer = client.request("POST", "/block_documents/filter", json={**wanted, "include_secrets": True})
-    found = {str(each["name"]): each["data"].get("value") for each in answer.json()}
-    return {name: value.strip() for name, value in found.items() if isinstance(value, str) and value.strip()}
-
-
-def _slug(recipe: str) -> str:
-    """A recipe's name as part of a block's, which has only small letters, digits and dashes."""
-    return "".join(each if each.isascii() and each.isalnum() else "-" for each in recipe.lower())

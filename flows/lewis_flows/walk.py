@@ -22,10 +22,8 @@ from lewis_tasks.support.assets import artifact_prefix, asset, page_of
 from lewis_tasks.support.failures import result_of
 
 R = TypeVar("R")
-Futures = dict[str, PrefectFuture[Any]]
-"""Name of a node, or of a task by hand -> its future."""
-Scores = dict[str, list[PrefectFuture[Any]]]
-"""Label of a model -> futures of its scores, one for each task."""
+Futures = dict[str, PrefectFuture[Any]]  # name of a node, or of a task by hand -> its future
+Scores = dict[str, list[PrefectFuture[Any]]]  # label of a model -> futures of its scores, one for each task
 
 # A flow that waits for what a task needs, and passes it quoted, draws no edge in Prefect's UI. So the graph of a
 # run has only the edges of `Graph.edges`, and reads from left to right. And no task is submitted before all that it
@@ -41,11 +39,7 @@ class Walk:
     """
 
     def __init__(self, plan: Recipe, begun: Futures) -> None:
-        """
-        Args:
-            plan: the recipe.
-            begun: as `pin` gives it.
-        """
+        """Begin the walk of a recipe; `begun` is what `pin` gives for it."""
         self.graph, self.futures, self._prefix = graph(plan), dict(begun), artifact_prefix(plan)
         self._before = list[tuple[Node, PrefectFuture[Any]]]()
         self._registered, self._evaluations = plan.register_as, evaluations(plan)
@@ -54,7 +48,6 @@ class Walk:
         """Submit the tasks of nodes in order, each once the results that it needs are there.
 
         Args:
-            nodes: of the graph.
             results: what is taken for the result of a name, instead of what its task returned.
             note: ends the names of the tasks.
 
@@ -62,24 +55,20 @@ class Walk:
             LewisError: what the first failed task raised that a node needs; or `diagnose`, which says what is wrong
                 with a model that others stumble over.
         """
-        try:
-            self._go(nodes, results, note)
-        except LewisError:
-            finish(*self.of(DIAGNOSE))
-            raise
-
-    def _go(self, nodes: Iterable[Node], results: Mapping[str, Any] | None, note: str) -> None:
         found = dict(results or {})
-        for node in nodes:
-            if self.wants(node, found):
+        try:
+            for node in nodes:
+                if not self.wants(node, found):
+                    continue
                 if node.name in self.futures:  # from an earlier walk with other results
                     self._before.append((node, self.futures[node.name]))
                 after = [self.futures[name] for name in self.graph.edges(node.name) if name in self.futures]
                 finish(*after)
-                given = quote(node.given(found))
-                self.futures[node.name] = submit(
-                    task_of(node, self._asset), given, node.label + note, self._prefix, wait_for=after
-                )
+                given = quote(node.given(found)), node.label + note, self._prefix
+                self.futures[node.name] = submit(task_of(node, self._asset), *given, wait_for=after)
+        except LewisError:
+            finish(*self.of(DIAGNOSE))
+            raise
 
     def _asset(self, kind: str, name: str) -> Asset:
         """An asset with the team that it belongs to, and its page on the Hub or in MLflow."""
@@ -124,7 +113,6 @@ def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None], keys: Mapping
     """Resolve base and experts, and check from their headers that they fit together.
 
     Args:
-        plan: the recipe.
         checks: nothing is looked at before they have ended: if a task does not exist, the run fails early.
         keys: reference of each model -> the commits that it is pinned to; None: what it is now.
 
@@ -160,7 +148,6 @@ def submit(
     It is `Task.submit`, whose own types allow only an argument's value.
 
     Args:
-        task: what to start.
         arguments: for each argument its value, a future of it, or the value quoted; Prefect searches a value for
             results of other tasks, but not a quoted one.
         wait_for: what must have ended before.

@@ -17,7 +17,6 @@ import httpx
 from filelock import Timeout
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.sorting import FlowRunSort
 from pydantic import BaseModel
 
 from lewis import store
@@ -26,7 +25,7 @@ from lewis.models.source import commits_of, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from lewis_flows import broken_commits, edits, polls, prefect_runs, recipes_folder, release_event, secret_blocks
+from lewis_flows import earlier_runs, polls, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import events, moves
@@ -157,17 +156,17 @@ def _unmerged_release(recipe: str) -> Moved | None:
 def _merge_edits(recipes: Sequence[Recipe], report: WatchReport) -> None:
     """Start a merge of each recipe whose text no run has merged, if nothing came of the run that its edit started."""
     with _prefect() as client:
-        merged = edits.merged(client, [recipe.name for recipe in recipes])
-        for name, text in [(each.name, each.text) for each in recipes if edits.is_unmerged(each, merged)]:
+        merged = earlier_runs.merged(client, [recipe.name for recipe in recipes])
+        for name, text in [(each.name, each.text) for each in recipes if earlier_runs.is_unmerged(each, merged)]:
             deployment = prefect_runs.deployment(client, f"{prefect_runs.MERGE}/{name}")
             if deployment is None or deployment.version != recipes_folder.version(text.encode()):
                 continue  # the deploy of the file starts a run
-            began, now = edits.started(client, deployment), events.now(client)
+            began, now = earlier_runs.edited(client, deployment), events.now(client)
             waits = deployment.paused or name in due(client, now)
             news = not waits and (began is None or _came_to_nothing(client, name, began, now))
             if news:
                 logger.info("%s: no run has merged what its file says now; one starts", name)
-                edits.start(client, deployment.id)
+                earlier_runs.start_of_edit(client, deployment.id)
             (report.announced if news else report.waiting).append(f"{name}: its file")
 
 
@@ -211,7 +210,7 @@ def _is_broken(recipe: Recipe, heads: Mapping[str, str]) -> bool:
     """Whether one of these commits is broken on the Hub itself, so that another one must come."""
     commits = {commit for key in heads.values() for commit in commits_of(key)}
     with _prefect() as client:
-        return bool(broken_commits.still_broken(client, recipe, commits))
+        return bool(earlier_runs.still_broken(client, recipe, commits))
 
 
 def _is_news(recipe: str, move: Moved) -> bool:
@@ -220,7 +219,10 @@ def _is_news(recipe: str, move: Moved) -> bool:
         if prefect_runs.is_paused(client, recipe):
             return False
         now = events.now(client)  # the server says when runs ended
-        times = _announcements(client, recipe, move, now)
+        found = release_event.announced(client, now - REMEMBER, recipe, move.repo)
+        commits = {move.new, *commits_of(move.new)}  # of `base+adapter`, a webhook knows only the part that moved
+        found = [each for each in found if each.payload.get("ref") == move.ref and each.payload.get("new") in commits]
+        times = [each.occurred for each in found]
         if not times:
             return True
         _report_if_stuck(client, recipe, move, min(times))
@@ -262,21 +264,13 @@ def _report_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since:
         release_event.announce_stuck(recipe, move.ref, move.repo, move.new, why.partition("\n")[0])
 
 
-def _announcements(client: SyncPrefectClient, recipe: str, move: Moved, now: datetime) -> list[datetime]:
-    """When a release was announced."""
-    found = release_event.announced(client, now - REMEMBER, recipe, move.repo)
-    commits = {move.new, *commits_of(move.new)}  # of `base+adapter`, a webhook knows only the part that moved
-    return [e.occurred for e in found if e.payload.get("ref") == move.ref and e.payload.get("new") in commits]
-
-
 def _runs(client: SyncPrefectClient, recipe: str, states: tuple[str, ...], **limits: Any) -> list[FlowRun]:
     """The merges of a recipe in some states, the last to end first."""
     return [run for run in _merges(client, states, **limits) if prefect_runs.recipe_of(run) == recipe]
 
 
 def _merges(client: SyncPrefectClient, states: tuple[str, ...], **limits: Any) -> Iterator[FlowRun]:
-    newest = FlowRunSort.END_TIME_DESC
-    return prefect_runs.all_of_flows(client, (prefect_runs.MERGE,), states, newest, **limits)
+    return prefect_runs.all_of_flows(client, (prefect_runs.MERGE,), states, **limits)
 
 
 @contextmanager

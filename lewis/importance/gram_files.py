@@ -134,9 +134,9 @@ def write(folder: Path, block: str, inputs: Mapping[str, Collected], sources: Ma
 
 
 class Written:
-    """The files of a pass so far. Until the pass is done, a list of their checksums is next to them.
+    """The files of a pass, or of a fit, so far. Until it is done, a list of their checksums is next to them.
 
-    A file that a killed pass has finished is found again by that list, unless it was damaged since.
+    A file that a killed process has finished is found again by that list, unless it was damaged since.
 
     Attributes:
         checksums: file name -> SHA-256.

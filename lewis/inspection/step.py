@@ -186,7 +186,7 @@ def check(found: Inspection, given: InspectionInput) -> None:
         check_findings(found.findings, given.settings)
     except InputError as error:
         for ref, commit in given.commits(found.broken).items():
-            raise broken(f"{error}\n  {ref} has NaN or infinity", commit) from None
+            raise broken(f"{error}\n  {ref}", "it has NaN or infinity", commit) from None
         raise
 
 

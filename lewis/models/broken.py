@@ -12,14 +12,14 @@ def damaged(model: Model, why: str) -> LewisError:
     """The error of a model whose weights cannot be merged: if it is a commit of the Hub, only another one can help."""
     commit = model.key.partition(" as ")[0]
     if COMMIT.fullmatch(commit):
-        return broken(f"{model.folder}: {why}", commit)
+        return broken(f"{model.folder}", why, commit)
     return LewisError(f"{model.folder}: {why}; the model is damaged")
 
 
-def broken(why: str, commit: str) -> BrokenModelError:
-    """The error of a model whose content is wrong as the Hub has it, in a commit (40 hex digits)."""
+def broken(what: str, why: object, commit: str, how: str = "broken") -> BrokenModelError:
+    """The error of a model, or a file of it, that is `broken` or `unusable` on the Hub, in a commit (40 hex digits)."""
     return BrokenModelError(
-        f"{why}; it is so on the Hub itself, in commit {commit[:8]}: name another revision, or wait until its authors "
-        "upload it again",
+        f"{what} is {how} on the Hub itself, in commit {commit[:8]}: {why}; name another revision, or wait until its "
+        "authors upload it again",
         commit,
     )

@@ -10,7 +10,8 @@ import numpy as np
 
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
-from lewis.models.config import check_config, read_config
+from lewis.models.config import read_config
+from lewis.models.config_check import check_config
 from lewis.models.config_class import ties_head
 from lewis.models.dtypes import as_tensor
 from lewis.models.files.folder import GGUF_TABLE, weight_files

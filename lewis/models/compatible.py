@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lewis.errors import InputError
 from lewis.models.checkpoint import lacks_head
-from lewis.models.config import check_config, read_config
+from lewis.models.config import read_config
+from lewis.models.config_check import check_config
 from lewis.models.files.folder import INDEX, weight_files
 from lewis.models.files.safetensors_file import Headers
 from lewis.models.hub import repository

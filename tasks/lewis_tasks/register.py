@@ -110,10 +110,7 @@ def _look(recipe: Recipe, scores: dict[str, ModelScores], documents: int | None)
 def _scores_of_mark(
     recipe: Recipe, mark: Incumbent | None, merged: MergedModel, documents: int | None
 ) -> Scored | None:
-    """The scores of the mark in the merged model's number format, if the store has them from when it was judged.
-
-    They are of the documents that were scored now, or of all.
-    """
+    """The mark's scores in the merged model's number format, on the same documents, if the store has them."""
     if mark is None or recipe.evaluate is None:
         return None
     settings = replace(EvalSettings.of(recipe.evaluate, recipe.root).drawn_by(merged.digest), look=documents)

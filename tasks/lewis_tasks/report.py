@@ -10,7 +10,6 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
-from prefect.client.schemas.objects import FlowRun
 
 from lewis import store
 from lewis.allocation.step import AllocationEntry
@@ -18,7 +17,7 @@ from lewis.errors import InputError
 from lewis.evaluation.documents import side_by_side
 from lewis.evaluation.gate import Verdict
 from lewis.evaluation.statistics.retained_gain import kept_gains, kept_rows
-from lewis.evaluation.statistics.scored import Scored, comparison_rows, intervals, scores_of
+from lewis.evaluation.statistics.scored import comparison_rows, intervals, scores_of
 from lewis.evaluation.statistics.scores import score_table
 from lewis.evaluation.step import ModelScores, scored
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
@@ -129,6 +128,9 @@ def report_run(
     earlier = champion.metrics if champion and champion.digest != merged.digest else None
     models = scored(recipe.score_weights, scores)
     moved = _sizes(sizes_by_layer, recipe, base, experts) if verdict and not verdict.passed else None
+    pictures = {"Scores with 95 % intervals": charts.scores(recipe.score_weights, scores)} if scores else {}
+    pictures |= {"Density per layer": charts.densities(allocated)} if allocated else {}
+    pictures |= _over_versions(version) if version else {}
     facts = RunFacts(
         recipe=recipe.name,
         outcome=outcome(version.uri if version else None, verdict, in_use, created=bool(version and version.created)),
@@ -141,7 +143,7 @@ def report_run(
         scores=score_columns(models, earlier),
         comparison=comparison,
         kept=kept_rows(kept_gains(recipe.gate_metric, models)),
-        pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
+        pictures=pictures,
         verdict=verdict,
         documents=side_by_side(recipe.gate_metric, models),
         layers=() if moved is None else tables.moved_rows(moved, allocated),
@@ -152,7 +154,16 @@ def report_run(
         adapter=merged.adapter.to_text() if merged.adapter else "",
     )
     page = kinds.REPORTS.path(f"{recipe.name}_{run.id}")
-    text, html = to_markdown(facts), to_html(facts, _page_facts(recipe, base, experts, allocated, models, run))
+    sizes = _sizes(sizes_by_tensor, recipe, base, experts)
+    about = PageFacts(
+        {each.ref: "expert" for each in experts} | ({base.ref: "base"} if base else {}),
+        sizes,
+        {ref: dict(each.densities) for ref, each in allocated.experts().items()} if allocated else {},
+        flow_run.step_times(run),
+        intervals(models) if models else {},
+        recipe.text,
+    )
+    text, html = to_markdown(facts), to_html(facts, about)
     store.write_text(page, html)
     # Artifacts of the run, not of this task: its page shows them above those of the tasks.
     shown = {"run-report": ("markdown", text, facts.outcome)}
@@ -162,26 +173,10 @@ def report_run(
         link = f"[the run with pictures]({report})"
         shown["report-page"] = ("markdown", f"{link}; here: `lewis report {recipe.name} --open`", "The run as a page")
     with get_client(sync_client=True) as client:
-        for what, (kind, data, about) in shown.items():
+        for what, (kind, data, said) in shown.items():
             key = artifact_key(recipe, what)
-            made = ArtifactCreate(key=key, type=kind, description=about, data=data, flow_run_id=run.id)
-            client.create_artifact(made)
+            client.create_artifact(ArtifactCreate(key=key, type=kind, description=said, data=data, flow_run_id=run.id))
     return str(page)
-
-
-def _page_facts(
-    recipe: Recipe,
-    base: ModelFiles | None,
-    experts: list[ModelFiles],
-    allocated: AllocationEntry | None,
-    models: list[Scored],
-    run: FlowRun,
-) -> PageFacts:
-    moved = _sizes(sizes_by_tensor, recipe, base, experts)
-    kept = {ref: dict(each.densities) for ref, each in allocated.experts().items()} if allocated else {}
-    roles = {each.ref: "expert" for each in experts} | ({base.ref: "base"} if base else {})
-    steps = flow_run.step_times(run)
-    return PageFacts(roles, moved, kept, steps, intervals(models) if models else {}, recipe.text)
 
 
 def _over_versions(version: Version) -> dict[str, bytes]:
@@ -202,10 +197,3 @@ def _sizes(
         return read(InspectionInput(base, tuple(experts), inspection_settings(recipe)))
     except InputError:
         return {}
-
-
-def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ModelScores]) -> dict[str, bytes]:
-    found = {"Scores with 95 % intervals": charts.scores(recipe.score_weights, scores)} if scores else {}
-    if allocated:
-        found["Density per layer"] = charts.densities(allocated)
-    return found

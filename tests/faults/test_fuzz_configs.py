@@ -11,7 +11,7 @@ import torch
 
 import lewis
 from lewis.errors import InputError, LewisError
-from lewis.models.config import check_config
+from lewis.models.config_check import check_config
 from lewis.models.config_class import _declared, check_values
 from lewis.models.source import pin_all
 from lewis_tasks import models as tasks

@@ -21,7 +21,7 @@ from lewis.registry.tracking import RunInput
 from lewis.store import kinds
 from tests.conftest import POINTS, Family, full
 from tests.faults.running import ANSWERS, WAITS, half_done
-from tests.support.faulty import HOWS, TRIES, Faulty
+from tests.support.relays import HOWS, TRIES, Faulty
 from tests.support.service import free_port
 
 pytestmark = full

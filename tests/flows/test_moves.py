@@ -21,7 +21,7 @@ from lewis_flows import release_event
 from lewis_flows.service import automations
 from lewis_flows.service.automations import SERVICE_TAG, put_automations
 from lewis_tasks.support import events, moves
-from tests.support.forgetful import Forgetful
+from tests.support.relays import Forgetful
 from tests.support.service import Sink
 
 

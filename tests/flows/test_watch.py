@@ -32,9 +32,9 @@ from lewis_tasks.support.flow_run import MODEL, tag
 from lewis_tasks.support.flow_run import RECIPE as TEXT
 from tests.conftest import Family
 from tests.flows.service.test_webhook import payload
-from tests.support.forgetful import Forgetful
 from tests.support.lineage import registered
 from tests.support.local_hub import LocalHub
+from tests.support.relays import Forgetful
 
 RECIPE = """
 merge_method: ties

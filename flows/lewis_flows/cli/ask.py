@@ -15,12 +15,7 @@ _KNOWN = ", ".join(_KINDS)
 
 
 def rows_of(ref: str, found: Topic) -> Topic:
-    """Ask which rows an expert is good at.
-
-    Args:
-        ref: the expert.
-        found: what its name or card suggests, which is taken if the answer is empty.
-    """
+    """Ask which rows an expert is good at; an empty answer takes what its name or card suggests, `found`."""
     topics = {topic.name: topic for topic in (*TOPICS, GENERAL)}
     why = "nothing says what it is good at" if found is GENERAL else "by its name or card"
     print(f"\n{ref}: which rows is it good at? Best are rows of its training, as a file: {_KNOWN}.")

@@ -57,11 +57,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def _side(given: str) -> "Side":
-    """What was given on the command line.
-
-    Raises:
-        InputError: if it is nothing that was scored.
-    """
+    """What was given on the command line; InputError if it is nothing that was scored."""
     from lewis.evaluation.paired import Side
     from lewis.evaluation.results_folder import holds_results, read_results
     from lewis.models.source import pin

@@ -70,16 +70,7 @@ def merge(options: argparse.Namespace) -> None:
 
 
 def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tuple[dict[str, Any], str]:
-    """Write what one recipe gives.
-
-    Args:
-        folder: checked.
-        shard: bytes of the largest file.
-        again: whether to merge although the folder holds the same merge.
-
-    Returns:
-        The facts as JSON and as text.
-    """
+    """Write what one recipe gives, `again` too if the folder has it already; gives the facts as JSON and as text."""
     from lewis import library, store
 
     with bars.progress() as shown:
@@ -191,11 +182,7 @@ class _Allocated(NamedTuple):
 
 
 def _allocate(options: argparse.Namespace) -> _Allocated:
-    """Measure and allocate.
-
-    Raises:
-        RecipeError: if the recipe has no `lewis` block or no base.
-    """
+    """Measure and allocate; RecipeError if the recipe has no `lewis` block or no base."""
     from lewis.allocation.step import layers_of_result
     from lewis.devices import default_device
     from lewis.importance.step import covered_layers
@@ -239,11 +226,7 @@ def _print_densities(found: _Allocated) -> None:
 
 
 def _json_file(path: Path) -> Path:
-    """Find out before the long part whether the output can be written; gives its absolute path.
-
-    Raises:
-        InputError: if it can not.
-    """
+    """The absolute path of an output; InputError, before the long part, if it cannot be written."""
     from lewis.store.writable import check_output_file
 
     above = next(parent for parent in path.absolute().parents if os.path.exists(parent))

@@ -140,9 +140,7 @@ def _warn_of_targets(name: str, champion: str, reported: bool) -> None:
 def _report(answered: str = "", why: str = "", *, approve: bool = True) -> bool:
     """Report the new champion to the Prefect server; False if none runs: then the next that starts gets it.
 
-    Args:
-        answered: the version that waited for this answer; the run that waits for it goes on.
-        why, approve: the answer.
+    The run that waits for an answer about the version `answered` goes on with it.
     """
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import running

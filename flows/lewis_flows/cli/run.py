@@ -79,13 +79,7 @@ def _load(options: argparse.Namespace) -> "Recipe":
 
 
 def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> "MergeReport":
-    """Run the flow `merge`, print its report and return it.
-
-    Args:
-        recipe: path of the YAML file.
-        overrides: `key.path=value` each.
-        as_json: print JSON instead of text.
-    """
+    """Run the flow `merge` on the path of a recipe, print its report, as text or JSON, and return it."""
     report: MergeReport = _run_flow("merge", recipe, list(overrides), as_json=as_json)
     _print_report(report, as_json=as_json)
     return report
@@ -152,15 +146,9 @@ def print_merge(report: "MergeReport") -> None:
 
 
 def _run_flow(name: str, *arguments: object, as_json: bool) -> Any:
-    """Run a flow on the server that there is, or on one that is started for it; if that dies, end as if killed.
+    """Run the flow of a module on the server that there is, or on one that is started for it; gives what it returned.
 
-    Args:
-        name: of the flow, and of its module.
-        arguments: of the flow.
-        as_json: print JSON instead of text.
-
-    Returns:
-        What the flow returned.
+    If that server dies, this process ends as if killed.
     """
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_port, prefect_server, running

@@ -100,7 +100,9 @@ def _no_news() -> Iterator[None]:
 @_no_news()
 def status(options: argparse.Namespace) -> int:
     """Print the status; the exit code is 1 if a part of the service is down, and of `--check` as its help says."""
+    from lewis import store
     from lewis.registry import tracking
+    from lewis.store.writable import check_output_file
     from lewis_flows import recipes_folder
     from lewis_flows.service import credentials, note
     from lewis_flows.service.status import status
@@ -114,16 +116,12 @@ def status(options: argparse.Namespace) -> int:
     only = recipes_folder.name_of(str(recipes_folder.find(options.recipe))) if options.recipe else ""
     if options.watch:
         return _watch(lambda: as_text(status(only, scores=bool(only)), datetime.now(UTC), _width()))
-    if options.html:
-        from lewis import store
-        from lewis.store.writable import check_output_file
+    file = check_output_file(options.html) if options.html else None
+    found = status(only, scores=bool(only or file))
+    if file:
         from lewis_flows.service.recipes_page import as_html
 
-        file = check_output_file(options.html)
-        found = status(only, scores=True)
         store.write_text(file, as_html(found, datetime.now(UTC)))
-    else:
-        found = status(only, scores=bool(only))
     if options.check:
         wrong = problems(found, datetime.now(UTC))
         if options.json:

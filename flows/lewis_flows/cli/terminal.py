@@ -24,20 +24,19 @@ class Terminal(logging.Handler):
     """Writes to what `sys.stderr` is now: while a progress bar is drawn, the messages appear above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one message."""
         sys.stderr.write(self.format(record) + "\n")
 
 
 def say_error(text: str, *, as_json: bool = False) -> None:
     """Print on stderr why a command ends."""
-    print(json_logs.error_line(text) if as_json else f"lewis: {visible(text)}", file=sys.stderr)
+    record = logging.LogRecord("lewis", logging.ERROR, "", 0, text, (), None)
+    print(json_logs.line_of(record) if as_json else f"lewis: {visible(text)}", file=sys.stderr)
 
 
 class Visible(io.TextIOWrapper):
     """An output in which only what commands draw themselves is obeyed by a terminal: colours, and a cleared screen."""
 
     def __init__(self, out: io.TextIOWrapper) -> None:
-        """Write where `out` does, in place of it."""
         out.flush()
         buffering = 0 if out.write_through else -1  # PYTHONUNBUFFERED
         super().__init__(

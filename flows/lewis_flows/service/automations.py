@@ -73,13 +73,9 @@ def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
 
 
 def _runs(*states: str, flows: Sequence[str] = (), after: str = "", within: timedelta = timedelta()) -> EventTrigger:
-    """Fires when a run of ours enters one of some states; with `after`, when it does not within a time after that.
+    """Fires when a run of some flows, or all, enters one of some states; with `after`, if it does not `within` a time.
 
-    Args:
-        states: their names.
-        flows: of which flows; by default of all.
-        after: name of the state, or `heartbeat`.
-        within: the time.
+    `after` is the name of a state, or `heartbeat`.
     """
     tags = [f"prefect.tag.{TAG}", f"prefect.tag.{SERVICE_TAG}"]
     related = [ResourceSpecification({"prefect.resource.role": ["tag"], "prefect.resource.id": tags})]

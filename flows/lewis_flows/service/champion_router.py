@@ -50,13 +50,9 @@ class Router:
     """HAProxy in front of the slots; it is started again if it ends."""
 
     def __init__(self, port: int, servers: Mapping[str, int]) -> None:
-        """Write its configuration into the working directory, which is of this user alone.
+        """Write its configuration into the working directory, which is of this user alone; `servers`: name -> port.
 
         The path of a socket has a limit, so it is a relative one.
-
-        Args:
-            port: that clients ask.
-            servers: name -> port.
         """
         self._port, self._socket, self._shares = port, Path("haproxy.sock"), dict[str, int]()
         file = Path("haproxy.cfg")

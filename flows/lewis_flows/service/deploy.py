@@ -80,7 +80,10 @@ def deploy_service(file: Path = PREFECT_YAML) -> None:
     with get_client(sync_client=True) as client:
         for pool in {POOL, work_queue.pool()}:
             _put_pool(client, pool)
-        _create_limit(client)
+        try:  # how many devices are busy at once, over all machines: a limit that exists stays as the user set it
+            client.read_global_concurrency_limit_by_name(LIMIT)
+        except ObjectNotFound:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=slots()))
         put_automations(client)
     if content.get("deployments"):
         _deploy_file(file, content)
@@ -133,14 +136,6 @@ def _put_pool(client: SyncPrefectClient, name: str) -> None:
             client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=TEMPLATE))
 
 
-def _create_limit(client: SyncPrefectClient) -> None:
-    """Limit how many devices are busy at once, over all machines; a limit that exists stays as the user set it."""
-    try:
-        client.read_global_concurrency_limit_by_name(LIMIT)
-    except ObjectNotFound:
-        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=slots()))
-
-
 def begin(file: Path | None = None) -> None:
     """Bring the server up to date after a start of the service: deployments, and runs that died.
 
@@ -162,11 +157,7 @@ class Follower:
     """Keeps the deployments of the recipes equal to the folder; threads may share it."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        """Deploy nothing yet.
-
-        Args:
-            say: called with what is done.
-        """
+        """Deploy nothing yet; `say` will be called with what is done."""
         self._say, self._folder, self._problem, self._lock = say, Folder(), "", threading.Lock()
         self._known: list[RecipeFile] | None = None  # before the first deploy
         self._stays = False  # a deployment that no recipe asks for, and a run of it goes on

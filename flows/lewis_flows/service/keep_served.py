@@ -11,8 +11,7 @@ from lewis_flows import prefect_runs, recipes_folder, secret_blocks
 from lewis_tasks.support import events
 
 logger = logging.getLogger("lewis.served")
-EVERY = 60.0
-"""Seconds between two looks."""
+EVERY = 60.0  # seconds between two looks
 
 
 def look() -> list[str]:

@@ -84,10 +84,7 @@ def _sign_in() -> dict[str, str]:
 
 
 def links(recipe: str) -> Links:
-    """Ask Prefect for the last run of a recipe, and MLflow for its versions.
-
-    Args:
-        recipe: its name in the folder of recipes, or the path of a file.
+    """Ask Prefect for the last run of a recipe, by its name in the folder or its path, and MLflow for its versions.
 
     Raises:
         InputError: if there is no such recipe, or no Prefect server.

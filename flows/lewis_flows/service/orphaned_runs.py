@@ -127,8 +127,7 @@ def _beats(worker: Worker, count: int) -> timedelta:
 def _with_a_process() -> set[str] | None:
     """The ids of the runs that a worker of this machine has started and that live; None if that cannot be known.
 
-    A process whose environment cannot be read at the moment may be any run's. It is asked again, for `_PATIENCE`
-    seconds.
+    A process whose environment cannot be read now may be any run's: it is asked again, for `_PATIENCE` seconds.
     """
     if not (_PROCESSES / "self" / "environ").exists():
         return None
@@ -150,15 +149,10 @@ def _with_a_process() -> set[str] | None:
 
 
 def _environment(process: Path) -> bytes | None:
-    """The environment of a process, as the kernel has it.
+    """The environment of a process, by its folder in /proc.
 
-    Args:
-        process: its folder in /proc.
-
-    Returns:
-        Empty if it has none, has ended, or is no run: another user's, or with rights that this process lacks. None if
-        it lives and its environment cannot be read at the moment: while a process loads its program (execve), its
-        environment reads as empty.
+    Empty if it has none, has ended, or is no run: another user's, or with rights that this process lacks. None if it
+    lives and cannot be read now: while a process loads its program (execve), its environment reads as empty.
     """
     try:
         if environment := (process / "environ").read_bytes():

@@ -21,17 +21,11 @@ class OwnPages:
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
-        """Wrap an application.
-
-        Args:
-            app: the application.
-            origins: such as `http://127.0.0.1:4200`; `*` allows all.
-        """
+        """Wrap an application that has these origins, such as `http://127.0.0.1:4200`; `*` allows all."""
         hosts = [urlsplit(origin).hostname or origin for origin in origins]
         self._app, self._origins = TrustedHostMiddleware(app, hosts, www_redirect=False), frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or let the application answer it."""
 
         async def send_unframed(message: Message) -> None:
             if message["type"] == "http.response.start":

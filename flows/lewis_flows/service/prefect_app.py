@@ -35,11 +35,9 @@ class NewestFirst:
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        """Wrap an application."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the application answer a request."""
         if scope["type"] != "http" or scope["path"] != "/api/artifacts/filter":
             return await self._app(scope, receive, send)
         messages, body = list[Message](), b""

@@ -45,6 +45,5 @@ class Console(PrefectConsoleHandler):
     """Prefect's handler, without what `BusyDatabase` drops."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        """As Prefect's."""
         super().__init__(*arguments, **settings)
         self.addFilter(_BUSY)

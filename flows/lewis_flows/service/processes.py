@@ -99,8 +99,14 @@ class Process:
         Raises:
             LewisError: as `start`.
         """
+        deadline = time.monotonic() + _READY
         try:
-            self._wait_until_ready()
+            while self._health and not answers(self._health):
+                if self.ended() is not None:
+                    raise LewisError(f"{self.name} ended with exit code {self.ended()}; its log is {self.log}")
+                if time.monotonic() > deadline:
+                    raise LewisError(f"{self.name} did not answer within {_READY} s; its log is {self.log}")
+                time.sleep(0.1)
         except BaseException:
             self._end()
             raise
@@ -147,15 +153,6 @@ class Process:
                 with suppress(OSError):  # where this process prints to
                     if self._echo is not None and line.strip():
                         self._echo(line.rstrip("\n"))
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + _READY
-        while self._health and not answers(self._health):
-            if self.ended() is not None:
-                raise LewisError(f"{self.name} ended with exit code {self.ended()}; its log is {self.log}")
-            if time.monotonic() > deadline:
-                raise LewisError(f"{self.name} did not answer within {_READY} s; its log is {self.log}")
-            time.sleep(0.1)
 
 
 def answers(health: str) -> bool:

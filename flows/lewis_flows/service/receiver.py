@@ -33,10 +33,7 @@ _BRANCH = "refs/heads/main"
 _KNOWN = timedelta(days=7)  # for which Prefect keeps events
 _REMEMBERED = 4096  # repos, to recognise a release that is delivered again
 _TIMEOUT = 4.0
-
-Answer = tuple[int, dict[str, Any]]
-"""HTTP status, and the body as JSON data."""
-
+Answer = tuple[int, dict[str, Any]]  # HTTP status, and the body as JSON data
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
@@ -153,13 +150,9 @@ class Receiver:
 
 
 def _ask(followers: Mapping[str, tuple[str, str]], new: str) -> tuple[set[str], set[str], set[str]]:
-    """The followers that are paused, whose last release Prefect knows to be this one, and which had it earlier.
+    """The followers (recipe -> repo and reference) that are paused; whose last release is `new`; that had it earlier.
 
-    None of each if Prefect does not answer.
-
-    Args:
-        followers: recipe -> repo and reference.
-        new: the commit.
+    Prefect knows; none of each if it does not answer.
     """
     paused, known, earlier = set[str](), set[str](), set[str]()
     try:

@@ -7,17 +7,18 @@ for. What an operator changed stays: a pause, the schedule, the work queue, the 
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache
-from typing import Any, cast
+from functools import cache, partial
+from itertools import takewhile
+from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
-from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowRunFilter
-from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, FlowRun
+from prefect.client.schemas.filters import DeploymentFilter, FlowFilter
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
@@ -36,17 +37,14 @@ from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
 from lewis.serving import hub
-from lewis_flows import approval, edits, prefect_runs, recipes_folder
+from lewis_flows import approval, earlier_runs, prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
 from lewis_tasks.support import events
 from lewis_tasks.support.flow_run import EDITED, pages
 from lewis_tasks.support.moves import PROMOTED, serves
 
 logger = logging.getLogger(__name__)
-
-TAG = "lewis"
-"""Of the recipes' deployments and of runs; those of the service itself have `automations.SERVICE_TAG`."""
-
+TAG = "lewis"  # of the recipes' deployments and of runs; those of the service have `automations.SERVICE_TAG`
 _CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its recipe cannot run
 _OF_OURS = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
 _QUEUE = "queue:"  # how the tag begins that names the work queue that we chose; without it, that is the default one
@@ -111,7 +109,6 @@ class Folder:
     """The folder of recipes; a file is read, and what is wrong with it logged, only when the folder has changed."""
 
     def __init__(self) -> None:
-        """Read nothing yet."""
         self._seen: object = None
         self._files: list[RecipeFile] = []
         self._logged: dict[str, str] = {}
@@ -142,7 +139,8 @@ def _read_file(name: str, recipe: Recipe | None) -> RecipeFile | None:
     except (LewisError, OSError):  # the file was removed just now
         return None
     why = "" if recipe else "it is wrong: `lewis status` says where"
-    comment = _first_comment(content.decode(errors="replace"))
+    first = takewhile(lambda line: line.startswith("#"), content.decode(errors="replace").splitlines())
+    comment = "\n".join(line.lstrip("#").strip() for line in first).strip()
     return RecipeFile(name, recipes_folder.version(content), comment, recipe, why)
 
 
@@ -199,7 +197,7 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
             yield f"{file.name} was edited and is not merged: {file.why or 'its deployment is paused'}"
         else:
             yield f"{file.name} was edited: it is merged now"
-            edits.start(client, before.id)
+            earlier_runs.start_of_edit(client, before.id)
 
 
 def _further(file: RecipeFile) -> dict[str, object]:
@@ -249,22 +247,20 @@ def name_champions(client: SyncPrefectClient, champions: Mapping[str, tuple[str,
         named = _REGISTERS.search(deployment.description or "")
         if not named or named["model"] != model or (named["champion"] or "") == champion:
             continue
-        soon = {"before_": events.now(client) + _SOON}
-        if not any(run.auto_scheduled for run in _runs(client, deployment, ["SCHEDULED"], expected_start_time=soon)):
+        limits: dict[str, Any] = {"expected_start_time": {"before_": events.now(client) + _SOON}}
+        limits["deployment_id"] = {"any_": [deployment.id]}
+        soon = prefect_runs.of_flows(client, prefect_runs.ALL, ["SCHEDULED"], **limits)
+        if not any(run.auto_scheduled for run in soon):
             text = named.string[: named.start()] + _registers(model, champion)
             with suppress(ObjectNotFound):  # it was removed just now
                 client.update_deployment(deployment.id, DeploymentUpdate(description=text))
 
 
 def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bool:
-    """Remove the deployments that no recipe of the folder asks for.
+    """Remove the deployments that none of `files`, all recipes of the folder, asks for.
 
     One with a run that goes on stays: with the deployment goes the limit that the run holds a slot of, and a server
     that cannot free the slot answers each state that would end the run with an error.
-
-    Args:
-        client: of the server.
-        files: all recipes of the folder.
 
     Returns:
         Whether one stays for that reason, to be removed by a later call.
@@ -287,27 +283,21 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
 def remove(client: SyncPrefectClient, name: str) -> bool:
     """Remove a deployment `flow/name` with its automation, if there is one; False if a run of it goes on."""
     if found := prefect_runs.deployment(client, name):
-        if _runs(client, found, _HOLDING):
+        runs = partial(prefect_runs.of_flows, client, prefect_runs.ALL, deployment_id={"any_": [found.id]})
+        if runs(_HOLDING):
             return False
         # The server deletes what is scheduled with the deployment. It would delete a run that a worker begins right
         # now, and then log errors for each event of it; one that is cancelled stays, and does not begin.
-        for run in _runs(client, found, ["SCHEDULED"], expected_start_time={"before_": events.now(client) + _SOON}):
+        for run in runs(["SCHEDULED"], expected_start_time={"before_": events.now(client) + _SOON}):
             with suppress(ObjectNotFound):
                 client.set_flow_run_state(run.id, Cancelled(message="no recipe asks for its deployment any more"))
-        if _runs(client, found, _HOLDING):
+        if runs(_HOLDING):
             return False
         client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
         approval.lapse(client, found.id, "no recipe asks for its deployment any more; `lewis approve` takes an answer")
         with suppress(ObjectNotFound):  # another process was quicker
             client.delete_deployment(found.id)
     return True
-
-
-def _runs(
-    client: SyncPrefectClient, deployment: DeploymentResponse, states: Sequence[str], **limits: Any
-) -> list[FlowRun]:
-    wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": [*states]}}, **limits}
-    return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
 
 
 def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> dict[str, Any]:
@@ -378,30 +368,23 @@ def _first(flow: str) -> dict[str, Any]:
 
 def _on_release(name: str, deployment: Any) -> Any:
     """The automation that starts a recipe's merge when one of its models was released."""
-    trigger = DeploymentEventTrigger(
-        name=f"release of {name}",
-        description=f"Merges {name} when one of its models was released, and no other was for some seconds.",
-        expect={EVENT},
-        match=cast(Any, {"prefect.resource.id": "lewis.expert.*", "lewis.recipe": name}),
-        threshold=1,
-        within=SETTLE - timedelta(seconds=1),
-        schedule_after=SETTLE,
-    )
-    trigger.set_deployment_id(deployment)
-    return trigger.as_automation()
+    about = f"Merges {name} when one of its models was released, and no other was for some seconds."
+    match, rest = {"prefect.resource.id": "lewis.expert.*", "lewis.recipe": name}, SETTLE - timedelta(seconds=1)
+    return _starts(deployment, f"release of {name}", about, EVENT, match, within=rest, schedule_after=SETTLE)
 
 
 def _on_promotion(file: RecipeFile, deployment: Any) -> Any:
     """The automation that serves a recipe's model whenever its champion moves: by a run, a person or a rollback."""
     assert file.recipe is not None and file.recipe.register_as is not None
     model = file.recipe.register_as.model
-    trigger = DeploymentEventTrigger(
-        name=f"{serves(model)}{file.name}",
-        description=f"Puts the champion of {model} into service when it has moved.",
-        expect={PROMOTED},
-        match=cast(Any, {"prefect.resource.id": f"lewis.model.{model}"}),
-        threshold=1,
-    )
+    about = f"Puts the champion of {model} into service when it has moved."
+    match = {"prefect.resource.id": f"lewis.model.{model}"}
+    return _starts(deployment, f"{serves(model)}{file.name}", about, PROMOTED, match)
+
+
+def _starts(deployment: Any, name: str, about: str, event: str, match: Any, **when: Any) -> Any:
+    """The automation that starts a deployment after an event."""
+    trigger = DeploymentEventTrigger(name=name, description=about, expect={event}, match=match, threshold=1, **when)
     trigger.set_deployment_id(deployment)
     return trigger.as_automation()
 
@@ -434,12 +417,3 @@ def _registers(model: str, champion: str) -> str:
     """Links to a registered model and to the version that is its champion, as `_REGISTERS` finds them."""
     version = f"; its champion is [version {champion}]({versions.page(model, champion)})" if champion else ""
     return f"Registers [{model}]({versions.model_page(model)}){version}."
-
-
-def _first_comment(text: str) -> str:
-    lines = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("#").strip())
-    return "\n".join(lines).strip()

@@ -26,10 +26,7 @@ from lewis_flows.service.status_data import FAILURES, Run, Status, Watched
 from lewis_flows.service.status_text import sparkline
 
 logger = logging.getLogger(__name__)
-
-KEY = "recipes"
-"""The key of the artifact."""
-
+KEY = "recipes"  # the key of the artifact
 _WIDTH, _HEIGHT = 160, 32  # pixels of a line of scores
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem;color:#222;background:#fff}

@@ -5,12 +5,15 @@ asks for a key too, because someone who may start its runs may run code.
 """
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from lewis import settings
+from lewis import settings, store
+from lewis.redact import redacted
 from lewis.registry import tracking
 from lewis.store.secrets import PREFECT_KEY, UP_SERVE_KEY
 from lewis_flows.service import credentials, mlflow_app, note
@@ -21,6 +24,11 @@ OPENAI = ("OPENAI_BASE_URL", "OPENAI_API_KEY")  # by which clients of the OpenAI
 RECIPES = "/deployments?deployments.tags.name=lewis"
 """The page of a Prefect server that shows the recipes' deployments, by their tag, and not those of the service."""
 _ORIGINS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")  # one setting, two names
+_PREFECT_DATABASE = (
+    *("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"),
+    *("PREFECT_SERVER_DATABASE_HOST", "PREFECT_API_DATABASE_HOST"),
+)
+_SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 _DEFAULTS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,orphans",  # logs of runs that retention has deleted
@@ -110,6 +118,22 @@ def client_environment() -> dict[str, str]:
     return found
 
 
+def prefect_database() -> Path | str:
+    """The database of a Prefect server that is started here: its file, or the URL of a server, without a password."""
+    home = os.environ.get("PREFECT_HOME") or store.home() / "prefect"
+    given = next(filter(None, map(os.environ.get, _PREFECT_DATABASE)), "")
+    return _place(given) if given else Path(os.path.abspath(Path(home).expanduser() / "prefect.db"))
+
+
+def mlflow_database() -> Path | str:
+    """The database of MLflow: its file, or the URL of a server, without a password."""
+    return _place(os.environ.get("MLFLOW_TRACKING_URI") or tracking.database())
+
+
+def _place(url: str) -> Path | str:
+    return Path(os.path.abspath(found["path"])) if (found := _SQLITE.match(url)) else redacted(url)
+
+
 def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tuple[Process, str]:
     """A Prefect server on loopback, not started yet, and the URL of its API."""
     url = f"http://127.0.0.1:{port}/api"
@@ -135,9 +159,7 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
     """An MLflow server on loopback, not started yet, and its URL; with a password unless `LEWIS_MLFLOW_AUTH` is 0.
 
     Args:
-        port: where it listens.
-        database: URL of its database, as MLflow's `MLFLOW_BACKEND_STORE_URI`.
-        echo: as for `Process`.
+        database: its URL, as MLflow's `MLFLOW_BACKEND_STORE_URI`.
     """
     url = f"http://127.0.0.1:{port}"
     command = ["-m", mlflow_app.__name__, mlflow_app.PREPARE, "--host", "127.0.0.1", "--port", str(port)]

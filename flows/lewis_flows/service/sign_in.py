@@ -47,11 +47,9 @@ class SignIn:
     """Middleware that answers `GET /lewis/sign-in?code=...&to=/page`: it gives the key to the browser's own storage."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
-        """Wrap an application; without a key, there is nothing to sign in to."""
         self._app, self._key, self._used = app, key, dict[str, float]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or let the application answer it."""
         if not self._key or scope["type"] != "http" or scope["path"] != PATH:
             return await self._app(scope, receive, send)
         asked = {name: values[0] for name, values in parse_qs(scope["query_string"].decode("latin-1")).items()}

@@ -22,7 +22,7 @@ from lewis.redact import redacted
 from lewis.registry import history, releases
 from lewis.registry.releases import Held
 from lewis.serving import records, slots
-from lewis_flows import broken_commits, edits, polls, prefect_runs, recipes_folder, turn, watch
+from lewis_flows import earlier_runs, polls, prefect_runs, recipes_folder, turn, watch
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, of_flows, recipe_of
 from lewis_flows.service import note, recipe_deployments
 from lewis_flows.service.credentials import connected
@@ -99,7 +99,8 @@ def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Fa
 
     What a version with a verdict holds is not tried again, unless the recipe was edited.
     """
-    recipe.behind_since = seen if recipe.settled is None or recipe.is_behind else None
+    behind = any(each.held and each.head and each.held != each.head for each in recipe.inputs)
+    recipe.behind_since = seen if recipe.settled is None or behind else None
     recipe.paused = recipe.recipe in facts.paused
     open_ = bool(seen) or not recipe.champion if recipe.settled is None else not recipe.settled
     last = next((run for run in found.last_runs() if run.flow == MERGE and run.recipe == recipe.recipe), None)
@@ -141,7 +142,7 @@ def _watched(name: str, mlflow: Part, facts: _Facts, *, hub: bool, scores: bool)
         found.broken, found.registered = True, recipes_folder.registered_name(name)
         _ask_registry(found, mlflow, scores=scores)
         return found
-    found.unmerged = name in facts.merged and edits.is_unmerged(recipe, facts.merged)
+    found.unmerged = name in facts.merged and earlier_runs.is_unmerged(recipe, facts.merged)
     heads: dict[str, str] = {}
     try:
         heads = releases.heads(*pin_all(recipe)) if hub else {}
@@ -181,14 +182,11 @@ LAST = 5  # runs of one recipe that are shown
 
 
 def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
-    """Add the work pools and the runs that the Prefect server at `api` knows, `only` those of one recipe.
-
-    Raises:
-        TransientError: if the server does not answer, or answers with an error.
-        InputError: if it wants another key.
-    """
+    """Add the work pools and runs that the Prefect server at `api` knows, `only` of one recipe; as `connected`."""
     with connected(api), impatient(PATIENCE) as client:
-        for pool in _pools(client):
+        scoring = prefect_runs.deployment(client, f"{EVALUATE}/{EVALUATE}")
+        own = scoring.work_pool_name if scoring else None
+        for pool in dict.fromkeys([POOL, own or POOL]):  # evaluations may have one of their own
             found.parts += [_workers(client, pool), *_queues(client, pool)]
         found.running, found.scheduled = _running(client), _scheduled(client)
         names: list[str] = []
@@ -196,7 +194,8 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
             names = recipes_folder.names()
         found.finished = _finished(client, only, names)
         due = watch.due(client, events.now(client))
-        facts = _Facts(edits.merged(client, names), _broken(client, names), recipe_deployments.paused(client), due)
+        merged, paused = earlier_runs.merged(client, names), recipe_deployments.paused(client)
+        facts = _Facts(merged, _broken(client, names), paused, due)
     if only:
         found.running, found.scheduled = (
             [run for run in runs if run.recipe == only] for runs in (found.running, found.scheduled)
@@ -207,20 +206,13 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
 def _broken(client: SyncPrefectClient, names: Sequence[str]) -> dict[str, set[str]]:
     """Recipe -> the commits that its runs found broken on the Hub itself, as far as that still holds."""
     commits: dict[str, set[str]] = {}
-    for run in prefect_runs.all_of_flows(client, (MERGE,), ("FAILED",), FlowRunSort.END_TIME_DESC):
+    for run in prefect_runs.all_of_flows(client, (MERGE,), ("FAILED",)):
         commits.setdefault(recipe_of(run), set()).update(tagged(run, BROKEN))
     for name in names:
         if found := commits.get(name):
             with suppress(LewisError):  # a recipe that cannot be read: its own line says why
-                commits[name] = broken_commits.still_broken(client, recipes_folder.load(name), found)
+                commits[name] = earlier_runs.still_broken(client, recipes_folder.load(name), found)
     return commits
-
-
-def _pools(client: SyncPrefectClient) -> list[str]:
-    """The work pool, and that of evaluations if it is another."""
-    scoring = prefect_runs.deployment(client, f"{EVALUATE}/{EVALUATE}")
-    pool = scoring.work_pool_name if scoring else None
-    return list(dict.fromkeys([POOL, pool or POOL]))
 
 
 def _workers(client: SyncPrefectClient, pool: str) -> Part:

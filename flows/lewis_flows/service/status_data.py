@@ -88,11 +88,6 @@ class Watched(BaseModel):
     unknown: list[str] = []
     broken: bool = False
 
-    @property
-    def is_behind(self) -> bool:
-        """Whether a model is newer than what the champion holds; False if the newest commits are not known."""
-        return any(each.held and each.head and each.held != each.head for each in self.inputs)
-
     def attempt(self, now: datetime) -> str:
         """When what failed is tried again, seen at a time; empty if nothing is."""
         if self.after:
@@ -133,12 +128,8 @@ A part of the service is down; something could not be found out; a recipe is bro
 a champion is behind, and nothing is done about it; a version waits for a person's approval.
 """
 
-GRACE = timedelta(hours=1)
-"""For so long a champion may be behind before that is a problem."""
-
-
-FAILURES = ("Failed", "Crashed", "TimedOut", "Unpublished")
-"""Names of the states of a run that failed."""
+GRACE = timedelta(hours=1)  # for so long a champion may be behind before that is a problem
+FAILURES = ("Failed", "Crashed", "TimedOut", "Unpublished")  # names of the states of a run that failed
 
 
 class Problem(BaseModel):

@@ -13,13 +13,7 @@ from lewis_flows.service.status_data import Input, Run, Status, Watched
 
 
 def as_text(status: Status, now: datetime, width: int = 120) -> str:
-    """Tables for a terminal; times are relative, and in the local time zone.
-
-    Args:
-        status: what to show.
-        now: in UTC, which times are relative to.
-        width: of the terminal, in characters.
-    """
+    """Tables for a terminal of a width in characters; times are relative to `now`, UTC, and in the local time zone."""
     output = io.StringIO()
     console = Console(file=output, width=width)
     for title, table in _sections(status, now):

@@ -17,13 +17,11 @@ from lewis.evaluation import work_queue
 from lewis.registry import tracking
 from lewis.serving import slots
 from lewis.store.secrets import PREFECT_KEY
-from lewis_flows.service import credentials, databases, note, worker
+from lewis_flows.service import credentials, note, worker
 from lewis_flows.service.processes import Process, usable_port
-from lewis_flows.service.servers import mlflow_process, prefect_port, prefect_process
+from lewis_flows.service.servers import mlflow_database, mlflow_process, prefect_database, prefect_port, prefect_process
 
-Say = Callable[[str, str], None]
-"""Called with the name of a part and a line of its output."""
-
+Say = Callable[[str, str], None]  # called with the name of a part and a line of its output
 _NOISE = (
     *(" ___ ___ ", "| _ \\ _ \\", "|  _/ ", "|_| |_|_"),  # Prefect's name in letters
     "already in terminal state",  # if a run ends while its heartbeat is on the way
@@ -83,7 +81,7 @@ def up(
             part.wait()
         if serve is not None:
             add(_champion(urls, say))
-        places = {"prefect": databases.prefect(), "mlflow": databases.mlflow()}
+        places = {"prefect": prefect_database(), "mlflow": mlflow_database()}
         ours = [part.name for part in parts if part.name in places]
         known = urls | {note.database_of(part): str(places[part]) for part in ours}
         if "mlflow" in ours and settings.MLFLOW_AUTH.get():
@@ -104,8 +102,7 @@ def up(
 def _apart(module: str, *what: str) -> None:
     """Run `main` of a module in a process of its own: with Prefect's client, this one would hold 200 MB more for days.
 
-    Raises:
-        InputError, LewisError: as the process says on its stdout; its log goes to the stderr of this one.
+    InputError or LewisError says what the process says on its stdout; its log goes to the stderr of this one.
     """
     command = [sys.executable, "-m", f"lewis_flows.service.{module}", *what]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

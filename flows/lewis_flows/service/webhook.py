@@ -111,7 +111,6 @@ class _AccessLog:
         self._app, self._secret = app, secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the application answer a request, then log it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         status, started = 500, time.monotonic()
@@ -215,11 +214,7 @@ def _poll(look: Callable[[], object]) -> None:
 
 
 def serve(host: str, port: int, secret: str) -> None:
-    """Run the receiver until it gets the signal to stop.
-
-    Args:
-        host, port: where to listen.
-        secret: as for `create_app`.
+    """Run the receiver until it gets the signal to stop; `secret` is as for `create_app`.
 
     Raises:
         InputError: if the port is taken.
@@ -259,13 +254,7 @@ class Loop:
     """Does something again and again in a thread, until it is stopped."""
 
     def __init__(self, name: str, do: Callable[[], object], pause: float) -> None:
-        """Begin.
-
-        Args:
-            name: of the thread, for logs.
-            do: what is done; if it raises, that is logged, and it is done again.
-            pause: seconds; 0: it is never done.
-        """
+        """Call `do` in a thread of this name, again and again, with pauses of seconds, 0: never; log errors."""
         self._do, self._pause, self._over = do, pause, threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -290,8 +279,7 @@ class Loop:
 def _secret() -> str:
     """The secret of the environment or of the store; else that of Prefect's block; else a new one, which is kept.
 
-    Raises:
-        InputError: if Prefect, which may have it, does not answer, or as `Secret.read`.
+    InputError if Prefect, which may have it, does not answer, or as `Secret.read`.
     """
     if not settings.WEBHOOK_SECRET.get() and not WEBHOOK_SECRET.path().exists():
         from httpx import HTTPError

@@ -10,29 +10,21 @@ from pathlib import Path
 
 from lewis import store
 from lewis.errors import LewisError
+from lewis.importance.gram_files import Written
 from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
 from lewis.merging.prepared import Prepared
 from lewis.models.dtypes import torch_dtype
-from lewis.models.files.safetensors_file import write_file
+from lewis.models.files.safetensors_file import TensorFile, write_file
 
 
 class Fitted:
-    """The fitted tensors, on disk, a file for each block.
-
-    A file that a killed process has finished is found again: its checksum is in a list next to it.
-    """
+    """The fitted tensors, on disk, a file for each block."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        store.make_folder(folder)
-        self._index, self._places = folder / "blocks.json", dict[str, Path]()
-        known = store.read_entry(self._index) or {}
-        for name, (sha256, tensors) in known.items():
-            path = folder / name
-            if path.is_file() and store.file_sha256(path) == sha256:
-                self._places |= dict.fromkeys(tensors, path)
-        self._known = {path.name: known[path.name] for path in dict.fromkeys(self._places.values())}
+        self.folder, self._files = store.make_folder(folder), Written(folder)
+        found = [folder / name for name in self._files.checksums]
+        self._places = {tensor: path for path in found for tensor in TensorFile(path).places}
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -48,9 +40,7 @@ class Fitted:
     def add(self, block: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep the tensors of a block."""
         path = self.folder / f"{block}.safetensors"
-        sha256 = write_file(path, {name: [tensor] for name, tensor in tensors.items()}, {})
-        self._known[path.name] = [sha256, list(tensors)]
-        store.write_entry(self._index, self._known)
+        self._files.add({path.name: write_file(path, {name: [tensor] for name, tensor in tensors.items()}, {})})
         self._places |= dict.fromkeys(tensors, path)
 
 

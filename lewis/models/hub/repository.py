@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lewis import store
-from lewis.errors import BrokenModelError, InputError, TransientError
-from lewis.models.broken import COMMIT
+from lewis.errors import InputError, TransientError
+from lewis.models.broken import COMMIT, broken
 from lewis.models.files.folder import ADAPTER, GGUF_TABLE, INDEX, SINGLE, check_weights, needed, weight_files
 from lewis.models.files.safetensors_file import Headers, file_headers
 from lewis.models.gguf import as_folder, headers, only
@@ -125,7 +125,8 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
     folder, before = snapshot(pinned.source, pinned.commit), dict[str, str]()
     while damaged := _complete(pinned, folder, names, files, card=weights):
         if same := [name for name, sha256 in damaged.items() if sha256 and before.get(name) == sha256]:
-            raise _broken(pinned, same[0], "the Hub gave the same bytes twice, which are not those that it lists")
+            why = "the Hub gave the same bytes twice, which are not those that it lists"
+            raise broken(f"{pinned.ref}: {same[0]}", why, pinned.commit)
         if before or offline():
             raise TransientError(
                 f"{pinned.ref}: {', '.join(damaged)}: missing, or not the checksum of the commit; try again"
@@ -222,7 +223,7 @@ def tensor_headers(pinned: Pinned) -> Headers:
         except InputError as error:
             if pinned.is_local or not _is_of_the_commit(path, listing[name], error):
                 raise
-            raise _broken(pinned, name, error) from error
+            raise broken(f"{pinned.ref}: {name}", error, pinned.commit) from error
         return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()}
 
     with ContextPool(8) as pool:
@@ -256,15 +257,7 @@ def blaming(pinned: Pinned, what: str, how: str = "broken") -> Iterator[None]:
     except InputError as error:
         if pinned.is_local or isinstance(error.__cause__, OSError):  # an OSError says nothing about the content
             raise
-        raise _broken(pinned, what, error, how) from error
-
-
-def _broken(pinned: Pinned, what: str, why: object, how: str = "broken") -> BrokenModelError:
-    return BrokenModelError(
-        f"{pinned.ref}: {what} is {how} on the Hub itself, in commit {pinned.commit[:8]}: {why}; name another "
-        "revision, or wait until its authors upload it again",
-        pinned.commit,
-    )
+        raise broken(f"{pinned.ref}: {what}", error, pinned.commit, how) from error
 
 
 def _is_of_the_commit(path: Path, listed: tuple[int, str], error: InputError) -> bool:

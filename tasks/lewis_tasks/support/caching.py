@@ -32,16 +32,8 @@ RETRIES: dict[str, Any] = {
     "retries": 4,
     "retry_delay_seconds": exponential_backoff(2),
     "retry_jitter_factor": 0.5,
-    "retry_condition_fn": lambda task, run, state: _heals(_exception_of(state)),
+    "retry_condition_fn": lambda task, run, state: _heals(state.result(raise_on_failure=False)),
 }
-
-
-def _exception_of(state: Any) -> BaseException:
-    try:
-        state.result()
-    except BaseException as error:
-        return error
-    return RuntimeError("the task did not fail")
 
 
 def _heals(error: BaseException) -> bool:
@@ -83,11 +75,7 @@ _PATHS = ("path", "folder", "adapter", "base", "statistics")  # fields of refere
 
 
 def _content(record: bytes) -> dict[str, Any]:
-    """The `result` of a record as plain data: to load it as a reference would mark it as used.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: if LEWIS did not write it, or it is damaged.
-    """
+    """The `result` of a record as plain data: to load it as a reference would mark it as used; fails if damaged."""
     return sealed_json.loads(json.loads(record)["result"].encode())
 
 
@@ -135,11 +123,7 @@ class Progress:
     """A `lewis.progress.Report` of a long task: an artifact in the UI and a line in the log, every two seconds."""
 
     def __init__(self, key: str, about: str) -> None:
-        """
-        Args:
-            key: prefix of the artifact's key: recipe and step.
-            about: name of the task's run.
-        """
+        """Show the progress of the task run `about`; `key` is the prefix of the artifact's key: recipe and step."""
         self._key, self._about, self._last = f"{key}-progress", about, time.monotonic()
         self._artifact: UUID | None = None
 

@@ -108,15 +108,11 @@ def _first_free(locks: Iterable[FileLock], note: Note) -> FileLock:
                 with suppress(Timeout):
                     lock.acquire(timeout=0)
                     return lock
-        wait.look(note.place.what, f"a device slot, {_holders()}")
+        held = [place for place in device_queue.queue() if place.holds]
+        who = ", ".join(f"which {each.what} holds since {each.since.astimezone():%H:%M}" for each in held)
+        wait.look(note.place.what, f"a device slot, {who or 'all taken'}")
         raise_if_stopping("waiting for a device slot")
         time.sleep(_POLL_SECONDS)
-
-
-def _holders() -> str:
-    """Who holds the slots of this machine, and since when, for a message."""
-    held = [place for place in device_queue.queue() if place.holds]
-    return ", ".join(f"which {each.what} holds since {each.since.astimezone():%H:%M}" for each in held) or "all taken"
 
 
 @contextmanager

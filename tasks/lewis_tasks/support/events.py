@@ -25,20 +25,14 @@ def now(client: "SyncPrefectClient") -> datetime:
     Raises:
         httpx.HTTPError: if the server does not answer.
     """
-    return ahead(client) + datetime.now(UTC)  # in this order: the request takes time
-
-
-def ahead(client: "SyncPrefectClient") -> timedelta:
-    """How far the server's clock is ahead of this machine's; nothing while both agree within `_AGREES`.
-
-    Raises:
-        httpx.HTTPError: if the server does not answer.
-    """
-    return ahead_by(client.request("GET", "/health").headers)
+    return ahead_by(client.request("GET", "/health").headers) + datetime.now(UTC)  # in this order: a request takes time
 
 
 def ahead_by(headers: Mapping[str, str]) -> timedelta:
-    """As `ahead`, by the headers of an answer of the server, whose `Date` is in seconds."""
+    """How far the server's clock is ahead of this machine's, by the headers of its answer, whose `Date` is in seconds.
+
+    Nothing while both agree within `_AGREES`.
+    """
     stated = headers.get("Date")
     found = parsedate_to_datetime(stated) - datetime.now(UTC) if stated else timedelta()
     return found if abs(found) > _AGREES else timedelta()
@@ -52,10 +46,19 @@ def check_server() -> None:
         raise InputError("PREFECT_API_URL is not set: there is no server to report a release to; start `lewis up`")
 
 
-def post(event: Mapping[str, Any]) -> None:
+def post(
+    kind: str, resource: Mapping[str, str], payload: Mapping[str, Any], *, run: str | None = None, id_: str = ""
+) -> None:
     """Send an event; returns when the server has taken it, which does not mean that it has stored it.
 
     It occurred now, by the server's clock: a trigger passes over events from before the one that it fired for last.
+
+    Args:
+        kind: its name.
+        resource: what it is about: its `id`, its `name` and other labels.
+        payload: the facts, JSON.
+        run: id of the flow run that it is of, if it is of one.
+        id_: a UUID; by default a new one.
 
     Raises:
         TransientError: the server is unreachable or busy.
@@ -68,17 +71,21 @@ def post(event: Mapping[str, Any]) -> None:
     from lewis_tasks.support.patience import impatient
 
     check_server()
+    about = {f"prefect.resource.{key}" if key in ("id", "name") else key: value for key, value in resource.items()}
+    role = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
+    event = {"id": id_ or str(uuid.uuid4()), "event": kind, "resource": about, "related": [role] if run else []}
     try:
         with impatient(_PATIENCE) as client:
-            client.request("POST", "/events", json=[{**event, "occurred": now(client).isoformat()}])
+            dated = {**event, "payload": payload, "occurred": now(client).isoformat()}
+            client.request("POST", "/events", json=[dated])
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise LewisError(
                 f"Prefect refuses the event ({status}): check PREFECT_API_AUTH_STRING or its key"
             ) from None
-        kind = TransientError if status >= 500 or status in (408, 429) else LewisError
-        raise kind(f"Prefect did not take the event: it answered {status}; look at its server's log") from None
+        error_kind = TransientError if status >= 500 or status in (408, 429) else LewisError
+        raise error_kind(f"Prefect did not take the event: it answered {status}; look at its server's log") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise TransientError(f"Prefect did not take the event ({type(error).__name__}); is its server up?") from None
 
@@ -87,7 +94,6 @@ class Wait:
     """A wait that is logged when it begins, and reported once, when it is long."""
 
     def __init__(self) -> None:
-        """Begin a wait."""
         self._began, self._logged, self._told = datetime.now(UTC), False, False
 
     def look(self, name: str, what: str) -> None:
@@ -109,15 +115,7 @@ class Wait:
         message = f"{name} has waited {minutes:.0f} min for {what}"
         logger.warning("%s", message)
         run = str(flow_run.id or "")
-        role = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
-        event = {
-            "id": str(uuid.uuid4()),
-            "event": WAITING,
-            "resource": {"prefect.resource.id": f"lewis.run.{run}", "prefect.resource.name": name},
-            "related": [role] if run else [],
-            "payload": {"message": message, "flow_run": run},
-        }
         try:
-            post(event)
+            post(WAITING, {"id": f"lewis.run.{run}", "name": name}, {"message": message, "flow_run": run}, run=run)
         except LewisError as error:
             logger.warning("Prefect did not take the event of the wait: %s", error)

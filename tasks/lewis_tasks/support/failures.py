@@ -63,26 +63,20 @@ def result_of(future: PrefectFuture[Any]) -> Any:
     except Exception as error:
         kind = next((k for k in (InputError, TransientError) if isinstance(error, k)), LewisError)
         traceback = "" if of_the_disk(error) else "the traceback is in the task's log; "
-        message = str(error) if isinstance(error, LewisError) else f"{_first_line(error)}; {traceback}{AGAIN}"
+        lines = (explained(error) if isinstance(error, OSError) else str(error)).strip().splitlines()
+        first = redacted(f"{type(error).__name__}: {lines[0]}") if lines else type(error).__name__
+        message = str(error) if isinstance(error, LewisError) else f"{first}; {traceback}{AGAIN}"
         message = f"{_name(future)}: {message}"
         if isinstance(error, BrokenModelError):
             raise BrokenModelError(message, error.commit) from error
         raise kind(message) from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = (explained(error) if isinstance(error, OSError) else str(error)).strip().splitlines()
-    return redacted(f"{type(error).__name__}: {lines[0]}") if lines else type(error).__name__
-
-
 def _name(future: PrefectFuture[Any]) -> str:
     """The name of a task's run. A run gets its last name at its end: wait a while until the server knows of that."""
     name, deadline = "a task", time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        with (
-            suppress(Exception),
-            get_client(sync_client=True) as client,
-        ):  # report the task's error even if its name is not known
+        with suppress(Exception), get_client(sync_client=True) as client:  # report the error even without the name
             run = client.read_task_run(future.task_run_id)
             name = AUTOMATIC.sub("", run.name)
             if run.state and run.state.is_final():

@@ -45,8 +45,7 @@ _WHY = {
     "approval": "because its version was approved",
     "hand": "by hand",
 }
-later = ""
-"""If the Prefect server ends with the run: the URL of the server that will show the run, that of `lewis up`."""
+later = ""  # if the Prefect server ends with the run: the URL of the server that will show the run, that of `lewis up`
 
 
 class RejectedRun(Exception):
@@ -120,7 +119,6 @@ def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:
     The name is only for people: a failure is logged, not raised.
 
     Args:
-        recipe: of the run.
         keys: reference of each model -> its commits.
     """
     labels = {RECIPE: store.digest(recipe.text)} | {f"{MODEL}{ref}": key for ref, key in keys.items()}

@@ -24,13 +24,8 @@ from lewis_tasks.support.flow_run import pages
 from lewis_tasks.support.patience import impatient
 
 logger = logging.getLogger(__name__)
-
-PROMOTED = "lewis.model.promoted"
-"""The event that automations can react to, to notify or deploy."""
-
-NOTIFIES = "lewis-notify-promotion"
-"""The automation that does so, if the user wants it."""
-
+PROMOTED = "lewis.model.promoted"  # the event that automations can react to, to notify or deploy
+NOTIFIES = "lewis-notify-promotion"  # the automation that does so, if the user wants it
 _ENDED = ["prefect.automation.action.executed", "prefect.automation.action.failed"]
 _GIVEN_UP = timedelta(days=7)  # as long as Prefect keeps events
 _PAUSE = 0.5  # seconds between two looks
@@ -53,7 +48,7 @@ def report(patience: float = 0) -> None:
         # First look, then send: what an earlier process sent is known by now, or lost.
         _forget_known()
         for move in _happened():
-            events.post(_event(move))
+            _send(move)
         while _happened() and time.monotonic() < deadline:
             time.sleep(_PAUSE)
             _forget_known()
@@ -69,19 +64,14 @@ def _forget_known() -> None:
     with impatient(_REQUEST) as client:
         now = min(datetime.now(UTC), events.now(client))  # by a clock that is ahead, each move is old
         for move in _happened():
-            if _is_known(client, move):
+            known = _found(client, id={"id": [move.id]})
+            if known and all(_acted(client, each, move) for each in _awaited(client, move)):
                 outbox.remove(move)
             elif now - datetime.fromisoformat(move.time) > _GIVEN_UP:
                 logger.warning(
                     "it was not reported to Prefect that %s is the champion: it took no event for a week", move.uri
                 )
                 outbox.remove(move)
-
-
-def _is_known(client: SyncPrefectClient, move: Move) -> bool:
-    if not _found(client, id={"id": [move.id]}):
-        return False
-    return all(_acted(client, each, move) for each in _awaited(client, move))
 
 
 def _awaited(client: SyncPrefectClient, move: Move) -> Iterator[str]:
@@ -105,23 +95,18 @@ def _found(client: SyncPrefectClient, **wanted: Any) -> bool:
     return bool(client.read_events(EventFilter.model_validate(wanted), limit=1).events)
 
 
-def _event(move: Move) -> dict[str, Any]:
-    run, before = move.about.get("flow_run"), f"in place of {move.previous}" if move.previous else "the first one"
-    role = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
-    return {
-        "id": move.id,
-        "event": PROMOTED,
-        "resource": {"prefect.resource.id": f"lewis.model.{move.name}", "prefect.resource.name": move.name},
-        "related": [role] if run else [],
-        "payload": {
-            "recipe": move.about.get("recipe", ""),
-            "version": move.version,
-            "uri": move.uri,
-            "url": versions.page(move.name, move.version),
-            "digest": move.about.get("digest", ""),
-            "previous": move.previous,
-            "reasons": list(move.reasons),
-            "moved": move.time,
-            "message": f"{move.uri} is the champion now, {before}: {'; '.join(move.reasons)}",
-        },
+def _send(move: Move) -> None:
+    before = f"in place of {move.previous}" if move.previous else "the first one"
+    payload = {
+        "recipe": move.about.get("recipe", ""),
+        "version": move.version,
+        "uri": move.uri,
+        "url": versions.page(move.name, move.version),
+        "digest": move.about.get("digest", ""),
+        "previous": move.previous,
+        "reasons": list(move.reasons),
+        "moved": move.time,
+        "message": f"{move.uri} is the champion now, {before}: {'; '.join(move.reasons)}",
     }
+    resource = {"id": f"lewis.model.{move.name}", "name": move.name}
+    events.post(PROMOTED, resource, payload, run=move.about.get("flow_run"), id_=move.id)

@@ -2,9 +2,9 @@
 
 import logging
 import threading
-from types import SimpleNamespace
 
 import pytest
+from prefect.states import Failed
 
 from lewis.errors import InputError, LewisError, TransientError
 from lewis_tasks.support import caching
@@ -25,10 +25,7 @@ def test_progress_ends_a_task_that_is_to_stop(monkeypatch: pytest.MonkeyPatch) -
     ("error", "again"), [(TransientError("busy"), True), (InputError("wrong"), False), (LewisError("failed"), False)]
 )
 def test_only_what_can_heal_is_tried_again(error: Exception, again: bool) -> None:
-    def result() -> None:
-        raise error
-
-    assert RETRIES["retry_condition_fn"](None, None, SimpleNamespace(result=result)) is again
+    assert RETRIES["retry_condition_fn"](None, None, Failed(data=error)) is again
 
 
 def test_an_error_of_ours_is_logged_as_its_message() -> None:

@@ -73,7 +73,7 @@ def test_a_long_wait_is_told_once_and_names_the_holder(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sent: list[Any] = []
-    monkeypatch.setattr(events, "post", sent.append)
+    monkeypatch.setattr(events, "post", lambda kind, _, payload, run: sent.append((kind, payload)))
     monkeypatch.setattr(events, "LONG", timedelta(seconds=0.3))
     with device_slot.device_slot(), caplog.at_level(logging.INFO):
         waits = threading.Thread(target=lambda: device_slot.device_slot().__enter__())
@@ -81,10 +81,7 @@ def test_a_long_wait_is_told_once_and_names_the_holder(
         until(lambda: bool(sent))
         time.sleep(0.3)
     waits.join()
-    (event,) = sent
+    ((kind, payload),) = sent
     held = f"which process {os.getpid()} holds since"
-    assert (
-        event["event"] == events.WAITING
-        and "has waited 0 min for a device slot, " + held in event["payload"]["message"]
-    )
+    assert kind == events.WAITING and "has waited 0 min for a device slot, " + held in payload["message"]
     assert f"waiting for a device slot, {held}" in caplog.text

@@ -69,7 +69,6 @@ class Prefect:
     """The numbers of one server; answers are kept. `Source` ensures that one thread asks at a time."""
 
     def __init__(self) -> None:
-        """Know nothing yet."""
         self._runs, self._steps = Recent(self._ended_runs), Recent(_ended_steps)
         self._flows = dict[UUID, str]()
         self._last = dict[str, Run]()
@@ -109,9 +108,7 @@ class Prefect:
                 self._last[each.recipe] = each
 
     def _ended_runs(self, client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Run]]:
-        newest = FlowRunSort.END_TIME_DESC
-        found = prefect_runs.all_of_flows(client, ALL, ENDED, newest, end_time={"after_": after})
-        return self._named(client, list(found))
+        return self._named(client, list(prefect_runs.all_of_flows(client, ALL, ENDED, end_time={"after_": after})))
 
     def _named(self, client: SyncPrefectClient, runs: Sequence[FlowRun]) -> Iterator[tuple[UUID, Run]]:
         if not self._flows.keys() >= {run.flow_id for run in runs}:

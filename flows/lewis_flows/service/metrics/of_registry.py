@@ -36,7 +36,6 @@ class Registry:
     """The numbers of one registry; the score of a version is asked for once."""
 
     def __init__(self) -> None:
-        """Know nothing yet."""
         self._scores = dict[tuple[str, str], tuple[str, float] | None]()
 
     def read(self) -> Iterator[Metric]:

@@ -93,7 +93,6 @@ class Page(Collector):
     """Makes the page; threads may share it."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        """Show the numbers of these sources."""
         self._sources = sources
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
