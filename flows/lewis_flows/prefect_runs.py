@@ -20,7 +20,8 @@ from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
 
 # Names of our flows, as their decorators give them to Prefect.
-ALL = MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION = "merge", "search", "evaluate", "serve", "verify", "retention"
+MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION = "merge", "search", "evaluate", "serve", "verify", "retention"
+ALL = (MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION)
 OF_RECIPES = (MERGE, SEARCH, EVALUATE, SERVE)  # those whose runs are of one recipe
 UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")  # state types of a run that is about to begin, or goes on
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")  # state types of a run that has ended
