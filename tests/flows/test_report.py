@@ -173,7 +173,7 @@ def _check_tables(client: Any, own: Path, home: Path, second: dict[str, Any], te
     )  # columns with room between them
     own_links = re.sub(r"\(get-artifact\?path=([^&)]*)&run_uuid=\w+\)", r"(\1)", shown)
     own_links, _, recipe = own_links.partition("\n\nThe recipe: ")
-    assert recipe == "[recipe.yaml](recipe.yaml)" and "```" not in own_links
+    assert recipe == "[recipe.yaml](recipe.yaml)" and "\n```yaml\nmerge_method: ties\n" in own_links
     assert version.description != shown and own_links in card  # its pages find pictures through the run
 
 
