@@ -67,11 +67,7 @@ def score(
     if "base" not in names and not current:  # the gate compares with the best expert
         first = list(names)
     looks_early = plan.evaluate is not None and plan.evaluate.stop != "never" and plan.gate is not None
-    documents = None
-    if looks_early:
-        digest = walk.futures["merge experts"].result().digest
-        again = current and current.digest == digest  # the champion, which is shown with all its scores
-        documents = look_to_show(plan, digest, digest) if again else looks.FIRST
+    documents = _first_look(plan, walk, current) if looks_early else None
     if documents is None:  # if looks are taken, the champion is shown, and nothing is judged
         return Judged(score_on(None, list(shown(names) if looks_early else names)))
     certain = False
@@ -86,3 +82,9 @@ def score(
     scores = score_on(documents, rest)
     wanted = documents and plan.evaluate and plan.evaluate.full_scores == "promoted"
     return Judged(scores, documents, (lambda: score_on(None, list(shown(names)))) if wanted else None)
+
+
+def _first_look(plan: Recipe, walk: Walk, current: Any) -> int | None:
+    """After how many documents the gate looks first; None: the champion is merged again, and shown with all scores."""
+    digest = walk.futures["merge experts"].result().digest
+    return look_to_show(plan, digest, digest) if current and current.digest == digest else looks.FIRST

@@ -1,7 +1,7 @@
 """What a gate will be able to see, before the run: margins, and which losses and gains so many documents show."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -65,12 +65,16 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
         lines.append(f"scoring ends after {', '.join(map(str, sizes))} documents of each task, if the verdict {what}")
         if evaluate.completes:
             lines.append("what passes early is scored on all documents after its promotion")
+    return [*lines, *_of_answers(gate)]
+
+
+def _of_answers(gate: Gate) -> Iterator[str]:
+    """Whose answer a version that passes waits for."""
     if gate.judge:
         where = redacted(settings.JUDGE.get()) or "LEWIS_JUDGE, which is not set here"
-        lines.append(f"what passes is shown to the judge {gate.judge.model} at {where}")
+        yield f"what passes is shown to the judge {gate.judge.model} at {where}"
     if gate.approve:
-        lines.append(f"what passes waits up to {gate.approve_hours:g} hours for a person")
-    return lines
+        yield f"what passes waits up to {gate.approve_hours:g} hours for a person"
 
 
 def _margin(gate: Gate, name: str, spread: float, tests: int) -> float:

@@ -49,7 +49,7 @@ from lewis.steps.graph import (
     warning_of_shared_set,
 )
 from lewis.steps.run import check_tasks, pinned
-from lewis.steps.step import Cost
+from lewis.steps.step import Cost, Step
 from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DOWNLOAD, EVALUATE, MEASURE, MERGE, ScoreInput, by_task
 from lewis.store import remote
 from lewis.store.remote import Found
@@ -341,16 +341,21 @@ def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> Planne
         return PlannedStep(node.label, "always")
     found = None if given is None or missing else step.find(given)
     state = "cached" if found is not None else "to fetch" if len(asked) > before else "to do"
-    results[node.name] = found
-    if step is DOWNLOAD and found is None:
-        results[node.name] = _NotHere.of(given)
-    elif step is CALIBRATE and found is None:
-        results[node.name] = step.make(given, silent, "cpu")  # it is cheap, and what follows is found by it
-    elif step is MERGE and found is None:
-        results[node.name] = _Unmade("" if given is None or missing else step.key(given))
+    results[node.name] = _stand_in(step, given, key=not missing) if found is None else found
     if state != "to do":
         return PlannedStep(node.label, state)
     return PlannedStep(node.label, state, Cost(seconds=None) if given is None else step.cost(given))
+
+
+def _stand_in(step: Step[Any, Any], given: Any, *, key: bool) -> Any:
+    """What stands for a result that is not there, so that what follows from it can be looked for; else None."""
+    if step is DOWNLOAD:
+        return _NotHere.of(given)
+    if step is CALIBRATE:
+        return step.make(given, silent, "cpu")  # it is cheap, and what follows is found by it
+    if step is MERGE:
+        return _Unmade(step.key(given) if key and given is not None else "")
+    return None
 
 
 def _look_at_scores(walked: Graph, results: Mapping[str, Any], asked: Sequence[Found]) -> list[PlannedStep]:

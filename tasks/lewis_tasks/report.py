@@ -128,9 +128,6 @@ def report_run(
     earlier = champion.metrics if champion and champion.digest != merged.digest else None
     models = scored(recipe.score_weights, scores)
     moved = _sizes(sizes_by_layer, recipe, base, experts) if verdict and not verdict.passed else None
-    pictures = {"Scores with 95 % intervals": charts.scores(recipe.score_weights, scores)} if scores else {}
-    pictures |= {"Density per layer": charts.densities(allocated)} if allocated else {}
-    pictures |= _over_versions(version) if version else {}
     facts = RunFacts(
         recipe=recipe.name,
         outcome=outcome(version.uri if version else None, verdict, in_use, created=bool(version and version.created)),
@@ -143,7 +140,7 @@ def report_run(
         scores=score_columns(models, earlier),
         comparison=comparison,
         kept=kept_rows(kept_gains(recipe.gate_metric, models)),
-        pictures=pictures,
+        pictures=_pictures(recipe, allocated, scores) | (_over_versions(version) if version else {}),
         verdict=verdict,
         documents=side_by_side(recipe.gate_metric, models),
         layers=() if moved is None else tables.moved_rows(moved, allocated),
@@ -177,6 +174,11 @@ def report_run(
             key = artifact_key(recipe, what)
             client.create_artifact(ArtifactCreate(key=key, type=kind, description=said, data=data, flow_run_id=run.id))
     return str(page)
+
+
+def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[str, ModelScores]) -> dict[str, bytes]:
+    found = {"Scores with 95 % intervals": charts.scores(recipe.score_weights, scores)} if scores else {}
+    return found | ({"Density per layer": charts.densities(allocated)} if allocated else {})
 
 
 def _over_versions(version: Version) -> dict[str, bytes]:

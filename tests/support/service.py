@@ -1,5 +1,6 @@
 """`lewis up` as a process of its own next to a local Hub, and what a person would look up about its runs."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -16,7 +18,7 @@ from contextlib import suppress
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from lewis.store.secrets import PREFECT_KEY
 from lewis_flows.service.credentials import PREFECT_SENT
@@ -27,12 +29,25 @@ REPO = Path(__file__).resolve().parents[2]
 PYTHONPATH = os.pathsep.join(map(str, (REPO, REPO / "flows", REPO / "tasks")))
 SECRET = secrets.token_urlsafe(32)  # that only the Hub and the receiver know
 T = TypeVar("T")
+_CLAIMS: list[TextIO] = []  # open files, whose locks end with this process
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port where nobody listens, and which no other process of these tests has been given while this one lives."""
+    given = Path(tempfile.gettempdir()) / "lewis-test-ports"
+    given.mkdir(exist_ok=True)
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        claim = (given / f"{port}").open("w")
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            claim.close()
+            continue
+        _CLAIMS.append(claim)
+        return port
 
 
 def children(pid: int) -> dict[int, str]:

@@ -99,8 +99,7 @@ def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Fa
 
     What a version with a verdict holds is not tried again, unless the recipe was edited.
     """
-    behind = any(each.held and each.head and each.held != each.head for each in recipe.inputs)
-    recipe.behind_since = seen if recipe.settled is None or behind else None
+    recipe.behind_since = seen if recipe.settled is None or recipe.is_behind else None
     recipe.paused = recipe.recipe in facts.paused
     open_ = bool(seen) or not recipe.champion if recipe.settled is None else not recipe.settled
     last = next((run for run in found.last_runs() if run.flow == MERGE and run.recipe == recipe.recipe), None)

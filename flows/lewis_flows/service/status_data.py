@@ -88,6 +88,11 @@ class Watched(BaseModel):
     unknown: list[str] = []
     broken: bool = False
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether a model is newer than what the champion holds; False if the newest commits are not known."""
+        return any(each.held and each.head and each.held != each.head for each in self.inputs)
+
     def attempt(self, now: datetime) -> str:
         """When what failed is tried again, seen at a time; empty if nothing is."""
         if self.after:

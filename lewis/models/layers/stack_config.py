@@ -77,11 +77,7 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
         raise InputError(
             f"{home / 'config.json'}: slices: decoder_layers: the model is a decoder made for an encoder; use models"
         )
-    keys = [key for key in _COUNTS if isinstance(block.get(key), int)]
-    if not keys and block is not found:
-        keys = [_COUNTS[0]]  # a block of a larger config leaves out what is as usual
-    if not keys:
-        raise InputError(f"{home / 'config.json'}: slices: none of {', '.join(_COUNTS)} says how many layers there are")
+    keys = _counts(block, home, inner=block is not found)
     of_model = {each.ref: each for merged in origins for each in merged}
     known = {ref: _with_derived(each) for ref, each in of_model.items()}
     own = [[replace(each, config=known[each.ref]) for each in merged] for merged in origins]
@@ -99,6 +95,14 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
     for key in [*listed, *_NUMBERS, *_RULES, *keys] if block is not found else ():
         found |= {key: block[key]} if key in found and key in block else {}  # Qwen2.5-VL states it twice
     return found
+
+
+def _counts(block: dict[str, Any], home: Path, *, inner: bool) -> list[str]:
+    """The keys that say how many layers there are; an inner block of a config leaves out what is as usual."""
+    keys = [key for key in _COUNTS if isinstance(block.get(key), int)]
+    if not keys and not inner:
+        raise InputError(f"{home / 'config.json'}: slices: none of {', '.join(_COUNTS)} says how many layers there are")
+    return keys or [_COUNTS[0]]
 
 
 def _follow_layers(block: dict[str, Any], own: Sequence[_Merged], listed: Sequence[str]) -> None:

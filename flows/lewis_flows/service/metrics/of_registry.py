@@ -47,12 +47,7 @@ class Registry:
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
         if uri.startswith("http") and not answers(f"{uri.rstrip('/')}/health"):  # its client retries for minutes
             raise LewisError("MLflow does not answer")
-        with get_client(sync_client=True) as client:
-            events = release_event.announced(client, datetime.now(UTC) - REMEMBERED)
-        seen = [
-            Release(str(told.get("recipe")), str(told.get("ref")), str(told.get("new")), event.occurred)
-            for event, told in ((event, event.payload) for event in events)
-        ]
+        seen = _announced()
         version, waiting, took = (dict[tuple[str, ...], float]() for _ in range(3))
         served, failed, since, share = (dict[tuple[str, ...], float]() for _ in range(4))
         here = slots.now()
@@ -102,6 +97,15 @@ class Registry:
         if (model, version) not in self._scores:
             self._scores[model, version] = history.score(model, version)
         return self._scores[model, version]
+
+
+def _announced() -> list[Release]:
+    with get_client(sync_client=True) as client:
+        events = release_event.announced(client, datetime.now(UTC) - REMEMBERED)
+    return [
+        Release(str(told.get("recipe")), str(told.get("ref")), str(told.get("new")), event.occurred)
+        for event, told in ((event, event.payload) for event in events)
+    ]
 
 
 def _took(seen: Sequence[Release], champion: releases.Held, promoted: datetime | None) -> float | None:
