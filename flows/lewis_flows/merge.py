@@ -27,7 +27,7 @@ from lewis_flows.registration import Ended, MergeReport, register_merge, report_
 from lewis_flows.runners import choose
 from lewis_flows.scoring import Judged, score
 from lewis_flows.service import recipes_page
-from lewis_flows.turn import HOOKS, absorb, turn
+from lewis_flows.turn import HOOKS, absorb, noted, turn
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, pin, submit
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.register import check_publish, find_champion
@@ -84,6 +84,7 @@ def run_name() -> str:
 
 @flow(name=prefect_runs.MERGE, flow_run_name=run_name, task_runner=choose.task_runner(), **recipes_page.after(HOOKS))
 @says_why
+@noted
 def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport | State[MergeReport]:
     """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
 

@@ -29,7 +29,7 @@ from lewis_flows import prefect_runs
 from lewis_flows.merge import SEARCHED, Searched, begin, load, merge_flow, run_name
 from lewis_flows.registration import MergeReport
 from lewis_flows.runners import choose
-from lewis_flows.turn import HOOKS, turn
+from lewis_flows.turn import HOOKS, noted, turn
 from lewis_flows.walk import Walk, finish, pin, submit
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.search import compare_with_default, record_search, score_trial
@@ -67,6 +67,7 @@ class SearchReport(BaseModel):
 
 @flow(name=prefect_runs.SEARCH, flow_run_name=run_name, task_runner=choose.task_runner(), **HOOKS)
 @says_why
+@noted
 def search_flow(
     recipe: str, overrides: list[str] | None = None, trials: int | None = None, minutes: float | None = None
 ) -> SearchReport | State[SearchReport]:

@@ -12,7 +12,7 @@ from lewis.errors import InputError
 from lewis.serving import hub, service
 from lewis_flows import prefect_runs, secret_blocks
 from lewis_flows.merge import begin, load, run_name
-from lewis_flows.turn import HOOKS, turn
+from lewis_flows.turn import HOOKS, noted, turn
 from lewis_flows.walk import submit
 from lewis_tasks.serve import serve
 from lewis_tasks.support import flow_run as run_tags
@@ -37,6 +37,7 @@ class ServeReport(BaseModel):
 
 @flow(name=prefect_runs.SERVE, flow_run_name=run_name, **HOOKS)
 @says_why
+@noted
 def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeReport]:
     """Bring each target of the recipe to the champion, in their order; the first that fails ends it.
 

@@ -6,11 +6,12 @@ its holder dies. Machines that share no disk, but a remote half of the store, ha
 holder ends after a minute.
 """
 
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import httpx
 from filelock import FileLock, Timeout
@@ -18,6 +19,7 @@ from prefect import Flow, State
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.runtime import flow_run
 from prefect.states import Crashed
 
 from lewis import store
@@ -29,10 +31,46 @@ from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.events import Wait
 
 logger = logging.getLogger(__name__)
-_WAITS = "waits"  # the second line of its note
+P = ParamSpec("P")
+R = TypeVar("R")
+_NOTED = set[str]()  # runs of this process that have left a note
+_WAITS = "waits"  # the second line of a run's note
 _LOOK = 60.0  # seconds between two checks for a long wait
 EVERY = 10.0
 """Seconds between two calls of `absorb_waiting`."""
+
+
+def noted(function: Callable[P, R]) -> Callable[P, R]:
+    """Have a flow's function leave the note of its run before all else, also before it asks the server for anything.
+
+    A run that is killed before it takes its turn is Running by then, and nothing else says that its process is dead.
+    """
+
+    @functools.wraps(function)
+    def with_note(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _note(run := str(flow_run.id)):
+            result = function(*args, **kwargs)
+            runs.forget(run)  # before the lock is free, as in `turn`
+        return result
+
+    return with_note
+
+
+@contextmanager
+def _note(run: str) -> Iterator[Path]:
+    """A note of a run, which is locked while the block lasts; it is the caller's who removes it."""
+    note = runs.note_of(run)
+    if run in _NOTED:
+        yield note
+        return
+    with runs.lock(run):
+        _NOTED.add(run)
+        try:
+            with suppress(OSError):  # the disk may be full: what is left by killed runs is removed after this
+                store.write_text(note, "")
+            yield note
+        finally:
+            _NOTED.discard(run)
 
 
 @contextmanager
@@ -47,8 +85,8 @@ def turn(recipe: Path, run: str) -> Iterator[None]:
         recipe: the recipe's file.
         run: id of the flow run.
     """
-    running, note = _lock(recipe), runs.note_of(run)
-    with runs.lock(run):
+    running = _lock(recipe)
+    with _note(run) as note:
         store.write_text(note, str(recipe))
         try:
             _take(running, recipe, note)

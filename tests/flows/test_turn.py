@@ -3,6 +3,8 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from filelock import Timeout
@@ -12,8 +14,9 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Running
 
+from lewis.errors import InputError
 from lewis.store import runs
-from lewis_flows import prefect_runs, turn
+from lewis_flows import merge, prefect_runs, search, serve, turn
 
 
 def test_a_recipe_of_the_folder_has_one_turn_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,12 +71,12 @@ def test_a_run_that_fails_leaves_nothing_once_the_server_knows_it(
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
 
     @flow(name=prefect_runs.MERGE, **turn.HOOKS)
-    def merge() -> None:
+    def merged() -> None:
         with turn.turn(tmp_path / "x.yaml", str(flow_run.id)):
             raise ValueError("a merge that fails")
 
     with temporary_settings({PREFECT_API_URL: prefect_url}), pytest.raises(ValueError, match="fails"):
-        merge()
+        merged()
     assert not [*(tmp_path / "home" / "runs").iterdir()] and not [*(tmp_path / "home").rglob("*run-*")]
 
 
@@ -84,11 +87,11 @@ def test_a_run_that_ends_with_an_error_leaves_its_note_for_whoever_tells_the_ser
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
 
     @flow(name=prefect_runs.MERGE)
-    def merge() -> None:
+    def merged() -> None:
         """Stands for a merge."""
 
     with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
-        run = client.create_flow_run(merge, state=Running()).id
+        run = client.create_flow_run(merged, state=Running()).id
         with pytest.raises(KeyboardInterrupt), turn.turn(tmp_path / "x.yaml", str(run)):
             turn.crash_dead_runs()
             assert client.read_flow_run(run).state_name == "Running"
@@ -96,3 +99,47 @@ def test_a_run_that_ends_with_an_error_leaves_its_note_for_whoever_tells_the_ser
         turn.crash_dead_runs()
         assert client.read_flow_run(run).state_name == "Crashed"
     assert not [*(tmp_path / "home" / "runs").iterdir()]
+
+
+def test_a_run_that_is_killed_before_its_turn_is_known_to_be_dead(
+    prefect_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is Running as soon as its function begins, which then asks the server for this and that."""
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+
+    @flow(name=prefect_runs.MERGE)
+    def merged() -> None:
+        """Stands for a merge."""
+
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        run = client.create_flow_run(merged, state=Running()).id
+        monkeypatch.setattr(turn, "flow_run", SimpleNamespace(id=run))
+
+        def killed() -> None:
+            turn.crash_dead_runs()
+            assert client.read_flow_run(run).state_name == "Running"
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            turn.noted(killed)()
+        turn.crash_dead_runs()
+        assert client.read_flow_run(run).state_name == "Crashed"
+    assert turn.noted(lambda: runs.notes())() == [runs.note_of(str(run))] and not runs.notes()
+
+
+@pytest.mark.parametrize(("module", "name"), [(merge, "merge_flow"), (search, "search_flow"), (serve, "serve_flow")])
+def test_a_run_leaves_its_note_before_all_else(
+    module: Any, name: str, prefect_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    seen = list[Path]()
+
+    def begin(recipe: str) -> Path:
+        seen.extend(runs.notes())
+        raise InputError("no further")
+
+    monkeypatch.setattr(module, "begin", begin)
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        state = getattr(module, name)("x", return_state=True)
+    assert state.is_failed() and [each.name for each in seen] == [str(state.state_details.flow_run_id)]
+    assert not runs.notes()
