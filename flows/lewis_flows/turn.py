@@ -48,17 +48,20 @@ def noted(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def with_note(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _note(run := str(flow_run.id)):
-            result = function(*args, **kwargs)
-            runs.forget(run)  # before the lock is free, as in `turn`
-        return result
+        with _note(str(flow_run.id)):
+            return function(*args, **kwargs)
 
     return with_note
 
 
 @contextmanager
 def _note(run: str) -> Iterator[Path]:
-    """A note of a run, which is locked while the block lasts; it is the caller's who removes it."""
+    """A note of a run, which is locked while the block lasts; in one of the same run, the same note.
+
+    It is left if the block raises: perhaps the server is not there to learn that the run ended, as when all of
+    `lewis up` is killed and its worker's run gets SIGTERM. The note is removed when the run's end is reported to the
+    server: by `HOOKS` at the end of this run, or else by `crash_dead_runs` of a later process.
+    """
     note = runs.note_of(run)
     if run in _NOTED:
         yield note
@@ -69,17 +72,14 @@ def _note(run: str) -> Iterator[Path]:
             with suppress(OSError):  # the disk may be full: what is left by killed runs is removed after this
                 store.write_text(note, "")
             yield note
+            runs.forget(run)  # before the lock is free: a note without a holder is that of a dead run
         finally:
             _NOTED.discard(run)
 
 
 @contextmanager
 def turn(recipe: Path, run: str) -> Iterator[None]:
-    """Hold a recipe's turn; another run waits for it.
-
-    Its note is left if the block raises: perhaps the server is not there to learn that the run ended, as when all of
-    `lewis up` is killed and its worker's run gets SIGTERM. The note is removed when the run's end is reported to the
-    server: by `HOOKS` at the end of this run, or else by `crash_dead_runs` of a later process.
+    """Hold a recipe's turn, with the note of the run; another run waits for it.
 
     Args:
         recipe: the recipe's file.
@@ -93,7 +93,6 @@ def turn(recipe: Path, run: str) -> Iterator[None]:
             yield
         finally:
             running.release()
-        runs.forget(run)  # before the lock is free: a note without a holder is that of a dead run
 
 
 def absorb(run: FlowRun) -> None:
