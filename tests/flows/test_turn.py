@@ -2,14 +2,17 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from filelock import Timeout
 from prefect import flow
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Running
@@ -80,18 +83,25 @@ def test_a_run_that_fails_leaves_nothing_once_the_server_knows_it(
     assert not [*(tmp_path / "home" / "runs").iterdir()] and not [*(tmp_path / "home").rglob("*run-*")]
 
 
+@contextmanager
+def running(url: str) -> Iterator[tuple[SyncPrefectClient, UUID]]:
+    """A server, and a merge that it believes Running."""
+
+    @flow(name=prefect_runs.MERGE)
+    def merged() -> None:
+        """Stands for a merge."""
+
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        yield client, client.create_flow_run(merged, state=Running()).id
+
+
 def test_a_run_that_ends_with_an_error_leaves_its_note_for_whoever_tells_the_server(
     prefect_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a run that gets SIGTERM when all of `lewis up` was killed: its server believes it running."""
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
 
-    @flow(name=prefect_runs.MERGE)
-    def merged() -> None:
-        """Stands for a merge."""
-
-    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
-        run = client.create_flow_run(merged, state=Running()).id
+    with running(prefect_url) as (client, run):
         with pytest.raises(KeyboardInterrupt), turn.turn(tmp_path / "x.yaml", str(run)):
             turn.crash_dead_runs()
             assert client.read_flow_run(run).state_name == "Running"
@@ -107,12 +117,7 @@ def test_a_run_that_is_killed_before_its_turn_is_known_to_be_dead(
     """It is Running as soon as its function begins, which then asks the server for this and that."""
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
 
-    @flow(name=prefect_runs.MERGE)
-    def merged() -> None:
-        """Stands for a merge."""
-
-    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
-        run = client.create_flow_run(merged, state=Running()).id
+    with running(prefect_url) as (client, run):
         monkeypatch.setattr(turn, "flow_run", SimpleNamespace(id=run))
 
         def killed() -> None:
