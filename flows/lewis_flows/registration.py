@@ -19,14 +19,12 @@ from lewis.merging.step import MergedModel
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import verdict_line
 from lewis.store import kinds
-from lewis.store.kinds import Kind
 from lewis_flows.scoring import Judged
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, submit
 from lewis_tasks.register import gate, promote, publish, register
 from lewis_tasks.report import report_scores
 
 logger = logging.getLogger(__name__)
-_SAVED = kinds.add(Kind("run-reports"))  # reports of runs of deployments, for `lewis run NAME`, which started them
 
 
 class MergeReport(BaseModel):
@@ -70,12 +68,12 @@ class MergeReport(BaseModel):
     def save(self, run: str) -> None:
         """Keep it for `saved` under the id of its run; a full disk is no failure of the run."""
         with suppress(OSError):
-            store.write_entry(_SAVED.path(run), json.loads(self.model_dump_json()))
+            store.write_entry(kinds.RUN_REPORTS.path(run), json.loads(self.model_dump_json()))
 
     @classmethod
     def saved(cls, run: str) -> "MergeReport | None":
         """What `save` kept; None if there is nothing in this store."""
-        found = store.read_entry(_SAVED.path(run))
+        found = store.read_entry(kinds.RUN_REPORTS.path(run))
         return cls.model_validate(found) if found else None
 
     @classmethod

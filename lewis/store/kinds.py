@@ -152,6 +152,7 @@ ANSWERS = Kind("answers", "*.jsonl", check=None)  # finished batches of evaluati
 DIGESTS = Kind("digests")  # remembered checksums and other facts, which hold for this disk only
 PICTURES = Kind("pictures", "*.png", check=check_png, shared="always")
 REPORTS = Kind("reports", "*.html", check=None, notes_use=False)  # pages of runs: <recipe>_<id of the run>
+RUN_REPORTS = Kind("run-reports", notes_use=False)  # reports of runs of deployments: <id of the run>
 LOGS = Kind("logs", "*.log", check=None, writer=r"-([0-9a-z]+-\d+)\.log$")  # of the servers: <server>-<writer>.log
 SEARCHES = Kind("search", "*.log", check=sealed_json.check_lines, removable=False)  # Optuna's journals
 OUTBOX = Kind("outbox", removable=False, backed_up=True)  # moves of the alias `champion` to report
@@ -162,7 +163,7 @@ TABLE = {
     kind.name: kind
     for kind in (
         *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
-        *(ANSWERS, DIGESTS, PICTURES, REPORTS, LOGS, SEARCHES, OUTBOX, SERVED, QUARANTINE),
+        *(ANSWERS, DIGESTS, PICTURES, REPORTS, RUN_REPORTS, LOGS, SEARCHES, OUTBOX, SERVED, QUARANTINE),
     )
 }
 """Name -> kind. Kinds that refer to entries of others are last."""

@@ -3,6 +3,9 @@
 import contextvars
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +19,7 @@ from prefect.client.schemas.actions import LogCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Failed, Pending, Running, State, Suspended
 
+from lewis.store import kinds
 from lewis_flows import prefect_runs
 from lewis_flows.cli import runs, started
 from lewis_flows.cli.main import main
@@ -111,8 +115,8 @@ def test_a_worker_does_it_and_the_command_shows_log_and_report(
     done = ends(client, Completed(name="Skipped", message="the run x merges the newest state"))
     assert main(["run", "good", "--json"]) == 0
     done()
-    told = json.loads(capsys.readouterr().out)
-    assert (told["state"], told["message"]) == ("Skipped", "the run x merges the newest state")
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["state"], printed["message"]) == ("Skipped", "the run x merges the newest state")
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -126,3 +130,12 @@ def test_a_worker_does_it_and_the_command_shows_log_and_report(
     recipe.write_text(RECIPE + "dtype: bfloat16\n")
     assert started.run(recipe, []) is None  # the deployment is of the text before
     assert len(waiting(client)) == 1
+
+
+def test_old_reports_are_removed_by_a_process_that_runs_no_flow(home: Path) -> None:
+    for name, age in (("old", 30 * 86400), ("new", 0)):
+        REPORT.save(name)
+        os.utime(kinds.RUN_REPORTS.path(name), (time.time() - age,) * 2)
+    command = [sys.executable, "-m", "lewis_flows.cli.main", "gc", "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["found"]
+    assert [each["path"] for each in found] == [str(kinds.RUN_REPORTS.path("old"))]
