@@ -58,8 +58,8 @@ def _print_ended(ended: "FlowRun", *, as_json: bool) -> None:
     if report := MergeReport.saved(str(ended.id)):
         _print_report(report, as_json=as_json)
         return
-    told = {"run": ended.name, "state": ended.state_name, "message": (ended.state and ended.state.message) or ""}
-    print(json.dumps(told, indent=2, ensure_ascii=False) if as_json else ": ".join(filter(None, told.values())))
+    facts = {"run": ended.name, "state": ended.state_name, "message": (ended.state and ended.state.message) or ""}
+    print(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else ": ".join(filter(None, facts.values())))
 
 
 def _print_report(report: "MergeReport", *, as_json: bool) -> None:

@@ -161,8 +161,8 @@ def _name_of_task(client: "SyncPrefectClient", task: "UUID | None") -> str:
 def _print(line: "Log", task: str, *, as_json: bool, file: TextIO) -> None:
     level, text = logging.getLevelName(line.level), line.message
     if as_json:
-        told = {"time": line.timestamp.isoformat(), "level": level, "logger": line.name, "task": task, "message": text}
-        print(json.dumps(told, ensure_ascii=False), file=file, flush=True)
+        facts = {"time": line.timestamp.isoformat(), "level": level, "logger": line.name, "task": task, "message": text}
+        print(json.dumps(facts, ensure_ascii=False), file=file, flush=True)
     else:
         about = f"{task} | " if task and not text.startswith(task) else ""  # progress has its name already
         print(f"{line.timestamp.astimezone():%H:%M:%S} {level:<7} {about}{text}", file=file, flush=True)

@@ -58,7 +58,7 @@ def run(path: Path, overrides: Sequence[str]) -> FlowRun | None:
         raise type(error)(f"{error}; {goes_on}" if str(error) else goes_on) from error
     state = ended.state
     if state is None or not (did_its_work(ended) or state.is_paused()):
-        raise LewisError(f"{ended.name}: {ended.state_name}: {(state and state.message) or 'it says not why'}")
+        raise LewisError(f"{ended.name}: {ended.state_name}: {(state and state.message) or 'no reason is given'}")
     return ended
 
 

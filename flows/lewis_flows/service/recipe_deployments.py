@@ -7,18 +7,18 @@ for. What an operator changed stays: a pause, the schedule, the work queue, the 
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from itertools import takewhile
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
 from prefect.client.schemas.filters import DeploymentFilter, FlowFilter
-from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
@@ -247,10 +247,7 @@ def name_champions(client: SyncPrefectClient, champions: Mapping[str, tuple[str,
         named = _REGISTERS.search(deployment.description or "")
         if not named or named["model"] != model or (named["champion"] or "") == champion:
             continue
-        limits: dict[str, Any] = {"expected_start_time": {"before_": events.now(client) + _SOON}}
-        limits["deployment_id"] = {"any_": [deployment.id]}
-        soon = prefect_runs.of_flows(client, prefect_runs.ALL, ["SCHEDULED"], **limits)
-        if not any(run.auto_scheduled for run in soon):
+        if not any(run.auto_scheduled for run in _due_soon(client, deployment)):
             text = named.string[: named.start()] + _registers(model, champion)
             with suppress(ObjectNotFound):  # it was removed just now
                 client.update_deployment(deployment.id, DeploymentUpdate(description=text))
@@ -283,21 +280,31 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
 def remove(client: SyncPrefectClient, name: str) -> bool:
     """Remove a deployment `flow/name` with its automation, if there is one; False if a run of it goes on."""
     if found := prefect_runs.deployment(client, name):
-        runs = partial(prefect_runs.of_flows, client, prefect_runs.ALL, deployment_id={"any_": [found.id]})
-        if runs(_HOLDING):
+        if _runs(client, found, _HOLDING):
             return False
         # The server deletes what is scheduled with the deployment. It would delete a run that a worker begins right
         # now, and then log errors for each event of it; one that is cancelled stays, and does not begin.
-        for run in runs(["SCHEDULED"], expected_start_time={"before_": events.now(client) + _SOON}):
+        for run in _due_soon(client, found):
             with suppress(ObjectNotFound):
                 client.set_flow_run_state(run.id, Cancelled(message="no recipe asks for its deployment any more"))
-        if runs(_HOLDING):
+        if _runs(client, found, _HOLDING):
             return False
         client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
         approval.lapse(client, found.id, "no recipe asks for its deployment any more; `lewis approve` takes an answer")
         with suppress(ObjectNotFound):  # another process was quicker
             client.delete_deployment(found.id)
     return True
+
+
+def _due_soon(client: SyncPrefectClient, deployment: DeploymentResponse) -> list[FlowRun]:
+    return _runs(client, deployment, ["SCHEDULED"], expected_start_time={"before_": events.now(client) + _SOON})
+
+
+def _runs(
+    client: SyncPrefectClient, deployment: DeploymentResponse, states: Sequence[str], **limits: Any
+) -> list[FlowRun]:
+    of_deployment = {"any_": [deployment.id]}
+    return prefect_runs.of_flows(client, prefect_runs.ALL, states, deployment_id=of_deployment, **limits)
 
 
 def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> dict[str, Any]:

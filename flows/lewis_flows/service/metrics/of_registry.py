@@ -102,10 +102,8 @@ class Registry:
 def _announced() -> list[Release]:
     with get_client(sync_client=True) as client:
         events = release_event.announced(client, datetime.now(UTC) - REMEMBERED)
-    return [
-        Release(str(told.get("recipe")), str(told.get("ref")), str(told.get("new")), event.occurred)
-        for event, told in ((event, event.payload) for event in events)
-    ]
+    payloads = [(event.payload, event.occurred) for event in events]
+    return [Release(str(of.get("recipe")), str(of.get("ref")), str(of.get("new")), time) for of, time in payloads]
 
 
 def _took(seen: Sequence[Release], champion: releases.Held, promoted: datetime | None) -> float | None:
