@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 import yaml
 
@@ -158,6 +159,26 @@ def test_ctrl_c_is_how_one_stops_the_service(
     monkeypatch.setattr("lewis_flows.service.up.up", stopped)
     assert main(["up"]) == 0
     assert "stopped; its state is kept" in capsys.readouterr().out
+
+
+def test_ctrl_c_within_pydantic_is_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the second in which Prefect reads its settings, it was a traceback."""
+
+    class Inner(pydantic.BaseModel):
+        @pydantic.model_serializer
+        def stopped(self) -> None:
+            raise KeyboardInterrupt
+
+    class Outer(pydantic.BaseModel):
+        @pydantic.model_serializer
+        def inner(self) -> None:
+            Inner().model_dump()
+
+    monkeypatch.setattr("lewis_flows.service.up.up", lambda *_: Outer().model_dump())
+    assert main(["up"]) == 130
+    assert capsys.readouterr().err == "lewis: stopped; finished steps are kept, run the same command to go on\n"
 
 
 @pytest.mark.parametrize("option", [["--trials", "0"], ["--trials", "2.5"], ["--minutes", "-1"]])

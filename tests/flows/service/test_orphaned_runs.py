@@ -16,6 +16,8 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Pending, Running
 
+from lewis import store
+from lewis.store import runs
 from lewis_flows import prefect_runs
 from lewis_flows.service import orphaned_runs
 from lewis_tasks.support import events
@@ -111,11 +113,14 @@ def test_the_worker_of_a_machine_gets_back_what_it_had_taken_while_others_go_on(
     assert [client.read_flow_run(each).state_name for each in (mine, of_another)] == ["Scheduled", "Pending"]
 
 
-def test_a_run_whose_process_died_before_it_took_its_turn_is_crashed(client: SyncPrefectClient) -> None:
+def test_a_run_whose_process_died_is_crashed_and_its_note_removed(client: SyncPrefectClient, home: Path) -> None:
+    """Its note stayed until the next start of `lewis up`."""
     made = client.create_deployment(client.create_flow(_watch), "watch", work_pool_name="lewis", parameters={})
     dead, alive = (client.create_flow_run_from_deployment(made, state=Running()).id for _ in range(2))
     of_the_user = client.create_flow_run(_watch, state=Running()).id  # by no worker
     client.send_worker_heartbeat("lewis", "ours")
+    for run in (dead, alive):
+        store.write_text(runs.note_of(str(run)), "")
     process = subprocess.Popen(["sleep", "60"], env={"PREFECT__FLOW_RUN_ID": str(alive), "PATH": os.environ["PATH"]})
     try:
         orphaned_runs.give_back("ours")
@@ -125,6 +130,7 @@ def test_a_run_whose_process_died_before_it_took_its_turn_is_crashed(client: Syn
     states = [client.read_flow_run(each).state_name for each in (dead, alive, of_the_user)]
     assert states == ["Crashed", "Running", "Running"]
     assert "verdict:crashed" in client.read_flow_run(dead).tags
+    assert [note.name for note in runs.notes()] == [str(alive)]
 
 
 @pytest.mark.parametrize("known", [True, False])
