@@ -1,10 +1,13 @@
 """What orchestration costs, every number measured in this very run, on this machine, as it is loaded now.
 
-    python -m tests.benchmarks.orchestration [event|poll|ready|overhead|remerge]
+    python -m tests.benchmarks.orchestration [event|poll|ready|burst|together|rest|overhead|remerge]
 
 event     from a commit on the local Hub, over webhook and event, to a flow run that is Running
 poll      the same without a webhook, when the commit just misses a poll
 ready     from the start of `lewis up` to its line that all is there, when its state is
+burst     ten releases of one recipe within a minute
+together  one release that ten recipes wait for, where the worker has two slots
+rest      what `lewis up` takes of the machine while it has nothing to do
 overhead  the DAG with a server up, against the same steps of the library alone, on the demo family
 remerge   importance and download time after one of four experts moved, against those of the full run
 """
@@ -21,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.service_times import event, poll, ready
+from tests.benchmarks.service_times import burst, event, poll, ready, rest, together
 from tests.benchmarks.shared import bar, both, heading, row, write_family, write_recipe, write_release
 from tests.support.local_hub import LocalHub
 from tests.support.service import REPO
@@ -36,6 +39,9 @@ def main(arguments: Sequence[str]) -> int:
         "event": event,
         "poll": poll,
         "ready": ready,
+        "burst": burst,
+        "together": together,
+        "rest": rest,
         "overhead": overhead,
         "remerge": remerge,
     }
