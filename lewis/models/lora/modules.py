@@ -7,6 +7,7 @@ from lewis.errors import InputError
 
 CONFIG = "adapter_config.json"
 _PATIENCE = 1.0  # seconds to compare one pattern with one name
+_EMBEDDINGS = {"embed_tokens", "lm_head"}  # PEFT's EMBEDDING_LAYER_NAMES
 _LAYER = r".*?\.[^.]*\.(?P<layer>\d+)\."
 
 
@@ -49,6 +50,18 @@ def saved_in(settings: Mapping[str, Any], tensor: str) -> list[str]:
 def is_saved(settings: Mapping[str, Any], tensor: str) -> bool:
     """Whether a tensor is of a module that the adapter saves whole."""
     return bool(saved_in(settings, tensor))
+
+
+def ties_factors(settings: Mapping[str, Any]) -> bool:
+    """Whether PEFT puts factors on an embedding and on the head that is tied to it, also where they are excluded."""
+    if not settings.get("ensure_weight_tying") or _ends(settings.get("modules_to_save") or ()) & _EMBEDDINGS:
+        return False
+    targets = settings.get("target_modules") or ()
+    return any(_names(targets if isinstance(targets, str) else _ends(targets), name) for name in _EMBEDDINGS)
+
+
+def _ends(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
 
 
 def token_indices(settings: Mapping[str, Any], module: str) -> list[int] | None:

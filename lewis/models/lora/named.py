@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.models.lora.modules import CONFIG, is_saved, is_target, saved_in
+from lewis.models.lora.modules import CONFIG, is_saved, is_target, saved_in, ties_factors
 from lewis.models.model import Model
 from lewis.models.names import HEADS, Shapes, layer_of
 
@@ -144,7 +144,8 @@ def check_tied(
     for head, embedding in base.tied.items():
         replaced = is_saved(settings, embedding)
         both = settings.get("ensure_weight_tying") and embedding.endswith("embed_tokens.weight")  # as in PEFT
-        if (replaced and not both and head not in whole) or (embedding in added and both):
+        twice = (both and embedding in added) or ties_factors(settings)
+        if (replaced and not both and head not in whole) or twice:
             effect = "replaces only one of them" if replaced else "is added twice by PEFT"
             raise InputError(
                 f"{file}: {embedding!r} is tied to {head!r} in the base, and what the adapter has for it {effect}; "

@@ -266,6 +266,18 @@ class TestRefused:
         with pytest.raises(InputError, match=r"is tied to 'lm_head.weight' in the base, .* replaces only one of them"):
             open_on(family.base, adapter)
 
+    @pytest.mark.parametrize("targets", [["q_proj", "up_proj", "lm_head"], "lm_head|.*(q|up)_proj"])
+    def test_a_tied_head_that_peft_does_not_exclude(self, targets: Any, family: Family, adapter: Path) -> None:
+        """With `ensure_weight_tying` PEFT puts factors on it and on the embedding, and they were left out."""
+        config = adapter / "adapter_config.json"
+        edit_json(config, target_modules=targets, exclude_modules=["lm_head"])
+        open_on(family.base, adapter)
+        edit_json(config, ensure_weight_tying=True)
+        with pytest.raises(InputError, match=r"is tied to 'lm_head.weight' in the base, .* is added twice by PEFT"):
+            open_on(family.base, adapter)
+        edit_json(config, target_modules=["q_proj", "up_proj"])
+        open_on(family.base, adapter)
+
     def test_no_tensors(self, family: Family, adapter: Path) -> None:
         save_file({}, adapter / WEIGHTS)
         with pytest.raises(InputError, match=f"{WEIGHTS}: holds no tensor"):
