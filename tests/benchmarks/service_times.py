@@ -15,7 +15,7 @@ POLLED = 3  # releases that just miss a poll
 BURST = 10  # releases of one recipe, one every five seconds; and recipes that have their release at once
 SLOTS = 2  # of the worker
 STARTS = 3
-REST = 20  # minutes for which `lewis up` has nothing to do
+REST = 10  # minutes for which `lewis up` has nothing to do
 READY = "Ctrl-C stops all of it"  # what `lewis up` says last
 
 
@@ -40,7 +40,7 @@ def event(root: Path) -> list[bool]:
     heading(f"event to start: {RELEASES} releases, one after the other")
     row("commit -> webhook -> event -> run created, median / max", both(to_run))
     row("commit -> ... -> run Running, median / max", both(to_start))
-    return [bar("  the slowest", max(to_start), 15)]
+    return [bar("  the slowest", max(to_start), 10)]
 
 
 def poll(root: Path) -> list[bool]:
@@ -133,7 +133,7 @@ def together(root: Path) -> list[bool]:
             write_recipe(service.recipes, name, ["moving", name])
         with service:
             for name in names:
-                service.start_run(f"merge/{name}")
+                service.until(lambda name=name: service.start_run(f"merge/{name}"), 60)  # once it is deployed
             for name in names:
                 assert [run["state_name"] for run in service.finished(name, 1, 900)] == ["Promoted"]
             committed = time.time()
