@@ -1,12 +1,13 @@
-"""How soon `lewis up` is ready and a commit has a run, bursts of releases, its cost: parts of `orchestration`."""
+"""When `lewis up` is ready and a commit has a run, what bursts lead to, what rest costs: parts of `orchestration`."""
 
 import os
 import time
+from itertools import accumulate
 from pathlib import Path
 
 from lewis import settings
 from lewis.registry.lineage import commit_of, sources
-from tests.benchmarks.shared import bar, both, heading, row, write_family, write_recipe, write_release
+from tests.benchmarks.shared import bar, both, heading, row, verdict, write_family, write_recipe, write_release
 from tests.support.local_hub import LocalHub
 from tests.support.service import Service, seconds
 
@@ -141,7 +142,7 @@ def together(root: Path) -> list[bool]:
             runs = [run for name in names for run in service.finished(name, 2, 900)[1:]]
             held = [[commit_of(sources(each.tags), "org/moving") for each in service.versions(name)] for name in names]
     ends = sorted([(seconds(run), 1) for run in runs] + [(seconds(run, "end_time"), -1) for run in runs])
-    going = [sum(change for _, change in ends[: number + 1]) for number in range(len(ends))]
+    going = list(accumulate(change for _, change in ends))
     heading(f"one release for {BURST} recipes, {SLOTS} slots")
     row("the release -> the last of their champions", f"{ends[-1][0] - committed:.0f} s")
     row("runs that go on at once, at most", str(max(going)))
@@ -195,8 +196,3 @@ def pss(service: Service) -> float:
 def stored(folder: Path) -> int:
     """Bytes of all files of a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def verdict(name: str, met: bool) -> bool:
-    row(f"  {name}", "met" if met else "MISSED")
-    return met

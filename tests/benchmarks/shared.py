@@ -57,3 +57,9 @@ def bar(name: str, value: float, limit: float, unit: str = "s") -> bool:
     """Print a number next to its bar; whether it is below."""
     row(name, f"{value:.1f} {unit}", f"bar {limit} {unit}: {'met' if value < limit else 'MISSED'}")
     return value < limit
+
+
+def verdict(name: str, met: bool) -> bool:
+    """Print whether something holds that is no number; the same is returned."""
+    row(f"  {name}", "met" if met else "MISSED")
+    return met
