@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
+from lewis.syntax import syntax_tree
 
 _NAMED = {"int": int, "str": str, "bool": bool, "float": float, "dict": dict, "list": list, "tuple": tuple}
 _ROPES = ("rope_parameters", "rope_scaling")
@@ -247,7 +248,7 @@ def _declared(kind: str) -> tuple[str, dict[str, ast.AnnAssign], _Network]:
     if not named or not module.isidentifier():
         return "", {}, _Network()
     source = _source(f"models/{module}/configuration_{module}.py")
-    classes = {each.name: each for each in ast.parse(source).body if isinstance(each, ast.ClassDef)}
+    classes = {each.name: each for each in syntax_tree(source).body if isinstance(each, ast.ClassDef)}
     fields: dict[str, ast.AnnAssign] = {}
     wanted = [named]
     while wanted:

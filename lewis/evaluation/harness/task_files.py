@@ -18,6 +18,7 @@ import yaml
 from lewis.errors import InputError
 from lewis.input_files import read_bytes
 from lewis.recipe.yaml_text import MAX_BYTES, LimitedLoader, load
+from lewis.syntax import syntax_tree
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _with_imports(file: Path, sources: list[Path]) -> None:
         return
     sources.append(file)
     with suppress(SyntaxError, ValueError):  # lm-eval says so when it imports the file
-        for node in ast.walk(ast.parse(read_bytes(file, MAX_BYTES))):
+        for node in ast.walk(syntax_tree(read_bytes(file, MAX_BYTES))):
             names = [each.name for each in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [f"{node.module}.{name}" for name in names]
