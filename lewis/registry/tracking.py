@@ -258,8 +258,13 @@ class RunInput:
 
 
 def log_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[RunInput]) -> None:
-    """Log datasets as the inputs of a run."""
+    """Log datasets as the inputs of a run.
+
+    MLflow looks for each first, and refuses all where another run of the experiment adds one of them meanwhile. So it
+    is asked again, and finds that one.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
 
     inputs = [
         DatasetInput(
@@ -268,8 +273,13 @@ def log_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[RunInpu
         )
         for each in datasets
     ]
-    if inputs:
-        client.log_inputs(run_id, datasets=inputs)
+    for left in reversed(range(2 * len(inputs))):  # at worst others add one of them before each of our tries
+        try:
+            client.log_inputs(run_id, datasets=inputs)
+            return
+        except MlflowException as error:
+            if error.error_code != "BAD_REQUEST" or not left:
+                raise
 
 
 def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes], *, checked: bool = False) -> None:

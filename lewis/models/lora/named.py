@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,7 @@ def named_modules(base: Model, settings: Mapping[str, Any], folder: Path, *, fou
         InputError: if the settings name nothing, or what PEFT puts no factors on.
     """
     shapes = {**base.shapes, **dict.fromkeys(base.tied, (1, 1))}
-    parameters = settings.get("target_parameters") or ()
-    held = [name for name in shapes if any(f".{name}".endswith(f".{each}") for each in parameters)]
+    held = _held(settings, shapes)
     of_parameters = {name.rpartition(".")[0] for name in held}
     if settings.get("target_modules") is None or settings["peft_type"] != "LORA":
         return of_parameters
@@ -59,6 +58,12 @@ def named_modules(base: Model, settings: Mapping[str, Any], folder: Path, *, fou
     for problem in _problems(settings, base, named, named - matrices, bool(held), found):
         raise InputError(f"{folder / CONFIG}: {problem}")
     return named | of_parameters
+
+
+def _held(settings: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The parameters that `target_parameters` names: by their path, or its end after a dot."""
+    ends = tuple(f".{each}" for each in settings.get("target_parameters") or ())
+    return [name for name in names if f".{name}".endswith(ends)]
 
 
 def _problems(
@@ -88,7 +93,12 @@ def _problems(
 
 
 def check_whole(
-    base: Model, settings: Mapping[str, Any], file: Path, whole: Collection[str], rows: Collection[str]
+    base: Model,
+    settings: Mapping[str, Any],
+    file: Path,
+    whole: Collection[str],
+    rows: Collection[str],
+    parameters: Collection[str],
 ) -> None:
     """Check that the file has every module that the settings save whole.
 
@@ -98,16 +108,23 @@ def check_whole(
         file: of its weights.
         whole: the tensors that it has whole.
         rows: the modules that it has trained rows of.
+        parameters: those of `target_parameters` that it has factors for.
 
     Raises:
-        InputError: naming what is missing, a module that is saved within another one, or one that has both factors
-            and trained rows: PEFT cannot load those.
+        InputError: naming what is missing, a module that is saved within another one, one that has both factors and
+            trained rows, or a parameter with factors within a module that is saved: PEFT cannot load those.
     """
     for inner, outer, *_ in (found for each in base.tensors if len(found := saved_in(settings, each)) > 1):
         raise InputError(
             f"{file.with_name(CONFIG)}: modules_to_save names {inner!r} and {outer!r}, which it is in; PEFT cannot "
             "load such an adapter; train it with the outer one alone"
         )
+    for parameter in _held(settings, (*base.tensors, *parameters)):
+        for outer in saved_in(settings, parameter.rpartition(".")[0]):
+            raise InputError(
+                f"{file.with_name(CONFIG)}: target_parameters names {parameter!r}, and modules_to_save {outer!r}, "
+                "which it is in; PEFT cannot load such an adapter; train it with one of the two"
+            )
     for module in rows if settings.get("target_modules") else ():
         if is_on(settings, module, linear=False):
             raise InputError(

@@ -134,7 +134,7 @@ class Targets:
         whole = {tensor for tensor, parts in self.parts.items() if any(isinstance(p.change, Replaced) for p in parts)}
         whole |= {name.replace(".base_layer.", ".") for name in map(unwrapped, self._file.places)}
         added = {tensor for tensor, parts in self.parts.items() if any(isinstance(p.change, LowRank) for p in parts)}
-        check_whole(self._base, self._settings, self._where, whole, self._keys.rows)
+        check_whole(self._base, self._settings, self._where, whole, self._keys.rows, self._parameters.values())
         check_tied(self._base, self._settings, self._where, whole, added)
 
     def _raw(self, key: str) -> tuple[str, np.ndarray]:

@@ -173,6 +173,16 @@ class TestRefused:
         with pytest.raises(InputError, match=r"target_modules and trainable_token_indices both name .*embed_tokens'"):
             LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
 
+    @pytest.mark.parametrize("parameter", ["mlp.down_proj.weight", "0.mlp.down_proj.weight"])
+    def test_factors_of_a_parameter_within_a_module_that_is_saved(
+        self, parameter: str, family: Family, tmp_path: Path
+    ) -> None:
+        """PEFT saves such an adapter, and cannot load it: KeyError."""
+        saved = {"targets": (), "target_parameters": [parameter], "modules_to_save": ["0.mlp"]}
+        adapter = write_lora(family.base, tmp_path / "adapter", **saved)
+        with pytest.raises(InputError, match=r"target_parameters names '.*down_proj.weight', and modules_to_save '"):
+            LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
+
     def test_a_magnitude_of_another_length(self, family: Family, tmp_path: Path) -> None:
         adapter = write_lora(family.base, tmp_path / "adapter", use_dora=True)
         tensors = {k: t[:3] if "magnitude" in k else t for k, t in load_file(adapter / WEIGHTS).items()}

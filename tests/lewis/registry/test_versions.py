@@ -406,6 +406,35 @@ def test_a_version_whose_logged_model_was_deleted_by_hand_is_registered_anew(ent
     assert creation.register(entry).version == "2"
 
 
+def test_a_dataset_that_another_run_adds_meanwhile_is_shared(entry: Registration, home: Path) -> None:
+    """Of two recipes that were registered at once one failed: `UNIQUE constraint failed: datasets...`."""
+    from sqlalchemy import event
+    from sqlalchemy.orm import Session
+
+    others = []
+
+    def add(session: Any, *_: object) -> None:
+        """Add the first of the new datasets, as another process would, which looked for it before, too."""
+        new = [each for each in session.new if type(each).__name__ == "SqlDataset"]
+        for each in new[:1]:
+            values = {c.name: getattr(each, c.name) for c in each.__table__.columns} | {
+                "dataset_uuid": str(len(others))
+            }
+            columns, places = ", ".join(values), ", ".join(f":{name}" for name in values)
+            with closing(sqlite3.connect(home / "mlflow" / "mlflow.db")) as database, database:
+                database.execute(f"INSERT INTO datasets ({columns}) VALUES ({places})", values)
+            others.append(each.name)
+
+    event.listen(Session, "before_flush", add)
+    try:
+        version = creation.register(entry)
+    finally:
+        event.remove(Session, "before_flush", add)
+    assert sorted(others) == ["addition", "sums"]
+    inputs = client().get_run(version.run_id).inputs.dataset_inputs
+    assert {(each.dataset.name, each.dataset.digest) for each in inputs} == {("addition", "d" * 32), ("sums", "c" * 32)}
+
+
 def test_threads_get_one_version(entry: Registration) -> None:
     with ThreadPoolExecutor(4) as threads:
         made = list(threads.map(creation.register, [entry] * 4))
