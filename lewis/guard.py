@@ -13,6 +13,7 @@ It is run by its path and imports only what Python has, so that it starts in mil
 
 import ctypes
 import os
+import select
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import Any
 _LINUX = sys.platform == "linux"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _ORPHANED = 5.0  # seconds of grace at most if the parent has died: nobody waits for an orderly end
-_PAUSE = 0.05  # seconds between two looks
+_PAUSE = 0.25  # seconds between two looks for the parent; the end of a child, and SIGTERM, are noticed at once
 
 
 def guarded(command: Sequence[str], grace: float) -> list[str]:
@@ -45,10 +46,14 @@ class Guard:
         self._parent, self._grace = parent, grace
         self._asked = False
         self._codes: dict[int, int] = {}  # exit codes of the children that have ended
+        self._signals, written = os.pipe()  # Python writes a byte for each signal that has a handler
+        os.set_blocking(written, False)
+        signal.set_wakeup_fd(written)
 
     def run(self, command: list[str]) -> int:
         """Start the command, wait until it and everything that it started has ended, and give its exit code."""
         signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         adopt_orphans()
         child = _start(command)
         sent, deadline = False, float("inf")
@@ -60,13 +65,18 @@ class Guard:
                 deadline = min(deadline, time.monotonic() + _ORPHANED)
             if time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
-            time.sleep(_PAUSE)
+            self._wait()
             self._reap()
         self._end_the_rest()
         return self._codes[child]
 
     def _note(self, number: int, frame: Any) -> None:
         self._asked = True
+
+    def _wait(self) -> None:
+        """Wait for a signal, but not for long: nothing tells of the parent's end."""
+        if select.select([self._signals], [], [], _PAUSE)[0]:
+            os.read(self._signals, 4096)
 
     def _orphaned(self) -> bool:
         return os.getppid() != self._parent
@@ -101,7 +111,7 @@ class Guard:
             if time.monotonic() > deadline + _ORPHANED:
                 return  # a process is stuck in a system call
             asked |= left
-            time.sleep(_PAUSE)
+            self._wait()
 
 
 def adopt_orphans() -> None:

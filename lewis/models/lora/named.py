@@ -119,17 +119,19 @@ def check_whole(
             f"{file.with_name(CONFIG)}: modules_to_save names {inner!r} and {outer!r}, which it is in; PEFT cannot "
             "load such an adapter; train it with the outer one alone"
         )
-    for parameter in _held(settings, (*base.tensors, *parameters)):
-        for outer in saved_in(settings, parameter.rpartition(".")[0]):
+    held = _held(settings, (*base.tensors, *parameters))
+    for parameter in held:
+        for module in saved_in(settings, parameter):
             raise InputError(
-                f"{file.with_name(CONFIG)}: target_parameters names {parameter!r}, and modules_to_save {outer!r}, "
+                f"{file.with_name(CONFIG)}: target_parameters names {parameter!r}, and modules_to_save {module!r}, "
                 "which it is in; PEFT cannot load such an adapter; train it with one of the two"
             )
-    for module in rows if settings.get("target_modules") else ():
-        if is_on(settings, module, linear=False):
+    for module in rows:
+        by_module = settings.get("target_modules") and is_on(settings, module, linear=False)
+        if by_module or f"{module}.weight" in held:
             raise InputError(
-                f"{file.with_name(CONFIG)}: target_modules and trainable_token_indices both name {module!r}, which "
-                f"PEFT refuses too; {_OTHER}"
+                f"{file.with_name(CONFIG)}: {'target_modules' if by_module else 'target_parameters'} and "
+                f"trainable_token_indices both name {module!r}, which PEFT refuses too; {_OTHER}"
             )
     missing = [
         (tensor, "modules_to_save")
@@ -146,22 +148,22 @@ def check_whole(
         raise InputError(f"{file}: no {what!r}, which {key} in {CONFIG} names; {_OTHER}, or the file is not complete")
 
 
-def check_tied(
-    base: Model, settings: Mapping[str, Any], file: Path, whole: Collection[str], added: Collection[str]
-) -> None:
-    """Check that a head stays tied to its embedding.
-
-    Args:
-        base, settings, file, whole: as of `check_whole`.
-        added: the tensors that the adapter adds something to.
+def check_tied(base: Model, settings: Mapping[str, Any], file: Path, whole: Collection[str]) -> None:
+    """Check that a head stays tied to its embedding; the arguments are as of `check_whole`.
 
     Raises:
         InputError: naming both, if the adapter changes one of them, or PEFT would change it twice.
     """
     for head, embedding in base.tied.items():
         replaced = is_saved(settings, embedding)
+        named = is_on(settings, embedding.removesuffix(".weight"), linear=False)
+        if settings.get("ensure_weight_tying") and named and not replaced and is_saved(settings, head):
+            raise InputError(
+                f"{file.with_name(CONFIG)}: modules_to_save names {head!r}, which the base ties to its embedding, and "
+                f"target_modules {embedding!r}; merge the adapter into its base with PEFT's merge_and_unload first"
+            )
         both = settings.get("ensure_weight_tying") and embedding.endswith("embed_tokens.weight")  # as in PEFT
-        twice = (both and embedding in added) or ties_factors(settings)
+        twice = ties_factors(settings)
         if (replaced and not both and head not in whole) or twice:
             effect = "replaces only one of them" if replaced else "is added twice by PEFT"
             raise InputError(

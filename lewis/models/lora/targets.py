@@ -132,10 +132,9 @@ class Targets:
                 f"{self._where}: {CONFIG} names none of its tensors; the config belongs to another adapter"
             )
         whole = {tensor for tensor, parts in self.parts.items() if any(isinstance(p.change, Replaced) for p in parts)}
-        whole |= {name.replace(".base_layer.", ".") for name in map(unwrapped, self._file.places)}
-        added = {tensor for tensor, parts in self.parts.items() if any(isinstance(p.change, LowRank) for p in parts)}
+        whole |= set(map(unwrapped, self._file.places))
         check_whole(self._base, self._settings, self._where, whole, self._keys.rows, self._parameters.values())
-        check_tied(self._base, self._settings, self._where, whole, added)
+        check_tied(self._base, self._settings, self._where, whole)
 
     def _raw(self, key: str) -> tuple[str, np.ndarray]:
         place = self._file.places[key]

@@ -183,6 +183,41 @@ class TestRefused:
         with pytest.raises(InputError, match=r"target_parameters names '.*down_proj.weight', and modules_to_save '"):
             LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
 
+    @pytest.mark.parametrize(
+        ("trained", "stated", "refused"),
+        [
+            (
+                {"modules_to_save": ["model.norm"]},
+                {"target_parameters": ["norm.weight"]},
+                r"target_parameters names 'model.norm.weight', and modules_to_save 'model.norm'",
+            ),
+            (
+                {"trainable_token_indices": [3, 4]},
+                {"target_parameters": ["embed_tokens.weight"]},
+                r"target_parameters and trainable_token_indices both name 'model.embed_tokens'",
+            ),
+            (
+                {"target_parameters": ["mlp.down_proj.weight"], "modules_to_save": ["0.mlp"]},
+                {"target_parameters": None},
+                r"no 'model.layers.0.mlp.down_proj.weight', which modules_to_save in .* names",
+            ),
+            (
+                {"targets": ("q_proj", "embed_tokens"), "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+                {"modules_to_save": ["lm_head"]},  # PEFT itself writes the embedding's name
+                r"modules_to_save names 'lm_head.weight', which the base ties to its embedding, and target_modules",
+            ),
+        ],
+        ids=["saved", "trained rows", "no longer a parameter's", "a tied head"],
+    )
+    def test_settings_that_contradict_one_another(
+        self, trained: Any, stated: Any, refused: str, family: Family, tmp_path: Path
+    ) -> None:
+        """PEFT cannot load the first three; of the last it saves the embedding whole, which was left out."""
+        adapter = write_lora(family.base, tmp_path / "adapter", **trained)
+        edit_json(adapter / "adapter_config.json", **stated)
+        with pytest.raises(InputError, match=refused):
+            LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
+
     def test_a_magnitude_of_another_length(self, family: Family, tmp_path: Path) -> None:
         adapter = write_lora(family.base, tmp_path / "adapter", use_dora=True)
         tensors = {k: t[:3] if "magnitude" in k else t for k, t in load_file(adapter / WEIGHTS).items()}
