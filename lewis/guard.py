@@ -74,7 +74,7 @@ class Guard:
         self._asked = True
 
     def _wait(self) -> None:
-        """Wait for a signal, but not for long: nothing tells of the parent's end."""
+        """Wait for a signal, but not for long, since none comes at the end of the parent."""
         if select.select([self._signals], [], [], _PAUSE)[0]:
             os.read(self._signals, 4096)
 
