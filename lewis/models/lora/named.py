@@ -154,17 +154,17 @@ def check_tied(base: Model, settings: Mapping[str, Any], file: Path, whole: Coll
     Raises:
         InputError: naming both, if the adapter changes one of them, or PEFT would change it twice.
     """
+    ties = settings.get("ensure_weight_tying")
     for head, embedding in base.tied.items():
         replaced = is_saved(settings, embedding)
-        named = is_on(settings, embedding.removesuffix(".weight"), linear=False)
-        if settings.get("ensure_weight_tying") and named and not replaced and is_saved(settings, head):
+        saves_head = ties and not replaced and is_saved(settings, head)
+        if saves_head and is_on(settings, embedding.removesuffix(".weight"), linear=False):
             raise InputError(
                 f"{file.with_name(CONFIG)}: modules_to_save names {head!r}, which the base ties to its embedding, and "
                 f"target_modules {embedding!r}; merge the adapter into its base with PEFT's merge_and_unload first"
             )
-        both = settings.get("ensure_weight_tying") and embedding.endswith("embed_tokens.weight")  # as in PEFT
-        twice = ties_factors(settings)
-        if (replaced and not both and head not in whole) or twice:
+        both = ties and embedding.endswith("embed_tokens.weight")  # as in PEFT
+        if (replaced and not both and head not in whole) or ties_factors(settings):
             effect = "replaces only one of them" if replaced else "is added twice by PEFT"
             raise InputError(
                 f"{file}: {embedding!r} is tied to {head!r} in the base, and what the adapter has for it {effect}; "

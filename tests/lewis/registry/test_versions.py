@@ -417,9 +417,8 @@ def test_a_dataset_that_another_run_adds_meanwhile_is_shared(entry: Registration
         """Add the first of the new datasets, as another process would, which looked for it before, too."""
         new = [each for each in session.new if type(each).__name__ == "SqlDataset"]
         for each in new[:1]:
-            values = {c.name: getattr(each, c.name) for c in each.__table__.columns} | {
-                "dataset_uuid": str(len(others))
-            }
+            values = {column.name: getattr(each, column.name) for column in each.__table__.columns}
+            values["dataset_uuid"] = str(len(others))
             columns, places = ", ".join(values), ", ".join(f":{name}" for name in values)
             with closing(sqlite3.connect(home / "mlflow" / "mlflow.db")) as database, database:
                 database.execute(f"INSERT INTO datasets ({columns}) VALUES ({places})", values)
