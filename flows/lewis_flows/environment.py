@@ -20,7 +20,7 @@ DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its pages call Amplitude even if analytics are off
-    "PREFECT_WORKER_QUERY_SECONDS": "2",  # how often a worker asks for work
+    "PREFECT_WORKER_QUERY_SECONDS": "3",  # how often a worker asks for work
     "PREFECT_LOGGING_EXTRA_LOGGERS": "lewis,lewis_tasks,lewis_flows",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # the receiver logs too, and belongs to no run
     "TOKENIZERS_PARALLELISM": "false",

@@ -57,12 +57,15 @@ class AwayError(TransientError):
             return False
 
 
-def without_tables() -> None:
-    """Have MLflow do without pandas, pyarrow and scipy, as it can where they are not installed.
+def without_tables(*names: str) -> None:
+    """Have MLflow do without packages for tables, as it can where they are not installed.
 
-    They take 50 MB and a second, and this process, which has not imported them yet, will only read the registry.
+    They take 50 MB and a second, and this process, which has not imported them yet, will not write a table.
+
+    Args:
+        names: of packages; by default pandas, pyarrow and scipy, of which MLflow's server needs the first.
     """
-    for name in ("pandas", "pyarrow", "scipy"):
+    for name in names or ("pandas", "pyarrow", "scipy"):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # so that an import of it fails
 
 

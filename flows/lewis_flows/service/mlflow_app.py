@@ -54,6 +54,9 @@ def main() -> None:
     os.environ.setdefault(_HOSTS, ",".join(urlsplit(origin).netloc or origin for origin in origins))
     given = [each for each in sys.argv[1:] if each != PREPARE]
     if PREPARE in sys.argv:
+        from lewis.registry import tracking
+
+        tracking.without_tables("pyarrow", "scipy")
         import uvicorn  # noqa: F401  # by which MLflow, when it is imported, knows that it is a server
 
         try:

@@ -28,6 +28,8 @@ _PREFECT_DATABASE = (
     *("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"),
     *("PREFECT_SERVER_DATABASE_HOST", "PREFECT_API_DATABASE_HOST"),
 )
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
+"""For a server, whose threads take turns: with a heap for each, it keeps some MB more of what it has freed."""
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 _DEFAULTS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
@@ -138,6 +140,7 @@ def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tup
     """A Prefect server on loopback, not started yet, and the URL of its API."""
     url = f"http://127.0.0.1:{port}/api"
     environment = {
+        **ONE_HEAP,
         # An event is on disk, and so known for good, a second after the server took it, instead of five.
         "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
         PREFECT_KEY.variable.name: PREFECT_KEY.read(),
@@ -166,7 +169,7 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
     command += ["--workers", "1", "--uvicorn-opts", "--log-level warning"]
     # One process instead of fifteen: nothing here uses MLflow's job queue.
     # The database is no argument, since all users of a machine see the arguments of its processes.
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": database}
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": database, **ONE_HEAP}
     environment[mlflow_app.ORIGINS] = os.environ.get(mlflow_app.ORIGINS) or ",".join(own_origins(port))
     # Of experiments that others make through this server; else they would go into the folder that it is started in.
     files = mlflow_app.FILES

@@ -19,7 +19,14 @@ from lewis.serving import slots
 from lewis.store.secrets import PREFECT_KEY
 from lewis_flows.service import credentials, note, worker
 from lewis_flows.service.processes import Process, usable_port
-from lewis_flows.service.servers import mlflow_database, mlflow_process, prefect_database, prefect_port, prefect_process
+from lewis_flows.service.servers import (
+    ONE_HEAP,
+    mlflow_database,
+    mlflow_process,
+    prefect_database,
+    prefect_port,
+    prefect_process,
+)
 
 Say = Callable[[str, str], None]  # called with the name of a part and a line of its output
 _NOISE = (
@@ -144,7 +151,8 @@ def _worker() -> list[str]:
 def _receiver(urls: dict[str, str], say: Say) -> Process:
     port = usable_port(settings.WEBHOOK_PORT.name, str(settings.WEBHOOK_PORT.get()))
     urls["webhook"] = f"http://127.0.0.1:{port}/webhook"
-    environment = {settings.WEBHOOK_HOST.name: "127.0.0.1", settings.WEBHOOK_PORT.name: str(port)}
+    environment = {settings.WEBHOOK_HOST.name: "127.0.0.1", settings.WEBHOOK_PORT.name: str(port), **ONE_HEAP}
+    environment["MLFLOW_TRACKING_URI"] = urls["mlflow"]  # to open the database itself takes 50 MB more
     health = f"http://127.0.0.1:{port}/health"
     return Process(
         "webhook", ["-m", "lewis_flows.service.webhook"], environment, health=health, echo=_echo("webhook", say)
