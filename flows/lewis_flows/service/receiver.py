@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -93,7 +93,15 @@ class Delivery(_Part):
 class Receiver:
     """Takes deliveries whose sender is known to be the Hub; threads may share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, deploy: Callable[[], object] | None = None) -> None:
+        """Take none yet.
+
+        Args:
+            deploy: deploys the recipes if their folder has changed. It is called before a release is announced, which
+                starts nothing of a recipe without a deployment: one that was just added, or that a service which has
+                just started has not deployed yet.
+        """
+        self._deploy = deploy
         self._taken: OrderedDict[str, str] = OrderedDict()  # repo -> its last release
         self._one_at_a_time = threading.Lock()  # of two deliveries of one release at once, only one is the first
 
@@ -138,6 +146,8 @@ class Receiver:
         if old:
             known |= earlier
         unknown = {each: of for each, of in sorted(followers.items()) if each not in paused | known}
+        if unknown and self._deploy:
+            self._deploy()
         events = [announce(recipe, ref, repo, push.oldSha, new) for recipe, (repo, ref) in unknown.items()]
         if not old:
             self._taken[name] = new

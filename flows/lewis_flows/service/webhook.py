@@ -44,7 +44,9 @@ MAX_SECONDS = 10.0  # from the first byte of a request until it is whole, or fro
 MAX_BODY = 1 << 20  # bytes; a delivery of the Hub has about two thousand
 
 
-def create_app(secret: str, key: str = "", page: Page | None = None) -> FastAPI:
+def create_app(
+    secret: str, key: str = "", page: Page | None = None, deploy: Callable[[], object] | None = None
+) -> FastAPI:
     """The receiver as a web application: `POST /webhook` for the Hub, and for monitoring:
 
     `GET /health/live`, or `/health`, answers 200 while the process does; `GET /health/ready` answers 200 if a delivery
@@ -54,6 +56,7 @@ def create_app(secret: str, key: str = "", page: Page | None = None) -> FastAPI:
         secret: what the Hub sends in `X-Webhook-Secret`.
         key: what a scraper sends in `Authorization: Bearer`; without one, nobody gets the metrics.
         page: of the metrics; by default one of Prefect, the registry and the store.
+        deploy: as for `Receiver`.
 
     Raises:
         InputError: if the secret is empty.
@@ -62,7 +65,7 @@ def create_app(secret: str, key: str = "", page: Page | None = None) -> FastAPI:
         raise InputError("the webhook's secret is empty: anyone could start merges; set LEWIS_WEBHOOK_SECRET")
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(_AccessLog, secret=secret)
-    receiver = Receiver()
+    receiver = Receiver(deploy)
 
     readiness, page = Readiness(), page or Page(default_sources())
 
@@ -221,7 +224,9 @@ def serve(host: str, port: int, secret: str) -> None:
     """
     import uvicorn
 
-    app = create_app(secret, METRICS_KEY.read())  # of its own, so that a scraper has no secret that opens more
+    follower = Follower(logger.info)
+    # A key of its own, so that a scraper has no secret that opens more.
+    app = create_app(secret, METRICS_KEY.read(), deploy=follower.follow)
     try:
         listening = socket.create_server((host, port))
     except OSError as error:
@@ -234,7 +239,7 @@ def serve(host: str, port: int, secret: str) -> None:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    look = _Look(Follower(logger.info))
+    look = _Look(follower)
     loops = [
         Loop("recipes", look, FOLLOW),
         Loop("poll", lambda: _poll(look), settings.POLL_SECONDS.get()),

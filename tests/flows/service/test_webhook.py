@@ -467,6 +467,18 @@ def test_an_earlier_commit_is_a_release_where_the_hub_does_not_say(
         assert taker.take(body)[0] == 202 and announced == ["alpha"]
 
 
+def test_recipes_are_deployed_before_a_release_is_announced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(receiver_module, "_ask", lambda followers, new: (set(), set(), set()))
+    monkeypatch.setattr(receiver_module, "announce", lambda *given: done.append("announced") or "id")
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    (tmp_path / "alpha.yaml").write_text(ALPHA)
+    taker = receiver_module.Receiver(lambda: done.append("deployed"))
+    body = json.dumps(payload("org/math", "8" * 40)).encode()
+    assert taker.take(body)[0] == 202 and done == ["deployed", "announced"]
+    assert taker.take(body)[0] == 200 and len(done) == 2  # a duplicate
+
+
 def test_a_recipe_that_is_dropped_in_counts_at_once(receiver: Receiver) -> None:
     assert receiver.deliver("org/late")[0] == 200
     (receiver.recipes / "late.yml").write_text(ALPHA.replace("org/math", "org/late"))
