@@ -152,7 +152,7 @@ def _receiver(urls: dict[str, str], say: Say) -> Process:
     port = usable_port(settings.WEBHOOK_PORT.name, str(settings.WEBHOOK_PORT.get()))
     urls["webhook"] = f"http://127.0.0.1:{port}/webhook"
     environment = {settings.WEBHOOK_HOST.name: "127.0.0.1", settings.WEBHOOK_PORT.name: str(port), **ONE_HEAP}
-    environment["MLFLOW_TRACKING_URI"] = urls["mlflow"]  # to open the database itself takes 50 MB more
+    environment["MLFLOW_TRACKING_URI"] = urls["mlflow"]  # to open the database itself takes 46 MB more
     health = f"http://127.0.0.1:{port}/health"
     return Process(
         "webhook", ["-m", "lewis_flows.service.webhook"], environment, health=health, echo=_echo("webhook", say)
