@@ -27,6 +27,7 @@ UNFINISHED = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")  # state types of a 
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")  # state types of a run that has ended
 NEWEST = FlowRunSort.END_TIME_DESC  # the last to end first
 SKIPPED = "Skipped"  # the state of a run that ended before it began, since another one merges what it would
+_REPLACED_BY = "lewis.replaced-by"  # label of such a run: the id of the other one
 
 
 def of_flows(
@@ -111,7 +112,14 @@ def is_paused(client: SyncPrefectClient, recipe: str) -> bool:
     return found is not None and found.paused
 
 
-def skip(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
-    """End a run that has not begun."""
+def skip(client: SyncPrefectClient, run: FlowRun, other: FlowRun, why: str) -> None:
+    """End a run that has not begun, since another one merges what it would."""
+    client.update_flow_run_labels(run.id, {_REPLACED_BY: str(other.id)})
     client.set_flow_run_state(run.id, Completed(name=SKIPPED, message=why), force=True)
     run_tags.tag(run.id, verdict="skipped")
+
+
+def replaced_by(run: FlowRun) -> UUID | None:
+    """The id of the run that merges what a skipped run would have; None for a run that was not skipped."""
+    other = run.labels.get(_REPLACED_BY)
+    return UUID(str(other)) if other else None

@@ -110,7 +110,7 @@ def absorb(run: FlowRun) -> None:
             for other in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("SCHEDULED",), deployment_id=same):
                 alike = other.id != run.id and _given(other) == _given(run) and not approval.asked(other)
                 if alike and prefect_runs.waits(other, now):
-                    prefect_runs.skip(client, other, f"the run {run.name} merges the newest state")
+                    prefect_runs.skip(client, other, run, f"the run {run.name} merges the newest state")
     except httpx.HTTPError as error:  # then they run after this one, and find all steps done
         logger.info("runs that wait stay: %s", type(error).__name__)
 
@@ -132,7 +132,8 @@ def absorb_waiting() -> None:
                     each for each in kept if each.deployment_id == run.deployment_id and _given(each) == _given(run)
                 ]
                 if alike:
-                    prefect_runs.skip(client, run, f"the run {alike[0].name}, which waits too, merges the newest state")
+                    why = f"the run {alike[0].name}, which waits too, merges the newest state"
+                    prefect_runs.skip(client, run, alike[0], why)
                 else:
                     kept.append(run)
     except httpx.HTTPError as error:  # then the first of them to begin ends the others

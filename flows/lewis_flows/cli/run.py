@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _print_ended(ended: "FlowRun", *, as_json: bool) -> None:
-    """Print the report of a run of a deployment; without one, as of a skipped run, its state."""
+    """Print the report of a run of a deployment; without one, its state."""
     from lewis_flows.registration import MergeReport
 
     if report := MergeReport.saved(str(ended.id)):

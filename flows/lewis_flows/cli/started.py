@@ -28,13 +28,16 @@ _WAITS = {
 def run(path: Path, overrides: Sequence[str]) -> FlowRun | None:
     """Start a run of the deployment of a recipe, and print its log on stderr until it ends or waits for a person.
 
+    If it is skipped, since another run merges what it would, that one is followed.
+
     Args:
         path: the recipe's file, in the folder of recipes.
         overrides: `key.path=value` each.
 
     Returns:
-        The run then. None if none was started, as the recipe has to run in this process: no worker is online, the
-        deployment is of another text, or none of its runs may change what the overrides do.
+        The run that was followed last, as it ended. None if none was started, as the recipe has to run in this
+        process: no worker is online, the deployment is of another text, or none of its runs may change what the
+        overrides do.
 
     Raises:
         LewisError: if the run failed, died or was cancelled.
@@ -48,9 +51,11 @@ def run(path: Path, overrides: Sequence[str]) -> FlowRun | None:
                 return None
             given = {"recipe": path.stem, **({"overrides": [*overrides]} if overrides else {})}
             started = client.create_flow_run_from_deployment(deployment.id, parameters=given)
-            _wait(client, started)
-            level, as_json = logging.INFO, json_logs.is_json()
-            ended = runs.print_log(client, started.id, level, follow=True, as_json=as_json, file=sys.stderr)
+            ended = _follow(client, started)
+            while other := prefect_runs.replaced_by(ended):
+                print(f"{ended.name}: skipped: {ended.state and ended.state.message}", file=sys.stderr, flush=True)
+                started = client.read_flow_run(other)
+                ended = _follow(client, started)
     except (TransientError, KeyboardInterrupt) as error:
         if started is None:
             raise
@@ -74,6 +79,13 @@ def _deployment(client: SyncPrefectClient, path: Path, overrides: Sequence[str])
         return None
     workers = client.read_workers_for_work_pool(found.work_pool_name)
     return found if any(each.status == WorkerStatus.ONLINE for each in workers) else None
+
+
+def _follow(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
+    """Print what a run waits for, then its log, until it ends or waits for a person; gives the run then."""
+    _wait(client, run)
+    as_json = json_logs.is_json()
+    return runs.print_log(client, run.id, logging.INFO, follow=True, as_json=as_json, file=sys.stderr)
 
 
 def _wait(client: SyncPrefectClient, run: FlowRun) -> None:

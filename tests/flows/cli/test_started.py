@@ -25,6 +25,7 @@ from lewis_flows.cli import runs, started
 from lewis_flows.cli.main import main
 from lewis_flows.registration import MergeReport
 from lewis_flows.service.deploy import POOL, Follower
+from lewis_flows.turn import absorb
 from tests.support.deployed import deploying
 
 RECIPE = """
@@ -130,6 +131,37 @@ def test_a_worker_does_it_and_the_command_shows_log_and_report(
     recipe.write_text(RECIPE + "dtype: bfloat16\n")
     assert started.run(recipe, []) is None  # the deployment is of the text before
     assert len(waiting(client)) == 1
+
+
+def test_a_run_that_another_one_replaces_is_followed_by_that_one(
+    recipe: Path, client: SyncPrefectClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended as skipped, and whoever had started it did not learn what became of the merge."""
+    for module in (started, runs):
+        monkeypatch.setattr(module, "_PAUSE", 0.1)
+    client.send_worker_heartbeat(POOL, "ours", heartbeat_interval_seconds=600)
+    deployment = client.read_deployment_by_name("merge/good").id
+    first = client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good"})
+
+    def work() -> None:
+        deadline = time.monotonic() + 300
+        while not (later := [run for run in waiting(client) if run.id != first.id]):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        for state in (Pending(), Running()):
+            client.set_flow_run_state(first.id, state)
+        absorb(first)
+        assert client.read_flow_run(later[0].id).state_name == "Skipped"
+        REPORT.save(str(first.id))
+        client.set_flow_run_state(first.id, Completed(name="Promoted"), force=True)
+
+    worker = threading.Thread(target=contextvars.copy_context().run, args=(work,))
+    worker.start()
+    assert main(["run", "good", "--json"]) == 0
+    worker.join()
+    out, err = capsys.readouterr()
+    assert MergeReport.model_validate_json(out) == REPORT
+    assert f"skipped: the run {first.name} merges the newest state" in err
 
 
 def test_old_reports_are_removed_by_a_process_that_runs_no_flow(home: Path) -> None:
