@@ -62,7 +62,7 @@ drill: setup
 
 faults: setup
 	LEWIS_FAULTS_DRAWS=10000 LEWIS_FAULTS_POINTS=$${LEWIS_FAULTS_POINTS:-50} $(BIN)/pytest \
-		-n 6 --dist loadscope --no-loadscope-reorder --durations=60 --timeout 36000 tests/faults
+		-n 6 --dist loadgroup --no-loadscope-reorder --durations=60 --timeout 36000 tests/faults
 
 test-long: setup
 	LEWIS_LONG=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --timeout 3600 -m long

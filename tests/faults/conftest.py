@@ -1,4 +1,4 @@
-"""A store with the tables of MLflow and Prefect, made once: making them takes longer than a run."""
+"""What the tests of faults share: a store with the tables of MLflow and Prefect, and which tests share a process."""
 
 import os
 import shutil
@@ -12,9 +12,16 @@ from tests.faults.running import LEFT_OUT
 from tests.flows.conftest import REPO
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let `make faults` run each file in one process, but for tests that are marked to have one of their own."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def empty_store(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """To be copied, not to be used."""
+    """A store to be copied, not used: making the tables takes longer than a run."""
     home = tmp_path_factory.mktemp("empty") / "store"
     (home / "mlflow").mkdir(parents=True)
     shutil.copy(empty_database, home / "mlflow" / "mlflow.db")

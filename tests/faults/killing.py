@@ -17,17 +17,16 @@ from tests.faults.running import Tally, half_done, logged_weights, merged, until
 from tests.support.service import children
 
 GROUP, ALL, SERVER, EVALUATION, WORKER = "group", "everything", "prefect_app", "harness.child", "worker start"
-AT_ONCE = "the group, SIGKILL"
 OF_A_RUN = {
-    "every process, SIGKILL": (ALL, signal.SIGKILL, 5),
-    "the Prefect server, SIGKILL": (SERVER, signal.SIGKILL, 5),
-    "the evaluation's child, SIGKILL": (EVALUATION, signal.SIGKILL, 5),
-    "the group, SIGTERM": (GROUP, signal.SIGTERM, 5),
-    "the group, SIGINT": (GROUP, signal.SIGINT, 5),
-    AT_ONCE: (GROUP, signal.SIGKILL, 1),
+    "the group, SIGKILL": (GROUP, signal.SIGKILL),
+    "every process, SIGKILL": (ALL, signal.SIGKILL),
+    "the Prefect server, SIGKILL": (SERVER, signal.SIGKILL),
+    "the evaluation's child, SIGKILL": (EVALUATION, signal.SIGKILL),
+    "the group, SIGTERM": (GROUP, signal.SIGTERM),
+    "the group, SIGINT": (GROUP, signal.SIGINT),
 }
-OF_THE_SERVICE = {**OF_A_RUN, "the worker, SIGKILL": (WORKER, signal.SIGKILL, 5)}
-"""Who is killed, by what, and for how many of the POINTS there is one."""
+OF_THE_SERVICE = {**OF_A_RUN, "the worker, SIGKILL": (WORKER, signal.SIGKILL)}
+"""Who is killed, and by what."""
 
 
 @dataclass
@@ -63,13 +62,9 @@ class Undisturbed:
         tally.note("half versions", bool(wrong), f"{where}: {wrong}")
 
 
-def count(one_of: int) -> int:
-    return max(1, POINTS // one_of)
-
-
-def points(one_of: int) -> list[float]:
+def points() -> list[float]:
     """Numbers between 0 and 1; as many of them as are used are spread evenly (van der Corput's sequence)."""
-    return [int(f"{i:b}"[::-1], 2) / 2 ** i.bit_length() for i in range(1, count(one_of) + 1)]
+    return [int(f"{i:b}"[::-1], 2) / 2 ** i.bit_length() for i in range(1, POINTS + 1)]
 
 
 def strike(

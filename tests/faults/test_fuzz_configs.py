@@ -94,7 +94,8 @@ def built_of(model: Any, config: dict[str, Any]) -> dict[str, tuple[int, ...]] |
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-class TestSizes:  # a class of its own is a process of its own in `make faults`
+@pytest.mark.xdist_group("sizes")
+class TestSizes:
     @pytest.mark.parametrize("kind", architectures() if DRAWS > 1000 else FEW)
     def test_sizes_as_the_network_has_them(self, kind: str) -> None:
         """With other sizes, of each part by itself, the tensors of its own network fit; those of the first do not."""

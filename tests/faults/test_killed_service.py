@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family, full
-from tests.faults.killing import ALL, AT_ONCE, GROUP, OF_THE_SERVICE, Undisturbed, alive, points, strike
+from tests.faults.killing import ALL, GROUP, OF_THE_SERVICE, Undisturbed, alive, points, strike
 from tests.faults.running import Tally, below, left_over, merged, until, write_recipe
 from tests.flows import test_run
 from tests.support.local_hub import LocalHub
@@ -93,43 +93,21 @@ def service(
     assert until(lambda: not below().keys() - before, 30), below()
 
 
-OTHERWISE = [name for name in OF_THE_SERVICE if name != AT_ONCE]
+HALVES = [
+    pytest.param(name, half, marks=pytest.mark.xdist_group(f"service: {name} {half}"))
+    for name in OF_THE_SERVICE
+    for half in (0, 1)
+]
 
 
-class TestHalfKilledAtOnce:  # a class of its own is a process of its own in `make faults`
-    half = 0
-
-    def test_comes_back_and_the_next_run_has_the_same_result(
-        self, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        kill_and_run_again(AT_ONCE, self.half, service, tmp_path, capsys)
-
-
-class TestOtherHalfKilledAtOnce(TestHalfKilledAtOnce):
-    half = 1
-
-
-class TestHalfKilledOtherwise:
-    half = 0
-
-    @pytest.mark.parametrize("name", OTHERWISE)
-    def test_comes_back_and_the_next_run_has_the_same_result(
-        self, name: str, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        kill_and_run_again(name, self.half, service, tmp_path, capsys)
-
-
-class TestOtherHalfKilledOtherwise(TestHalfKilledOtherwise):
-    half = 1
-
-
-def kill_and_run_again(
+@pytest.mark.parametrize("name, half", HALVES)
+def test_comes_back_and_the_next_run_has_the_same_result(
     name: str, half: int, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At every second point, from the first or the second on."""
     undisturbed, up = service
-    victim, number, one_of = OF_THE_SERVICE[name]
-    mine = list(enumerate(points(one_of)))[half::2]
+    victim, number = OF_THE_SERVICE[name]
+    mine = list(enumerate(points()))[half::2]
     if not mine:
         pytest.skip("too few points for two halves")
     tally = Tally(f"`lewis up`: {name}")
