@@ -148,7 +148,7 @@ def _loaded(files: ModelFiles, device: str) -> Any:
         raise InputError(f"{files.ref}: this model does not write text token by token; leave `continue` out")
     weights = Weights(network, model, device, dtype)
     weights.check()
-    weights.load(network.parameters_outside(with_head=True))
+    weights.load_outside(with_head=True)
     for path in network.blocks:
         weights.load(network.parameters_in(path))
     weights.move_buffers()

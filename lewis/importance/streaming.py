@@ -1,8 +1,10 @@
 """Running a model that need not fit in memory: weights of a block are read when the passes reach it, then dropped."""
 
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from torch import nn
 
 from lewis.errors import InputError, LewisError
 from lewis.importance.passes import wait_at
+from lewis.models.dtypes import as_tensor
 from lewis.models.lora.expert import LoraExpert
-from lewis.models.model import Model
+from lewis.models.model import Model, read_as
 from lewis.models.network.module_tree import Network
 
 _ROOM = 64 << 20  # bytes; a micro-batch takes more while it goes through a block of a small model
@@ -38,6 +41,7 @@ class Weights:
         """
         self.network, self.model, self._device, self._dtype = network, model, device, dtype
         self._keep = keep or (lambda value, dtype: value.to(device, dtype))
+        self._hooks = ExitStack()
 
     def move_buffers(self) -> None:
         """Move to the device what no checkpoint holds, such as tables of rotary embeddings."""
@@ -56,6 +60,47 @@ class Weights:
             if not any(map(self.network.sources, self.network.same(name))) and self.network.computed(name) is None:
                 raise InputError(f"{where}: transformers cannot load it: the weight {name!r} is missing")
 
+    def load_outside(self, *, with_head: bool = False) -> None:
+        """Read what is in no block. On a CPU, the embedding of a token is read when a pass first needs it.
+
+        Args:
+            with_head: also what makes logits.
+        """
+        later = self._load_embeddings_later(with_head) if self._device == "cpu" else ()
+        self.load(name for name in self.network.parameters_outside(with_head=with_head) if name not in later)
+
+    def _load_embeddings_later(self, with_head: bool) -> list[str]:
+        """Give the input embeddings a table that is filled as tokens come; gives the names of that parameter.
+
+        None if it is more than one tensor of the checkpoint, or something else than an embedding uses it.
+        """
+        network = self.network
+        same = network.same(network.embedding) if network.embedding else []
+        tensor = next((tensor for tensor, name in network.unconverted.items() if name in same), None)
+        users = [network.module.get_submodule(name.rpartition(".")[0]) for name in same]
+        embeddings = [each for each in users if isinstance(each, nn.Embedding)]
+        others = [each for each in users if each not in embeddings and (with_head or each is not network.head)]
+        if tensor is None or others:
+            return []
+        (kind, bits), shape = self.model.raw(tensor), self.model.shapes[tensor]
+        rows, table = bits.reshape(shape), _empty_table(shape, self._dtype)
+
+        def fill(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            ids = next(iter((*given, *named.values()))).unique()
+            values = rows[ids.numpy()]
+            table[ids] = as_tensor(kind, values.reshape(-1)).reshape(values.shape).to(table.dtype)
+
+        for each in embeddings:
+            self._hooks.callback(each.register_forward_pre_hook(fill, with_kwargs=True).remove)
+        for name in same:
+            _put(network.module, name, table)
+        return same
+
+    def close(self) -> None:
+        """Drop all values. They would stay in memory as long as something refers to the network."""
+        self.drop(self.network.parameters)
+        self._hooks.close()
+
     def load(self, names: Iterable[str]) -> None:
         """Read these parameters and saved buffers, by their full names."""
         network, done = self.network, set[str]()
@@ -64,13 +109,21 @@ class Weights:
             source = next(filter(network.sources, same), None)
             if name in done:
                 continue
-            value = network.computed(name) if source is None else network.value(source, self.model.read)
+            value = network.computed(name) if source is None else self._value(source)
             if value is None:
                 continue
             value = self._keep(value, self._dtype if network.is_parameter(name) else None)
             for each in same:
                 _put(network.module, each, value)
             done.update(same)
+
+    def _value(self, name: str) -> torch.Tensor:
+        network, tensors = self.network, self.network.sources(name)
+        plain = tensors[0] in network.unconverted and network.is_parameter(name) and self._device == "cpu"
+        value = network.value(name, partial(read_as, self.model, dtype=self._dtype) if plain else self.model.read)
+        for tensor in tensors:
+            self.model.done_with(tensor)
+        return value
 
     def drop(self, names: Iterable[str]) -> None:
         """Drop the values of these parameters: they are on the meta device again."""
@@ -105,7 +158,8 @@ class Streamed:
     def __enter__(self) -> "Streamed":
         self.weights.check()
         network = self._network
-        self.weights.load(network.parameters_outside())
+        self._hooks.callback(self.weights.close)
+        self.weights.load_outside()
         for path, block in network.blocks.items():
             if self._keep:
                 self.weights.load(network.parameters_in(path))
@@ -162,6 +216,13 @@ class Streamed:
         needed = sum(info.elements for info in self._model.tensors.values()) * self._dtype.itemsize
         free, _ = torch.cuda.mem_get_info(self._device)
         return needed * 5 // 4 < free
+
+
+def _empty_table(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of zeros that takes memory only for the pages that are written."""
+    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)  # else one row takes 2 MB
+    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 def _put(network: nn.Module, name: str, value: torch.Tensor) -> None:

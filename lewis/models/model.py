@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from lewis.lazy_torch import torch
-from lewis.models.dtypes import DTYPES
+from lewis.models.dtypes import DTYPES, as_tensor, torch_dtype
+
+_AT_A_TIME = 1 << 22  # elements that are converted together
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,17 @@ class Model(Protocol):
 
     def done_with(self, name: str) -> None:
         """Release the memory that a tensor is mapped to."""
+
+
+def read_as(model: Model, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in a dtype. If it is stored in another one, it is never whole in memory in that."""
+    if model.computes(name) or torch_dtype(model.tensors[model.tied.get(name, name)].dtype) == dtype:
+        return model.read(name).to(dtype)
+    kind, bits = model.raw(name)
+    found = torch.empty(bits.size, dtype=dtype)
+    for start in range(0, bits.size, _AT_A_TIME):
+        found[start : start + _AT_A_TIME] = as_tensor(kind, bits[start : start + _AT_A_TIME].copy()).to(dtype)
+    return found.reshape(model.tensors[model.tied.get(name, name)].shape)
 
 
 class View:

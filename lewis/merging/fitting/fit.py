@@ -99,8 +99,9 @@ def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int |
         walk = Walk(shared, places, Solver(shared, streams), stacked)
         contexts.callback(walk.stop)
         for each in (*experts, merged):
+            contexts.callback(each.close)
             each.check()
-            each.load(each.network.parameters_outside())
+            each.load_outside()
             each.move_buffers()
             for path in (*each.network.blocks, *places):
                 module = each.network.module.get_submodule(path)
@@ -160,7 +161,8 @@ def paused_bytes(merge: Prepared, network: Network, tokens: int | None = None) -
     shapes = [(network.empty(each.parameter).shape, each.transposed) for each in in_order(network)]
     widest = max((shape[0] if transposed else shape[1] for shape, transposed in shapes), default=0)
     largest = max((shape.numel() for shape, _ in shapes), default=0)
-    outside = sum(network.empty(name).numel() for name in network.parameters_outside())
+    of_tokens = network.same(network.embedding) if network.embedding else ()  # few of its rows are read
+    outside = sum(network.empty(name).numel() for name in network.parameters_outside() if name not in of_tokens)
     hidden = input_embeddings(network.module).embedding_dim
     models = len(merge.experts) + 1
     return approximate_bytes(2 * tokens, widest, hidden, models * outside + (models + 1) * largest)

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from lewis import store
 from lewis.errors import LewisError
 from lewis.importance.gram_files import Written
 from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
 from lewis.merging.prepared import Prepared
-from lewis.models.dtypes import torch_dtype
+from lewis.models.dtypes import bits_dtype, bytes_of, name_of, torch_dtype
 from lewis.models.files.safetensors_file import TensorFile, write_file
 
 
@@ -73,8 +75,8 @@ class Unwritten:
         """
         base = merge.base
         self.folder, self.home, self.key, self.config = base.folder, base.home, base.key, base.config
-        self.tensors, self.tied, self.shapes, self.raw = base.tensors, base.tied, base.shapes, base.raw
-        self.will_need, self.done_with, self.computes = base.will_need, base.done_with, base.computes
+        self.tensors, self.tied, self.shapes = base.tensors, base.tied, base.shapes
+        self.will_need, self.computes = base.will_need, base.computes
         self._merge, self._fitted, self._place = merge, fitted, place
 
     def read(self, name: str) -> torch.Tensor:
@@ -84,3 +86,14 @@ class Unwritten:
         anchor = self._merge.giving(name)
         dtype, shape = anchor.layout[name]
         return merge_into(anchor, name, (self._place or torch.empty)(shape, dtype=torch_dtype(dtype)))
+
+    def raw(self, name: str) -> tuple[str, np.ndarray]:
+        """A tensor's dtype and bits, as it would be written."""
+        value = self.read(name)
+        dtype = name_of(value.dtype)
+        return dtype, np.frombuffer(bytes_of(value), bits_dtype(dtype))
+
+    def done_with(self, name: str) -> None:
+        """Release the memory that the models' tensors of this name are mapped to."""
+        for model in self._merge.models:
+            model.done_with(name)

@@ -87,8 +87,9 @@ def row_losses(
         contexts.enter_context(one_thread())
         workers = contexts.enter_context(Workers(threads))
         contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
+        contexts.callback(weights.close)
         weights.check()
-        weights.load(network.parameters_outside(with_head=True))
+        weights.load_outside(with_head=True)
         weights.move_buffers()
         for path, block in network.blocks.items():
             contexts.callback(block.register_forward_pre_hook(partial(stop, path, False)).remove)

@@ -129,6 +129,7 @@ class Walk:
         # time, because each is in memory as a whole while it is read.
         jobs = [partial(read, i) for i in reversed(range(len(readers)))]
         (self._shared.workers if self._shared.spill.folder is None else one_after_another)(jobs)
+        self._shared.merged.model.done_with(tensor)
         return found
 
     def _anchor(self, tensor: str) -> torch.Tensor:

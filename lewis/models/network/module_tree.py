@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from inspect import signature
 from math import prod
 from pathlib import Path
@@ -134,6 +135,18 @@ class Network:
         return asked or getattr(config, "is_decoder", True) is False
 
     @property
+    def embedding(self) -> str | None:
+        """The parameter that has a row for each token of the input; None if no single one has."""
+        found = input_embeddings(self.module)
+        path = next((path for path, each in self.module.named_modules() if each is found), None)
+        return f"{path}.weight" if isinstance(found, nn.Embedding) and f"{path}.weight" in self._state else None
+
+    @property
+    def head(self) -> Any:
+        """The module that makes logits; None if there is none."""
+        return self.module.get_output_embeddings()
+
+    @property
     def predicts_next_token(self) -> bool:
         """Whether it predicts each token from those before it."""
         return not (self.encodes or self.looks_ahead)
@@ -147,7 +160,7 @@ class Network:
         """Full names of all parameters and saved buffers."""
         return list(self._state)
 
-    @property
+    @cached_property
     def unconverted(self) -> dict[str, str]:
         """Checkpoint tensor -> the parameter that it is, value by value."""
         single = {found[0][0]: name for name, found in self._placing.sources.items() if len(found) == 1}
@@ -178,7 +191,7 @@ class Network:
         Args:
             with_head: also those of the head that makes logits. Parameters that it shares are always among them.
         """
-        head, used = self.module.get_output_embeddings(), input_embeddings(self.module)
+        head, used = self.head, input_embeddings(self.module)
         heads = tuple(f"{path}." for path, module in self.module.named_modules() if module is head is not used)
         inside = tuple(f"{path}." for path in self._lists)
 

@@ -107,7 +107,7 @@ def result_of_run(state: State[Any]) -> Any:
 def note_text(recipe: Recipe) -> None:
     """Note which text of its recipe the run has, in case it fails before `rename`; a failure is logged, not raised."""
     try:
-        with impatient(5) as client:
+        with impatient(5, retries=2) as client:  # a busy server answers 503
             client.update_flow_run_labels(UUID(str(current.id)), {RECIPE: store.digest(recipe.text)})
     except Exception as error:
         logger.warning("the run does not say which text of its recipe it has: Prefect did not take it (%s)", error)
@@ -168,7 +168,7 @@ def tag(run: UUID | None = None, /, **values: str) -> None:
     """
     try:
         of = run or UUID(str(current.id))
-        with impatient(5) as client:
+        with impatient(5, retries=2) as client:
             kept = [each for each in client.read_flow_run(of).tags if each.partition(":")[0] not in values]
             client.update_flow_run(of, tags=[*kept, *(f"{kind}:{value}" for kind, value in values.items())])
     except Exception as error:
