@@ -83,6 +83,7 @@ class Weights:
         if tensor is None or others:
             return []
         (kind, bits), shape = self.model.raw(tensor), self.model.shapes[tensor]
+        self.model.done_with(tensor)  # what is computed of mapped files is in memory now
         rows, table = bits.reshape(shape), _empty_table(shape, self._dtype)
 
         def fill(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:

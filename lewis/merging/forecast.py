@@ -23,8 +23,10 @@ from lewis.merging.engine.in_torch import PIECE, is_computed, is_whole
 from lewis.merging.run import Merge
 from lewis.methods import Method
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
+from lewis.models.dtypes import size_of
 from lewis.models.files.writer import CheckpointWriter
 from lewis.models.network.module_tree import Network
+from lewis.models.network.network_class import input_embeddings
 
 _WARM_UP = 1 << 20  # elements that are merged before the first sample, since a process is slow at first
 _FIRST = 1 << 22  # elements of the first sample; each further one is four times as large
@@ -83,8 +85,9 @@ def forecast(merge: Merge) -> Forecast:
         network = network_of(merge.base)
         check_rows(merge, network)
         of_fit = _of_static_fit(merge, network) if merge.method.fits == "static" else _of_fit(merge, network)
-        seconds, peak, disk = seconds + merge.fits * of_fit.seconds, max(peak, of_fit.memory), of_fit.disk
-        seconds += _seconds_of_judging(merge)
+        of_judging = _of_judging(merge, network)
+        seconds, disk = seconds + merge.fits * of_fit.seconds + of_judging.seconds, of_fit.disk
+        peak = max(peak, of_fit.memory, of_judging.memory)
     if merge.as_adapter:
         of_factors = _of_factors(merge)
         seconds, peak = seconds + of_factors.seconds, max(peak, of_factors.memory)
@@ -122,11 +125,27 @@ def _of_fit(merge: Merge, network: Network) -> Forecast:
     return Forecast(seconds, LOADED + held, extra_disk_bytes(merge, network, paused))
 
 
-def _seconds_of_judging(merge: Merge) -> float:
-    """Seconds for the held-back rows: each expert runs its own; base, anchor and result run those of all."""
-    tokens = sum(expert.held_back.tokens for expert in merge.experts if expert.held_back)
+def _of_judging(merge: Merge, network: Network) -> Forecast:
+    """What the held-back rows take: each expert runs its own; base, anchor and result run those of all.
+
+    In memory are what lies outside of the blocks, and a block, of one model; of the merged one the embedding, too.
+    """
+    from lewis.merging.fitting.losses import LOGITS
+
+    sets = [expert.held_back for expert in merge.experts if expert.held_back]
+    if not sets:
+        return Forecast(0, 0)
     weights = sum(info.elements for info in merge.base.tensors.values())
-    return 4 * 2 * tokens * weights / (operations_per_second() * merge.threads)
+    seconds = 4 * 2 * sum(rows.tokens for rows in sets) * weights / (operations_per_second() * merge.threads)
+    names = network.parameters_outside(with_head=True)
+    tied = len(names) == len(network.parameters_outside())
+    by_row = network.same(network.embedding) if network.embedding and not tied else ()
+    held = sum(4 * network.empty(name).numel() for name in names if name not in by_row)
+    held += max(sum(4 * network.empty(name).numel() for name in network.parameters_in(path)) for path in network.blocks)
+    held += sum(size_of(*merge.layout[tensor]) for name in by_row[:1] for tensor in network.sources(name))
+    vocabulary = input_embeddings(network.module).num_embeddings
+    logits = max(LOGITS, vocabulary * max(len(row) for rows in sets for row in rows.samples))
+    return Forecast(seconds, LOADED + held + 8 * merge.threads * logits)
 
 
 def _of_static_fit(merge: Merge, network: Network) -> Forecast:

@@ -85,7 +85,9 @@ class Unwritten:
             return self._fitted.read(name)
         anchor = self._merge.giving(name)
         dtype, shape = anchor.layout[name]
-        return merge_into(anchor, name, (self._place or torch.empty)(shape, dtype=torch_dtype(dtype)))
+        found = merge_into(anchor, name, (self._place or torch.empty)(shape, dtype=torch_dtype(dtype)))
+        self.done_with(name)
+        return found
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
         """A tensor's dtype and bits, as it would be written."""
