@@ -101,7 +101,7 @@ def row_losses(
             if place is None:
                 break
             loaded = list(network.parameters_in(place))
-            weights.load(loaded)
+            workers([partial(weights.load, [name]) for name in loaded])
     return [
         [row for batch in made if batch.of == of for row in found[batch] if row.weight] for of, _ in enumerate(sets)
     ]
