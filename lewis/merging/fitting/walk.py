@@ -114,6 +114,7 @@ class Walk:
         else:
             self._solver.forget()  # the next projection may share its inputs with this one, not with the last solved
         self._put(self._shared.merged, covered.parameter, value)
+        self._shared.merged.model.done_with(covered.tensor)
 
     def _put(self, weights: Weights, parameter: str, value: torch.Tensor) -> None:
         weights.put(parameter, value)
@@ -129,7 +130,6 @@ class Walk:
         # time, because each is in memory as a whole while it is read.
         jobs = [partial(read, i) for i in reversed(range(len(readers)))]
         (self._shared.workers if self._shared.spill.folder is None else one_after_another)(jobs)
-        self._shared.merged.model.done_with(tensor)
         return found
 
     def _anchor(self, tensor: str) -> torch.Tensor:
