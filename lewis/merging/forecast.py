@@ -25,6 +25,7 @@ from lewis.methods import Method
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS
 from lewis.models.dtypes import size_of
 from lewis.models.files.writer import CheckpointWriter
+from lewis.models.model import read_as
 from lewis.models.network.module_tree import Network
 from lewis.models.network.network_class import input_embeddings
 
@@ -86,7 +87,9 @@ def forecast(merge: Merge) -> Forecast:
         check_rows(merge, network)
         of_fit = _of_static_fit(merge, network) if merge.method.fits == "static" else _of_fit(merge, network)
         of_judging = _of_judging(merge, network)
-        seconds, disk = seconds + merge.fits * of_fit.seconds + of_judging.seconds, of_fit.disk
+        reads = (len(merge.experts) + 1) * merge.fits + (len(merge.experts) + 3) * (of_judging.memory > 0)
+        reading = reads * _seconds_to_read(merge, network) if merge.method.fits == "forward" else 0.0
+        seconds, disk = seconds + merge.fits * of_fit.seconds + of_judging.seconds + reading, of_fit.disk
         peak = max(peak, of_fit.memory, of_judging.memory)
     if merge.as_adapter:
         of_factors = _of_factors(merge)
@@ -123,6 +126,17 @@ def _of_fit(merge: Merge, network: Network) -> Forecast:
     held = 4 * (merge.threads * 2 * LOGITS + solving) + (paused if paused <= IN_MEMORY else 0)
     seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads)
     return Forecast(seconds, LOADED + held, extra_disk_bytes(merge, network, paused))
+
+
+def _seconds_to_read(merge: Merge, network: Network) -> float:
+    """Seconds in which an expert's weights are read once, in fp32: by one of its middling projections."""
+    sizes = sorted((merge.base.tensors[each.tensor].elements, each.tensor) for each in network.covered)
+    elements, name = sizes[len(sizes) // 2]
+    with one_thread():
+        begun = time.perf_counter()
+        read_as(merge.experts[0].model, name, torch.float32)
+        took = time.perf_counter() - begun
+    return took / elements * sum(info.elements for info in merge.base.tensors.values()) / merge.threads
 
 
 def _of_judging(merge: Merge, network: Network) -> Forecast:
