@@ -2,7 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from math import prod
 from typing import Any
@@ -222,7 +222,8 @@ class Streamed:
 def _empty_table(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor of zeros that takes memory only for the pages that are written."""
     memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)  # else one row takes 2 MB
+    with suppress(OSError, AttributeError):  # a kernel without huge pages, or another system
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # else one row takes 2 MB
     return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 

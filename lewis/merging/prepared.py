@@ -207,6 +207,10 @@ class Prepared:
         """The base, then the experts."""
         return [self.base, *(expert.model for expert in self.experts)]
 
+    def models_with(self, name: str) -> list[Model]:
+        """The models whose tensor of this name is read: the base alone if it is excluded."""
+        return self.models[: 1 if name in self.excluded else None]
+
     @property
     def as_adapter(self) -> bool:
         """Whether a LoRA adapter is written instead of the full model."""

@@ -32,7 +32,6 @@ from lewis.models.config import write_config
 from lewis.models.dtypes import bytes_of, torch_dtype
 from lewis.models.files.folder import ADAPTER, copy_tokenizer
 from lewis.models.files.writer import CheckpointWriter
-from lewis.models.model import Model
 from lewis.progress import Report, silent
 from lewis.settings import size_text
 from lewis.store import manifest
@@ -302,7 +301,7 @@ class Merge(Prepared):
     ) -> None:
         """Merge and write one tensor; meanwhile the operating system may read `later`, which is merged next."""
         if later is not None:
-            for model in self._read_for(later):
+            for model in self.models_with(later):
                 model.will_need(later)
 
         def write(data: memoryview, offset: int) -> None:
@@ -311,7 +310,7 @@ class Merge(Prepared):
             writer.write_bytes(name, data, offset)
 
         self._merge_into(name, write, fitted)
-        for model in self._read_for(name):
+        for model in self.models_with(name):
             model.done_with(name)
 
     def _merged(self, name: str, fitted: Fitted | None = None) -> torch.Tensor:
@@ -335,9 +334,6 @@ class Merge(Prepared):
                 for piece in in_torch.merge_by_rows(self.giving(name), name):
                     write(bytes_of(piece), offset)
                     offset += piece.nbytes
-
-    def _read_for(self, name: str) -> list[Model]:
-        return self.models[: 1 if name in self.excluded else None]
 
     def _copy(self, name: str, write: Callable[[memoryview, int], None]) -> bool:
         """Copy a tensor of the base that is not merged; False if it is merged, or stored in another dtype."""

@@ -273,8 +273,9 @@ class Stack(Merge):
         """The method's parameters for one tensor, by its slice."""
         return self._giving[name].parameters(name)
 
-    def _read_for(self, name: str) -> list[Model]:
-        return self._giving[name]._read_for(name)
+    def models_with(self, name: str) -> list[Model]:
+        """The models of its slice whose tensor of this name is read."""
+        return self._giving[name].models_with(name)
 
     @cached_property
     def digest(self) -> str:

@@ -97,5 +97,5 @@ class Unwritten:
 
     def done_with(self, name: str) -> None:
         """Release the memory that the models' tensors of this name are mapped to."""
-        for model in self._merge.models:
+        for model in self._merge.models_with(name):
             model.done_with(name)
