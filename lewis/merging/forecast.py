@@ -142,7 +142,8 @@ def _seconds_to_read(merge: Merge, network: Network) -> float:
 def _of_judging(merge: Merge, network: Network) -> Forecast:
     """What the held-back rows take: each expert runs its own; base, anchor and result run those of all.
 
-    In memory are what lies outside of the blocks, and a block, of one model; of the merged one the embedding, too.
+    In memory are what lies outside of the blocks, and a block, of one model; of the merged one the embedding, too, and
+    for each thread a projection of each expert that is computed.
     """
     from lewis.merging.fitting.losses import LOGITS
 
@@ -157,6 +158,8 @@ def _of_judging(merge: Merge, network: Network) -> Forecast:
     held = sum(4 * network.empty(name).numel() for name in names if name not in by_row)
     held += max(sum(4 * network.empty(name).numel() for name in network.parameters_in(path)) for path in network.blocks)
     held += sum(size_of(*merge.layout[tensor]) for name in by_row[:1] for tensor in network.sources(name))
+    elements, largest = max((merge.base.tensors[each.tensor].elements, each.tensor) for each in network.covered)
+    held += merge.threads * elements * (2 + 4 * sum(expert.model.computes(largest) for expert in merge.experts))
     vocabulary = input_embeddings(network.module).num_embeddings
     logits = max(LOGITS, vocabulary * max(len(row) for rows in sets for row in rows.samples))
     return Forecast(seconds, LOADED + held + 8 * merge.threads * logits)

@@ -113,7 +113,7 @@ def run(folder: Path) -> None:
             time.sleep(0.5)
         seconds, used = time.monotonic() - begun, os.times().children_user
         told = f"lewis {command[0]}: exit code {process.wait()}, {seconds:.0f} s, {used:.0f} s of CPU until now"
-        print(f"{told}, peak resident {resident / 1e6:.2f} GB; anonymous {anonymous / 1e6:.2f} GB", flush=True)
+        print(f"{told}, peak resident {resident / 976_563:.2f} GB; anonymous {anonymous / 976_563:.2f} GB", flush=True)
 
 
 def main() -> None:
