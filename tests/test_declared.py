@@ -18,6 +18,7 @@ OPTIONAL = {
 # Imported in the tests only by the Python of another environment, or from a folder that the test or the user makes.
 ELSEWHERE = {"mergekit", "fusion_bench", "featcal", "programs", "bitsandbytes", "compressed_tensors"} | {
     *("auto_round", "auto_round_extension", "awq", "gptqmodel", "modelopt"),
+    *("babel", "faker", "num2words", "pycountry"),
 }
 DISTRIBUTIONS = packages_distributions()  # takes a second
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
