@@ -53,9 +53,9 @@ def mapped_bytes() -> int:
     return _kilobytes(Path("/proc/self/status"), "RssFile:")
 
 
-def peak_resident_bytes() -> int:
-    """The most memory that this process ever had resident, as the kernel counts it."""
-    return _kilobytes(Path("/proc/self/status"), "VmHWM:")
+def peak_resident_bytes(process: int | str = "self") -> int:
+    """The most memory that a process ever had resident, as the kernel counts it; 0 if it is gone or a zombie."""
+    return _kilobytes(Path(f"/proc/{process}/status"), "VmHWM:")
 
 
 def available_bytes() -> int:

@@ -86,7 +86,6 @@ def measure_grams(
         contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
         watched = contexts.enter_context(Watched(network))
         weights = Weights(network, model, device, dtype)
-        contexts.callback(weights.close)
         weights.check()
         weights.load_outside()
         weights.move_buffers()

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from greenlet import getcurrent, greenlet
 
@@ -17,7 +17,7 @@ from lewis.models.network.module_tree import Network
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch
 
-_OF_RUN: WeakKeyDictionary[greenlet, Stepping] = WeakKeyDictionary()
+_OF_RUN: WeakValueDictionary[greenlet, Stepping] = WeakValueDictionary()
 
 
 @dataclass(eq=False)

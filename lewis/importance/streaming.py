@@ -41,7 +41,6 @@ class Weights:
         """
         self.network, self.model, self._device, self._dtype = network, model, device, dtype
         self._keep = keep or (lambda value, dtype: value.to(device, dtype))
-        self._hooks = ExitStack()
 
     def move_buffers(self) -> None:
         """Move to the device what no checkpoint holds, such as tables of rotary embeddings."""
@@ -66,22 +65,15 @@ class Weights:
         Args:
             with_head: also what makes logits.
         """
-        later = self._load_embeddings_later(with_head) if self._device == "cpu" else ()
+        later = self.network.read_by_row(with_head=with_head) if self._device == "cpu" else []
+        if later:
+            self._fill_by_row(later)
         self.load(name for name in self.network.parameters_outside(with_head=with_head) if name not in later)
 
-    def _load_embeddings_later(self, with_head: bool) -> list[str]:
-        """Give the input embeddings a table that is filled as tokens come; gives the names of that parameter.
-
-        None if it is more than one tensor of the checkpoint, or something else than an embedding uses it.
-        """
+    def _fill_by_row(self, names: Sequence[str]) -> None:
+        """Give a parameter of embeddings, by all its names, a table whose rows are filled as tokens come."""
         network = self.network
-        same = network.same(network.embedding) if network.embedding else []
-        tensor = next((tensor for tensor, name in network.unconverted.items() if name in same), None)
-        users = [network.module.get_submodule(name.rpartition(".")[0]) for name in same]
-        embeddings = [each for each in users if isinstance(each, nn.Embedding)]
-        others = [each for each in users if each not in embeddings and (with_head or each is not network.head)]
-        if tensor is None or others:
-            return []
+        tensor = next(tensor for tensor, name in network.unconverted.items() if name in names)
         (kind, bits), shape = self.model.raw(tensor), self.model.shapes[tensor]
         self.model.done_with(tensor)  # what is computed of mapped files is in memory now
         rows, table = bits.reshape(shape), _empty_table(shape, self._dtype)
@@ -91,16 +83,9 @@ class Weights:
             values = rows[ids.numpy()]
             table[ids] = as_tensor(kind, values.reshape(-1)).reshape(values.shape).to(table.dtype)
 
-        for each in embeddings:
-            self._hooks.callback(each.register_forward_pre_hook(fill, with_kwargs=True).remove)
-        for name in same:
+        for name in names:
             _put(network.module, name, table)
-        return same
-
-    def close(self) -> None:
-        """Drop all values. They would stay in memory as long as something refers to the network."""
-        self.drop(self.network.parameters)
-        self._hooks.close()
+            network.module.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(fill, with_kwargs=True)
 
     def load(self, names: Iterable[str]) -> None:
         """Read these parameters and saved buffers, by their full names."""
@@ -159,7 +144,6 @@ class Streamed:
     def __enter__(self) -> "Streamed":
         self.weights.check()
         network = self._network
-        self._hooks.callback(self.weights.close)
         self.weights.load_outside()
         for path, block in network.blocks.items():
             if self._keep:

@@ -85,20 +85,21 @@ def forecast(merge: Merge) -> Forecast:
     if merge.method.fits:
         network = network_of(merge.base)
         check_rows(merge, network)
-        of_fit = _of_static_fit(merge, network) if merge.method.fits == "static" else _of_fit(merge, network)
-        of_judging = _of_judging(merge, network)
-        reads = (len(merge.experts) + 1) * merge.fits + (len(merge.experts) + 3) * (of_judging.memory > 0)
-        reading = reads * _seconds_to_read(merge, network) if merge.method.fits == "forward" else 0.0
-        seconds, disk = seconds + merge.fits * of_fit.seconds + of_judging.seconds + reading, of_fit.disk
-        peak = max(peak, of_fit.memory, of_judging.memory)
+        if merge.method.fits == "static":
+            parts = [_of_static_fit(merge, network)] * merge.fits
+        else:
+            reading = _seconds_to_read(merge, network)
+            parts = [*[_of_fit(merge, network, reading)] * merge.fits, _of_judging(merge, network, reading)]
+        seconds += sum(each.seconds for each in parts)
+        peak, disk = max(peak, *(each.memory for each in parts)), max(each.disk for each in parts)
     if merge.as_adapter:
         of_factors = _of_factors(merge)
         seconds, peak = seconds + of_factors.seconds, max(peak, of_factors.memory)
     return Forecast(seconds, peak, disk)
 
 
-def _of_fit(merge: Merge, network: Network) -> Forecast:
-    """What the regression takes, from the number of tokens and the sizes of the projections.
+def _of_fit(merge: Merge, network: Network, reading: float) -> Forecast:
+    """What the regression takes, from the number of tokens, the sizes of the projections, and `_seconds_to_read`.
 
     Each token costs about 8.5 operations for each weight that is fitted: two passes, and the products of inputs. This
     was measured with SmolLM2-135M; how many operations a second there are is measured here.
@@ -124,7 +125,7 @@ def _of_fit(merge: Merge, network: Network) -> Forecast:
         solving += len(merge.experts) * bytes_of(network, tokens) // (4 * len(network.blocks))
     paused = paused_bytes(merge, network)
     held = 4 * (merge.threads * 2 * LOGITS + solving) + (paused if paused <= IN_MEMORY else 0)
-    seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads)
+    seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads) + (len(merge.experts) + 1) * reading
     return Forecast(seconds, LOADED + held, extra_disk_bytes(merge, network, paused))
 
 
@@ -139,7 +140,7 @@ def _seconds_to_read(merge: Merge, network: Network) -> float:
     return took / elements * sum(info.elements for info in merge.base.tensors.values()) / merge.threads
 
 
-def _of_judging(merge: Merge, network: Network) -> Forecast:
+def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     """What the held-back rows take: each expert runs its own; base, anchor and result run those of all.
 
     In memory are what lies outside of the blocks, and a block, of one model; of the merged one the embedding, too, and
@@ -152,9 +153,8 @@ def _of_judging(merge: Merge, network: Network) -> Forecast:
         return Forecast(0, 0)
     weights = sum(info.elements for info in merge.base.tensors.values())
     seconds = 4 * 2 * sum(rows.tokens for rows in sets) * weights / (operations_per_second() * merge.threads)
-    names = network.parameters_outside(with_head=True)
-    tied = len(names) == len(network.parameters_outside())
-    by_row = network.same(network.embedding) if network.embedding and not tied else ()
+    seconds += (len(merge.experts) + 3) * reading
+    names, by_row = network.parameters_outside(with_head=True), network.read_by_row(with_head=True)
     held = sum(4 * network.empty(name).numel() for name in names if name not in by_row)
     held += max(sum(4 * network.empty(name).numel() for name in network.parameters_in(path)) for path in network.blocks)
     held += sum(size_of(*merge.layout[tensor]) for name in by_row[:1] for tensor in network.sources(name))

@@ -82,13 +82,14 @@ class Model(Protocol):
 
 def read_as(model: Model, name: str, dtype: torch.dtype) -> torch.Tensor:
     """A tensor in a dtype. If it is stored in another one, it is never whole in memory in that."""
-    if model.computes(name) or torch_dtype(model.tensors[model.tied.get(name, name)].dtype) == dtype:
+    info = model.tensors[model.tied.get(name, name)]
+    if model.computes(name) or torch_dtype(info.dtype) == dtype:
         return model.read(name).to(dtype)
     kind, bits = model.raw(name)
     found = torch.empty(bits.size, dtype=dtype)
     for start in range(0, bits.size, _AT_A_TIME):
         found[start : start + _AT_A_TIME] = as_tensor(kind, bits[start : start + _AT_A_TIME].copy()).to(dtype)
-    return found.reshape(model.tensors[model.tied.get(name, name)].shape)
+    return found.reshape(info.shape)
 
 
 class View:

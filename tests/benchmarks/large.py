@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lewis.memory import anonymous_bytes, peak_resident_bytes
 
 SHAPE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -35,27 +37,15 @@ WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was",
 TOKENS, TASKS = 128, ("first", "second")
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a Llama's weights."""
-    width, inner, kv = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_key_value_heads"] * 128
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (SHAPE["vocab_size"], width)}
-    for number in range(layers):
-        block = {
-            "self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width),
-            "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
-            "mlp.down_proj": (width, inner), "input_layernorm": (width,), "post_attention_layernorm": (width,),
-        }  # fmt: skip
-        found |= {f"model.layers.{number}.{name}.weight": shape for name, shape in block.items()}
-    return {**found, "model.norm.weight": (width,), "lm_head.weight": (SHAPE["vocab_size"], width)}
-
-
 def write(folder: Path, base: Path, layers: int, texts: int) -> None:
     """Write the model, its adapters and the recipe."""
     torch.manual_seed(0)
-    model, of_model = folder / "model", shapes(layers)
+    model = folder / "model"
     model.mkdir(parents=True)
     config = LlamaConfig(**SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     config.save_pretrained(model)
+    with torch.device("meta"):
+        of_model = {name: tuple(weight.shape) for name, weight in LlamaForCausalLM(config).state_dict().items()}
     for path in base.glob("tokenizer*"):
         shutil.copy(path, model)
     shard_of = {}
@@ -104,16 +94,12 @@ def run(folder: Path) -> None:
         begun, resident, anonymous = time.monotonic(), 0, 0
         process = subprocess.Popen([*lewis, *command], cwd=folder, env=environment)
         while process.poll() is None:
-            try:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-            except OSError:
-                break
-            counted = {name: int(kb) for name, kb in re.findall(r"(VmHWM|RssAnon):\s+(\d+)", status)}
-            resident, anonymous = counted.get("VmHWM", resident), max(anonymous, counted.get("RssAnon", 0))
+            resident = max(resident, peak_resident_bytes(process.pid))
+            anonymous = max(anonymous, anonymous_bytes(process.pid))
             time.sleep(0.5)
         seconds, used = time.monotonic() - begun, os.times().children_user
-        told = f"lewis {command[0]}: exit code {process.wait()}, {seconds:.0f} s, {used:.0f} s of CPU until now"
-        print(f"{told}, peak resident {resident / 976_563:.2f} GB; anonymous {anonymous / 976_563:.2f} GB", flush=True)
+        print(f"lewis {command[0]}: exit code {process.wait()}, {seconds:.0f} s, {used:.0f} s of CPU until now")
+        print(f"peak resident {resident / 1e9:.2f} GB; anonymous {anonymous / 1e9:.2f} GB", flush=True)
 
 
 def main() -> None:

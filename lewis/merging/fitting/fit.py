@@ -99,7 +99,6 @@ def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int |
         walk = Walk(shared, places, Solver(shared, streams), stacked)
         contexts.callback(walk.stop)
         for each in (*experts, merged):
-            contexts.callback(each.close)
             each.check()
             each.load_outside()
             each.move_buffers()
@@ -161,8 +160,8 @@ def paused_bytes(merge: Prepared, network: Network, tokens: int | None = None) -
     shapes = [(network.empty(each.parameter).shape, each.transposed) for each in in_order(network)]
     widest = max((shape[0] if transposed else shape[1] for shape, transposed in shapes), default=0)
     largest = max((shape.numel() for shape, _ in shapes), default=0)
-    of_tokens = network.same(network.embedding) if network.embedding else ()  # few of its rows are read
-    outside = sum(network.empty(name).numel() for name in network.parameters_outside() if name not in of_tokens)
+    by_row = network.read_by_row()  # few rows
+    outside = sum(network.empty(name).numel() for name in network.parameters_outside() if name not in by_row)
     hidden = input_embeddings(network.module).embedding_dim
     models = len(merge.experts) + 1
     return approximate_bytes(2 * tokens, widest, hidden, models * outside + (models + 1) * largest)

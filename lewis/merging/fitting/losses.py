@@ -87,7 +87,6 @@ def row_losses(
         contexts.enter_context(one_thread())
         workers = contexts.enter_context(Workers(threads))
         contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
-        contexts.callback(weights.close)
         weights.check()
         weights.load_outside(with_head=True)
         weights.move_buffers()

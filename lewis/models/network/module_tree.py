@@ -135,18 +135,6 @@ class Network:
         return asked or getattr(config, "is_decoder", True) is False
 
     @property
-    def embedding(self) -> str | None:
-        """The parameter that has a row for each token of the input; None if no single one has."""
-        found = input_embeddings(self.module)
-        path = next((path for path, each in self.module.named_modules() if each is found), None)
-        return f"{path}.weight" if isinstance(found, nn.Embedding) and f"{path}.weight" in self._state else None
-
-    @property
-    def head(self) -> Any:
-        """The module that makes logits; None if there is none."""
-        return self.module.get_output_embeddings()
-
-    @property
     def predicts_next_token(self) -> bool:
         """Whether it predicts each token from those before it."""
         return not (self.encodes or self.looks_ahead)
@@ -191,7 +179,7 @@ class Network:
         Args:
             with_head: also those of the head that makes logits. Parameters that it shares are always among them.
         """
-        head, used = self.head, input_embeddings(self.module)
+        head, used = self.module.get_output_embeddings(), input_embeddings(self.module)
         heads = tuple(f"{path}." for path, module in self.module.named_modules() if module is head is not used)
         inside = tuple(f"{path}." for path in self._lists)
 
@@ -203,6 +191,21 @@ class Network:
             for name in self._state
             if not name.startswith(inside) and (with_head or not all(map(of_head, self.same(name))))
         ]
+
+    def read_by_row(self, *, with_head: bool = False) -> list[str]:
+        """All names of the parameter that has a row for each token of the input, where only rows of it are read.
+
+        None if it is more than one tensor of the checkpoint, or something else than an embedding reads it, too.
+
+        Args:
+            with_head: whether the head that makes logits runs, too.
+        """
+        head, used = self.module.get_output_embeddings(), input_embeddings(self.module)
+        path = next((path for path, module in self.module.named_modules() if module is used), None)
+        names = self.same(f"{path}.weight") if f"{path}.weight" in self._state else []
+        users = [self.module.get_submodule(name.rpartition(".")[0]) for name in names]
+        whole = any(not isinstance(each, nn.Embedding) and (with_head or each is not head) for each in users)
+        return [] if whole or not set(names) & set(self.unconverted.values()) else names
 
     def same(self, parameter: str) -> list[str]:
         """All names of a parameter that is tied."""

@@ -136,7 +136,7 @@ def test_a_worker_does_it_and_the_command_shows_log_and_report(
 def test_a_run_that_another_one_replaces_is_followed_by_that_one(
     recipe: Path, client: SyncPrefectClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ended as skipped, and whoever had started it did not learn what became of the merge."""
+    """The command ended with the skipped run, and did not show the result of the merge."""
     for module in (started, runs):
         monkeypatch.setattr(module, "_PAUSE", 0.1)
     client.send_worker_heartbeat(POOL, "ours", heartbeat_interval_seconds=600)

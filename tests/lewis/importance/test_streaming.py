@@ -1,15 +1,21 @@
 """Weights that are read when a pass needs them."""
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lewis.importance import measure
+from lewis.importance.calibration import Calibration
 from lewis.importance.measure import network_of
 from lewis.importance.streaming import Weights
+from lewis.merging.fitting.losses import row_losses
 from lewis.models import model as models
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.model import read_as
+from lewis.models.network.module_tree import Network
 from tests.support.models import write_llama
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -29,8 +35,21 @@ def test_of_the_embeddings_those_rows_are_read_that_a_pass_needs(model: Checkpoi
     assert torch.equal(embeddings(ids), stored[ids])
     assert torch.equal(embeddings(input=torch.tensor([2])), stored[[2]])
     assert embeddings.weight.any(dim=1).nonzero()[:, 0].tolist() == [2, 5, 9, 63]
-    weights.close()
-    assert all(parameter.is_meta for parameter in weights.network.module.parameters())
+
+
+def test_a_pass_that_is_over_holds_no_network(model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All passes of a process stayed in a table, each with its network."""
+    built: list[weakref.ref[Network]] = []
+
+    def build(*given: Any) -> Network:
+        network = network_of(*given)
+        built.append(weakref.ref(network))
+        return network
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "network_of", build)  # read where it is used
+        row_losses(model, [Calibration("rows", ((3, 4, 5), (6, 7)))])
+    assert [network() for network in built] == [None]
 
 
 def test_a_head_that_runs_has_all_rows(model: Checkpoint) -> None:
