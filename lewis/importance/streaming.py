@@ -85,7 +85,9 @@ class Weights:
 
         for name in names:
             _put(network.module, name, table)
-            network.module.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(fill, with_kwargs=True)
+            module = network.module.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, nn.Embedding):  # the others are heads, whose logits nobody reads
+                module.register_forward_pre_hook(fill, with_kwargs=True)
 
     def load(self, names: Iterable[str]) -> None:
         """Read these parameters and saved buffers, by their full names."""

@@ -37,6 +37,14 @@ def test_of_the_embeddings_those_rows_are_read_that_a_pass_needs(model: Checkpoi
     assert embeddings.weight.any(dim=1).nonzero()[:, 0].tolist() == [2, 5, 9, 63]
 
 
+def test_a_tied_head_may_run_though_nobody_reads_its_logits(tmp_path: Path) -> None:
+    """Kosmos-2 runs its head in the tower of the text."""
+    model = Checkpoint(write_llama(tmp_path, tied=True), "key")
+    weights = Weights(network_of(model), model, "cpu", torch.float32)
+    weights.load_outside()
+    assert weights.network.module.get_output_embeddings()(torch.ones(1, 16)).shape == (1, 64)
+
+
 def test_a_pass_that_is_over_holds_no_network(model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """All passes of a process stayed in a table, each with its network."""
     built: list[weakref.ref[Network]] = []
