@@ -1,4 +1,8 @@
-"""What the tests of faults share: a store with the tables of MLflow and Prefect, and which tests share a process."""
+"""What the tests of faults share: a store with empty tables, which tests share a process, and what has passed.
+
+`make faults` takes hours. One that was stopped, or in which something failed, goes on at the same commit: what has
+passed there is skipped, until all has.
+"""
 
 import os
 import shutil
@@ -8,15 +12,56 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import POINTS
 from tests.faults.running import LEFT_OUT
 from tests.flows.conftest import REPO
 
+PASSED = pytest.StashKey[set[str]]()
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+class Passed:
+    """Which tests have passed at this commit, in pytest's cache."""
+
+    def __init__(self, cache: pytest.Cache, commit: str) -> None:
+        self.cache, self.key = cache, f"faults/{commit}"
+        self.names: list[str] = cache.get(self.key, [])
+        self.before = len(self.names)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.names.append(report.nodeid)
+            self.cache.set(self.key, self.names)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+        if self.before:
+            terminalreporter.line(f"{self.before} tests were skipped that had passed at this commit before")
+        if not exitstatus:
+            self.cache.set(self.key, [])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not POINTS or _git("status", "--porcelain"):
+        return
+    passed = Passed(config.cache, f"{_git('rev-parse', 'HEAD')}-{POINTS}")
+    if not hasattr(config, "workerinput"):  # the process that hears of all tests
+        config.pluginmanager.register(passed)
+    config.stash[PASSED] = {*passed.names}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let `make faults` run each file in one process, but for tests that are marked to have one of their own."""
+    passed = config.stash.get(PASSED, set())
     for item in items:
-        if item.path.parent == Path(__file__).parent and not item.get_closest_marker("xdist_group"):
+        if item.path.parent != Path(__file__).parent:
+            continue
+        if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if item.nodeid in passed:
+            item.add_marker(pytest.mark.skip(reason="it has passed at this commit"))
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=REPO, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import POINTS
 from tests.faults.running import Tally, half_done, logged_weights, merged, until
 from tests.support.service import children
@@ -27,6 +29,8 @@ OF_A_RUN = {
 }
 OF_THE_SERVICE = {**OF_A_RUN, "the worker, SIGKILL": (WORKER, signal.SIGKILL)}
 """Who is killed, and by what."""
+PARTS = 5
+"""How many tests share the points of each of them: one takes half an hour, and what was stopped goes on by tests."""
 
 
 @dataclass
@@ -62,9 +66,22 @@ class Undisturbed:
         tally.note("half versions", bool(wrong), f"{where}: {wrong}")
 
 
-def points() -> list[float]:
-    """Numbers between 0 and 1; as many of them as are used are spread evenly (van der Corput's sequence)."""
-    return [int(f"{i:b}"[::-1], 2) / 2 ** i.bit_length() for i in range(1, POINTS + 1)]
+def in_parts(kinds: dict[str, tuple[str, int]], of: str) -> list[object]:
+    """For each kind, the numbers of its parts: parameters of tests with a process each."""
+    return [
+        pytest.param(name, part, marks=pytest.mark.xdist_group(f"{of}: {name} {part}"))
+        for name in kinds
+        for part in range(min(PARTS, POINTS) or 1)
+    ]
+
+
+def points(part: int) -> list[tuple[int, float]]:
+    """A part of the points and their numbers; they are between 0 and 1.
+
+    As many of all as are used are spread evenly (van der Corput's sequence).
+    """
+    every = [(i - 1, int(f"{i:b}"[::-1], 2) / 2 ** i.bit_length()) for i in range(1, POINTS + 1)]
+    return every[part::PARTS]
 
 
 def strike(

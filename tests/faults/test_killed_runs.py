@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family, full
-from tests.faults.killing import ALL, OF_A_RUN, SERVER, Undisturbed, points, strike
+from tests.faults.killing import ALL, OF_A_RUN, SERVER, Undisturbed, in_parts, points, strike
 from tests.faults.running import Run, Tally, half_done, left_over, merged, until, write_recipe
 from tests.support.orphans import adopted
 from tests.support.warm import WarmPython
@@ -53,15 +53,15 @@ def shared(run: tuple[Undisturbed, Path], prefect_url: str, warm: WarmPython) ->
     return Shared(*run, prefect_url, warm)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in OF_A_RUN])
+@pytest.mark.parametrize("name, part", in_parts(OF_A_RUN, "run"))
 def test_is_done_again_with_the_same_result(
-    name: str, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, part: int, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every second run uses a server that is there already, unless servers are killed too."""
     undisturbed, recipe = shared.undisturbed, shared.recipe
     victim, number = OF_A_RUN[name]
     tally = Tally(f"`lewis run`: {name}")
-    for i, point in enumerate(points()):
+    for i, point in points(part):
         home = tmp_path / f"home{i}"
         shutil.copytree(undisturbed.store, home)
         server = {}

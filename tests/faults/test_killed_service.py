@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family, full
-from tests.faults.killing import ALL, GROUP, OF_THE_SERVICE, Undisturbed, alive, points, strike
+from tests.faults.killing import ALL, GROUP, OF_THE_SERVICE, PARTS, Undisturbed, alive, in_parts, points, strike
 from tests.faults.running import Tally, below, left_over, merged, until, write_recipe
 from tests.flows import test_run
 from tests.support.local_hub import LocalHub
@@ -81,7 +81,7 @@ def by_the_library(recipe: Path, folder: Path) -> tuple[str, dict[str, str]]:
 def service(
     family: Family, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Undisturbed, Up]]:
-    """A service after a run that nobody disturbed. All points share it, so it has been through all kills before."""
+    """A service after a run that nobody disturbed. The tests of a process share it: it has been through their kills."""
     root, found = tmp_path_factory.mktemp("up"), Undisturbed()
     before = set(below())
     shutil.copytree(empty_store, root / "home")
@@ -93,27 +93,16 @@ def service(
     assert until(lambda: not below().keys() - before, 30), below()
 
 
-HALVES = [
-    pytest.param(name, half, marks=pytest.mark.xdist_group(f"service: {name} {half}"))
-    for name in OF_THE_SERVICE
-    for half in (0, 1)
-]
-
-
-@pytest.mark.parametrize("name, half", HALVES)
+@pytest.mark.parametrize("name, part", in_parts(OF_THE_SERVICE, "service"))
 def test_comes_back_and_the_next_run_has_the_same_result(
-    name: str, half: int, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, part: int, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At every second point, from the first or the second on."""
     undisturbed, up = service
     victim, number = OF_THE_SERVICE[name]
-    mine = list(enumerate(points()))[half::2]
-    if not mine:
-        pytest.skip("too few points for two halves")
     tally = Tally(f"`lewis up`: {name}")
-    for i, point in mine:
+    for i, point in points(part):
         recipe, where, begun = recipe_of(name, i), f"at {point:.3f}", up.log.stat().st_size
-        up.have(recipe, recipe_of(name, i + 2))  # the next is deployed when the service has come back
+        up.have(recipe, recipe_of(name, i + PARTS))  # the next is deployed when the service has come back
         run = up.merge(recipe)
         doomed = strike(undisturbed, victim, number, point, up.parts, up.process.pid)
         landed = up.step(run)
