@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import POINTS
+from tests.faults.fuzz import DRAWS
 from tests.faults.running import LEFT_OUT
 from tests.flows.conftest import REPO
 
@@ -20,10 +21,10 @@ PASSED = pytest.StashKey[set[str]]()
 
 
 class Passed:
-    """Which tests have passed at this commit, in pytest's cache."""
+    """Which tests have passed at a commit, in pytest's cache; forgotten when all have."""
 
-    def __init__(self, cache: pytest.Cache, commit: str) -> None:
-        self.cache, self.key = cache, f"faults/{commit}"
+    def __init__(self, cache: pytest.Cache, where: str) -> None:
+        self.cache, self.key = cache, f"faults/{where}"
         self.names: list[str] = cache.get(self.key, [])
         self.before = len(self.names)
 
@@ -40,9 +41,11 @@ class Passed:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not POINTS or _git("status", "--porcelain"):
+    asked = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    commit = subprocess.run(asked, cwd=REPO, capture_output=True, text=True).stdout.strip()
+    if not POINTS or not commit or commit.endswith("-dirty"):
         return
-    passed = Passed(config.cache, f"{_git('rev-parse', 'HEAD')}-{POINTS}")
+    passed = Passed(config.cache, f"{commit}, {POINTS} points, {DRAWS} draws")
     if not hasattr(config, "workerinput"):  # the process that hears of all tests
         config.pluginmanager.register(passed)
     config.stash[PASSED] = {*passed.names}
@@ -58,10 +61,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if item.nodeid in passed:
             item.add_marker(pytest.mark.skip(reason="it has passed at this commit"))
-
-
-def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=REPO, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture(scope="session")
