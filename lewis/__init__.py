@@ -5,7 +5,7 @@
     merged = lewis.merge("recipe.yaml", "merged")
     print(merged.card)
 
-Each function takes a recipe: a YAML file, or a `lewis.Recipe`. What they need is imported when they are first used.
+Each function takes a recipe: a YAML file, or a `lewis.Recipe`. Their modules are imported at their first use.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Allocators: how densities follow from evidence about the layers. Each is one function, and a row of what it needs.
+"""Allocators: functions that compute the densities of layers from evidence about them, with what each function needs.
 
 A function takes the layers, the evidence (`Layer.key` -> number) and the bounds, and returns `Layer.key` -> density.
 The budget is met afterwards (`lewis.allocation.densities`). Allocators of other packages are found by their entry
@@ -21,14 +21,14 @@ Needs = Literal["nothing", "metric", "norm_difference", "delta_norm", "outlier",
 
 
 class Layer(Protocol):
-    """What an allocator is given of a layer; `lewis.models.network.module_tree.Layer` has it.
+    """The properties of a layer that an allocator gets; `lewis.models.network.module_tree.Layer` has them.
 
     Attributes:
-        key: its name: that of its tensor in the base, and the part of a fused tensor in brackets.
-        tensor: the name of its tensor.
-        index: the number of its block, from 0.
-        projection: its type (`self_attn.q_proj`).
-        parameters: how many weights it has.
+        key: name of the layer: that of its tensor in the base, and the part of a fused tensor in brackets.
+        tensor: name of its tensor.
+        index: number of its block, from 0.
+        projection: type of the layer (`self_attn.q_proj`).
+        parameters: number of its weights.
     """
 
     @property
@@ -49,7 +49,7 @@ class Policy(Protocol):
     Attributes:
         min, max: bounds of every density: 0 < min <= max <= 1.
         budget: the mean density, weighted by parameters; None if the recipe gives none.
-        scale, decimals: how `lewis` brings its shares to the bounds.
+        scale, decimals: how `lewis` maps its shares to the bounds.
     """
 
     @property
@@ -69,19 +69,19 @@ class Allocator(Row):
     """A registered allocator; calling it calls the function.
 
     Attributes:
-        evidence: what the function's numbers are.
+        evidence: the kind of numbers that the function gets.
             `nothing`: it needs none, so no model is run for it.
             `norm_difference`: the difference of the norms of W sqrt(s) of expert and base. The base is measured, too.
-            `delta_norm`, `outlier`, `median`: of the task vector weighted by the expert's activations
+            `delta_norm`, `outlier`, `median`: that measure of the task vector, weighted by the expert's activations
             (`lewis.allocation.evidence.of_task_vector`).
             `threshold`: the share of the layer's elements above one threshold over all layers, for a mean of
             `target_of(policy)` (`lewis.allocation.global_threshold`).
-            `metric`: what `lewis.importance.metric` of the recipe says: one of the first three of these.
-        keeps_mean: whether its densities lie around `target_of(policy)`. They are then brought to exactly this mean;
-            those of others are, if there is a budget.
-        whole_elements: whether its densities are shares of whole elements, which are kept as they are.
-        guides: whether layers can have different densities. Those of an allocator that does not guide are kept as they
-            are; default bounds do not apply to it, no baseline is compared with it, and nothing warns that it is even.
+            `metric`: the kind that the recipe's `lewis.importance.metric` names, one of the first three of these.
+        keeps_mean: whether its densities lie around `target_of(policy)`. They are then adjusted to exactly this mean;
+            the densities of other allocators only to a budget, if there is one.
+        whole_elements: whether its densities are shares of whole elements, which are not adjusted.
+        guides: whether layers can have different densities. Otherwise densities are not adjusted, default bounds do not
+            apply, no baseline is compared with the merge, and nothing warns that densities are even.
         uses: which of the keys `scale` and `decimals` it uses; a recipe that sets others is refused.
     """
 
@@ -93,10 +93,10 @@ class Allocator(Row):
     uses: tuple[str, ...] = ()
 
     def __call__(self, layers: Sequence[Layer], evidence: Evidence, policy: Policy) -> dict[str, float]:
-        return dict(self.function(list(layers), dict(evidence), policy))  # its own: a plug-in may change them
+        return dict(self.function(list(layers), dict(evidence), policy))  # copies: a plug-in may change them
 
     def evidence_by(self, metric: str) -> str:
-        """The kind of its evidence in a recipe whose `lewis.importance.metric` is `metric`."""
+        """Return the kind of the allocator's evidence for a recipe whose `lewis.importance.metric` is `metric`."""
         return metric if self.evidence == "metric" else self.evidence
 
 
@@ -117,8 +117,8 @@ def allocator(
     """Register a function as the allocator `name`.
 
     Args:
-        name: as `lewis.density.strategy` in a recipe.
-        paper: where it comes from, a URL.
+        name: its name as `lewis.density.strategy` in a recipe.
+        paper: URL of the paper that describes it.
         evidence, keeps_mean, whole_elements, guides, uses: as in `Allocator`.
 
     Raises:
@@ -139,13 +139,13 @@ DEFAULT = "lewis"  # the strategy of a recipe that names none
 
 @allocator("lewis", paper="https://arxiv.org/abs/2503.03874", evidence="metric", uses=("scale", "decimals"))
 def lewis(layers: Sequence[Layer], differences: Evidence, policy: Policy) -> dict[str, float]:
-    """LEWIS (arXiv 2503.03874): the share of its projection's movement, brought to the bounds.
+    """LEWIS (arXiv 2503.03874): the layer's share in the movement of its projection type, mapped to the bounds.
 
         N(l,c)   = D(l,c) / sum over l' of D(l',c)                               per projection type c
         rho(l,c) = min + (max - min) (N - min N) / (max N - min N)               one global min-max; all equal: midpoint
 
     With `scale: rank`, N is replaced by its rank among all layers (equal values share the mean of their ranks). With
-    `robust`, values beyond the 5th and the 95th percentile are clipped to it. Under min-max alone one outlier takes
+    `robust`, values beyond the 5th and the 95th percentile are clipped to these. Under min-max alone one outlier gets
     `max` and leaves the others near `min`. With `decimals`, N is rounded first, as in the authors' code.
     """
     totals: dict[str, float] = {}
@@ -193,8 +193,8 @@ def depth_gradient(layers: Sequence[Layer], evidence: Evidence, policy: Policy) 
 
 @allocator("global", evidence="threshold", whole_elements=True)
 def one_threshold(layers: Sequence[Layer], shares: Evidence, policy: Policy) -> dict[str, float]:
-    """The share of a layer above one threshold over all of them; `lewis.allocation.global_threshold` has the proof that
-    this leaves the least error."""
+    """The share of a layer's elements above one threshold over all layers; `lewis.allocation.global_threshold` has the
+    proof that this leaves the least error."""
     return {layer.key: shares[layer.key] for layer in layers}
 
 
@@ -210,7 +210,7 @@ def target_of(policy: Policy) -> float:
 
 
 def by_block(layers: Sequence[Layer], evidence: Evidence) -> dict[str, float]:
-    """The mean of the evidence in each block, weighted by parameters."""
+    """Block -> the mean of the evidence of its layers, weighted by their number of parameters."""
     sums: dict[str, float] = {}
     sizes: dict[str, int] = {}
     for layer in layers:
@@ -226,7 +226,7 @@ def block_of(layer: Layer) -> str:
 
 
 def to_bounds(values: np.ndarray, low: float, high: float) -> list[float]:
-    """Min-max to [low, high]; all equal gives the middle."""
+    """Map values linearly to [low, high], the smallest to `low`; equal values are all mapped to the middle."""
     if _all_equal(values):
         return [(low + high) / 2] * len(values)
     x = (values - values.min()) / (values.max() - values.min())

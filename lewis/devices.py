@@ -25,17 +25,17 @@ def default_device() -> str:
 def devices() -> list[str]:
     """All devices of this machine by torch's names: `cuda:0`, `cuda:1` ..., or `cpu` alone."""
     if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _DRIVERS):
-        return ["cpu"]  # without a driver torch finds no GPU; so torch, which takes seconds to load, is not asked
+        return ["cpu"]  # without a driver torch finds no GPU, so torch, which takes seconds to load, is not imported
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
 
 
 def merge_device(gpu: str = "cuda") -> str:
-    """Where merges compute: `cpu`, or `gpu` if `LEWIS_MERGE_DEVICE` is `cuda`.
+    """Return the device on which merges compute: `cpu`, or `gpu` if `LEWIS_MERGE_DEVICE` is `cuda`.
 
     The CPU is the default even if there is a GPU: its compiled loops mostly wait for the disk, not for arithmetic.
     A merge on a GPU has another digest than one on the CPU: sums, selections and random streams are written to give the
-    same bits there, but each device rounds exponentials, sines and sums over rows in its own way. We have run no merge
-    on a GPU.
+    same bits on both, but each device rounds exponentials, sines and sums over rows in its own way. No merge has been
+    run on a GPU.
 
     Args:
         gpu: the GPU to name, as torch does (`cuda:1`).
@@ -60,7 +60,7 @@ def precision(device: str) -> str:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch single-threaded here: more threads change the order of sums, and so the bytes. Blocks may be nested."""
+    """Run torch single-threaded in a block, since threads change the order of sums, and so bytes; blocks may nest."""
     if getattr(_own, "inside", False):
         yield
         return

@@ -1,4 +1,4 @@
-"""What can go wrong, in two kinds: the input is wrong (exit code 2), or the work failed half way (exit code 1)."""
+"""The exceptions of LEWIS, of two kinds: the input is wrong (exit code 2), or the work failed (exit code 1)."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from lewis.redact import redacted
 class LewisError(Exception):
     """The work failed while running (exit code 1). The message says what failed and what to do about it.
 
-    Passwords of URLs are taken out of the message: it ends up in states, notifications and logs.
+    Passwords in URLs are removed from the message, since it appears in states, notifications and logs.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -24,7 +24,7 @@ class BrokenModelError(InputError):
     """A model is broken on the Hub itself: only another commit can help.
 
     Attributes:
-        commit: that is broken, 40 hex digits.
+        commit: the broken commit, 40 hex digits.
     """
 
     def __init__(self, message: str, commit: str) -> None:
@@ -36,7 +36,7 @@ class BrokenModelError(InputError):
 
 
 class RecipeError(InputError):
-    """One or more problems of a recipe, each a line that begins with its YAML path."""
+    """A recipe has problems; `problems` lists them, each as a line that begins with its YAML path."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = tuple(map(redacted, (problems,) if isinstance(problems, str) else problems))
@@ -51,7 +51,7 @@ class TransientError(LewisError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of an error message about an unknown name.
+    """Return the end of an error message about an unknown name, which suggests known names.
 
     Returns:
         `; did you mean ...?`; or `; expected one of ...` if no name is similar and there are at most 24; or nothing.

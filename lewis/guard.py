@@ -1,14 +1,14 @@
-"""Runs a command so that it, and all that it starts, ends with the process that asked for it, however that one ends.
+"""Run a command so that it and all processes that it starts end when the parent process ends, however that ends.
 
     python guard.py PARENT GRACE COMMAND...
 
-PARENT is the process id of who asked, GRACE how many seconds the command has to end after SIGTERM before it is killed.
+PARENT is the id of the parent process, GRACE how many seconds the command has to end after SIGTERM before it is killed.
 
-The guard passes SIGTERM on. If the parent has died, which also a `kill -9` cannot hide, it sends SIGTERM itself. When
-the command has ended, whatever it left running is ended too: on Linux the kernel gives orphans to the guard. If the
+The guard passes SIGTERM on to the command. If the parent has died, even by `kill -9`, it sends SIGTERM itself. When the
+command has ended, processes that it left running are ended too: on Linux the kernel gives orphans to the guard. If the
 guard itself is killed, the kernel kills the command. The exit code is the command's; 128 + N if signal N ended it.
 
-It is run by its path and imports only what Python has, so that it starts in milliseconds and takes little memory.
+The guard is run by its path and imports only the standard library, to start in milliseconds and take little memory.
 """
 
 import ctypes
@@ -24,15 +24,15 @@ from typing import Any
 
 _LINUX = sys.platform == "linux"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_ORPHANED = 5.0  # seconds of grace at most if the parent has died: nobody waits for an orderly end
-_PAUSE = 0.25  # seconds between two looks for the parent; the end of a child, and SIGTERM, are noticed at once
+_ORPHANED = 5.0  # seconds of grace at most if the parent has died, since no process waits for an orderly end
+_PAUSE = 0.25  # seconds between two checks of the parent; the end of a child and SIGTERM are noticed immediately
 
 
 def guarded(command: Sequence[str], grace: float) -> list[str]:
-    """The command line of a guard that works for this process.
+    """Return the command line of a guard that runs a command and ends it when this process ends.
 
     Args:
-        command: what it runs; the program is named by its path.
+        command: the command to run; the program is named by its path.
         grace: seconds that the command has to end after SIGTERM.
     """
     # -I and -S: the guard needs no packages, and none may shadow Python's own modules.
@@ -40,7 +40,7 @@ def guarded(command: Sequence[str], grace: float) -> list[str]:
 
 
 class Guard:
-    """Watches one command."""
+    """The guard of one command: starts it, watches the parent, and ends the command and its descendants."""
 
     def __init__(self, parent: int, grace: float) -> None:
         self._parent, self._grace = parent, grace
@@ -74,7 +74,7 @@ class Guard:
         self._asked = True
 
     def _wait(self) -> None:
-        """Wait for a signal, but not for long, since none comes at the end of the parent."""
+        """Wait for a signal, at most `_PAUSE` seconds, since the end of the parent sends none."""
         if select.select([self._signals], [], [], _PAUSE)[0]:
             os.read(self._signals, 4096)
 
@@ -85,9 +85,9 @@ class Guard:
         return min(self._grace, _ORPHANED) if self._orphaned() else self._grace
 
     def _reap(self) -> bool:
-        """Note the exit codes of children that have ended, and return whether any live.
+        """Note the exit codes of children that have ended, and return whether any child lives.
 
-        The orphans of the command are children too, so that without a child there is no descendant.
+        Orphans of the command are children too, so that without a child there is no descendant.
         """
         while True:
             try:
@@ -140,7 +140,7 @@ def _start(command: list[str]) -> int:
 
 
 def descendants() -> set[int]:
-    """The processes below this one; on other systems than Linux none are found."""
+    """Return the ids of all descendants of this process; empty on other systems than Linux."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

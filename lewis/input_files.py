@@ -1,6 +1,6 @@
 """Read files that a user gives: only regular ones, within limits of size and depth.
 
-To open a FIFO waits for a writer, and a device may have no end: both are refused before they are opened.
+Opening a FIFO would wait for a writer, and a device may have no end, so both are refused before they are opened.
 """
 
 import json
@@ -25,10 +25,10 @@ _KINDS = {
 
 
 def check_regular(path: Path) -> None:
-    """Raise InputError if there is something at `path` that is no regular file (a link counts as what it leads to)."""
+    """Raise InputError if a path exists and is no regular file; a symbolic link counts as its target."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
-    except (OSError, ValueError):  # nothing there, or nothing that can be looked at: opening it raises the error
+    except (OSError, ValueError):  # it does not exist or is not accessible: opening it raises the error
         return
     if kind != stat.S_IFREG:
         raise InputError(f"{path}: is {_KINDS.get(kind, 'no regular file')}; expected a regular file")
@@ -42,7 +42,7 @@ def open_regular(path: Path) -> BufferedReader:
         OSError: if it cannot be opened.
     """
     check_regular(path)
-    # Without waiting, so that what takes the file's place meanwhile does not block either.
+    # Non-blocking, so that a FIFO that takes the file's place meanwhile does not block either.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -54,7 +54,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a file of at most `limit` bytes.
+    """Return the content of a file of at most `limit` bytes.
 
     Raises:
         InputError: if it is no regular file, or larger.
@@ -68,10 +68,10 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """`read_bytes` of UTF-8.
+    """Return the text of a UTF-8 file of at most `limit` bytes.
 
     Raises:
-        InputError: likewise, or if it is no UTF-8.
+        InputError: if it is no regular file, larger, or not UTF-8.
         OSError: if it cannot be read.
     """
     try:
@@ -81,7 +81,7 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> Any:
-    """The value that a JSON file holds.
+    """Return the value in a JSON file of at most `limit` bytes.
 
     Raises:
         InputError: if it is no regular file, too large, no JSON, nested too deep, or has text that is no Unicode.

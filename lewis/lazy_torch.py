@@ -1,4 +1,4 @@
-"""torch, imported at its first use: it takes a second to load, and a compiled merge does not need it.
+"""Import torch at its first use: it takes a second to load, and a compiled merge does not need it.
 
 A module that imports `torch` from here needs `from __future__ import annotations`: otherwise its annotations would use
 torch, and so load it, at import.
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 
 class _Lazily:
-    """A module that is imported when one of its attributes is first asked for."""
+    """A stand-in for a module, which is imported when one of its attributes is first used."""
 
     def __init__(self, name: str) -> None:
         self._name = name

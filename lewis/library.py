@@ -1,6 +1,6 @@
-"""The front door for notebooks and scripts: what `import lewis` gives, each a function of a recipe.
+"""The Python interface for notebooks and scripts: the functions of `import lewis`, each of which takes a recipe.
 
-What is found in the store is not done again, and a run of the service finds what is done here.
+Results that are in the store are not computed again, and runs of the service find the results of these functions.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Merged:
     """A merged model that was written to a folder.
 
     Attributes:
-        folder: of the checkpoint, or of the adapter.
-        digest: identity of the merge: of every input and parameter that decides a byte; 64 hex digits.
+        folder: folder of the checkpoint, or of the adapter.
+        digest: identity of the merge, by every input and parameter that decides a byte; 64 hex digits.
         size: bytes of its weights.
         mean_density: expert -> mean density of its covered weights; empty for a plain merge.
         manifest: what `lewis.json` in the folder records, without the list of files.
         adapter: what an adapter holds and what error it leaves; None for a full model.
-        fit: what `ridge: auto` chose and what held-back rows say of the fit, as a sentence; else empty.
+        fit: the choice of `ridge: auto` and the result of the fit on held-back rows, as a sentence; else empty.
     """
 
     folder: Path
@@ -71,7 +71,7 @@ class Merged:
 
     @property
     def card(self) -> str:
-        """The model card, Markdown, as it stands in the folder."""
+        """The text of the model card in the folder, as Markdown."""
         return (self.folder / card.NAME).read_text(encoding="utf-8")
 
 
@@ -84,7 +84,7 @@ def merge(
     Args:
         recipe: a YAML file, or a recipe.
         folder: absent, empty, or an earlier output. It appears whole or not at all.
-        max_shard_size: of the largest weight file: bytes, or such as `5GB`.
+        max_shard_size: size of the largest weight file: a number of bytes, or a text such as `5GB`.
         report: called with (what, done, total).
 
     Raises:
@@ -104,7 +104,7 @@ def merge(
 
 
 def prepare(recipe: Recipe, report: Report = silent) -> tuple[MergeInput, Merge]:
-    """Do everything before the merge itself: fetch the models, check, measure, allocate. Results in the store are used.
+    """Do all steps before the merge: fetch, check and measure the models, allocate densities. The store is used.
 
     Raises:
         InputError, LewisError: as `merge`.
@@ -130,17 +130,17 @@ def with_card(recipe: Recipe, given: MergeInput, written: Written) -> Merged:
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:
-    """What a run of the recipe would do, and what it takes; only configs and tokenizers are downloaded.
+    """Return what a run of a recipe would do, and what it needs; only configs and tokenizers are downloaded.
 
     Raises:
-        InputError: as a run would, for everything that can be known before the work.
+        InputError: for all problems that a run would report and that can be known before the work.
     """
     return make_plan(load(recipe))
 
 
 @noted()
 def measure(recipe: Recipe | str | Path, *, report: Report = silent) -> list[ImportanceEntry]:
-    """The importance of the layers of each model that the recipe measures: `entry.norms`, `entry.moments`.
+    """Measure the importance of the layers of each model that a recipe measures: `entry.norms`, `entry.moments`.
 
     Raises:
         RecipeError: if the recipe measures nothing.
@@ -157,10 +157,10 @@ def measure(recipe: Recipe | str | Path, *, report: Report = silent) -> list[Imp
 
 @noted()
 def allocate(recipe: Recipe | str | Path, *, report: Report = silent) -> AllocationEntry:
-    """The densities of each expert: `entry.experts()[reference].densities`.
+    """Allocate the densities of each expert of a recipe: `entry.experts()[reference].densities`.
 
     Raises:
-        RecipeError: if the recipe allocates none.
+        RecipeError: if the recipe allocates no densities.
         InputError, LewisError: as `merge`.
     """
     recipe = load(recipe)
@@ -174,10 +174,10 @@ def allocate(recipe: Recipe | str | Path, *, report: Report = silent) -> Allocat
 
 @noted()
 def score(recipe: Recipe | str | Path, folder: str | Path, *, report: Report = silent) -> list[Score]:
-    """Score a model with the `evaluate` block of a recipe; scores of the same files are found in the store.
+    """Score a model by the `evaluate` block of a recipe; scores of the same files are taken from the store.
 
     Args:
-        recipe: with an `evaluate` block.
+        recipe: a recipe with an `evaluate` block.
         folder: a checkpoint with its tokenizer, or an adapter on the recipe's base, such as `merge` wrote.
         report: called with (what, done, total).
 
@@ -199,9 +199,9 @@ def score(recipe: Recipe | str | Path, folder: str | Path, *, report: Report = s
 def inspect(
     recipe: Recipe | str | Path, *, candidates: Sequence[str | Path] = (), report: Report = silent
 ) -> Inspection:
-    """Whether the models of a recipe belong together: `found.findings`, `found.verdict`.
+    """Inspect whether the models of a recipe belong together: `found.findings`, `found.verdict`.
 
-    What does not fit is a finding, and is not downloaded.
+    A model that does not fit is a finding, and is not downloaded.
 
     Args:
         recipe: a YAML file, or a recipe.
@@ -239,7 +239,7 @@ def inspect(
 
 
 def _findings_on_rows(recipe: Recipe, here: Mapping[str, ModelFiles]) -> list[Finding]:
-    """Whether the experts know their calibration rows; nothing if these cannot be had, which a run reports."""
+    """Return findings on experts that do not know their calibration rows; none if the rows cannot be had."""
     walked = graph(recipe)
     try:
         results = run(walked, *(each.name for each in (*walked.of(CALIBRATE), *walked.of(CONTINUE))), known=here)
@@ -250,10 +250,10 @@ def _findings_on_rows(recipe: Recipe, here: Mapping[str, ModelFiles]) -> list[Fi
 
 
 def load(recipe: Recipe | str | Path) -> Recipe:
-    """A recipe, read from its file if it is one.
+    """Return a recipe, which is read from its file if a path is given.
 
     Raises:
-        InputError: if it is neither, such as a dict; or as `Recipe.load`.
+        InputError: if neither a path nor a recipe is given, such as a dict; or as `Recipe.load`.
     """
     if isinstance(recipe, Recipe):
         return recipe

@@ -1,7 +1,7 @@
-"""How much memory a process uses, and how much the machine has free, by /proc; all are 0 where that is missing.
+"""Memory that a process uses, and that the machine has free, by /proc; all numbers are 0 where that is missing.
 
-Forecasts and limits count anonymous memory: pages of mapped files can be dropped at any time. People are shown resident
-memory, mapped libraries included, since that is what a container needs.
+Forecasts and limits count anonymous memory, since pages of mapped files can be dropped at any time. Users are shown
+resident memory, mapped libraries included, since a container needs that much.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def anonymous_bytes(process: int | str = "self") -> int:
 
 
 def mapped_bytes() -> int:
-    """Bytes of resident pages of mapped files of this process: the libraries that it has loaded, in the main."""
+    """Bytes of resident pages of mapped files of this process: mainly the libraries that it has loaded."""
     return _kilobytes(Path("/proc/self/status"), "RssFile:")
 
 
 def peak_resident_bytes(process: int | str = "self") -> int:
-    """The most memory that a process ever had resident, as the kernel counts it; 0 if it is gone or a zombie."""
+    """The largest resident memory of a process so far, in bytes, by the kernel's count; 0 if it is gone or a zombie."""
     return _kilobytes(Path(f"/proc/{process}/status"), "VmHWM:")
 
 
@@ -64,7 +64,7 @@ def available_bytes() -> int:
 
 
 def _kilobytes(table: Path, row: str) -> int:
-    """A row of a table in /proc that is in kB, in bytes; 0 if there is no such row or table."""
+    """Return a row in kB of a table in /proc as bytes; 0 if there is no such row or table."""
     try:
         lines = table.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Tables of functions that a recipe names, which other packages extend through entry points.
+"""Tables of functions that recipes refer to by name; other packages extend them through entry points.
 
 LEWIS registers its own functions by a decorator. Another package does so in a module that its `pyproject.toml` names:
 
@@ -20,10 +20,10 @@ class Row:
     """One function of a table.
 
     Attributes:
-        noun: what such a function is called in errors.
-        name: as in a recipe.
+        noun: the word for such a function in errors.
+        name: its name in a recipe.
         function: the function.
-        paper: where it comes from, a URL.
+        paper: URL of the paper that describes it.
         origin: the package that brought it and its version; empty for LEWIS's own.
     """
 
@@ -35,7 +35,7 @@ class Row:
 
     @contextmanager
     def blamed(self, where: str) -> Iterator[None]:
-        """Say in the errors of a block that runs code of this function where it failed and whose code it is.
+        """Add to errors of a block, which runs this function, where it failed and whose code it is.
 
         Args:
             where: what the function worked on: the name of a tensor or of an expert, or a path in the recipe.
@@ -85,7 +85,7 @@ class Table(dict[str, R], Generic[R]):
         self[row.name] = row
 
     def load(self) -> None:
-        """Import what the installed packages register, once.
+        """Add the rows that installed packages register, by importing their modules, once.
 
         Raises:
             InputError: naming the package whose row cannot be loaded: its import fails, it registers nothing under the
@@ -98,10 +98,10 @@ class Table(dict[str, R], Generic[R]):
         self.loaded = True
 
     def find(self, name: str) -> R:
-        """The row of that name; those of other packages are loaded first if it is not known yet.
+        """Return the row with a name; the rows of other packages are loaded first if the name is not known yet.
 
         Raises:
-            InputError: if there is none, or a package's rows cannot be loaded.
+            InputError: if there is no such row, or a package's rows cannot be loaded.
         """
         if name not in self:
             self.load()
@@ -112,11 +112,11 @@ class Table(dict[str, R], Generic[R]):
     def _load(self, point: EntryPoint) -> None:
         try:
             version = point.dist.version if point.dist else None
-        except KeyError:  # of importlib_metadata's packages; of importlib.metadata's it is None then
+        except KeyError:  # raised by importlib_metadata's packages; importlib.metadata's return None instead
             version = None
         package = f"{point.dist.name} {version}" if point.dist else "an unknown package"
         which = f"{package}: its entry point {point.name} = {point.value!r} of the group {self.group}"
-        if not version:  # nothing would be computed again after a change of the package
+        if not version:  # a change of the package would not change digests
             raise InputError(f"{which} is of a package without a version, which digests need; install it with pip")
         try:
             point.load()

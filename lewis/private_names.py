@@ -1,7 +1,7 @@
 """The names of other packages that LEWIS uses or replaces although their authors do not document them.
 
 A name is in this table if it begins with an underscore, if LEWIS puts something else in its place, or if it is a table
-or function that its package uses for itself. Such a name may change in any release, so nothing else spells it:
+or function that its package uses for itself. Such a name may change in any release, so no other module spells it:
 
     table = private_names.SOME_TABLE.get()
 
@@ -21,15 +21,15 @@ from lewis.errors import LewisError
 
 @dataclass(frozen=True)
 class PrivateName:
-    """One row.
+    """An undocumented name of another package.
 
     Attributes:
         package: name of the distribution.
-        name: dotted, from the package to the object.
-        versions: a specifier set: those that LEWIS was tried with, or, of a workaround, those that have the bug.
-        why: what LEWIS needs it for.
+        name: dotted name, from the package to the object.
+        versions: specifier set of the versions that LEWIS was tried with; for a workaround, of those with the bug.
+        why: what LEWIS needs the name for.
         used_in: the module of LEWIS that uses it.
-        upstream: title of its section of UPSTREAM.md.
+        upstream: title of its section in UPSTREAM.md.
     """
 
     package: str
@@ -40,16 +40,16 @@ class PrivateName:
     upstream: str
 
     def get(self) -> Any:
-        """The object.
+        """Return the object that has this name.
 
         Raises:
-            LewisError: if it is gone; names the package, its version and the versions of this row.
+            LewisError: if it is gone; the message names the package, its version and the versions of this row.
         """
         owner, attribute = self._owner()
         return self.of(owner, attribute)
 
     def of(self, owner: Any, attribute: str = "") -> Any:
-        """The attribute of this name of another object, such as of a subclass.
+        """Return the attribute that has this name in another object, such as a subclass.
 
         Raises:
             LewisError: as `get`.
@@ -60,7 +60,7 @@ class PrivateName:
             raise self._gone() from error
 
     def put(self, value: Any) -> Any:
-        """Put another object in its place, for all of this process; returns the one that was there.
+        """Put another object in this name's place, for the whole process; return the previous object.
 
         Raises:
             LewisError: as `get`.
@@ -72,7 +72,7 @@ class PrivateName:
 
     @contextmanager
     def replaced(self, value: Any) -> Iterator[None]:
-        """Replace the object while the block lasts.
+        """Replace the object that has this name during a block.
 
         Raises:
             LewisError: as `get`.
@@ -90,7 +90,7 @@ class PrivateName:
         return SpecifierSet(self.versions).contains(version(self.package), prereleases=True)
 
     def _owner(self) -> tuple[Any, str]:
-        """The object that has the name as an attribute, and that attribute."""
+        """Return the object that has this name as an attribute, and the attribute's name."""
         path, _, attribute = self.name.rpartition(".")
         module, rest = path, list[str]()
         while module:

@@ -1,4 +1,4 @@
-"""How long work reports what it has done: one shape for the library, the command line and Prefect."""
+"""How long-running work reports its progress: one callback type for the library, the command line and Prefect."""
 
 from collections.abc import Callable
 from typing import TypeAlias

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Switch the garbage collector off in the block: during imports it scans again and again, and finds nothing.
+    """Switch the garbage collector off in a block: during imports it scans again and again, and finds nothing.
 
-    Nor is it looked through afterwards, which in a process that forks would copy its memory into each child.
+    Imported objects are excluded from later scans too, which in a process that forks would copy memory to each child.
     """
     collects, before = gc.isenabled(), len(sys.modules)
     gc.disable()

@@ -1,4 +1,4 @@
-"""Remove passwords and tokens from texts that people and logs see, and what would command their terminal."""
+"""Remove passwords, tokens and control characters from texts that people see and logs keep."""
 
 import logging
 import re
@@ -6,8 +6,8 @@ from typing import Any
 
 HIDDEN = "***"
 
-# What stands between `://` and the last `@` of a URL: a user and a password, or a token alone. SQLAlchemy accepts a
-# password with a raw slash in it, so after a colon that begins no port anything up to the `@` counts.
+# The text between `://` and the last `@` of a URL: a user and a password, or a token alone. SQLAlchemy accepts a
+# password with a raw slash in it, so after a colon that begins no port all text up to the `@` counts.
 _USER = re.compile(r"(?<=://)(?:[^\s/@?#'\"<>]*:(?!\d+(?:/|$))[^\s'\"<>]*|[^\s/?#'\"<>]*)@")
 _QUERY = re.compile(
     r"(?i)(?<=[?&;])([\w.\-]*(?:token|key|secret|pass|pwd|sig|auth|cred|session)[\w.\-]*=)[^&;#\s'\"<>]+"
@@ -17,10 +17,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
 def redacted(text: str) -> str:
-    """A text without the passwords of the URLs in it.
+    """Return a text without the passwords of the URLs in it.
 
-    Whatever stands before the `@` of a URL becomes `***`, and so does the value of a query parameter whose name says
-    that it is a secret (`token`, `sig`, `api_key`, ...).
+    The part of a URL before its `@` becomes `***`, and so does the value of a query parameter whose name says that it
+    is a secret (`token`, `sig`, `api_key`, ...).
     """
     if "://" in text:
         text = _USER.sub(f"{HIDDEN}@", text)
@@ -28,9 +28,9 @@ def redacted(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """A text whose control characters, which a terminal would obey, can be read: `\\x1b`; line breaks and tabs stay.
+    """Return a text with control characters, which a terminal would obey, as `\\x1b`; line breaks and tabs are kept.
 
-    The names of tensors, tokens and files come with models of strangers.
+    The names of tensors, tokens and files come from models of unknown authors.
     """
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
@@ -41,7 +41,7 @@ def printable(text: str) -> str:
 
 
 def redact_logs() -> None:
-    """Clean everything that this process logs from now on, by any library: no passwords, no control characters."""
+    """Remove passwords and control characters from all that this process logs from now on, by any library."""
     made = logging.getLogRecordFactory()
     if getattr(made, "redacts", False):
         return

@@ -1,4 +1,4 @@
-"""The settings: every environment variable `LEWIS_*`, what it may be, and what it does.
+"""The settings: the environment variables `LEWIS_*`, the values that each may have, and what it does.
 
     settings.QUOTA.get()  # the value of LEWIS_QUOTA now: an int in bytes, or None
 
@@ -30,10 +30,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Kind(NamedTuple, Generic[T]):
-    """What a value may be.
+    """The kind of value that a setting may have.
 
     Attributes:
-        expected: in words, for error messages and the documentation.
+        expected: the valid values in words, for error messages and the documentation.
         read: makes the value from a text without white space at its ends; raises ValueError, with the reason or without
             a message, if the text is wrong. It is also called with an empty default.
     """
@@ -44,13 +44,13 @@ class Kind(NamedTuple, Generic[T]):
 
 @dataclass(frozen=True)
 class Setting(Generic[T]):
-    """One environment variable.
+    """A setting, which is read from an environment variable.
 
     Attributes:
-        name: of the variable.
-        kind: what its value may be.
+        name: name of the variable.
+        kind: the kind of its value.
         default: the text that counts if the variable is not set.
-        what: what it does, in a sentence.
+        what: what the setting does, in a sentence.
         secret: whether the value is never printed.
     """
 
@@ -61,10 +61,10 @@ class Setting(Generic[T]):
     secret: bool = False
 
     def get(self) -> T:
-        """The value now.
+        """Return the current value of the setting.
 
         Raises:
-            InputError: if the variable has a wrong value; names the setting, what was expected and what was given.
+            InputError: if the variable has a wrong value; the message says what was expected and what was given.
         """
         given = self.given()
         try:
@@ -80,17 +80,17 @@ class Setting(Generic[T]):
         return os.environ.get(self.name, "").strip()
 
     def shown(self) -> str:
-        """The text that counts now, for people: of a secret only whether it is set, of a URL no password."""
+        """Return the current text for people: for a secret only whether it is set, for a URL without its password."""
         if self.secret:
             return "set" if self.given() else "not set"
         return redacted(self.given() or self.default)
 
 
 def parse_size(text: str) -> int:
-    """`"5GB"` in bytes (decimal units, as transformers' `max_shard_size`).
+    """Return a size such as `"5GB"` in bytes (decimal units, as in transformers' `max_shard_size`).
 
     Raises:
-        ValueError: without a message, if the text is no such size.
+        ValueError: without a message, if the text is no size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
     size = float(match[1]) * _UNITS[(match[2] or "").removeprefix("B")] if match else 0.0
@@ -100,14 +100,14 @@ def parse_size(text: str) -> int:
 
 
 def size_text(size: float) -> str:
-    """Bytes for people: `41.3 KB`, `2.4 MB`, or `1.53 GB`."""
+    """Return a number of bytes as text for people: `41.3 KB`, `2.4 MB`, or `1.53 GB`."""
     if size >= 1e9:
         return f"{size / 1e9:.2f} GB"
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} KB"
 
 
 def _path(text: str) -> Path:
-    """The absolute path, with the links in it."""
+    """Return the absolute path of a text, without resolving links."""
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:  # "~nobody"
@@ -115,7 +115,7 @@ def _path(text: str) -> Path:
 
 
 def _resolved(text: str) -> Path:
-    """The absolute path, without links."""
+    """Return the absolute path of a text, with all links resolved."""
     try:
         return _path(text).resolve()
     except RuntimeError as error:  # links in a circle
@@ -123,7 +123,7 @@ def _resolved(text: str) -> Path:
 
 
 def _cron(text: str) -> str:
-    """Check the five fields of a cron expression, and give it; empty for `off`."""
+    """Check the five fields of a cron expression, and return it; empty for `off`."""
     if text == "off":
         return ""
     fields = text.split()
@@ -144,7 +144,7 @@ def _whole(text: str, least: int = 1, most: float = math.inf) -> int:
 
 
 def _server(text: str) -> str:
-    """The URL of a server, or the command that starts one."""
+    """Check the URL of a server, or the command that starts one, and return it."""
     if text.startswith(("http://", "https://")):
         return text
     words = _words(text)
@@ -154,7 +154,7 @@ def _server(text: str) -> str:
 
 
 def _serving(text: str) -> list[str]:
-    """The words of a command that serves a model; none without a text."""
+    """Check a command that serves a model, and return its words; empty for an empty text."""
     words = _words(text)
     if words and (Path(words[0]).name not in ("vllm", "transformers") or words[1:2] != ["serve"]):
         raise ValueError
@@ -169,7 +169,7 @@ def _words(text: str) -> list[str]:
 
 
 def _matching(expected: str, pattern: str) -> Kind[str]:
-    """The text itself, which must match unless it is empty."""
+    """Return the kind of a text that must match a pattern unless it is empty."""
 
     def read(text: str) -> str:
         if text and not re.fullmatch(pattern, text):
@@ -293,17 +293,17 @@ ALL: tuple[Setting[Any], ...] = tuple(each for each in list(vars().values()) if 
 
 
 def check() -> None:
-    """Read every setting.
+    """Check the value of every setting.
 
     Raises:
-        InputError: naming the first that has a wrong value.
+        InputError: if one is wrong; the message names the first.
     """
     for each in ALL:
         each.get()
 
 
 def unknown() -> Iterator[str]:
-    """A sentence for each variable of the environment that is named like a setting and is none, such as `LEWIS_HOM`."""
+    """Yield a sentence for each environment variable that is named like a setting but is none, such as `LEWIS_HOM`."""
     names = [each.name for each in ALL]
     known = {*names, *(f"{each.name}_FILE" for each in ALL if each.secret)}
     for name in sorted(os.environ):

@@ -1,4 +1,4 @@
-"""The syntax tree of Python source that is read and not run, from any thread."""
+"""Parse Python source that is read and not run, from any thread."""
 
 import ast
 from contextlib import suppress
@@ -8,11 +8,11 @@ _ONE_AT_A_TIME = Lock()
 
 
 def syntax_tree(source: str | bytes) -> ast.Module:
-    """The syntax tree of Python source; a `SyntaxError` or a `ValueError` if it is none.
+    """Return the syntax tree of Python source; raise `SyntaxError` or `ValueError` if the source is invalid.
 
-    CPython before 3.11.8 counts the depth of two threads' trees together, and raises `SystemError` for source that is
-    in order (github.com/python/cpython/issues/106905). So one tree is made at a time here, and is made again where a
-    library made another meanwhile.
+    CPython before 3.11.8 counts the depth of two threads' trees together, and raises `SystemError` for valid source
+    (github.com/python/cpython/issues/106905). So this function makes one tree at a time, and makes it again if a
+    library made another one meanwhile.
     """
     with _ONE_AT_A_TIME:
         for _ in range(99):

@@ -1,4 +1,4 @@
-"""Approval on a run's own page: a run whose version passed the gate, and needs a person's word, waits suspended.
+"""Approval on a run's own page: a run whose version passed the gate, and needs a person's approval, waits suspended.
 
 It occupies no worker while it waits. Prefect's page shows the verdict and a form; the answer lets the run go on, which
 then moves the champion, or refuses the version. Whether that still may be done is checked then, as for `lewis approve`.
@@ -28,19 +28,19 @@ APPROVED = "Approved"  # the state of a run whose version a person has approved
 
 
 class Approval(RunInput):
-    """A person's answer."""
+    """The form in which a person approves or refuses a version."""
 
     approve: bool = Field(True, description="Whether the version becomes the champion; if not, it is refused for good.")
     why: str = Field("", description="The reason, for the history.")
 
 
 def asked(run: FlowRun) -> str:
-    """The version, `models:/<name>/<number>`, that a run has asked about before it was suspended; else empty."""
+    """Return the version, `models:/<name>/<number>`, that a run asked about when it was suspended; empty for none."""
     return next(iter(run_tags.tagged(run, "awaits")), "")
 
 
 def answered(run: FlowRun) -> str:
-    """The version that a run has asked about, if it goes on with an answer; empty if it is repeated (*Retry*)."""
+    """Return the version that a run asked about, if it was resumed with an answer; empty after a *Retry*."""
     return asked(run) if run.empirical_policy.pause_keys else ""  # which the server empties when a run begins again
 
 
@@ -48,7 +48,7 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     """Suspend the run until a person has answered, and do what the answer says. In a resumed run, return immediately.
 
     Args:
-        version: `models:/<name>/<number>`, which waits.
+        version: `models:/<name>/<number>`, which waits for approval.
         verdict: for the person, Markdown.
 
     Returns:
@@ -77,7 +77,7 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
 
 
 def go_on(run: FlowRun) -> None:
-    """Start a run like one whose version was approved; it begins when that one has ended."""
+    """Start another run with the parameters of one whose version was approved; it begins when that one has ended."""
     assert run.deployment_id is not None
     with get_client(sync_client=True) as client:
         client.create_flow_run_from_deployment(
@@ -86,7 +86,7 @@ def go_on(run: FlowRun) -> None:
 
 
 def resume(version: str, why: str, *, approve: bool) -> None:
-    """End the run that waits for an answer about a version, since it was given elsewhere; a failure is logged."""
+    """Resume the run that waits for an answer about a version, with the one given elsewhere; a failure is logged."""
     try:
         with get_client(sync_client=True) as client:
             for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",)):
@@ -97,7 +97,7 @@ def resume(version: str, why: str, *, approve: bool) -> None:
 
 
 def lapse(client: SyncPrefectClient, deployment: UUID, why: str) -> None:
-    """End the runs of a deployment that wait for an answer, which can be given no longer, or elsewhere."""
+    """End the suspended runs of a deployment, whose question is outdated, or is to be answered elsewhere."""
     for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",), deployment_id={"any_": [deployment]}):
         client.set_flow_run_state(run.id, Completed(name="Lapsed", message=why), force=True)
         run_tags.tag(run.id, verdict="lapsed")

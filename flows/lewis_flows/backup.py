@@ -34,7 +34,7 @@ _JOURNALS = ("-journal", "-wal")  # of SQLite, next to a database whose process 
 
 
 class Copied(NamedTuple):
-    """What was copied.
+    """What `backup` copied, or `restore` put back.
 
     Attributes:
         folder: of the copy.
@@ -52,13 +52,14 @@ class Copied(NamedTuple):
 
 
 def backup(folder: Path) -> Copied:
-    """Copy to a folder, also while the service runs: each database is of one moment, MLflow's files are of later ones.
+    """Copy the data that cannot be made again to a folder, also while the service runs.
+
+    Each database is copied as of one moment, and MLflow's files after that.
 
     Raises:
-        InputError: if the folder holds something else than an earlier copy of this store, or is in the store, or if the
-            earlier copy has a database that is not there any more, or if `lewis up` has a database elsewhere than
-            the environment says.
-        LewisError: if a database cannot be read or is damaged, or the folder not be written.
+        InputError: if the folder is in the store or holds anything but an earlier copy of this store, if that copy has
+            a database that is gone by now, or if `lewis up` has a database elsewhere than the environment says.
+        LewisError: if a database cannot be read or is damaged, or the folder cannot be written.
     """
     folder = folder.absolute()
     if store.holds(folder):
@@ -87,7 +88,7 @@ def backup(folder: Path) -> Copied:
 
 
 def restore(folder: Path) -> Copied:
-    """Put a copy back, where the store has none of its files; can be repeated after a kill.
+    """Put the files of a copy back where they are missing; can be repeated after the process was killed.
 
     Raises:
         InputError: if it is no copy or damaged, is of a store at another place, `lewis up` or another process uses the
@@ -124,7 +125,7 @@ def restore(folder: Path) -> Copied:
 
 
 def _copy_databases(places: dict[str, Path | str], target: Path) -> set[Path]:
-    """Copy those of the store, and Prefect's, before the files that they name; gives those that were copied."""
+    """Copy the store's and Prefect's databases, before the files that they name; return those that were copied."""
     found = {path for pattern in _DATABASES for path in store.home().glob(pattern)}
     found |= {place for place in places.values() if isinstance(place, Path) and place.is_file()}
     copied = {path for path in found if store.holds(path) or path == places["prefect"]}
@@ -175,13 +176,13 @@ def _check_as_served(places: dict[str, Path | str]) -> None:
 
 
 def _prefect_folder() -> Path:
-    """Where a copy's database of Prefect goes that was outside of the store."""
+    """Return the folder to which Prefect's database is put back if it was outside of the store."""
     place = prefect_database()
     return place.parent if isinstance(place, Path) else store.home() / "prefect"
 
 
 def _check_unused() -> None:
-    """Raise InputError if a process has files of the store open, or of one that was there and is deleted."""
+    """Raise InputError if another process has a file of the store or of Prefect open, even a deleted one."""
     places = tuple(f"{place.resolve()}/" for place in (store.home(), _prefect_folder()))
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):  # it has ended, or is of another user
@@ -204,6 +205,6 @@ def _put(source: Path, target: Path) -> None:
         return
     inside = store.holds(target)
     store.make_folder(target.parent) if inside else target.parent.mkdir(parents=True, exist_ok=True)
-    # Secrets are right in the store, next to the folders of the rest.
+    # Secrets lie directly in the store, next to the folders of all else.
     with store.written_beside(target, private=target.parent == store.home()) as beside:
         shutil.copy2(source, beside)

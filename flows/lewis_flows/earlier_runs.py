@@ -1,7 +1,7 @@
-"""What earlier runs of a recipe say: which text of it was merged last, and which commits are broken on the Hub itself.
+"""Facts from earlier runs of a recipe: which of its texts was merged last, which commits are broken on the Hub itself.
 
-An edit of a recipe is a release of it, which starts a merge when the file is deployed. By the texts the poll finds an
-edit whose run came to nothing, or that was made while the deployment was paused, and a recipe that no run has merged.
+An edit of a recipe counts as a release: it starts a merge when the file is deployed. From the merged texts the poll
+finds an edit whose run merged nothing, one made while the deployment was paused, and a recipe that was never merged.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,12 +24,12 @@ from lewis_tasks.support.flow_run import BROKEN, EDITED, MODEL, RECIPE, did_its_
 
 
 def start_of_edit(client: SyncPrefectClient, deployment: UUID) -> None:
-    """Start the run of an edit; it begins as long after it as after a release."""
+    """Start the run of an edit of a recipe; it begins after `SETTLE`, as that of a release."""
     prefect_runs.start(client, deployment, SETTLE, [EDITED])
 
 
 def edited(client: SyncPrefectClient, deployment: DeploymentResponse) -> datetime | None:
-    """When the last run began to wait that an edit to the deployed text started; None if there was none."""
+    """Return when the last run was created that an edit to the deployed text started; None if there was none."""
     wanted = {"deployment_id": {"any_": [deployment.id]}, "tags": {"all_": [EDITED]}}
     newest = FlowRunSort.EXPECTED_START_TIME_DESC
     runs = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted), sort=newest, limit=1)
@@ -37,20 +37,20 @@ def edited(client: SyncPrefectClient, deployment: DeploymentResponse) -> datetim
 
 
 def merged(client: SyncPrefectClient, recipes: Iterable[str]) -> dict[str, str]:
-    """Recipe -> digest of the text that its last run had, of the runs that did their work; empty if there is none."""
+    """Return, for each recipe, the digest of its text that was merged last; empty if no run merged any."""
     found = _texts(client)
     return {name: found.get(name) or _texts(client, f"recipe:{name}").get(name, "") for name in recipes}
 
 
 def is_unmerged(recipe: Recipe, merged: Mapping[str, str]) -> bool:
-    """Whether no run has merged the text that a recipe has; `merged` is what the function gives."""
+    """Whether a recipe's text is not the one that was merged last; `merged` is the result of that function."""
     return merged[recipe.name] != store.digest(recipe.text)
 
 
 def still_broken(client: SyncPrefectClient, recipe: Recipe, commits: Iterable[str]) -> set[str]:
-    """Those of some commits that a run of a recipe found broken, so that no other run is of use.
+    """Return those of `commits` that a run of a recipe found broken on the Hub, so that another run would fail too.
 
-    What a run found holds until the recipe is edited, which may exclude what is broken, or a later run merges the
+    The finding of a run holds until the recipe is edited, which may exclude the broken part, or a later run merges the
     commit.
 
     Raises:
@@ -76,7 +76,7 @@ def still_broken(client: SyncPrefectClient, recipe: Recipe, commits: Iterable[st
 
 
 def _texts(client: SyncPrefectClient, *tags: str) -> dict[str, str]:
-    """Recipe -> digest of a text, as `merged`, of the newest runs with some tags."""
+    """Return recipe -> digest of its merged text, as `merged`, from the newest runs that have all `tags`."""
     states, newest = (*prefect_runs.ENDED, "PAUSED"), FlowRunSort.START_TIME_DESC
     limits: dict[str, Any] = {"tags": {"all_": list(tags)}} if tags else {}
     found: dict[str, str] = {}
@@ -87,5 +87,5 @@ def _texts(client: SyncPrefectClient, *tags: str) -> dict[str, str]:
 
 
 def _merged_all(run: FlowRun) -> bool:
-    """Whether a run came to its end, whatever became of its question, and merged what the recipe says."""
+    """Whether a run without overrides did its work, or got as far as to ask a person, whatever the answer was."""
     return bool(did_its_work(run) or approval.asked(run)) and not run.parameters.get("overrides")

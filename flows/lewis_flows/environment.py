@@ -38,7 +38,7 @@ def prepare() -> None:
     """
     redact_logs()
     json_logs.prepare()
-    # Our own servers listen on loopback: ask them directly where the environment names a proxy for all others.
+    # LEWIS's own servers listen on loopback: ask them directly where the environment names a proxy for all others.
     known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     proxied = any(name.lower() in ("http_proxy", "all_proxy") for name in os.environ)
     if proxied and known != "*" and "127.0.0.1" not in known.split(","):

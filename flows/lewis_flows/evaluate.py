@@ -1,7 +1,7 @@
-"""Score the models of a merge that goes on elsewhere: a run of this flow waits in a queue or pool of its own.
+"""The flow `evaluate`: score the models of a merge that runs elsewhere, in a work queue or work pool of its own.
 
 It is given names and digests, and finds the models itself: parents on the Hub or in their folders, merged models in the
-store, the champion in the registry. Its scores go into the store, where the merge takes them.
+store, the champion in the registry. Its scores go into the store, where the merge finds them.
 """
 
 import re
@@ -49,7 +49,7 @@ def evaluate_flow(
     look: int | None = None,
     task: str | None = None,
 ) -> list[str] | State[list[str]]:
-    """Score models of a recipe; gives the digests of their scores in the store.
+    """Score models of a recipe for a merge that waits elsewhere; return the digests of the scores in the store.
 
     Args:
         recipe: the name of a recipe in the recipes folder.
@@ -58,7 +58,7 @@ def evaluate_flow(
         base: key of the recipe's base, if it has one.
         overrides: as of the flow `merge`.
         look: how many documents of each task are scored; None: all.
-        task: of the recipe; None: all of its tasks.
+        task: the one task of the recipe to score; None: all of its tasks.
     """
     choose.check()
     if deployment.id is not None:  # a worker started this process for this run alone
@@ -91,7 +91,7 @@ def evaluate_flow(
 
 
 def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Walk, dict[str, Any]]:
-    """Bring the models to this machine, or raise LewisError; gives the walk that scores them and its nodes' results."""
+    """Bring the models to this machine, or raise LewisError; return a walk to score them, and node -> model files."""
     begun, of_base, names = Futures(), f"{DOWNLOAD.name} {plan.base_model}", short_refs(plan)
     pinned_base = None
     if plan.base_model and base:
@@ -131,7 +131,7 @@ def _models(plan: Recipe, models: dict[str, str], base: str | None) -> tuple[Wal
 
 
 def _found(source: str, key: str, begun: Futures) -> ModelFiles | MergedModel | None:
-    """The model that a node, or the search for the champion, gives on this machine; None if it is not here."""
+    """Return the model that a node, or the task for champion or mark, has on this machine; None if it is not here."""
     if source in (CHAMPION, MARK):
         version = begun[source].result()
         return version.files("champion" if source == CHAMPION else "mark") if version else None

@@ -32,7 +32,7 @@ ATTEMPTS = 3  # how many runs one merge starts for a task, if each before the la
 
 
 def queue_for(recipe: Path) -> str:
-    """The work queue that the models of a recipe are scored in; empty if that is done here.
+    """Return the work queue that the models of a recipe are scored in; empty if they are scored in this process.
 
     A recipe outside of the folder of recipes is scored here: other workers do not find it.
 
@@ -57,11 +57,10 @@ def score(
     tasks: str,
     nodes: Sequence[Node],
 ) -> None:
-    """Give a walk the scores of its models: found in the store, or made by runs in the queue, which are waited for.
+    """Add the scores of its models to a walk: from the store, or from runs in the queue, which are waited for.
 
     There is a run for each task of which a score is missing, so that several workers share the work; it scores all
-    models on its task, in one number format. If what waits here is interrupted, by a cancellation or Ctrl-C, the runs
-    are cancelled.
+    models on its task, in one number format. The runs are cancelled if the wait is interrupted, as by Ctrl-C.
 
     Args:
         walk: with the models; it gets a task for each of its scores.
@@ -70,10 +69,10 @@ def score(
         plan: the recipe, whose name in the folder of recipes is `name`.
         overrides: of the merge.
         tasks: digest of the evaluation tasks.
-        nodes: of the scores that are wanted.
+        nodes: the evaluation nodes whose scores are wanted.
 
     Raises:
-        LewisError: saying what has become of a run that has not made its scores.
+        LewisError: if a run did not make its scores; says how it ended.
     """
     found = dict(results)
     given: dict[str, ScoreInput] = {node.name: node.given(found) for node in nodes if walk.wants(node, found)}
@@ -96,12 +95,12 @@ def score(
 
 
 def run_name(recipe: str, task: str | None) -> str:
-    """The name of a run."""
+    """Return the name of a run that evaluates a recipe on one task, or on all."""
     return f"evaluate {recipe}: {Path(task).stem}" if task else f"evaluate {recipe}"
 
 
 def _find(given: Mapping[str, ScoreInput]) -> dict[str, ScoresEntry] | None:
-    """The scores of all nodes, those of one task in one number format; None if some are missing."""
+    """Find the scores of all nodes in the store, those of a task in one number format; None if some are missing."""
     entries = dict[str, ScoresEntry]()
     for of_task in by_task(given):
         models = {node: (each.ref, each.key) for node, each in of_task.items()}
@@ -113,7 +112,7 @@ def _find(given: Mapping[str, ScoreInput]) -> dict[str, ScoresEntry] | None:
 
 
 def _run(queue: str, parameters: Sequence[dict[str, Any]]) -> None:
-    """Start runs in the queue, and wait until all have ended well; if one dies, another one takes its place.
+    """Start a run in the queue for each of `parameters`, and wait until all have ended well; replace one that dies.
 
     What the dead run had scored is in the store, where the next one finds it.
     """

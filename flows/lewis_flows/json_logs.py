@@ -1,4 +1,4 @@
-"""Logs as an object a line, for a collector of logs: `LEWIS_LOG_FORMAT=json`.
+"""Logs as one JSON object per line, for a collector of logs: `LEWIS_LOG_FORMAT=json`.
 
     {"time": "2026-01-01T03:00:01.205+00:00", "level": "INFO", "logger": "lewis.models.hub.repository", "line": "..."}
 
@@ -17,11 +17,11 @@ from lewis import settings
 from lewis.redact import redacted
 
 CONSOLE = "PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS"
-"""Prefect's own setting of what prints its logs; it is read when Prefect is first imported."""
+"""Prefect's own setting of the class that prints its logs; it is read when Prefect is first imported."""
 
 
 def is_json() -> bool:
-    """Whether logs are to be objects.
+    """Whether logs are to be printed as JSON objects.
 
     Raises:
         InputError: if `LEWIS_LOG_FORMAT` is neither `text` nor `json`.
@@ -30,7 +30,7 @@ def is_json() -> bool:
 
 
 def prepare() -> None:
-    """Let Prefect print so too, in this process and those that it starts, unless the user's environment says otherwise.
+    """Make Prefect log in JSON if LEWIS does, here and in child processes, unless the environment says otherwise.
 
     Raises:
         InputError: as `is_json`.
@@ -40,7 +40,7 @@ def prepare() -> None:
 
 
 class JsonLines(logging.StreamHandler[TextIO]):
-    """Prints records as objects, whatever its formatter; its arguments are those that Prefect gives its own handler."""
+    """Log handler that prints JSON objects, whatever its formatter; takes the arguments of Prefect's own handler."""
 
     def __init__(self, stream: TextIO | None = None, styles: Any = None, level: int | str = logging.NOTSET) -> None:
         """Print to a stream; by default to what is stderr at each record."""

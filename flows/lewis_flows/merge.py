@@ -42,11 +42,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search has tried its values on.
+    """The recipe and the models on which a search has tried its values.
 
     Attributes:
         plan: the recipe, as it was read when the search began.
-        overrides: with which it was read.
+        overrides: with which the recipe was read.
         keys: reference of each model -> the commits that the search has pinned.
     """
 
@@ -55,10 +55,10 @@ class Searched:
     keys: Mapping[str, str]
 
     def check(self, now: Recipe) -> None:
-        """Check that a recipe still says what it said; its comments may be others.
+        """Check that a recipe still has the values that the search began with; its comments may differ.
 
         Args:
-            now: as its file is by now, read with `overrides`.
+            now: the recipe of the file as it is now, read with `overrides`.
 
         Raises:
             InputError: naming the keys that have another value.
@@ -72,11 +72,11 @@ class Searched:
 
 
 SEARCHED: ContextVar[Searched | None] = ContextVar("searched", default=None)
-"""Of the search that the running merge confirms; None: there is none."""
+"""The search whose best values the running merge confirms; None outside of a search."""
 
 
 def run_name() -> str:
-    """Flow and recipe, until it is known what moved; a run that a person has answered keeps the name that it has."""
+    """Return the name of a run until it is known what changed: flow and recipe; a run with an answer keeps its name."""
     if (context := FlowRunContext.get()) and context.flow_run and approval.answered(context.flow_run):
         return context.flow_run.name
     return f"{flow_run.flow_name} {Path(str(flow_run.parameters['recipe'])).stem}"
@@ -86,7 +86,7 @@ def run_name() -> str:
 @says_why
 @noted
 def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport | State[MergeReport]:
-    """Resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
+    """Run the DAG of a recipe: resolve, download, measure, allocate, merge, evaluate, gate, register, promote.
 
     The run ends as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers nothing; as `Cached` if
     nothing was left to do, and the verdict is the last one's; as `Unpublished` if the Hub has not taken the champion.
@@ -122,9 +122,9 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
 
 
 def begin(recipe: str) -> Path:
-    """What a run of a recipe does first; gives the recipe's file, which `find` and `check_deployment` check.
+    """Prepare a run of a recipe; return the recipe's file, which `find` and `check_deployment` have checked.
 
-    What killed runs left half-written in the store's own folder, or among the temporary files, is removed.
+    Files that killed runs left half-written in the store's own folder, or among the temporary files, are removed.
     """
     choose.check()
     deployed = deployment.id is not None
@@ -149,7 +149,7 @@ def load(path: Path, overrides: list[str]) -> Recipe:
 
 
 def _answered(run: FlowRun, version: str, path: Path, overrides: list[str]) -> State[MergeReport]:
-    """Do what a person answered; another run does what is left for a version that is the champion only now."""
+    """Do what a person answered; if that makes a champion, another run does what is left, such as publishing."""
     state = approval.ask(run, version)
     if state.name == approval.APPROVED:
         try:
@@ -164,7 +164,10 @@ def _answered(run: FlowRun, version: str, path: Path, overrides: list[str]) -> S
 def _merge(
     plan: Recipe, path: Path, overrides: list[str], keys: Mapping[str, str] | None
 ) -> tuple[MergeReport, bool, tuple[str, str]]:
-    """The DAG; gives its report, whether anything is new, if only the verdict, and how it ended; `keys`: see `pin`."""
+    """Run the DAG of a recipe, with models pinned as `pin` does by `keys`.
+
+    Return its report, whether anything is new, even if only the verdict, and name and message of the run's state.
+    """
     run_tags.note_text(plan)
     # The recipe is quoted: else Prefect takes each name in it for the result of a task that returned the same name, and
     # draws edges between tasks that have nothing to do with each other.
@@ -201,7 +204,7 @@ def _merge(
 def _write_report(
     plan: Recipe, walk: Walk, report: MergeReport, champion: PrefectFuture[Any] | None, scores: Scores, ended: Ended
 ) -> None:
-    """Write the report of the run, whose error the UI shows: the version is registered all the same."""
+    """Write the report of the run; if that fails, the UI shows it and the run goes on, as the version is registered."""
     merged = walk.futures["merge experts"]
     facts = [known(merged), known(champion), known_scores(scores), known(ended.verdict)]
     work = tally(**{step.name: walk.of(step) for step in (DOWNLOAD, MEASURE, ALLOCATE, MERGE, EVALUATE)})

@@ -1,4 +1,4 @@
-"""What polls found, as the store keeps it: the last one, and since when each champion is behind."""
+"""The results of polls, kept in the store: the last poll, and since when each champion is behind."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -15,7 +15,7 @@ _KEPT = 50  # commits remembered per model: the oldest says since when it is beh
 
 
 class Poll(BaseModel):
-    """The last poll.
+    """The result of the last poll.
 
     Attributes:
         time: when it ended, UTC.
@@ -29,7 +29,7 @@ class Poll(BaseModel):
 
 
 class _Seen(BaseModel):
-    """What is remembered of each recipe.
+    """What the polls remember about each recipe.
 
     Attributes:
         commits: recipe -> reference of a model -> the commits that its champion misses and when each was seen, oldest

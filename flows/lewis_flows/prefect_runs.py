@@ -19,7 +19,7 @@ from lewis_flows import recipes_folder
 from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
 
-# Names of our flows, as their decorators give them to Prefect.
+# Names of LEWIS's flows, as their decorators give them to Prefect.
 MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION = "merge", "search", "evaluate", "serve", "verify", "retention"
 ALL = (MERGE, SEARCH, EVALUATE, SERVE, VERIFY, RETENTION)
 OF_RECIPES = (MERGE, SEARCH, EVALUATE, SERVE)  # those whose runs are of one recipe
@@ -37,7 +37,7 @@ def of_flows(
     sort: FlowRunSort | None = None,
     **limits: Any,
 ) -> list[FlowRun]:
-    """The runs of some flows in some states; the server gives 200 at most.
+    """Return the runs of some flows in some states, at most 200, the server's limit.
 
     Args:
         flows, states: names of the flows, types of the states; no states: all.
@@ -53,7 +53,7 @@ def of_flows(
 def all_of_flows(
     client: SyncPrefectClient, flows: Sequence[str], states: Sequence[str], sort: FlowRunSort = NEWEST, **limits: Any
 ) -> Iterator[FlowRun]:
-    """As `of_flows`, but all of them, page after page; by default the last to end first."""
+    """Yield all runs of some flows in some states, as `of_flows`, page after page; by default the last to end first."""
     return run_tags.pages(client.read_flow_runs, **_filters(flows, states, **limits), sort=sort)
 
 
@@ -68,7 +68,7 @@ def _filters(
 
 
 def flow_names(client: SyncPrefectClient) -> dict[UUID, str]:
-    """Id of each of our flows -> its name."""
+    """Return id -> name of each flow of LEWIS that the server knows."""
     ours = FlowFilter(name=FlowFilterName(any_=list(ALL)))
     return {each.id: each.name for each in client.read_flows(flow_filter=ours)}
 
@@ -82,7 +82,7 @@ def recipe_of(run: FlowRun) -> str:
 
 
 def waits(run: FlowRun, now: datetime) -> bool:
-    """Whether a scheduled run waits to begin by the server's clock: not one that a schedule plans for later."""
+    """Whether a scheduled run is due at `now`, the server's time; one that a schedule plans for later is not."""
     later = run.auto_scheduled and run.state_name == "Scheduled"
     return not later or (run.expected_start_time or now) <= now
 
@@ -104,16 +104,16 @@ def start(
 
 
 def is_paused(client: SyncPrefectClient, recipe: str) -> bool:
-    """Whether the deployment of a recipe is paused: then no release starts a merge of it.
+    """Whether the deployment of a recipe is paused: then no release may start a merge of it.
 
-    The server would start one: to it, a pause only ends the schedules.
+    The server itself would start one: for it, a pause stops only the schedules.
     """
     found = deployment(client, f"{MERGE}/{recipe}")
     return found is not None and found.paused
 
 
 def skip(client: SyncPrefectClient, run: FlowRun, other: FlowRun, why: str) -> None:
-    """End a run that has not begun, since another one merges what it would."""
+    """End a run that has not begun as `Skipped`, since the run `other` merges the same."""
     client.update_flow_run_labels(run.id, {_REPLACED_BY: str(other.id)})
     client.set_flow_run_state(run.id, Completed(name=SKIPPED, message=why), force=True)
     run_tags.tag(run.id, verdict="skipped")

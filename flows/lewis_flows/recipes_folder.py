@@ -22,7 +22,7 @@ from lewis.recipe.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent / "shipped"
-"""Has `prefect.yaml` and `recipes/`: a link to `deployments/` in a checkout, a folder in an installed wheel."""
+"""Folder with `prefect.yaml` and `recipes/`: a link to `deployments/` in a checkout, a folder in an installed wheel."""
 
 EXAMPLE = "example.yaml.txt"  # ends so that it is not taken for a recipe
 _KEYS = ("name", "team", "group")  # of `register`
@@ -31,14 +31,14 @@ _NAME = re.compile(r"[^\W_][\w .+@-]*")
 
 
 def location() -> Path:
-    """The absolute path of the folder, which need not exist: see the top of this module."""
+    """Return the absolute path of the folder of recipes, which need not exist: see the top of this module."""
     if given := settings.RECIPES.get():
         return given
     return SHIPPED.resolve() / "recipes" if SHIPPED.is_symlink() else store.home() / "recipes"
 
 
 def folder() -> Path:
-    """The folder.
+    """Return the folder of recipes, once it is known to exist.
 
     Raises:
         InputError: if it does not exist.
@@ -55,7 +55,7 @@ def folder() -> Path:
 
 
 def make() -> None:
-    """Make the folder in the store, if that is where the recipes are and it is missing.
+    """Create the folder of recipes in the store, if the recipes belong there and it is missing.
 
     It gets an example of a recipe, which is not taken for one, and the evaluation tasks that come with the project. A
     folder that `LEWIS_RECIPES` names is not made, so that a wrong path is an error.
@@ -83,7 +83,7 @@ def names() -> list[str]:
 
 
 def is_there(recipe: str) -> bool:
-    """Whether a recipe, by its name or a path, was not removed from the folder; True if that cannot be read."""
+    """Whether a recipe is still in the folder; also True for a path, or if the folder cannot be read."""
     try:
         return "/" in recipe or recipe in names()
     except LewisError:
@@ -96,7 +96,7 @@ def version(content: bytes) -> str:
 
 
 def signature() -> list[tuple[str, int, int, int]]:
-    """Changes when a recipe is added, changed, renamed or removed: of each file its name, inode, size and time (ns).
+    """Return name, inode, size and time (ns) of each file: a change shows that a recipe was added, edited or removed.
 
     Raises:
         InputError: if the folder cannot be read.
@@ -168,7 +168,7 @@ def load(recipe: str) -> Recipe:
 
 
 def registered_name(recipe: str) -> str:
-    """The model that a recipe registers, also where the rest of the file is wrong; empty if it does not say that."""
+    """Return the name of the model that a recipe registers, even if the file is wrong elsewhere; empty if none."""
     try:
         return _registers(find(recipe))[0]
     except LewisError:
@@ -178,9 +178,8 @@ def registered_name(recipe: str) -> str:
 def check_alone(path: Path, recipe: Recipe) -> None:
     """Check that no other recipe of the folder registers the same model, unless both name one `register.group`.
 
-    Nor may another one have the same keys in Prefect: neither of the two passes, so that a new file cannot take the
-    place of one that was there. A file of the same name elsewhere is the same recipe: its versions and runs have that
-    name.
+    Nor may another recipe have the same keys in Prefect: both are refused, so that a new file cannot take the place of
+    one that was there. A file of the same name elsewhere is the same recipe: its versions and runs have that name.
 
     Args:
         path: the recipe's file, in the folder or elsewhere.
@@ -211,7 +210,7 @@ def check_alone(path: Path, recipe: Recipe) -> None:
 
 @lru_cache(maxsize=1)
 def _all_registers(_folder: Path, _signature: tuple[tuple[str, int, int, int], ...]) -> dict[Path, tuple[str, str]]:
-    """File of a recipe -> what it registers; read again when a file has changed."""
+    """Return, for each recipe file, the result of `_registers`; the files are read again when one has changed."""
     return {path: _registers(path) for path in sorted(_files())}
 
 
@@ -262,7 +261,7 @@ def load_for_deployment(path: Path, overrides: Sequence[str]) -> Recipe:
 
 
 def load_all() -> dict[str, Recipe]:
-    """All recipes by name. Whatever is wrong with one is logged, and that one left out: it does not stop the others."""
+    """Load all recipes, by name. One that is wrong is logged and left out: it does not stop the others."""
     found = {}
     for path in _yaml_files():
         if not _NAME.fullmatch(path.stem):

@@ -1,4 +1,4 @@
-"""The end of a merge and its report: judge, register, promote and publish, by hand-made tasks, which no graph has."""
+"""The end of a merge and its report: judge, register, promote and publish, by tasks that are no nodes of the graph."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class MergeReport(BaseModel):
-    """What a run of the DAG gives back.
+    """The result of a run of the flow `merge`.
 
     Attributes:
         recipe: its name.
@@ -66,19 +66,19 @@ class MergeReport(BaseModel):
     page: Path | None = None
 
     def save(self, run: str) -> None:
-        """Keep it for `saved` under the id of its run; a full disk is no failure of the run."""
+        """Store the report under the id of its run, for `saved`; a full disk does not fail the run."""
         with suppress(OSError):
             store.write_entry(kinds.RUN_REPORTS.path(run), json.loads(self.model_dump_json()))
 
     @classmethod
     def saved(cls, run: str) -> "MergeReport | None":
-        """What `save` kept; None if there is nothing in this store."""
+        """Load the report that `save` stored for a run; None if this store has none."""
         found = store.read_entry(kinds.RUN_REPORTS.path(run))
         return cls.model_validate(found) if found else None
 
     @classmethod
     def of(cls, recipe: str, merged: MergedModel, allocated: AllocationEntry | None) -> "MergeReport":
-        """The report of a merge before it is scored."""
+        """Make the report of a merge that is not scored yet."""
         adapter = merged.adapter.to_text() if merged.adapter else None
         means = allocated.means if allocated else {}
         return cls(
@@ -93,10 +93,10 @@ class MergeReport(BaseModel):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended.
+    """The outcome of the tasks at the end of a merge.
 
     Attributes:
-        scores: what tables show, if it was scored on all documents after its promotion; else empty.
+        scores: those for the tables, if a version was scored on all documents after its promotion; else empty.
         verdict, version, promoted, published: futures; None if the recipe does not register, or publish.
         there: where the champion was published, if that went well.
         changed: whether the champion is another one now, or the verdict or its reasons are.
@@ -120,7 +120,10 @@ def register_merge(
     champion: PrefectFuture[Any] | None,
     judged: Judged,
 ) -> Ended:
-    """Judge, register, promote, score what was scored early on all documents, and publish; write it into the report."""
+    """Judge, register, promote and publish a merge, and write that into its report.
+
+    If the recipe says so, a promoted version with scores on a part of the documents gets them on all before publishing.
+    """
     scores, documents, merged = judged.scores, judged.documents, walk.futures["merge experts"]
     after = [each for of_model in scores.values() for each in of_model] or [merged]
     known_of_models = known_scores(scores)
@@ -158,9 +161,9 @@ def report_tables(plan: Recipe, report: MergeReport, scores: Scores) -> None:
 def _score_on_all(
     plan: Recipe, walk: Walk, report: MergeReport, judged: Judged, promoted: PrefectFuture[Any]
 ) -> tuple[Scores, str]:
-    """Score a version that passed early on all documents, and register these scores.
+    """Score on all documents a version that was promoted early, and register these scores.
 
-    Gives them, if that is wanted and went well; and the error if it did not, which leaves all as it is.
+    Return the scores, empty if they are not wanted or failed, and the error, else empty; it fails nothing else.
     """
     if judged.on_all is None:
         return {}, ""

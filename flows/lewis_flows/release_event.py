@@ -30,7 +30,7 @@ UNWATCHED = "lewis.watch.problems"  # some recipes cannot be watched
 
 
 def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str:
-    """Send the event to Prefect's server; returns when the server has taken it.
+    """Send the event of a release to Prefect's server; return when the server has accepted it.
 
     The resource is `lewis.expert.<repo>`, with the recipe's name as the label `lewis.recipe`. If two recipes share an
     expert, there are two events about one resource, and a trigger can collect those of each recipe separately.
@@ -57,9 +57,9 @@ def announce(recipe: str, ref: str, repo: str, old: str | None, new: str) -> str
 
 
 def settle(recipe: str) -> None:
-    """Wait while releases of a recipe come in a burst, so that one run merges the newest. Of one release, do not wait.
+    """Wait, at most `LONGEST`, while releases of a recipe come in a burst, so that one run merges the newest.
 
-    At most `LONGEST`. While Prefect's events cannot be read, it does not wait.
+    After a single release, or while Prefect's events cannot be read, do not wait.
     """
     deadline = time.monotonic() + LONGEST.total_seconds()
     while time.monotonic() < deadline:
@@ -80,7 +80,7 @@ def _recent(recipe: str) -> list[timedelta]:
 
 
 def announced(client: SyncPrefectClient, since: datetime, recipe: str = "", repo: str = "") -> list[Event]:
-    """The events of releases since a time, newest first.
+    """Return the events of releases that were announced since a time, newest first.
 
     Args:
         recipe, repo: as of `announce`; by default, events of all recipes and repos.
@@ -100,7 +100,7 @@ def announced(client: SyncPrefectClient, since: datetime, recipe: str = "", repo
 
 
 def announce_stuck(recipe: str, ref: str, repo: str, new: str, why: str) -> None:
-    """Send the event of a release that could not be merged; its id is the same whenever it is sent of one release.
+    """Send the event of a release that could not be merged; its id is the same whenever it is sent for a release.
 
     Args:
         recipe, ref, repo, new: as of `announce`.

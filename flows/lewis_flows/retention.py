@@ -1,6 +1,6 @@
 """Retention: remove what is old and no longer needed in Prefect, MLflow and the store's remote half.
 
-Never a registered version, its MLflow run, what it was made from, or the Prefect run that made it.
+It never removes a registered version, its MLflow run, what it was made from, or the Prefect run that made it.
 """
 
 import time
@@ -33,11 +33,11 @@ _SHOWN = 500  # rows of the table
 @flow(name=prefect_runs.RETENTION, flow_run_name="retention", **run_tags.HOOKS)
 @says_why
 def retention_flow(days: float = DAYS, dry_run: bool = True) -> int | State[int]:
-    """Remove what ended or was written more than `days` ago and nothing needs; gives how many that are.
+    """Remove runs and entries that ended or were written more than `days` ago and that nothing needs; return how many.
 
     Args:
-        days: what is younger stays.
-        dry_run: only show it, in the artifact `lewis-retention`.
+        days: the age in days up to which everything is kept.
+        dry_run: remove nothing, only list it in the artifact `lewis-retention`.
     """
     run_tags.tag(trigger=run_tags.trigger(run_tags.this_run()))
     found = survey(days)
@@ -62,9 +62,9 @@ def to_text(found: list[Outdated], *, removed: bool) -> str:
 
 
 def survey(days: float) -> list[Outdated]:
-    """What can be removed; changes nothing.
+    """Find what can be removed, and change nothing.
 
-    What is old is so by the clock of this machine and by that of Prefect's server.
+    What is old must be so by the clock of this machine and by that of Prefect's server.
 
     Raises:
         InputError: if `days` is not at least 1, or more than there is of time.
@@ -99,7 +99,7 @@ def remove(found: list[Outdated]) -> None:
 
 
 def _flow_runs(client: SyncPrefectClient, before: float, kept: set[str]) -> Iterator[Outdated]:
-    """The old runs of our flows; of each flow and recipe without the newest, whose artifacts are the last ones."""
+    """Yield old runs that nothing needs, except each flow's and recipe's newest, whose artifacts are the last."""
     seen = set[tuple[str, str]]()
     old = {"before_": datetime.fromtimestamp(before, UTC)}
     for run in prefect_runs.all_of_flows(client, prefect_runs.ALL, prefect_runs.ENDED, end_time=old):

@@ -12,7 +12,7 @@ ID = 36  # characters of the id of a run, which ends the name of its page
 
 
 def find(what: str) -> Path:
-    """The page of a run, in the store.
+    """Find the page of a run in the store; return its path.
 
     Args:
         what: name or file of a recipe, id or name of a run, or a version as `lewis pull` takes it.
@@ -43,7 +43,7 @@ def _id(path: Path) -> str:
 
 
 def _runs_named(name: str) -> set[str]:
-    """The ids of the runs of that name, if a Prefect server runs."""
+    """Return the ids of the runs of a name; none if no Prefect server runs."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
 
@@ -57,7 +57,7 @@ def _runs_named(name: str) -> set[str]:
 
 
 def _of_version(what: str) -> Path | None:
-    """The page of the run that made a version, from MLflow; None if `what` names none, LewisError if it has no page."""
+    """Load the page of the run that made a version from MLflow; None if `what` is no version, LewisError if no page."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -19,12 +19,12 @@ from lewis_tasks.register import find_mark, look
 
 @dataclass(frozen=True)
 class Judged:
-    """What the gate judges.
+    """The scores that the gate judges.
 
     Attributes:
         scores: label -> scores, those of `mark` for the gate alone.
         documents: of each task that were scored; None: all.
-        on_all: scores what tables show on all documents; None if that is done, or not wanted.
+        on_all: scores the models that tables show on all documents; None if that is done, or not wanted.
     """
 
     scores: Scores
@@ -85,6 +85,6 @@ def score(
 
 
 def _first_look(plan: Recipe, walk: Walk, current: Any) -> int | None:
-    """After how many documents the gate looks first; None: the champion is merged again, and shown with all scores."""
+    """Return how many documents the first look takes; None: the merge is the champion's, shown on all documents."""
     digest = walk.futures["merge experts"].result().digest
     return look_to_show(plan, digest, digest) if current and current.digest == digest else looks.FIRST

@@ -44,13 +44,13 @@ FEWEST = 8  # documents in the first quarter; with fewer, no trial is given up e
 
 
 class SearchReport(BaseModel):
-    """What a search gives back.
+    """The result of a run of the flow `search`.
 
     Attributes:
         trials: all that was tried.
         best: YAML path -> value, of the winner.
         overrides: the same as text for `--set`.
-        confirmed: rows of the winner against the recipe as it is, on the other half of the documents.
+        confirmed: rows of the winner against the unchanged recipe, on the other half of the documents.
         merge: report of the run that merged the winner, compared it with the champion and registered it.
         mlflow_run: id of the search's run.
     """
@@ -71,7 +71,7 @@ class SearchReport(BaseModel):
 def search_flow(
     recipe: str, overrides: list[str] | None = None, trials: int | None = None, minutes: float | None = None
 ) -> SearchReport | State[SearchReport]:
-    """Measure once; allocate, merge and score each trial; confirm, gate and register the best.
+    """Search values: measure once; allocate, merge and score each trial; confirm, gate and register the best one.
 
     A search that was killed goes on where it was. Run again with more `trials`, it adds to those it has. The run ends
     as its best trial's merge does: as `Promoted` or `Rejected`, with the numbers; as `Completed` if it registers none.
@@ -99,7 +99,7 @@ def search_flow(
 
 
 def _prepare(plan: Recipe) -> tuple[dict[str, Any], str]:
-    """Fetch, inspect and measure the models, once for all trials; gives the results, and the tasks' digest."""
+    """Fetch, inspect and measure the models, once for all trials; return the first results and the tasks' digest."""
     tasks = submit(check_tasks, quote(space.with_values(plan, {}, SEARCH)))
     walk = Walk(plan, pin(plan, [tasks]))
     steps = (DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE, MEASURE)
@@ -135,11 +135,11 @@ class _Trials:
         self.part = replace(self.settings, look=part) if prune else None
 
     def submit(self, recipe: Recipe, number: int, part: str, settings: EvalSettings) -> PrefectFuture[ModelScores]:
-        """Score a recipe in a task."""
+        """Start the task that merges and scores a recipe as a trial."""
         return submit(score_trial, quote(recipe), number, part, quote(self.known), settings)
 
     def run(self, wanted: int, deadline: float) -> Trial:
-        """Make trials until there are enough, or no time is left; gives the best trial.
+        """Make trials until there are enough, or no time is left; return the best trial.
 
         Raises:
             LewisError: if none could be scored.
@@ -173,7 +173,7 @@ class _Trials:
             logger.info("trial %d: %s%s", trial.number, shown, ", the best so far" * leads)
 
     def _best(self, part: EvalSettings) -> Scored | None:
-        """The best trial so far on a part of the documents, which it was scored on in its turn."""
+        """Return the best trial's scores on a part of the documents, on which it was scored in its own round."""
         if not (best := self.log.front[:1]):
             return None
         live = [(best[0], space.with_values(self.plan, best[0].values, SEARCH))]
@@ -212,7 +212,7 @@ class _Trials:
         logger.warning("trial %d failed: %s", trial.number, error)
 
     def record(self, *, ended: bool) -> str:
-        """Record the trials, and whether the search has ended; gives the id of its MLflow run."""
+        """Record the trials, and whether the search has ended; return the id of its MLflow run."""
         log = self.log
         about = log.digest, quote(self.objectives), quote(log.trials), quote(log.front), ended
         return str(result_of(submit(record_search, quote(self.plan), *about)))
@@ -221,9 +221,9 @@ class _Trials:
 def _confirm(
     recipe: str, plan: Recipe, overrides: list[str], tried: _Trials, best: Trial
 ) -> tuple[SearchReport, tuple[str, str]]:
-    """Merge, gate and register the best on the half of the documents that no trial saw, next to the recipe as it is.
+    """Merge, gate and register the best on the half of the documents that no trial saw, next to the unchanged recipe.
 
-    Gives the report and the search's verdict: name and line of its state. The models are those that the trials had,
+    Return the report and the search's verdict: name and line of its state. The models are those that the trials had,
     whatever was released since; InputError if the recipe was edited since the search began.
     """
     settings = _settings(plan, CONFIRM)
@@ -257,7 +257,7 @@ def _confirm(
 
 
 def _quarter(found: Scored, metric: str) -> int:
-    """A quarter of the documents of the metric's largest task; 0 if it has no value per document to be compared by."""
+    """Return a quarter of the number of documents of a metric's largest task; 0 without a value per document."""
     samples = by_key(found.samples).get(metric)
     return max(len(part.documents) for part in samples.parts) // 4 if samples else 0
 

@@ -30,7 +30,7 @@ _OF_SERVING = {"lewis-serve-secret": settings.SERVE_SECRET.name, "lewis-serve-ke
 
 
 def load_for_run(recipe: str | None) -> None:
-    """Set what a run needs and the environment of its process does not have.
+    """Set environment variables to the secrets that a run needs, where the environment lacks them.
 
     Args:
         recipe: its name. A token that was made for this recipe is used in place of `HF_TOKEN`. None for a run that
@@ -43,17 +43,17 @@ def load_for_run(recipe: str | None) -> None:
 
 
 def load_for_serving() -> None:
-    """Set the secrets that sign webhooks and open servers, as far as there are blocks for them."""
+    """Set the variables of the secrets that sign webhooks and open servers, as far as there are blocks for them."""
     _load(_OF_SERVING)
 
 
 def load_for_receiver() -> None:
-    """Set the secret of the webhook, if there is a block of it."""
+    """Set the variable of the webhook's secret, if there is a block for it."""
     _load({WEBHOOK_SECRET: settings.WEBHOOK_SECRET.name})
 
 
 def _load(variables: Mapping[str, str], *further: str) -> dict[str, str]:
-    """Set variables that the environment lacks; gives the secrets of these blocks, and `further`, that exist."""
+    """Set variables that the environment lacks; return the existing secrets of these blocks and of `further` ones."""
     named, kind = {"name": {"any_": [*variables, *further]}}, {"slug": {"any_": ["secret"]}}
     wanted = {"block_documents": named, "block_types": kind, "include_secrets": True}
     with get_client(sync_client=True) as client:

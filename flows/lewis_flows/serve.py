@@ -20,13 +20,13 @@ from lewis_tasks.support.failures import result_of, says_why
 
 
 class ServeReport(BaseModel):
-    """What a run gives back.
+    """The result of a run of the flow `serve`.
 
     Attributes:
         recipe: its name.
         version: the champion, `models:/<name>/<number>`; None if there is none.
         served: what each target has now, as `lewis.serving.records.Served`.
-        changed: the targets that did not have it before.
+        changed: the targets that did not have the champion before.
     """
 
     recipe: str
@@ -39,7 +39,7 @@ class ServeReport(BaseModel):
 @says_why
 @noted
 def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeReport]:
-    """Bring each target of the recipe to the champion, in their order; the first that fails ends it.
+    """Put the champion into service at each target of a recipe, in their order; the first that fails ends the run.
 
     The targets are the Hub's branch `champion`, if the recipe publishes, and those of the block `serve`.
 
@@ -47,7 +47,7 @@ def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeRep
 
     Args:
         recipe: the name of a recipe in the recipes folder. From the command line, a YAML file's path too.
-        again: also if a target has the champion already.
+        again: put it into service even if a target has it already.
     """
     path = begin(recipe)
     secret_blocks.load_for_serving()

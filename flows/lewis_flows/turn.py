@@ -1,4 +1,4 @@
-"""Turns: of each recipe one run at a time, and no dead run that Prefect shows as running.
+"""Turns: one run of a recipe at a time. Dead runs that Prefect shows as running are marked as crashed.
 
 The runs of a deployment take turns by its concurrency limit; one that waits there occupies no worker. A kernel lock on
 a file of the store comes on top, for `lewis run`, which may run next to the service. The kernel frees a lock as soon as
@@ -41,9 +41,9 @@ EVERY = 10.0
 
 
 def noted(function: Callable[P, R]) -> Callable[P, R]:
-    """Have a flow's function leave the note of its run before all else, also before it asks the server for anything.
+    """Make a flow function leave the note of its run before all else, even before its first request to the server.
 
-    A run that is killed before it takes its turn is Running by then, and nothing else says that its process is dead.
+    A run that is killed before it takes its turn is Running by then, and only the note shows that its process is dead.
     """
 
     @functools.wraps(function)
@@ -56,11 +56,11 @@ def noted(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def _note(run: str) -> Iterator[Path]:
-    """A note of a run, which is locked while the block lasts; in one of the same run, the same note.
+    """Leave a note of a run, locked while the block lasts; a block inside one of the same run gets the same note.
 
-    It is left if the block raises: perhaps the server is not there to learn that the run ended, as when all of
-    `lewis up` is killed and its worker's run gets SIGTERM. The note is removed when the run's end is reported to the
-    server: by `HOOKS` at the end of this run, or else by `crash_dead_runs` of a later process.
+    The note stays if the block raises: perhaps the server is not there to learn that the run ended, as when all of
+    `lewis up` is killed and its worker's run gets SIGTERM. It is removed when the run's end is reported to the server:
+    by `HOOKS` at the end of this run, or else by `crash_dead_runs` of a later process.
     """
     note = runs.note_of(run)
     if run in _NOTED:
@@ -79,7 +79,7 @@ def _note(run: str) -> Iterator[Path]:
 
 @contextmanager
 def turn(recipe: Path, run: str) -> Iterator[None]:
-    """Hold a recipe's turn, with the note of the run; another run waits for it.
+    """Hold the turn of a recipe while the block lasts; wait for it while another run has it.
 
     Args:
         recipe: the recipe's file.
@@ -96,11 +96,10 @@ def turn(recipe: Path, run: str) -> Iterator[None]:
 
 
 def absorb(run: FlowRun) -> None:
-    """End the waiting runs of the same deployment: this one begins now, so it finds what they would.
+    """End waiting runs of this run's deployment as `Skipped`: this run begins now, so it merges what they would merge.
 
-    What they would merge is what this run merges, so they end as `Skipped`. Runs with other parameters stay, those that
-    a schedule plans for later, and those that a person has answered, which move the champion. Nothing is done for a run
-    without a deployment.
+    Some stay: runs with other parameters, runs that a schedule plans for later, and runs that a person has answered,
+    which move the champion. Nothing is done for a run without a deployment.
     """
     if run.deployment_id is None:
         return
@@ -116,10 +115,10 @@ def absorb(run: FlowRun) -> None:
 
 
 def absorb_waiting() -> None:
-    """Of the runs that wait behind a run of their deployment, keep of those that are alike the one that is tried next.
+    """End runs that wait for a slot of their deployment, all but the next one of those with the same parameters.
 
-    When it begins it would end the others, by the same rule as `absorb`; so they add nothing. While one waits for its
-    slot another run holds that, so that none of them begins meanwhile.
+    That one, when it begins, would end the others by the same rule as `absorb`, so they add nothing. While one waits
+    for its slot, another run holds it, so that none of them begins meanwhile.
     """
     slot = {"name": {"any_": ["AwaitingConcurrencySlot"]}}
     try:
@@ -146,7 +145,7 @@ def _given(run: FlowRun) -> dict[str, Any]:
 
 
 def end_turn(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A hook of flows, which Prefect calls once its server has taken the state that a run ended in."""
+    """A hook of flows: remove the note of a run, once Prefect's server has accepted the run's final state."""
     runs.forget(str(flow_run.id))
 
 
@@ -155,7 +154,7 @@ HOOKS: dict[str, Any] = {ending: [*hooks, end_turn] for ending, hooks in run_tag
 
 
 def _lock(recipe: Path) -> FileLock | SharedLock:
-    """The lock of a recipe. Those of the recipes folder have one across all machines with the same `LEWIS_STORE`."""
+    """Return the lock of a recipe; for the recipes folder, one for all machines with the same `LEWIS_STORE`."""
     if recipes_folder.holds(recipe):
         return store.SharedLock(f"turn-{recipe.name}", local=f"turn-{recipe}")
     return store.lock(f"turn-{recipe}")
@@ -186,7 +185,7 @@ def waits(run: str) -> bool:
 def crash_dead_runs() -> None:
     """Mark as Crashed the runs that Prefect believes running though their process has died.
 
-    Locks are only of runs on this store's file system; the server learns of others by their missing heartbeats.
+    Only runs on this store's file system have locks; the server learns of others by their missing heartbeats.
     """
     flows = prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE
     with get_client(sync_client=True) as client:

@@ -1,4 +1,4 @@
-"""The nightly check: is every entry of the store, and every registered version, still what was written?"""
+"""The flow `verify`, a nightly check that all entries of the store and all versions still are what was written."""
 
 from prefect import State, flow
 
@@ -12,7 +12,7 @@ from lewis_tasks.verify import verify
 @flow(name=prefect_runs.VERIFY, flow_run_name="verify the store", **run_tags.HOOKS)
 @says_why
 def verify_flow() -> int | State[int]:
-    """Read everything again, without remembered checksums; returns how many entries and versions are whole.
+    """Check all entries of the store and all registered versions, without remembered checksums; return their number.
 
     Raises:
         LewisError: if something is damaged: the run fails, and notifications of failures report it.

@@ -27,19 +27,19 @@ Scores = dict[str, list[PrefectFuture[Any]]]  # label of a model -> futures of i
 
 # A flow that waits for what a task needs, and passes it quoted, draws no edge in Prefect's UI. So the graph of a
 # run has only the edges of `Graph.edges`, and reads from left to right. And no task is submitted before all that it
-# waits for has ended well: Prefect would leave it `NotReady` for ever, and draw it as a bar that grows.
+# waits for has ended well: else it would stay `NotReady` in Prefect, drawn as a bar that grows.
 
 
 class Walk:
-    """A graph on its way through Prefect.
+    """The execution of a recipe's graph by Prefect tasks.
 
     Attributes:
         graph: of a recipe.
-        futures: of the tasks by hand that the graph begins with, and of the nodes that were submitted.
+        futures: of the tasks outside of the graph that it begins with, and of the nodes that were submitted.
     """
 
     def __init__(self, plan: Recipe, begun: Futures) -> None:
-        """Begin the walk of a recipe; `begun` is what `pin` gives for it."""
+        """Begin the walk of a recipe; `begun` is the result of `pin` for it."""
         self.graph, self.futures, self._prefix = graph(plan), dict(begun), artifact_prefix(plan)
         self._before = list[tuple[Node, PrefectFuture[Any]]]()
         self._registered, self._evaluations = plan.register_as, evaluations(plan)
@@ -48,12 +48,12 @@ class Walk:
         """Submit the tasks of nodes in order, each once the results that it needs are there.
 
         Args:
-            results: what is taken for the result of a name, instead of what its task returned.
-            note: ends the names of the tasks.
+            results: name -> result to use instead of the one that the name's task returned.
+            note: suffix of the names of the tasks.
 
         Raises:
-            LewisError: what the first failed task raised that a node needs; or `diagnose`, which says what is wrong
-                with a model that others stumble over.
+            LewisError: the error of `diagnose` if that failed, since it says what is wrong with a model; else of the
+                first failed task that a node needs.
         """
         found = dict(results or {})
         try:
@@ -82,7 +82,7 @@ class Walk:
         """Wait for the results that a node needs and add them to `found`; returns whether the node is to be done.
 
         Raises:
-            LewisError: what the first failed task raised that the node needs.
+            LewisError: the error of the first failed task that the node needs.
         """
         needed = {name: self.futures[name] for name in node.needs if name in self.futures}
         finish(*needed.values())
@@ -90,7 +90,7 @@ class Walk:
         return node.when is None or node.when(found)
 
     def of(self, *steps: Step[Any, Any]) -> list[PrefectFuture[Any]]:
-        """The futures of the nodes of some steps, in the order of the graph; of those that were done again, too."""
+        """Return the futures of the nodes of some steps, in graph order, after earlier ones of nodes done again."""
         now = [self.futures[each.name] for each in self.graph if each.step in steps and each.name in self.futures]
         return [future for node, future in self._before if node.step in steps] + now
 
@@ -103,7 +103,7 @@ class Walk:
         }
 
     def inputs(self, plan: Recipe) -> list[quote]:
-        """Base, experts, calibration sets and densities, for tasks that write them down."""
+        """Return base, experts, calibration sets and densities, quoted, for tasks that record them."""
         base = self.futures[f"{DOWNLOAD.name} {plan.base_model}"] if plan.base_model else None
         experts = [self.futures[f"{DOWNLOAD.name} {entry.model}"] for entry in plan.experts]
         return [known(each) for each in (base, experts, self.of(CALIBRATE, CONTINUE), self.futures.get(ALLOCATE.name))]
@@ -113,8 +113,8 @@ def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None], keys: Mapping
     """Resolve base and experts, and check from their headers that they fit together.
 
     Args:
-        checks: nothing is looked at before they have ended: if a task does not exist, the run fails early.
-        keys: reference of each model -> the commits that it is pinned to; None: what it is now.
+        checks: must have ended well before headers are read: if an evaluation task does not exist, the run fails early.
+        keys: reference of each model -> the commits that it is pinned to; None: to its current ones.
 
     Raises:
         LewisError: if a check fails, or a model does not exist or does not fit.
@@ -143,9 +143,9 @@ def pin(plan: Recipe, checks: Iterable[PrefectFuture[Any] | None], keys: Mapping
 def submit(
     task: Task[..., R], *arguments: Any, wait_for: Iterable[PrefectFuture[Any]] | None = None
 ) -> PrefectFuture[R]:
-    """Start a task as soon as its arguments are there. Whatever can fail of these is to be finished before.
+    """Start a task as soon as its arguments are there. Tasks among them that can fail must have been finished before.
 
-    It is `Task.submit`, whose own types allow only an argument's value.
+    It is `Task.submit`, whose own types do not allow the future of an argument.
 
     Args:
         arguments: for each argument its value, a future of it, or the value quoted; Prefect searches a value for
@@ -158,9 +158,8 @@ def submit(
 def known(futures: Any) -> quote:
     """The results of finished tasks, quoted, so that Prefect draws no edges from those tasks to their reader.
 
-    For readers that only write down what is known. Their edges would say nothing, and they are many: Prefect's server
-    sends each edge as many times as the task it comes from has inputs, and its UI draws no edge at all if it counts
-    more than 500.
+    It is for readers that only record results. Their many edges would say nothing, and Prefect's server sends each edge
+    as many times as the task it comes from has inputs, while its UI draws no edge at all if it counts more than 500.
 
     Args:
         futures: a future, None, or a list of futures.
@@ -171,17 +170,17 @@ def known(futures: Any) -> quote:
 
 
 def known_scores(scores: Scores) -> quote:
-    """Label of a model -> `ModelScores`, of finished tasks, quoted as `known` does."""
+    """Return label of a model -> `ModelScores`, from finished tasks, quoted as by `known`."""
     return quote(
         {label: ModelScores(entries=tuple(each.result() for each in of_model)) for label, of_model in scores.items()}
     )
 
 
 def finish(*futures: PrefectFuture[Any] | None) -> None:
-    """Wait for all tasks.
+    """Wait until all tasks have ended.
 
     Raises:
-        LewisError: what the first failed task in this order raised; so give a cause before what it breaks.
+        LewisError: the error of the first failed task in this order; so pass a cause before the tasks that it breaks.
     """
     given = [future for future in futures if future is not None]
     wait(given)

@@ -40,15 +40,15 @@ _ASK = 8  # recipes that the Hub is asked about at the same time
 
 
 class WatchReport(BaseModel):
-    """What one poll found.
+    """The findings of one poll.
 
     Attributes:
         checked: recipes that were compared with the registry.
         announced: `recipe: ref` of each release that this poll announced; `recipe: its file` of a text that it
             started a merge of.
-        waiting: of each release or edit that was announced before, and whose run has not failed; or that waits for
-            another commit of a model that is broken on the Hub itself, or for an edit of the recipe, or until a paused
-            deployment is resumed.
+        waiting: likewise, of each release or edit that was announced before, and whose run has not failed; or that
+            waits for a new commit of a model that is broken on the Hub itself, or for an edit of the recipe, or until a
+            paused deployment is resumed.
         problems: recipe -> why it could not be checked.
     """
 
@@ -59,7 +59,7 @@ class WatchReport(BaseModel):
 
 
 def poll_once() -> bool:
-    """Poll all recipes, unless another receiver does it right now; gives what `poll_all` gives."""
+    """Poll all recipes, unless another process is doing that now; return the result of `poll_all`, else False."""
     try:
         with store.SharedLock("poll").acquire(timeout=0):
             return poll_all()
@@ -68,7 +68,7 @@ def poll_once() -> bool:
 
 
 def poll_all() -> bool:
-    """Poll all recipes; what is wrong is logged, and notified, when it is not what was wrong at the poll before.
+    """Poll all recipes; log and notify of problems if they differ from those of the poll before.
 
     Returns:
         whether it announced something, or found other problems, champions or versions that wait than the poll before.
@@ -126,7 +126,7 @@ def poll(recipes: list[str] | None = None) -> WatchReport:
 
 
 def _repeat_releases(recipes: Sequence[Recipe], report: WatchReport) -> None:
-    """Announce the last release of each recipe again whose run came to nothing: of recipes that register nothing.
+    """Announce the last release of each recipe again that no run has merged; for recipes that register nothing.
 
     No version says what these were merged from, so their releases come by webhook alone.
     """
@@ -140,7 +140,7 @@ def _repeat_releases(recipes: Sequence[Recipe], report: WatchReport) -> None:
 
 
 def _unmerged_release(recipe: str) -> Moved | None:
-    """The last release of a recipe that was announced, if no run has merged the newest commits since."""
+    """Return the last announced release of a recipe, if no run has merged the newest commits since; else None."""
     with _prefect() as client:
         found = release_event.announced(client, events.now(client) - REMEMBER, recipe)
         if not found:
@@ -154,7 +154,7 @@ def _unmerged_release(recipe: str) -> Moved | None:
 
 
 def _merge_edits(recipes: Sequence[Recipe], report: WatchReport) -> None:
-    """Start a merge of each recipe whose text no run has merged, if nothing came of the run that its edit started."""
+    """Start a merge of each recipe whose text no run has merged, unless the run of the edit may still merge it."""
     with _prefect() as client:
         merged = earlier_runs.merged(client, [recipe.name for recipe in recipes])
         for name, text in [(each.name, each.text) for each in recipes if earlier_runs.is_unmerged(each, merged)]:
@@ -173,7 +173,7 @@ def _merge_edits(recipes: Sequence[Recipe], report: WatchReport) -> None:
 def _compare(
     recipes: list[str] | None,
 ) -> tuple[dict[str, tuple[list[Moved], dict[str, str]]], dict[str, Exception], dict[str, Recipe]]:
-    """What moved, and the newest commits, of each recipe that could be checked; errors; all that could be read."""
+    """Compare recipes with their versions: moved models and newest commits of each; its error; all loaded recipes."""
     problems, loaded = dict[str, Exception](), dict[str, Recipe]()
     plans: dict[str, tuple[Recipe, list[Held]]] = {}
     for name in map(recipes_folder.name_of, recipes or recipes_folder.names()):
@@ -207,7 +207,7 @@ def _heads(recipe: Recipe) -> dict[str, str]:
 
 
 def _is_broken(recipe: Recipe, heads: Mapping[str, str]) -> bool:
-    """Whether one of these commits is broken on the Hub itself, so that another one must come."""
+    """Whether one of the commits `heads` is broken on the Hub itself, so that no run can succeed before a new one."""
     commits = {commit for key in heads.values() for commit in commits_of(key)}
     with _prefect() as client:
         return bool(earlier_runs.still_broken(client, recipe, commits))
@@ -230,14 +230,14 @@ def _is_news(recipe: str, move: Moved) -> bool:
 
 
 def due(client: SyncPrefectClient, now: datetime) -> set[str]:
-    """The recipes of which a merge goes on, or begins soon; one that waits for a person has done its work."""
+    """Return the recipes of which a merge is running, or begins soon, not those whose run waits for a person."""
     soon = {"before_": now + ANSWER_WITHIN}  # leave out the runs that a schedule plans for later days
     states = ("SCHEDULED", *(state for state in prefect_runs.UNFINISHED if state != "PAUSED"))
     return set(map(prefect_runs.recipe_of, _merges(client, states, expected_start_time=soon)))
 
 
 def _came_to_nothing(client: SyncPrefectClient, recipe: str, announced: datetime, now: datetime) -> bool:
-    """Whether no run that ended, or waits for a person, has merged what was announced at a time."""
+    """Whether no run merged what was announced at `announced`, and `now` is late enough to announce it again."""
     if any(_looked_since(run, announced) for run in _runs(client, recipe, ("PAUSED",))):
         return False
     ended = _runs(client, recipe, prefect_runs.ENDED, end_time={"after_": announced})
@@ -257,7 +257,7 @@ def _looked_since(run: FlowRun, announced: datetime) -> bool:
 
 
 def _report_if_stuck(client: SyncPrefectClient, recipe: str, move: Moved, since: datetime) -> None:
-    """Report a release that was announced and whose runs keep failing."""
+    """Send the event of a stuck release if `STUCK_AFTER` runs have failed since it was first announced."""
     failed = _runs(client, recipe, ("FAILED", "CRASHED"), end_time={"after_": since})
     if len(failed) >= STUCK_AFTER:
         why = (failed[0].state.message if failed[0].state else None) or "it says not why"

@@ -1,4 +1,4 @@
-"""Allocation: evidence about the layers of base and expert -> a density for every tensor."""
+"""Turn evidence about how far an expert's layers moved from the base into a density for every tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lewis.recipe.schema import Density
 
 SEMANTICS = "5"  # bump when the same inputs would give other densities
 NEAR_UNIFORM = 0.02  # an allocation closer to uniform than this has no effect: a warning
-ROUNDING = 1e-9  # tolerance for a density beyond a bound, of an allocator from a package
+ROUNDING = 1e-9  # how far a density that another package's allocator gives may lie beyond a bound
 
 ScalesByTensor = Mapping[str, "torch.Tensor"]
 """Tensor name -> sqrt(mean x^2) per input channel: fp32, broadcasts to the tensor, (in_features,) for an nn.Linear."""
@@ -32,8 +32,8 @@ class Allocation:
     Attributes:
         densities: tensor name -> density, covered and uncovered.
         mean: parameter-weighted mean density of the covered tensors.
-        differences: key of a layer -> D(l,c), how far it moved, or the allocator's other evidence; for those that need
-            none 1 for each layer that a token reached, or empty, if nothing was measured.
+        differences: key of a layer -> D(l,c), how far it moved, or the allocator's other evidence; if the allocator
+            needs none, 1 for each layer that a token reached; empty if nothing was measured.
     """
 
     densities: dict[str, float]
@@ -102,7 +102,7 @@ def weighted_mean(layers: Sequence[Layer], densities: Mapping[str, float]) -> fl
 
 
 def distance_to_uniform(layers: Sequence[Layer], allocation: Allocation) -> float:
-    """Which part of the kept weights lies elsewhere than in the uniform allocation of the same mean: 0 is uniform."""
+    """The share of kept weights that lies elsewhere than in the uniform allocation of the same mean: 0 is uniform."""
     covered = covered_by(layers, allocation)
     moved = sum(abs(allocation.densities[x.tensor] - allocation.mean) * x.parameters for x in covered)
     kept = allocation.mean * sum(x.parameters for x in covered)
@@ -146,7 +146,7 @@ def _of_tensors(layers: Sequence[Layer], of_layers: Mapping[str, float]) -> dict
 
 
 def _keeping(density: float, size: int) -> float:
-    """A share of whole elements, raised by rounding errors until `int(density * size)` is their number."""
+    """Raise a density of whole elements by rounding errors, until `int(density * size)` is their number."""
     count = round(density * size)
     while abs(density * size - count) < 1e-6 and int(density * size) < count:
         density = math.nextafter(density, 1.0)

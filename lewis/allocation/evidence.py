@@ -24,7 +24,7 @@ from lewis.recipe.config import MergeConfig
 
 OUTLIER = 5.0  # OWL's M: an outlier is larger than M times the mean
 UNRELATED = 0.3  # if every layer differs by more, relative to its norm, the base is hardly this expert's ancestor
-SAMPLE = 8  # number of tensors that this is judged by
+SAMPLE = 8  # number of tensors that `unrelated` looks at
 
 Norms = Mapping[str, float | None]
 T = TypeVar("T")
@@ -32,11 +32,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class InResult:
-    """An expert and its base under the result's names.
+    """An expert and the base, with their tensors under the names that the merged result gives them.
 
     Attributes:
-        base, expert: opened; of the tensors that the expert goes into.
-        covered: of these tensors.
+        base, expert: the opened models; where slices reorder layers, only tensors of layers that the expert goes into.
+        covered: the covered ones of these tensors.
     """
 
     base: Model
@@ -44,28 +44,28 @@ class InResult:
     covered: tuple[Covered, ...]
 
     def of_base(self, measured: Mapping[str, T]) -> Mapping[str, T]:
-        """What was measured of the base, under the result's names.
+        """Return values that were measured of the base, under the result's names.
 
         Args:
-            measured: by tensors, or by keys of layers.
+            measured: name of a tensor, or key of a layer -> value.
         """
         return _under_new_names(self.base, measured)
 
     def of_expert(self, measured: Mapping[str, T]) -> Mapping[str, T]:
-        """What was measured of the expert; as `of_base`."""
+        """Return values that were measured of the expert, under the result's names; as `of_base`."""
         return _under_new_names(self.expert, measured)
 
 
 def in_result(
     config: MergeConfig, base: Model, experts: Mapping[str, Model], covered: Sequence[Covered]
 ) -> dict[str, InResult]:
-    """Each expert as the result has its layers: as it is, unless slices put layers together in another order.
+    """Return each expert and the base under the result's names, which are their own unless slices reorder layers.
 
     Args:
-        config: the merge, whose slices are asked for.
-        base: the base.
-        experts: by their references.
-        covered: of the base.
+        config: the merge, with its slices.
+        base: the opened base.
+        experts: reference -> opened expert.
+        covered: the covered tensors of the base.
     """
     if not is_stack(config, base, experts):
         return {ref: InResult(base, model, tuple(covered)) for ref, model in experts.items()}
@@ -85,7 +85,7 @@ def in_result(
 
 
 def is_stack(config: MergeConfig, base: Model, experts: Mapping[str, Model]) -> bool:
-    """Whether the result has other layers than the base."""
+    """Whether slices give the result other layers than the base, or the same in another order."""
     if not config.slices:
         return False
     models = {**experts, str(config.base_model): base}
@@ -112,10 +112,10 @@ def norm_difference(base: Norms, expert: Norms) -> dict[str, float | None]:
 
 
 def unrelated(ref: str, base: Model, expert: Model, tensors: Sequence[str]) -> str | None:
-    """A warning if the weights differ so much everywhere that the base is hardly the ancestor of this expert.
+    """Return a warning if weights differ so much everywhere that the base is hardly this expert's ancestor, else None.
 
-    Independent weights of one size differ by 141 % of it, fine-tunes from their base by a few percent. Looks at some of
-    the tensors.
+    Independent weights of equal norm differ by 141 % of it, fine-tunes from their base by a few percent. Only some of
+    the tensors are compared.
     """
     few = tensors[:: max(1, len(tensors) // SAMPLE)]
     norms = [float(base.read(name).to(torch.float32).norm()) for name in few]

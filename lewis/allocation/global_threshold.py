@@ -26,7 +26,7 @@ from lewis.lazy_torch import torch
 from lewis.models.model import Model
 from lewis.models.network.module_tree import Covered
 
-_COARSE, _FINE = 1 << 15, 1 << 16  # a non-negative fp32 has 31 bits, and their order as whole numbers is its own
+_COARSE, _FINE = 1 << 15, 1 << 16  # non-negative fp32 numbers have 31 bits, which sort like them as whole numbers
 
 
 def shares(
@@ -70,7 +70,7 @@ def shares(
     fine = np.stack([np.bincount(b[b >> 16 == bin_] & (_FINE - 1), minlength=_FINE) for b in map(_bits, scores())])
     exact = above[:, bin_ + 1, None] + _above(fine)
     place = _last_reaching(exact, kept, wanted)
-    # Those at the threshold itself are ties: each layer gets its part of what is missing.
+    # Scores equal to the threshold are ties: each layer keeps its share of the elements that are still missing.
     under, over = kept(exact[:, place + 1]), kept(exact[:, place])
     missing, room = wanted - under.sum(), over - under
     counts = under + (room * (missing / room.sum()) if room.sum() > 0 else 0)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertInput(NamedTuple):
-    """One expert.
+    """One expert of a merge, and what it was measured on.
 
     Attributes:
         ref: its reference in the recipe.
@@ -48,9 +48,9 @@ class AllocationInput:
 
     Attributes:
         density: strategy, bounds and budget.
-        metric: `importance.metric` of the recipe: the evidence of an allocator that leaves it to the recipe.
+        metric: `importance.metric` of the recipe: the evidence for an allocator that does not name its own.
         prune_by: as in the recipe.
-        aim: whether the merged delta is held back by the activations of the base (`aim`).
+        aim: whether the merged delta is reduced where the base's activations are large (`aim`).
         config: the merge: its slices, what it excludes, and its parameters, which are only read for a warning.
         base: files of the base.
         experts: in the recipe's order.
@@ -75,7 +75,7 @@ class AllocationInput:
         return self.density.allocator.guides
 
     def of(self, files: ModelFiles, calibration: str | None) -> ImportanceEntry:
-        """What was measured of a model on a calibration set."""
+        """Return the measurement of a model on a calibration set."""
         return next(each for each in self.measured if (each.ref, each.calibration) == (files.ref, calibration))
 
 
@@ -84,7 +84,7 @@ class AllocationEntry(JsonReference):
 
     Attributes:
         measured: expert -> the measurement whose activations its task vector is pruned by; empty if by magnitude.
-        base: the base's measurements, if the merged delta is held back by them (`lewis.aim`).
+        base: the base's measurements, if the merged delta is reduced by them (`lewis.aim`).
         stacked: whether slices put layers together in another order, so that densities are not of the base's layers.
     """
 
@@ -129,22 +129,22 @@ def aim(scale: torch.Tensor, omega: float) -> torch.Tensor:
 
 
 def digest(given: AllocationInput) -> str:
-    """The digest of all that decides the densities."""
+    """Digest of everything that decides the densities."""
     config = given.config
     policy = [given.prune_by, given.density.model_dump(), given.metric]
     models = [[files.ref, files.key] for files in (given.base, *(expert.files for expert in given.experts))]
     passes = sorted([entry.ref, entry.calibration, entry.digest] for entry in given.measured)
-    # What few recipes have is added only where there is something, so that the digests of all others stay as they were.
+    # What few recipes have is added only if a recipe has it, so that the digests of all others do not change.
     more: list[object] = [sorted(config.exclude)] if config.exclude else []
     more += [[[[s.model, *s.layer_range] for s in e.sources] for e in config.slices]] if config.slices else []
     origin = given.density.allocator.origin
     more += [{"allocator": origin}] if origin else []
-    more += [{"rescales": config.guided_method}] if given.guides and _rescales(config) else []  # as a warning says
+    more += [{"rescales": config.guided_method}] if given.guides and _rescales(config) else []  # `_rescaled` warns
     return store.digest([densities.SEMANTICS, policy, models, passes, *more])
 
 
 def find_allocated(given: AllocationInput) -> AllocationEntry | None:
-    """The densities, if the store has them."""
+    """Return the densities of all experts if the store has them, else None."""
     key = digest(given)
     path = kinds.ALLOCATIONS.path(key)
     content = store.entry(path, "experts")
@@ -198,7 +198,7 @@ def _in_result(given: AllocationInput, base: Model, experts: Mapping[str, Model]
 
 
 def _allocated(given: AllocationInput) -> dict[str, Any]:
-    """The content of the entry."""
+    """Compute the densities and warnings of all experts: the content of the entry in the store."""
     base, models = _opened(given)
     seen = _in_result(given, base, models)
     layers, guided, warnings = {}, {}, list[str | None]()
@@ -223,12 +223,12 @@ def _allocated(given: AllocationInput) -> dict[str, Any]:
 
 
 def _evidence(given: AllocationInput, expert: ExpertInput, here: InResult) -> dict[str, float | None] | None:
-    """What the allocator goes by: key of a layer -> how far it moved, or its density under one threshold."""
+    """Evidence for the allocator: key of a layer -> how far it moved, or its density under one global threshold."""
     if expert.calibration is None:
         return None
     of_expert = given.of(expert.files, expert.calibration)
     wanted = given.density.allocator.evidence_by(given.metric)
-    if wanted == "nothing":  # but layers that no token reached must be known
+    if wanted == "nothing":  # the allocator still has to know which layers no token reached
         return {key: None if norm is None else 1.0 for key, norm in here.of_expert(of_expert.norms).items()}
     if wanted == "norm_difference":
         of_base = given.of(given.base, expert.calibration)
@@ -268,7 +268,7 @@ def _rescaled(
 
 
 def _rescales(config: MergeConfig, tensor: str = "") -> bool:
-    """Whether the merge method brings a trimmed tensor back to its norm; without a name, what holds for most."""
+    """Whether the merge method scales a trimmed tensor back to its norm; without a name, the answer for most."""
     rescale = find(config.guided_method).parameters.get("rescale")
     value = config.anchor_value if config.anchor else config.value
     return bool(rescale and value(rescale, None, tensor, 0.0))

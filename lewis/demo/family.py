@@ -2,7 +2,7 @@
 
 The base is trained on prompts whose answer is right in some rows and only echoes the input in the others. So it learns
 the skills but rarely shows them, like a real base model. Each expert is a short full fine-tune that brings one skill
-out. So there is something to merge: the task vectors are small, and each skill is in one expert only.
+out. So a merge has something to combine: the task vectors are small, and each skill is in one expert only.
 """
 
 import copy
@@ -31,7 +31,7 @@ from lewis.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Raise it when the code makes different files from the same plan.
+# Raise the number when the code makes different files from the same plan.
 VERSION = 5
 
 SKILLS = {"addition": "add", "sorting": "sort", "cipher": "cipher"}  # skill: first word of its prompts
@@ -185,7 +185,7 @@ def _recipe() -> dict[str, Any]:
 
 
 def _guided_recipe() -> dict[str, Any]:
-    """The same with TIES, whose densities LEWIS decides, next to uniform ones."""
+    """The recipe with TIES, whose densities LEWIS decides, and with a merge of uniform densities as a baseline."""
     recipe = _recipe()
     recipe |= {"merge_method": "ties", "parameters": {"normalize": True}}
     recipe["lewis"] |= {

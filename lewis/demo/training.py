@@ -80,7 +80,7 @@ def make_batches(
 def train(
     model: "LlamaForCausalLM", optimizers: list[Optimizer], batches: Iterator[tuple[Tensor, Tensor]], steps: int
 ) -> Iterator[int]:
-    """Train in place, with a short warm-up and a linear decay of the rate; yields the number of steps done."""
+    """Train a model in place, with a short warm-up and a linear decay of the rate; yield the number of steps done."""
     schedules = [LambdaLR(o, lambda step: min(1.0, (step + 1) / 20) * (1 - step / steps)) for o in optimizers]
     for step in range(steps):
         ids, labels = next(batches)
@@ -131,7 +131,7 @@ def _adam(weights: Iterable[torch.nn.Parameter], rate: float) -> Optimizer:
 
 
 def save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Write a Hugging Face folder. `save_pretrained` is not used for weights: it shows a progress bar."""
+    """Write a model as a Hugging Face folder. `save_pretrained`, which shows a progress bar, writes no weights here."""
     folder.mkdir(parents=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

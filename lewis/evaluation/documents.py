@@ -1,4 +1,4 @@
-"""A merged model and what it is compared with, document by document: what differs, what is lost, who has it right."""
+"""Compare a merged model with the gate's reference document by document: differences, losses, and better experts."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ class Document:
         key: `task/metric,filter`, the metric of these values.
         higher_is_better: of that metric.
         ours, theirs: the value of the merged model and of the reference.
-        had: the experts that are better on it than the merged model.
+        had: labels of the experts that score better on it than the merged model.
         texts: of the merged model and of the reference; None if they were not kept of both.
     """
 
@@ -35,12 +35,12 @@ class Document:
 
     @property
     def gain(self) -> float:
-        """How much better the merged model is."""
+        """How much better the merged model's value is than the reference's, whichever way is better."""
         return self.ours - self.theirs if self.higher_is_better else self.theirs - self.ours
 
     @property
     def answers_differ(self) -> bool:
-        """Whether the answers of both are known, and are not the same."""
+        """Whether the answers of both models are known and differ."""
         return self.texts is not None and self.texts[0].answer != self.texts[1].answer
 
 
@@ -51,7 +51,7 @@ class SideBySide:
     Attributes:
         ours, reference: labels of the two.
         experts: labels of the experts that were scored too.
-        documents: those that have a value of both.
+        documents: those for which both models have a value.
     """
 
     ours: str
@@ -60,22 +60,22 @@ class SideBySide:
     documents: tuple[Document, ...]
 
     def shown(self) -> list[Document]:
-        """Documents whose texts are known: those that differ in score first, then in the answer; else by their hash."""
+        """Documents with known texts: first those that differ in score, then in the answer; equal ones by hash."""
         known = (each for each in self.documents if each.texts)
         return sorted(known, key=lambda each: (not each.gain, not each.answers_differ, each.name[1:]))
 
     def lost(self) -> list[Document]:
-        """Documents on which the merged model is worse: those whose texts are known first; else by their hash."""
+        """Documents on which the merged model is worse: first those with known texts; equal ones by hash."""
         worse = (each for each in self.documents if each.gain < 0)
         return sorted(worse, key=lambda each: (each.texts is None, each.name[1:]))
 
 
 def side_by_side(metric: str | None, models: Sequence[Scored]) -> SideBySide | None:
-    """The merged model, which is the last, next to what the gate compares it with.
+    """Compare the merged model document by document with the model that the gate compares it with.
 
     Args:
-        metric: the gate's, which is taken of its task; of other tasks the first metric is.
-        models: everything that was scored.
+        metric: the gate's metric, which is used for its task; each other task is compared by its first metric.
+        models: everything that was scored, the merged model last.
 
     Returns:
         None if nothing else was scored, or the reference is the same model.

@@ -1,19 +1,19 @@
 """The gate: may a merged model take the champion's place?
 
-It chooses what the model is compared with and applies the rules of promotion, all of which must pass. Each rule is a
-line with its number, and says whether it passed.
+It chooses what the model is compared with and applies the rules of promotion, all of which must pass. Each rule gives a
+line with the numbers that it compares and whether it passed.
 
 There are two policies. `better` asks for a significant gain. `not_worse` asks for none: each task must be within its
 margin. All tasks must pass, so each is tested at the full level: a model that is worse by a margin on any task passes
 in at most one case of twenty (an intersection-union test, Berger 1982).
 
-Two things keep a long row of versions right. The *mark* is the last version that was found better than the mark before
-it, or that a person chose: each version must be not worse than the champion and than the mark, so that many small
-losses do not add up. And of the error of finding a version better, each that is compared with one mark spends a part
-only (`statistics.power.spent`).
+Two things keep the verdicts on a long row of versions right. The *mark* is the last version that was found better than
+the mark before it, or that a person chose: each version must be not worse than the champion and than the mark, so that
+many small losses do not add up. And each version that is compared with the same mark may spend only a part of the error
+of finding a version better (`statistics.power.spent`).
 
 An evaluation may end before all documents are scored (`statistics.looks`). Then the gate looks at a part of them, with
-a part of each test's error: the verdict is certain once all rules pass, or a test shows that one cannot.
+a part of each test's error: the verdict is certain once all rules pass, or a test shows that a rule cannot pass.
 """
 
 import math
@@ -32,7 +32,7 @@ from lewis.recipe.schema import Gate
 CHANCE = 0.05  # the largest p at which a test of one version counts as passed
 ROUNDING = 1e-9  # 0.57 - 0.55 is a little less than 0.02 in floating point
 MORE_PERPLEXITY = 1.1  # the largest perplexity allowed, as a multiple of the base's
-TOLERANCE = 0.05  # of a task for which the recipe gives none, where its score is no share: relative
+TOLERANCE = 0.05  # relative, where the recipe gives none and the score is not a share
 NO_DOCUMENTS = "it has no value per document"
 WHOLE = Look()
 NOTE = "note: "  # begins a line of a verdict that is no rule
@@ -40,18 +40,18 @@ NOTE = "note: "  # begins a line of a verdict that is no rule
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says.
+    """The gate's verdict on a merged model.
 
     Attributes:
         reasons: one line per rule, `rule: number: pass` or `fail`; and notes, which begin with `NOTE`.
         compared_with: the `uri` of the champion, or any other text if there was none. `promotion.promote` checks that
             the champion is still the same.
         numbers: the gate's metric of both, such as `gsm8k/acc,none 0.51 vs 0.48`; empty if they were not compared.
-        metric: the gate's; empty if there is none, or it was not looked at.
+        metric: the gate's metric; empty if there is no gate, or it did not look at scores.
         approve_hours: how long a person has to approve what passed; None: it is promoted immediately.
-        luck: the standard error of the score, from the spread of the gain, below 0 if lower is better; None if unknown.
+        luck: standard error of the score, from the spread of the gain; negative if lower is better; None if unknown.
         mark: `uri` of the version that stays the mark if this one is promoted; empty: this one is the mark then.
-        certain: whether further documents would change nothing.
+        certain: whether further documents would not change the verdict.
     """
 
     passed: bool
@@ -66,7 +66,7 @@ class Verdict:
 
     @property
     def waits(self) -> bool:
-        """Whether it passed, and a person has to approve it."""
+        """Whether the model passed, and a person has to approve it."""
         return self.passed and self.approve_hours is not None
 
 
@@ -80,7 +80,7 @@ class Incumbent:
 
 @dataclass(frozen=True)
 class Standing:
-    """What the history of a registered model says to its gate.
+    """What the gate needs of the history of a registered model.
 
     Attributes:
         mark: the version that no later one may fall behind; None: there is no champion.
@@ -151,7 +151,7 @@ def judge(
 
 
 def _without_scores(gate: Gate | None, digest: str, champion: Incumbent | None, standing: Standing) -> Verdict | None:
-    """The verdict where it depends on no score; None where it does."""
+    """The verdict if it does not depend on scores, else None."""
     in_use = champion.uri if champion else "nothing"
     if champion and champion.digest == digest:
         mark = standing.mark.uri if standing.mark else ""
@@ -230,7 +230,7 @@ def _best(metric: str | None, parents: Mapping[str, Scored]) -> Scored:
 
 @dataclass(frozen=True)
 class RuleResult:
-    """One rule: what it asks for and what was found, whether that passes, and whether it is certain never to."""
+    """One rule: what it asks for and what was found, whether it passed, and whether it can never pass (`lost`)."""
 
     text: str
     passed: bool
@@ -241,12 +241,12 @@ class RuleResult:
 
 
 def _better(found: Comparison | None, error: float) -> bool:
-    """Whether a gain is significant."""
+    """Whether a comparison shows a gain, with a two-sided p of at most `error`."""
     return found is not None and found.delta > 0 and found.p <= error
 
 
 def _error_of_gain(number: int, look: Look) -> float:
-    """The largest two-sided p of a gain, for the `number`-th version that is compared with one mark."""
+    """The largest two-sided p at which the gain of the `number`-th version compared with one mark is significant."""
     return 2 * power.spent(number) * look.passing
 
 
@@ -257,7 +257,7 @@ def _gain(gate: Gate, candidate: Scored, reference: Scored, number: int, look: L
     direction, found = "gain" if ours.higher_is_better else "drop", gain(candidate, reference, gate.metric)
     lost = found is not None and found.p_superior(gate.min_gain) < CHANCE * look.failing
     error, values = _error_of_gain(number, look), f"{new:.4f} vs {old:.4f}"
-    if look.documents and gate.min_gain:  # the gain that ends an evaluation is one that was lucky: it must be shown
+    if look.documents and gate.min_gain:  # a gain that ends an evaluation early may be luck: test it
         p = 1.0 if found is None else 1 - found.p_superior(gate.min_gain)
         passed, values = p <= error / 2, f"{values}, p {p:.3g}"
     yield RuleResult(f"{gate.metric} must {direction} at least {gate.min_gain:g}: {values}", passed, lost)
@@ -268,14 +268,14 @@ def _gain(gate: Gate, candidate: Scored, reference: Scored, number: int, look: L
 
 
 def _not_worse(gate: Gate, candidate: Scored, reference: Scored, look: Look, than: str = "") -> Iterator[RuleResult]:
-    """Tests that each task is worse by no more than its margin."""
+    """Test for each task that it is worse by no more than its margin."""
     judged = _judged(gate, candidate)
     for key, samples in judged.items():
         found = gain(candidate, reference, key)
         if found is None:
             continue
         score = reference.by_name[key]
-        if not score.value and not score.higher_is_better:  # a share of 0 is no margin
+        if not score.value and not score.higher_is_better:  # a margin relative to 0 is 0
             passed = found.delta >= 0 and look.documents is None
             yield RuleResult(f"{key} must not be worse{than}: 0 before, gain {found.delta:+.4f}", passed)
         else:
@@ -291,10 +291,10 @@ def _not_worse(gate: Gate, candidate: Scored, reference: Scored, look: Look, tha
 
 
 def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
-    """One metric per task, by `task/metric,filter`, and the gate's metric.
+    """The metrics that must not be worse, by `task/metric,filter`: one per task, and the gate's metric.
 
-    It is the metric that has a tolerance of its own, else the gate's, else the task's first. A group is tested in place
-    of its members. The policy `better` tests a gain in the gate's metric instead.
+    A task's metric is the one with a tolerance of its own, else the gate's, else the task's first. A group stands for
+    those members that have no tolerance. The policy `better` leaves the gate's metric out: its gain is tested instead.
     """
     tasks = defaultdict[str, list[Samples]](list)
     members = grouped_tasks(candidate.samples)
@@ -315,7 +315,7 @@ def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
 
 
 def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int, look: Look) -> float:
-    """The margin in the metric's unit: absolute for a score from 0 to 1 that is better high, else relative."""
+    """The margin in the metric's unit: absolute for a score from 0 to 1 where higher is better, else relative."""
     score, given = reference.by_name[samples.key], gate.tolerance
     share = score.higher_is_better and 0 <= score.value <= 1
     if isinstance(given, Mapping):
@@ -363,7 +363,7 @@ def _lost(metric: str, candidate: Scored, other: Scored) -> str:
 
 
 def _guards(candidate: Scored, reference: Scored, base: Scored | None) -> Iterator[RuleResult]:
-    """What disqualifies a model, whatever its other scores."""
+    """Check what disqualifies a model whatever its scores: NaN, empty answers, endless generations, perplexity."""
     ours = candidate.ends
     broken = [score for score in candidate.by_name.values() if not math.isfinite(score.value)]
     bad = len(broken) + sum(not samples.is_finite() for samples in candidate.samples)

@@ -20,8 +20,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-MAX_PARAM = 6000  # characters that MLflow takes
-BATCH = 100  # parameters of one request
+MAX_PARAM = 6000  # characters that MLflow takes as a parameter's value
+BATCH = 100  # parameters, and metrics, of one request
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
 _CONFIG = ("model", "model_args", "batch_size", "device", "limit", "num_fewshot", "gen_kwargs", "random_seed")
 _DATA = ("dataset_path", "dataset_name", "test_split", "validation_split")
@@ -31,14 +31,13 @@ class MLflowLogger:
     """Logs results and samples of lm-eval as a run of MLflow."""
 
     def __init__(self, init_args: str | dict[str, Any] | None = None) -> None:
-        """Begin a run, or go on with one.
+        """Begin a run of MLflow, or continue one.
 
         Args:
             init_args: as a mapping, or as text like `--wandb_args`, `key=value,key=value`. `tracking_uri`: of the
                 server or database; by default what `MLFLOW_TRACKING_URI` says. `experiment`: its name, `lm-eval` by
-                default. `run_name`. `run_id`: of a run to go on with; its parameters stay as they are, and the names of
-                the files that are added end in the step. `step`: of the metrics, so that evaluations of one training
-                plot as a line.
+                default. `run_name`. `run_id`: of a run to continue; its parameters keep their values, and the names of
+                added files end in the step. `step`: of the metrics, so that evaluations of one training plot as a line.
 
         Raises:
             ImportError: if MLflow is not installed.
@@ -74,14 +73,14 @@ class MLflowLogger:
         return str(self.client.create_run(number, run_name=given.get("run_name")).info.run_id)
 
     def post_init(self, results: dict[str, Any]) -> None:
-        """Take what `lm_eval.simple_evaluate` returned."""
+        """Keep the results that `lm_eval.simple_evaluate` returned, for the calls that log them."""
         self.results = copy.deepcopy(results)
         self.task_names = list(results.get("results", {}))
         self.group_names = list(results.get("groups", {}))
         self.task_configs: dict[str, Any] = self.results.get("configs", {})
 
     def log_eval_result(self) -> None:
-        """Log scores as metrics, with their standard errors, settings as parameters, and all of it as a file."""
+        """Log scores and standard errors as metrics, settings as parameters, and all but the samples as a file."""
         from mlflow.entities import Metric, Param
         from mlflow.utils.time import get_current_time_millis
 
@@ -120,7 +119,7 @@ class MLflowLogger:
             self.client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "evaluation")])])
 
     def finish(self) -> None:
-        """End the run, if it was begun here."""
+        """End the run if this logger began it; a run that it continued keeps its state."""
         if self._begins:
             self.client.set_terminated(self.run_id)
 
@@ -142,7 +141,7 @@ class MLflowLogger:
 
 
 def _name(text: str) -> str:
-    """A name as MLflow takes it."""
+    """A name with `_` in place of each character that MLflow forbids."""
     return _FORBIDDEN.sub("_", text)
 
 

@@ -1,4 +1,4 @@
-"""What a gate will be able to see, before the run: margins, and which losses and gains so many documents show."""
+"""Predict before a run what its gate can detect: margins, and which losses and gains the number of documents shows."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,19 +15,20 @@ from lewis.recipe.schema import Evaluate, Gate
 from lewis.redact import redacted
 
 _NO_SHARES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bleu", "chrf", "ter", "mcc", "f1")
-"""Metrics of lm-eval that are no share of documents, and of which a task need not say which way is better."""
+"""Metrics of lm-eval that are not a share of documents, and that a task may list without `higher_is_better`."""
 
-LATER = 10  # the version for which `better` is stated, next to the first
+LATER = 10  # with policy `better`, the detectable gain is stated for the first version and for this one
 
 
 def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
-    """Lines for a person; of tasks whose number of documents is not known before the run, or whose score is no share
-    of right answers, nothing is said.
+    """Lines for a person about what the gate can detect.
+
+    Tasks whose number of documents is not known before the run, or whose score is not a share of right answers, are
+    left out.
 
     Args:
-        gate: of the recipe.
-        evaluate: its block.
-        root: its folder.
+        gate, evaluate: blocks of the recipe.
+        root: the recipe's folder.
 
     Raises:
         InputError: if a task's files cannot be read.
@@ -69,7 +70,7 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
 
 
 def _of_answers(gate: Gate) -> Iterator[str]:
-    """Whose answer a version that passes waits for."""
+    """Lines about the judge and the person whose answers a version that passes waits for."""
     if gate.judge:
         where = redacted(settings.JUDGE.get()) or "LEWIS_JUDGE, which is not set here"
         yield f"what passes is shown to the judge {gate.judge.model} at {where}"
@@ -81,12 +82,12 @@ def _margin(gate: Gate, name: str, spread: float, tests: int) -> float:
     given = gate.tolerance
     if isinstance(given, Mapping):
         own = [key for key in given if key == name or key.partition("/")[0] == name]
-        given = given[max(own, key=lambda key: "/" in key)] if own else None  # that of a metric wins, as in the gate
+        given = given[max(own, key=lambda key: "/" in key)] if own else None  # a metric's wins, as in the gate
     return power.margin(spread, tests) if given is None else given
 
 
 def _documents_of(name: str, found: FoundTasks, root: Path, evaluate: Evaluate) -> int | None:
-    """How many documents a task will have, at most, where a file or the limit says so before the run."""
+    """The most documents a task can have; None if no file or limit says so, or the score is not a share."""
     config, members = config_and_members(name, found)
     if members is not None or evaluate.documents not in ("all", "by_release") or not _is_share(config):
         return None
@@ -100,7 +101,7 @@ def _documents_of(name: str, found: FoundTasks, root: Path, evaluate: Evaluate) 
 
 
 def _is_share(config: Mapping[str, Any]) -> bool:
-    """Whether the task's scores are shares of right answers: all are better high, and there is no likelihood."""
+    """Whether all scores of a task are shares of right answers: higher is better, and none is a likelihood."""
     listed = config.get("metric_list") or []
     metrics = [each for each in (listed if isinstance(listed, list) else [listed]) if isinstance(each, Mapping)]
     likelihood = str(config.get("output_type")).startswith("loglikelihood") and not metrics
@@ -110,7 +111,7 @@ def _is_share(config: Mapping[str, Any]) -> bool:
 
 
 def _rows(config: Mapping[str, Any], root: Path) -> int | None:
-    """The rows of the task's split, if that is one local file with a JSON object a line."""
+    """The number of rows in the task's split; None unless it is one local file with a JSON object per line."""
     options = config.get("dataset_kwargs") or {}
     files = options.get("data_files") if isinstance(options, Mapping) else None
     split = config.get("test_split") or config.get("validation_split")

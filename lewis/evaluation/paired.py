@@ -14,10 +14,10 @@ from lewis.store import kinds, sealed_json
 
 
 class OnMetric(NamedTuple):
-    """What was scored of one model on one metric.
+    """One model's scores on one metric, from one evaluation.
 
     Attributes:
-        how: digest of what else than the model decided the scores; empty if that is not known.
+        how: digest of everything but the model that decided the scores (`step.scored_as`); empty if unknown.
         content: of the whole evaluation, as `Evaluated.content`.
     """
 
@@ -33,8 +33,8 @@ class Side:
 
     Attributes:
         label: in the table.
-        found: what was scored of it, the last used first, and the looks of evaluations that may end early last: `how`,
-            as of `OnMetric`, and the scores.
+        found: its evaluations, the last used first, but looks of evaluations that may end early after all others. Each
+            is a pair: `how`, as of `OnMetric`, and the scores.
     """
 
     label: str
@@ -42,14 +42,14 @@ class Side:
 
     @classmethod
     def of_store(cls, label: str, keys: Collection[str]) -> "Side":
-        """What the store has of a model.
+        """One side of a comparison, with all scores that the store has of a model.
 
         Args:
             label: in the table.
             keys: identities of the model's content.
 
         Raises:
-            InputError: if it has no scores of the model.
+            InputError: if the store has no scores of the model.
         """
         entries = list[tuple[float, dict[str, Any]]]()
         for path in kinds.SCORES.entries():
@@ -63,7 +63,7 @@ class Side:
                 f"{label}: the store {store.home()} has no scores of this model; score it with `lewis run`, or give a "
                 "folder that lm-eval wrote with --log_samples"
             )
-        entries.sort(key=lambda each: ("pools" in each[1], -each[0]))  # a look alone has pools
+        entries.sort(key=lambda each: ("pools" in each[1], -each[0]))  # only a look has pools
         return cls(label, [(str(each.get("scored_as") or ""), Evaluated.of(label, each)) for _, each in entries])
 
     @property
@@ -78,7 +78,7 @@ class Side:
         return [key for key in dict.fromkeys(scores) if key not in self.keys]
 
     def of(self, key: str) -> Iterator[OnMetric]:
-        """All that was scored on one metric."""
+        """The scores on one metric, of each evaluation that has it."""
         for how, found in self.found:
             samples, scores = by_key(found.samples), {score.key: score for score in found.scores}
             if key in samples and key in scores:
@@ -87,13 +87,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both models on one metric.
+    """The comparison of both models on one metric.
 
     Attributes:
         first, second: their scores.
         comparison: how much better the second is.
         holm: the comparison's p, adjusted for the number of metrics.
-        prompts: on how many documents the two were asked by other prompts; 0 if that is not known.
+        prompts: on how many documents the two had different prompts; 0 if that is not known.
     """
 
     first: Score
@@ -103,7 +103,7 @@ class Pair:
     prompts: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """The pair as plain data, with None for an infinite bound."""
         found = self.comparison
         return {
             "metric": found.key,
@@ -134,7 +134,7 @@ class Pair:
 
 
 def paired(first: Side, second: Side) -> list[Pair]:
-    """Both models on each metric that both have.
+    """Compare both models on each metric that both have.
 
     Raises:
         InputError: if they have none in common; or were scored with another number of examples, by another version of
@@ -152,9 +152,10 @@ def paired(first: Side, second: Side) -> list[Pair]:
 
 
 def _best(first: Side, second: Side, key: str) -> Pair:
-    """The last used scores of both that were computed alike, or of which nothing is known but the same documents.
+    """Compare the last used scores of both models on a metric that have the same documents.
 
-    Of the pair, `holm` is the p as it is.
+    Scores that were computed alike come first. If there are none, scores with a known difference in the number of
+    examples or the version of the task are left out. `holm` of the pair is the p without adjustment.
     """
     options = [(a, b) for b in second.of(key) for a in first.of(key)]
     alike = [(a, b) for a, b in options if a.how and a.how == b.how]
@@ -185,7 +186,7 @@ def _best(first: Side, second: Side, key: str) -> Pair:
 
 
 def _other_prompts(first: Mapping[str, Any], second: Mapping[str, Any], task: str) -> int:
-    """On how many of the documents, which are the same, two models had other prompts; 0 if that is not known."""
+    """On how many documents, which are the same, two models had different prompts; 0 if that is not known."""
     asked = [each.get("prompts", {}).get(task) for each in (first, second)]
     if None in asked:
         return 0

@@ -1,8 +1,8 @@
 """The gate's rule `judge`: a language model reads the answers of both models, and must not prefer the reference's.
 
 Each pair of answers is shown in both orders, and counts only if the judge prefers the same one twice, since judges
-favour a place (Zheng et al. 2023, arXiv 2306.05685). The server speaks the protocol of OpenAI. Its URL and its key are
-settings of the worker and not of the recipe, so that no recipe sends the key elsewhere.
+favour a position (Zheng et al. 2023, arXiv 2306.05685). The server speaks the protocol of OpenAI. Its URL and its key
+are settings of the worker and not of the recipe, so that no recipe sends the key elsewhere.
 """
 
 import re
@@ -36,19 +36,19 @@ _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 
 
 def opinion(judge: Judge, found: SideBySide | None) -> RuleResult:
-    """Ask the judge about the documents on which the two models' answers differ, and test that it prefers none.
+    """Ask the judge about documents on which the answers differ, and test that it does not prefer the reference's.
 
-    The rule fails if so few preferences for the merged model come by chance in at most one case of twenty from a judge
-    that prefers either as often (a one-sided sign test).
+    The rule fails if a judge that prefers either model as often would prefer the merged model so rarely in at most one
+    case of twenty (a one-sided sign test).
 
     Args:
         judge: as the recipe has it.
-        found: both models' answers.
+        found: both models' answers; None: there are none.
 
     Raises:
         InputError: if no server is set, or it refuses the request.
-        TransientError: if it does not answer, or is busy.
-        LewisError: if it answers something else.
+        TransientError: if the server does not answer, or is busy.
+        LewisError: if it does not answer with chat completions, or more than half of them have no verdict.
     """
     shown = found.shown() if found else []
     differ = [each for each in shown if each.answers_differ][: judge.documents]
@@ -88,7 +88,7 @@ def server() -> str:
 
 
 def _verdicts(url: str, model: str, document: Document) -> tuple[str, str]:
-    """Which answer the judge prefers: first of the merged model's and the reference's, then in the other order."""
+    """The judge's verdicts on the merged model's answer (A) and the reference's (B), then with A and B exchanged."""
     assert document.texts is not None
     ours, theirs = document.texts
     prompt, target = ours.prompt, ours.target

@@ -1,4 +1,4 @@
-"""Read what lm-eval wrote itself: a folder with `results_*.json` and, by `--log_samples`, `samples_*.jsonl`."""
+"""Read results that lm-eval itself wrote: a folder with `results_*.json` and, by `--log_samples`, `samples_*.jsonl`."""
 
 import json
 import math
@@ -29,10 +29,10 @@ def holds_results(folder: Path) -> bool:
 def read_results(folder: Path) -> Evaluated:
     """The scores and samples of the newest results in a folder that lm-eval wrote to (`--output_path`).
 
-    Metrics whose value is no function of two sums over the documents have no samples. Groups are left out.
+    Metrics whose value is not a function of two sums over the documents have no samples. Groups are left out.
 
     Raises:
-        InputError: if there are no results, or those of several models, or no samples; or a file is damaged.
+        InputError: if there are no results, results of several models, or no samples; or a file is damaged.
     """
     files = sorted(folder.rglob("results_*.json"))
     if not files:

@@ -26,7 +26,7 @@ from lewis.store.reference import JsonReference, Reference
 
 
 class ScoresEntry(JsonReference):
-    """What lm-eval said of one model on one task, or group of tasks, in the store."""
+    """The store's entry with lm-eval's results of one model on one task, or on one group of tasks."""
 
     holds: ClassVar[str] = "results"
     ref: str
@@ -39,7 +39,7 @@ class ModelScores(Reference):
 
     @property
     def ref(self) -> str:
-        """What the scores call the model."""
+        """The reference by which the scores name the model."""
         return self.entries[0].ref
 
     @property
@@ -55,10 +55,10 @@ class ModelScores(Reference):
 
     @property
     def content(self) -> dict[str, Any]:
-        """What the harness returned, of all tasks together; read from the disk at each access.
+        """The harness's results of all tasks, joined; read from the disk at each access.
 
         Raises:
-            LewisError: if that is gone or damaged.
+            LewisError: if an entry is gone or damaged.
         """
         found = list[dict[str, Any]]()
         for entry in self.entries:
@@ -74,18 +74,18 @@ class ModelScores(Reference):
 
     @property
     def scores(self) -> list[Score]:
-        """One per task and metric; read from the disk at each access."""
+        """The scores, one per task and metric; read from the disk at each access."""
         return self.evaluated.scores
 
     @property
     def pools(self) -> dict[str, int]:
-        """Task -> how many documents there are, of which these scores may be of a part only."""
+        """Task -> number of its documents, of which these scores may cover only a part."""
         content = self.content
         return {task: len(hashes) for task, hashes in content["documents"].items()} | content.get("pools", {})
 
     @property
     def part(self) -> str:
-        """Of which part of the documents of the largest task they are, such as `64 of 1319`; empty if of all."""
+        """The part of the largest task's documents that these scores cover, such as `64 of 1319`; empty if all."""
         content, pools = self.content, self.pools
         largest = max(pools, key=lambda task: pools[task], default="")
         count, whole = len(content["documents"].get(largest, ())), pools.get(largest, 0)
@@ -103,7 +103,7 @@ class ModelScores(Reference):
 
 
 def score(files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", progress: Report = silent) -> ModelScores:
-    """Scores of one model on all tasks, as `score_task`."""
+    """Scores of one model on all tasks, each as by `score_task`."""
     each = settings.by_task()
     return ModelScores(entries=tuple(score_task(files, one, device=device, progress=progress) for one in each))
 
@@ -164,10 +164,10 @@ def find_scores(ref: str, key: str, settings: EvalSettings, device: str = "cpu")
 
 
 def furthest_look(ref: str, key: str, settings: EvalSettings) -> int | None:
-    """The documents of the largest look at which the store has scores of a model on each task.
+    """The number of documents of the largest look for which the store has a model's scores on each task.
 
-    It is None if the store has scores on all documents, or none. A run goes from look to look, so that the store has
-    all looks before the last one. Each task may have been scored on another device.
+    It is None if the store has the scores on all documents, or none of the first look. A run goes from look to look, so
+    the store has all looks before the largest one. Each task may have been scored on another device.
     """
 
     def has(look: int | None) -> bool:
@@ -190,7 +190,7 @@ def find_score(ref: str, key: str, settings: EvalSettings, device: str = "cpu") 
 
 
 def scoring_devices() -> tuple[str, ...]:
-    """For which devices scores in the store count: workers of another queue may have a GPU, and this machine none."""
+    """The devices whose scores in the store count: workers of another queue may have a GPU, and this machine none."""
     return ("cuda", "cpu") if work_queue.queue() else (default_device(),)
 
 
@@ -200,7 +200,7 @@ def find_comparable(ref: str, key: str, other: str, settings: EvalSettings) -> l
     Args:
         ref, key: of the model.
         other: key of the other one, which was scored with these settings.
-        settings: of both. Where they have a look, the model's scores on all documents do, too.
+        settings: of both. If they have a look that the model was not scored on, its scores on all documents are taken.
     """
     found = list[ScoresEntry]()
     for task in settings.by_task():
@@ -228,7 +228,7 @@ def find_all_scores(models: Mapping[str, tuple[str, str]], settings: EvalSetting
 
 
 def scores_digest(key: str, settings: EvalSettings, device: str) -> str:
-    """Digest of everything that decides the scores of a model on a task, by which the store has them.
+    """Digest of everything that decides the scores of a model on a task: the key of these scores in the store.
 
     Args:
         key: identity of the model's content.
@@ -239,7 +239,7 @@ def scores_digest(key: str, settings: EvalSettings, device: str) -> str:
 
 
 def scored_as(settings: EvalSettings, device: str) -> str:
-    """Digest of everything else that decides scores: those of two models that have it in common can be compared."""
+    """Digest of everything but the model that decides scores: two models' scores with equal digests can be compared."""
     return store.digest(_apart_from_the_model(settings, device))
 
 
@@ -249,9 +249,9 @@ def _apart_from_the_model(settings: EvalSettings, device: str) -> list[str]:
 
 
 def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the harness returned for several tasks, as if it had scored them in one call.
+    """Join the harness's results of several tasks, as if it had scored them in one call.
 
-    In the guards each task counts the same: the perplexity is the geometric mean of those that the tasks have.
+    For the guards, each task counts the same: the perplexity is the geometric mean of the tasks' perplexities.
     """
     if len(contents) == 1:
         return dict(contents[0])

@@ -1,13 +1,13 @@
-"""`LEWIS_EVALUATE_QUEUE` and `LEWIS_EVALUATE_POOL`: where workers take models to score, such as those near GPUs."""
+"""`LEWIS_EVALUATE_QUEUE` and `LEWIS_EVALUATE_POOL`: the queue, and its pool, whose workers score models."""
 
 from lewis import settings
 
 MERGES = settings.EVALUATE_POOL.default
-"""The work pool of all other runs."""
+"""The work pool of all runs other than evaluations."""
 
 
 def queue() -> str:
-    """Name of the work queue, in a pool of its own `default`; empty if models are scored where they are merged.
+    """Name of the work queue (`default` in a pool of its own); empty if models are scored where they are merged.
 
     Raises:
         InputError: if no work queue, or no work pool, can have the name that was given.
@@ -16,7 +16,7 @@ def queue() -> str:
 
 
 def pool() -> str:
-    """Name of the work pool that has the queue: that of the merges, unless another one is set.
+    """Name of the work pool that has the queue: the pool of the merges, unless another one is set.
 
     Raises:
         InputError: if no work pool can have the name that was given.

@@ -1,1 +1,1 @@
-"""What each layer does on calibration data: norms and second moments, measured in one pass per model."""
+"""Importance of each layer on calibration data: activation-weighted norms and second moments, one pass per model."""

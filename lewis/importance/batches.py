@@ -35,7 +35,7 @@ class Batch:
     def padded(
         cls, samples: Sequence[Sequence[int]], of: int = 0, weights: Sequence[Sequence[float]] | None = None
     ) -> "Batch":
-        """Put samples, and the weights of their tokens if they have some, next to each other."""
+        """Pad samples, and the weights of their tokens if there are some, to the width of the longest."""
         ids = pad_sequence([torch.tensor(sample, dtype=torch.long) for sample in samples], batch_first=True)
         rows = [torch.tensor(row, dtype=torch.float32) for row in weights or ()]
         counts = pad_sequence(rows, batch_first=True) if rows else None
@@ -47,11 +47,11 @@ class Batch:
         return sum(self.lengths)
 
     def weighs(self, path: str) -> bool:
-        """Whether tokens count differently in a module; not at keys and values, since later tokens read them."""
+        """Whether the tokens' weights apply in a module; not at keys and values, since later tokens read them."""
         return self.weights is not None and not feeds_other_tokens(path)
 
     def weighted(self, rows: torch.Tensor, path: str, taken: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows of tokens, scaled so that their products count as much as the tokens do.
+        """Scale rows by the square roots of their tokens' weights, so that products of rows count as the tokens do.
 
         Args:
             rows: without padding, (tokens, features).
@@ -73,7 +73,7 @@ class Batch:
         Args:
             inputs: (samples, width, features), or of some of the tokens only, as a router sends them to an expert.
             place: path of the module.
-            taken: of the real tokens, which are wanted, ascending; None for all.
+            taken: which of the real tokens are wanted, as ascending indices; None for all.
 
         Returns:
             fp32 (tokens, features), a view of `inputs` where that is possible.
@@ -107,21 +107,20 @@ def batches(
     equal: bool = False,
     tokens: int | None = None,
 ) -> list[Batch]:
-    """Samples of a set of similar length together, so that padding and the number of batches cost least in sum.
+    """Batch samples of similar length within each set, so that padding and the number of batches cost least in sum.
 
-    How a set is cut does not depend on the others, so that it gives the same bits alone and next to them.
+    How a set is cut does not depend on the other sets, so that its results have the same bits with and without them.
 
     Args:
         calibrations: the sets.
-        network: that they are for.
-        whole: each set in one batch in its own order, on which depends how the means that prune a model are rounded.
-        equal: only samples of one length go together; so it is where the network has experts of a mixture, or its
-            text looks ahead.
+        network: the network that the batches go through.
+        whole: put each set into one batch, in its own order: the means that prune a model are rounded in that order.
+        equal: put only samples of one length together; always done for experts of a mixture, or if text looks ahead.
         tokens: of a batch with its padding, at most, by default `TOKENS_PER_BATCH`; a longer sample goes alone.
     """
     if whole:
         return [Batch.padded(each.samples, of, each.factors) for of, each in enumerate(calibrations)]
-    # Gemma's attention looks ahead if this is set, but not where padding gives it a mask, which is causal.
+    # Gemma's attention looks ahead if this is set, except in a padded batch, whose mask is causal.
     looks_ahead = bool(getattr(network.module.config.get_text_config(), "use_bidirectional_attention", False))
     equal = equal or looks_ahead or any(".experts." in each.parameter for each in network.covered)
     apart = _other_positions_from(network)
@@ -137,14 +136,14 @@ def batches(
 
 
 def _other_positions_from(network: Network) -> int:
-    """LongRoPE (Phi-3) has other frequencies for a whole batch whose width is beyond this length; 0 for all others."""
+    """The width beyond which LongRoPE (Phi-3) uses other frequencies for a whole batch; 0 for models without it."""
     found = getattr(network.module.config.get_text_config(), "rope_parameters", None) or {}
     long = isinstance(found, dict) and found.get("rope_type") == "longrope"
     return int(found["original_max_position_embeddings"]) if long else 0
 
 
 def ends(lengths: Sequence[int], equal: bool, apart: int = 0, limit: int | None = None) -> list[int]:
-    """Where batches end, so that their total cost is least; found by dynamic programming from the last sample back.
+    """The end index of each batch, for the least total cost; found by dynamic programming from the last sample back.
 
     Args:
         lengths: of the samples, longest first.
@@ -175,7 +174,7 @@ def groups(made: Sequence[Batch], bytes_per_token: int, room: int) -> Iterator[l
 
     Args:
         made: the batches of all sets.
-        bytes_per_token: that wait.
+        bytes_per_token: bytes of hidden states that wait for each token.
         room: bytes; a batch that is larger goes alone.
     """
     group: list[Batch] = []

@@ -24,21 +24,21 @@ from lewis.store.manifest import remembered_sha256
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "3"  # bump when the same rows would give other token ids
-EVERY = 4  # of so many rows, the last judges the fit to the others
-SAMPLES = "samples"  # what a set in the store is whole with
+EVERY = 4  # of so many rows, the last is held out to judge a fit to the others
+SAMPLES = "samples"  # key that every intact set in the store has
 WEIGHTS = "weights"
-# One set at a time: threads that load at once trip over tqdm's shared state inside datasets.
+# One set is loaded at a time: threads that load at the same time collide in tqdm's shared state inside datasets.
 _LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token ids of the samples, without padding.
+    """A calibration set: the token ids of its samples, without padding, and how much each token counts.
 
     Attributes:
         name: of the set in the recipe.
-        samples: token ids of each.
-        weights: how much each token counts, of each sample; None: all alike.
+        samples: the token ids of each sample.
+        weights: for each sample, how much each token counts; None: all alike.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Calibration:
     def of_answers(self) -> "Calibration":
         """The set in which only predictions of answers count: 1 for each token of an answer, 0 for the others.
 
-        The last token of a prompt has the weight of an answer, which it predicts, but is none itself. A set without
-        weights does not say which tokens are answers: then it is the set itself.
+        The last token of a prompt has the weight of an answer, since it predicts the answer's first token, but is no
+        answer token itself. A set without weights does not mark answers: it is returned unchanged.
         """
         if self.weights is None:
             return self
@@ -73,16 +73,16 @@ class Calibration:
 
     @property
     def counts(self) -> bool:
-        """Whether any token counts."""
+        """Whether any token has a weight other than 0."""
         return any(map(any, self.weights)) if self.weights else self.tokens > 0
 
     @property
     def predicts(self) -> bool:
-        """Whether any token counts that is predicted from those before it."""
+        """Whether a token after the first of its sample, which can be predicted, has a weight other than 0."""
         return any(any(weights[1:]) for weights in self.weights or [[1.0] * len(row) for row in self.samples])
 
     def part(self, rows: Iterable[int]) -> "Calibration":
-        """A set of only these samples."""
+        """Return the set of only the samples with these indices."""
         chosen = list(rows)
         samples = tuple(self.samples[i] for i in chosen)
         return replace(self, samples=samples, weights=self.weights and tuple(self.weights[i] for i in chosen))
@@ -93,7 +93,7 @@ class Calibration:
         return sum(map(len, self.samples))
 
     def save(self) -> Path:
-        """Write it to the store, `calibrations/<digest>.json`, unless it is there."""
+        """Write the set to the store, `calibrations/<digest>.json`, unless it is there already."""
         path = kinds.CALIBRATIONS.path(self.digest)
         if store.read_entry(path) is None:
             weights = {} if self.weights is None else {WEIGHTS: self.weights}
@@ -119,10 +119,10 @@ def _tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
 
 
 def origin(where: str, spec: CalibrationSet, root: Path) -> list[str]:
-    """What decides the rows of a set, in addition to its block: checksums of its files, or the commit of its dataset.
+    """Identify the data of a set's rows: checksums of its files, or the commit of its dataset; empty for inline texts.
 
     Raises:
-        InputError: as `calibrate`, if there are no such files or there is no such dataset.
+        InputError: as `calibrate`, if a file or the dataset does not exist.
     """
     if spec.texts is not None:
         return []
@@ -133,12 +133,11 @@ def origin(where: str, spec: CalibrationSet, root: Path) -> list[str]:
 
 
 def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -> Calibration:
-    """Choose samples and turn them into token ids.
+    """Choose samples of a calibration set and turn them into token ids.
 
     The rows are the first `samples` of `datasets.Dataset.shuffle(seed)`: `numpy.random.default_rng(seed).permutation`;
-    all, if there are fewer than 128 and the recipe does not say how many.
-    Each text is tokenised as the model's tokenizer does (special tokens included) and cut to `max_tokens`, or
-    filled up to it on the tokenizer's side.
+    all, if there are fewer than 128 and the recipe does not say how many. Each text is tokenised by the model's
+    tokenizer (special tokens included) and cut to `max_tokens`, or filled up to it on the tokenizer's padding side.
 
     Args:
         name: the set's name in the recipe.
@@ -147,7 +146,7 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
         root: where relative `data_files` start.
 
     Raises:
-        InputError: if the data cannot be read, a field of the template does not exist, or nothing is left.
+        InputError: if the data cannot be read, a field of the template does not exist, or no tokens are left.
     """
     where, encode = f"lewis.calibrations.{name}", _load_tokenizer(tokenizer)
     with _rows(where, spec, root) as rows:
@@ -215,10 +214,10 @@ def _filled_up(
 
 @contextmanager
 def _rows(where: str, spec: CalibrationSet, root: Path) -> Iterator[Any]:
-    """The rows of a set.
+    """Give the rows of a calibration set.
 
-    What `datasets` builds of local files has no checksums, so it is built again each time and removed afterwards: a set
-    that was made is found in the store.
+    The files that `datasets` builds from local files have no checksums: they are removed afterwards, and built again
+    each time. A set that was tokenised is found in the store.
     """
     if spec.texts is not None:
         yield list(spec.texts)
@@ -257,11 +256,11 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path, cache: Path) -> 
 
 
 def _from_hub(where: str, load: Callable[[], Any]) -> Any:
-    """Load a dataset of the Hub, as patiently as models are.
+    """Load a dataset of the Hub, with the same retries as for models.
 
     Raises:
         TransientError: if the Hub is busy or unreachable.
-        Exception: any other of `datasets`.
+        Exception: any other error of `datasets`.
     """
     from lewis.models.hub.client import endpoint, repeated, resume_downloads
     from lewis.models.hub.errors import explain, retryable
@@ -276,7 +275,7 @@ def _from_hub(where: str, load: Callable[[], Any]) -> Any:
 
 
 def _arguments(where: str, spec: CalibrationSet, root: Path) -> dict[str, Any]:
-    """Arguments of `datasets.load_dataset`: for local files that are there, or for a dataset at its commit."""
+    """Arguments of `datasets.load_dataset` for a set: its local files, which must exist, or its dataset's commit."""
     repo, _, revision = (spec.dataset or "").partition("@")
     arguments: dict[str, Any] = {"name": spec.config}
     if spec.data_files:
@@ -306,7 +305,7 @@ def _local_file(where: str, file: str, root: Path) -> str:
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    with _LOADING, quick_imports():  # datasets looks into transformers, which must not be half loaded then
+    with _LOADING, quick_imports():  # datasets inspects transformers, which must not be half loaded then
         from transformers import AutoTokenizer
 
     try:

@@ -1,7 +1,7 @@
-"""Chats as a chat template writes them, and where the answers are: in a process of its own, with limits.
+"""Render chats with a chat template, and find their answers, in a separate process with limits on time and memory.
 
-A template comes with a model, and may compute for hours or take all memory. The other process reads a template and
-chats as JSON and writes what they become. It ends with the one that asks.
+A template comes with a model, and may compute for hours or take all memory. The separate process reads a template and
+chats as JSON, and writes the rendered chats. It ends at the latest when its parent ends.
 """
 
 import json
@@ -15,18 +15,18 @@ from typing import Any
 from lewis import guard, private_names
 from lewis.errors import InputError
 
-MEMORY = 4 << 30  # bytes of addresses
-LONGEST = 1 << 28  # characters that all chats of a set become at most
-_SECONDS, _OF_EACH = 60, 0.5  # of CPU: for all chats, and in addition for each
+MEMORY = 4 << 30  # bytes of address space
+LONGEST = 1 << 28  # characters that all rendered chats of a set have together at most
+_SECONDS, _OF_EACH = 60, 0.5  # seconds of CPU time: for all chats together, and in addition for each chat
 _OUT_OF_TIME = 128 + 24  # exit code after SIGXCPU
 _MARK = re.compile(r"\{%-?\s*generation\b")
 
-Spans = tuple[tuple[int, int], ...]  # where each begins and ends, in characters
+Spans = tuple[tuple[int, int], ...]  # where each answer begins and ends, in characters
 Turns = list[dict[str, Any]]
 
 
 def written(template: str, special: Mapping[str, Any], chats: Sequence[Turns]) -> list[tuple[str, Spans]]:
-    """Each chat as a template writes it, and where the assistant's turns, which are its answers, are in it.
+    """Render each chat with a template, and find where its answers, the assistant's turns, are in the text.
 
     Args:
         template: Jinja text.
@@ -65,12 +65,12 @@ class _Template:
         return self._marked(turns) if self._marks else self._found(turns)
 
     def _marked(self, turns: Turns) -> tuple[str, Spans]:
-        """A chat and its answers, by a template that marks what an assistant writes (`{% generation %}`)."""
+        """Render a chat with a template that marks the assistant's text (`{% generation %}`): these are its answers."""
         (content,), (spans,) = self._rendered(turns, return_assistant_tokens_mask=True)
         return content, tuple(spans)
 
     def _found(self, turns: Turns) -> tuple[str, Spans]:
-        """A chat and its answers, by what the template adds for each turn of the assistant."""
+        """Render a chat, and find its answers by the text that the template adds for each turn of the assistant."""
 
         def written(count: int, ask: bool = False) -> str:
             (content,), _ = self._rendered(turns[:count], add_generation_prompt=ask)
@@ -84,10 +84,10 @@ class _Template:
             said = str(turn.get("content")).strip()
             if content.startswith(before) and content.startswith(after):
                 answers.append((len(before), len(after)))
-            elif i == len(turns) - 1:  # a template that shows the thoughts of the last turn alone
+            elif i == len(turns) - 1:  # a template that shows thoughts in the last turn only
                 answers.append((len(written(i)), len(content)))
             elif said and content.startswith(before) and (begin := content.find(said, len(before))) >= 0:
-                # A template that writes this turn otherwise while it is the last.
+                # A template that renders a turn differently while it is the last one.
                 end, ends = begin + len(said), after[after.rfind(said) + len(said) :]
                 answers.append((len(before), end + len(ends) * content.startswith(ends, end)))
         return content, tuple(answers)
@@ -97,7 +97,7 @@ class _Template:
 
 
 def main() -> None:
-    """Answer the request on standard input, within limits."""
+    """Render the chats of the request on standard input, within its limits, and write them to standard output."""
     request = json.load(sys.stdin)
     template = _Template(request["template"], request["special"])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -1,7 +1,7 @@
-"""Rows that an expert writes: for each prompt of a calibration set, the expert samples continuations.
+"""Calibration rows that an expert writes: it samples continuations of each prompt of a calibration set.
 
-A fit asks what the expert does, so its own words are as good as labels, and there can be more of them than of rows.
-They are drawn from the expert's own distribution (temperature 1), which is what the merged model is to have.
+A fit imitates the expert, so the expert's own text serves as well as labels, and there can be more of it than rows. The
+continuations are drawn from the expert's own distribution (temperature 1), which the merged model is to reproduce.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from lewis.progress import Report, silent
 from lewis.store import kinds
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "2"  # bump when the same prompts would be continued otherwise
-BATCH = 32  # continuations that are written side by side
-_DRAWING = Lock()  # torch's generators are those of all threads
+SEMANTICS = "2"  # bump when the same prompts would be continued differently
+BATCH = 32  # continuations that are generated together
+_DRAWING = Lock()  # all threads share torch's random generators
 _PURE: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
 
 
 @dataclass(frozen=True)
 class ContinueInput:
-    """Everything that decides what an expert writes.
+    """Everything that decides which continuations an expert writes.
 
     Attributes:
         prompts: the calibration set, whose rows are prompts.
         files: of the expert.
-        count: continuations of each prompt.
+        count: number of continuations of each prompt.
         max_tokens: of a prompt with its continuation, at most.
         seed: of the draws.
-        weight: how much a token of a prompt counts, where one of a continuation counts 1.
-        base: whose token ids the prompts are.
+        weight: how much a token of a prompt counts, compared with 1 for a token of a continuation.
+        base: the model whose tokenizer made the prompts' token ids.
     """
 
     prompts: CalibrationEntry
@@ -63,14 +63,14 @@ class ContinueInput:
 
 
 def find_continued(given: ContinueInput, device: str) -> CalibrationEntry | None:
-    """What the expert has written before, if the store has it."""
+    """Return the rows that the expert has written before; None if the store does not have them."""
     known = store.entry(kinds.CALIBRATIONS.path(given.digest(device)), "written") or {}
     path = kinds.CALIBRATIONS.path(known.get("digest", ""))
     return None if store.read_entry(path) is None else CalibrationEntry(name=given.prompts.name, path=path, **known)
 
 
 def continue_prompts(given: ContinueInput, report: Report = silent, device: str = "cpu") -> CalibrationEntry:
-    """Let the expert continue each prompt, or find what it has written in the store.
+    """Let the expert continue each prompt, or find its earlier continuations in the store.
 
     The whole expert is in memory meanwhile: in fp32 on the CPU, in its stored dtype on a GPU.
 
@@ -112,16 +112,16 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
         )
     if left := len(prompts.samples) - len(rows):
         logger.warning("%s: %d of %d prompts fill %s and are left out", where, left, len(prompts.samples), limit)
-    # Prompts take turns, so that each row that judges a fit continues a prompt that no row of the fit does.
+    # Prompts take turns in groups of EVERY: so a held-out row continues a prompt that no row of the fit continues.
     places = [(i // EVERY, turn, i) for i in range(len(rows)) for turn in range(given.count)]
     places.sort(key=lambda place: len(rows[place[-1]]), reverse=True)
     rows, written, what = [rows[i] for *_, i in places], list[tuple[int, ...]](), f"{given.files.ref} continues"
     report(what, 0, len(rows))
     with _DRAWING, torch.random.fork_rng():
-        torch.manual_seed(given.seed % (1 << 64))  # torch takes no greater one
+        torch.manual_seed(given.seed % (1 << 64))  # torch takes no greater seed
         while len(written) < len(rows):
             batch = rows[len(written) : len(written) + BATCH]
-            # The longest prompt is continued by as many tokens as the shortest.
+            # All prompts of a batch are continued by as many tokens as its shortest one.
             batch = [row for row in batch if given.max_tokens + len(batch[0]) - len(row) <= takes]
             written += _continued(network, batch, given, ends, device)
             report(what, len(written), len(rows))
@@ -156,7 +156,7 @@ def _loaded(files: ModelFiles, device: str) -> Any:
 
 
 def _ends(files: ModelFiles) -> list[int]:
-    """The tokens that end a text, by `generation_config.json` or `config.json`."""
+    """The ids of the tokens that end a text, by `generation_config.json` and `config.json` together."""
     found = set[int]()
     for name in ("generation_config.json", "config.json"):
         path = files.folder / name
@@ -169,7 +169,7 @@ def _ends(files: ModelFiles) -> list[int]:
 def _continued(
     network: Any, prompts: Sequence[tuple[int, ...]], given: ContinueInput, ends: Sequence[int], device: str
 ) -> list[tuple[int, ...]]:
-    """A continuation of each prompt, the token that ends it included."""
+    """Sample one continuation of each prompt, which includes the token that ends it."""
     width = max(map(len, prompts))
     fill = [width - len(prompt) for prompt in prompts]
     ids = torch.tensor([[0] * missing + list(prompt) for missing, prompt in zip(fill, prompts, strict=True)])

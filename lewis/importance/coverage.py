@@ -1,4 +1,4 @@
-"""Which tensors are covered, so that importance is measured of them, and which have weights but are not."""
+"""Which tensors of a model are covered, and so measured for importance, and which possible projections are not."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lewis.models.names import PER_TOKEN, layer_of
 from lewis.models.network.module_tree import Covered, Layer, Network
 
 logger = logging.getLogger(__name__)
-_LEAST = 0.001  # of the parameters; what is less is not reported
+_LEAST = 0.001  # share of the parameters below which an uncovered tensor is not reported
 _LISTED = 5
 
 
 def covered_tensors(
     folder: Path, tensors: Mapping[str, tuple[int, ...]], *, measured: bool
 ) -> tuple[tuple[Covered, ...], dict[str, float]]:
-    """The covered tensors of a model, and what has weights but is not covered; no weight is loaded.
+    """Return the covered tensors of a model, and the shares of the uncovered ones; no weight is loaded.
 
     Args:
         folder: with its config.json.
         tensors: name -> shape in the checkpoint.
-        measured: whether a forward pass is needed. If not, a model that transformers cannot build is no error.
+        measured: whether a forward pass is needed. If not, a model that transformers cannot build is covered by names.
 
     Returns:
-        The covered tensors; and as `uncovered`, empty if the model cannot be built.
+        The covered tensors, and the result of `uncovered`, which is empty if the model cannot be built.
 
     Raises:
         InputError: if the model cannot be built though it is to be measured, or no tensor is covered.
@@ -48,7 +48,7 @@ def covered_tensors(
 
 
 def _by_name(tensors: Mapping[str, tuple[int, ...]]) -> list[Covered]:
-    """Every matrix, or stack of matrices, in a numbered layer."""
+    """Return every matrix, or stack of matrices, in a numbered layer as covered, by tensor names and shapes alone."""
     found = []
     for name, shape in tensors.items():
         index = layer_of(name)
@@ -60,10 +60,10 @@ def _by_name(tensors: Mapping[str, tuple[int, ...]]) -> list[Covered]:
 
 
 def uncovered(network: Network, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
-    """Tensors that are neither covered nor known to be no projection.
+    """Return the tensors that may be projections but are not covered, with their shares of the parameters.
 
-    Known are embeddings, heads, norms, biases and one-dimensional convolutions. What lies outside of the blocks that
-    text goes through (a vision tower) is counted as one.
+    Embeddings, heads, norms, biases and one-dimensional convolutions are known to be no projections. The tensors of a
+    part outside of the blocks that text goes through (a vision tower) are counted together.
 
     Returns:
         Name, with `*` for every number -> share of all parameters; the largest first.
@@ -89,13 +89,13 @@ def as_text(shares: Mapping[str, float]) -> str:
 
 
 def _is_known(network: Network, parameter: str) -> bool:
-    """Whether a parameter of the blocks is one of a module that multiplies its inputs with no matrix."""
+    """Whether a parameter of the blocks belongs to an embedding or a 1-d convolution, which are no projections."""
     module = network.module.get_submodule(parameter.rpartition(".")[0])
     return isinstance(module, nn.Embedding | nn.Conv1d) and parameter.startswith(tuple(network.blocks))
 
 
 def _before_number(tensor: str) -> str:
-    """What comes before the first number in a name: the tower that a tensor is in."""
+    """The part of a tensor's name before its first number: the tower that the tensor is in."""
     parts = tensor.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[0]]) if numbers else tensor

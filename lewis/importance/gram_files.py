@@ -1,9 +1,9 @@
 """Second-order statistics on disk: a folder with two safetensors files for each block.
 
-Of each input of a block, `BLOCK.safetensors` holds `gram` or `rows`, as `Collected.result` says; its metadata says how
-many tokens came in, and which projections got that input. `BLOCK.squares.safetensors` holds `squares`, which are a
-thousandth of that, and all that norms need. The manifest of the folder has the checksum of each file. It is compared
-before anything is read from the file.
+For each input of a block, `BLOCK.safetensors` holds `gram` or `rows`, as `Collected.result` describes them; its
+metadata holds the number of tokens of each input, and the input of each projection. `BLOCK.squares.safetensors` holds
+`squares`, which are a thousandth as large, and all that norms need. The manifest of the folder has the checksum of each
+file, which is compared before anything is read from the file.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _ENDING, _SQUARES, _HEADER = ".safetensors", ".squares.safetensors", "statistics
 
 
 class Collected:
-    """The inputs of one layer. `regression.keeps_rows` decides what is left of them.
+    """The inputs of one layer, collected as rows or as sums of products: `regression.keeps_rows` decides which.
 
     Attributes:
-        tokens: how many have come in.
+        tokens: number of rows that were added.
         size: number of inputs.
     """
 
@@ -41,7 +41,7 @@ class Collected:
         """
         Args:
             size: number of inputs.
-            expected: tokens that can come in at most. Of a very wide layer only some are kept, evenly spaced.
+            expected: tokens that will be added at most. Of a very wide layer only some are kept, evenly spaced.
         """
         self.tokens, self.size, self._expected = 0, size, expected
         self._rows: list[torch.Tensor] = []
@@ -52,7 +52,7 @@ class Collected:
         """Add rows, fp32 (tokens, in) in parts; the caller must not use them again.
 
         Returns:
-            Jobs that add them to the products; they must have been run before the next rows come.
+            Jobs that add the rows to the products; all must have been run before the next `add`.
         """
         for part in parts:
             self._take(part)
@@ -73,7 +73,7 @@ class Collected:
         self.tokens += len(rows)
 
     def _of_even_share(self, count: int) -> torch.Tensor:
-        """Which of the next `count` rows are among `DUAL_TOKENS` that are spread evenly over all that are expected."""
+        """Indices of those of the next `count` rows that are kept: `DUAL_TOKENS`, spread evenly over all expected."""
         taken = torch.arange(regression.DUAL_TOKENS) * self._expected // regression.DUAL_TOKENS - self.tokens
         return taken[(taken >= 0) & (taken < count)]
 
@@ -81,8 +81,8 @@ class Collected:
         """The kept inputs or products, on the CPU, fp32. Call it once, after the last `add`.
 
         Returns:
-            Parts, one below the other, of `squares`, the mean of x_j^2, (in,); and of `gram`, the mean of x^T x, packed
-            as `arithmetic.gram` says, or of `rows`, (tokens, in).
+            Name -> parts, one below the other: `squares`, the mean of x_j^2, (in,); and either `gram`, the mean of
+            x^T x, packed as `arithmetic.gram` describes, or `rows`, (tokens, in).
         """
         if self._packed is not None:
             self._packed /= self.tokens
@@ -107,13 +107,13 @@ class _Place(NamedTuple):
 
 
 def write(folder: Path, block: str, inputs: Mapping[str, Collected], sources: Mapping[str, str]) -> dict[str, str]:
-    """Write the statistics of a block.
+    """Write the statistics of one block into its two files.
 
     Args:
-        folder: where to.
+        folder: where the files go.
         block: its path in the network.
-        inputs: name of an input -> what was collected.
-        sources: name of a projection -> the input that it got.
+        inputs: name of an input -> its collected rows or products.
+        sources: name of a projection -> the name of its input.
 
     Returns:
         Name of each of the two files -> its SHA-256.
@@ -134,9 +134,9 @@ def write(folder: Path, block: str, inputs: Mapping[str, Collected], sources: Ma
 
 
 class Written:
-    """The files of a pass, or of a fit, so far. Until it is done, a list of their checksums is next to them.
+    """The files that a pass or a fit has written so far. Until it is done, a list of their checksums is next to them.
 
-    A file that a killed process has finished is found again by that list, unless it was damaged since.
+    By that list, the next process finds the files that a killed one had finished, except those damaged since.
 
     Attributes:
         checksums: file name -> SHA-256.
@@ -154,12 +154,12 @@ class Written:
         return f"{block}{_ENDING}" in self.checksums and f"{block}{_SQUARES}" in self.checksums
 
     def add(self, checksums: Mapping[str, str]) -> None:
-        """Add the files of a block, as `write` gives them."""
+        """Add the files of a block to the list, with the checksums that `write` returned."""
         self.checksums |= checksums
         store.write_entry(self._index, self.checksums)
 
     def remove_list(self) -> None:
-        """Remove the list when all is written: it is no part of the statistics."""
+        """Remove the list once all files are written: it is no part of the statistics."""
         self._index.unlink(missing_ok=True)
 
 
@@ -190,7 +190,7 @@ class Grams:
         return projection in self._places
 
     def source(self, projection: str) -> str | None:
-        """Which input a projection got: the same name for all that share it. None if no token was seen to reach it."""
+        """Name of a projection's input, the same for all that share it; None if no token was seen to reach it."""
         places = self._places.get(projection)
         return None if places is None else " ".join(f"{place.file}|{place.key}" for place in places)
 
@@ -203,17 +203,17 @@ class Grams:
         return self._places[projection][0].size
 
     def squares(self, projection: str) -> torch.Tensor:
-        """The mean of x_j^2 over the tokens, fp32 (in,)."""
+        """The mean of x_j^2 over the tokens that reached a projection, fp32 (in,)."""
         places = self._places[projection]
         sums = [self._read(place, "squares").double() * place.tokens for place in places]
         return (torch.stack(sums).sum(dim=0) / self.tokens(projection)).float()
 
     def inputs(self, projection: str, weight: float = 1.0) -> Gram | Rows:
-        """What a static fit needs to know of the inputs of a projection whose weight no other block shares.
+        """Return a projection's inputs for a static fit: mean products, or rows. No other block may share its weight.
 
         Args:
             projection: name of the network's parameter, as `passes.of_expert` gives it for one of stacked experts.
-            weight: how much the tokens count.
+            weight: how much all its tokens together count.
 
         Raises:
             LewisError: if the file is damaged.
@@ -237,7 +237,7 @@ class Grams:
             raise self._damaged(name) from error
 
     def _read(self, place: _Place, kind: str) -> torch.Tensor:
-        """One tensor, a view of the file; KeyError if it is not there."""
+        """Map one tensor of a file, whose checksum is compared first; KeyError if the file does not have it."""
         name = place.file.removesuffix(_ENDING) + (_SQUARES if kind == "squares" else _ENDING)
         path = self.folder / name
         with self._checking:

@@ -1,8 +1,8 @@
 """The pass that measures second-order statistics: for each covered projection the mean of x^T x of its inputs x.
 
-All batches go through the model side by side, block by block. What goes into the projections of a block is summed up
-and written to disk before the passes go on: so there are in memory the weights of one block, its statistics, the inputs
-of a few batches, and the hidden states of all tokens.
+All batches go through the model side by side, block by block. The inputs of a block's projections are summed up, and
+written to disk while the passes go through the next block: so memory holds the weights of one block, the statistics of
+one or two, the inputs of a few batches, and the hidden states of all tokens.
 
 The batches do not depend on the number of threads, each goes through the model single-threaded, and the sums are cut
 into jobs by their size only: so the numbers have the same bits for any number of threads (on the CPU).
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from lewis.importance.streaming import Weights
 
 logger = logging.getLogger(__name__)
-TOKENS_PER_PASS = 512  # more passes share out better among threads, have less padding, and stay in the cache
-_VALUES = 1 << 22  # most elements that a batch has in a wide layer
+TOKENS_PER_PASS = 512  # small batches share out better among threads, have less padding, and stay in the cache
+_VALUES = 1 << 22  # elements that a batch has in the widest layer, at most
 
 
 def measure_grams(
@@ -53,7 +53,7 @@ def measure_grams(
     threads: int | None = None,
     progress: Report = silent,
 ) -> dict[str, str]:
-    """Measure one model on one calibration set; a block that is in `folder` already is not measured again.
+    """Measure second-order statistics of a model on one calibration set, except for blocks that `folder` has already.
 
     Args:
         model: an opened checkpoint, or a LoRA expert.
@@ -78,7 +78,7 @@ def measure_grams(
     network = network_of(model, dtype)
     check_samples(model, network, calibration)
     made = batches([calibration], network, tokens=tokens_per_pass(network))
-    made.sort(key=lambda batch: batch.ids.numel(), reverse=True)  # those that run side by side take equally long
+    made.sort(key=lambda batch: batch.ids.numel(), reverse=True)  # so batches that run side by side take equally long
     passes = [Pass(batch, partial(forward, network, batch.ids.to(device), batch.lengths)) for batch in made]
     with ExitStack() as contexts:
         contexts.enter_context(one_thread())
@@ -104,7 +104,7 @@ def tokens_per_pass(network: Network) -> int:
 
 
 class _Walk:
-    """All passes on their way from block to block."""
+    """Leads all passes through the model, block by block, and writes the statistics of each block."""
 
     def __init__(
         self,
@@ -165,11 +165,11 @@ class _Walk:
     def _through(self, waiting: Sequence[Pass]) -> tuple[dict[str, Collected], dict[str, str]]:
         """Run the passes through a block, a few at a time.
 
-        The inputs that a pass has left are summed while the next passes run, by the thread whose pass ends first. The
-        last sums of a block are done during the first passes through the next block.
+        The inputs that a pass recorded are summed while the next passes run, by threads whose own passes have ended.
+        The last sums of a block are done during the first passes through the next block.
 
         Returns:
-            the inputs of the block by name, and for each projection the name of its input.
+            The inputs of the block by name, and for each projection the name of its input.
         """
         inputs, sources = dict[str, Collected](), dict[str, str]()
         for start in range(0, len(waiting), self._workers.count):
@@ -204,7 +204,7 @@ def _nothing() -> None:
 
 
 def measured_by(model: Model, calibration: Calibration, grams: Grams, reduce: str = "mean") -> Measured:
-    """Norms and second moments, computed from the statistics that a pass has left."""
+    """Compute a model's norms and second moments on one calibration set from its second-order statistics."""
     network = network_of(model)
 
     def means(parameter: str, _: int) -> torch.Tensor | None:
@@ -223,7 +223,7 @@ def measured_by(model: Model, calibration: Calibration, grams: Grams, reduce: st
 
 
 def operations_per_second() -> float:
-    """How many fp32 operations one core does in a second, measured with a product of matrices."""
+    """The number of fp32 operations that one core does per second, measured with a product of matrices."""
     with one_thread(), torch.inference_mode():
         square = torch.ones(1024, 1024)
         square @ square

@@ -49,16 +49,16 @@ def measure_sets(
     device: str = "cpu",
     progress: Report = silent,
 ) -> list[Measured]:
-    """Measure one model on several calibration sets, in one pass without padding in the sums, KV cache or logits.
+    """Measure the importance of a model's layers on several calibration sets, in one pass without KV cache or logits.
 
         s_j    = mean over tokens of x_j^2      (`reduce: sum`: the sum over a sample's tokens, mean over samples)
         I(l,c) = || W * sqrt(s) ||_F = sqrt( sum_ij W_ij^2 s_j )      (Wanda's score, arXiv 2306.11695, as one norm)
 
     A block's weights are read when the pass reaches it, and dropped when the micro-batches of all sets have been
-    through it, so that a model need not fit in memory: at any time there are the embeddings, a block, the activations
-    of one micro-batch, and the hidden states of those that wait. These take no more than a block's weights do, or 64
-    MiB: what is beyond that follows in a round of its own, which reads the model again. With `prune_ratio`, each set is
-    one batch in a round of its own.
+    through it, so that a model need not fit in memory: at any time, memory holds the embeddings, a block, the
+    activations of one micro-batch, and the hidden states of those that wait. The latter take no more than the largest
+    block's weights, or 64 MiB: further batches follow in another round, which reads the model again. With
+    `prune_ratio`, each set is one batch in a round of its own. Padding is left out of all sums.
 
     Args:
         model: an opened checkpoint, or a LoRA expert.
@@ -69,8 +69,8 @@ def measure_sets(
             blocks counts as half done.
 
     Returns:
-        For each set, I(l,c) of every covered layer and s of every covered tensor. What no token reached (an expert that
-        a router never chose) has no norm and no moments.
+        For each set, I(l,c) of every covered layer and s of every covered tensor. A layer that no token reached (an
+        expert that a router never chose) has no norm and no moments.
 
     Raises:
         InputError: if no layer is covered, or a token id is out of the vocabulary.
@@ -95,7 +95,7 @@ def _measure_sets(
     *,
     equal: bool = False,
 ) -> list[Measured]:
-    """`measure_sets`; with `equal`, no batch has padding."""
+    """Do the work of `measure_sets`; with `equal`, no batch has padding."""
     from lewis.importance.batches import batches, groups
     from lewis.importance.second_moments import SecondMoments
     from lewis.importance.streaming import Streamed, forward
@@ -128,16 +128,16 @@ def _measure_sets(
 def norms(
     model: Model, network: Network, means: Means, calibrations: Sequence[Calibration], reduce: str
 ) -> list[Measured]:
-    """Norms and moments of each set.
+    """Compute the norms of a model's covered layers and their moments on each set, from measured means of x_j^2.
+
+    With `reduce: sum` a norm is summed in fp32, as in the authors' code, which is off by 2e-5 for larger tensors.
 
     Args:
-        model: whose weights are read.
+        model: the model whose weights are read.
         network: its modules.
-        means: what was measured.
+        means: the means that were measured.
         calibrations: the sets.
         reduce: as in `Importance`.
-
-    With `reduce: sum` a tensor is summed in fp32 as the authors' code does, which is off by 2e-5 for the larger ones.
     """
     found = [Measured({}, {}) for _ in calibrations]
     largest = max(sum(layer.parameters for layer in covered.layers) for covered in network.covered)
@@ -178,7 +178,7 @@ def _norms_of(
                     raise _damaged(model, covered.tensor, s, weights)
                 norms[layer.key] = norm
             fired = s.isnan().logical_not()  # a stacked expert that no token reached gets the mean of the others
-            # Those of matrices in one another's rows are as wide as the weights: these have norms alone.
+            # Moments of matrices that lie in one tensor's rows would be as large as the weights: only norms are kept.
             found.append((norms, None if covered.stack else torch.where(fired, s, s[fired].mean())))
     return found
 

@@ -1,7 +1,7 @@
-"""What an importance pass leaves in the store: norms as JSON and, in a safetensors file next to it, second moments.
+"""The result of an importance pass in the store: norms as JSON and, in a safetensors file next to it, second moments.
 
-The JSON names size and SHA-256 of the other file, and is written after it: an entry whose moments are gone, damaged
-or of another pass is not believed.
+The JSON names size and SHA-256 of the other file, and is written after it: so an entry whose moments are missing,
+damaged or from another pass is noticed, and not used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Measured:
 
 
 def moments_path(path: Path) -> Path:
-    """Where the moments of the entry `path` are."""
+    """Path of the file with the second moments of the entry `path`."""
     return kinds.IMPORTANCE.beside_of(path)
 
 
@@ -53,7 +53,7 @@ def write(path: Path, measured: Measured, facts: dict[str, Any]) -> None:
 def is_whole(path: Path) -> bool:
     """Whether the store has the measurement with its moments, as they were written; marks it as used.
 
-    What is damaged is set aside.
+    Damaged files are set aside.
     """
     content, file = store.read_entry(path), moments_path(path)
     if content is None or not content.get(NORMS):
@@ -69,10 +69,10 @@ def is_whole(path: Path) -> bool:
 
 
 def read_moments(path: Path) -> dict[str, torch.Tensor]:
-    """The second moments of an entry.
+    """Read the second moments of an entry.
 
     Raises:
-        LewisError: if they are gone or damaged.
+        LewisError: if the file is gone or damaged.
     """
     from safetensors.torch import load
 

@@ -1,4 +1,4 @@
-"""Forward passes that stop in front of every block, and note what goes into the projections on the way."""
+"""Forward passes that stop in front of every block, and record the inputs of the projections on the way."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _OF_RUN: WeakValueDictionary[greenlet, Stepping] = WeakValueDictionary()
 
 @dataclass(eq=False)
 class Stepping:
-    """One batch on its way through a model.
+    """A forward pass of one batch that can be paused and resumed.
 
     Attributes:
-        batch: what goes through.
+        batch: the batch.
         forward: runs the model on it.
-        place: path of the module that it waits in front of; None at its end.
+        place: path of the module that the pass waits in front of; None at its end.
     """
 
     batch: Batch
@@ -37,7 +37,7 @@ class Stepping:
 
     @classmethod
     def current(cls) -> Self | None:
-        """The pass that is running; None if it is of another class, or none is running."""
+        """The pass that is running now; None if it is not of this class, or no pass is running."""
         found = _OF_RUN.get(getcurrent())
         return found if isinstance(found, cls) else None
 
@@ -47,7 +47,7 @@ class Stepping:
         A greenlet cannot change threads, so call this from the thread that started it.
 
         Returns:
-            The value passed to `wait`; None when the forward pass has ended.
+            The value that was given to `wait`; None when the forward pass has ended.
         """
         if self._run is None:
             self._run = greenlet(self.forward)
@@ -56,7 +56,7 @@ class Stepping:
         return None if self._run.dead else value
 
     def stop(self) -> None:
-        """End what waits here, in its own thread."""
+        """End the pass if it waits; call this from the thread that started it."""
         if self._run is not None and not self._run.dead:
             self._run.throw()
 
@@ -73,12 +73,12 @@ def wait_at(path: str, *_: object) -> None:
 
 @dataclass(eq=False)
 class Pass(Stepping):
-    """One batch on its way through a model, which stops in front of every block.
+    """A forward pass of one batch that stops in front of every block, and records the inputs of projections.
 
     Attributes:
-        inputs: what went into projections since `forget`: name of the first projection that got a tensor -> the rows of
-            real tokens, fp32 (tokens, in), copied.
-        sources: name of a projection -> which of the inputs it got; empty if several.
+        inputs: recorded since `forget`: name of the first projection that got a tensor -> copies of its rows of real
+            tokens, fp32 (tokens, in).
+        sources: name of a projection -> the key in `inputs` of the tensor that it got; empty if it got several.
     """
 
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Pass(Stepping):
         self.place = self.advance()
 
     def stop(self) -> None:
-        """End what waits here, in its own thread."""
+        """End the pass if it waits, in the thread that started it, and drop the recorded inputs."""
         super().stop()
         self.forget()
 
@@ -115,16 +115,16 @@ class Pass(Stepping):
             self._seen.append((inputs, weighted, name))
             rows = self.batch.rows_of(inputs, name)
             rows = self.batch.weighted(rows, path) if weighted else rows
-            copied = rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows  # a model may change it later
+            copied = rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows  # a model may overwrite it later
             self.inputs.setdefault(name, []).append(copied)
         self.sources[name] = key if self.sources.get(name, key) == key else ""
 
 
 class Watched(ExitStack):
-    """A network whose passes stop in front of its blocks and note what goes into its covered projections; a context.
+    """A context in which a network's passes stop in front of its blocks and record the inputs of covered projections.
 
     Attributes:
-        notes: whether anything is noted.
+        notes: whether inputs are recorded.
     """
 
     def __init__(self, network: Network) -> None:
@@ -162,10 +162,10 @@ class Watched(ExitStack):
 def see_experts(
     module: nn.Module, parameters: Sequence[str], note: Callable[[str, str, torch.Tensor], None]
 ) -> AbstractContextManager[Any]:
-    """A context in which the products of a module with slices of its stacked parameters are seen.
+    """A context in which `note` is called before each product of inputs with a slice of a stacked parameter.
 
     Args:
-        module: that runs in the context.
+        module: the module that runs in the context.
         parameters: full names of its stacked parameters.
         note: called before each product with the parameter, the name of the projection and its inputs, (tokens, in).
     """
@@ -182,7 +182,7 @@ def see_experts(
 
 
 def of_expert(parameter: str, expert: int | None) -> str:
-    """What the projection of one of the stacked experts is called."""
+    """The name of a projection: the parameter's, and for one of stacked experts its number in brackets."""
     return parameter if expert is None else f"{parameter}[{expert}]"
 
 
@@ -195,5 +195,5 @@ def _after_experts(*_: Any) -> None:
 
 def _running() -> Pass:
     run = Pass.current()
-    assert run is not None  # the hooks are there while passes run only
+    assert run is not None  # hooks are called only while a pass runs
     return run

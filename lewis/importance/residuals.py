@@ -1,9 +1,9 @@
 """Which projections write into the residual stream, and where a pass can read the stream before they do.
 
-Found by sending tokens through the network on the meta device, where nothing is computed: a projection writes into the
-stream if its output, as it is, is added to a tensor that went into another module before (the block, or its norm), and
-is no projection's output itself. Where a model scales or normalises the output first (Granite, Gemma), or adds two
-outputs at once (GPT-NeoX), nothing is found, and nothing is corrected.
+The search sends tokens through the network on the meta device, where nothing is computed. A projection writes into the
+stream if its unchanged output is added to a tensor that went into another module before (the block, or its norm) and is
+no projection's output itself. Where a model scales or normalises the output first (Granite, Gemma), or adds two outputs
+in one step (GPT-NeoX), no projection is found, and a fit corrects no residual.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OF_VALUES: dict[str, Any] = {"item": 1, "__bool__": True, "__int__": 0, "__inde
 
 
 def writers(network: Network, places: Collection[str]) -> dict[str, str]:
-    """Path of a projection that writes into the residual stream -> path of a module whose input is the stream before.
+    """Map each projection that writes into the residual stream to a module whose input is the stream before, by path.
 
     Args:
         network: on the meta device; not to be used afterwards, since its buffers may have been computed there, too.
@@ -49,7 +49,7 @@ class _Additions(TorchFunctionMode):
         super().__init__()
         self._added: list[tuple[int, int]] = []
         self._outputs, self._inputs = dict[int, str](), dict[int, str]()
-        self._kept: list[Any] = []  # what is noted must not be freed, or another tensor would get its identity
+        self._kept: list[Any] = []  # recorded tensors must not be freed, or a new tensor could get the same id
         for block in network.blocks:
             for name, module in network.module.get_submodule(block).named_modules():
                 path = f"{block}.{name}" if name else block
@@ -59,7 +59,7 @@ class _Additions(TorchFunctionMode):
                     contexts.callback(module.register_forward_pre_hook(self._noting_input(path)).remove)
 
     def found(self) -> dict[str, str]:
-        """As `writers`."""
+        """Path of a writing projection -> path of a module whose input is the stream before; as `writers` returns."""
         pairs = [pair for added in self._added for pair in (added, added[::-1])]
         return {
             self._outputs[output]: self._inputs[stream]

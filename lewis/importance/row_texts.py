@@ -1,4 +1,4 @@
-"""The text of a row of a calibration set, and where the answers are in it: by templates, or by a chat template."""
+"""Turn rows of a calibration set into texts, with the places of their answers, by templates or a chat template."""
 
 import re
 import string
@@ -10,8 +10,8 @@ from lewis.errors import InputError
 from lewis.importance.chats import Spans, written
 from lewis.recipe.schema import CalibrationSet
 
-MAX_FIELDS = 100  # of a template, each of four digits of width at most: with more, a text could take gigabytes
-_LEAST, _PER_TOKEN = 10_000, 64  # characters of a text that are looked at first
+MAX_FIELDS = 100  # of a template; a field's width has four digits at most: with more, a text could take gigabytes
+_LEAST, _PER_TOKEN = 10_000, 64  # characters of a text that are tokenised first: at least, and for each token to keep
 _KINDS = {list: "a list", tuple: "a list", dict: "a mapping", bytes: "bytes"}
 
 
@@ -23,12 +23,12 @@ class Text(NamedTuple):
     special: bool = True
 
     def tokens(self, encode: Any, spec: CalibrationSet) -> tuple[list[int], list[float]]:
-        """Token ids and how much each counts: 1 where it, or the one that it predicts, is of an answer."""
+        """Return token ids and their weights: 1 if a token or the next one is of an answer, else `prompt_weight`."""
         alike = spec.prompt_weight == 1
         offsets = {} if alike else {"return_offsets_mapping": True}
         length = max(_LEAST, _PER_TOKEN * spec.max_tokens)
         try:
-            # Of a long text only a part, with as many tokens again as are kept: a text of 90 MB took 7 GB and minutes.
+            # Of a long text, only a part with twice the tokens to keep is tokenised: 90 MB took 7 GB and minutes.
             while True:
                 found = encode(self.content[:length], truncation=False, add_special_tokens=self.special, **offsets)
                 if length >= len(self.content) or len(found["input_ids"]) >= 2 * spec.max_tokens:
@@ -52,11 +52,11 @@ class Text(NamedTuple):
 
 
 def texts_of(where: str, spec: CalibrationSet, rows: Sequence[Any], tokenizer: Any) -> list[Text]:
-    """The texts of rows.
+    """Turn rows of a calibration set into texts.
 
     Args:
         where: what to call the set in errors.
-        spec: its block.
+        spec: the set's block of the recipe.
         rows: of the dataset; texts if these are given inline.
         tokenizer: of the base, which may have a chat template.
 

@@ -24,13 +24,12 @@ class HiddenPaddingError(LewisError):
 
 
 class SecondMoments:
-    """Running sums of each calibration set; to be used as a context around the forward passes.
+    """Running sums of x_j^2 on each calibration set; to be used as a context around the forward passes.
 
     Attributes:
-        sums: of the set that is going through, parameter -> sum of x_j^2, fp64, (in,) or, of stacked experts,
-            (experts, in).
-        counts: of that set, parameter -> number of tokens, () or (experts,).
-        lengths, width, weights: of the batch that is going through, as `batches.Batch` has them.
+        sums: of the selected set, parameter -> sum of x_j^2, fp64, (in,) or, of stacked experts, (experts, in).
+        counts: of the selected set, parameter -> number of tokens, () or (experts,).
+        lengths, width, weights: of the current batch, as `batches.Batch` has them.
     """
 
     def __init__(self, network: Network, device: str, sets: int = 1) -> None:
@@ -42,7 +41,7 @@ class SecondMoments:
         self.weights: torch.Tensor | None = None
         self._mask = torch.ones(1, 1, device=device)
         self._padded = False
-        # q, k and v get the same tensor: it, and its squares with their number, once with weights and once without.
+        # The last input, which q, k and v share; and by whether tokens are weighted: sum of squares, number of tokens.
         self._last: tuple[torch.Tensor | None, dict[bool, tuple[torch.Tensor, float]]] = (None, {})
         self._stacks: dict[int, str] = {}  # address of a stacked parameter's memory -> its name
         self._real_rows: dict[tuple[str, int], torch.Tensor] = {}  # rows of an expert's tokens that are no padding
@@ -58,7 +57,7 @@ class SecondMoments:
             weight = getattr(module, name)
             if weight.dim() == 3 or parameter in self._flat:
                 stacked.setdefault(module, []).append(parameter)
-            else:  # blocks may share a weight (Zamba): what each of them puts in counts
+            else:  # blocks may share a weight (Zamba): the inputs in each of them count
                 paths = [each.rpartition(".")[0] for each in self._network.same(parameter)]
                 for shared in dict.fromkeys(map(self._network.module.get_submodule, paths)):
                     hook = shared.register_forward_pre_hook(self._of_module(parameter))
@@ -76,7 +75,7 @@ class SecondMoments:
         self._hooks.close()
 
     def select(self, of: int) -> None:
-        """Set the calibration set that the next batches belong to."""
+        """Select the calibration set that the next batches belong to, by its index."""
         self.sums, self.counts = self._sets[of]
 
     def begin(self, lengths: Sequence[int], width: int, weights: torch.Tensor | None = None) -> None:
@@ -95,7 +94,7 @@ class SecondMoments:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A context in which nothing is added."""
+        """A context in which no inputs are added to the sums."""
         self._paused = True
         try:
             yield
@@ -103,9 +102,9 @@ class SecondMoments:
             self._paused = False
 
     def means(self, parameter: str, of: int = 0) -> torch.Tensor | None:
-        """Mean of x_j^2 in set `of`: (in,), or (experts, in) with NaN for experts that no token reached.
+        """Mean of x_j^2 of a parameter in set `of`: (in,), or (experts, in) with NaN for experts that no token reached.
 
-        None if nothing was reached; Inf where an activation was NaN or Inf.
+        None if no token reached the parameter; Inf where an activation was NaN or Inf.
         """
         all_sums, all_counts = self._sets[of]
         counts = all_counts.get(parameter)
@@ -116,7 +115,7 @@ class SecondMoments:
 
     def _of_module(self, parameter: str) -> Any:
         def collect(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if self._paused or not inputs or inputs[0] is None:  # without tensors: nothing went in (Voxtral's audio)
+            if self._paused or not inputs or inputs[0] is None:  # a call without tensors (Voxtral's audio)
                 return
             if inputs[0] is not self._last[0]:  # q, k and v see the same tensor: square it once
                 self._last = (inputs[0], {})

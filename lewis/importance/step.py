@@ -50,7 +50,7 @@ class CalibrationEntry(Reference):
         return self
 
     def load(self) -> Calibration:
-        """The set, under the name of this recipe: another recipe may have stored the same rows first."""
+        """Read the set, under its name in this recipe: another recipe may have stored the same rows first."""
         return replace(Calibration.load(self.path), name=self.name)
 
 
@@ -58,6 +58,8 @@ class ImportanceEntry(JsonReference):
     """Norms and second moments of one model on one calibration set, in the store.
 
     Attributes:
+        ref: reference of the model.
+        calibration: name of the calibration set.
         statistics: folder of the second-order statistics, if they were asked for.
     """
 
@@ -76,7 +78,7 @@ class ImportanceEntry(JsonReference):
 
     @property
     def norms(self) -> dict[str, float]:
-        """Tensor name -> I(l,c); read from the disk at each call."""
+        """Key of a layer -> I(l,c), None if no token reached it; read from the disk at each call."""
         return dict(self.content(self.holds))
 
     @property
@@ -93,7 +95,7 @@ class CalibrationInput:
         name: in the recipe, under `lewis.calibrations`.
         spec: its block.
         root: where relative `data_files` start.
-        base: whose tokenizer is used for all models; its weights need not be here.
+        base: the model whose tokenizer is used for all models; its weights need not be on this disk.
     """
 
     name: str
@@ -102,10 +104,10 @@ class CalibrationInput:
     base: ModelFiles
 
     def place(self) -> Path:
-        """Where the store notes which entry was made of these rows by this tokenizer.
+        """Path at which the store records the entry that was made from these rows with this tokenizer.
 
         Raises:
-            InputError: if there are no such files, or there is no such dataset.
+            InputError: if a file of the rows, or their dataset, does not exist.
             TransientError: if the Hub cannot be asked for the dataset's commit right now.
         """
         libraries = [version("datasets"), version("transformers")]
@@ -116,13 +118,13 @@ class CalibrationInput:
 
 
 def find_calibration(given: CalibrationInput, place: Path | None = None) -> CalibrationEntry | None:
-    """The token ids of a set, if they were made of the same rows by the same tokenizer before.
+    """Find the stored token ids of a set, made from the same rows with the same tokenizer; None if there are none.
 
-    A run that has nothing to do need then not load the libraries that make them.
+    A run that finds them need not load the libraries that make them.
 
     Args:
         given: the set.
-        place: `given.place()`, if it is known: to find it out may take requests to the Hub.
+        place: `given.place()`, if it is known: that call may take requests to the Hub.
 
     Raises:
         InputError, TransientError: as `CalibrationInput.place`.
@@ -168,10 +170,10 @@ class MeasureInput:
 
 
 def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -> list[ImportanceEntry]:
-    """Importance of one model on each calibration set; what the store does not have is measured, in one pass.
+    """Return the importance of one model on each calibration set; sets that the store lacks are measured in one pass.
 
-    With second-order statistics each set has a pass of its own, which leaves norms and moments, too, unless they are
-    to come from a model that is pruned.
+    With second-order statistics each set has a pass of its own, from which norms and moments follow, too, unless
+    `prune_ratio` asks for those of a pruned model.
 
     Args:
         given: the model and the sets.
@@ -216,7 +218,7 @@ def measure_digest(given: MeasureInput, device: str) -> str:
 
 
 def find_all_measured(given: MeasureInput, device: str) -> list[ImportanceEntry] | None:
-    """The result of `measure`, if the store has all of it."""
+    """Return the result of `measure` if the store has all of it, else None."""
     found = [find_measured(given, each, device) for each in given.sets]
     whole = [entry for entry in found if entry]
     return whole if len(whole) == len(found) else None
@@ -225,10 +227,10 @@ def find_all_measured(given: MeasureInput, device: str) -> list[ImportanceEntry]
 def _keep_norms(
     files: ModelFiles, calibration: CalibrationEntry, settings: Importance, device: str, statistics: Path
 ) -> None:
-    """Write the norms and moments that follow from second-order statistics, unless the store has some.
+    """Write the norms and moments that follow from a model's second-order statistics, unless the store has them.
 
-    Nothing is written if a layer saw no token in that pass. It may be a mixture of experts of a layout that only the
-    pass for norms can follow.
+    Nothing is written if a layer saw no token in that pass: it may belong to a mixture of experts with a layout that
+    only the pass for norms can follow.
     """
     digest, path = _importance_place(files.read_as, calibration, settings, device)
     if measurements.is_whole(path):
@@ -256,13 +258,13 @@ def find_or_measure_grams(
     progress: Report = silent,
     unchanged: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Folder of the second-order statistics of one model on one calibration set, which `gram_files.Grams` reads.
+    """Return the folder of a model's second-order statistics on one calibration set; `gram_files.Grams` reads it.
 
-    What the store does not have is measured. A pass that was killed is begun again, but the blocks whose statistics
+    If the store lacks them, they are measured. A pass that was killed is begun again, but the blocks whose statistics
     it had written are not summed up again.
 
     Raises:
-        InputError: if there is no space for them; also as `measure`.
+        InputError: if there is no space for them; also as `grams.measure_grams`.
     """
     digest, folder = grams_place(model.key, calibration.digest, device)
     with store.turn(kinds.GRAMS, digest):
@@ -286,7 +288,7 @@ def grams_place(key: str, calibration: str, device: str) -> tuple[str, Path]:
 
 
 def find_measured(given: MeasureInput, calibration: CalibrationEntry, device: str) -> ImportanceEntry | None:
-    """What `measure` gives for one of its sets, if the store has it."""
+    """Return the stored measurement of a model on one of its calibration sets; None if the store lacks a part of it."""
     files, name = given.files, calibration.name
     digest, path = _importance_place(files.read_as, calibration, given.settings, device)
     statistics = grams_place(files.read_as, calibration.digest, device)[1] if given.grams else None
@@ -296,20 +298,20 @@ def find_measured(given: MeasureInput, calibration: CalibrationEntry, device: st
 
 
 def _importance_place(key: str, calibration: CalibrationEntry, settings: Importance, device: str) -> tuple[str, Path]:
-    of_pass = settings.model_dump(exclude={"metric"})  # every metric is made of what one pass measures
+    of_pass = settings.model_dump(exclude={"metric"})  # the pass measures the same for every metric
     digest = store.digest([measuring.SEMANTICS, key, calibration.digest, precision(device), of_pass])
     return digest, kinds.IMPORTANCE.path(digest)
 
 
 def layers_of(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
-    """The covered layers of the base; logs which they are, and what has weights but is not covered.
+    """Return the covered layers of the base; log which they are, and which possible projections are not covered.
 
     Args:
         base: the base.
         measured: whether a model is run. If not, a base that transformers cannot build is no error.
 
     Raises:
-        InputError: if there are none.
+        InputError: if no layer is covered.
     """
     layers, left = covered_layers(base, measured=measured)
     share = sum(x.parameters for x in layers) / sum(info.elements for info in base.open().tensors.values())
@@ -324,7 +326,7 @@ def layers_of(base: ModelFiles, *, measured: bool = True) -> list[Layer]:
 
 
 def covered_layers(base: ModelFiles, *, measured: bool) -> tuple[list[Layer], dict[str, float]]:
-    """The layers of `covered_tensors`, and what is not covered; found once, as building the modules takes seconds."""
+    """Return the covered layers and shares of uncovered tensors; stored, since building the modules takes seconds."""
     place = place_of([measuring.SEMANTICS, version("transformers"), base.key])
     known = store.entry(place, "layers")
     if known is None:

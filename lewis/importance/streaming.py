@@ -18,11 +18,11 @@ from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model, read_as
 from lewis.models.network.module_tree import Network
 
-_ROOM = 64 << 20  # bytes; a micro-batch takes more while it goes through a block of a small model
+_ROOM = 64 << 20  # bytes; on its way through a block of a small model, a micro-batch takes more in any case
 
 
 class Weights:
-    """The parameters of a network on the meta device: read from a model when they are needed, and let go again."""
+    """The parameters of a network on the meta device: read from a model when they are needed, and dropped again."""
 
     def __init__(
         self,
@@ -35,15 +35,15 @@ class Weights:
         """
         Args:
             network: on the meta device.
-            model: that has its weights.
+            model: the model that has the network's weights.
             device, dtype: of the parameters when they are loaded.
-            keep: brings a value to where it is kept, in another dtype if one is given; by default to the device.
+            keep: moves a value to where it is kept, in another dtype if one is given; by default to the device.
         """
         self.network, self.model, self._device, self._dtype = network, model, device, dtype
         self._keep = keep or (lambda value, dtype: value.to(device, dtype))
 
     def move_buffers(self) -> None:
-        """Move to the device what no checkpoint holds, such as tables of rotary embeddings."""
+        """Move all buffers to the device, such as tables of rotary embeddings, which no checkpoint holds."""
         for module in self.network.module.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
@@ -60,10 +60,10 @@ class Weights:
                 raise InputError(f"{where}: transformers cannot load it: the weight {name!r} is missing")
 
     def load_outside(self, *, with_head: bool = False) -> None:
-        """Read what is in no block. On a CPU, the embedding of a token is read when a pass first needs it.
+        """Read the parameters that are in no block. On a CPU, the embedding of a token is read when a pass needs it.
 
         Args:
-            with_head: also what makes logits.
+            with_head: also those of the head that makes logits.
         """
         later = self.network.read_by_row(with_head=with_head) if self._device == "cpu" else []
         if later:
@@ -71,11 +71,11 @@ class Weights:
         self.load(name for name in self.network.parameters_outside(with_head=with_head) if name not in later)
 
     def _fill_by_row(self, names: Sequence[str]) -> None:
-        """Give a parameter of embeddings, by all its names, a table whose rows are filled as tokens come."""
+        """Replace an embedding parameter, under all its names, by a table whose rows are filled as tokens come."""
         network = self.network
         tensor = next(tensor for tensor, name in network.unconverted.items() if name in names)
         (kind, bits), shape = self.model.raw(tensor), self.model.shapes[tensor]
-        self.model.done_with(tensor)  # what is computed of mapped files is in memory now
+        self.model.done_with(tensor)  # a value that is computed from mapped files is in memory now
         rows, table = bits.reshape(shape), _empty_table(shape, self._dtype)
 
         def fill(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class Weights:
         for name in names:
             _put(network.module, name, table)
             module = network.module.get_submodule(name.rpartition(".")[0])
-            if isinstance(module, nn.Embedding):  # the others are heads, whose logits nobody reads
+            if isinstance(module, nn.Embedding):  # the others are heads, whose logits are not used
                 module.register_forward_pre_hook(fill, with_kwargs=True)
 
     def load(self, names: Iterable[str]) -> None:
@@ -124,16 +124,16 @@ class Weights:
 
 
 class Streamed:
-    """A network with its weights, as a context: at any time in memory are those outside of the blocks, and one block.
+    """A context in which a network can run; at any time, memory holds one block's weights, and those outside of blocks.
 
-    Where all of it fits on a GPU, everything is kept there instead.
+    Where all weights fit on a GPU, they are kept there instead.
     """
 
     def __init__(self, network: Network, model: Model, device: str, dtype: torch.dtype, *, keep: bool = True) -> None:
         """
         Args:
             network: on the meta device.
-            model: that has its weights.
+            model: the model that has the network's weights.
             device, dtype: where and in what the passes compute.
             keep: whether the weights may stay in a GPU's memory.
         """
@@ -162,7 +162,7 @@ class Streamed:
 
     @property
     def room(self) -> int:
-        """Bytes that may wait between two blocks: those of the largest block, at least 64 MiB.
+        """Bytes of hidden states that may wait between two blocks: those of the largest block, at least 64 MiB.
 
         0 if waiting saves nothing, since the weights stay in memory.
         """
@@ -171,14 +171,14 @@ class Streamed:
         return 0 if self._keep else max(_ROOM, max(sizes) * self._dtype.itemsize)
 
     def lock_step(self, forwards: Sequence[Callable[[], None]], turn: Callable[[int], None]) -> Iterator[float]:
-        """Run forward passes side by side: all go through a block, one after another, before one goes on to the next.
+        """Run forward passes side by side: all go through a block, one after another, before any enters the next one.
 
-        Each pass is a greenlet, a coroutine that can stop anywhere below its first call: at the entry of a block, in
-        the code of whatever model it is. All are in this thread, and share its settings, its memory and OpenMP's pool.
+        Each pass is a greenlet, a coroutine that can stop at any depth of calls: here at the entry of a block, inside
+        the code of any model. All run in this thread, and share its settings, its memory and OpenMP's pool.
 
         Args:
             forwards: each runs the network once.
-            turn: called with the index of the pass that goes on now.
+            turn: called with the index of a pass right before it is resumed.
 
         Yields:
             After each block, the share of the blocks that all have passed.
@@ -266,12 +266,12 @@ def _forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
 
 
 def decoder_ids(config: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The same tokens, one place later: what a decoder is given to predict them."""
+    """Shift token ids by one place, after the start token: the input from which a decoder predicts these tokens."""
     return torch.cat([torch.full_like(ids[:, :1], _decoder_start(config)), ids[:, :-1]], dim=1)
 
 
 def _decoder_start(config: Any) -> int:
-    """The token that a decoder begins with: T5's config names it, T5Gemma's begins with its decoder's first token."""
+    """The token that a decoder begins with: as the config says (T5), or the decoder's bos token (T5Gemma), or 0."""
     decoder = config.get_text_config(decoder=True)
     named = (getattr(config, "decoder_start_token_id", None), getattr(decoder, "bos_token_id", None))
     return next((token for token in named if token is not None), 0)

@@ -22,7 +22,7 @@ class PruneAfter:
         """
         Args:
             network: whose blocks are pruned.
-            moments: what is measured; it does not see the second run of a block.
+            moments: sums up the inputs of the whole blocks; it is paused while a pruned block runs.
             ratio: of each row's weights, the share that is set to 0; at 0 nothing is done.
         """
         self._network, self._moments, self._ratio = network, moments, ratio
@@ -124,7 +124,7 @@ def _joined(outputs: list[Any]) -> Any:
 
 
 def smallest(scores: torch.Tensor, ratio: float) -> torch.Tensor:
-    """A mask of the int(ratio * columns) smallest elements of each row; among equal elements the first count.
+    """Mask the int(ratio * columns) smallest elements of each row; among equal elements, the first are taken.
 
     Args:
         scores: shape (rows, columns), no NaN.

@@ -46,11 +46,11 @@ class Workers:
         self._in_all([waiting] * min(len(self._threads), len(jobs)))
 
     def in_place(self, jobs: Sequence[Callable[[], None]], others: Sequence[Callable[[], None]] = ()) -> None:
-        """Run the jobs, the one at each place always in the same thread, and wait for all; raises as a call does.
+        """Run the jobs, those of one index always in the same thread, and wait for all; raise as `__call__` does.
 
         Args:
-            jobs: one for each place.
-            others: jobs that a thread takes when it is done with those of its places.
+            jobs: in a fixed order; job i of every call runs in the same thread.
+            others: jobs that a thread takes when it has finished its own.
         """
         shared = iter(others)
         self._in_all([chain(jobs[i :: self.count], shared) for i in range(self.count)])

@@ -1,1 +1,1 @@
-"""Whether models belong together, before they are merged: measures of their task vectors, and findings in words."""
+"""Inspect before a merge whether its models belong together: measures of their task vectors, and findings in words."""

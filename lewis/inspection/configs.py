@@ -36,15 +36,15 @@ _LEVELS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}  # bits of the significan
 
 @dataclass(frozen=True)
 class Described:
-    """A model without its weights.
+    """What is known of a model without its weights.
 
     Attributes:
-        ref: as in the recipe.
+        ref: the model's reference in the recipe.
         key: identity of its content.
         home: the folder with its config.json.
         tokenizer: the folder with its tokenizer.
-        headers: of its stored tensors; an adapter's are those of its base.
-        trained_on: of an adapter, the model that its config names; empty if it names none.
+        headers: headers of its stored tensors; for an adapter, of those of its base.
+        trained_on: for an adapter, the base that its config names; empty if it names none.
     """
 
     ref: str
@@ -63,7 +63,7 @@ class Described:
 
     @classmethod
     def on_disk(cls, files: ModelFiles) -> Described:
-        """Read configs, tokenizer and headers of a model that is on this disk; what is damaged counts as absent."""
+        """Read configs, tokenizer and headers of a model that is on this disk; damaged files count as absent."""
         headers: Headers = {}
         for path in sorted(files.folder.glob("*.safetensors")):
             with suppress(InputError):
@@ -79,7 +79,7 @@ class Described:
 
     @property
     def dtype(self) -> str:
-        """The dtype that most elements are stored in; empty if there are none."""
+        """The dtype in which most of the model's elements are stored; empty if it has no tensors."""
         count = Counter[str]()
         for dtype, shape in self.headers.values():
             count[dtype] += math.prod(shape)
@@ -87,12 +87,12 @@ class Described:
 
 
 def config_findings(base: Described, experts: Sequence[Described], *, among: bool = False) -> list[Finding]:
-    """All findings from configs, tokenizers and headers.
+    """List all findings from configs, tokenizers and headers.
 
     Args:
-        base: what the experts are compared with.
-        experts: the others.
-        among: whether what they are compared with is one of the experts, since the recipe has no base.
+        base: the model that the experts are compared with.
+        experts: the other models.
+        among: whether `base` is one of the experts, since the recipe has no base.
     """
     found = []
     ours, names = _Facts(base), {base.key: base.ref} if among else {}
@@ -116,7 +116,7 @@ def config_findings(base: Described, experts: Sequence[Described], *, among: boo
 
 
 class _Facts:
-    """What one model says about itself."""
+    """What the configs and the tokenizer of one model say about it."""
 
     def __init__(self, model: Described) -> None:
         whole = _json(model.home / "config.json")
@@ -136,7 +136,7 @@ class _Facts:
 
 
 def _origin(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
-    """Whether an adapter's config names another base than the one it is put on: both on the Hub, or both folders."""
+    """Yield a finding if an adapter's config names another base than the one it is put on, both on the Hub or local."""
     commit = commits_of(expert.key)[0]
     model = base.ref if commit == commits_of(base.key)[0] else parts_of(expert.ref)[0]
     named, given = (_HUB_NAME.match(ref.partition("@")[0]) for ref in (expert.trained_on, model))
@@ -144,7 +144,7 @@ def _origin(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
     if named and given and not is_local and named[0].lower() != given[0].lower():
         yield "another base", f"its adapter_config.json says that it was trained on {named[0]}, not on {given[0]}"
     folder = Path(expert.trained_on)
-    with suppress(InputError, OSError):  # what cannot be read says nothing
+    with suppress(InputError, OSError):  # a folder that cannot be read gives no finding
         if is_local and folder.is_absolute() and folder.is_dir() and pin_folder(model, folder).commit != commit:
             yield "another base", f"its adapter_config.json says that it was trained on {folder}, whose files differ"
 
@@ -173,7 +173,7 @@ def _settings(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides how positions are turned, in one form for all versions of transformers."""
+    """Return a config's settings of rotary positions, in one form for all versions of transformers."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found = dict(given) if isinstance(given, Mapping) else {"rope_scaling": given}
     kind = found.pop("rope_type", found.pop("type", "default"))
@@ -188,7 +188,7 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
 def _tokens(base: Described, expert: Described) -> Iterator[tuple[str, str]]:
     if base.tokenizer == expert.tokenizer or same(base.tokenizer, expert.tokenizer):
         return
-    with suppress(InputError):  # what needs the tokenizer reports it
+    with suppress(InputError):  # the step that needs the tokenizer reports it
         ours, theirs = read_vocabulary(base.tokenizer), read_vocabulary(expert.tokenizer)
         if ours is None or theirs is None:
             return
@@ -227,7 +227,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _added(folder: Path) -> dict[str, bool]:
-    """The tokens that are never cut -> whether they are special."""
+    """Return the tokens that a tokenizer never splits -> whether they are special."""
     added = _json(folder / TOKENIZER).get("added_tokens") or []
     return {token["content"]: bool(token.get("special")) for token in added if isinstance(token, dict)}
 

@@ -1,4 +1,4 @@
-"""A recipe for a base and experts, written with comments: what `lewis new` makes.
+"""Draft a recipe with comments for a base and experts: the work of `lewis new`.
 
 Calibration rows and tasks are public ones of a field that the expert's name or model card mentions (`TOPICS`).
 """
@@ -26,22 +26,22 @@ from lewis.models.source import Source, pin, short_name
 from lewis.recipe.recipe import Recipe
 from lewis.reports.card import front_matter
 
-SAMPLES = 64  # rows of each set: enough where rows are long; a quarter of them is held back
+SAMPLES = 64  # rows of each calibration set: enough for long rows; a quarter of them is held back
 
 
 @dataclass(frozen=True)
 class Topic:
-    """A field that experts are trained in.
+    """A field that experts are trained in, with a public dataset and a task for it.
 
     Attributes:
-        name: of the calibration set.
-        words: regular expression of what names such an expert, its datasets or its tags.
-        dataset, config: of the Hub, with a split `train`; None: its only configuration.
-        prompt, answer: templates that turn a row into text, without the end token; prompt empty: it has only answers.
-        task: of lm-eval; empty if it has none that runs without a permission.
-        score: of the task, `metric,filter`.
-        note: what to know about it; empty if there is nothing.
-        files: of `dataset: json` or `parquet`; empty for a set of the Hub.
+        name: name of the calibration set.
+        words: regular expression that matches names, datasets or tags of such experts.
+        dataset, config: a dataset of the Hub with a split `train`, and its configuration; None: its only one.
+        prompt, answer: templates that turn a row into text, without the end token; prompt empty: rows are only answers.
+        task: name of a task of lm-eval; empty if there is none that runs without a permission.
+        score: the task's score, `metric,filter`.
+        note: a note for the user, which becomes a comment; empty if there is none.
+        files: the files of `dataset: json` or `parquet`; empty for a dataset of the Hub.
         messages: the column of a chat, in place of prompt and answer; empty if there is none.
         samples: how many rows to take.
     """
@@ -71,7 +71,7 @@ GENERAL = Topic(
     "acc,none",
     "nothing says what this expert is good at: put in rows of its training data",
 )
-"""For an expert of which nothing is known."""
+"""The topic of an expert whose name and model card match no other topic."""
 
 TOPICS = (
     Topic(
@@ -107,10 +107,10 @@ TOPICS = (
 
 
 def topic_of(*texts: str) -> Topic:
-    """The topic of a model, by the first of some texts that names one; `GENERAL` if none does.
+    """Return the topic that the first of some texts about a model names; `GENERAL` if none names one.
 
     Args:
-        texts: the surest first, such as the model's name, then its datasets and tags.
+        texts: the most reliable first, such as the model's name, then its datasets and tags.
     """
     for text in texts:
         found = [topic for topic in TOPICS if re.search(topic.words, text.lower())]
@@ -121,13 +121,13 @@ def topic_of(*texts: str) -> Topic:
 
 @dataclass(frozen=True)
 class Draft:
-    """A recipe that is not written yet.
+    """A drafted recipe, which is not written to its file yet.
 
     Attributes:
-        text: YAML with comments.
-        topics: expert -> what its calibration set and task were chosen by.
-        tasks: of lm-eval.
-        findings: what configs and headers show of models that do not belong together.
+        text: the recipe, YAML with comments.
+        topics: expert -> name of the topic by which its calibration set and task were chosen.
+        tasks: names of the lm-eval tasks.
+        findings: what in configs and headers speaks against merging the models.
     """
 
     text: str
@@ -144,8 +144,8 @@ def draft(
     Args:
         base: reference of the base.
         experts: references of the experts.
-        file: where the recipe will be; references of folders are written so that they lead there.
-        choose: called with each expert and the topic that its name or card suggests; gives the one to take.
+        file: path that the recipe will have; folders below its folder are written as relative paths.
+        choose: called with each expert and the topic that its name or card suggests; returns the topic to take.
 
     Raises:
         InputError: if a model does not exist, does not fit the base, or is given twice.
@@ -173,7 +173,7 @@ def draft(
 
 
 def _placed(ref: str, root: Path) -> str:
-    """A reference as a recipe in `root` writes it."""
+    """Return a model's reference as a recipe in `root` writes it: folders below `root` by their relative paths."""
     folder = find_folder(ref, root)
     if folder is None:
         return ref
@@ -181,7 +181,7 @@ def _placed(ref: str, root: Path) -> str:
 
 
 def _descriptions(source: Source, root: Path) -> list[str]:
-    """The texts that may name an expert's topic: its name, then datasets and tags of its card, if it is here."""
+    """Return the texts that may name an expert's topic: its name, then datasets and tags of its card, if it has one."""
     pinned = source.adapter or source.model
     try:
         stated = front_matter(repository.fetch(pinned, weights=False))
@@ -191,7 +191,7 @@ def _descriptions(source: Source, root: Path) -> list[str]:
 
 
 def _end(folder: Path) -> str:
-    """The end token of a tokenizer; empty if it has none, or its file is not to be read."""
+    """Return the end token of a tokenizer; empty if it has none, or its file cannot be read."""
     try:
         token = read_json(folder / "tokenizer_config.json").get("eos_token")
     except (OSError, InputError, AttributeError):

@@ -14,16 +14,16 @@ from lewis.inspection.structure import odd_tensors
 
 CHILD, NEAR = 0.2, 0.6  # cosines with the base: below the first it is no fine-tune, below the second a distant one
 DISTANT = 0.5  # cosine from which on a tensor counts as replaced
-RESCALED = 100.0  # times the base's norm in the same direction, or as many times less
-FEWEST = 16  # elements of a tensor whose cosine says something
+RESCALED = 100.0  # factor, or divisor, of the base's norm from which on a tensor counts as rescaled
+FEWEST = 16  # elements that a tensor must have so that its cosine is meaningful
 LARGEST_HALF = 65504.0  # of float16
-NOTHING = 1e-4  # size of a task vector that is next to nothing
-ROUNDING = {"BF16": 1.2e-3, "F16": 1.5e-4}  # size of the difference that rounding alone makes
+NOTHING = 1e-4  # relative size below which a task vector counts as next to nothing
+ROUNDING = {"BF16": 1.2e-3, "F16": 1.5e-4}  # relative size of the difference that rounding alone makes
 FEW, MANY = 1 / 20, 10.0  # bounds of a usual size, relative to the other experts'
-SHARED = 0.5  # two experts that are nearer to each other than this part of their way from the base
+SHARED = 0.5  # two experts share an origin if their distance is below this part of their distance to the base
 ALIKE = 1e-4  # as SHARED, for two experts that differ only by rounding
 AGAINST = -0.3  # cosine of two task vectors that undo each other
-COARSE, COARSE_PART = 0.5, 0.1  # few distinct values: below this part of the base's, in this part of all weights
+COARSE, COARSE_PART = 0.5, 0.1  # share of the base's distinct values in a coarse matrix; share of weights in such ones
 _SHOWN = 3  # tensors that a finding names
 
 
@@ -37,15 +37,15 @@ def weight_findings(
     *,
     among: bool = False,
 ) -> list[Finding]:
-    """All findings that follow from the measured weights.
+    """List all findings that follow from the measured weights.
 
     Args:
-        refs: of the base, the experts, and other possible bases.
-        measures: of all of them, or of base and experts alone.
-        moved: for each expert, what `structure.moved_parts` found.
-        dtypes: in which most elements of the base and of each expert are stored.
-        result: the dtype of the merged model, as safetensors names it.
-        apart: whether two models differ in weights that were not measured.
+        refs: references of the base, the experts, and other possible bases.
+        measures: measures of all these models, or of base and experts alone.
+        moved: for each expert, the result of `structure.moved_parts`.
+        dtypes: the dtype in which most elements are stored, of the base and of each expert.
+        result: the dtype of the merged model, as safetensors names it; None: each tensor keeps the base's.
+        apart: says of the numbers of two models whether they differ in weights that were not measured.
         among: whether the base is one of the experts, since the recipe has no base.
     """
     experts = range(1, len(dtypes))
@@ -58,7 +58,7 @@ def weight_findings(
         found += [*tensors, *_coarse(refs[i], i, measures)]
         sizes[i] = measures.size(i, ordinary)
     strange = {each.model for each in found if each.kind in ("wrong base", "far from base")}
-    related = [i for i in experts if refs[i] not in strange]  # the others share the way from this base to theirs
+    related = [i for i in experts if refs[i] not in strange]  # others' task vectors share the way between two bases
     for i in related:
         others = [sizes[j] for j in related if j != i and sizes[j] >= NOTHING]
         if among and not measures.gram[i, i] and not apart(0, i):
@@ -74,7 +74,7 @@ def weight_findings(
 def _tensors(
     ref: str, i: int, measures: Measures, moved: Collection[str]
 ) -> tuple[list[Finding], list[TensorMeasures]]:
-    """Tensors that are all zeros, or that were replaced or rescaled; and those of which nothing was found."""
+    """Return findings on tensors that are all zeros, replaced or rescaled; and the tensors without any finding."""
     zeroed = _zeroed(i, measures)
     every = [t for t in _odd(i, measures) if t.name not in {*zeroed, *moved}]
     rescaled = [t for t in every if _is_rescaled(i, t)]
@@ -88,9 +88,9 @@ def _tensors(
 
 
 def _is_rescaled(i: int, tensor: TensorMeasures) -> bool:
-    """Whether a tensor is the base's but for a factor that no training gives, of either sign.
+    """Whether a tensor is the base's times a factor that no training gives, of either sign.
 
-    Biases do not count, which may be next to nothing in the base, nor what has too few elements for a direction.
+    Biases do not count, since they may be nearly 0 in the base, nor do tensors with too few elements for a direction.
     """
     if tensor.elements < FEWEST or tensor.name.endswith("bias"):
         return False
@@ -153,13 +153,13 @@ def _norms(ref: str, i: int, odd: Sequence[TensorMeasures]) -> Iterator[Finding]
 
 
 def _amount(ref: str, size: float, others: Sequence[float], dtype: str, base: str) -> Iterator[Finding]:
-    """Findings from the size of a task vector, compared with those of the others.
+    """Yield findings from the size of a task vector, compared with the other experts' sizes.
 
     Args:
-        ref: of the expert.
-        size: without the tensors that have findings already.
+        ref: reference of the expert.
+        size: relative norm of its task vector, without tensors that have findings already.
         others: the sizes of the other experts.
-        dtype, base: in which the expert and the base are stored.
+        dtype, base: the dtypes in which the expert and the base are stored.
     """
     usual = median(others) if others else 0.0
     rounding = ROUNDING.get(dtype, 0.0) if dtype != base else 0.0

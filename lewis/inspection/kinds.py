@@ -1,4 +1,4 @@
-"""What an inspection can find: each kind with its level, what it means for a merge, and what to do."""
+"""The kinds of findings of an inspection: each with its level, its meaning for a merge, and what to do."""
 
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ class Kind(NamedTuple):
 
     Attributes:
         level: `error` if the merge would be wrong or worthless, `warning` if it may be.
-        meaning: for a merge.
+        meaning: what it means for a merge.
         fix: what to do.
     """
 
@@ -159,7 +159,7 @@ class Finding:
     Attributes:
         kind: a key of `KINDS`.
         model: the reference of the model.
-        what: what was found.
+        what: what was found, in words.
     """
 
     kind: str
@@ -168,14 +168,14 @@ class Finding:
 
     @property
     def level(self) -> str:
-        """`error` or `warning`."""
+        """The level of the finding's kind: `error` or `warning`."""
         return KINDS[self.kind].level
 
     def to_text(self) -> str:
-        """Three lines: what was found, what it means, what to do."""
+        """Describe the finding in three lines: what was found, what it means, what to do."""
         kind = KINDS[self.kind]
         return f"{kind.level}: {self.model}: {self.kind}: {self.what}\n  means: {kind.meaning}\n  do: {kind.fix}"
 
     def to_json(self) -> dict[str, str]:
-        """As plain JSON data, with level, meaning and fix."""
+        """Return the finding as plain JSON data, with level, meaning and fix."""
         return {**asdict(self), **KINDS[self.kind]._asdict()}

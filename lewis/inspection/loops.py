@@ -1,4 +1,4 @@
-"""The compiled loops of an inspection: one block of a tensor at a time, of the base and all experts side by side.
+"""The compiled loops of an inspection, which work on one block of a tensor at a time, of the base and all experts.
 
 numba keeps the compiled code in a cache, next to this file or in the user's cache folder. The loops release Python's
 global lock.
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-BLOCK = 1024  # elements that are summed in fp32 before they are added in fp64; all models' fit the first cache
-INFINITE = np.uint32(0x7F800000)  # the bits of infinity; those of every finite magnitude are less, as a whole number
+BLOCK = 1024  # elements summed in fp32 before they are added in fp64; blocks of all models fit the first-level cache
+INFINITE = np.uint32(0x7F800000)  # the bits of infinity; read as an integer, those of finite magnitudes are smaller
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 _options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
@@ -21,7 +21,7 @@ _floats = types.float32[::1]
 
 @njit(types.uint32(_halves, _floats), **_options)
 def load_bf16(bits: Any, out: Any) -> Any:
-    """Read bf16 as fp32; returns the bits of the largest magnitude."""
+    """Convert bf16 elements to fp32 in `out`; return the bits of the largest magnitude."""
     wide, largest = out.view(np.uint32), np.uint32(0)
     for i in range(bits.size):
         value = np.uint32(bits[i]) << np.uint32(16)
@@ -32,7 +32,7 @@ def load_bf16(bits: Any, out: Any) -> Any:
 
 @njit(types.uint32(_words, _floats), **_options)
 def load_fp32(bits: Any, out: Any) -> Any:
-    """Copy fp32; returns the bits of the largest magnitude."""
+    """Copy fp32 elements to `out`; return the bits of the largest magnitude."""
     wide, largest = out.view(np.uint32), np.uint32(0)
     for i in range(bits.size):
         wide[i] = bits[i]
@@ -49,12 +49,12 @@ def measure(values: Any, count: Any, gram: Any, unchanged: Any, signs: Any) -> N
     """Add the first `count` elements of a chunk to the measures.
 
     Args:
-        values: of the base, then of each expert, which are overwritten with their task vectors; finite fp32.
-        count: how many elements of each row of `values` count.
-        gram: gets the dot products of the base and the task vectors, in the upper triangle.
-        unchanged: gets, for each expert, how many elements equal the base's.
-        signs: gets, for each pair of experts (i, j), i < j, how many elements both moved; at (j, i), how many of them
-            in opposite directions.
+        values: finite fp32 rows of the base and of each expert; the experts' are overwritten with their task vectors.
+        count: how many elements of each row are measured.
+        gram: the dot products of the base and the task vectors are added to its upper triangle.
+        unchanged: for each expert, the number of elements that equal the base's is added.
+        signs: for each pair of experts (i, j), i < j, the number of elements that both moved is added at (i, j); of
+            these, the number that moved in opposite directions at (j, i).
     """
     models = values.shape[0]
     for start in range(0, count, BLOCK):

@@ -1,4 +1,4 @@
-"""One pass over the weights of base and experts: how far each tensor moved, in which direction, and what is broken."""
+"""Measure the weights of base and experts in one pass: how far and where each tensor moved, and what is broken."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from lewis.models.names import PER_TOKEN, layer_of
 from lewis.progress import Report, silent
 from lewis.threads import cores
 
-SEMANTICS = "2"  # raise it when the same models would be measured in another way
+SEMANTICS = "2"  # raise it when the same models get other measures
 SAMPLE = 1 << 14  # elements of a tensor that decide whether all are read
 _CHUNK = 1 << 15  # elements of each model that are decoded at a time
-_ROWS, _COLUMNS = 16, 512  # of each matrix, that are looked at for rounded values
+_ROWS, _COLUMNS = 16, 512  # of each matrix, that are searched for rounded values
 
 
 @dataclass(frozen=True)
 class TensorMeasures:
-    """What was measured of one tensor. Lists of all models begin with the base.
+    """The measures of one tensor. Lists with an item for each model begin with the base.
 
     Attributes:
-        name: of the tensor.
-        elements: how many it has.
+        name: name of the tensor.
+        elements: how many elements were measured: all, or the sample.
         matrix: whether it is a matrix in a layer.
         gram: dot products of the base and the experts' task vectors, shape (models, models), upper triangle.
         unchanged: for each expert, how many elements equal the base's; all, if it has no such tensor.
-        signs: as `loops.measure` counts them, shape (experts, experts).
+        signs: pairs of experts that moved the same elements, as `loops.measure` counts them, shape (experts, experts).
         peaks: largest finite magnitude of each model.
-        nans, infinities: of each model.
-        distinct: how many of some neighbouring elements differ, as a share; 0 where this was not looked at.
+        nans, infinities: number of NaN and of infinite elements of each model.
+        distinct: share of distinct values among the first elements of some rows, of each model; 0 if not measured.
     """
 
     name: str
@@ -50,7 +50,7 @@ class TensorMeasures:
 
     @property
     def layer(self) -> int | None:
-        """The number of its layer; None outside of the layers."""
+        """The number of the layer that the tensor is in; None outside of the layers."""
         return layer_of(self.name)
 
     def size(self, expert: int) -> float:
@@ -62,30 +62,30 @@ class TensorMeasures:
         return _cosine(np.array(self.gram), expert)
 
     def scale(self, expert: int) -> float:
-        """Norm of an expert's weights, divided by that of the base."""
+        """Norm of an expert's weights, divided by that of the base; NaN if the base is 0."""
         weights = self.gram[0][0] + 2 * self.gram[0][expert] + self.gram[expert][expert]
         return _ratio(max(weights, 0.0), self.gram[0][0])
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What one pass measured. Experts count from 1, as they do in the rows of `gram`; 0 is the base.
+    """The measures of one pass. Experts are numbered from 1, as the rows of `gram` are; 0 is the base.
 
     Attributes:
-        models: how many, the base included.
-        tensors: in the base's order.
+        models: number of models, the base included.
+        tensors: measures of each tensor, in the base's order.
     """
 
     models: int
     tensors: tuple[TensorMeasures, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """Return the measures as plain JSON data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Measures:
-        """What `to_json` gave."""
+        """Make the measures from what `to_json` returned."""
         return cls(data["models"], tuple(TensorMeasures(**each) for each in data["tensors"]))
 
     @cached_property
@@ -97,7 +97,7 @@ class Measures:
         return np.triu(total) + np.triu(total, 1).T
 
     def size(self, expert: int, tensors: Iterable[TensorMeasures] | None = None) -> float:
-        """Norm of an expert's task vector divided by that of the base, of some tensors or all."""
+        """Norm of an expert's task vector over some or all tensors, divided by that of the base."""
         chosen = list(self.tensors if tensors is None else tensors)
         return _ratio(sum(each.gram[expert][expert] for each in chosen), sum(each.gram[0][0] for each in chosen))
 
@@ -108,7 +108,7 @@ class Measures:
     def typical_cosine(self, expert: int) -> float:
         """The upper quartile of the cosines of an expert's matrices with the base's; 1 if there are none.
 
-        If a model's layers are in another order, most of its matrices point elsewhere; if it is unrelated, all do.
+        In a model with layers in another order, most matrices have another direction; in an unrelated model, all have.
         """
         cosines = [value for each in self.matrices() if np.isfinite(value := each.cosine(expert))]
         return float(np.quantile(cosines, 0.75)) if cosines else 1.0
@@ -119,7 +119,7 @@ class Measures:
         return float(gram[one, other] / root) if (root := np.sqrt(gram[one, one] * gram[other, other])) else np.nan
 
     def conflict(self, one: int, other: int) -> float:
-        """Share of the elements which two experts both moved that they moved in opposite directions; NaN if none."""
+        """Share of the elements that two experts both moved which they moved in opposite directions; NaN if none."""
         first, second = sorted((one - 1, other - 1))
         both = sum(each.signs[first][second] for each in self.tensors)
         return sum(each.signs[second][first] for each in self.tensors) / both if both else np.nan
@@ -130,7 +130,7 @@ class Measures:
         return sum(each.unchanged[expert - 1] for each in self.tensors) / every if every else 1.0
 
     def matrices(self) -> list[TensorMeasures]:
-        """The matrices in layers: norms and biases of all models are alike, and say nothing of descent."""
+        """The nonzero matrices in layers. Norms and biases are alike in all models, so they do not show descent."""
         return [each for each in self.tensors if each.matrix and each.gram[0][0] > 0]
 
     def by_layer(self, expert: int) -> dict[int, float]:
@@ -153,12 +153,13 @@ def measure(
     """Read all weights once and measure them, or a sample of them.
 
     Args:
-        base: what the task vectors are differences to.
+        base: the model that task vectors are differences to.
         experts: in the order of their numbers, from 1. A tensor that one of them lacks, or has in another shape, counts
             as unchanged.
         report: called with ("inspect", elements done, elements in all).
-        per_token: whether embeddings and heads are measured; of vocabularies in another order that means nothing.
-        most: how many elements of a tensor are read, the first ones; tensors that are computed are then left out.
+        per_token: whether embeddings and heads are measured, which is meaningless if vocabularies differ in order.
+        most: read only so many elements of each tensor, the first ones, and leave out tensors that are computed; None:
+            read all elements of all tensors.
     """
     wanted = {name: info for name, info in base.tensors.items() if per_token or not name.endswith(PER_TOKEN)}
     names = [name for name, info in wanted.items() if info.floating]
@@ -176,7 +177,7 @@ def measure(
 
 
 def weights(model: Model, name: str) -> np.ndarray:
-    """A tensor in fp32, in its shape."""
+    """Return a tensor of a model as an fp32 array of the tensor's shape."""
     dtype, bits = model.raw(name)
     out = np.empty(bits.size, np.float32)
     _load(dtype, bits, out)
@@ -221,7 +222,7 @@ def _of_tensor(name: str, base: Model, experts: Sequence[Model], most: int | Non
 
 
 def _load(dtype: str, bits: np.ndarray, out: np.ndarray) -> float:
-    """Read elements as fp32; gives the largest magnitude, infinity too if one of them is NaN."""
+    """Read elements as fp32 into `out`; return the largest magnitude, which is infinity if an element is NaN."""
     from lewis.inspection import loops
 
     if bits.ctypes.data % bits.itemsize:
@@ -237,11 +238,11 @@ def _load(dtype: str, bits: np.ndarray, out: np.ndarray) -> float:
 
 
 def _without_broken(values: np.ndarray, broken: np.ndarray) -> np.ndarray:
-    """Count what is not finite and put the base's elements in its place, so that the other elements are measured.
+    """Count elements that are not finite and replace them by the base's, so that the other elements are measured.
 
     Args:
-        values: of the base and the experts, changed in place.
-        broken: gets the NaN (row 0) and infinities (row 1) of each model.
+        values: a row for each model, changed in place; where the base is not finite, all models get 0.
+        broken: the numbers of NaN (row 0) and infinities (row 1) of each model are added to it.
 
     Returns:
         The largest finite magnitude of each model in this chunk.
@@ -256,7 +257,7 @@ def _without_broken(values: np.ndarray, broken: np.ndarray) -> np.ndarray:
 
 
 def _distinct(bits: np.ndarray, shape: tuple[int, ...]) -> float:
-    """How many of the first elements of some rows differ from each other, as a share: few, if they were quantised."""
+    """Return the share of distinct values among the first elements of some rows: low, if a matrix was quantised."""
     columns = shape[-1]
     if columns < 32 or not bits.size:
         return 0.0

@@ -19,13 +19,13 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found out about the models of a recipe.
+    """The result of an inspection of a recipe's models.
 
     Attributes:
-        refs: of the models that were measured, the base first; those that do not fit are only in the findings.
-        findings: errors first.
-        measures: of the weights, in the order of `refs`; an expert of the same content as another is measured once.
-        root: where relative folders in `refs` start (the recipe's folder).
+        refs: references of the measured models, the base first; models that do not fit are only in the findings.
+        findings: the findings, errors first.
+        measures: measures of the weights, in the order of `refs`; experts of the same content are measured once.
+        root: the folder that relative paths in `refs` start from (the recipe's folder).
     """
 
     refs: tuple[str, ...]
@@ -57,7 +57,7 @@ class Inspection:
 
     @property
     def rows(self) -> list[dict[str, str]]:
-        """A row for each expert, for a table."""
+        """The rows of a table with the measures of each expert."""
         return [
             {
                 "model": name,
@@ -71,7 +71,7 @@ class Inspection:
 
     @property
     def pairs(self) -> list[dict[str, str]]:
-        """A row for each pair of experts, for a table."""
+        """The rows of a table with the measures of each pair of experts."""
         experts = range(1, len(self.refs))
         return [
             {
@@ -85,7 +85,7 @@ class Inspection:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data; what cannot be measured is null."""
+        """Return the inspection as plain JSON data; numbers that cannot be measured are null."""
         experts, measures = range(1, len(self.refs)), self.measures
         models = [
             {
@@ -109,7 +109,7 @@ class Inspection:
         return {"base": self.refs[0], "models": models, "findings": found, "verdict": self.verdict}
 
     def to_markdown(self) -> str:
-        """The findings as Markdown, the verdict first."""
+        """Return the verdict and the findings as Markdown."""
         lines = [f"**{plain(self.verdict)}**", ""]
         for each in self.findings:
             kind = KINDS[each.kind]
@@ -119,12 +119,12 @@ class Inspection:
 
     @property
     def names(self) -> list[str]:
-        """What tables and pictures call the models, in the order of `refs`."""
+        """The names of the models in tables and pictures, in the order of `refs`."""
         return ["base", *short_names(self.refs[1:], self.root)]
 
 
 def bars(values: Sequence[float]) -> str:
-    """A line of bars, the largest value the highest."""
+    """Draw values as a line of bar characters, the largest as the highest; those that are not finite as spaces."""
     known = [value for value in values if math.isfinite(value)]
     top = max(known, default=0.0)
     return "".join(_BARS[min(int(8 * value / top), 7)] if top and math.isfinite(value) else " " for value in values)
@@ -139,7 +139,7 @@ def _count(number: int, word: str) -> str:
 
 
 def draw(inspection: Inspection) -> bytes:
-    """Draw layers by experts, and experts by experts.
+    """Draw two heat maps of an inspection: layers by experts, and experts by experts.
 
     Returns:
         A PNG file: left, the norm of each expert's task vector in each layer, divided by that of the base's weights, on

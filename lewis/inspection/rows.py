@@ -1,6 +1,6 @@
-"""Whether each expert knows its calibration rows better than the base does: what a fit to these rows relies on.
+"""Check that each expert predicts its calibration rows better than the base does; a fit to these rows relies on it.
 
-A look at a few rows, before anything is merged. The fit itself names an expert that does not, by its held-back rows.
+Only a few rows are used, before anything is merged. The fit itself reports such an expert by its held-back rows.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from lewis.inspection.kinds import Finding
 from lewis.merging.step import MergeInput
 from lewis.models.source import ModelFiles
 
-FEW = 4  # rows of each set, on which a pass costs a few percent of the fit
+FEW = 4  # rows of each set; a pass over so few costs a few percent of the fit
 
 
 def row_findings(given: MergeInput) -> list[Finding]:
-    """A finding for each expert whose loss on some rows of its set is not below the base's.
+    """Return a finding for each expert whose loss on some rows of its calibration set is not below the base's.
 
     Args:
-        given: of a merge. Nothing is checked if it fits no rows, its models do not predict the next token, or they
-            have vocabularies of their own, as rows are the base's token ids. Nor are rows that predict nothing.
+        given: input of a merge. Nothing is checked if it fits no rows, its models do not predict the next token, or
+            they have differing vocabularies, as rows are the base's token ids; nor are sets that predict nothing.
     """
     if given.base is None or not given.sets or given.config.vocabulary is not None:
         return []
@@ -32,7 +32,7 @@ def row_findings(given: MergeInput) -> list[Finding]:
     rows = {ref: _few(entry.load()) for ref, entry in given.sets.items()}
     experts = [each for each in given.experts if rows.get(each.ref) and each.key != given.base.key]
     found = list[Finding]()
-    with suppress(LewisError):  # a model that does not run its blocks in one order: the fit says so
+    with suppress(LewisError):  # a model does not run its blocks in one order; the fit reports it
         base = dict(zip(rows, _losses(given.base, list(rows.values())), strict=True))
         for expert in experts:
             its = rows[expert.ref]
@@ -51,7 +51,7 @@ def _few(rows: Calibration) -> Calibration:
 
 
 def _losses(files: ModelFiles, sets: list[Calibration]) -> list[float]:
-    """Nats per token of each set, or per answer token where it says which they are."""
+    """Return a model's loss on each set, in nats per token, or per answer token if the set marks answers."""
     from lewis.merging.fitting.losses import mean_loss, row_losses
 
     return [mean_loss([each]) for each in row_losses(files.open(), sets)]

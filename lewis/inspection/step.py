@@ -1,4 +1,4 @@
-"""The inspection step: the measures of a recipe's models, found in the store or made once, and the findings."""
+"""The inspection step: take the measures of a recipe's models from the store or make them, and list the findings."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class InspectionEntry(JsonReference):
 
 @dataclass(frozen=True)
 class InspectionSettings:
-    """What an inspection has to know of the merge that the models are for.
+    """The facts about a merge that an inspection of its models needs.
 
     Attributes:
-        base_is_a_model: whether the method merges the base as one of the models: then a model that is the base is no
+        base_is_a_model: whether the method merges the base as one of the models: a model that is the base is then no
             finding.
-        exclude: parts of the names of tensors that the merge copies from the base, and that need not fit.
-        by_token: whether the merge matches the rows of embeddings and heads by token: then they are not compared here.
+        exclude: patterns of tensors that the merge copies from the base, and that need not fit.
+        by_token: whether the merge matches the rows of embeddings and heads by token: they are then not compared here.
         sliced: whether the merge puts slices of layers together: a model with another number of layers than the base is
-            then left out, and no finding.
+            then left out, without a finding.
         dtype: of the merged model, as safetensors names it; None: each tensor keeps the base's.
-        root: the recipe's folder, where relative references start.
+        root: the recipe's folder, which relative references start from.
         stops: whether a finding of level error stops the merge.
     """
 
@@ -71,12 +71,12 @@ DEFAULT = InspectionSettings()
 
 @dataclass(frozen=True)
 class InspectionInput:
-    """Models on this disk that are inspected.
+    """The input of an inspection: models on this disk.
 
     Attributes:
-        base: what the experts are compared with; None: the first expert takes its place.
-        experts: in the recipe's order.
-        settings: of the merge.
+        base: the model that the experts are compared with; None: the first expert takes its place.
+        experts: the experts, in the recipe's order.
+        settings: the facts about the merge.
         candidates: other models that may be an expert's base.
     """
 
@@ -92,10 +92,10 @@ class InspectionInput:
         return first, [each for each in others if not (skipped and each.key == first.key)]
 
     def commits(self, refs: Sequence[str]) -> dict[str, str]:
-        """Model -> the commit of the Hub that it is, or of the adapter that is put on the base for it; not of others.
+        """Return model -> its commit on the Hub, or that of its adapter on the base; other models are left out.
 
         Args:
-            refs: of models.
+            refs: references of the models.
         """
         first, others = self.first()
         keys = {each.ref: commits_of(each.key) for each in (*others, first)}
@@ -114,11 +114,11 @@ class InspectionInput:
 
     @cached_property
     def _inspected(self) -> list[Inspection]:
-        """What `inspect` found."""
+        """The result of `inspect`; empty before its first call."""
         return []
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields alone: another process opens the models itself."""
+        """Return the fields without opened models, since another process opens the models itself."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
@@ -131,12 +131,12 @@ class _Opened:
 def before_download(
     base: Source | None, experts: Sequence[Source], settings: InspectionSettings = DEFAULT
 ) -> list[Finding]:
-    """What configs, tokenizers and headers say; only these are downloaded. A model that is damaged is left out.
+    """Return the findings from configs, tokenizers and headers; only these are downloaded. Damaged models are left out.
 
     Args:
         base: the base; None: the first expert takes its place.
-        experts: in the recipe's order.
-        settings: of the merge; only `base_is_a_model` is used.
+        experts: the experts, in the recipe's order.
+        settings: the facts about the merge; only `base_is_a_model` is used.
     """
     first, others = (base, experts) if base else (experts[0], experts[1:])
     described = []
@@ -148,12 +148,12 @@ def before_download(
 
 
 def inspect(given: InspectionInput, report: Report = silent, *, known: Sequence[Finding] | None = None) -> Inspection:
-    """Inspect models that are on this disk; done once for an input, which keeps what was found.
+    """Inspect models that are on this disk. An input keeps its result, so that it is inspected once.
 
     Args:
         given: the models.
         report: called with ("inspect", elements read, elements in all).
-        known: what `before_download` found, if it was called.
+        known: the findings of `before_download`; None if it was not called.
 
     Raises:
         InputError: if the base cannot be opened.
@@ -167,7 +167,7 @@ def check_findings(findings: Sequence[Finding], settings: InspectionSettings) ->
     """Stop a merge that would be wrong or worthless.
 
     Raises:
-        InputError: with the findings of level error, unless the recipe wants to merge all the same.
+        InputError: if there are findings of level error, which it lists, unless the recipe merges in spite of them.
     """
     errors = [each for each in findings if each.level == "error"]
     if errors and settings.stops:
@@ -176,11 +176,11 @@ def check_findings(findings: Sequence[Finding], settings: InspectionSettings) ->
 
 
 def check(found: Inspection, given: InspectionInput) -> None:
-    """`check_findings` of what was found of an input.
+    """Stop a merge by `check_findings` if the inspection of its models found it wrong or worthless.
 
     Raises:
-        BrokenModelError: instead, if a model of the Hub holds NaN or infinity: only another commit can help.
-        InputError: as `check_findings`.
+        BrokenModelError: if a model of the Hub holds NaN or infinity: only another commit can help.
+        InputError: otherwise, as `check_findings`.
     """
     try:
         check_findings(found.findings, given.settings)
@@ -191,8 +191,7 @@ def check(found: Inspection, given: InspectionInput) -> None:
 
 
 def look(given: InspectionInput, report: Report = silent) -> None:
-    """Stop a merge whose models do not belong together, at little cost: a sample of each tensor decides whether all
-    weights are read.
+    """Stop a merge whose models do not belong together; a sample of each tensor decides whether all weights are read.
 
     Raises:
         InputError: as `check`.
@@ -225,7 +224,6 @@ def _inspect(given: InspectionInput, report: Report, known: Sequence[Finding] | 
 def _weight_findings(
     given: InspectionInput, measures: Measures, moved: Sequence[Sequence[dict[str, Any]]]
 ) -> list[Finding]:
-    """`weight_findings` of an input."""
     chosen, candidates, _ = given._chosen
     return weight_findings(
         [each.files.ref for each in (*chosen, *candidates)],
@@ -239,7 +237,7 @@ def _weight_findings(
 
 
 def _differ_by_token(models: Sequence[_Opened]) -> Callable[[int, int], bool]:
-    """Says of the numbers of two models whether embeddings, heads or tokens differ, which the measures leave out."""
+    """Return a function of two models' numbers: whether they differ in embeddings, heads or tokens (not measured)."""
 
     def rows(model: Model) -> dict[str, np.ndarray]:
         names = (name for name in model.tensors if name.endswith(PER_TOKEN))
@@ -277,7 +275,7 @@ def sizes_by_tensor(given: InspectionInput) -> dict[str, dict[str, float]]:
 
 
 def _known(given: InspectionInput) -> tuple[Measures | None, list[str]]:
-    """The measures that the store has, and the experts in their order."""
+    """Return the measures in the store, None if it has none, and the references of the measured experts in order."""
     found = store.entry(kinds.INSPECTIONS.path(inspection_digest(given)), InspectionEntry.holds)
     if found is None:
         return None, []
@@ -292,7 +290,7 @@ def _merged(measures: Measures, given: InspectionInput) -> Measures:
 
 
 def inspection_digest(given: InspectionInput) -> str:
-    """Identity of what is measured of the models."""
+    """Return the digest of an input's measures: by the models' content, and whether embeddings are measured."""
     keys = [[each.files.key for each in group] for group in given._chosen[:2]]
     return store.digest([SEMANTICS, *keys, not given.settings.by_token])
 
@@ -300,7 +298,7 @@ def inspection_digest(given: InspectionInput) -> str:
 def _fitting(
     base: ModelFiles, opened: Model, experts: Sequence[ModelFiles], settings: InspectionSettings
 ) -> tuple[list[_Opened], list[Finding]]:
-    """The experts that can be compared with the base, opened; and a finding for each that does not fit."""
+    """Open the experts that can be compared with the base, and return them and a finding for each that does not fit."""
     fitting, refused = [], []
     left_out = set(excluded(settings.exclude, opened.tensors, opened.tied))
     left_out |= {name for name in opened.tensors if settings.by_token and name.endswith(PER_TOKEN)}

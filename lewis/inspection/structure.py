@@ -1,4 +1,4 @@
-"""Weights that are in another place than in the base: layers in another order, heads or rows of a matrix permuted."""
+"""Find weights of an expert that are in another place than in the base: swapped layers, permuted heads or rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from lewis.inspection.measures import Measures, TensorMeasures, has, weights
 from lewis.models.model import Model
 
-SAME = 0.5  # cosine from which two layers or rows are taken for the same one, fine-tuned
+SAME = 0.5  # cosine from which on two layers or rows count as the same one, fine-tuned
 _SAMPLE = 1 << 16  # elements of each layer that layers are compared by
 _MOST = 12  # tensors of an expert that are searched for permuted rows
 _ROWS = 64  # rows of a tensor that are looked for among the base's
@@ -23,9 +23,9 @@ def moved_parts(base: Model, expert: Model, number: int, measures: Measures) -> 
     """Find parts of an expert that are the base's in another place, such as swapped layers, or that are lost.
 
     Args:
-        base, expert: opened.
-        number: of the expert in the measures.
-        measures: of the pass over all weights, which say which tensors are odd.
+        base, expert: the opened models.
+        number: the expert's number in the measures.
+        measures: measures of all weights, which tell the odd tensors.
 
     Returns:
         For each finding its `kind` (`swapped layers`, `zeroed tensor`, `permuted heads` or `permuted rows`), `what` in
@@ -42,9 +42,9 @@ def moved_parts(base: Model, expert: Model, number: int, measures: Measures) -> 
 
 
 def _zero_rows(base: Model, expert: Model, name: str) -> dict[str, Any] | None:
-    """A finding if rows of a matrix are all 0 that are not 0 in the base; else None.
+    """Return a finding if rows of a matrix are all 0 that are not 0 in the base; else None.
 
-    A program that wrote the expert has left out a part of the matrix, or some of the experts stacked in it.
+    The program that wrote the expert has then left out a part of the matrix, or some of the experts stacked in it.
     """
     ours, theirs = (values.reshape(-1, values.shape[-1]) for values in (weights(base, name), weights(expert, name)))
     lost = int((~theirs.any(axis=1) & ours.any(axis=1)).sum())
@@ -54,7 +54,7 @@ def _zero_rows(base: Model, expert: Model, name: str) -> dict[str, Any] | None:
 
 
 def odd_tensors(measures: Measures, number: int) -> list[TensorMeasures]:
-    """The matrices that point elsewhere than the base's, much more than most of this expert's do."""
+    """Return an expert's matrices whose direction differs much more from the base's than for most of its matrices."""
     cosines = {each.name: each.cosine(number) for each in measures.matrices()}
     limit = min(0.02 + 10 * (1 - measures.typical_cosine(number)), 0.8)
     return [each for each in measures.matrices() if 1 - cosines[each.name] > limit]
@@ -76,7 +76,7 @@ def _swapped_layers(
 def _swapped_in_stack(
     base: Model, expert: Model, odd: Collection[str], every: Mapping[int, list[str]]
 ) -> list[dict[str, Any]]:
-    """Layers of one stack that are other layers of the base's: those whose matrices are odd are compared with all."""
+    """Find layers in a stack that are other layers of the base's; layers with odd matrices are compared with all."""
     suspects = [layer for layer, own in every.items() if sum(name in odd for name in own) > len(own) / 2]
     if not suspects or len(every) < 2:
         return []
@@ -143,7 +143,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _head_size(model: Model) -> int:
-    """Rows of one attention head; 0 if the config does not say."""
+    """Return the rows of one attention head in a projection; 0 if the config does not give them."""
     config = model.config.get("text_config") or model.config
     heads = config.get("num_attention_heads") or config.get("n_head") or 0
     width = config.get("hidden_size") or config.get("n_embd") or 0

@@ -1,4 +1,4 @@
-"""What a LoRA adapter holds of a merge: the best low-rank factors of each delta, and what error they leave."""
+"""The contents of a LoRA adapter of a merge: the best low-rank factors of each delta, and the error they leave."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Adapter:
     Attributes:
         ranks: module -> rank.
         whole: modules that are saved whole.
-        left_out: tensor that an adapter cannot hold and that moved within the tolerance -> its change, relative to it.
+        left_out: tensor that an adapter cannot hold, changed within the tolerance -> its change relative to its norm.
         error: Frobenius norm of what the adapter leaves out of the merged delta, relative to that of the delta, over
             all merged tensors.
         worst: the module with the largest relative error; empty if none has a low rank.
@@ -33,7 +33,7 @@ class Adapter:
     worst_error: float
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """Return the summary as plain JSON data."""
         return asdict(self)
 
     def to_text(self) -> str:
@@ -49,7 +49,7 @@ class Adapter:
 
 @dataclass
 class Found:
-    """What is known of the tensors so far: names of modules, squared Frobenius norms, relative errors."""
+    """Results for the tensors so far: ranks, relative errors, shapes, squared Frobenius norms (`deltas`, `lefts`)."""
 
     ranks: dict[str, int] = field(default_factory=dict)
     whole: set[str] = field(default_factory=set)
@@ -60,7 +60,7 @@ class Found:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def adapter(self) -> Adapter:
-        """All of it, for the manifest."""
+        """Summarise the results of all tensors, for the manifest."""
         # Summed in the order of names: threads finish in any order.
         left, norm = (sum(each[name] for name in sorted(each)) for each in (self.lefts, self.deltas))
         worst = max(sorted(self.errors), key=lambda name: self.errors[name], default="")
@@ -98,7 +98,7 @@ def sides(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, int]]:
 
 
 def factor_bytes(shapes: Mapping[str, tuple[int, ...]], rank: int | None) -> int:
-    """Bytes of an adapter's factors at most, as far as shapes show; without the modules that it saves whole.
+    """The most bytes that an adapter's factors take, as far as shapes show; without modules that it saves whole.
 
     Args:
         shapes: tensor -> shape, of the tensors that are merged.

@@ -1,4 +1,4 @@
-"""The calibration rows of a fit: which `ridge: auto` holds out to judge it by, and warnings where there are too few."""
+"""The calibration rows of a fit: which of them are held out to judge it, and warnings about too few of them."""
 
 import logging
 from collections.abc import Mapping
@@ -8,23 +8,23 @@ from lewis.importance.calibration import EVERY, Calibration
 
 logger = logging.getLogger(__name__)
 
-RIDGES = (1.0, 0.1, 0.01, 0.001)  # what `ridge: auto` tries
+RIDGES = (1.0, 0.1, 0.01, 0.001)  # the values that `ridge: auto` tries
 MOST = 16  # rows of a set that are held back to judge a fit
 
 
 def split(calibration: Calibration) -> tuple[Calibration, Calibration]:
-    """The rows to fit to, and those that are held out: every fourth, or of fewer than four rows the last."""
+    """Split a set into rows to fit to and rows that `ridge: auto` holds out: every fourth, or the last of fewer."""
     rows = calibration.samples
     held = range(EVERY - 1, len(rows), EVERY) if len(rows) >= EVERY else range(len(rows) - 1, len(rows))
     return calibration.part(i for i in range(len(rows)) if i not in held), calibration.part(held)
 
 
 def hold_back(calibration: Calibration) -> tuple[Calibration, Calibration | None]:
-    """The rows to fit to, and those that are held back to judge the fit: every fourth, at most `MOST`.
+    """Split a set into rows to fit to and rows that are held back to judge the fit: every fourth, at most `MOST`.
 
     Returns:
-        The two parts; the whole set and None if it has fewer than four rows, or held-back rows would predict nothing,
-        or no answer where the set says which tokens these are, or no token of the other rows would count.
+        The two parts. The whole set and None if it has fewer than four rows, no token to predict in held-back rows (no
+        token of an answer, where the set marks these), or no token that counts in the others.
     """
     count = len(calibration.samples)
     held = list(range(EVERY - 1, count, EVERY))[:MOST]
@@ -48,9 +48,9 @@ def check_split(expert: str, calibration: Calibration) -> None:
 
 
 def shared_set_warning(first: str, chosen: Mapping[str, str | None]) -> str:
-    """A sentence on experts that are fitted to the first calibration set because they name none; empty if none are.
+    """A warning about experts that are fitted to the first calibration set because they name none; empty if none are.
 
-    An expert that has that set for itself is none of them.
+    It is empty, too, if only one expert uses that set.
 
     Args:
         first: name of the first calibration set.
@@ -70,7 +70,7 @@ def warn_of_few_tokens(expert: str, seen: Mapping[str, tuple[int, int]]) -> None
     """Warn if projections saw no token, or fewer than they have inputs; the fit is stable, but may not hold elsewhere.
 
     Args:
-        expert: whose calibration set it is.
+        expert: the expert whose calibration set it is.
         seen: name of a projection -> how many tokens reached it, and how many inputs it has (or 0, if unknown).
     """
     unseen = [name for name, (tokens, _) in seen.items() if not tokens]

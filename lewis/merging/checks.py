@@ -1,4 +1,4 @@
-"""What is checked of a merge before it is run: parameters, scales, calibration rows, and what an adapter can hold."""
+"""Checks of a merge before it is run: parameters, scales, calibration rows, and whether an adapter can be written."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lewis.models.model import Model
 def check_parameters(
     method: Method, names: Iterable[str], experts: Sequence[Expert], parameters: Callable[[str], dict[str, Any]]
 ) -> None:
-    """Check the parameters of every tensor as the method asks for it.
+    """Check the parameters of every tensor with the method's own `check`, if it has one.
 
     Args:
         method: the merge method.
-        names: of the tensors that are merged.
-        experts: what is merged.
-        parameters: gives those of one tensor; for a parameter per expert, a list.
+        names: names of the tensors that are merged.
+        experts: the experts that are merged.
+        parameters: returns the parameters of one tensor; for a parameter per expert, a list.
 
     Raises:
         InputError: naming the tensor and the expert.
@@ -73,9 +73,9 @@ def check_calibrations(
 
     Args:
         method: the merge method.
-        experts: what is merged.
-        names: of the tensors that are merged.
-        parameters: gives those of one tensor.
+        experts: the experts that are merged.
+        names: names of the tensors that are merged.
+        parameters: returns the parameters of one tensor.
 
     Raises:
         InputError: naming the expert, or the parameter.
@@ -101,7 +101,7 @@ def check_adapter(settings: MergeSettings, base: Model, *, new_vocabulary: bool)
     """Check that an adapter can be written, if the output is one: its base is a full model and keeps its vocabulary.
 
     Raises:
-        InputError: if it cannot.
+        InputError: if no adapter can be written.
     """
     if settings.output.kind != "lora":
         return

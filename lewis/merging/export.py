@@ -1,4 +1,4 @@
-"""A guided recipe as a plain mergekit config: each LEWIS density becomes a filter on one tensor's name."""
+"""Export a guided recipe as a plain mergekit config: each LEWIS density becomes a filter on one tensor's name."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +50,7 @@ def to_mergekit(
     experts: Sequence[Source],
     allocations: Mapping[str, Allocation],
 ) -> str:
-    """Write the config that makes mergekit do this merge.
+    """Return the config that makes mergekit do this merge.
 
     Models are named by their commits, or by absolute folders. mergekit finds filters as substrings, first match first,
     so longer names come first.
@@ -59,11 +59,11 @@ def to_mergekit(
         text: the recipe, as YAML.
         config: its merge part.
         guide: its `lewis` block.
-        base, experts: as pinned, experts in the order of `config.experts`.
+        base, experts: the pinned models, the experts in the order of `config.experts`.
         allocations: expert -> densities; empty for a plain merge.
 
     Returns:
-        YAML.
+        The config as YAML.
 
     Raises:
         InputError: as `check_exportable`, or if an expert is an adapter on an adapter.
@@ -87,7 +87,7 @@ def to_mergekit(
 
 
 def _pin_tokenizer(data: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Name the models by their commits that the tokenizer and the rows of its tokens come from."""
+    """Replace the names of the models that the tokenizer and its tokens' rows come from by their pinned names."""
     tokenizer = data.get("tokenizer") or {}
     places = [(data, "tokenizer_source"), (tokenizer, "source")]
     for token in tokenizer.get("tokens", {}).values():
@@ -99,7 +99,7 @@ def _pin_tokenizer(data: dict[str, Any], names: Mapping[str, str]) -> None:
 
 
 def _guided(own: Mapping[str, Any], common: Mapping[str, Any], allocated: Allocation) -> dict[str, Any]:
-    """An expert's parameters with its densities; mergekit fails on density 0, so weight 0 stands for it."""
+    """Set the densities in an expert's parameters; mergekit fails on density 0, so weight 0 stands for it."""
     longest_first = sorted(allocated.densities.items(), key=lambda item: (-len(item[0]), item[0]))
     kept = [{"filter": tensor, "value": density} for tensor, density in longest_first if density > 0]
     left_out = [{"filter": tensor, "value": 0.0} for tensor, density in longest_first if density == 0]

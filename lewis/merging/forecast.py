@@ -1,8 +1,8 @@
-"""How long a merge takes and how much memory it needs: a part of it is done as a sample, and the output deleted.
+"""Forecast how long a merge takes and how much memory it needs, by merging a sample of it whose output is deleted.
 
-Time grows with the number of elements. The memory of the compiled loops does not depend on the size of tensors. That of
-a method's own function, if it takes a tensor as a whole, and that of a LoRA expert, whose weights are computed, grows
-with the largest tensor.
+Time grows with the number of elements. The memory of the compiled loops does not depend on the size of tensors. The
+memory of a method's own function, if it takes a tensor as a whole, and of a LoRA expert, whose weights are computed,
+grows with the largest tensor.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _ENOUGH = 0.3  # seconds: a sample that takes this long is the last
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a merge will take.
+    """The time, memory and disk space that a merge will take.
 
     Attributes:
         seconds: wall time, without the start of the process, on a machine as busy as it is now.
         memory: bytes of anonymous memory at the peak.
-        disk: bytes that it needs on disk meanwhile, more than the output.
+        disk: bytes that it needs on disk while it runs, in addition to the output.
     """
 
     seconds: float
@@ -50,7 +50,7 @@ class Forecast:
 
 
 def forecast(merge: Merge) -> Forecast:
-    """Do larger and larger parts of a merge until one takes long enough to be a measure of the whole.
+    """Forecast a merge by doing larger and larger parts of it, until one takes long enough to extrapolate from.
 
     Raises:
         LewisError: as the merge.
@@ -99,7 +99,7 @@ def forecast(merge: Merge) -> Forecast:
 
 
 def _of_fit(merge: Merge, network: Network, reading: float) -> Forecast:
-    """What the regression takes, from the number of tokens, the sizes of the projections, and `_seconds_to_read`.
+    """Forecast a fit in forward order by the number of tokens, the projections' sizes, and `_seconds_to_read`.
 
     Each token costs about 8.5 operations for each weight that is fitted: two passes, and the products of inputs. This
     was measured with SmolLM2-135M; how many operations a second there are is measured here.
@@ -130,7 +130,7 @@ def _of_fit(merge: Merge, network: Network, reading: float) -> Forecast:
 
 
 def _seconds_to_read(merge: Merge, network: Network) -> float:
-    """Seconds in which an expert's weights are read once, in fp32: by one of its middling projections."""
+    """Estimate the seconds to read an expert's weights once, in fp32, by reading its projection of median size."""
     sizes = sorted((merge.base.tensors[each.tensor].elements, each.tensor) for each in network.covered)
     elements, name = sizes[len(sizes) // 2]
     with one_thread():
@@ -141,10 +141,10 @@ def _seconds_to_read(merge: Merge, network: Network) -> float:
 
 
 def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
-    """What the held-back rows take: each expert runs its own; base, anchor and result run those of all.
+    """Forecast the runs on held-back rows: each expert runs its own; base, anchor and result run those of all.
 
-    In memory are what lies outside of the blocks, and a block, of one model; of the merged one the embedding, too, and
-    for each thread a projection of each expert that is computed.
+    In memory are the weights outside of the blocks and one block of one model; for the merged model also the embedding
+    and, for each thread, one projection of each expert whose weights are computed.
     """
     from lewis.merging.fitting.losses import LOGITS
 
@@ -166,7 +166,7 @@ def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
 
 
 def _of_static_fit(merge: Merge, network: Network) -> Forecast:
-    """What a fit to statistics takes, once these are there, from the sizes of the projections.
+    """Forecast a fit to statistics that have been measured already, by the sizes of the projections.
 
     Of a projection (out, in), the fit takes 2 out in^2 operations for each expert, twice as many in fp64 for the
     solution, and in^3 / 3 in fp64 for the factor of the inputs that it shares with others; in fp64 each counts twice.
@@ -189,7 +189,7 @@ def _of_static_fit(merge: Merge, network: Network) -> Forecast:
 
 
 def _of_factors(merge: Merge) -> Forecast:
-    """What the singular value decompositions of an adapter take, by the time of a small one.
+    """Forecast the singular value decompositions for an adapter by the measured time of a small one.
 
     One of a tensor with a small side s and a large side l takes s * s * l operations, times a constant.
     """
@@ -206,7 +206,7 @@ def _of_factors(merge: Merge) -> Forecast:
 
 
 def without_models(method: Method, largest: int, experts: int) -> int:
-    """Bytes of memory that a merge needs whose models are not on this disk yet."""
+    """Bytes of memory for a merge whose models are not on this disk yet; `largest`: elements of the largest tensor."""
     if method.compiled or method.coefficients:
         return 130_000_000
     by_rows = method.elementwise or method.by_rows

@@ -1,7 +1,7 @@
 """Write a merge as a PEFT LoRA adapter: the merged delta of each linear module, truncated to a low rank.
 
-Each thread has one delta in memory at a time, and all together no more elements than the largest tensor. Factors wait
-on the disk until the ranks of all are known, since a safetensors file begins with the shapes of its tensors.
+Each thread has one delta in memory at a time, and all threads together no more elements than the largest tensor. The
+factors are kept on disk until all ranks are known, since a safetensors file begins with the shapes of its tensors.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from lewis.models.lora.modules import CONFIG
 from lewis.models.network.module_tree import Network
 
 _PREFIX = "base_model.model."
-_NONE = "dummy-target-modules"  # PEFT's word for no module at all, where it takes no empty list
+_NONE = "dummy-target-modules"  # PEFT's name for no module at all, since it takes no empty list
 _PART = 1 << 20  # elements of a temporary tensor
 _FACTORS = ".factors"  # folder of factors until they are written to the adapter's file
 
 Merged = Callable[[str], torch.Tensor]
-"""Gives a merged tensor by its name, in fp32."""
+"""Returns the merged tensor of a name, in fp32."""
 
 
 class AdapterWriter:
-    """Makes the adapter of one merge."""
+    """Writes the LoRA adapter of one merge."""
 
     def __init__(self, merge: Prepared, report: Callable[[str], None]) -> None:
         """Find the module of each merged tensor.
 
         Args:
-            merge: whose output is an adapter.
+            merge: the merge whose output is an adapter.
             report: called with the name of each tensor when it is done, one call at a time, in any thread.
 
         Raises:
@@ -69,16 +69,16 @@ class AdapterWriter:
 
     @property
     def size(self) -> int:
-        """Bytes of the factors at most, twice, since they are written twice; 0 if `rank` does not limit them."""
+        """The most bytes that the factors take on disk, where they are written twice; 0 if `rank` sets no limit."""
         tensors = self._merge.base.tensors
         shapes = {name: tensors[name].shape for name in self._places if self._kind(name) == "factored"}
         return 2 * factor_bytes(shapes, self._output.rank) if self._output.rank else 0
 
     def check(self, merged: Merged) -> None:
-        """Check the tensors that an adapter cannot hold, such as norms: they must not have moved.
+        """Check that the merge leaves the tensors unchanged that an adapter cannot hold, such as norms.
 
         Raises:
-            InputError: naming a tensor that has moved, or has moved by more than the tolerance.
+            InputError: naming a tensor that changes, or that changes by more than `output.tolerance`, if it is set.
         """
         with one_thread():
             for name in self._places:
@@ -86,11 +86,11 @@ class AdapterWriter:
                     self._leave_out(name, merged)
 
     def write(self, folder: Path, merged: Merged, threads: int | None = None) -> tuple[Adapter, str]:
-        """Write `adapter_config.json` and `adapter_model.safetensors`; after `check`.
+        """Write `adapter_config.json` and `adapter_model.safetensors`; call `check` first.
 
         Args:
-            folder: where to.
-            merged: gives the merged tensors.
+            folder: the folder that the files are written to.
+            merged: returns the merged tensors.
             threads: by default one per core; any number gives the same bytes.
 
         Returns:
@@ -126,7 +126,7 @@ class AdapterWriter:
         return adapter, writer.checksums[SINGLE]
 
     def _kind(self, name: str) -> str:
-        """How an adapter holds a tensor: `linear` as factors, `whole` for embeddings and the head, or `unheld`."""
+        """How an adapter holds a tensor: `factored` if it is linear, `whole` (embeddings and the head), or `unheld`."""
         path, _, kind = (self._places[name] or "").rpartition(".")
         module = self._modules.get(path) if path else None
         if module is not None and (isinstance(module, nn.Embedding) or module is self._head):
@@ -183,7 +183,7 @@ class AdapterWriter:
             self._report(name)
 
     def _saved(self) -> dict[str, str]:
-        """Key in the adapter file -> the merged tensor, for all parameters of the modules that are saved whole."""
+        """Key in the adapter file -> name of the merged tensor, for all parameters of modules that are saved whole."""
         parameters = {parameter: name for name, parameter in self._network.unconverted.items()}
         found: dict[str, str] = {}
         for path in self._found.whole:
@@ -235,12 +235,12 @@ def _norm(tensor: torch.Tensor) -> float:
 
 
 def _is_conv1d(module: nn.Module | None) -> bool:
-    """Whether it is GPT-2's linear module, whose weight is stored (in, out)."""
+    """Whether a module is GPT-2's linear module `Conv1D`, whose weight is stored (in, out)."""
     return type(module).__name__ == "Conv1D"
 
 
 def _short(chosen: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Modules as PEFT lists them: by the last part of their path if all modules of that name are chosen."""
+    """The modules as `target_modules`: by the last part of their path if all modules that end in it are chosen."""
     of_name: dict[str, set[str]] = {}
     for path in modules:
         of_name.setdefault(path.rpartition(".")[2], set()).add(path)

@@ -24,7 +24,7 @@ class MemoryBudget:
 
     @contextmanager
     def take(self, elements: int) -> Iterator[None]:
-        """Wait until so many elements are free, and hold them; at most `size`, or this never returns."""
+        """Wait until this many elements are free, and hold them in the context; more than `size` are never free."""
         with self._changed:
             self._changed.wait_for(lambda: self._left >= elements)
             self._left -= elements

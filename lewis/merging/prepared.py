@@ -1,7 +1,7 @@
 """A merge before it is run: checked inputs, the layout of the result, each tensor's parameters, and the digest.
 
 Experts are put in the order of their keys, and random streams are keyed by (seed, expert key, tensor name): the order
-of the models in a recipe changes nothing. Both engines, `compiled` and `in_torch`, read what is here.
+of the models in a recipe changes nothing. Both engines, `compiled` and `in_torch`, merge what a `Prepared` describes.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Prepared:
     """A merge that has been checked. `of` makes one; `dataclasses.replace` makes a variant, which has its own digest.
 
     Attributes:
-        settings: what `of` was given.
-        base: its embeddings are read in the result's vocabulary; the first model if there is no base.
-        experts: in the order of their keys, also read in the result's vocabulary.
+        settings: the settings that `of` was given.
+        base: the base, or the first model if there is none; its embeddings are read in the result's vocabulary.
+        experts: the experts in the order of their keys, also read in the result's vocabulary.
         adds_to_base: whether task vectors are merged and the result is added to the base.
-        vocabulary: whose tokenizer the result has.
+        vocabulary: the vocabulary and the tokenizer of the result.
         excluded: names of the tensors that are copied from the base, in its dtype.
         budget: limits how many elements are merged in torch at a time.
         factors: tensor name -> what its merged delta is multiplied with (`lewis.allocation.aim`).
@@ -86,13 +86,13 @@ class Prepared:
         device: str = "cpu",
         vocabulary: Alignment | None = None,
     ) -> Self:
-        """Check that the models fit together, and the parameters and scales fit the models.
+        """Prepare a merge: check that the models fit together, and the parameters and scales fit the models.
 
         Args:
-            settings: what is asked for.
+            settings: the settings of the merge.
             base: the base, or None for a method on weights without one.
             experts: all models to merge, as `MergeConfig.experts` lists them.
-            factors: that merged deltas are multiplied with.
+            factors: tensor name -> what its merged delta is multiplied with.
             device: where the methods compute, by torch's name.
             vocabulary: the models' common one, if they have been matched by token already.
 
@@ -171,7 +171,7 @@ class Prepared:
         return self.method.fits is not None and self.parameters(next(iter(self.layout)))["ridge"] == AUTO
 
     def _weighted_factors(self) -> ScalesByTensor:
-        """The factors that hold the anchor's delta back: those of this merge, times the weight of the anchor."""
+        """The factors that the anchor's merged deltas are multiplied with: this merge's, times the anchor's weight."""
         factors = dict(self.factors)
         for name in filter(self.merges, self.layout):
             weight = self.settings.anchor_weight(name, self._depth(name))
@@ -199,7 +199,7 @@ class Prepared:
         return replace(self, settings=replace(self.settings, value=changed))
 
     def giving(self, name: str) -> Prepared:
-        """The merge that gives a tensor which is not fitted, and that a fit of it is pulled towards."""
+        """The merge that makes a tensor that is not fitted, and that a fit is pulled towards: the anchor or this."""
         return self.anchor or self
 
     @property
@@ -263,7 +263,7 @@ class Prepared:
 
     @cached_property
     def _last_layers(self) -> Mapping[str, int]:
-        """What precedes the numbers of a stack's layers -> the number of its last; towers have stacks of their own."""
+        """Prefix of a stack of layers (`model.layers.`) -> number of its last layer; each tower has its own stack."""
         found: dict[str, int] = {}
         for match in filter(None, map(NUMBER.search, self.base.tensors)):
             stack = match.string[: match.start(1)]
@@ -281,7 +281,7 @@ class Prepared:
         return sum(expert.mean_density for expert in self.experts) / max(density, 0.01 * len(self.experts))
 
     def active(self, name: str, values: Mapping[str, Any]) -> list[bool]:
-        """Which experts take part in a tensor, given the method's parameters for it."""
+        """Which experts take part in the merge of a tensor, given the method's parameters for it."""
         elements = self.base.tensors[name].elements
         density = values.get("density", [1.0] * len(self.experts))
         # A random method may keep elements of a tensor that is too small for an exact share.
@@ -296,7 +296,7 @@ class Prepared:
         return random_stream(self.settings.seed, expert.model.key, name)
 
     def scales(self, name: str) -> list[torch.Tensor | None]:
-        """What each expert's task vector of a tensor is multiplied with before it is ranked; None: nothing."""
+        """Factors of the magnitudes in each expert's task vector of a tensor, for their ranking; None: no factors."""
         return [(expert.scales or {}).get(name) for expert in self.experts]
 
     def _fit_digest(self) -> list[Any]:
@@ -312,13 +312,13 @@ class Prepared:
         return [FIT_SEMANTICS, *(["stacked", STACKED_SEMANTICS] if stacked else []), *sets]
 
     def nothing_to_fit(self) -> InputError:
-        """What a fit raises that finds no projection to fit."""
+        """The error to raise if a fit finds no projection to fit."""
         return InputError(
             f"{self.base.folder}: no projection that {self.method.name} could fit; use another merge_method"
         )
 
     def _resolved(self, name: str) -> dict[str, Any]:
-        """The parameters of a tensor for the digest: without those that came later, at values that change nothing."""
+        """A tensor's parameters for the digest: without `alpha` and `prior`, added later, where they do nothing."""
         values = self.parameters(name)
         later = {"alpha": 1.0, "prior": 0.0} if self.method.fits else {}
         return {name: value for name, value in values.items() if name not in later or value != later[name]}
@@ -362,7 +362,7 @@ class Prepared:
 
 
 def _aligned(vocabulary: Alignment, base: Model, expert: Expert, fits: bool) -> Expert:
-    """An expert as it is read, and its calibration rows, if the method fits, in the same token ids."""
+    """An expert whose model and, if the method fits, calibration rows are in the result's vocabulary."""
     rows, held_back = (
         vocabulary.translate(expert.ref, base, expert.model, each) if fits and each else each
         for each in (expert.calibration, expert.held_back)

@@ -1,4 +1,4 @@
-"""Do a merge: tensor by tensor into a checkpoint, several at a time, in compiled loops or in torch.
+"""Run a merge: tensor by tensor into a checkpoint, several at a time, in compiled loops or in torch.
 
 Arithmetic is fp32 whatever the stored dtype, and the result is rounded once. Where the merged delta of an element is
 exactly one expert's task vector, the result is that expert's own weight, and where it is 0, the base's: so one expert
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from lewis.merging.fitting.fitted import Fitted
 
 logger = logging.getLogger(__name__)
-_FITTED = ".fitted"  # folder of what is fitted, in that of the output until it is whole
+_FITTED = ".fitted"  # folder of the fitted tensors, in the folder of the output until that is complete
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a merge wrote: all that its card and its references need, so that nothing is read again.
+    """What a merge wrote: all that its model card and its references need, so that nothing is read again.
 
     Attributes:
         digest: identity of the merge.
@@ -53,7 +53,7 @@ class Written:
         size: bytes of its weights.
         manifest: what `lewis.json` records, without the list of files.
         adapter: what the adapter holds and what error it leaves; None for a full checkpoint.
-        fit: what is to be said of the fit, as `text_of_fit`.
+        fit: a sentence on the fit, as `text_of_fit` returns it.
     """
 
     digest: str
@@ -65,7 +65,7 @@ class Written:
 
 
 def text_of_fit(manifest: Mapping[str, Any]) -> str:
-    """What `ridge: auto` chose and what the held-back rows say of the fit, as a sentence; empty if there is neither."""
+    """Describe the choice of `ridge: auto` and the verdict of held-back rows on the fit; empty if there is neither."""
     if not manifest.get("ridge") and not manifest.get("held_back"):
         return ""
     from lewis.merging.fitting.held_back import Verdict  # brings torch with it
@@ -100,7 +100,7 @@ class Merge(Prepared):
             max_shard_size: bytes.
             manifest: recorded in `lewis.json`, next to the digest.
             progress: called with (tensor name, elements done, elements in all); if the method fits, every element
-                counts first as one to be fitted, as often as it is.
+                also counts once for each fit before the merge.
             threads: how many tensors are merged at a time; by default one per core.
             unchanged: called when all is written; raises LewisError if a model has changed meanwhile.
 
@@ -164,7 +164,6 @@ class Merge(Prepared):
         threads: int | None,
         unchanged: Callable[[], None],
     ) -> Written:
-        """`run` for an adapter."""
         from lewis.merging.lora_output import AdapterWriter
 
         writer = AdapterWriter(self, self._counted(progress))
@@ -174,7 +173,7 @@ class Merge(Prepared):
         with store.publish(folder, record, checksums=known) as scratch:
             with self._fitted_in(scratch / _FITTED, progress, threads) as (fitted, facts):
                 merged = partial(self._merged, fitted=fitted)
-                if fitted is not None:  # which may have moved what the check before saw unmoved
+                if fitted is not None:  # the fit may have changed tensors that the first check saw unchanged
                     writer.check(merged)
                 adapter, known[ADAPTER] = writer.write(scratch, merged, threads)
             self._copy_tokenizer(scratch)
@@ -191,22 +190,22 @@ class Merge(Prepared):
 
     @property
     def fits(self) -> int:
-        """How many times the projections are fitted: with `ridge: auto`, once more than there are ridges to try."""
+        """How many fits the merge makes: none, one, or with `ridge: auto` one more than there are ridges to try."""
         return 0 if not self.method.fits else 1 + len(RIDGES) * self.tunes
 
     @property
     def steps(self) -> int:
-        """What `progress` counts up to."""
+        """The number of elements that `progress` counts up to: all of the output, once for each fit and the merge."""
         return self.elements * (1 + self.fits)
 
     @contextmanager
     def _fitted_in(
         self, folder: Path, progress: Report, threads: int | None
     ) -> Iterator[tuple[Fitted | None, dict[str, Any]]]:
-        """Fit what the method fits, before the other tensors are merged; what is in `folder` is gone afterwards.
+        """Fit the tensors that the method fits, before the others are merged; delete `folder` after the context.
 
         Yields:
-            What was fitted, None for nothing; and for the manifest what `ridge: auto` chose and the held-back rows say.
+            The fitted tensors, None if the method fits none; and for the manifest the chosen ridge and the verdict.
         """
         if not self.method.fits:
             yield None, {}
@@ -217,7 +216,7 @@ class Merge(Prepared):
             from lewis.merging.fitting.fit import fit
 
         def part(before: int, times: int) -> Report:
-            """A report for as many fits as `times`, after as many others as `before`."""
+            """Make the report of `times` fits that come after `before` others."""
 
             def report(_: str, done: int, total: int) -> None:
                 progress("fit", int((before + times * (done / total)) * self.elements), self.steps)
@@ -244,7 +243,7 @@ class Merge(Prepared):
         store.discard(folder)
 
     def _counted(self, progress: Report) -> Callable[[str], None]:
-        """A function to call with the name of each finished tensor; it reports the elements done to `progress`."""
+        """Make a function that takes the name of each finished tensor and reports the elements done to `progress`."""
         done = self.steps - self.elements
 
         def report(name: str) -> None:
@@ -314,7 +313,7 @@ class Merge(Prepared):
             model.done_with(name)
 
     def _merged(self, name: str, fitted: Fitted | None = None) -> torch.Tensor:
-        """One tensor as `run` writes it: fitted, copied, or merged in the engine that it uses."""
+        """Return one tensor as `run` writes it: fitted, copied, or merged in the same engine."""
         dtype, shape = self.layout[name]
         merged = torch.empty(shape, dtype=torch_dtype(dtype))
         target = bytes_of(merged)

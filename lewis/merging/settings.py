@@ -1,4 +1,4 @@
-"""What a merge is given: its settings, which are resolved from a config once, and the opened experts."""
+"""The inputs of a merge: its settings, which are resolved from a config once, and the opened experts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Expert:
         model: the opened model.
         densities: if LEWIS guides the merge, its density per tensor.
         calibration: token ids that the merge is fitted to this expert on, if the method fits.
-        held_back: rows of that set that are held back to judge the fit; None: it is not judged on this expert's.
+        held_back: rows of that set that are held back to judge the fit; None: no row of this expert judges it.
         scales: if it is pruned by activation, what the magnitudes in its task vector are multiplied with before they
             are ranked; tensors that are left out are ranked by magnitude.
         mean_density: the mean of `densities` over the covered tensors, weighted by their parameters.
@@ -48,7 +48,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """The settings of one merge; `resolve` makes them of a config.
+    """The settings of one merge; `resolve` makes them from a config.
 
     Attributes:
         method: the merge method.
@@ -62,11 +62,11 @@ class MergeSettings:
         vocabulary: whose tokens the result has; None: all models must have the base's.
         output: what is written: the full model, or an adapter.
         chat_template: of the result: a format's name, `auto` or a Jinja template; None: the tokenizer's own.
-        slices: what the result's layers are merged from; empty: each from the layers of its number.
+        slices: the layers that the result's layers are merged from; empty: those of the same number.
         check_filters: raises RecipeError for filters that match none of the given names of tensors.
-        anchor: of a method that fits, the settings of the merge that the fit is pulled towards and that gives what is
-            not fitted; None: the method's own function does.
-        anchor_weight: with an anchor, the factor of what it adds to the base, by (tensor name, depth).
+        anchor: of a method that fits, the settings of the merge that the fit is pulled towards and that makes the
+            tensors that are not fitted; None: the method's own function does.
+        anchor_weight: with an anchor, the factor of its merged delta, by (tensor name, depth).
     """
 
     method: Method
@@ -87,7 +87,7 @@ class MergeSettings:
 
 
 def resolve(config: MergeConfig) -> MergeSettings:
-    """The settings of the merge that a config asks for."""
+    """Resolve a config into the settings of its merge."""
     entries, is_adapter = {entry.model: entry for entry in config.experts}, config.output.kind == "lora"
 
     def by_reference(value: Callable[..., Any]) -> ParameterValue:

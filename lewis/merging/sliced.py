@@ -1,4 +1,4 @@
-"""Merges by `slices` (`lewis.models.layers.slices`): of a stack of layers, each slice is a merge of its own."""
+"""Merges by `slices` (`lewis.models.layers.slices`): each slice of the result's layers is a merge of its own."""
 
 from __future__ import annotations
 
@@ -31,11 +31,14 @@ SEMANTICS = "1"  # bump when the same slices would give other bytes
 
 
 def placed(settings: MergeSettings, models: Mapping[str, Model]) -> MergeSettings:
-    """Settings with slices over these models: without slices, but with their values, if every layer stays in its place.
+    """Check slices against the models, and replace them by values for each layer if every layer stays in its place.
 
     Args:
-        settings: with slices.
-        models: by their references; the base first.
+        settings: settings with slices.
+        models: reference -> model; the base first.
+
+    Returns:
+        Settings without slices, but with the slices' values; the given settings if the result is another stack.
 
     Raises:
         RecipeError: naming each range of layers that a model does not have.
@@ -107,14 +110,14 @@ def _check_heads(donor: str, models: Mapping[str, Model], last: Slice) -> None:
 
 
 class Whole:
-    """What the merges of all slices start from, as one model with the result's names and config."""
+    """The bases of all slices as one model with the result's names and config; reads like a checkpoint."""
 
     def __init__(self, donor: Model, config: dict[str, Any], parts: Sequence[Prepared]) -> None:
         """
         Args:
             donor: gives the config, the tokenizer, and whether the head is tied.
-            config: of the result.
-            parts: the slices.
+            config: the result's config.
+            parts: the prepared merges of the slices.
         """
         self.folder, self.home, self.key, self.config = donor.folder, donor.home, donor.key, config
         self.tensors: dict[str, TensorInfo] = {name: info for part in parts for name, info in part.base.tensors.items()}
@@ -127,23 +130,23 @@ class Whole:
         return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, as the base of its slice."""
+        """Read one tensor from the base of its slice."""
         return self._of(name).read(self.tied.get(name, name))
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype and bits, as those of its slice's base."""
+        """Return one tensor's dtype and bits from the base of its slice."""
         return self._of(name).raw(self.tied.get(name, name))
 
     def computes(self, name: str) -> bool:
-        """Whether a tensor is computed, as of its slice's base."""
+        """Whether the base of a tensor's slice computes it when it is read."""
         return self._of(name).computes(self.tied.get(name, name))
 
     def will_need(self, name: str) -> None:
-        """Announce a tensor that is read soon."""
+        """Ask the system to read a tensor ahead."""
         self._of(name).will_need(self.tied.get(name, name))
 
     def done_with(self, name: str) -> None:
-        """Let go of a tensor."""
+        """Release the memory that a tensor is mapped to."""
         self._of(name).done_with(self.tied.get(name, name))
 
     def _of(self, name: str) -> Model:
@@ -151,7 +154,7 @@ class Whole:
 
 
 class _Stacked:
-    """The models of a stack while its slices are prepared."""
+    """The models whose layers a stack is made of; used while its slices are prepared."""
 
     def __init__(self, settings: MergeSettings, models: Mapping[str, Model], vocabulary: Alignment) -> None:
         self._settings, self._models, self._donor = settings, models, next(iter(models))
@@ -162,7 +165,6 @@ class _Stacked:
         self._names = dict[str, None]()  # of all tensors, in the result and in the models
 
     def part(self, each: Slice, experts: Mapping[str, Expert], factors: ScalesByTensor, device: str) -> Merge:
-        """The merge of one slice."""
         donor = self._models[self._donor]
         views = {ref: Restacked(self.read[ref], each.names(ref, self._layers, self._result)) for ref in each.starts}
         lead = views[each.lead]
@@ -187,7 +189,6 @@ class _Stacked:
         _check_heads(self._donor, self._models, self._settings.slices[-1])
 
     def config(self) -> dict[str, Any]:
-        """The config of the result."""
         origins = list[list[Origin]]()
         for each in self._settings.slices:
             for i in range(each.count):
@@ -218,9 +219,9 @@ class Stack(Merge):
         device: str = "cpu",
         vocabulary: Alignment | None = None,
     ) -> Self:
-        """As `Merge.of`, by slices; the first model gives the config, the tokenizer and the names.
+        """Prepare each slice as `Merge.of` does; the first model gives the config, the tokenizer and the names.
 
-        Densities are by the result's tensors, scales by the expert's own, and `factors` by the base's.
+        Densities are given by the names of the result's tensors, scales by the expert's, and `factors` by the base's.
         """
         models = {settings.base: base} if base is not None and settings.base else {}
         models |= {expert.ref: expert.model for expert in experts if expert.ref != settings.base}
@@ -274,7 +275,7 @@ class Stack(Merge):
         return self._giving[name].parameters(name)
 
     def models_with(self, name: str) -> list[Model]:
-        """The models of its slice whose tensor of this name is read."""
+        """The models of a tensor's slice whose tensor of this name is read."""
         return self._giving[name].models_with(name)
 
     @cached_property

@@ -58,12 +58,12 @@ class MergedModel(Reference):
 
     @classmethod
     def of(cls, written: Written, base: Path | None = None) -> MergedModel:
-        """What a merge has just written, which therefore is not read again to check it."""
+        """Make the reference of an output that was just written, without reading it again to check it."""
         return cls.model_construct(digest=written.digest, folder=written.folder, base=base)
 
     @property
     def key(self) -> str:
-        """Identity of the content, as that of `ModelFiles`."""
+        """Identity of the content, as `ModelFiles.key`."""
         return self.digest
 
     @property
@@ -82,7 +82,7 @@ class MergedModel(Reference):
         return store.read_manifest(self.folder, content=False) or {}  # the content was checked when this was made
 
     def files(self, ref: str) -> ModelFiles:
-        """As a model to score: an adapter as that of an expert, on its base."""
+        """Return the model to score: the merged checkpoint, or the base with the adapter on it."""
         if self.base is None:
             return ModelFiles.at(ref, self.digest, self.folder)
         return ModelFiles.at(ref, self.digest, self.base, self.folder)
@@ -90,11 +90,11 @@ class MergedModel(Reference):
 
 @dataclass(frozen=True)
 class MergeInput:
-    """Everything that decides a merge.
+    """Everything that decides the result of a merge.
 
     Attributes:
         config: the merge part of a recipe.
-        base, experts: on disk; the experts in the order of `config.experts`. None: the config has no base.
+        base, experts: models on disk, the experts in the order of `config.experts`; `base` is None without a base.
         text: the recipe as YAML, for the manifest.
         allocated: densities of the merge, or of the anchor of a method that fits; None for a plain merge.
         which: `experts` for the allocated densities, `uniform` for those of the baseline.
@@ -130,15 +130,15 @@ class MergeInput:
 
     @cached_property
     def _prepared(self) -> dict[str, Merge]:
-        """Device -> what `prepare_merge` made."""
+        """Device -> the merge that `prepare_merge` prepared for it."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields alone: another process opens the models itself."""
+        """Pickle the fields alone, without prepared merges: another process opens the models itself."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def lineage(self) -> dict[str, object]:
-        """What the result is made of, for its manifest."""
+        """Describe, for the manifest, what the result is made of: method, inputs, mean densities and recipe."""
         inputs = {files.ref: files.key for files in self.models}
         means = self.allocated.means if self.allocated else None
         anchor = {"anchor": self.config.anchor.merge_method} if self.config.anchor else {}
@@ -148,11 +148,11 @@ class MergeInput:
 
 
 def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
-    """Open all models and check that they fit; done once for an input and a device, which keeps what was made.
+    """Open all models of a merge and check that they fit together; `given` keeps the result for each device.
 
     Args:
         given: what is merged.
-        gpu: which one to compute on, if `lewis.devices.merge_device` says so.
+        gpu: the GPU to compute on, if `lewis.devices.merge_device` chooses a GPU.
 
     Raises:
         InputError: naming what does not fit.
@@ -208,7 +208,7 @@ def check_output(given: MergeInput, prepared: Merge) -> None:
 
 
 def _advice_on_vocabularies(given: MergeInput) -> str:
-    """What to do where an expert has another vocabulary than the base; empty if it may have one."""
+    """Advice for the error about an expert with another vocabulary than the base; empty if it may have one."""
     in_order = given.config.fits and not given.config.needs_grams  # its passes can take the result's token ids instead
     if not given.measured and not (in_order and given.config.vocabulary is None):
         return ""
@@ -229,7 +229,7 @@ def _check_token_ids(base: Model, experts: Sequence[Model], fix: str) -> None:
 
 
 def merge(given: MergeInput, report: Report = silent, gpu: str = "cuda") -> MergedModel:
-    """The merged checkpoint, or adapter, in the store, `merged/<digest>/`; made once, then found."""
+    """Write the merged checkpoint or adapter to the store, `merged/<digest>/`, or find it there if it is complete."""
     prepared = prepare_merge(given, gpu)
     folder, on = kinds.MERGED.path(prepared.digest), given.base.folder if given.base and prepared.as_adapter else None
     with store.turn(kinds.MERGED, prepared.digest):
@@ -241,7 +241,7 @@ def merge(given: MergeInput, report: Report = silent, gpu: str = "cuda") -> Merg
 
 
 def find_merged(digest: str, base: Path | None = None) -> MergedModel | None:
-    """A merged checkpoint, or an adapter on the model in `base`, if the store has it whole."""
+    """Find a merged checkpoint, or an adapter on the model in `base`, in the store; None unless it is whole there."""
     with suppress(ValidationError):
         return MergedModel(digest=digest, folder=kinds.MERGED.path(digest), base=base)
     return None
@@ -254,7 +254,7 @@ def prepare(
     factors: ScalesByTensor | None = None,
     device: str = "cpu",
 ) -> Merge:
-    """Check that the models fit together, and the parameters and what guides the merge fit the models.
+    """Prepare a merge: check that the models fit together, and its parameters and what guides it fit the models.
 
     Args:
         config: what is merged and how.

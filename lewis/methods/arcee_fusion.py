@@ -88,7 +88,7 @@ def _softmax(values: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Blocks of the same rows of each tensor, as 2-d views. Next to the first, a tensor may have one column."""
+    """Yield blocks of the same rows of each tensor, as 2-d views. Tensors after the first may have one column."""
     width = tensors[0].shape[-1] if tensors[0].dim() else 1
     rows = max(1, _BLOCK // max(width, 1))
     height = tensors[0].numel() // max(width, 1)

@@ -10,11 +10,11 @@ from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sums import combine_linearly, exact_sum, gram
 from lewis.methods.registry import Count, NotNegative, merge_method
 
-_NOISE = 1e-7  # a length below this may be 0 but for rounding
+_NOISE = 1e-7  # a length below this may be only a rounding error
 
 
 def coefficients(dots: np.ndarray, *, max_iter: int, tol: float) -> list[float]:
-    """The coefficients of the models, by their dot products; each step of the search combines them linearly."""
+    """Compute the models' coefficients from their dot products; each step of the search combines models linearly."""
     if len(dots) == 1:
         return [1.0]
     lengths = np.sqrt(dots.diagonal())
@@ -65,10 +65,10 @@ def karcher(weights: torch.Tensor, *, max_iter: Count = 10, tol: NotNegative = 1
     """Find the direction with the least squared angles to all models, and give it their mean length.
 
     From the mean of the unit tensors u_i, step along the mean of log_m(u_i) = a_i / sin(a_i) * (u_i - cos(a_i) m),
-    a_i the angle between m and u_i, until that step is shorter than `tol`. The models have equal say; a base_model
-    counts as one of them. Angles are taken from the distances |u_i - m|: mergekit's fp32 arc cosine reads less than
-    3e-4, which is where fine-tunes lie, as 0, and leaves those models out. A model opposite to m is
-    ignored: mergekit divides by the rounding error of sin(pi).
+    a_i the angle between m and u_i, until that step is shorter than `tol`. All models count equally, and a base_model
+    is one of them. Angles are computed from the distances |u_i - m|: mergekit's fp32 arc cosine gives 0 for angles
+    below 3e-4, where fine-tunes lie, and leaves those models out. A model opposite to m is ignored: mergekit divides by
+    the rounding error of sin(pi).
 
     Args:
         weights: fp32, shape (models, *tensor.shape).

@@ -1,4 +1,4 @@
-"""What the compiled merge engine needs to know of a method: plain data in its `@merge_method(..., compiled=...)`."""
+"""What the compiled merge engine must know of a method, as plain data: the `compiled` argument of `@merge_method`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Combine(IntEnum):
 
 @dataclass(frozen=True)
 class Loops:
-    """Which compiled loops do what a method's function says, to the same bytes.
+    """Which compiled loops compute the same bytes as a method's function.
 
     A method without `Loops` (and without `coefficients`) is merged by its function in torch. With them, the engine
     sparsifies each task vector, combines them and adds the result to the base. Some parameters have one meaning in all

@@ -13,7 +13,7 @@ from lewis.methods.registry import merge_method
 
 
 def coefficients(dots: np.ndarray, *, filter_wise: bool) -> list[float] | None:
-    """The coefficients of the task vectors, by their dot products; None if each row has its own angle."""
+    """Compute the task vectors' coefficients from their dot products; None if each row has its own angle."""
     if filter_wise:
         return None
     pairs = list(itertools.combinations(range(len(dots)), 2))
@@ -23,7 +23,7 @@ def coefficients(dots: np.ndarray, *, filter_wise: bool) -> list[float] | None:
 
 
 def by_rows(pieces: Pieces, *, filter_wise: bool) -> Finish | None:
-    """The function that merges row by row; None without `filter_wise`: `coefficients` are then one set per tensor."""
+    """Return the function that merges row by row; None without `filter_wise`: a tensor then has one angle."""
     return _finish if filter_wise else None
 
 

@@ -14,7 +14,7 @@ _NOISE = 1e-7  # directions cancel if their sum is at most this share of what wa
 
 
 def coefficients(dots: np.ndarray, *, weight: PerExpert[float], normalize_weights: bool, eps: float) -> list[float]:
-    """The coefficients of the tensors, by their dot products.
+    """Compute the coefficient of each tensor in the result, from the tensors' dot products.
 
     Raises:
         ValueError: as `multislerp`.

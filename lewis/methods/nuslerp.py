@@ -10,14 +10,14 @@ from lewis.methods.arithmetic.sums import combine_linearly, cosine, gram
 from lewis.methods.registry import PerExpert, merge_method, per_expert
 from lewis.methods.slerp import arc
 
-_TINY = 1e-7  # norms below count as this (mergekit's)
+_TINY = 1e-7  # smaller norms count as this (mergekit's value)
 _FLAT = 2e-6  # 1 - cos^2 below which fp32 cannot tell two directions from one line
 
 
 def coefficients(
     dots: np.ndarray, *, weight: PerExpert[float], nuslerp_flatten: bool, nuslerp_row_wise: bool
 ) -> list[float] | None:
-    """The coefficients of the two tensors, by their dot products; None if a tensor is not taken as one vector."""
+    """Compute the two tensors' coefficients from their dot products; None if a tensor is not taken as one vector."""
     if not nuslerp_flatten:
         return None
     t, cos = _share(per_expert(weight, dots)), cosine(dots, 0, 1)
@@ -34,7 +34,7 @@ def _share(weights: list[float]) -> float:
 def by_rows(
     pieces: Pieces, *, weight: PerExpert[float], nuslerp_flatten: bool, nuslerp_row_wise: bool
 ) -> Finish | None:
-    """Merge vector by vector: each row by itself, or by the dot products of whole columns, which take a pass."""
+    """Merge vector by vector: each row by itself, or whole columns, whose dot products take a pass of their own."""
     if nuslerp_flatten or (nuslerp_row_wise and len(pieces.shape) > 2):
         return None
     of_columns = sum((_dots(piece.tensors, -2) for piece in pieces), torch.zeros(())) if nuslerp_row_wise else None

@@ -1,4 +1,4 @@
-"""RAM: average what several experts changed, take whole what only one changed."""
+"""RAM: average the elements that several experts changed, and take those that only one changed whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ram(task_vectors: torch.Tensor, *, epsilon: NotNegative = 1e-5) -> torch.Ten
 
 
 def weights(counts: Iterable[tuple[int, int]], *, r: float, alpha: float, epsilon: float) -> list[float]:
-    """What each expert's own changes are multiplied with.
+    """Compute the factor of each expert's own changes, those of elements that no other expert changed.
 
     Args:
         counts: for each expert, how many elements it moved by more than `epsilon`, and how many of these it alone did.
@@ -41,7 +41,7 @@ def weights(counts: Iterable[tuple[int, int]], *, r: float, alpha: float, epsilo
 def ramplus_tl(
     task_vectors: torch.Tensor, *, r: float = 0.1, alpha: NotNegative = 0.2, epsilon: NotNegative = 1e-5
 ) -> torch.Tensor:
-    """RAM, with what one expert alone changed scaled up by 1 + r * min(alpha, shared / alone), per expert and tensor.
+    """RAM; what one expert alone changed is scaled by 1 + r * min(alpha, shared / alone), per expert and tensor.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).

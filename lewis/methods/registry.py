@@ -72,7 +72,7 @@ class Parameter:
         """Check one value of the recipe.
 
         Returns:
-            The value as `kind`; mergekit's numeric strings (`"1e-3"`) become numbers. `auto`, if it may be that.
+            The value as `kind`; mergekit's numeric strings (`"1e-3"`) become numbers. `auto` stays, if `auto` is set.
 
         Raises:
             ValueError: saying what was expected.
@@ -131,11 +131,11 @@ class Method(Row):
             large tensor is never whole in memory.
         compiled: which compiled loops do the same as the function, faster and in less memory; None: the function does
             it in torch, unless `coefficients` are given.
-        fits: what its regression on the calibration rows of the experts fits the projections to: `static`, each to what
-            it gives for the experts' own inputs; `forward`, from the first block on, for the inputs that the model
-            merged so far has there. The function then gives what is not fitted, and what the fit is pulled towards.
-            It takes `ridge`, `alpha`, and `weight` of each expert. None: the function gives all tensors.
-        in_mergekit: whether mergekit has it too, so that a recipe can be exported; not asked of a plug-in.
+        fits: how it fits projections to the experts' outputs on their calibration rows: `static`, for the experts' own
+            inputs; `forward`, from the first block on, for the inputs that the model merged so far has there. The
+            function then gives the tensors that are not fitted, and those that the fit is pulled towards. It takes
+            `ridge`, `alpha`, and `weight` of each expert. None: the function gives all tensors.
+        in_mergekit: whether mergekit has it too, so that a recipe can be exported; not used for a plug-in.
     """
 
     noun = "merge method"
@@ -155,7 +155,7 @@ class Method(Row):
 
     @property
     def needs_base(self) -> bool:
-        """Whether there is no merge without a base."""
+        """Whether the method cannot merge without a base."""
         return self.on == "task_vectors" or self.takes_base
 
     @property
@@ -241,7 +241,7 @@ def merge_method(
 
 
 def _hints(function: Callable[..., Any], names: Sequence[str]) -> dict[str, Any]:
-    """The annotations of these arguments, evaluated. Those of the tensors are not, since that would import torch."""
+    """Evaluate the annotations of these arguments. Those of the tensors are left out, since they would import torch."""
     chosen = {name: function.__annotations__.get(name) for name in names}
     holder = SimpleNamespace(__annotations__=chosen)
     return get_type_hints(holder, globalns=getattr(function, "__globals__", None), include_extras=True)

@@ -1,7 +1,7 @@
 """RegMean and its form in forward order: projections fitted to the experts on their calibration rows.
 
-The fit itself is `lewis.methods.arithmetic.regression`; the functions here give what it is pulled towards, which is
-also what all other tensors (embeddings, norms, head, biases) become.
+The fit itself is `lewis.methods.arithmetic.regression`. The functions here give the anchor that the fit is pulled
+towards, which is also the result for all other tensors (embeddings, norms, head, biases).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def regmean(
     prior: NotNegative = 1.0,
     alpha: Fraction = 1.0,
 ) -> torch.Tensor:
-    """Fit each projection to what the experts give for their own inputs, with a ridge towards the sum of task vectors.
+    """Fit each projection to the experts' outputs for their own inputs, with a ridge towards the sum of task vectors.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
@@ -43,7 +43,7 @@ def regmean(
         alpha: factor of the products of different inputs; 0 treats the inputs of a layer as uncorrelated.
 
     Returns:
-        fp32 delta of what is not fitted, shape tensor.shape.
+        fp32 delta to add to the base, of the anchor and of tensors that are not fitted, shape tensor.shape.
     """
     return combine(task_vectors, per_expert(weight, task_vectors), normalize=False, lambda_=lambda_)
 
@@ -66,7 +66,7 @@ def regmean_forward(
     alpha: Fraction = 1.0,
     residual: Fraction = 1.0,
 ) -> torch.Tensor:
-    """Fit each projection, from the first block on, to what the experts give, for the inputs of the merged model.
+    """Fit each projection, from the first block on, to the experts' outputs, for the inputs of the merged model.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
@@ -75,6 +75,6 @@ def regmean_forward(
             it are fitted to correct this share of the difference.
 
     Returns:
-        fp32 delta of what is not fitted, shape tensor.shape.
+        fp32 delta to add to the base, of the anchor and of tensors that are not fitted, shape tensor.shape.
     """
     return regmean(task_vectors, weight=weight, lambda_=lambda_)

@@ -14,7 +14,7 @@ _PARALLEL = 0.9995  # |cosine| beyond which the arc is a straight line (mergekit
 
 
 def coefficients(dots: np.ndarray, *, t: float) -> list[float]:
-    """The coefficients of the base and the other model, by their dot products."""
+    """Compute the coefficients of the base and the other model in the result, from their dot products."""
     cos = cosine(dots, 0, 1)
     if t in (0, 1) or abs(cos) > _PARALLEL:
         return [1 - t, t]

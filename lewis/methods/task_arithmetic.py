@@ -35,7 +35,7 @@ def task_arithmetic(
 
 
 def combine(task_vectors: torch.Tensor, weight: list[float], *, normalize: bool, lambda_: float) -> torch.Tensor:
-    """The sum itself, shared with `dare_linear`."""
+    """Compute the weighted sum of task vectors as `task_arithmetic` defines it; other methods share this."""
     total = sum(weight)
     merged = combine_linearly(task_vectors, weight)
     if normalize and abs(total) >= 1e-8:

@@ -1,4 +1,4 @@
-"""The chat template in a model's folder: found, chosen among several models', and replaced."""
+"""Find the chat template in a model's folder, choose one among several models', and replace it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LIMIT = 1 << 22  # bytes of a template
 
 
 def template_in(folder: Path) -> str | None:
-    """The chat template that the tokenizer in a folder uses, wherever a version of transformers keeps it.
+    """Return the chat template of the tokenizer in a folder, from any of the files where transformers keeps it.
 
     Returns:
-        None if it has none, or several by name and none of them is the `default`: transformers uses none of those
-        unless a name is given. Also None if the file cannot be read.
+        None if there is no template, if its file cannot be read, or if there are several named templates and none of
+        them is the `default`: transformers uses one of those only by its name.
     """
     with suppress(OSError, InputError, UnicodeDecodeError):
         return read_bytes(folder / FILE, _LIMIT).decode()
@@ -45,12 +45,12 @@ def _usable(path: Path) -> str | None:
 
 
 def chosen_template(wanted: str | None, folders: Sequence[Path]) -> str | None:
-    """The template that a recipe asks for, as Jinja text.
+    """Return the chat template that a recipe asks for, as Jinja text.
 
     Args:
-        wanted: the recipe's `chat_template`; for `auto`, the template that most of the models have is chosen, of
-            equally many the one that comes first.
-        folders: of the models' tokenizers, the base's first.
+        wanted: the recipe's `chat_template`; for `auto`, the template that most of the models have is chosen, and
+            in a tie the one that comes first.
+        folders: the folders of the models' tokenizers, the base's first.
 
     Returns:
         None if nothing is asked for, or no model has a template.
@@ -62,7 +62,7 @@ def chosen_template(wanted: str | None, folders: Sequence[Path]) -> str | None:
 
 
 def write_template(folder: Path, template: str) -> None:
-    """Give the tokenizer in a folder this chat template in place of its own."""
+    """Replace the chat template of the tokenizer in a folder."""
     (folder / FILE).write_text(template, encoding="utf-8")
     settings = store.read_json(folder / SETTINGS)
     if isinstance(settings, dict) and settings.pop("chat_template", None) is not None:

@@ -25,7 +25,7 @@ from lewis.models.quantised.stored import Packed, Stored
 
 
 class Checkpoint:
-    """An open model folder, one safetensors file or several. Opening it reads no tensor.
+    """A model folder that is open for reading, with one safetensors file or several. Opening it reads no tensor.
 
     Attributes:
         folder: the folder.
@@ -73,7 +73,7 @@ class Checkpoint:
         self.tensors = {name: info for name, info in tensors.items() if name not in self.tied}
 
     def _dequantised(self) -> dict[str, TensorInfo]:
-        """The tensors of the model: those that are stored, with quantised weights in the place of their parts."""
+        """Return the model's tensors: the stored ones, with each quantised weight in place of its parts."""
         if (self.folder / GGUF_TABLE).is_file():
             self._packed, dtype = open_gguf(self.folder, self.config)
             return {name: TensorInfo(dtype, packed.shape) for name, packed in self._packed.items()}
@@ -98,24 +98,24 @@ class Checkpoint:
 
     @property
     def home(self) -> Path:
-        """The folder with its config.json."""
+        """The folder with the model's config.json."""
         return self.folder
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape."""
+        """The shape of each tensor, by its name."""
         return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in its stored dtype, or in fp32 if it is quantised; a copy."""
+        """Return a copy of one tensor, in its stored dtype, or in fp32 if it is quantised."""
         dtype, bits = self.raw(name)
         shape = self.tensors[self.tied.get(name, name)].shape
         return as_tensor(dtype, bits if self.computes(name) else bits.copy()).reshape(shape)
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype, as safetensors names it, and its bits: flat, a view of the file.
+        """Return one tensor's dtype, as safetensors names it, and its bits: a flat view of the file.
 
-        A quantised one is computed, in fp32, at each call.
+        A quantised tensor is computed, in fp32, at each call.
         """
         return self._bits(self.tied.get(name, name))
 
@@ -135,11 +135,11 @@ class Checkpoint:
         return "F32", values.reshape(-1).view(np.uint32)
 
     def computes(self, name: str) -> bool:
-        """Whether this tensor is computed, and so takes memory while it is used: a quantised one."""
+        """Whether a tensor is computed, since it is quantised, and so takes memory while it is used."""
         return self.tied.get(name, name) in self._packed
 
     def will_need(self, name: str) -> None:
-        """Ask the system to read a tensor ahead."""
+        """Ask the operating system to load a tensor from disk before it is read."""
         for part in self._parts(self.tied.get(name, name)):
             self._stored[part].will_need(part)
 
@@ -150,7 +150,7 @@ class Checkpoint:
 
 
 def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folder: Path) -> dict[str, str]:
-    """`{head: embedding}` if the config ties them, else empty. What is tied is merged once and stays tied."""
+    """Return `{head: embedding}` if the config ties them, else empty. Tied tensors are merged once and stay tied."""
     embedding = next((name for name in tensors if name.endswith(EMBEDDINGS)), None)
     head = next((name for name in tensors if name.endswith(HEADS)), None)
     if embedding is None:
@@ -165,13 +165,13 @@ def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fol
 
 
 def lacks_head(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
-    """Whether a model stores no head, and its config says that none is tied: it has none, or one that is lost.
+    """Whether a model stores no head although its config ties none: the model has no head, or its head is lost.
 
-    Where the config is silent, the default of its class counts, and of that of its language model, if both are known.
+    Without a value in the config, the defaults of its class and of its language model's class count, if all are known.
 
     Args:
         config: parsed.
-        tensors: the names of those that are stored.
+        tensors: the names of the stored tensors.
     """
     said = _said(config)
     if said == [None, None]:
@@ -181,12 +181,12 @@ def lacks_head(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
 
 
 def _said(config: Mapping[str, Any]) -> list[Any]:
-    """What a config, and that of its language model, say about tying the head."""
+    """Return `tie_word_embeddings` of a config and of that of its language model; None where it is not set."""
     return [block.get("tie_word_embeddings") for block in (config, config.get("text_config") or {})]
 
 
 def _class_default(folder: Path) -> bool:
-    """Whether the model's class ties the head by default. Asked only if config.json does not say, since it is slow."""
+    """Whether the model's class ties the head by default. Used only if config.json does not say, since it is slow."""
     from transformers import AutoConfig
 
     try:

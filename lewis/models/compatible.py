@@ -45,7 +45,7 @@ def check_compatible(
         by_token: whether embeddings have been matched by token, so that vocabularies may differ.
 
     Raises:
-        InputError: naming all that differ.
+        InputError: naming everything that differs.
     """
     problems = []
     for expert in experts:
@@ -71,15 +71,15 @@ def preflight(
     """Check configs, names, shapes and filters by the headers of the weight files, before gigabytes are downloaded.
 
     Args:
-        config: what is merged, and how.
+        config: of the merge.
         base: the base; None: the first expert takes its place.
         experts: in the recipe's order.
-        network: whether each model's network is built without weights, too, which takes seconds. That of a model with
-            no head of its own, whose config ties it to nothing, is built always.
+        network: whether to build each model's network without weights, too, which takes seconds. The network of a model
+            that stores no head, and whose config ties none, is always built.
         needed: whether the run needs the networks; they are then always built.
 
     Returns:
-        Which models have other names for the base's tensors, and how they are read.
+        A sentence for each model with other names for the base's tensors, on how it is read.
 
     Raises:
         InputError: naming every expert and tensor that does not fit.
@@ -118,7 +118,7 @@ def preflight(
 
 
 def _check_model(model: Pinned, network: bool, needed: bool) -> Shapes:
-    """Check the index and the config of a full model; flags as those of `preflight`. Returns its tensors' shapes."""
+    """Check index, config and tokenizer of a full model, and return its tensors' shapes; flags as in `preflight`."""
     home = repository.fetch(model, weights=False)
     with repository.blaming(model, INDEX):
         weight_files(home, () if model.is_local else repository.file_names(model))
@@ -134,20 +134,20 @@ def _check_model(model: Pinned, network: bool, needed: bool) -> Shapes:
 
 
 def _check_tokenizer(model: Pinned, folder: Path) -> None:
-    """Check that a tokenizer of the Hub can be read; that of a local folder is read where tokens are compared."""
+    """Check that a Hub model's tokenizer.json can be read; a local one is checked when tokens are compared."""
     if not model.is_local:
         with repository.blaming(model, TOKENIZER):
             read_vocabulary(folder)
 
 
 def _preflight_slices(config: MergeConfig, first: str, shapes: Mapping[str, Shapes]) -> bool:
-    """`preflight` of slices that are stacked; False, and nothing is checked, if every layer stays in its place.
+    """Check stacked slices for `preflight`; return False, with only ranges checked, if every layer stays in its place.
 
     Args:
-        config: as that of `preflight`.
+        config: as in `preflight`.
         first: the reference of the base, or of what takes its place.
-        shapes: reference of a model -> shapes of its tensors. Other models of the slices are not looked at, and then
-            filters are not checked.
+        shapes: reference of a model -> shapes of its tensors. Models of the slices that are missing here are not
+            checked, and then filters are not either.
     """
     layers = {ref: layers_of(ref, own) for ref, own in shapes.items()}
     counts = {ref: own.count for ref, own in layers.items()}
@@ -176,7 +176,7 @@ def _preflight_slices(config: MergeConfig, first: str, shapes: Mapping[str, Shap
 
 
 def result_headers(config: MergeConfig, base: Source | None, experts: Sequence[Source]) -> Headers:
-    """The tensors of the result: name -> dtype and shape, as the base has them, or what stands for it in each slice."""
+    """Return dtype and shape of each tensor of the result: those of the base or, in a slice, of its `lead`."""
     first = base or experts[0]
     if not config.slices:
         return repository.tensor_headers(first.model)
@@ -193,11 +193,11 @@ def result_headers(config: MergeConfig, base: Source | None, experts: Sequence[S
 def _differences(
     base: Shapes, expert: Shapes, excluded: Collection[str], *, matched: bool, by_token: bool
 ) -> Iterator[str]:
-    """How the tensors of an expert differ from the base's: at most one problem of each kind.
+    """Describe how the tensors of an expert differ from the base's, with at most one problem of each kind.
 
     Args:
         base: the shapes of its tensors.
-        expert: likewise, with the names that it ties, if the base stores them.
+        expert: the shapes of its tensors, with the names that it ties, if the base stores them.
         excluded: tensors of the base that are not merged.
         matched: whether the embeddings have been matched by token already.
         by_token: whether embeddings are matched by token. Until that is done, their first dimension may differ.
@@ -218,7 +218,7 @@ def _differences(
 
 
 def _flat(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether of one shape only the number of elements is known, as of an NF4 weight before its download."""
+    """Whether only the number of elements is known of one of two shapes, as for an NF4 weight before its download."""
     return 1 in (len(one), len(other)) and math.prod(one) == math.prod(other)
 
 

@@ -15,7 +15,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder.
 
     Raises:
-        InputError: if it is missing, no regular file or no valid JSON.
+        InputError: if it is missing, no regular file or no valid JSON object.
     """
     path = folder / "config.json"
     try:
@@ -32,12 +32,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def needs_code(folder: Path, what: str, file: str) -> InputError:
-    """The error about a model that cannot be run because code comes with it.
+    """Return the error for a model that runs only with code of its own, which LEWIS never runs.
 
     Args:
         folder: of the model.
-        what: needs the code, such as `this model`.
-        file: whose `auto_map` says so.
+        what: the part that needs the code, such as `this model`.
+        file: name of the file whose `auto_map` names the code.
     """
     return InputError(
         f"{folder}: {what} needs code that comes with it (auto_map in its {file}), which LEWIS never runs; leave the "
@@ -49,10 +49,10 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
     """Write config.json with the dtype of the weights.
 
     Args:
-        config: the base's, to be written. Of a quantised base it is already without `quantization_config`.
+        config: the base's config; that of a quantised base comes without its `quantization_config`.
         donor: the folder of the base. If its config would not change, the file is copied byte by byte.
         folder: where to write.
-        dtype: of all floating tensors, as safetensors names it; None if they differ.
+        dtype: of all floating tensors, as safetensors names it; None if they differ: the config's dtypes then stay.
     """
     changed: dict[str, Any] = json.loads(json.dumps(config))
     name = next((name for name, stored in MERGED.items() if stored == dtype), None)

@@ -1,4 +1,4 @@
-"""What in a config.json its class or the tensors contradict: widths, depths, heads, inner sizes, rows, experts."""
+"""Check a config.json against its class and the tensors: widths, depths, heads, inner sizes, rows, experts."""
 
 import math
 import re
@@ -11,13 +11,13 @@ from lewis.models.config_class import added_rows, brings_class, check_values, ig
 from lewis.models.names import EMBEDDINGS, Shapes, in_layers
 
 _WIDTHS = ("hidden_size", "n_embd", "n_embed", "d_model")  # each is a dimension of some tensor
-_PARTS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim")  # each divides one
+_PARTS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim")  # each divides a dimension of some tensor
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")  # null: the class computes it
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 _COUNTS = (*_WIDTHS, *_PARTS, *_INNER, *_DEPTHS, "vocab_size")
 _POSITIONS = ("max_position_embeddings", "n_positions")
 _LAYER = re.compile(r"(.*?(?:^|\.)(?:layers|h|blocks|encoder\.layer))\.(\d+)\.")
-# Key -> the tensors that have this size: the end of their names, how many dimensions, which of these, how many times.
+# Key -> tensors with a dimension of this size: end of name, number of dimensions, its index, its multiple of the size.
 _PLACES: dict[str, tuple[tuple[str, int, int, int], ...]] = {
     "hidden_size": ((".input_layernorm.weight", 1, 0, 1),),
     "n_embd": ((".ln_1.weight", 1, 0, 1),),
@@ -28,7 +28,7 @@ _PLACES: dict[str, tuple[tuple[str, int, int, int], ...]] = {
     ),
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-# The last projection of an expert, or those of all: (experts, width, inner size), or the last two the other way round.
+# The last projection of one expert, or of all in one tensor: (experts, width, inner size), or the last two swapped.
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(?:down_proj|w2)\.weight$")
 _STACKED = ".experts.down_proj"
 _EXPERT_INNER = ("moe_intermediate_size", "intermediate_size")
@@ -38,7 +38,7 @@ _HEADS = "num_attention_heads"
 def check_config(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
     """Check the values of a config by the class of its `model_type`, and its sizes by the tensors.
 
-    A config that speaks of several towers (`text_config`, `vision_config`) must be right about one of them.
+    Where a config describes several towers (`text_config`, `vision_config`), its sizes must fit one of them.
 
     Raises:
         InputError: naming the key and the tensors that contradict it.
@@ -59,7 +59,7 @@ def check_config(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Non
     stacks = _stacks(shapes)
     stated = set(_stated(config, "num_hidden_layers", "n_layer"))
     others = set(_stated(config, "num_layers_per_stack", "num_blocks"))  # keys of HRM and xLSTM
-    spare = max(_stated(config, "num_nextn_predict_layers"), default=0)  # stored after the layers that count
+    spare = max(_stated(config, "num_nextn_predict_layers"), default=0)  # stored after the counted layers
     if (
         stacks
         and stated
@@ -138,7 +138,7 @@ def _unlike_tensors(key: str, value: Any, sizes: Collection[int]) -> str:
 
 
 def _unlike_biases(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
-    """Key -> what was expected, where a config gives biases to a part that has none."""
+    """Yield key and expected value, where a config gives biases to a part that has none."""
     for key, part in (("attention_bias", "att"), ("mlp_bias", "mlp")):
         if config.get(key) is True and not any(part in name and name.endswith(".bias") for name in shapes):
             yield key, "false, as no tensor is such a bias"
@@ -151,7 +151,7 @@ def _holds_nan(value: Any) -> bool:
 
 
 def _stated(config: Mapping[str, Any], *keys: str) -> Iterator[int]:
-    """The whole numbers that a config, or a block in it, gives for a key."""
+    """Yield the whole numbers above 0 that a config, or a block in it, gives for one of the keys."""
     for block in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in keys:
             if _is_size(value := block.get(key)):
@@ -159,7 +159,7 @@ def _stated(config: Mapping[str, Any], *keys: str) -> Iterator[int]:
 
 
 def _stacks(names: Mapping[str, Any]) -> dict[str, int]:
-    """What comes before the number in the names of a stack of layers -> how many layers it has."""
+    """Count the layers of each stack: the part of its tensors' names before the number -> layers."""
     found: dict[str, int] = {}
     for name in names:
         if match := _LAYER.match(name):
@@ -168,9 +168,9 @@ def _stacks(names: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _unlike_names(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
-    """Dotted key -> what was expected, for each size of the language model that the tensors of known names do not have.
+    """Yield dotted key and expected value for each size of the language model that no tensor of a known name has.
 
-    A size that some of these tensors have is right: layers may differ.
+    One tensor of that size is enough, since layers may differ.
 
     Args:
         config: parsed.
@@ -186,7 +186,7 @@ def _unlike_names(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[s
         shapes = named or {name: shape for name, shape in shapes.items() if name.startswith("model.layers.")}
     for key, expected in (*_unlike_places(config, shapes), *_unlike_experts(config, shapes)):
         yield f"{text}.{key}".lstrip("."), expected
-    if not config.keys() & {"attention_head_dim", "linear_head_dim"}:  # of heads with other names
+    if not config.keys() & {"attention_head_dim", "linear_head_dim"}:  # head sizes under other names
         for key, expected in _unlike_attention(config, shapes):
             yield f"{text}.{key}".lstrip("."), expected
 
@@ -217,7 +217,7 @@ def _unlike_attention(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tup
         yield _HEADS, f"heads of {_listed(latent)} numbers in all, which the tensors kv_b_proj give"
     results = _sizes(shapes, ".self_attn.o_proj.weight", 2, 1)
     square = width in results and heads * size in _sizes(shapes, ".self_attn.q_proj.weight", 2, 0)  # Helium's
-    alike = not of_value and not any(key.startswith(f"{_HEADS}_") for key in config)  # in all layers, keys as values
+    alike = not of_value and not any(key.startswith(f"{_HEADS}_") for key in config)  # all layers, and keys and values
     if alike and results and heads * size not in results and not square:
         yield _HEADS, f"heads of {_listed(results)} numbers in all, which the tensors o_proj take"
     fused = _sizes(shapes, ".self_attn.qkv_proj.weight", 2, 0)
@@ -239,7 +239,7 @@ def _unlike_experts(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple
         (_EXPERT_INNER, inner, "by the tensors of experts"),
     ):
         given = {key: config[key] for key in keys if _is_size(config.get(key))}
-        by_kind = any(isinstance(config.get(key), list) for key in keys)  # of experts (Ernie 4.5 VL)
+        by_kind = any(isinstance(config.get(key), list) for key in keys)  # a list for kinds of experts (Ernie 4.5 VL)
         if not by_kind and found and given and found.isdisjoint(given.values()):
             yield next(iter(given)), f"{_listed(found)}, {what}"
 

@@ -1,6 +1,6 @@
-"""Which values a config.json may have, by the class that transformers has for its `model_type`.
+"""Check the values of a config.json by the class that transformers has for its `model_type`.
 
-The source of the class is read, not imported: a merge needs neither transformers nor torch, which take four seconds.
+The class's source is parsed, not imported: a merge needs neither transformers nor torch, which take four seconds.
 """
 
 import ast
@@ -19,11 +19,11 @@ from lewis.syntax import syntax_tree
 _NAMED = {"int": int, "str": str, "bool": bool, "float": float, "dict": dict, "list": list, "tuple": tuple}
 _ROPES = ("rope_parameters", "rope_scaling")
 _LAYERS = {"layer_types": "ALLOWED_ATTN_LAYER_TYPES", "mlp_layer_types": "ALLOWED_MLP_LAYER_TYPES"}
-_OWN_LAYERS = re.compile(r"def validate_layer_type|layer_types\[")  # classes that take other kinds, or shorten the list
+_OWN_LAYERS = re.compile(r"def validate_layer_type|layer_types\[")  # classes with kinds of their own, or a shorter list
 _ACTIVATION = re.compile(r"\bACT2FN\[(?:self\.)?config\.(\w+)\]")
 _DROPOUT = re.compile(r"\bnn\.Dropout\((?:p=)?config\.(\w+)\)")
 _INTERVAL = re.compile(r"interval\(min=([\d.]+)(?:, max=([\d.]+))?\)\(")
-_OWN_HEADS = "\n        self.head_dim = self.hidden_size // self.num_attention_heads"  # under no condition
+_OWN_HEADS = "\n        self.head_dim = self.hidden_size // self.num_attention_heads"  # unconditional
 _ADDED = re.compile(r"\bnn\.Embedding\(config\.vocab_size \+ (\d+),")
 _PADDED = re.compile(
     r"\bnn\.Embedding\(\s*config\.vocab_size,\s*config\.\w+,\s*(?:padding_idx=)?(?:self\.padding_idx|config\.pad_token_id)\b"
@@ -32,13 +32,13 @@ _PADDED = re.compile(
 
 @dataclass(frozen=True)
 class _Network:
-    """What the source of a network does with its config.
+    """How the source code of a network uses its config.
 
     Attributes:
         activations: the keys that name activation functions.
-        dropouts: the keys that are chances of a dropout.
+        dropouts: the keys that give probabilities of dropout.
         pads: whether `pad_token_id` is a row of its embedding.
-        added: how many rows its embedding has beyond `vocab_size`.
+        added: the numbers of rows that its embeddings have beyond `vocab_size`.
     """
 
     activations: frozenset[str] = frozenset()
@@ -95,15 +95,15 @@ def stated_size(config: Mapping[str, Any], key: str) -> int | None:
 
 
 def takes_null(config: Mapping[str, Any], key: str) -> bool:
-    """Whether the class of a config declares a key that may be null: wav2vec2's `vocab_size`, of no tokens."""
+    """Whether the class of a config allows null for a key, as wav2vec2's for `vocab_size` if it has no tokens."""
     declared = _declared(str(config.get("model_type")))[1].get(key)
     return declared is not None and _accepts(declared.annotation, None)
 
 
 def ties_head(config: Mapping[str, Any]) -> bool | None:
-    """Whether the class of a config ties the head to the embedding where the config does not say so.
+    """Whether the class of a config ties the head to the embedding by default, where the config does not say.
 
-    None if the source of the class does not say so either: transformers does not know the class, it comes with the
+    None if the source of the class does not say either: transformers does not know the class, it comes with the
     model, it declares no default, or it computes what it declares.
     """
     source, fields, _ = _declared(str(config.get("model_type")))
@@ -121,13 +121,13 @@ def ignores_head_dim(config: Mapping[str, Any]) -> bool:
 
 
 def added_rows(config: Mapping[str, Any]) -> set[int]:
-    """How many rows the embedding of a `model_type` may have beyond `vocab_size`: Moshi's has one, Mllama's eight."""
+    """The numbers of rows that a `model_type`'s embedding has beyond `vocab_size`: Moshi's has one, Mllama's eight."""
     kind = config.get("model_type")
     return set(_declared(kind)[2].added) if isinstance(kind, str) else set()
 
 
 def _unlike_class(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Key -> what was expected, for each value that the class would refuse."""
+    """Yield key and expected value for each value of a config that its class would refuse."""
     kind = config.get("model_type")
     if not isinstance(kind, str):
         if kind is not None:
@@ -164,7 +164,7 @@ def _unlike_class(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _layers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """As `_unlike_class`, of the lists that give each layer its kind."""
+    """Yield as `_unlike_class` does, for the lists that give each layer its kind."""
     older = _names("configuration_utils", "_LEGACY_LAYER_TYPE_REMAP")
     for key, table in _LAYERS.items():
         kinds, known = config.get(key), _names("configuration_utils", table)
@@ -179,7 +179,7 @@ def _layers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _outside(
     config: Mapping[str, Any], fields: Mapping[str, ast.AnnAssign], network: _Network
 ) -> Iterator[tuple[str, str]]:
-    """As `_unlike_class`, of numbers outside of the range that the class gives, or that torch's modules take."""
+    """Yield as `_unlike_class` does, for numbers outside the range of the class or of torch's modules."""
     pad, size = config.get("pad_token_id"), config.get("vocab_size")
     of_parts = any(isinstance(each, dict) and "vocab_size" in each for each in config.values())  # T5Gemma's embeddings
     if isinstance(pad, int) and isinstance(size, int) and network.pads and not of_parts and not -size <= pad < size:
@@ -194,7 +194,7 @@ def _outside(
 
 
 def _rope_types(value: Any) -> Iterator[str]:
-    """The names of kinds of positions in a block of a config: of all layers, or one for each kind of layer."""
+    """Yield the types of RoPE that a block of a config names: one for all layers, or one for each kind of layer."""
     if isinstance(value, dict):
         found = value.get("rope_type", value.get("type"))
         if isinstance(found, str):
@@ -206,7 +206,7 @@ def _rope_types(value: Any) -> Iterator[str]:
 def _accepts(declared: ast.expr, value: Any) -> bool:
     """Whether a value of JSON has a declared type, as huggingface_hub's strict dataclasses check it.
 
-    Classes of configs are objects in JSON; what else is no type of JSON accepts everything.
+    A declared class of configs accepts any JSON object; any other type that JSON does not have accepts every value.
     """
     match declared:
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
@@ -227,7 +227,7 @@ def _accepts(declared: ast.expr, value: Any) -> bool:
         case ast.Subscript(value=ast.Name(id="list" | "Sequence")):
             return isinstance(value, list)
         case ast.Subscript(value=ast.Name(id="tuple")):
-            return False  # JSON has lists, which are none
+            return False  # JSON has lists, which are no tuples
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, inner])):
             return isinstance(value, dict) and all(
                 _accepts(key, one) and _accepts(inner, each) for one, each in value.items()
@@ -237,9 +237,9 @@ def _accepts(declared: ast.expr, value: Any) -> bool:
 
 @lru_cache(maxsize=64)
 def _declared(kind: str) -> tuple[str, dict[str, ast.AnnAssign], _Network]:
-    """The class of a `model_type`: its file's source, its fields with their types, and what its network does.
+    """Return the source of a `model_type`'s config class, its fields with their types, and the network's use of it.
 
-    All are empty if none is found.
+    All are empty if there is no such class.
     """
     tables = _source("models/auto/auto_mappings.py")
     pairs = re.findall(rf'\("{re.escape(kind)}", "(\w+)"\)', tables)
@@ -269,7 +269,7 @@ def _names(module: str, table: str) -> frozenset[str]:
 
 
 def _source(path: str) -> str:
-    """A file of the installed transformers; empty if it has none."""
+    """Return the text of a file of the installed transformers; empty if there is no such file."""
     spec = find_spec("transformers")
     file = Path(spec.origin).parent / path if spec and spec.origin else None
     return file.read_text(encoding="utf-8") if file and file.is_file() else ""

@@ -55,22 +55,22 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """What safetensors calls a dtype of torch's."""
+    """Return the name that safetensors has for a torch dtype."""
     return next(name for name, each in DTYPES.items() if f"torch.{each.torch_name}" == str(dtype))
 
 
 def bits_dtype(dtype: str) -> np.dtype:
-    """Unsigned whole numbers of the same size: numpy has no bfloat16, so tensors are passed on as their bits."""
+    """Return numpy's unsigned integer type of a dtype's size: tensors are passed as bits, as numpy has no bfloat16."""
     return np.dtype(f"u{DTYPES[dtype].size}")
 
 
 def size_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor."""
+    """Return the size in bytes of a tensor with this dtype and shape."""
     return DTYPES[dtype].size * math.prod(shape)
 
 
 def as_tensor(dtype: str, bits: np.ndarray) -> torch.Tensor:
-    """The tensor that has these bits: flat, sharing their memory."""
+    """Return the flat tensor that has these bits, and shares their memory."""
     return torch.from_numpy(bits).view(torch_dtype(dtype))
 
 

@@ -1,9 +1,9 @@
-"""GGUF files: a model folder is made for each, whose tensors are dequantised one by one, when they are read.
+"""Read GGUF files: each gets a model folder in the store, whose tensors are dequantised one by one when they are read.
 
-A GGUF file has neither config.json nor tokenizer.json, and llama.cpp's names for its tensors. transformers has tables
-for both; they are asked once for each file, for a folder in the store with the config, the tokenizer, a table of the
-tensors and a link to the file. The folder is then read like any other model's, by the dequantising functions of the
-package `gguf`. Files of the usual names next to the GGUF file are taken instead of what transformers would make of it.
+A GGUF file has neither config.json nor tokenizer.json, and its tensors have llama.cpp's names. transformers has tables
+for both. They are used once for each file, to make a folder with the config, the tokenizer, a table of the tensors and
+a link to the file. The folder is then read like any other model's; the package `gguf` dequantises. A config.json or
+tokenizer.json next to the GGUF file is taken instead of the one that transformers would make.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PLAIN = {0: "F32", 1: "F16", 30: "BF16"}  # GGML's numbers of types that are no
 
 
 def as_folder(ref: str, path: Path) -> Path:
-    """The folder to read a local model from: a folder itself, or the one that is made for a GGUF file.
+    """Return the folder to read a local model from: the given folder, or the one that is made for a GGUF file.
 
     Args:
         ref: as in the recipe, for error messages.
@@ -57,7 +57,7 @@ def as_folder(ref: str, path: Path) -> Path:
 
 
 def only(ref: str, names: list[str]) -> str:
-    """The only GGUF file of a model.
+    """Return the name of the only GGUF file of a model.
 
     Raises:
         InputError: if there are several.
@@ -134,9 +134,9 @@ def _reader(ref: str, path: Path) -> Any:
 
 
 def _check_known(ref: str, architecture: str) -> None:
-    """Raise InputError unless transformers has rules for an architecture's values, which llama.cpp stores otherwise.
+    """Raise InputError unless transformers has rules to undo llama.cpp's changes of an architecture's values.
 
-    Without them the names of its tensors may be known, and a Gemma's norms are still off by one.
+    Without the rules, values would be wrong although the names are known: the norms of a Gemma would be off by one.
     """
     tables = (*private_names.GGUF_ARCHITECTURES.get(), *private_names.GGUF_PROCESSORS.get())
     known = {name.replace("-", "_") for name in tables}
@@ -148,7 +148,7 @@ def _check_known(ref: str, architecture: str) -> None:
 
 
 def _dtype(reader: Any) -> str:
-    """The dtype of the model, as safetensors names it: that of its matrices, BF16 if they are quantised."""
+    """Return the dtype of the model, as safetensors names it: that of its matrices, or BF16 if quantised or mixed."""
     kinds_of = {int(each.tensor_type) for each in reader.tensors if len(each.shape) > 1}
     return _PLAIN[kinds_of.pop()] if len(kinds_of) == 1 and kinds_of <= _PLAIN.keys() else "BF16"
 
@@ -189,7 +189,7 @@ def _write_tokenizer(ref: str, path: Path, folder: Path) -> None:
 def _names(
     ref: str, architecture: str, config: dict[str, Any], stored: dict[str, Any]
 ) -> tuple[dict[str, list[str]], dict[str, tuple[int, ...]], str]:
-    """Tensor of the model -> those of the file that it is made of; all shapes; and the model's class."""
+    """Return the file's tensors that each tensor of the model is made of, all shapes, and the name of its class."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -238,7 +238,7 @@ def _short(error: Exception) -> str:
 
 
 def open_gguf(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Packed], str]:
-    """The tensors of a folder that `as_folder` made; none is read.
+    """Open the tensors of a folder that `as_folder` made, without reading them.
 
     Args:
         folder: with the table of the tensors, and a link to the file.
@@ -264,7 +264,7 @@ def open_gguf(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Packed
 
 
 def headers(folder: Path) -> Headers:
-    """Dtype and shape of each tensor of such a folder."""
+    """Return dtype and shape of each tensor of a folder that `as_folder` made."""
     table = read_json(folder / GGUF_TABLE)
     return {name: (table["dtype"], tuple(each["shape"])) for name, each in table["tensors"].items()}
 
@@ -274,7 +274,7 @@ class _File:
         self._blob, self._stored, self._architecture, self._config = blob, stored, architecture, config
 
     def decode(self, name: str, sources: Sequence[str], shape: tuple[int, ...], _: Any) -> np.ndarray:
-        """A tensor of the model in fp32, by transformers' rules of which values llama.cpp stores otherwise."""
+        """Compute a tensor of the model in fp32: transformers' rules undo what llama.cpp changed in its values."""
         parsed: dict[str, dict[str, Any]] = {"tensors": {}}
         process = _processor(self._architecture, self._config)
         # Names as transformers' processors look them up: with their ending, and without.
@@ -307,6 +307,6 @@ class _File:
 
 
 def _processor(architecture: str, config: Mapping[str, Any]) -> Any:
-    """What undoes what llama.cpp does to the values of an architecture."""
+    """Return transformers' processor, which undoes llama.cpp's changes of the values of an architecture."""
     plain = private_names.GGUF_PROCESSOR.get()
     return private_names.GGUF_PROCESSORS.get().get(architecture, plain)(config=config)

@@ -1,4 +1,4 @@
-"""What the merge reads: a `Model`, which is a checkpoint or reads like one."""
+"""The interface of a model whose tensors are read one by one: a checkpoint, or a view of another model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import DTYPES, as_tensor, torch_dtype
 
-_AT_A_TIME = 1 << 22  # elements that are converted together
+_AT_A_TIME = 1 << 22  # elements that are converted to another dtype at a time
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A stored tensor, not read yet.
+    """Dtype and shape of a tensor, known before the tensor is read.
 
     Attributes:
         dtype: as safetensors names it (`BF16`).
@@ -30,23 +30,23 @@ class TensorInfo:
 
     @property
     def floating(self) -> bool:
-        """Whether it is merged; integer and boolean tensors are copied from the base."""
+        """Whether the tensor is merged: of a floating dtype. Integer and boolean tensors are copied from the base."""
         return self.dtype in DTYPES and DTYPES[self.dtype].floating
 
     @property
     def elements(self) -> int:
-        """Number of elements."""
+        """Number of elements of the tensor."""
         return math.prod(self.shape)
 
 
 class Model(Protocol):
-    """A full model, or an adapter on its base.
+    """A model whose tensors can be read: a full model, or a base with an adapter on it.
 
     Attributes:
-        folder: where its weights are.
+        folder: the folder with its weights; of a base with an adapter, the adapter's folder.
         key: identity of the content (a commit, a digest); random streams depend on it.
         config: the parsed config.json.
-        tensors: name -> what is stored. A tied name is not among them.
+        tensors: name -> dtype and shape. A tied name is not among them.
         tied: name -> the stored tensor that it is tied to. `read` and `raw` accept both.
     """
 
@@ -58,30 +58,30 @@ class Model(Protocol):
 
     @property
     def home(self) -> Path:
-        """The folder with its config.json."""
+        """The folder with the model's config.json."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape."""
+        """The shape of each tensor, by its name."""
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in its stored dtype or, where it is computed, in fp32."""
+        """Return one tensor, in its stored dtype or, if it is computed, in fp32."""
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype and its bits: flat, of `dtypes.bits_dtype`, often a view of the file."""
+        """Return one tensor's dtype and its bits: a flat array of `dtypes.bits_dtype`, often a view of the file."""
 
     def computes(self, name: str) -> bool:
         """Whether a tensor is computed when it is read, in fp32, and so takes memory while it is used."""
 
     def will_need(self, name: str) -> None:
-        """Ask the system to read a tensor ahead."""
+        """Ask the operating system to load a tensor from disk before it is read."""
 
     def done_with(self, name: str) -> None:
         """Release the memory that a tensor is mapped to."""
 
 
 def read_as(model: Model, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in a dtype. If it is stored in another one, it is never whole in memory in that."""
+    """Return a tensor in a given dtype. One that is stored in another dtype is converted in parts, to save memory."""
     info = model.tensors[model.tied.get(name, name)]
     if model.computes(name) or torch_dtype(info.dtype) == dtype:
         return model.read(name).to(dtype)
@@ -106,16 +106,16 @@ class View:
 
     @property
     def home(self) -> Path:
-        """The folder with its config.json."""
+        """The folder with the model's config.json."""
         return self.model.home
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape."""
+        """The shape of each tensor, by its name."""
         return {name: info.shape for name, info in self.tensors.items()}
 
     def _sources(self, name: str) -> Iterable[str]:
-        """The other model's tensors that a tensor is made of: by default the one of the same name."""
+        """Return the tensors of the other model that a tensor is made of; by default the one of the same name."""
         return (name,)
 
     def computes(self, name: str) -> bool:
@@ -123,7 +123,7 @@ class View:
         return any(map(self.model.computes, self._sources(name)))
 
     def will_need(self, name: str) -> None:
-        """Ask the system to read what a tensor is made of ahead."""
+        """Ask the operating system to load the sources of a tensor from disk before they are read."""
         for source in self._sources(name):
             self.model.will_need(source)
 

@@ -1,4 +1,4 @@
-"""What the names of tensors say: embeddings and heads, old buffers, the layer. And short names for tables."""
+"""What a tensor's name says: embedding or head, old buffer, number of the layer. Also short names for tables."""
 
 import math
 import re
@@ -10,25 +10,25 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 PER_TOKEN = (*EMBEDDINGS, *HEADS, "lm_head.bias", "embed_out.bias")  # their first dimension is the vocabulary
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _WRAPPED = ("module.", "base_model.model.")  # DistributedDataParallel, PEFT
-NUMBER = re.compile(r"(?:^|\.)(\d+)\.")  # of the layer that a tensor is in
+NUMBER = re.compile(r"(?:^|\.)(\d+)\.")  # the number of the layer that a tensor is in
 
 _KEYS_AND_VALUES = {"k", "v", "kv", "qkv", "qkvz", "key", "value", "keys", "values", "wqkv", "wk", "wv"}
-# Projections that give keys and values among other things, or the state of a recurrence.
+# Projections whose output holds keys and values among others, or goes into the state of a recurrence.
 _FEEDS = {"c_attn", "in_proj", "in_proj_ba", "x_proj", "dt_proj"}
 
 
 def feeds_other_tokens(path: str) -> bool:
-    """Whether what a projection gives at one token is read at later ones: keys, values, the state of a recurrence.
+    """Whether later tokens read a projection's output at one token: keys, values, or the state of a recurrence.
 
     Args:
-        path: of the module, as `model.layers.0.self_attn.k_proj`.
+        path: of the module, such as `model.layers.0.self_attn.k_proj`.
     """
     last = path.rpartition(".")[2].lower()
     return last in _FEEDS or not _KEYS_AND_VALUES.isdisjoint(last.split("_"))
 
 
 def unwrapped(name: str) -> str:
-    """A tensor's name without what wrappers of a model put into it: torch.compile, FSDP, PEFT and others."""
+    """Return a tensor's name without the parts that wrappers add to it: torch.compile, FSDP, PEFT and others."""
     name = _WRAPPERS.sub("", name)
     for prefix in _WRAPPED:
         name = name.removeprefix(prefix)
@@ -36,7 +36,7 @@ def unwrapped(name: str) -> str:
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor follows from the config. Only old checkpoints (Llama 2, Pythia, GPT-2) store such buffers."""
+    """Whether a tensor is a buffer made from the config: only old checkpoints (Llama 2, Pythia, GPT-2) store it."""
     mask = name.endswith((".attn.bias", ".attention.bias")) and len(shape) == 4 and shape[:2] == (1, 1)
     return mask or name.endswith("rotary_emb.inv_freq") or (name.endswith(".masked_bias") and math.prod(shape) == 1)
 
@@ -53,12 +53,12 @@ def in_layers(names: Iterable[str]) -> list[str]:
 
 
 def short_or_whole(short: Sequence[str], whole: Sequence[str], taken: Collection[str] = ()) -> list[str]:
-    """For each name the short form if it is unique, else the whole name.
+    """Return each name in its short form if that is unique, else in its whole form.
 
     Args:
-        short: may be empty where there is no short name.
+        short: the short names; empty where there is none.
         whole: the same names, whole.
-        taken: names that mean something else.
+        taken: names that are already in use for something else.
     """
     chosen = [name or full for name, full in zip(short, whole, strict=True)]
     used = [*chosen, *taken]

@@ -40,7 +40,7 @@ class Source:
         model: the full model.
         adapter: the LoRA adapter, if there is one; of several, the last.
         under: the adapters that are put on the model before `adapter`, in order.
-        like: the full model under whose names this one is read, if that is another: the recipe's base.
+        like: the full model by whose tensor names this one is read, if another: the recipe's base or first expert.
     """
 
     ref: str
@@ -51,7 +51,7 @@ class Source:
 
     @property
     def adapters(self) -> tuple[Pinned, ...]:
-        """All adapters, in the order that they are put on the model."""
+        """All adapters, in the order in which they are put on the model."""
         return (*self.under, *((self.adapter,) if self.adapter else ()))
 
     @property
@@ -66,7 +66,7 @@ class Source:
 
 
 class ModelFiles(Reference):
-    """A model on disk. Prefect passes it between tasks, and keeps it in its cache of results.
+    """A reference to a model on disk, which Prefect passes between tasks and keeps in its cache of results.
 
     Attributes:
         ref: as in the recipe.
@@ -74,7 +74,7 @@ class ModelFiles(Reference):
         folder: of the full model.
         adapter: folder of the LoRA adapter, if there is one; of several, the last.
         under: folders of the adapters that are put on the model before it, in order.
-        like: folder of the model under whose names it is read; None: it has these names.
+        like: folder of the model by whose tensor names it is read; None if it is read by its own.
         sizes: file -> bytes. They are compared with the disk whenever a `ModelFiles` is loaded.
     """
 
@@ -106,37 +106,37 @@ class ModelFiles(Reference):
         under: Sequence[Path] = (),
         like: Path | None = None,
     ) -> ModelFiles:
-        """The files of these folders, with the sizes that they have now."""
+        """Make the reference to the files in these folders, with their present sizes."""
         folders = [folder, *under, *([adapter] if adapter else [])]
         sizes = {str(path): path.stat().st_size for place in folders for path in _files_of(place)}
         return cls(ref=ref, key=key, folder=folder, adapter=adapter, under=tuple(under), like=like, sizes=sizes)
 
     @property
     def folders(self) -> list[Path]:
-        """The model's folder, then those of its adapters in the order that they are put on it."""
+        """The model's folder, then those of its adapters in the order in which they are put on it."""
         return [self.folder, *self.under, *([self.adapter] if self.adapter else [])]
 
     @property
     def tokenizer(self) -> Path:
-        """The folder with its tokenizer: an adapter may have its own."""
+        """The folder with the model's tokenizer: the last adapter's own, or the full model's."""
         return next((each for each in reversed(self.folders) if (each / TOKENIZER).is_file()), self.folder)
 
     @property
     def read_as(self) -> str:
-        """Identity of what `open` reads: the key, and if the tensors get another model's names, that model."""
+        """Identity of what `open` returns: `key` and, if the tensors get another model's names, their digest."""
         return self.key if self.like is None else self.open().key
 
     def files(self, label: str) -> ModelFiles:
-        """Itself. (A merged model has this method too, which gives its files for scoring.)"""
+        """Return itself. A merged model has the same method, which returns its files for scoring."""
         return self
 
     def outline(self) -> tuple[Path, dict[str, tuple[int, ...]]]:
-        """The folder with its config, and the shape of every tensor."""
+        """Return the folder with the model's config.json, and the shape of every tensor."""
         opened = self.open()
         return opened.home, dict(opened.shapes)
 
     def check(self) -> None:
-        """Check the content of a folder in the store that has a manifest: a merged model, to be scored or merged again.
+        """Check folders in the store against their manifests: those of merged models, to be scored or merged again.
 
         Raises:
             LewisError: naming the file that is damaged.
@@ -149,7 +149,7 @@ class ModelFiles(Reference):
                     raise LewisError(f"{folder}: {error}; run again to make it") from error
 
     def check_unchanged(self) -> None:
-        """Check that local folders have the content that they were pinned with, after something was made from them.
+        """Check that local folders still have the content that they were pinned with, after they were used.
 
         Raises:
             LewisError: naming one that has changed meanwhile.
@@ -181,7 +181,7 @@ class ModelFiles(Reference):
         like = ("", _state(self.like))
         base: Model = _once(like, Checkpoint, self.like, "")
         identity = (*identity, "as", *like)
-        # What is read under other names may hold a computed tensor: only how it is read is kept, not this model itself.
+        # A `Renamed` model may hold a computed tensor in memory: only the match of names is kept, not that model.
         found = _once(identity, _matched, base, model)
         self._keep(model, base, found)
         if not isinstance(found, Matched):
@@ -190,19 +190,19 @@ class ModelFiles(Reference):
         return _once((*identity, names), Renamed, model, found, f"{self.key} as {names}")
 
     def _keep(self, *opened: object) -> None:
-        """Keep the opened model for as long as this reference exists."""
+        """Keep opened models in memory for as long as this reference exists."""
         if id(self) not in _KEPT:
             finalize(self, _KEPT.pop, id(self), None)
         _KEPT[id(self)] = opened
 
 
 _T = TypeVar("_T")
-_OPENED: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()  # identity -> what is open
+_OPENED: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()  # identity -> open model or match
 _KEPT: dict[int, tuple[object, ...]] = {}  # id of a `ModelFiles` -> the models that it keeps open
 
 
 def _once(identity: tuple[object, ...], make: Callable[..., _T], *arguments: Any) -> _T:
-    """The object that this process made for this identity, if it is still in use; else a new one."""
+    """Return the object that this process made for an identity, if it is still in use; else make it."""
     found: _T | None = _OPENED.get(identity)
     if found is None:  # two threads may both come here: the second then takes what the first has made
         made = make(*arguments)
@@ -211,12 +211,12 @@ def _once(identity: tuple[object, ...], make: Callable[..., _T], *arguments: Any
 
 
 def _matched(base: Model, model: Model) -> Matched | Model:
-    """The model under the base's names for its tensors; the model itself if its names are the same."""
+    """Return how a model is read under the base's tensor names; the model itself if nothing is renamed."""
     return match(base.home, with_tied(base), with_tied(model)) or model
 
 
 def _state(folder: Path) -> tuple[object, ...]:
-    """A folder, and each of its weight files and configs with what changes when its content does."""
+    """Return a folder's path, and name, inode, size and modification time of each of its weight files and configs."""
     stats = [(path.name, path.stat()) for path in _files_of(folder)]
     return str(folder), *((name, each.st_ino, each.st_size, each.st_mtime_ns) for name, each in stats)
 
@@ -227,16 +227,16 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def commits_of(key: str) -> tuple[str, ...]:
-    """The commits of a `Source.key`: that of the model, then that of each adapter on it.
+    """Split a `Source.key` into commits: the model's, then that of each adapter on it.
 
     Args:
-        key: of a `Source` or `ModelFiles`; the digest of a merge, which is no commit, is given back by itself.
+        key: of a `Source` or `ModelFiles`; the digest of a merge, which is no commit, is the only item returned.
     """
     return tuple(key.split("+"))
 
 
 def key_of(commits: Iterable[str]) -> str:
-    """The identity of a model and the adapters on it, by the commits of each, in order: what `commits_of` splits."""
+    """Join the commits of a model and of the adapters on it, in order, to the key that `commits_of` splits."""
     return "+".join(commits)
 
 
@@ -246,8 +246,8 @@ def pin(ref: str, root: Path, base: Source | None = None, first: Source | None =
     Args:
         ref: as in a recipe.
         root: where relative folders start (the recipe's folder).
-        base: of the recipe, which an adapter without a base of its own is for.
-        first: the model under whose names this one is read; by default the base.
+        base: the recipe's base; an adapter that is given without a base is put on it.
+        first: the model by whose tensor names this one is read; by default the base.
 
     Raises:
         InputError: if it does not exist, or is an adapter and there is no base.
@@ -271,13 +271,13 @@ def pin(ref: str, root: Path, base: Source | None = None, first: Source | None =
 
 
 def pin_at(ref: str, key: str, root: Path, base: Source | None = None, first: Source | None = None) -> Source:
-    """Pin a model reference to the content that it had where the work began: on another machine, or earlier.
+    """Pin a model reference to the content that it had when the run began, perhaps on another machine.
 
     Args:
         ref: as in a recipe.
         key: the `Source.key` that it had.
         root: where relative folders start (the recipe's folder).
-        base: of the recipe, which an adapter without a base of its own is for.
+        base: the recipe's base; an adapter that is given without a base is put on it.
         first: as for `pin`.
 
     Raises:

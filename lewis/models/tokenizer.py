@@ -1,4 +1,4 @@
-"""A model's tokenizer: which folder it is in, and which token has which row of the embedding."""
+"""A model's tokenizer: the folder that it is in, and the row that each token has in the embedding."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lewis.models.files.folder import tokenizer_files
 from lewis.models.model import Model, View
 
 TOKENIZER = "tokenizer.json"
-_MOST = 1 << 24  # tokens; rows are counted up to the highest id
+_MOST = 1 << 24  # ids of tokens are less than this, since rows are counted up to the highest id
 FIX = "to match embeddings by token, set tokenizer_source to base, union or a model"
 
 
 def tokenizer_folder(model: Model) -> Path:
-    """The folder with a model's tokenizer: an adapter may have its own."""
+    """Return the folder with a model's tokenizer; an adapter's own tokenizer comes before its base's."""
     while isinstance(model, View) and not (model.folder / TOKENIZER).is_file():
         model = model.model
     return model.folder
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token -> id of a folder's tokenizer.json, added tokens included; None if there is no such file.
+    """Read token -> id from a folder's tokenizer.json, added tokens included; None if there is no such file.
 
     Raises:
-        InputError: if it is damaged.
+        InputError: if the file is damaged.
     """
     try:
         content = read_json(folder / TOKENIZER)
@@ -57,13 +57,13 @@ def same(one: Path, other: Path) -> bool:
 
 
 def clash(base: Path, expert: Path) -> str | None:
-    """Why equal rows of two models do not mean the same: a token with two ids, or an id with two tokens.
+    """Describe the first conflict of two vocabularies: a token with two ids, or an id with two tokens.
 
     Args:
         base, expert: the folders of their tokenizers; one without a tokenizer.json uses the other's.
 
     Returns:
-        The first difference in words; None if there is none.
+        The conflict in words; None if there is none, so that equal rows of the embeddings stand for equal tokens.
     """
     if same(base, expert):
         return None
@@ -84,7 +84,7 @@ def vocabulary_of(model: Model, default: Mapping[str, int], rows: int) -> dict[s
     Args:
         model: the model.
         default: the vocabulary to take if the model has no tokenizer.
-        rows: of its embedding.
+        rows: number of rows of its embedding.
 
     Raises:
         InputError: if it has a tokenizer, but no tokenizer.json.

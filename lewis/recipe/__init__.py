@@ -1,1 +1,1 @@
-"""What the user asks for: the recipe, its schema, and what is wrong with it in the terms of its YAML."""
+"""The recipe, the user's YAML file for a merge: its schema, its parser and its checks, which name YAML paths."""

@@ -1,4 +1,4 @@
-"""The block `anchor`: the merge that a method which fits is pulled towards, in place of the sum of task vectors."""
+"""The recipe block `anchor`: another merge, which a fit is pulled towards in place of the sum of task vectors."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ WEIGHT = Parameter("weight", float, per_expert=False, default=1.0, range=Range(0
 class Anchor(Block):
     """A merge of the same experts by another method: W_a = W_0 + weight * (W_m - W_0) for its result W_m.
 
-    W_0 is the base. What is not fitted becomes W_a, and the fit of every projection is pulled towards it.
+    W_0 is the base. Tensors that are not fitted become W_a, and the fit of every projection is pulled towards W_a.
 
     Attributes:
         merge_method: any method that does not fit itself.
-        parameters: of that method, for the whole merge. Each expert's `weight` is the recipe's unless it is given here.
-        weight: a number, a gradient or filters; 0 gives the base.
+        parameters: the method's parameters, for the whole merge; without `weight`, each expert has the recipe's.
+        weight: the factor in the formula: a number, a gradient or filters; with 0, W_a is the base.
     """
 
     merge_method: str
@@ -29,18 +29,18 @@ class Anchor(Block):
 
 
 def method_of(data: dict[str, Any]) -> Method | None:
-    """The method of the anchor in the raw YAML of a recipe; None if there is no anchor, or its method is unknown."""
+    """Return the anchor's merge method, from a recipe's raw YAML; None without an anchor or with an unknown method."""
     return METHODS.get(str((data.get("anchor") or {}).get("merge_method")))
 
 
 def problems_of(data: dict[str, Any], method: Method | None) -> list[str]:
-    """Problems of the anchor itself, each a line that begins with its YAML path.
+    """List the problems of a recipe's `anchor` block, each as a line that begins with its YAML path.
 
-    Its parameters, and how many models it merges, are left to `lewis.recipe.checks`.
+    `lewis.recipe.checks` checks the anchor's parameters and the number of models that it merges.
 
     Args:
         data: the raw YAML of the recipe.
-        method: of the recipe; None if it is unknown.
+        method: the recipe's merge method; None if it is unknown.
     """
     block, own = data.get("anchor"), method_of(data)
     if block is None:

@@ -1,4 +1,4 @@
-"""What all blocks of a recipe are made of: their base class, names of models, and method parameters."""
+"""What all blocks of a recipe share: their base class, and the types of model references and method parameters."""
 
 import os
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def _empty_if_null(value: Any) -> Any:
 
 
 def model_name(value: Any) -> Any:
-    """mergekit also writes a model as {model: {path, revision}, lora: {path, revision}}."""
+    """Return a model's reference; mergekit's form {model: {path, revision}, lora: {...}} is turned into text."""
     if isinstance(value, Mapping) and set(value) <= {"model", "lora", "path", "revision"}:
         if "model" in value:
             parts = [model_name(value["model"])] + ([model_name(value["lora"])] if value.get("lora") else [])
@@ -32,8 +32,8 @@ def parts_of(ref: str, root: Path | None = None) -> tuple[str, ...]:
 
     Args:
         ref: a reference to a model, as in a recipe.
-        root: where relative folders start. A folder that exists may have a `+` in its name; without `root` no folder is
-            looked for, and every `+` separates two parts.
+        root: the folder that relative paths start from. An existing folder may have a `+` in its name; without `root`
+            no folder is looked for, and every `+` separates two parts.
     """
     pieces, parts = ref.split("+"), list[str]()
     while pieces:
@@ -54,6 +54,6 @@ Parameters = Annotated[dict[str, Setting], BeforeValidator(_empty_if_null)]
 
 
 class Block(BaseModel):
-    """A block of the recipe: it cannot be changed after it was read, and unknown keys are errors."""
+    """Base class of all blocks of a recipe: instances are immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

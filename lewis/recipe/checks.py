@@ -21,10 +21,10 @@ _DEFAULTS = {key: Density.model_fields[key].default for key in ("min", "max", "b
 
 
 def cross_check(data: dict[str, Any]) -> list[str]:
-    """Problems that span blocks, each a line that begins with its YAML path.
+    """List the problems of a recipe that span several blocks, each as a line that begins with its YAML path.
 
     Args:
-        data: the raw YAML. What is wrong within one block is left to the schema.
+        data: the raw YAML of the recipe. Problems within one block are left to the schema.
     """
     problems: list[str] = []
     method = METHODS.get(str(data.get("merge_method")))
@@ -63,7 +63,7 @@ def _models(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check_merge(data: dict[str, Any], method: Method | None) -> list[str]:
-    """The method, its parameters and the models."""
+    """List the problems of a merge: of its method, its parameters and its models."""
     if method is None:
         return _check_models(data)
     problems = _check_parameters(data, _models(data), method.name)
@@ -76,7 +76,7 @@ def _check_merge(data: dict[str, Any], method: Method | None) -> list[str]:
 
 
 def _check_blocks(data: dict[str, Any]) -> list[str]:
-    """The blocks other than those of the merge."""
+    """List the problems of the blocks that do not define the merge itself."""
     problems = [*_check_calibrations(data), *_check_density(data), *_check_guidance(data)]
     output, register = data.get("output") or {}, data.get("register")
     if data.get("exclude") and not data.get("base_model"):
@@ -97,7 +97,7 @@ def _check_blocks(data: dict[str, Any]) -> list[str]:
 
 
 def _of_vllm(data: dict[str, Any]) -> list[int]:
-    """Which targets are servers of vLLM."""
+    """Return the positions of the `serve` targets that are vLLM servers."""
     block = data.get("serve")
     targets = block if isinstance(block, list) else [block]
     return [i for i, each in enumerate(targets) if isinstance(each, dict) and each.get("kind") in ("vllm", "haproxy")]
@@ -124,7 +124,7 @@ def _check_parameters(data: dict[str, Any], models: list[dict[str, Any]], name: 
 
 
 def _check_values(path: str, raw: Any, parameter: Parameter) -> list[str]:
-    """The values of one parameter. `auto` is found for the whole merge: it stands in no gradient, and has no filter."""
+    """List the problems of one parameter's values. `auto` must stand alone: it is one value for the whole merge."""
     try:
         rules = parse_setting(raw)
     except ValueError:
@@ -160,7 +160,7 @@ def _count_problem(method: Method, count: int, counted: str) -> str | None:
 
 
 def _check_together(data: dict[str, Any], models: list[dict[str, Any]], method: Method) -> list[str]:
-    """Parameters that must fit together. Those with filters are checked later, when the tensors' names are known."""
+    """List the problems between parameters. Those with filters are checked later, when tensor names are known."""
     if method.check is None:
         return []
     experts = [(i, entry) for i, entry in enumerate(models) if str(entry.get("model")) != str(data.get("base_model"))]
@@ -196,7 +196,7 @@ def _constants(parameter: Parameter, *blocks: dict[str, Any]) -> list[Any]:
 
 
 def _guided_densities(block: dict[str, Any]) -> list[float]:
-    """The smallest and the largest density that LEWIS may give; empty if the block is invalid."""
+    """Return the smallest and the largest density that a `lewis` block allows; empty if the block is invalid."""
     density = _DEFAULTS | (block.get("density") or {})
     try:
         low, high = float(density["min"]), float(density["max"])
@@ -208,12 +208,12 @@ def _guided_densities(block: dict[str, Any]) -> list[float]:
 
 
 def other_spellings(models: Mapping[str, str], base: str | None, root: Path) -> list[str]:
-    """Problems: models that are listed twice, by different paths, or by different names of one commit of the Hub.
+    """List the models that a recipe names twice in different spellings: by two paths, or two names of one Hub commit.
 
     Args:
-        models: YAML path -> model of the recipe, as it is written there.
-        base: likewise.
-        root: where relative folders start.
+        models: YAML path -> reference of a model, as the recipe writes it.
+        base: reference of the base, as the recipe writes it.
+        root: the folder that relative paths start from.
     """
     first = {_place(base, root): ("base_model", base)} if base is not None else {}
     problems = []
@@ -225,7 +225,7 @@ def other_spellings(models: Mapping[str, str], base: str | None, root: Path) -> 
 
 
 def _place(ref: str, root: Path) -> tuple[str, ...]:
-    """A reference with the real path of each folder or file in it, and the Hub's repos in one spelling."""
+    """Return a reference's parts in one spelling: folders and files by their real paths, Hub repos by `_repo`."""
     parts = parts_of(ref, root)
     places = [(os.path.join(root, os.path.expanduser(part)), os.path.expanduser(part)) for part in parts]
     found = [next(filter(_is_model, each), None) for each in places]
@@ -237,7 +237,7 @@ def _is_model(path: str) -> bool:
 
 
 def _repo(part: str) -> str:
-    """A repo as the Hub takes it: letters of either case, and its main branch without a revision."""
+    """Return a Hub repo in one spelling: lower case, as the Hub ignores case, with `@main` for a missing revision."""
     name, _, revision = part.partition("@")
     return f"{name.lower()}@{revision or 'main'}" if _REPO.fullmatch(name) else part
 
@@ -290,7 +290,7 @@ def _check_density(data: dict[str, Any]) -> list[str]:
 
 
 def _check_guided(data: dict[str, Any], method: Method) -> list[str]:
-    """Whether a method takes the densities that the `lewis` block decides."""
+    """List the problems of a `lewis` block whose densities or `prune_by` the method cannot use."""
     if data.get("lewis") is not None and "density" not in method.parameters:
         trimming = [name for name, other in METHODS.items() if "density" in other.parameters]
         return [f"lewis: {method.name} takes no density to guide; use one of {', '.join(trimming)}"]
@@ -306,7 +306,7 @@ def _check_fit(data: dict[str, Any], method: Method) -> list[str]:
     block, own = data.get("lewis") or {}, anchor.method_of(data)
     given = [key for key in GUIDES if block.get(key) is not None]
     problems = []
-    without_rows = method.fits == "static" and data.get("lewis") is None  # to the task vectors alone, by its prior
+    without_rows = method.fits == "static" and data.get("lewis") is None  # fits to the task vectors, its prior
     if not block.get("calibrations") and not without_rows:
         other = "leave lewis out" if method.fits == "static" else "take merge_method: regmean without it"
         problems.append(
@@ -321,7 +321,7 @@ def _check_fit(data: dict[str, Any], method: Method) -> list[str]:
 
 
 def _check_anchor(data: dict[str, Any], own: Method, guided: bool) -> list[str]:
-    """The problems of an anchor: with its method's parameters, or because the method takes another number of models."""
+    """List the problems of an anchor's method: with its parameters, and with the number of models that it takes."""
     block = data["anchor"]
     given = block.get("parameters") or {}
     inner = {**data, "parameters": given, "lewis": data.get("lewis") if guided else None}
@@ -365,7 +365,7 @@ def _check_guidance(data: dict[str, Any]) -> list[str]:
 
 
 def _check_calibrations(data: dict[str, Any]) -> list[str]:
-    """Whether there are the calibration sets that the models name, and one for each model that is run."""
+    """List the problems of calibration sets: models name sets that do not exist, or models that are run have none."""
     block, method = data.get("lewis"), METHODS.get(str(data.get("merge_method")))
     own, problems = block or {}, list[str]()
     names = list(map(str, own.get("calibrations") or {}))
@@ -390,7 +390,7 @@ def _check_calibrations(data: dict[str, Any]) -> list[str]:
 
 
 def _check_continued(data: dict[str, Any], names: Sequence[str]) -> Iterator[str]:
-    """Problems of sets with `continue`: exactly one expert must name such a set, as it writes the answers."""
+    """Yield a problem for each set with `continue`, unless exactly one expert names it: it writes the answers."""
     sets = (data.get("lewis") or {}).get("calibrations")
     experts = [each for each in _models(data) if str(each.get("model")) != str(data.get("base_model"))]
     for name, block in sets.items() if isinstance(sets, dict) else ():

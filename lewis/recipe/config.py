@@ -1,4 +1,4 @@
-"""The merge part of a recipe: a config of mergekit, and the questions that the merge asks of it."""
+"""The part of a recipe that defines the merge, in mergekit's format, and what the merge derives from it."""
 
 import fnmatch
 import re
@@ -20,13 +20,13 @@ from lewis.recipe.tokenizer import ChatTemplate, Tokenizer
 
 
 class MergeConfig(Block):
-    """What is merged and how: the part of a recipe that a config of mergekit has, and `output`.
+    """What is merged and how: the keys of a mergekit config, and LEWIS's own `anchor`, `exclude` and `output`.
 
-    A merge is prepared from this alone; the other blocks of a recipe decide what is given to it.
+    A merge is prepared from this alone; the other blocks of a recipe decide about its inputs, such as densities.
 
     Attributes:
-        models: the models that are merged; those of all slices, if there are slices.
-        exclude: parts of the names of tensors that are copied from the base unchanged; `*` stands for anything.
+        models: the models that are merged; with slices, the models of all slices.
+        exclude: patterns of tensors that are copied from the base unchanged: parts of names, `*` stands for any text.
     """
 
     merge_method: str
@@ -47,7 +47,7 @@ class MergeConfig(Block):
 
     @property
     def root(self) -> Path:
-        """The recipe's folder: relative paths in it are looked up here first."""
+        """The recipe's folder: relative paths in the recipe are looked up here first."""
         return self._root
 
     @property
@@ -55,8 +55,8 @@ class MergeConfig(Block):
         """The models that are merged, in the recipe's order.
 
         For most methods the base has a role of its own: it is no expert, even if the recipe lists it. For the methods
-        that treat it as one of the models (linear, karcher), it is an expert, listed or not, as in mergekit; but
-        slices list all that they merge.
+        that treat it as one of the models (linear, karcher), it is an expert, listed or not, as in mergekit; with
+        slices only if they list it.
         """
         if not find(self.merge_method).base_is_a_model:
             return tuple(entry for entry in self.models if entry.model != self.base_model)
@@ -71,17 +71,17 @@ class MergeConfig(Block):
 
     @property
     def vocabulary(self) -> Tokenizer | None:
-        """Which vocabulary the result has; None: the base's, which all models must share."""
+        """The vocabulary of the merged model; None: the base's, which all models must share."""
         return Tokenizer(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
 
     def value(self, parameter: Parameter, expert: ModelEntry | None, tensor: str, position: float) -> Any:
-        """The value of one parameter for one tensor: the model's own, else the top level's, else the default.
+        """The value of one parameter for one tensor: the expert's own, else the top level's, else the default.
 
         This is mergekit's order.
 
         Args:
             parameter: as the method declares it.
-            expert: whose value it is, if each expert has its own.
+            expert: the expert whose own value is used, if the parameter has one for each expert.
             tensor: the tensor's name, which filters are compared with.
             position: depth of the tensor's layer in [0, 1], for gradients; 0 outside the layers.
 
@@ -92,7 +92,7 @@ class MergeConfig(Block):
         return first_value([*sources, self.parameters], parameter, tensor, position, "parameters")
 
     def anchor_value(self, parameter: Parameter, expert: ModelEntry | None, tensor: str, position: float) -> Any:
-        """As `value`, of the anchor's method: the anchor's own, for `weight` else the recipe's, else the default."""
+        """As `value`, for the anchor's method: the anchor's value, for `weight` else the recipe's, else the default."""
         assert self.anchor is not None
         own = [expert.parameters] if parameter.per_expert and expert is not None else []
         sources = [*own, self.parameters] if parameter.name == "weight" else []
@@ -147,21 +147,21 @@ class MergeConfig(Block):
 
     @property
     def tunes(self) -> bool:
-        """Whether the ridge of the fit is to be found: `ridge: auto`."""
+        """Whether the merge searches for the ridge of its fit (`ridge: auto`)."""
         return self.fits and self.parameters.get("ridge") == (Rule(AUTO),)
 
     @property
     def needs_grams(self) -> bool:
-        """Whether the merge needs second-order statistics of the experts' inputs, which the importance pass leaves."""
+        """Whether the merge needs second-order statistics of the experts' inputs, which the importance pass writes."""
         return find(self.merge_method).fits == "static"
 
 
 def excluded(patterns: Sequence[str], names: Iterable[str], tied: Mapping[str, str]) -> frozenset[str]:
-    """The tensors of the base that a merge leaves as they are.
+    """Return the names of the stored tensors that a merge copies from the base unchanged.
 
     Args:
         patterns: `exclude` of the recipe.
-        names: the stored tensors of the base.
+        names: names of the stored tensors of the base.
         tied: name -> the stored tensor it is tied to. A pattern that matches the name excludes the stored tensor.
     """
     return frozenset(tied.get(name, name) for name in [*names, *tied] if _matches(patterns, name))

@@ -1,4 +1,4 @@
-"""What mergekit's configs say in other words than a recipe: rewritten, or refused with what to do instead."""
+"""Keys of mergekit's configs that a recipe spells differently: translated, or refused with what to do instead."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +20,10 @@ OTHERS = {  # key that only a config of another of mergekit's programs has -> wh
 
 
 def as_recipe(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A config in the words of a recipe: without `random_seed`, `modules` and `name`.
+    """Translate a mergekit config into a recipe: replace `random_seed` and `modules`, and drop `name`.
 
     Raises:
-        RecipeError: if it is the config of another program, or has several modules.
+        RecipeError: if it is the config of another program, has several modules, or has malformed or conflicting keys.
     """
     found = dict(data)
     experts = found.get("experts")
@@ -68,7 +68,7 @@ def _of_module(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _before(own: Any, common: Any) -> Any:
-    """Join a list of filters with the common setting, which holds where no filter matches."""
+    """Append the common setting to a module's list of filters: it applies where no filter matches."""
     if common is None or not (isinstance(own, list) and own and all(isinstance(rule, dict) for rule in own)):
         return own
     rules = common if isinstance(common, list) and all(isinstance(rule, dict) for rule in common) else None

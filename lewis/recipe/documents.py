@@ -1,4 +1,4 @@
-"""Several recipes in one file, as mergekit-multi has them: each makes an output, and others may use it by its name."""
+"""Several recipes in one file, as in mergekit-multi: each makes a model, which the others may use by its name."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +19,11 @@ _MODELS = ("model", "base_model", "tokenizer_source", "source", "path")  # keys 
 
 @dataclass(frozen=True)
 class Document:
-    """One of several recipes.
+    """One of the recipes in a file that holds several.
 
     Attributes:
-        name: of its output, the folder's name.
-        recipe: its recipe, in which outputs that it uses are named by their folders.
+        name: the name of its output folder.
+        recipe: the parsed recipe; it refers to outputs of other documents by their folders.
     """
 
     name: str
@@ -38,16 +38,16 @@ def load_documents(path: str | Path, outputs: Path) -> list[Document]:
         outputs: the folder in which each document's output gets a folder of its name.
 
     Returns:
-        The recipes in an order in which each comes after those whose outputs it uses, else as in the file; empty if
-        the file has one document.
+        The recipes, each after those whose outputs it uses, otherwise in the file's order; empty if the file has one
+        document.
 
     Raises:
-        RecipeError: with every problem of the first recipe that has some; or if two documents have the same name, more
-            than one has none, or some use each other.
+        RecipeError: with every problem of the first recipe that has problems; or if two documents have the same name,
+            more than one has no name, or documents use each other's outputs in a circle.
     """
     path, text = yaml_text.read_file(path)
     if not _SEPARATOR.search(text):
-        return []  # without a second look: to read a large recipe takes longer than to start the merge
+        return []  # without parsing: to parse a large recipe takes longer than to start the merge
     root = path.resolve().parent
     found = yaml_text.read_all(text, path.stem)
     if len(found) < 2:
@@ -79,7 +79,7 @@ def _named(found: Sequence[dict[str, Any]], stem: str) -> dict[str, dict[str, An
 
 
 def _in_order(named: Mapping[str, dict[str, Any]], stem: str, root: Path) -> list[str]:
-    """The names, each after those that its document uses."""
+    """Return the documents' names, each after the names of the outputs that its document uses."""
     uses = {name: set(_references(data, root)) & (named.keys() - {name}) for name, data in named.items()}
     order = list[str]()
     while len(order) < len(named):
@@ -92,7 +92,7 @@ def _in_order(named: Mapping[str, dict[str, Any]], stem: str, root: Path) -> lis
 
 
 def _references(value: Any, root: Path) -> Iterator[str]:
-    """The models that a document names, without adapters on them."""
+    """Yield the models that a document refers to, without the adapters on them."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if key in _MODELS and isinstance(inner, str):
@@ -104,7 +104,7 @@ def _references(value: Any, root: Path) -> Iterator[str]:
 
 
 def _replaced(value: Any, folders: Mapping[str, str], root: Path, key: str = "") -> Any:
-    """A document in which outputs are named by their folders."""
+    """Return a document with each reference to another document's output replaced by the output's folder."""
     if isinstance(value, dict):
         return {inner: _replaced(each, folders, root, str(inner)) for inner, each in value.items()}
     if isinstance(value, list):

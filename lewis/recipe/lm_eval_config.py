@@ -13,7 +13,7 @@ BACKENDS = {
     **{name: name for name in ("vllm", "sglang")},
     **{name: "openai" for name in ("local-completions", "local-chat-completions")},
 }
-"""lm-eval's name of a model class -> the backend."""
+"""lm-eval's name of a model class -> the name of the backend in a recipe."""
 _OF_THE_MODEL = (
     *("pretrained", "revision", "subfolder", "tokenizer", "model", "base_url"),
     *("tokenizer_backend", "tokenized_requests"),
@@ -24,7 +24,7 @@ _WITHOUT_EFFECT = (  # on the scores
     *("device", "output_path", "log_samples", "show_config", "write_out", "verbosity", "check_integrity"),
     *("use_cache", "cache_requests", "wandb_args", "wandb_config_args", "hf_hub_log_args", "trackio_args"),
 )
-_REFUSED = {  # what would change the scores -> what to do instead
+_REFUSED = {  # key that would change the scores -> what to do instead
     "gen_kwargs": "write `generation_kwargs` into the task's file",
     "system_instruction": "write it into the task's `description`",
     "samples": "use `limit`, or `documents` in the recipe",
@@ -39,16 +39,16 @@ _KEYS = (
 
 
 def with_config(data: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """A recipe whose `evaluate` names a config file of lm-eval, with what that says in its place.
+    """Return a recipe's data with the lm-eval config file that `evaluate` names replaced by the file's content.
 
-    `evaluate` is the path, or a block whose key `config` is the path. What the block says counts before the file.
+    `evaluate` is the path, or a block whose key `config` is the path; the block's other keys override the file's.
 
     Args:
-        data: of the recipe.
-        root: the recipe's folder, in which the file is.
+        data: the raw YAML of the recipe.
+        root: the recipe's folder, in which the file must be.
 
     Raises:
-        RecipeError: naming the file and the key that cannot be taken over.
+        RecipeError: naming the file, and the key that a recipe cannot take over.
     """
     block = data.get("evaluate")
     block = {"config": block} if isinstance(block, str) else block
@@ -76,7 +76,7 @@ def _block(content: Mapping[str, Any], name: str, own: Mapping[str, Any]) -> dic
     arguments, gpus = _model_args(content, wrong)
     backend = BACKENDS[content.get("model", "hf")]
     found = {key: content[key] for key in _SAME if key in content}
-    if str(found.get("batch_size")).startswith("auto:"):  # how often lm-eval looks for the size
+    if str(found.get("batch_size")).startswith("auto:"):  # the number says how often lm-eval searches for the size
         found["batch_size"] = "auto"
     found |= {"tasks": _tasks(content.get("tasks"), wrong)} if "tasks" not in own else {}
     found |= {"backend": backend} if backend != "hf" else {}
@@ -90,7 +90,7 @@ def _check(content: Mapping[str, Any], own: Mapping[str, Any], wrong: Any) -> No
             raise wrong(str(key), f"lm-eval has no such key{nearest(str(key), _KEYS)}")
         if key in _REFUSED and content[key]:
             raise wrong(key, f"a recipe does not take it; {_REFUSED[key]}")
-    if (model := content.get("model", "hf")) not in list(BACKENDS):  # a list has no hash
+    if (model := content.get("model", "hf")) not in list(BACKENDS):  # the given value may be unhashable
         raise wrong("model", f"expected {', '.join(BACKENDS)}, got {model!r}; other models are not of a recipe")
     for key in ("trust_remote_code", "confirm_run_unsafe_code"):
         if content.get(key) and own.get("allow_code_execution") is not True:
@@ -104,7 +104,7 @@ def _check(content: Mapping[str, Any], own: Mapping[str, Any], wrong: Any) -> No
 
 
 def _model_args(content: Mapping[str, Any], wrong: Any) -> tuple[dict[str, Any], list[Any]]:
-    """The block's `model_args`; and the number of GPUs, if the file gives one."""
+    """Return the block's `model_args`, and the number of GPUs as a list, which is empty if the file gives none."""
     arguments = _arguments(content.get("model_args") or {}, wrong)
     gpus = [arguments.pop(key) for key in _GPUS if key in arguments]
     arguments = {key: value for key, value in arguments.items() if key not in _OF_THE_MODEL}
@@ -128,7 +128,7 @@ def _tasks(given: Any, wrong: Any) -> list[str]:
 
 
 def _arguments(given: Any, wrong: Any) -> dict[str, Any]:
-    """`a=1,b=x` as a mapping, whose values are read as YAML."""
+    """Return `model_args` as a mapping; of a text such as `a=1,b=x`, each value is read as YAML."""
     if not isinstance(given, str):
         if not isinstance(given, dict):
             raise wrong("model_args", f"expected a mapping, or a text such as dtype=float16, got {given!r}")

@@ -1,4 +1,4 @@
-"""What `evaluate.model_args` may say to each backend of lm-eval, and whether it does."""
+"""The arguments that `evaluate.model_args` may give to each backend of lm-eval, and their checks."""
 
 import math
 import re
@@ -22,7 +22,7 @@ def _is_scalars(value: Any) -> bool:
     )
 
 
-Kind = tuple[str, Callable[[Any], bool]]  # what was expected, in words, and whether a value is that
+Kind = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whether a value satisfies it
 
 
 def _one_of(*choices: str) -> Kind:
@@ -112,7 +112,7 @@ ALLOWED: Mapping[str, Mapping[str, Kind]] = {
         "timeout": _COUNT,
     },
 }
-"""Backend -> argument -> what its value must be."""
+"""Backend -> argument -> the kind of value that it must have."""
 
 _ELSEWHERE = {
     **dict.fromkeys(
@@ -133,13 +133,13 @@ _ELSEWHERE = {
 
 
 def problems_of(data: Mapping[str, Any]) -> list[str]:
-    """What is wrong with `evaluate.model_args` and what belongs to it, each with its YAML path.
+    """List the problems of `evaluate.model_args`, each as a line that begins with its YAML path.
 
     Args:
-        data: the raw YAML of the recipe; what is wrong with other keys is left to the schema.
+        data: the raw YAML of the recipe; problems of other keys are left to the schema.
     """
     block = data.get("evaluate") or {}
-    backend, given = str(block.get("backend", "hf")), block.get("model_args") or {}  # a list has no hash
+    backend, given = str(block.get("backend", "hf")), block.get("model_args") or {}  # may be unhashable
     if backend not in ALLOWED or not isinstance(given, dict):
         return []  # the schema reports it
     problems = []

@@ -12,17 +12,17 @@ Scalar = bool | int | float | str
 
 @dataclass(frozen=True)
 class Rule:
-    """`value` (a scalar, or a gradient: a tuple of them) for tensors whose name contains `filter`; None: for all."""
+    """A value, a scalar or a gradient (a tuple), for the tensors whose name contains `filter`; None: for all."""
 
     value: Scalar | tuple[Scalar, ...]
     filter: str | None = None
 
 
 def parse_setting(raw: Any) -> tuple[Rule, ...]:
-    """Turn the YAML of a setting into rules; the first rule that matches a tensor applies.
+    """Turn the YAML of a parameter setting into rules; the first rule that matches a tensor applies.
 
     Raises:
-        ValueError: saying what was expected.
+        ValueError: if the setting is malformed; the message says what was expected.
     """
     if isinstance(raw, tuple) and all(isinstance(rule, Rule) for rule in raw):
         return raw
@@ -54,9 +54,9 @@ def value_at(rules: tuple[Rule, ...], tensor: str, position: float, parse: Calla
     """The value of a setting for one tensor, or None where no rule matches.
 
     Args:
-        rules: as from `parse_setting`.
+        rules: the result of `parse_setting`.
         tensor: name of the tensor; a filter matches as a substring, `*` matches all (mergekit's rule).
-        position: depth in [0, 1], for gradients: floats are interpolated, of other values the one at or before the
+        position: depth in [0, 1], for gradients: floats are interpolated; for other types the value at or before the
             position is taken.
         parse: checks a scalar and converts it to its type; raises ValueError.
     """
@@ -77,12 +77,12 @@ def value_at(rules: tuple[Rule, ...], tensor: str, position: float, parse: Calla
 def first_value(
     sources: Sequence[Mapping[str, tuple[Rule, ...]]], parameter: Parameter, tensor: str, position: float, where: str
 ) -> Any:
-    """The value of a parameter for one tensor in the first source that has one, else the default.
+    """The value of a parameter for one tensor from the first source that has one, else the default.
 
     Args:
-        sources: name of a parameter -> its rules.
+        sources: mappings from the name of a parameter to its rules, the first to look at first.
         parameter: as the method declares it.
-        tensor, position: as of `value_at`.
+        tensor, position: as for `value_at`.
         where: the YAML path of the sources, for the error.
 
     Raises:

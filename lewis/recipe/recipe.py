@@ -1,4 +1,4 @@
-"""The recipe: what the user asks for, validated, and the questions that the other wings ask of it."""
+"""The validated recipe, and the properties by which other packages learn what a run of it needs."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +47,7 @@ class Recipe(MergeConfig):
 
     @property
     def config(self) -> MergeConfig:
-        """The merge part alone."""
+        """The part of the recipe that defines the merge, without the other blocks."""
         made = MergeConfig.model_construct(**{name: getattr(self, name) for name in MergeConfig.model_fields})
         made._root = self._root
         return made
@@ -64,16 +64,16 @@ class Recipe(MergeConfig):
 
     @property
     def public_text(self) -> str:
-        """`text` without the block `serve`, which names machines of yours; for the model's card and files."""
+        """`text` without the block `serve`, which names private machines; for the model card and published files."""
         return yaml_text.without(self._text, "serve") if self.serve else self._text
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
-        """Read and check a recipe.
+        """Read and check a recipe from its file.
 
         Args:
             path: a YAML file.
-            overrides: `key.path=value` each, the value in YAML; applied before the check.
+            overrides: settings of the form `key.path=value`, the value in YAML; applied before the check.
 
         Raises:
             RecipeError: with every problem found, each beginning with its YAML path.
@@ -83,12 +83,12 @@ class Recipe(MergeConfig):
 
     @classmethod
     def parse(cls, text: str, *, root: Path, name: str = "recipe", overrides: Sequence[str] = ()) -> "Recipe":
-        """Read and check a recipe from its text, as `load`.
+        """Read and check a recipe from its text.
 
         Args:
             text: YAML.
-            root: the folder that relative paths in it start from.
-            name: what to call the recipe.
+            root: the folder that relative paths in the recipe start from.
+            name: the name of the recipe.
             overrides: as for `load`.
 
         Raises:
@@ -127,12 +127,12 @@ class Recipe(MergeConfig):
 
     @property
     def needs_grams(self) -> bool:
-        """As that of a config; without calibration sets there are no inputs to measure."""
+        """As `MergeConfig.needs_grams`, but False without calibration sets: there are no inputs to measure then."""
         return super().needs_grams and bool(self.lewis and self.lewis.calibrations)
 
     @property
     def allocator(self) -> Lewis | None:
-        """The `lewis` block, if it decides densities: those of the merge, or of the anchor of a method that fits."""
+        """The `lewis` block, if it decides densities: of the merge, or of the anchor if the method fits; else None."""
         if self.lewis is None or not self.fits:
             return self.lewis
         given = self.lewis.model_fields_set.intersection(GUIDES)
@@ -141,7 +141,7 @@ class Recipe(MergeConfig):
 
     @property
     def guided(self) -> bool:
-        """Whether importance decides the densities."""
+        """Whether an allocator decides the densities that can give layers different ones (`Allocator.guides`)."""
         return self.allocator is not None and self.allocator.density.allocator.guides
 
     @property
@@ -158,7 +158,7 @@ class Recipe(MergeConfig):
 
     @property
     def needs_network(self) -> bool:
-        """Whether a run needs the models' networks: to measure or fit them, or to score the merge."""
+        """Whether a run needs the models' networks: to measure the models, to fit the merge, or to score it."""
         return self.runs_models or self.evaluate is not None
 
     @property
@@ -169,7 +169,7 @@ class Recipe(MergeConfig):
 
     @property
     def wants_uniform(self) -> bool:
-        """Whether a second merge with the same mean densities everywhere is made and scored, as a baseline."""
+        """Whether a second merge is made and scored as a baseline, with the mean densities in all layers."""
         return self.guided and self.evaluate is not None and "uniform" in self.evaluate.baselines
 
     @property
@@ -179,7 +179,7 @@ class Recipe(MergeConfig):
 
     @property
     def gate_metric(self) -> str | None:
-        """The score that decides about promotion, `task/metric,filter`; None if there is no gate."""
+        """The name of the score that decides about promotion, `task/metric,filter`; None if there is no gate."""
         return self.gate.metric if self.gate else None
 
     @property
@@ -203,12 +203,12 @@ class Recipe(MergeConfig):
 
     @property
     def blocks(self) -> str:
-        """What decides the merged weights, as canonical JSON: without `inspect`, `evaluate` and the blocks after.
+        """The blocks that decide the merged weights, as canonical JSON.
 
-        `output` is in it if the merge writes an adapter.
+        `inspect`, `evaluate` and the blocks after it are left out; `output` is included if the merge writes an adapter.
         """
         left_out = {"inspect", "evaluate", "register_as", "publish", "serve", "search"}
-        # so that what was cached without them is found
+        # so that results are found that were cached before these keys existed
         left_out |= {key for key in ("anchor", "slices", "chat_template") if getattr(self, key) is None}
         left_out |= {"output"} if self.output.kind == "full" else set()
         found = self.model_dump(mode="json", exclude=left_out)
@@ -217,8 +217,8 @@ class Recipe(MergeConfig):
 
 
 UNSUPPORTED = {"trust_remote_code": "running code that a model brings along"}
-MAX_GIVEN = 300  # characters of a wrong value that are shown
-# pydantic puts the kind of value that it tried into the location of a problem; these are not keys of the recipe.
+MAX_GIVEN = 300  # characters of a wrong value that an error shows
+# In a problem's location pydantic includes the type that it tried to validate; these names are no keys of the recipe.
 _KIND = re.compile(
     r"bool|int|float|str|a range|a list|TokenRow|ModelName|constrained-\w+|(dict|list|tuple|union|literal)\[.*\]"
     rf"|{'|'.join(TARGETS)}"
@@ -226,7 +226,7 @@ _KIND = re.compile(
 
 
 def dotted(location: Iterable[Any]) -> str:
-    """`("models", 0, "model")` as `models[0].model`."""
+    """Return a location as a YAML path: `("models", 0, "model")` as `models[0].model`."""
     path = ""
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
@@ -234,11 +234,11 @@ def dotted(location: Iterable[Any]) -> str:
 
 
 def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """Each problem that pydantic found, as a line that begins with its YAML path.
+    """List the problems that pydantic found, each as a line that begins with its YAML path.
 
     Args:
-        error: what pydantic raised.
-        root: the model that was validated; it gives the keys that are known at each place.
+        error: the error that pydantic raised.
+        root: the pydantic class that was validated; it gives the keys that are known at each place.
     """
     lines = []
     for problem in error.errors():

@@ -1,4 +1,4 @@
-"""The blocks of a recipe: a mergekit config, and the blocks `lewis`, `evaluate`, `register`, `publish` and `search`."""
+"""The schema of a recipe's blocks, except `slices`, `anchor`, `tokenizer` and `serve`, which have their own modules."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Backend = Literal["hf", "vllm", "sglang", "openai"]
 
 RECOMMENDED = "regmean_forward"  # what `merge_method: recommended` stands for: see tests/benchmarks/methods.md
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # of the `lewis` block: several settings under one name
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # name -> settings that `lewis.preset` puts in place of defaults
     "lewis_official": {  # what the authors' code does (arXiv 2503.03874)
         "calibration": {"samples": 15, "max_tokens": 512, "seed": 42, "padding": "max_tokens"},
         "importance": {"metric": "norm_difference", "prune_ratio": 0.5, "reduce": "sum"},
@@ -23,12 +23,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # of the `lewis` block: sever
         },
     }
 }
-FREE = ("samples", "max_tokens", "seed", "min", "max", "prune_ratio")  # which the authors' configs set, as a recipe may
+FREE = ("samples", "max_tokens", "seed", "min", "max", "prune_ratio")  # settings of a preset that a recipe may change
 GUIDES = ("preset", "importance", "prune_by", "aim", "density")  # keys of the `lewis` block that decide densities
 
 
 def contradictions(block: Mapping[str, Any]) -> Iterator[str]:
-    """Problems: the settings of a recipe that contradict its preset."""
+    """Yield a problem for each setting in a `lewis` block that contradicts the block's preset."""
     preset = PRESETS.get(str(block.get("preset")))
     if preset is None:
         return
@@ -51,17 +51,17 @@ class ModelEntry(Block):
 
 
 class TokenWeights(Block):
-    """How much the tokens of a calibration set count.
+    """How much the tokens of a calibration set count, relative to those of answers, which count 1.
 
     Attributes:
-        prompt: of those that are not of an answer, where one of an answer counts 1.
+        prompt: the weight of a token that does not belong to an answer.
     """
 
     prompt: float = Field(default=0.1, ge=0, le=1)
 
 
 LOCAL = ("json", "parquet", "csv")
-"""What `dataset` says of local files: their format."""
+"""The values of `dataset` for local files: the formats of the files."""
 
 
 class CalibrationSet(Block):
@@ -70,14 +70,14 @@ class CalibrationSet(Block):
     Attributes:
         dataset: a dataset repo of the Hub, or one of `LOCAL`.
         text: template that turns a row into text, such as `{question} {answer}`; its last field is the answer.
-        prompt, answer: two templates instead, whose texts follow each other.
-        continues: `continue`: each row is a prompt, and the expert that names the set writes so many answers to it.
-        messages: column with a chat instead, which the base's chat template turns into text; the assistant's turns are
-            the answers.
-        weight: how much prompts count compared with answers; by default all of a `text` counts alike, and of the others
-            prompts count 0.1.
+        prompt, answer: instead of `text`, two templates, for the prompt and for the answer that follows it.
+        continues: the key `continue`: how many answers the expert that names the set writes to each row, a prompt.
+        messages: instead of `text`, the column with a chat, which the base's chat template turns into text; the
+            assistant's turns are the answers.
+        weight: how much prompts count compared with answers. By default, all tokens of `text`, and of `texts` without
+            `continue`, count alike, and in the other forms prompts count 0.1.
         samples: number of texts.
-        max_tokens: longer texts are cut to this.
+        max_tokens: the number of tokens that longer texts are cut to.
         padding: `max_tokens` fills each sample up with end-of-text tokens, which then count like all others (as the
             authors' code does).
     """
@@ -135,12 +135,12 @@ class Importance(Block):
     """How the importance of a layer is measured, and how far fine-tuning moved it.
 
     Attributes:
-        metric: how far a layer moved, for `strategy: lewis`: `norm_difference` (LEWIS's), `delta_norm` (the norm of the
-            activation-weighted task vector), or `outlier` (its share of outliers, as in OWL).
+        metric: the measure of how far a layer moved, for `strategy: lewis`: `norm_difference` (LEWIS's), `delta_norm`
+            (the norm of the activation-weighted task vector), or `outlier` (its share of outliers, as in OWL).
         prune_ratio: share of each row's weights that Wanda prunes before the layer's output feeds the next layer; the
             authors' code uses 0.5.
-        reduce: squared activations: their `mean` over all tokens, or their `sum` over a sample's tokens, averaged over
-            the samples (as the authors' code does).
+        reduce: how squared activations are reduced: to their `mean` over all tokens, or to their `sum` over a sample's
+            tokens, averaged over the samples (as the authors' code does).
     """
 
     metric: Literal["norm_difference", "delta_norm", "outlier"] = "norm_difference"
@@ -169,7 +169,7 @@ class Density(Block):
             the others.
         scale: how `lewis` maps its shares to the bounds: `minmax`, by `rank`, or `robust` against outliers.
         decimals: `lewis` first rounds its shares to so many decimals; the authors' code uses 5.
-        uncovered: density of all other tensors: `expert` 1, `base` 0, `mean` that of the covered tensors.
+        uncovered: density of tensors without one of their own: `expert` 1, `base` 0, `mean` the mean of covered ones.
     """
 
     strategy: Annotated[str, AfterValidator(_known_allocator)] = DEFAULT
@@ -182,7 +182,7 @@ class Density(Block):
 
     @property
     def allocator(self) -> Allocator:
-        """The row of the strategy."""
+        """The allocator that `strategy` names."""
         return ALLOCATORS.find(self.strategy)
 
 
@@ -205,7 +205,7 @@ class Lewis(Block):
         hold_back: whether a part of the calibration rows is held back to judge a fit in forward order.
         prune_by: which elements of a task vector a trimming method keeps: those with the largest |delta|
             (`magnitude`), or the largest |delta| * sqrt(s) (`activation`), s from the expert's own calibration set.
-        aim: a step after the merge, for the covered tensors. It measures the base on the sets of all experts.
+        aim: the AIM step after the merge, for the covered tensors; it measures the base on the sets of all experts.
     """
 
     preset: Literal["lewis_official"] | None = None
@@ -218,7 +218,7 @@ class Lewis(Block):
 
     @property
     def evidence(self) -> str:
-        """What the densities are decided by, as `lewis.allocators.Needs` says, but for `metric`."""
+        """The kind of evidence that decides the densities: a value of `lewis.allocators.Needs` other than `metric`."""
         return self.density.allocator.evidence_by(self.importance.metric)
 
     @model_validator(mode="before")
@@ -267,8 +267,8 @@ class Inspect(Block):
     """What a run does about findings on models that do not belong together (`lewis inspect`).
 
     Attributes:
-        on: `error`: one of level error stops the run before the merge; `warn`: all are only shown; `off`: nothing is
-            looked for.
+        on: `error`: a finding of level error stops the run before the merge; `warn`: findings are only shown; `off`:
+            the models are not inspected.
     """
 
     on: Literal["error", "warn", "off"] = "error"
@@ -276,7 +276,7 @@ class Inspect(Block):
     @model_validator(mode="before")
     @classmethod
     def _unquoted(cls, data: Any) -> Any:
-        """YAML reads `on` as the key true, and `off` as the value false."""
+        """Undo what YAML 1.1 does to unquoted words: it reads `on` as the key true, and `off` as the value false."""
         if not isinstance(data, dict):
             return data
         return {"on" if key is True else key: "off" if value is False else value for key, value in data.items()}
@@ -286,24 +286,24 @@ Documents = Literal["all", "search", "confirm", "by_release"]
 
 
 class Evaluate(Block):
-    """What lm-eval scores.
+    """What lm-eval scores, and how.
 
     Attributes:
-        tasks: names of its own tasks or groups, or YAML files next to the recipe.
+        tasks: names of lm-eval's own tasks or groups, or YAML files next to the recipe.
         limit: documents per task: a number, or below 1 a share; None: all.
         documents: `all`, or one of two disjoint halves of every task's documents (`search`, `confirm`); `limit` counts
-            within the half. `by_release`: `limit` of all documents, others for each merge.
-        stop: `never` before all documents are scored; `worse`: as soon as it is certain that the gate refuses the
-            merge; `known`: as soon as the verdict is certain.
-        full_scores: which models that were scored early are then scored on all documents: `promoted`, what passed the
-            gate, with all that it is shown next to; or `never`.
+            within the half. `by_release`: `limit` documents drawn from all, different ones for each merge.
+        stop: when scoring ends: `never` before all documents are scored; `worse`: as soon as it is certain that the
+            gate refuses the merge; `known`: as soon as the verdict is certain.
+        full_scores: which models are scored on all documents after scoring has ended early: `promoted`, a merge that
+            passed the gate and the models it is compared with; or `never`.
         weights: task, or `task/metric,filter` -> its weight in the score `weighted/mean,none`; a task stands for its
             first metric. Empty: there is no such score.
-        allow_code_execution: whether task files next to the recipe may run code: functions of their own (`!function`),
-            and what a model writes (`unsafe_code: true`).
+        allow_code_execution: whether task files next to the recipe may run code: their own functions (`!function`),
+            and code that a model writes (`unsafe_code: true`).
         baselines: which other models are scored for comparison.
-        backend: what computes the answers.
-        model_args: further arguments of it, as `lewis.recipe.model_args` allows them.
+        backend: the engine that computes the answers.
+        model_args: further arguments of the backend, as `lewis.recipe.model_args` allows them.
         gpus: how many GPUs one evaluation takes.
     """
 
@@ -331,7 +331,7 @@ class Evaluate(Block):
 
     @property
     def completes(self) -> bool:
-        """Whether a verdict may be certain early, and what passes is then scored on all documents."""
+        """Whether scoring may end early, and a merge that then passes the gate is scored on all documents."""
         return self.stop == "known" and self.full_scores == "promoted"
 
     @property
@@ -341,11 +341,11 @@ class Evaluate(Block):
 
 
 class Judge(Block):
-    """A language model that must not prefer the reference's answers.
+    """A language model that compares answers: the gate fails if the judge prefers the reference's to the merge's.
 
     Attributes:
         model: its name on the server that `LEWIS_JUDGE` names.
-        documents: how many of those on which the answers differ are asked about, at most.
+        documents: the largest number of documents that it is asked about, of those with differing answers.
     """
 
     model: str = Field(min_length=1)
@@ -356,18 +356,18 @@ class Gate(Block):
     """When a merge becomes the champion. It is compared with a reference: the champion, or the base if there is none.
 
     Attributes:
-        policy: `not_worse`: a test must show of `metric` and of each task that the merge is within `tolerance` of the
-            reference; no gain is asked for. `better`: `metric` must gain significantly, too. By default it is `better`
+        policy: `not_worse`: a test must show that the merge is within `tolerance` of the reference, in `metric` and in
+            each task; no gain is asked for. `better`: `metric` must also gain significantly. By default it is `better`
             if the recipe gives `min_gain`, else `not_worse`.
-        metric: `task/metric,filter`, or `weighted/mean,none`.
-        min_gain: the smallest gain in `metric`; only of `better`.
+        metric: the score that decides: `task/metric,filter`, or `weighted/mean,none`.
+        min_gain: the smallest gain in `metric`; only for `better`.
         tolerance: the margin: a test must show that each task is at most this much worse than the reference. One
             number, or one for each task or `task/metric,filter`: absolute for scores between 0 and 1, else relative to
             the reference's value. None: it follows from the number of documents (`statistics.power.margin`).
         allow_limit: whether a run with `evaluate.limit` may promote.
-        approve: whether a person has to approve what passes, before it becomes the champion (`lewis approve`).
-        approve_hours: for how long; then it has to be judged again.
-        judge: asked about what passes all other rules; None: nobody is.
+        approve: whether a person has to approve a merge that passes, before it becomes the champion (`lewis approve`).
+        approve_hours: for how many hours it waits for approval; after that it has to be judged again.
+        judge: the language model that is asked about a merge that passes all other rules; None: no judge.
     """
 
     metric: str
@@ -402,9 +402,10 @@ class Register(Block):
     """The registered model in MLflow.
 
     Attributes:
-        name: of the model; in MLflow it is `<team>.<name>`, if there is a team.
-        team: that owns it. Its models, its experiment in MLflow and its artifacts in Prefect have names that begin so.
-        group: a name that all recipes state which register this model; empty if only this recipe registers it.
+        name: name of the model; with a team, MLflow has it as `<team>.<name>`.
+        team: the team that owns the model. The names of the team's models, of its experiment in MLflow and of its
+            artifacts in Prefect begin with it.
+        group: a name that all recipes which register this model share; empty if only this recipe registers it.
     """
 
     # MLflow allows 256 characters, team included
@@ -449,17 +450,18 @@ class SearchRange(Block):
 
 
 class Search(Block):
-    """Values of the recipe to search for (`lewis search`).
+    """The values of the recipe that `lewis search` searches for.
 
     Attributes:
         space: YAML path, as in `--set` -> a range, or a list of choices.
         trials: number of trials in all.
-        minutes: no trial begins after this time; None: no limit.
+        minutes: minutes after which no trial begins; None: no limit.
         metrics: one or two of `task/metric,filter`; by default the gate's metric. With two, a Pareto front is searched,
             and the first metric decides among the trials on it.
         parallel: number of trials that run at the same time.
-        prune: stop a trial that is shown to be worse after a quarter of the documents; only with one metric.
-        seed: of the sampler, below 2**32.
+        prune: whether a trial is stopped after a quarter of the documents if it is then shown to be worse; only with
+            one metric.
+        seed: the sampler's seed, below 2**32.
     """
 
     space: dict[

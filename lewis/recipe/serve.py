@@ -1,4 +1,4 @@
-"""The block `serve` of a recipe: where the champion goes into service, in this order."""
+"""The block `serve` of a recipe: the targets that serve the champion; they get it in this order."""
 
 import re
 from collections import Counter
@@ -14,11 +14,11 @@ _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"  # no user, password or query: recip
 
 
 class Target(Block):
-    """A target: what puts the champion into service.
+    """A target of `serve`: a server, program or webhook that puts the champion into service.
 
     Attributes:
-        kind: how it does that.
-        name: of the target, for `lewis served`; by default its kind.
+        kind: the kind of target, a key of `TARGETS`.
+        name: name of the target, for `lewis served`; by default its kind.
     """
 
     kind: str
@@ -31,18 +31,18 @@ class Target(Block):
 
     @property
     def form(self) -> str:
-        """How it is put into service; its kind, unless that has more than one way."""
+        """The way in which the target is served, which selects the code: its kind, or one of the ways of its kind."""
         return self.kind
 
 
 class Check(Block):
-    """The check of a server before it gets traffic: it is asked requests that the scored model has answered.
+    """The check of a server before it gets traffic: it must answer as the scored model answered in its evaluation.
 
     Attributes:
-        documents: how many, at most those that an evaluation keeps.
-        agree: the share of their greedy answers that has to be the same, up to where they part.
-        likelihoods: whether log-likelihoods of choices are compared too; the server has to give those of a prompt.
-        tolerance: nats per token by which they may differ.
+        documents: how many documents are asked about, at most those that an evaluation keeps.
+        agree: the mean share of the answers, up to their first difference, that has to be the same.
+        likelihoods: whether log-likelihoods of choices are compared too; the server has to return those of a prompt.
+        tolerance: nats per token by which log-likelihoods may differ.
     """
 
     documents: int = Field(default=32, ge=1)
@@ -52,11 +52,11 @@ class Check(Block):
 
 
 class WebhookTarget(Target):
-    """A signed POST, in the form of MLflow's webhooks.
+    """A receiver that gets a signed POST, in the form of MLflow's webhooks.
 
     Attributes:
-        url: where it goes.
-        timeout_seconds: for one attempt.
+        url: the receiver's URL.
+        timeout_seconds: time limit of one attempt.
     """
 
     kind: Literal["webhook"]
@@ -65,11 +65,11 @@ class WebhookTarget(Target):
 
 
 class CommandTarget(Target):
-    """A program on the worker's machine, which gets the facts of the model by its environment.
+    """A program on the worker's machine, which gets the facts about the model in environment variables.
 
     Attributes:
         run: name of the program in the folder `LEWIS_SERVE_PROGRAMS`, then its arguments; no shell reads them.
-        timeout_minutes: how long it may take.
+        timeout_minutes: how long the program may take.
     """
 
     kind: Literal["command"]
@@ -88,10 +88,10 @@ class VllmTarget(Target):
     """A running vLLM server that loads the adapter.
 
     Attributes:
-        url: of the server, without /v1.
-        alias: the name that clients ask for; by default that of the registered model.
-        timeout_seconds: for one load.
-        check: what must hold before clients get it; None: nothing is asked.
+        url: URL of the server, without /v1.
+        alias: the model name that clients ask for; by default that of the registered model.
+        timeout_seconds: time limit for loading one adapter.
+        check: the check that must pass before clients get the adapter; None: no check.
     """
 
     kind: Literal["vllm"]
@@ -105,15 +105,15 @@ class OpenaiTarget(Target):
     """A server that takes the model by an HTTP call.
 
     Attributes:
-        url: of the call.
-        method: of the call.
-        body: sent as JSON, with the facts of the model in place of `{path}`, `{served_as}`, `{version}`, ...
-        content_type: of the body, such as application/merge-patch+json.
+        url: URL of the call.
+        method: HTTP method of the call.
+        body: sent as JSON, with the facts about the model in place of `{path}`, `{served_as}`, `{version}`, ...
+        content_type: content type of the body, such as application/merge-patch+json.
         expect: key -> value that the JSON of the answer must have.
-        api: of the OpenAI API of the server, with /v1; empty: nothing is asked of it.
-        model: the name that this API knows the model by, a template as `body`.
-        timeout_seconds: for the call.
-        check: what must hold after the call, if the server has an `api`; None: nothing is asked.
+        api: URL of the server's OpenAI API, with /v1; empty: the API is not used.
+        model: the model's name in this API, a template like `body`.
+        timeout_seconds: time limit of the call.
+        check: the check that must pass after the call, if there is an `api`; None: no check.
     """
 
     kind: Literal["openai"]
@@ -136,10 +136,10 @@ class Rule(Block):
     """A limit for the new server: a Prometheus query, whose value may be at most `times` the old server's plus `plus`.
 
     Attributes:
-        name: of the rule, in messages and pictures.
+        name: name of the rule, in messages and pictures.
         query: PromQL that gives one number. `{server}`, `{backend}` and `{window}` are filled in.
         times: factor of the old server's value over the same time.
-        plus: what is added to it.
+        plus: number that is added to the product.
     """
 
     name: str = Field(min_length=1)
@@ -156,7 +156,7 @@ _RULES = (
     ),
     Rule(
         name="seconds per request",
-        # By Little's law: HAProxy's own mean is of its last 1024 requests, however old they are.
+        # By Little's law, since HAProxy's own mean is over its last 1024 requests, however old they are.
         query=f"sum(avg_over_time({_BUSY}[{{window}}])) / sum(rate({_OF_SERVER}}}[{{window}}]))",
         times=1.5,
         plus=0.2,
@@ -165,17 +165,17 @@ _RULES = (
 
 
 class CanaryTarget(Target):
-    """A target between whose two servers the traffic moves step by step.
+    """A target with two servers, between which the traffic moves step by step to the new version (a canary).
 
     Attributes:
-        prometheus: URL of the Prometheus that has the numbers of both servers.
-        check: as of `vllm`.
-        steps: percents of the requests that the new version gets, one after the other, before it gets all.
-        minutes: how long a step lasts at least.
-        requests: how many the new version must have had in a step, by `count`, before it is judged.
-        patience_minutes: how long a step may last; then all traffic is returned.
-        count: PromQL of the number of requests, with the same places as in a rule.
-        rules: what must hold at the end of each step.
+        prometheus: URL of the Prometheus that has the metrics of both servers.
+        check: as for `vllm`.
+        steps: percentages of the requests that the new version gets, one after the other, before it gets all.
+        minutes: the shortest duration of a step.
+        requests: how many requests the new version must have had in a step, by `count`, before it is judged.
+        patience_minutes: the longest duration of a step; after that the old version gets all traffic again.
+        count: PromQL of the number of requests, with the same placeholders as in a rule.
+        rules: the limits that must hold at the end of each step.
     """
 
     prometheus: str = Field(pattern=_URL)
@@ -189,7 +189,7 @@ class CanaryTarget(Target):
 
     @property
     def places(self) -> dict[str, str]:
-        """The values of the further placeholders of queries, next to `{server}` and `{window}`."""
+        """The values of the placeholders in queries, except `{server}` and `{window}`."""
         raise NotImplementedError
 
 
@@ -198,9 +198,9 @@ class HaproxyTarget(CanaryTarget):
 
     Attributes:
         socket: path of HAProxy's runtime socket, with the level `admin`.
-        backend: of HAProxy, which has the two servers.
-        servers: their names in HAProxy, and the URL of each without /v1.
-        alias, timeout_seconds: as of `vllm`.
+        backend: name of the HAProxy backend that has the two servers.
+        servers: name of a server in HAProxy -> its URL without /v1.
+        alias, timeout_seconds: as for `vllm`.
     """
 
     kind: Literal["haproxy"]
@@ -248,15 +248,15 @@ class KserveTarget(CanaryTarget):
     """One InferenceService of KServe on Knative, or two LLMInferenceServices in one routing group.
 
     Attributes:
-        api: URL of the API of Kubernetes.
-        namespace: of the services.
-        services: the name of an InferenceService, or of both LLMInferenceServices.
-        uri: where KServe gets the model's files, a template as `body` of `openai`.
-        alias: the name that clients ask for: of an adapter, by default that of the registered model; of the model of
-            an InferenceService, by default its name.
-        gateway: URL of the gateway, for the check of an LLMInferenceService; empty: nothing is asked.
-        path: of the OpenAI API of an InferenceService, for its check.
-        start_minutes: how long a service may take to stop, and to start.
+        api: URL of the Kubernetes API.
+        namespace: Kubernetes namespace of the services.
+        services: the name of an InferenceService, or the names of both LLMInferenceServices.
+        uri: where KServe gets the model's files, a template like `body` of `openai`.
+        alias: the model name that clients ask for: for an adapter, by default that of the registered model; for an
+            InferenceService, by default its name.
+        gateway: URL of the gateway, for the check of an LLMInferenceService; empty: no check.
+        path: path of the OpenAI API of an InferenceService, for its check.
+        start_minutes: how long a service may take to stop, and how long to start.
     """
 
     kind: Literal["kserve"]
@@ -308,7 +308,7 @@ TARGETS: Mapping[str, type[Target]] = {
     "haproxy": HaproxyTarget,
     "kserve": KserveTarget,
 }
-"""Kind -> its block."""
+"""Kind of target -> the class of its block."""
 
 
 def _as_list(value: Any) -> Any:
@@ -335,4 +335,4 @@ Serve = Annotated[
     BeforeValidator(_as_list),
     AfterValidator(_check_names),
 ]
-"""One target or a list of them."""
+"""Type of the block `serve`: one target or a list of targets."""

@@ -14,12 +14,12 @@ _PARAMETER = re.compile(r"^parameters\.(\w+)")
 
 
 class SliceSource(Block):
-    """Layers of one model that are merged into a slice.
+    """Consecutive layers of one model that are merged into a slice.
 
     Attributes:
-        layer_range: number of its first layer, and of the layer after its last.
-        parameters: of this model in this slice.
-        calibration: as of an entry of `models`.
+        layer_range: number of the first layer, and of the layer after the last.
+        parameters: method parameters of this model in this slice.
+        calibration: name of the calibration set, as in an entry of `models`.
     """
 
     model: ModelName
@@ -38,17 +38,17 @@ class SliceSource(Block):
 
     @property
     def layers(self) -> int:
-        """How many layers it gives."""
+        """How many layers of the model the range has."""
         return self.layer_range[1] - self.layer_range[0]
 
 
 class OutputSlice(Block):
-    """Consecutive layers of the result.
+    """Consecutive layers of the merged model.
 
     Attributes:
-        sources: what each of them is merged from: the first from the first layer of each source, and so on.
-        base_model: takes the place of the recipe's `base_model` in this slice.
-        parameters: of this slice; a source's own win over them, and they win over the top level's.
+        sources: the layers that are merged: the slice's first layer from the first layer of each source, and so on.
+        base_model: base of this slice, in place of the recipe's `base_model`.
+        parameters: method parameters of this slice; those of a source override them, and they override the top level's.
     """
 
     sources: tuple[SliceSource, ...] = Field(min_length=1)
@@ -70,15 +70,15 @@ class OutputSlice(Block):
 
     @property
     def layers(self) -> int:
-        """How many layers of the result it is."""
+        """How many layers of the merged model the slice makes."""
         return self.sources[0].layers
 
 
 def listed_models(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The models of all slices as entries of `models`, each once, in the order of the slices.
+    """List the models of all slices as entries of `models`, each once, in the order of the slices.
 
     Args:
-        data: the raw YAML; what is malformed is left out, and the schema reports it.
+        data: the raw YAML of the recipe; malformed parts are left out, and the schema reports them.
     """
     found: dict[str, dict[str, Any]] = {}
     for _, _, source in _sources(data):
@@ -91,11 +91,11 @@ def listed_models(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def as_merges(data: Mapping[str, Any], method: Method | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each slice as the raw YAML of a merge of its own, with its number: for the checks of a merge.
+    """Yield each slice's number, and the slice as the raw YAML of a merge of its own, for the checks of a merge.
 
     Args:
         data: the raw YAML of the recipe.
-        method: of the recipe; None if it is unknown.
+        method: the recipe's merge method; None if it is unknown.
     """
     whole = data.get("parameters")
     for i, each in enumerate(_slices(data)):
@@ -111,7 +111,7 @@ def as_merges(data: Mapping[str, Any], method: Method | None) -> Iterator[tuple[
 
 
 def problems_of(data: Mapping[str, Any], method: Method | None) -> list[str]:
-    """Problems of the slices themselves, each a line that begins with its YAML path."""
+    """List the problems of a recipe's slices as such, each as a line that begins with its YAML path."""
     problems, whole = [], model_name(data.get("base_model"))
     if data.get("models"):
         problems.append("slices: expected either models or slices, got both; remove one")
@@ -137,7 +137,7 @@ def problems_of(data: Mapping[str, Any], method: Method | None) -> list[str]:
 
 
 def in_slice(data: Mapping[str, Any], number: int, problem: str) -> str:
-    """A problem of a slice's merge (`as_merges`), with the path that it has in the recipe."""
+    """Return a problem that was found in a slice's merge (`as_merges`) with its YAML path in the recipe."""
     own = _slices(data)[number].get("parameters")
     where = f"slices[{number}]"
     if (match := _PARAMETER.match(problem)) and isinstance(own, dict) and match[1] in own:
@@ -148,7 +148,7 @@ def in_slice(data: Mapping[str, Any], number: int, problem: str) -> str:
 
 
 def of_listed(data: Mapping[str, Any], problem: str) -> str:
-    """A problem of one of `listed_models`, with the path of the source that names the model first."""
+    """Return a problem of an entry of `listed_models` with the YAML path of the first source that names the model."""
     match = _ENTRY.match(problem)
     if match is None:
         return problem

@@ -1,4 +1,4 @@
-"""`tokenizer` and `chat_template` of a recipe: vocabulary and rows of tokens, and how the result writes a chat."""
+"""The recipe keys `tokenizer` and `chat_template`: vocabulary, embedding rows and chat format of the merged model."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,7 +9,7 @@ from lewis.recipe.block import Block, ModelName
 
 
 class TokenRow(Block):
-    """Where a token's row comes from: all zeros (`zero`), or the row of a token of a model (`model_token`)."""
+    """The source of a token's embedding row: zeros (`zero`), or the row of a token in a model (`model_token`)."""
 
     kind: Literal["zero", "model_token"]
     model: ModelName | None = None
@@ -34,8 +34,8 @@ class TokenEmbedding(Block):
     """The embedding row of one token, for the models that lack it.
 
     Attributes:
-        source: a model, or a `TokenRow`; None: the rule of `lewis.merging.vocabulary.tokens`.
-        force: use it in the models that have the token, too.
+        source: the row's source, a model or a `TokenRow`; None: by the rule of `lewis.merging.vocabulary.tokens`.
+        force: whether the row is also used for the models that have the token.
     """
 
     source: (
@@ -49,12 +49,12 @@ class TokenEmbedding(Block):
 
 
 class Tokenizer(Block):
-    """The vocabulary of the result: mergekit's `tokenizer`.
+    """The vocabulary of the merged model: mergekit's `tokenizer`.
 
     Attributes:
-        source: `base`, `union`, or one of the models.
-        tokens: token -> where its row comes from; a token that no model has is added.
-        pad_to_multiple_of: embeddings have one row per token, rounded up to a multiple of this, 65,536 at most.
+        source: where the vocabulary comes from: `base`, `union`, or one of the models.
+        tokens: token -> the source of its row; a token that no model has is added.
+        pad_to_multiple_of: the number, at most 65,536, to a multiple of which the embedding rows are padded.
     """
 
     source: ModelName = "union"
@@ -66,7 +66,7 @@ AUTO = "auto"
 _EACH = "{% for message in messages %}"
 _ALPACA = "### {{ {'user': 'Instruction', 'assistant': 'Response'}[message.role] }}:\n{{ message.content | trim }}"
 _LLAMA3 = "<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}<|eot_id|>"
-FORMATS = {  # by mergekit's names; written from the formats' descriptions
+FORMATS = {  # mergekit's name of a chat format -> its template, written from the format's description
     "alpaca": f"{{{{ bos_token }}}}{_EACH}{{% if message.role == 'system' %}}{{{{ message.content | trim }}}}"
     f"{{% else %}}{_ALPACA}{{% if message.role == 'assistant' %}}{{{{ eos_token }}}}{{% endif %}}{{% endif %}}\n\n"
     "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}",
@@ -103,5 +103,5 @@ ChatTemplate = Annotated[str, Field(min_length=1), AfterValidator(_checked)]
 
 
 def text_of(given: str) -> str:
-    """The Jinja text of a format's name, or of a template itself."""
+    """Return the Jinja template of a chat format's name; a text that is no such name is returned unchanged."""
     return FORMATS.get(given, given)

@@ -1,8 +1,8 @@
-"""YAML of users: read within limits, a recipe strictly; changed by `--set`, and looked up by a path.
+"""Read the YAML of users within limits, recipes with unique keys; change it by `--set`, and look up values by path.
 
-A file that nobody meant, or that somebody made to do harm, is an error and costs little. PyYAML recurses into blocks,
-and shares what an alias repeats: only a walk over the result finds out how large it is. So depth and number of values,
-aliases expanded, are counted while the text is read.
+A file that is the wrong one, or made to do harm, must be an error that costs little time. PyYAML recurses into blocks
+and does not copy what an alias repeats, so the size of the result is known only after a walk over it. Therefore depth
+and number of values, with aliases expanded, are counted while the text is read.
 """
 
 import re
@@ -24,25 +24,25 @@ from lewis.input_files import read_text
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 50  # blocks within blocks
 MAX_VALUES = 50_000  # keys, values and blocks; every 64 characters of a text count as one more
-_LONGEST_NUMBER = 1000  # characters; to read one takes time with the square of its length
+_LONGEST_NUMBER = 1000  # characters; the time to read a number grows with the square of its length
 _TEXT = "tag:yaml.org,2002:str"
-_PLAIN = re.compile(r"""[\w ./:,+~='"#\[\]{}()<;$^\n-]*""", re.ASCII)  # what PyYAML and libyaml read alike
+_PLAIN = re.compile(r"""[\w ./:,+~='"#\[\]{}()<;$^\n-]*""", re.ASCII)  # text that PyYAML and libyaml read alike
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class _Limits(Composer):
-    """The limits of this module."""
+    """Composer that enforces the limits of this module while it reads."""
 
-    peek_event: Callable[[], Any]  # of the parser
+    peek_event: Callable[[], Any]  # a method of the parser
     _depth = _deepest = _values = 0
 
     @cached_property
     def _anchored(self) -> dict[str, tuple[int, int]]:
-        """Anchor -> how many values, how deep."""
+        """Anchor -> the number of values in its block, and the block's depth."""
         return {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Count a node, then read it."""
+        """Count a node, which raises YAMLError beyond a limit; then read it."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self._anchored:
@@ -61,7 +61,7 @@ class _Limits(Composer):
         return node
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
-        """Read a scalar; halves of surrogate pairs, which JSON writes characters as, are put together."""
+        """Read a scalar, and join surrogate pairs, by which JSON writes some characters, to one character each."""
         node = super().compose_scalar_node(anchor)
         self._count(len(node.value) // 64, self._depth)
         if node.tag != _TEXT and len(node.value) > _LONGEST_NUMBER:
@@ -87,7 +87,7 @@ class LimitedLoader(_Limits, yaml.SafeLoader):
 
 
 def load(text: str | bytes, name: str, loader: type[yaml.SafeLoader] = LimitedLoader) -> Any:
-    """The value that a YAML text holds.
+    """Return the value that a YAML text holds; None if the text is empty.
 
     Raises:
         InputError: if the text is not valid YAML, has several documents, or exceeds a limit; the message is one line.
@@ -114,7 +114,7 @@ def load_all(text: str | bytes, name: str, loader: type[yaml.SafeLoader] = Limit
 
 
 class _UniqueKeys(SafeConstructor):
-    """A key that is given twice is an error. PyYAML itself takes the last one without a word."""
+    """Constructor for which a duplicate key is an error. PyYAML itself silently takes the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -145,14 +145,14 @@ if yaml.__with_libyaml__:
 
 
 def read_file(path: str | Path) -> tuple[Path, str]:
-    """The text of a recipe's file, and its path with the user's home put in for `~`.
+    """Return the path of a recipe's file, with `~` expanded to the user's home, and the file's text.
 
     Raises:
-        RecipeError: if it cannot be read, is no regular file or too large, or its name is no UTF-8.
+        RecipeError: if the file cannot be read, is no regular file or too large, or its name is no UTF-8.
     """
     try:
         path = Path(path).expanduser()
-        str(path).encode()  # the name of a run, a schedule and a model begins with the file's
+        str(path).encode()  # names of runs, schedules and models begin with the file's name
         return path, read_text(path, MAX_BYTES)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}; give the path of a recipe") from error
@@ -163,7 +163,7 @@ def read_file(path: str | Path) -> tuple[Path, str]:
 
 
 def read(text: str, name: str) -> dict[str, Any]:
-    """The mapping that a recipe's text holds, not checked any further.
+    """Return the mapping that a recipe's text holds, without further checks.
 
     Raises:
         RecipeError: if the text is not valid YAML, gives a key twice, exceeds a limit of this module, is no mapping,
@@ -179,7 +179,7 @@ def read(text: str, name: str) -> dict[str, Any]:
 
 
 def read_all(text: str, name: str) -> list[dict[str, Any]]:
-    """The mappings of all documents of a text, at least one; arguments and errors as those of `read`."""
+    """Return the mappings of all recipes in a text, at least one; arguments and errors are those of `read`."""
     try:
         found = _load_plain(text) or load_all(text, name, _StrictLoader) or [None]
     except InputError as error:
@@ -193,7 +193,7 @@ def read_all(text: str, name: str) -> list[dict[str, Any]]:
 
 
 def _load_plain(text: str) -> list[Any]:
-    """The values of all documents of a text, by libyaml; empty if PyYAML has to decide what it is.
+    """Read all documents of a text by libyaml, which is faster; return an empty list if PyYAML has to read it.
 
     The two differ in rare characters, in what they accept and in their messages: this is for plain, valid text only.
     """
@@ -211,7 +211,7 @@ def write(data: dict[str, Any]) -> str:
 
 
 def without(text: str, key: str) -> str:
-    """A recipe's text without one of its keys, with the comments of the others where the key has lines of its own."""
+    """Return a recipe's text without one of its keys; comments of other keys stay if the key has lines of its own."""
     data = read(text, "recipe")
     data.pop(key, None)
     cut = re.sub(rf"^{key}:.*\n?(?:(?:[ \t#-].*)?\n|[ \t#-].*\Z)*", "", text, flags=re.MULTILINE)
@@ -225,7 +225,7 @@ def override(data: dict[str, Any], setting: str) -> None:
     """Change `data` by one `--set key.path=value`; blocks that are missing on the way are added.
 
     Raises:
-        InputError: if the setting is malformed, or its path leads nowhere.
+        InputError: if the setting is malformed, or its path does not fit the recipe.
     """
     path, equals, text = setting.partition("=")
     keys = _keys(path)
@@ -241,7 +241,7 @@ def override(data: dict[str, Any], setting: str) -> None:
         else:
             if isinstance(place, dict) and place.get(key) is None:
                 place[key] = {}
-            inner = copy(place[key])  # by an alias it may stand in another place, too
+            inner = copy(place[key])  # an alias may have put the same object in another place
             place[key] = inner
             place = inner
             if not isinstance(place, dict | list):
@@ -249,7 +249,7 @@ def override(data: dict[str, Any], setting: str) -> None:
 
 
 def look_up(data: Any, path: str) -> Any:
-    """What `data` holds at a path as in `--set`; None if it holds nothing there."""
+    """Return the value in `data` at a path as in `--set`; None if there is no value at that path."""
     for key in _keys(path):
         items = len(data) if isinstance(data, list | tuple) else 0
         found = key in data if isinstance(data, dict) else isinstance(key, int) and key < items
@@ -258,7 +258,7 @@ def look_up(data: Any, path: str) -> Any:
 
 
 def _keys(path: str) -> list[str | int]:
-    """`models[0].model` as `["models", 0, "model"]`."""
+    """Split a YAML path into its keys: `models[0].model` into `["models", 0, "model"]`."""
     return [
         int(key) if re.fullmatch("[0-9]{1,9}", key) else key
         for key in re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")

@@ -1,1 +1,1 @@
-"""MLflow: versions, their lineage, aliases, releases and what is published."""
+"""The registry in MLflow: versions of merged models, their lineage, aliases and history, and publishing on the Hub."""

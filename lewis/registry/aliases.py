@@ -1,7 +1,7 @@
 """Set an alias so that the webhooks of MLflow's registry fire, and move the alias `champion` so that it is reported.
 
-A server sends the event `model_version_alias.created` for what it is asked for itself. Processes of a store open its
-database without a server, so they ask the server of `lewis up`, if one runs on this store.
+An MLflow server sends the event `model_version_alias.created` only for requests that it handles itself. Processes open
+the store's database without a server, so they send such requests to the server of `lewis up`, if one runs on the store.
 """
 
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def set_alias(client: "MlflowClient", name: str, alias: str, version: str) -> None:
-    """Let an alias of a registered model point to a version: through the server of this store, if there is one."""
+    """Point an alias of a registered model to a version, through the server of this store if there is one."""
     if not client.tracking_uri.startswith("http") and _ask_server(name, alias, version):
         found = versions.lookup(client, name, alias=alias)
         if found is not None and str(found.version) == version:  # else that server has another database
@@ -33,10 +33,10 @@ def set_alias(client: "MlflowClient", name: str, alias: str, version: str) -> No
 
 
 def move_champion(client: "MlflowClient", move: Move, *, keeps_previous: bool = False) -> None:
-    """Let the alias `champion` point to another version, last of all, and `previous` to the one that had it.
+    """Point the alias `previous` to the champion, and then the alias `champion` to another version.
 
-    The move is in the outbox before, so that it is reported even if this process dies. Call it under the registry's
-    lock.
+    The move is written to the outbox first, so that it is reported even if this process dies. Call it under the
+    registry's lock.
 
     Args:
         move: from the version that is the champion now.
@@ -52,7 +52,7 @@ def move_champion(client: "MlflowClient", move: Move, *, keeps_previous: bool = 
 
 
 def _ask_server(name: str, alias: str, version: str) -> bool:
-    """Whether the server of `lewis up` has taken the alias. It gets the password only while that process lives here."""
+    """Have the server of `lewis up` set an alias, and return whether it did; only a server that lives here is asked."""
     import requests
 
     note = store.read_json(store.home() / SERVICE_NOTE) or {}
@@ -76,7 +76,7 @@ def _ask_server(name: str, alias: str, version: str) -> bool:
 
 
 def _lives_here(writer: str) -> bool:
-    """Whether a process lives that `store.writer` named, on this machine and in this container."""
+    """Whether the process that `store.writer` named is alive, on this machine and in this container."""
     place, _, number = writer.rpartition("-")
     try:
         os.kill(int(number), 0)

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_DESCRIPTION = 5000  # characters
-_ROW = re.compile(r"^\| (?!---).*\|$", re.MULTILINE)  # of a Markdown table, without the line below its head
-_ROOM = "\u2007\u2007\u200b"  # two wide spaces without a break; the last one keeps them, as Markdown trims cells
-_ARROW = re.compile(" (?=[↑↓])")  # which stays with its metric when a cell has too little room for all
+_ROW = re.compile(r"^\| (?!---).*\|$", re.MULTILINE)  # a row of a Markdown table, but not the line below its head
+_ROOM = "\u2007\u2007\u200b"  # two wide non-breaking spaces, and one without width, since Markdown trims cells
+_ARROW = re.compile(" (?=[↑↓])")  # the space before an arrow, where a narrow cell must not be broken
 _ABOUT = (
     "Versions that LEWIS merged. The alias `champion` is the version in use, `previous` the one before it, "
     "`challenger` the last one that the gate refused. Each version's page shows its scores and inputs. "
@@ -38,13 +38,13 @@ _ABOUT = (
     "champion into a folder."
 )
 UNFINISHED = "lewis.unfinished"
-"""Tag of a version whose scores are being completed, or were when the process died; its value is the luck that the
-version has then."""
-_OF_RUN = "lewis.prefect."  # tags that lead to the flow run
+"""Tag of a version whose scores are being completed, or were when the process died; its value is what the tag `LUCK`
+will be then."""
+_OF_RUN = "lewis.prefect."  # prefix of the tags with the id and the URL of the flow run
 
 
 def register(new: Registration) -> Version:
-    """Register a merged checkpoint, once per digest.
+    """Register a merged checkpoint as a version in MLflow, once per digest of a merge.
 
     If the files of its version are lost or damaged, it is registered again, and the aliases move to the new version.
     If its version was scored on a part of the documents, and the merge is now scored on all, or on further tasks, the
@@ -117,13 +117,13 @@ def _create(client: "MlflowClient", name: str, new: Registration) -> Version:
 
 
 def _keep_one(client: "MlflowClient", found: Version, new: Registration) -> Version:
-    """Clear what is there besides a version, its run and its model, and have these marked as complete.
+    """Remove duplicates of a version and leftover runs and models, and mark its own run and model as complete.
 
-    A request whose answer is lost is sent again by MLflow's client, and so a version may be there twice. It may be
-    there, too, though the request for it was taken to have failed, and its model and its run were marked so.
+    MLflow's client repeats a request whose answer is lost, so a version may exist twice. A version may also exist
+    although the request for it seemed to fail, so that its run and model were marked as failed.
 
     Returns:
-        The version that is kept; the newest, as numbers of deleted versions are given again.
+        The version that is kept: one with an alias, else the newest, as MLflow gives deleted numbers to new versions.
     """
     name, digest = found.name, new.digest
     same = [each for each in versions.of_digest(client, name, digest) if Version.of(each).run_id == found.run_id]
@@ -146,9 +146,9 @@ def _keep_one(client: "MlflowClient", found: Version, new: Registration) -> Vers
 
 
 def _complete(client: "MlflowClient", found: Version, new: Registration) -> None:
-    """Replace scores on a part of the documents by scores on all, and add the scores of further tasks.
+    """Replace a version's scores on a part of the documents by scores on all, and add the scores of further tasks.
 
-    The tags that say that there are only some, or not all of what belongs to them, go last.
+    The tags that mark the scores as partial, or as being completed, are removed last.
     """
     version = client.get_model_version(found.name, found.version)
     tags = version.tags
@@ -159,7 +159,7 @@ def _complete(client: "MlflowClient", found: Version, new: Registration) -> None
     model = versions.model_of(client, version)
     assert model is not None  # `found` is whole
     luck = tags.get(LUCK, "0")
-    if in_part and luck != tags.get(UNFINISHED):  # it falls with the root of the number of documents
+    if in_part and luck != tags.get(UNFINISHED):  # a standard error falls with the root of the number of documents
         scored, _, pool = tags[tracking.PART].partition(" of ")
         luck = f"{float(luck) * math.sqrt(int(scored) / int(pool)):.6g}"
     client.set_model_version_tag(found.name, found.version, UNFINISHED, luck)
@@ -176,7 +176,7 @@ def _complete(client: "MlflowClient", found: Version, new: Registration) -> None
 
 
 def _name_inputs(client: "MlflowClient", found: Version, new: Registration) -> None:
-    """Note the same inputs under the references of this recipe, by which releases are compared with the version."""
+    """Tag a version with its inputs under this recipe's references, by which releases are compared with it."""
     known = client.get_model_version(found.name, found.version).tags
     for tag, key in lineage.tags_of(new.lineage).items():
         if known.get(tag) != key:
@@ -184,10 +184,10 @@ def _name_inputs(client: "MlflowClient", found: Version, new: Registration) -> N
 
 
 def _has_more(client: "MlflowClient", run_id: str, new: Registration, *, again: bool) -> bool:
-    """Whether a merge was scored on further tasks, and on the same documents of those that its run has.
+    """Whether a merge has scores that its run lacks, on the same documents for the tasks that the run has.
 
     Args:
-        again: whether no further tasks are needed, only all that its run has.
+        again: whether the same scores as the run's are enough, because the run's may be incomplete.
     """
     if (run := tracking.run_of(client, run_id)) is None:
         return False
@@ -205,7 +205,7 @@ def _metrics_of_merged(new: Registration) -> dict[str, float]:
 
 
 def _model_of_champion(client: "MlflowClient", name: str) -> dict[str, str]:
-    """Its label in tables -> the id of its logged model; empty if there is no champion."""
+    """Return the champion's label in tables -> the id of its logged model; empty without an intact champion."""
     version = versions.lookup(client, name, alias="champion")
     model = versions.model_of(client, version) if version else None
     return {"champion": model.model_id} if model else {}
@@ -220,7 +220,7 @@ def _log_run(client: "MlflowClient", run_id: str, model_id: str, new: Registrati
 
 
 def _log_scores(client: "MlflowClient", run_id: str, model_id: str, new: Registration) -> None:
-    """Log what scores change, in place of what was logged before."""
+    """Log all of a run that depends on scores (inputs, metrics, tables, card, pictures), in place of earlier ones."""
     from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
     tracking.log_datasets(client, run_id, new.datasets)
@@ -233,16 +233,16 @@ def _log_scores(client: "MlflowClient", run_id: str, model_id: str, new: Registr
 
 
 def _table(rows: Sequence[Mapping[str, object]]) -> bytes:
-    """Rows as MLflow keeps a table, which its pages show as one."""
+    """Return rows as JSON in the form in which MLflow keeps a table, so that its pages show it as one."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return json.dumps({"columns": columns, "data": [[row.get(each) for each in columns] for row in rows]}).encode()
 
 
 def description(text: str, pictures: Iterable[str], run_id: str) -> str:
-    """A card for MLflow's pages: without front matter, which they show as text, and with pictures that they find.
+    """Adapt a model card to MLflow's pages: without front matter, which they show as text, and with working pictures.
 
-    They have tables without room between columns: each cell gets some. After the recipe, which ends a card as a block
-    of code, comes a link to its file. What is too long is cut after a whole line: first the recipe, then the rest.
+    MLflow's tables have no room between columns: each cell gets some. A link to the recipe's file follows the recipe,
+    the code block that ends a card. What is too long is cut after a whole line: first the recipe, then the rest.
 
     Args:
         text: the card.
@@ -261,7 +261,7 @@ def description(text: str, pictures: Iterable[str], run_id: str) -> str:
 
 
 def _shown(recipe: str, room: int) -> str:
-    """The part of a card that has the recipe, a block of code, in so many characters; empty if no line has room."""
+    """Return the recipe's part of a card, a code block, cut to `room` characters; empty if no line of it has room."""
     if len(whole := f"{RECIPE}{recipe}" if recipe else "") <= room:
         return whole
     fence = recipe[: len(recipe) - len(recipe.lstrip("`"))]

@@ -3,8 +3,8 @@
 `lewis.registry.promotion` writes a record before it moves the alias. If it dies in between, the next run moves the
 alias without a second record.
 
-How good the champion was over the versions is a chart in MLflow, one run for each registered model, and a picture. The
-chart follows the history: what a process that died did not log, the next one does.
+The scores of the versions and of the champion are drawn as a chart in MLflow, in one run for each registered model, and
+as a picture. If a process dies before it has added an entry to the chart, the next one adds it.
 """
 
 import getpass
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
 TAG = "mlflow.lewis.history."  # MLflow's pages hide tags that begin with its own name
-_SHOWN = "lewis.registry.history."  # earlier prefix, whose long JSON MLflow's pages show
+_SHOWN = "lewis.registry.history."  # the prefix in earlier releases; MLflow's pages show the long JSON of such tags
 TEAM = "lewis.team"  # tag of a registered model, and of its versions: `register.team`
 REFUSED = ("rejected", "refused", "waits", "lapsed")
-"""What records say that left the champion where it was."""
+"""Values of `Record.what` for events that did not change the champion."""
 METRIC = "lewis.metric"  # tag of a version: the score that its gate looked at
 LUCK = "lewis.luck"  # tag of a version: the standard error of that score, below 0 if lower is better
-MARK = "lewis.mark"  # tag of a version that passed: the number of the mark (`lewis.evaluation.gate`), if not its own
+MARK = "lewis.mark"  # tag of a version that passed: the number of the mark (`lewis.evaluation.gate`), perhaps its own
 CHART = "lewis.champions"  # tag of the run that draws the history of a registered model
 _ENTRIES = "history entries"
 _MOST = 4000  # characters of a reason: PostgreSQL refuses a tag of a registered model that has more than 5000
@@ -48,10 +48,10 @@ class Record:
     Attributes:
         time: UTC, ISO 8601.
         what: `promoted`, `rejected`, `promoted by hand`, `rolled back`; `waits` for approval, `approved`, `refused` by
-            hand, or `lapsed` because nobody did in time; or `repaired`: the same merge, registered again because the
-            champion's files were damaged.
-        version: the new champion, or the version that was refused.
-        champion: the version that was in use before; None if there was none.
+            hand, or `lapsed` because nobody approved it in time or the champion changed; or `repaired`: the same
+            merge, registered again because the champion's files were damaged.
+        version: `uri` of the new champion, or of the version that did not become it.
+        champion: `uri` of the version that was in use before; None if there was none.
         why: the gate's rules, or a person's reason.
         by: the user, or the run.
     """
@@ -79,12 +79,12 @@ def history(name: str) -> list[Record]:
 def record(
     client: "MlflowClient", name: str, what: str, version: str, champion: str | None, why: str, by: str = ""
 ) -> bool:
-    """Append a record, unless the newest record says the same. Call it under the registry's lock.
+    """Append a record to a model's history, unless the newest one says the same. Call it under the registry's lock.
 
-    Of a reason that is too long, rules that passed are cut.
+    A reason that is too long is cut; of the gate's rules, those that passed are cut first.
 
     Returns:
-        whether there is a new record.
+        whether a record was appended.
     """
     if len(why) > _MOST:
         rules = sorted(why.split("; "), key=lambda rule: rule.endswith(": pass"))
@@ -118,9 +118,9 @@ def judged(records: Sequence[Record], mark: str | None) -> list[str]:
 
 
 def lines(records: Sequence[Record], *, verbose: bool = False) -> list[str]:
-    """Records as a line each, newest first: when, what, which version in place of which, why, by whom.
+    """Format each record as one line, newest first: when, what, which version in place of which, why, by whom.
 
-    Of the gate's rules it has those that failed, unless it is `verbose`.
+    Of the gate's rules, a line has only those that failed, unless `verbose` is true.
     """
     numbered = [(each, f"v{each.version.rpartition('/')[2]}") for each in reversed(records)]
     return [
@@ -136,7 +136,7 @@ def _reason(why: str, verbose: bool) -> str:
 
 
 def _beside(record: Record) -> str:
-    """What a version has to do with the champion before."""
+    """Say how the version of a record relates to the champion before: `in place of v3`, `v3 stays` or `the first`."""
     if record.champion is None:
         return "" if record.what in REFUSED else "the first"
     before = f"v{record.champion.rpartition('/')[2]}"
@@ -144,14 +144,14 @@ def _beside(record: Record) -> str:
 
 
 def read(client: "MlflowClient", name: str) -> list[Record]:
-    """`history`, with a client that is open already."""
+    """Return all records of a registered model, oldest first, with a client that is open already."""
     tags = registered_model(client, name).tags
     texts = {key.removeprefix(TAG).removeprefix(_SHOWN): tags[key] for key in tags if key.startswith((TAG, _SHOWN))}
     return [Record(**json.loads(texts[time])) for time in sorted(texts)]
 
 
 def registered_model(client: "MlflowClient", name: str) -> "RegisteredModel":
-    """A registered model.
+    """Return MLflow's description of a registered model.
 
     Raises:
         InputError: if there is no model of this name.
@@ -168,14 +168,14 @@ def registered_model(client: "MlflowClient", name: str) -> "RegisteredModel":
 
 @dataclass(frozen=True)
 class Point:
-    """The scores after one entry of the history.
+    """One entry of a history, with the scores of its version and of the champion after it.
 
     Attributes:
-        step: the highest version so far.
-        version: the number that the entry is about.
-        what: as of `Record`.
+        step: the highest version number so far.
+        version: the number of the version that the entry is about.
+        what: as in `Record`.
         scores: name in MLflow, such as `task/metric` -> score of that version; empty if nothing was scored.
-        champion: the same of the champion since then; None if there is none.
+        champion: the champion's scores after the entry, in the same form; None if there is no champion.
     """
 
     step: int
@@ -186,7 +186,7 @@ class Point:
 
 
 def points(records: Sequence[Record], scores: Mapping[int, Mapping[str, float]]) -> list[Point]:
-    """The scores over a history.
+    """Return each record of a history with the scores of its version and of the champion after it.
 
     Args:
         records: oldest first.
@@ -203,7 +203,7 @@ def points(records: Sequence[Record], scores: Mapping[int, Mapping[str, float]])
 
 
 def follow(client: "MlflowClient", name: str) -> None:
-    """Bring the chart of a model up to date; call it under the registry's lock."""
+    """Log the entries of a model's history that its chart in MLflow lacks; call it under the registry's lock."""
     from mlflow.entities import Metric
     from mlflow.utils.time import get_current_time_millis
 
@@ -225,7 +225,7 @@ def follow(client: "MlflowClient", name: str) -> None:
 
 
 def score(name: str, version: str) -> tuple[str, float] | None:
-    """The score of a version that its gate looked at, with its name in MLflow; None if there is none."""
+    """Return the name in MLflow and the value of the score that a version's gate looked at; None if there is none."""
     name = tracking.model_name(name)
     with tracking.client(f"reading the score of {name}/{version}") as client:
         found = client.get_model_version(name, version)
@@ -234,7 +234,7 @@ def score(name: str, version: str) -> tuple[str, float] | None:
 
 
 def scores(name: str, most: int = 20) -> dict[int, float]:
-    """The score that the newest gate looked at, of the last versions, by their numbers, oldest first."""
+    """Return number -> score of the last `most` versions, oldest first, in the metric of the newest gate."""
     from mlflow.entities import ViewType
 
     name = tracking.model_name(name)
@@ -252,11 +252,11 @@ def scores(name: str, most: int = 20) -> dict[int, float]:
 
 
 def picture(name: str) -> bytes:
-    """The score that the gate looks at, of every version and of the champion; a PNG file.
+    """Draw the score that the gate looks at, of every version and of the champion, as a PNG file.
 
-    The documents are those that the champion was scored on, or else most versions; versions of other documents are left
-    out, such as those whose evaluation ended early, and the picture names them. A line shows what the best of so many
-    versions would score by luck, if all were as good as the first.
+    Only versions that were scored on the same documents as the champion are drawn; if the champion has no score, on the
+    documents of most versions. The picture names the others, such as those whose evaluation ended early. A line shows
+    what the best of so many versions would score by luck, if all were as good as the first.
 
     Raises:
         InputError: if there is no such model, or nothing was scored.
@@ -288,7 +288,7 @@ def by_luck(drawn: Sequence[tuple[int, int, str, float | None, float | None]], e
     """For each entry of a history, what the best of the versions so far would score if all were as good as the first.
 
     Args:
-        drawn: as `lewis.reports.charts.champion_steps` takes them.
+        drawn: the entries, as `points` of `lewis.reports.charts.champion_steps`.
         error: standard error of a score, below 0 if lower is better.
     """
     first = next((each[3] for each in drawn if each[3] is not None), math.nan)
@@ -300,7 +300,7 @@ def by_luck(drawn: Sequence[tuple[int, int, str, float | None, float | None]], e
 
 
 def _read(client: "MlflowClient", name: str) -> tuple[list[Record], dict[int, Mapping[str, float]], str | None]:
-    """A model's history, the scores of its versions, and the score that the newest gate looked at."""
+    """Return a model's history, number -> scores of its versions, and the name of the newest gate's metric."""
     records = read(client, name)
     versions = sorted(client.search_model_versions(f"name='{name}'"), key=lambda version: int(version.version))
     scores: dict[int, Mapping[str, float]] = {int(each.version): _scores(client, each.run_id) for each in versions}
@@ -310,7 +310,7 @@ def _read(client: "MlflowClient", name: str) -> tuple[list[Record], dict[int, Ma
 
 
 def _scores(client: "MlflowClient", run: str | None) -> dict[str, float]:
-    """The merged model's scores, by their names in MLflow."""
+    """Return the merged model's scores in a run, by their names in MLflow; empty if the run is gone."""
     found = tracking.run_of(client, run)
     metrics = found.data.metrics if found else {}
     return {name.removeprefix("merged/"): value for name, value in metrics.items() if name.startswith("merged/")}
@@ -320,21 +320,21 @@ def _documents(client: "MlflowClient", run: str | None, metric: str) -> str:
     """The digest of the documents that a score was measured on; empty if it is not known."""
     found = tracking.run_of(client, run)
     inputs = found.inputs.dataset_inputs if found and found.inputs else []
-    # A run that was completed has two inputs of a task: that of all documents is sorted last, and counts.
+    # A run whose scores were completed has two inputs of a task: the one of all documents is sorted last, and counts.
     by_part = sorted(inputs, key=lambda each: tracking.PART not in {tag.key for tag in each.tags})
     named = {each.dataset.name: each.dataset.digest for each in by_part}
     return str(named.get(metric.partition("/")[0], ""))
 
 
 def _run(client: "MlflowClient", name: str) -> tuple[str, int]:
-    """The run of the chart, made when it is missing, and how many entries of the history it has."""
+    """Return the id of the run with a model's chart, created if it is missing, and how many history entries it has."""
     experiment = tracking.experiment(client, registered_model(client, name).tags.get(TEAM, ""))
     search = ([experiment], f"tags.`{CHART}` = '{name}'")
     if not (found := client.search_runs(*search)):
         client.create_run(experiment, run_name=f"{name}: champions", tags={CHART: name})
         found = client.search_runs(*search)
     run, *others = sorted(found, key=_entries, reverse=True)
-    for each in others:  # MLflow's client sent the request again
+    for each in others:  # duplicates, since MLflow's client sent the request again
         client.delete_run(each.info.run_id)
     if run.info.status == "RUNNING":
         client.set_terminated(run.info.run_id)
@@ -342,7 +342,6 @@ def _run(client: "MlflowClient", name: str) -> tuple[str, int]:
 
 
 def _entries(run: "Run") -> int:
-    """How many entries of the history a chart has."""
     return int(run.data.metrics.get(_ENTRIES, 0))
 
 

@@ -1,4 +1,4 @@
-"""The inputs that a version was merged from: their commits and content digests, which its tags hold."""
+"""The inputs that a version was merged from: their commits and content digests, and the tags that hold these."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def lineage_of(
 
 
 def source_tag(ref: str) -> str:
-    """The tag of a version that holds the commit or content digest of an input; several references may share one."""
+    """Return the name of the version's tag for the commit or digest of an input; several references may share one."""
     return tracking.key(f"{SOURCE}{ref.replace('/', '--')}")
 
 
 def _own_tag(ref: str) -> str:
-    """The tag of an input that shares its `source_tag` with another one of the version, as long paths may."""
+    """Return the tag's name for an input whose `source_tag` another input of the version has too, as long paths may."""
     end = f".{store.digest(ref)[:16]}"
     return source_tag(ref)[: tracking.MAX_KEY - len(end)] + end
 
 
 def tags_of(lineage: Mapping[str, str]) -> dict[str, str]:
-    """Tag -> commit or content digest, of every input; the inverse of `commit_of`."""
+    """Return the tags for a version's inputs: name -> commit or content digest, which `commit_of` finds in them."""
     shared = Counter(map(source_tag, lineage))
     return {_own_tag(ref) if shared[source_tag(ref)] > 1 else source_tag(ref): key for ref, key in lineage.items()}
 
@@ -47,7 +47,7 @@ def commit_of(sources: Mapping[str, str], ref: str) -> str | None:
 
 
 def sources(tags: Mapping[str, str]) -> dict[str, str]:
-    """Those tags of a version that hold its inputs."""
+    """Select the tags of a version that hold the commits and content digests of its inputs."""
     return {tag: key for tag, key in tags.items() if tag.startswith(SOURCE)}
 
 
@@ -57,7 +57,7 @@ def by_reference(sources: Mapping[str, str], known: Iterable[str]) -> dict[str, 
     A reference cannot be read from its tag exactly, because MLflow does not accept every character.
 
     Args:
-        sources: as `sources` gives them.
+        sources: the version's tags, as `sources` selects them.
         known: references to look for. Where a tag belongs to none of them, the reference is guessed from the tag.
     """
     known = list(known)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FACTS = "version.json"  # what is known of the version and nobody filters by: its files, its scores
+FACTS = "version.json"  # facts of a version that nobody filters versions by: its files, its scores
 CHECKPOINT = "model"  # the subfolder in which MLflow's transformers flavor keeps the Hugging Face folder
 WEIGHTS = "*.safetensors"
 
@@ -55,7 +55,7 @@ def write(
             SHA-256 of every other file, by its path in the model's artifacts.
 
     Raises:
-        TransientError: if a remote artifact store has not all that was sent.
+        TransientError: if a remote artifact store lacks something that was sent.
     """
     with _target(client, model) as target:
         _build(model, folder, target, card, base)
@@ -76,7 +76,7 @@ def write(
 
 
 def note_metrics(client: "MlflowClient", model: "LoggedModel", metrics: Mapping[str, float]) -> None:
-    """Replace `metrics` among the facts of a version.
+    """Replace the metrics in the facts (`version.json`) of a version.
 
     Raises:
         DamagedError: if the facts are lost or damaged.
@@ -91,10 +91,10 @@ def note_metrics(client: "MlflowClient", model: "LoggedModel", metrics: Mapping[
 
 
 def facts(client: "MlflowClient", model: "LoggedModel") -> dict[str, Any]:
-    """What `write` kept of a version.
+    """Return the facts of a version, which `write` kept in its `version.json`.
 
     Raises:
-        DamagedError: if it is lost or damaged.
+        DamagedError: if the file is lost or damaged.
     """
     from mlflow.artifacts import download_artifacts
 
@@ -111,15 +111,15 @@ def facts(client: "MlflowClient", model: "LoggedModel") -> dict[str, Any]:
 
 
 def check(client: "MlflowClient", model: "LoggedModel", *, again: bool = False) -> None:
-    """Check that the artifact store still has every file as it was written.
+    """Check that the artifact store still has every file of a model as it was written.
 
-    On a file system of this machine that means the content. Of remote files only the sizes can be asked for.
+    Files on a file system of this machine are checked by their content, remote files by their sizes alone.
 
     Args:
-        again: read every file, whatever is remembered.
+        again: read every file, even if its checksum is remembered.
 
     Raises:
-        DamagedError: naming the file.
+        DamagedError: naming the file that is missing or damaged.
     """
     try:
         files = {name: (int(size), str(sha256)) for name, (size, sha256) in facts(client, model)["files"].items()}
@@ -177,13 +177,13 @@ def discard(client: "MlflowClient", model: "LoggedModel") -> None:
     try:
         client.delete_logged_model(model.model_id)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # MLflow's client sent the request again
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # else MLflow's client sent the request twice
             raise
 
 
 @contextmanager
 def _target(client: "MlflowClient", model: "LoggedModel") -> Iterator[Path]:
-    """The folder to build in: the model's own, which nobody reads while it is pending, or one that is then uploaded."""
+    """Give the folder to build a model in: its own, which nobody reads while it is pending, or one to be uploaded."""
     if (folder := local_folder(model)) is not None:
         yield folder
         return
@@ -238,7 +238,7 @@ def _build(model: "LoggedModel", folder: Path, target: Path, card: str, base: Pa
 
 
 def _refer_to_base(flavor: dict[str, Any], target: Path) -> None:
-    """Turn MLflow's flavor into an adapter's, as `save_model` writes it for a PeftModel, which would be in memory."""
+    """Change MLflow's flavor to that of an adapter, as `save_model` would write it for a PeftModel in memory."""
     adapter = target / CHECKPOINT
     # A folder with both configs means a full model with an adapter next to it.
     (adapter / "config.json").unlink()
@@ -254,9 +254,10 @@ def _refer_to_base(flavor: dict[str, Any], target: Path) -> None:
 
 @contextmanager
 def _pipeline_has_a_name() -> Iterator[None]:
-    """MLflow 3.17 expects a class as `impl`, and takes its name; transformers 5.23 has a dotted name there.
+    """Put a class in place of the dotted name `impl` in transformers' table of pipelines, while the block lasts.
 
-    So a class of that name stands there meanwhile: importing the right one takes seconds.
+    MLflow 3.17 reads the name of a class there; transformers 5.23 has a dotted name. An empty class of that name is
+    enough: importing the right one takes seconds.
     """
     task = private_names.PIPELINE_TASK.get()("text-generation")[1]
     impl = task["impl"]
@@ -269,7 +270,7 @@ def _pipeline_has_a_name() -> Iterator[None]:
 
 
 def link(source: Path, target: Path) -> None:
-    """Make a hard link of a file, or a copy where there can be none."""
+    """Make a hard link to a file, or a copy where the file system allows no link."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

@@ -1,11 +1,11 @@
-"""Moves of the alias `champion` that are still to be reported.
+"""The outbox: moves of the alias `champion` that are still to be reported to Prefect.
 
-A process may die after it moved the alias and before it reported that, and so may the server that it reported to. So
+A process may die after it moved the alias and before it reported that, and the server may die after the report. So
 a move is written to a file of the store before the alias moves, and the file stays until the reader of the outbox has
-made sure that the move is known. A move has one id, however often it is reported.
+made sure that the server knows the move. A move has one id, however often it is reported.
 
-A move that is written down may not have happened: its writer may have died before. `settle` finds that out from the
-alias. Until then, a move is neither reported nor forgotten.
+The alias may not have moved although the move was written: the writer may have died in between. `settle` finds that out
+from the alias. Until then, the move is neither reported nor removed.
 """
 
 import uuid
@@ -20,14 +20,14 @@ from lewis.store.kinds import OUTBOX
 
 @dataclass(frozen=True)
 class Move:
-    """The alias `champion` of a registered model moves to another version.
+    """A move of the alias `champion` of a registered model to another version.
 
     Attributes:
         name: of the registered model.
         version: the new champion's number.
         previous: `uri` of the champion before; None if there was none.
         reasons: the gate's, or a person's.
-        about: what else is reported of it, such as the recipe; JSON data.
+        about: further data to report with it, such as the recipe; JSON data.
         id: a UUID, the same whenever the move is reported.
         time: when it was written down; UTC, ISO 8601.
         happened: whether the alias is known to have moved.
@@ -49,19 +49,19 @@ class Move:
 
 
 def write(move: Move) -> None:
-    """Write a move to a file; it replaces an earlier one of the same id. What dead processes left of others goes."""
+    """Write a move to a file, in place of an earlier one of the same id; remove leftovers of processes that died."""
     path = OUTBOX.path(move.id)
     store.write_entry(path, asdict(move))
     store.sweep(path.parent)
 
 
 def remove(move: Move) -> None:
-    """Remove a move that Prefect has, or that never happened."""
+    """Remove a move from the outbox, because Prefect knows it or it never happened."""
     OUTBOX.path(move.id).unlink(missing_ok=True)
 
 
 def moves() -> list[Move]:
-    """All moves that are to be reported, oldest first."""
+    """Return all moves in the outbox, oldest first."""
     found = [store.read_entry(path) for path in OUTBOX.entries()]
     return sorted((Move(**each) for each in found if each), key=lambda move: move.time)
 

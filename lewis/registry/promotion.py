@@ -4,7 +4,8 @@ Everything happens under the registry's lock. First the champion must still be t
 Then a record is written to the history, and the move to the outbox, so that it is reported even if this process dies.
 The alias `champion`, which alone says what is in use, moves last.
 
-A version that passed the gate may wait for a person's approval. Its tags say until when, and what must hold then.
+A version that passed the gate may wait for a person's approval. Its tags say until when, and which champion the gate
+compared it with: that must still be the champion.
 """
 
 import json
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WAITING = "waiting"
-"""The verdict of a version that passed and is not approved yet."""
+"""The value of the tag `lewis.verdict` of a version that passed the gate and is not approved yet."""
 
 _UNTIL, _BESIDE = "lewis.approve_until", "lewis.approve_beside"
-"""Tags of such a version: until when it waits (UTC, ISO 8601), and what the gate compared it with."""
+"""Tags of a version that waits: until when (UTC, ISO 8601), and what the gate compared it with."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Promotion:
 
     Attributes:
         moved: whether the alias `champion` moved to the version.
-        new: whether the history has a record of it that it did not have: another verdict, or other reasons.
+        new: whether a record was added to the history; none is if the newest one has the same verdict and reasons.
         previous: `uri` of the version that had the alias before; None if there was no champion.
     """
 
@@ -55,11 +56,11 @@ class Promotion:
 def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str, Any] | None = None) -> Promotion:
     """Record the verdict on the version and move the aliases: `champion` if it passed, else `challenger`.
 
-    If a person has to approve it, it gets the alias `challenger` too. Nothing changes if it is the champion already.
+    A version that a person has to approve gets `challenger`. If the version is the champion already, no alias moves.
 
     Args:
         by: who promotes, for the history; by default the name of the user.
-        about: what else is reported of the move, as `Move.about`.
+        about: further data to report with the move, as `Move.about`.
 
     Raises:
         LewisError: if the champion changed after the comparison, or the version's files are lost or damaged.
@@ -117,19 +118,19 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
 
 
 def approve(name: str, version: str, why: str, by: str = "") -> str:
-    """Make a version the champion that passed the gate and waits; return the `uri` of the champion before, or nothing.
+    """Approve a version that waits: make it the champion; return the `uri` of the one before, empty if there was none.
 
     Args:
         by: who approves, for the history; by default the name of the user.
 
     Raises:
-        InputError: if it does not wait, or no longer: its time is up, or the champion is another than the gate compared
-            it with; or if its files are gone or damaged, or no reason is given.
+        InputError: if it does not wait; if it can no longer be approved, because its time is up or the champion is
+            not the one that the gate compared it with; if its files are gone or damaged; or if no reason is given.
     """
     name = tracking.model_name(name)
     with store.SharedLock(f"registry-{name}"), tracking.client(f"approving {name}/{version}") as client:
         aliases = _aliases(client, name)
-        if aliases.get("champion") == version:  # an approval died after it had moved the alias
+        if aliases.get("champion") == version:  # a process that approved it died after it had moved the alias
             _tags_of_waiting(client, name, version)
             before = f"models:/{name}/{aliases['previous']}" if "previous" in aliases else ""
         else:
@@ -140,7 +141,7 @@ def approve(name: str, version: str, why: str, by: str = "") -> str:
 
 
 def is_waiting(name: str, version: str) -> bool:
-    """Whether a version waits for approval; also if it can no longer be approved."""
+    """Whether the verdict on a version is that it waits for approval; it stays so when it can no longer be approved."""
     name = tracking.model_name(name)
     with tracking.client(f"reading {name}/{version}") as client:
         found = versions.lookup(client, name, number=version)
@@ -148,17 +149,18 @@ def is_waiting(name: str, version: str) -> bool:
 
 
 def has_lapsed(tags: Mapping[str, str], champion: str) -> bool:
-    """Whether a version that waits for approval can no longer be approved; `champion` is the number of that, or empty.
+    """Whether a version that waits for approval can no longer be approved.
 
     Args:
         tags: of the version.
+        champion: the number of the champion's version; empty if there is none.
     """
     late = datetime.fromisoformat(tags[_UNTIL]) < datetime.now(UTC)
     return late or _number(tags[_BESIDE]) != champion
 
 
 def _number(compared: str) -> str:
-    """The number of the champion that a gate compared with; empty if that was the base."""
+    """Return the version number of the champion that a gate compared with; empty if there was no champion."""
     return compared.rpartition("/")[2] if compared.startswith("models:/") else ""
 
 
@@ -170,7 +172,7 @@ def is_champion(name: str, version: str) -> bool:
 
 
 def refuse(name: str, version: str, why: str, by: str = "") -> None:
-    """Refuse a version that waits for approval. Later runs do not ask for it again.
+    """Refuse a version that waits for approval. Later runs do not ask for its approval again.
 
     Raises:
         InputError: if it does not wait, or no reason is given.
@@ -215,9 +217,9 @@ def rollback(name: str, why: str) -> str:
 
 
 def withdrawn(name: str, digest: str) -> str | None:
-    """Why the version of a merge was rolled back by hand; None if it was not.
+    """Return the reason why a merge's version was refused or rolled back by hand; None if it was not.
 
-    It counts also where the version's files are damaged, so that the version that is registered in its place stays out.
+    If the version's files are damaged, the reason also holds for the version that is registered in its place.
     """
     name = versions.check(name, digest)
     with tracking.client(f"reading the versions of {name}") as client:
@@ -228,7 +230,7 @@ def withdrawn(name: str, digest: str) -> str | None:
 
 
 def standing(name: str, digest: str) -> Standing:
-    """What the history of a registered model says to the gate that judges a merge.
+    """Return what the gate that judges a merge needs from the history of a registered model.
 
     The mark of a champion that no gate promoted is the champion itself.
     """
@@ -244,7 +246,7 @@ def standing(name: str, digest: str) -> Standing:
 
 
 def mark(name: str) -> Champion | None:
-    """The version that no later one may fall behind, as a model to score; None before the first promotion."""
+    """Return the mark, which no later version may be worse than, as a model to score; None without a champion."""
     name = tracking.model_name(name)
     with tracking.client(f"reading the mark of {name}") as client:
         found = _mark(client, name)
@@ -269,7 +271,7 @@ def _check_still_champion(current: Champion | None, verdict: Verdict) -> None:
 
 
 def _ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: str | None, by: str) -> dict[str, str]:
-    """The tags of a version that begins to wait, or waits already. A wait that has ended goes into the history."""
+    """Return the tags of a version that begins to wait, none if it waits already; record an earlier wait as lapsed."""
     known = client.get_model_version(version.name, version.version).tags
     now = datetime.now(UTC)
     if known.get("lewis.verdict") == WAITING and _UNTIL in known:
@@ -283,7 +285,7 @@ def _ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: s
 
 
 def _tags_of_waiting(client: "MlflowClient", name: str, version: str) -> dict[str, str]:
-    """The tags of a version that waits.
+    """Return the tags of a version, which must be waiting for approval.
 
     Raises:
         InputError: if there is no such version, or it does not wait.
@@ -298,7 +300,7 @@ def _tags_of_waiting(client: "MlflowClient", name: str, version: str) -> dict[st
 
 
 def _check_waits(client: "MlflowClient", name: str, version: str, champion: str | None) -> None:
-    """Check that a version waits, and that what the gate found still holds."""
+    """Check that a version waits for approval, that its time is not up, and that the champion is still the same."""
     uri, tags = f"models:/{name}/{version}", _tags_of_waiting(client, name, version)
     again = "run its recipe again, which judges it again"
     until = datetime.fromisoformat(tags[_UNTIL])
@@ -334,7 +336,7 @@ def _move(
         client.set_model_version_tag(name, withdrawing, WITHDRAWN, why)
     if WITHDRAWN in found.tags:
         client.delete_model_version_tag(name, version, WITHDRAWN)
-    if becomes_mark:  # a gate may have passed it before, and not found it better than an earlier one
+    if becomes_mark:  # a gate may have passed it earlier, and have left the mark at an earlier version
         client.set_model_version_tag(name, version, history.MARK, version)
     about = {"digest": found.tags.get("lewis.digest", "")}
     move_champion(client, Move(name, version, before, [f"{what}: {why}"], about))
@@ -343,7 +345,7 @@ def _move(
 
 
 def settle() -> None:
-    """Find out whether the moves happened whose writer died meanwhile."""
+    """Settle the moves in the outbox whose writer died: find out from the alias `champion` whether each happened."""
     for name in outbox.unsettled():
         with store.SharedLock(f"registry-{name}"), tracking.client(f"reading the champion of {name}") as client:
             try:

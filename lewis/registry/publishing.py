@@ -59,7 +59,7 @@ class _Remote:
 
 
 def check(repo: str, private: bool) -> None:
-    """Raise the errors of `publish` that can be known before anything is pushed.
+    """Check, before anything is pushed, that a merged model can be published to a repo.
 
     Args:
         repo: `org/name`; it need not exist.
@@ -81,7 +81,7 @@ def check_base(base: str | None, root: Path, *, adapter: bool) -> None:
         adapter: whether an adapter is published; a full model needs no base.
 
     Raises:
-        InputError: if it is an adapter on a folder.
+        InputError: if it is an adapter whose base is a local folder.
     """
     if adapter and base and (folder := find_folder(base, root)):
         raise InputError(
@@ -102,7 +102,7 @@ def publish(
             repo stays private.
         title: of the commit.
         branch: made from `main` if it does not exist.
-        card: the model card, instead of that of the folder.
+        card: the text of the model card; None: the card in the folder.
 
     Raises:
         InputError: as `check`, or if the token has no right to write to the repo.
@@ -140,7 +140,7 @@ def publish(
 
 
 def _look(repo: str, private: bool, branch: str = "main") -> _Remote | None:
-    """What a branch of the repo has; None if there is no repo."""
+    """Return the head commit, the files and the merge digest of a branch of a repo; None if there is no such repo."""
     if client.offline():
         raise InputError("publish: HF_HUB_OFFLINE is set; unset it, or leave the publish block out")
     if not get_token():
@@ -169,12 +169,12 @@ def _look(repo: str, private: bool, branch: str = "main") -> _Remote | None:
 def _commit(
     repo: str, operations: list[CommitOperationAdd | CommitOperationDelete], title: str, parent: str, branch: str
 ) -> Any:
-    """Make the commit; on a Hub without Xet, which new files of the Hub are kept in, upload by the LFS protocol."""
+    """Make a commit on the Hub; where the Hub lacks Xet, its storage for new files, upload by the LFS protocol."""
 
     create = partial(client.api().create_commit, repo, operations, commit_message=title)
 
     def make() -> Any:
-        # After a reset the commit may be there, and what comes after it would be taken for somebody else's.
+        # After a reset of the connection the commit may exist; a repetition would take it for somebody else's push.
         return client.repeated(repo, lambda: create(parent_commit=parent, revision=branch), after_reset=False)
 
     try:
@@ -199,7 +199,7 @@ def _errors(repo: str) -> Iterator[None]:
 
 
 def _refusal(repo: str, status: int) -> LewisError | None:
-    """The error for a status that has its own meaning when one writes; None for all others."""
+    """Return the error for an HTTP status with a meaning of its own when a repo is written; None for all others."""
     match status:
         case 401:
             return InputError("publish: the Hub refuses HF_TOKEN as invalid or expired (401); make one that may write")

@@ -1,4 +1,4 @@
-"""A version of a registered model as a folder of its own, for what loads models from a folder."""
+"""Write a version of a registered model into a folder, for programs that load models from a folder."""
 
 import shutil
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def pull(what: str, folder: Path) -> Pulled:
                 logged_model.link(model.folder / each, target / each)
             else:
                 shutil.copyfile(model.folder / each, target / each)
-        try:  # again: what was remembered of a file does not show what the disk did to it since
+        try:  # again: a checksum that is remembered does not show damage by the disk since then
             manifest.check_files(target, expected, again=True)
         except DamagedError as error:
             raise _damaged(model.version.uri, error) from error
@@ -75,7 +75,7 @@ def pull(what: str, folder: Path) -> Pulled:
 
 
 def version_of(client: "MlflowClient", what: str) -> "ModelVersion":
-    """The version that a text names, in the form that `pull` takes.
+    """Return the version that a text names, in a form that `pull` takes, such as `NAME@ALIAS`.
 
     Raises:
         InputError: if there is no such model, alias or version.
@@ -88,10 +88,10 @@ def version_of(client: "MlflowClient", what: str) -> "ModelVersion":
 
 
 def named(what: str) -> tuple[str, str, str]:
-    """Name, number and alias of `NAME`, `NAME/VERSION` or `NAME@ALIAS`; one of number and alias is empty.
+    """Split `NAME`, `NAME/VERSION` or `NAME@ALIAS` into name, number and alias; number or alias is empty.
 
     Raises:
-        InputError: if it is none of them.
+        InputError: if the text has none of these forms.
     """
     given = what.removeprefix("models:/")
     name, separator, number = given.partition("/")

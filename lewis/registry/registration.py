@@ -1,4 +1,4 @@
-"""What is registered in MLflow about a merged model."""
+"""Collect what is registered in MLflow about a merged model: parameters, scores, lineage, pictures and the card."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,8 +38,8 @@ class Registration:
         folder: the merged checkpoint as `store.publish` wrote it; its files never change afterwards.
         digest: of the merge, 64 hex digits; it identifies the version.
         params: the recipe, flat: `a.b.0.c` -> value.
-        metrics: such as `{"merged/gsm8k/exact_match,none": 0.5, "base/...": ...}`. Those of `merged` also become
-            a tag of the version.
+        metrics: such as `{"merged/gsm8k/exact_match,none": 0.5, "base/...": ...}`. Those of `merged` are also kept in
+            the version's `version.json`.
         lineage: reference in the recipe -> commit or content digest, of every input.
         recipe: its YAML text.
         pictures: file name -> PNG.
@@ -48,12 +48,12 @@ class Registration:
         tags: further tags of a new version, such as the flow run that made it.
         documents: name of a metric -> task and digest of the documents that it was measured on.
         datasets: the documents of the evaluation and the calibration sets, as inputs of the run.
-        base: if `folder` holds an adapter, the folder of the model that it sits on.
+        base: if `folder` holds an adapter, the folder of its base model; else None.
         source: name of the recipe's file, which MLflow shows as the source of the run.
-        began: when the work on the merge began, as Unix time in seconds; by default when it is registered.
+        began: when the work on the merge began, as Unix time in seconds; None: when it is registered.
         eval_results: the scores as YAML for the Hub; empty if it would compare none of them.
         team: `register.team` of the recipe.
-        beside: the answers of the merged model and of what the gate compares it with; None if there are none.
+        beside: the answers of the merged model and of the model that the gate compares it with; None without one.
     """
 
     name: str
@@ -92,12 +92,12 @@ def registration_of(
 
     Args:
         recipe: with a `register` block.
-        base, experts, calibrations: the inputs.
+        base, experts, calibrations: the inputs of the merge.
         allocated: densities; None for a plain merge.
-        merged: the result.
+        merged: the result of the merge.
         scores: label in the score table -> scores.
         tags: further tags of the version.
-        began: as of `Registration`.
+        began: as in `Registration`.
     """
     assert recipe.register_as is not None
     models = scored(recipe.score_weights, scores)
@@ -165,7 +165,7 @@ def registration_of(
 
 
 def _documents(models: Sequence[Scored], metrics: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Metric -> task and digest of its documents, where they are known; all models have the same documents."""
+    """Map each metric to its task and the digest of its documents, where known; all models have the same documents."""
     known = {
         f"/{samples.key}": (samples.task, store.digest([part.documents for part in samples.parts])[:DIGEST])
         for samples in (models[-1].samples if models else ())
@@ -181,7 +181,7 @@ def _inputs(
     calibrations: Sequence[CalibrationEntry],
     part: str,
 ) -> list[RunInput]:
-    """The documents of the evaluation, and the calibration sets, with where they come from."""
+    """Return the inputs of the run: the evaluation documents and the calibration sets, each with its source."""
     found = []
     for task, digest in sorted(set(documents.values())):
         kind, source = ("hugging_face", sources[task]) if task in sources else ("lm-eval", {"lm_eval_task": task})
@@ -218,14 +218,14 @@ def model_card(
     fit: str = "",
     adapter: str = "",
 ) -> str:
-    """The card of one merge.
+    """Return the model card of one merge as Markdown.
 
     Args:
-        lineage: as `lineage_of`.
+        lineage: as `lineage_of` returns it.
         means: expert -> mean density; empty for a plain merge.
         models: everything that was scored, the merged model last.
-        fit: what is to be said of the fit, as a sentence.
-        adapter: if it is an adapter, what it holds and what error it leaves.
+        fit: a sentence about the fit; empty if there is nothing to say.
+        adapter: if the merge is an adapter, what it holds and its error, in one line; else empty.
     """
     found, parents = scores_of(models), [*([base] if base else []), *experts]
     return card.model_card(
@@ -250,7 +250,7 @@ def model_card(
 
 
 def _datasets(recipe: Recipe) -> list[str]:
-    """The repos on the Hub that calibration rows are from."""
+    """Return the Hub repos that the calibration rows of a recipe come from."""
     sets = recipe.lewis.calibrations.values() if recipe.lewis else ()
     repos = [(each.dataset or "").partition("@")[0] for each in sets]
     return [repo for repo in repos if card.REPO.fullmatch(repo)]
@@ -263,7 +263,7 @@ def write_card(
     experts: Sequence[ModelFiles],
     allocated: AllocationEntry | None,
 ) -> None:
-    """Put the card of a merge that was not scored, with the picture of its densities, into the model's folder."""
+    """Write the card of a merge that was not scored, with the picture of its densities, into the merge's folder."""
     means = dict(allocated.means) if allocated else {}
     adapter = written.adapter.to_text() if written.adapter else ""
     text = model_card(recipe, base, experts, lineage_of(base, experts, ()), means, fit=written.fit, adapter=adapter)
@@ -271,7 +271,7 @@ def write_card(
 
 
 def _gains(models: Sequence[Scored]) -> dict[str, float]:
-    """The merged model's gain on each other model, with its interval, as metrics."""
+    """Return the merged model's gain over each other model, with the ends of its interval, as metrics."""
     found: dict[str, float] = {}
     for model in models[:-1]:
         for key in models[-1].by_name:
@@ -282,7 +282,7 @@ def _gains(models: Sequence[Scored]) -> dict[str, float]:
 
 
 def _kept(kept: Sequence[Kept]) -> dict[str, float]:
-    """The fraction of each expert's gain that the merged model and the baselines keep, as metrics."""
+    """Return the fraction of each expert's gain that the merged model and the baselines keep, as metrics."""
     found: dict[str, float] = {}
     for each in kept:
         fractions = {"kept": each.fraction} | {f"kept by {label}": value for label, value in each.baselines.items()}
@@ -291,7 +291,7 @@ def _kept(kept: Sequence[Kept]) -> dict[str, float]:
 
 
 def flat_parameters(recipe: Recipe) -> dict[str, str]:
-    """The recipe as `a.b.0.c` -> value, without the block `serve`."""
+    """Return the recipe as flat parameters, `a.b.0.c` -> value, without default values and the block `serve`."""
 
     def walk(value: Any, path: str) -> dict[str, str]:
         if isinstance(value, dict):

@@ -23,7 +23,7 @@ class Held:
     Attributes:
         version: its number in MLflow.
         digest: of the merge, 64 hex digits.
-        verdict: of the gate: `passed`, `failed`, or empty if there is none yet.
+        verdict: of the gate: `passed`, `failed`, `waiting` for approval, or empty if there is none yet.
         aliases: the aliases that point to it, sorted.
         sources: tag -> commit key of an input; see `commit_of`.
         published: `org/name@commit` on the Hub; empty if it is not there.
@@ -61,7 +61,7 @@ class Moved:
 
 
 def heads(base: Source | None, experts: Sequence[Source]) -> dict[str, str]:
-    """The commit key of the base and of every expert, by reference; as just pinned, it is the current one."""
+    """Return the current commit keys of the base and of every expert, which were just pinned, by reference."""
     return {source.ref: source.key for source in (base, *experts) if source}
 
 
@@ -95,20 +95,21 @@ def merged(name: str) -> list[Held]:
 
 
 def champion(held: Sequence[Held]) -> Held | None:
-    """The version in use; None if there is none."""
+    """Return the version in use, among a model's registered versions; None if there is none."""
     return next((version for version in held if "champion" in version.aliases), None)
 
 
 def waiting(held: Sequence[Held]) -> Held | None:
-    """The version that waits for approval, and is still `challenger` and may be approved."""
+    """Return the version that waits for approval, has the alias `challenger` and may still be approved; else None."""
     waits = (each for each in held if each.verdict == WAITING and not each.lapsed)
     return next((each for each in waits if "challenger" in each.aliases), None)
 
 
 def moved(heads: Mapping[str, str], held: list[Held], *, base: str | None, root: Path) -> list[Moved]:
-    """The models whose current commit is not in the newest merge; empty if any version has all current commits.
+    """Return the models whose current commit is not in the newest merge; empty if a judged version has all of them.
 
-    If the recipe was never merged, only the first expert is returned: one release is enough to start a merge.
+    Only the first expert is returned, as one release is enough to start a merge, if the recipe was never merged, or if
+    the run that merged the current commits died before the gate's verdict.
 
     Args:
         heads: what `heads` returned.

@@ -1,8 +1,8 @@
 """Versions whose files are lost or damaged: they are found and tagged, and a version is registered in their place.
 
-The weights in MLflow may be hard links of the store's, so that one damaged sector damages both. The merge makes them
-again in the store, in new files, and registers them as a new version. The aliases move to it. A version is not mended
-in place: a program that loaded it has the damaged files, and its number should not stand for two contents.
+The weights in MLflow may be hard links of the store's, so that one damaged sector damages both. The next run writes
+them again in the store, in new files, and registers them as a new version. The aliases move to it. A version is not
+mended in place: a program that loaded it has the damaged files, and its number should not stand for two contents.
 """
 
 import logging
@@ -28,8 +28,8 @@ _INHERITED = (WITHDRAWN, "lewis.verdict", "lewis.approve_", "lewis.published", h
 def verify() -> Verified:
     """Read all files of the store and of the registered versions again; remembered checksums are not trusted.
 
-    A version whose files are lost or damaged is tagged. The next run of its recipe registers it again. Versions are not
-    looked at where a database is damaged.
+    A version whose files are lost or damaged is tagged. The next run of its recipe registers it again. If a database is
+    damaged, the versions are not checked.
 
     Raises:
         TransientError: if MLflow does not answer.
@@ -38,7 +38,7 @@ def verify() -> Verified:
     found = verification.verify()
     checked, damaged, unchecked = found.checked, list(found.damaged), 0
     readable = all(each.kind != verification.DATABASE for each in damaged)
-    if readable and tracking.exists():  # without a database nothing was registered, and a look should not create one
+    if readable and tracking.exists():  # without a database nothing was registered, and a check should not create one
         with tracking.client("checking the registered versions") as client:
             for version in tracking.every(client.search_model_versions):
                 digest = version.tags.get("lewis.digest")
@@ -51,7 +51,7 @@ def verify() -> Verified:
                     damaged.append(Damage("version", f"models:/{version.name}/{version.version}", str(error)))
                     mark(client, version, digest)
                 try:
-                    # The recipe is a run's first file. An earlier LEWIS noted no checksums of it.
+                    # Each run has a file with the recipe, for which earlier releases of LEWIS noted no checksum.
                     unchecked += "recipe.yaml" not in tracking.check_files(client, str(version.run_id))
                 except DamagedError as error:  # scores, verdict, recipe: the model itself may be whole
                     damaged.append(Damage("run", f"runs:/{version.run_id}", str(error)))
@@ -70,7 +70,7 @@ def give_up(client: "MlflowClient", version: "ModelVersion", digest: str) -> Non
 
 
 def inherited(client: "MlflowClient", name: str, digest: str) -> dict[str, str]:
-    """The tags that a new version of a merge takes from the damaged one before it: verdict, mark, publication ..."""
+    """Return the tags that a new version of a merge takes from the damaged one before: verdict, mark, publication."""
     before = client.search_model_versions(f"name='{name}' and tags.`{DAMAGED}`='{digest}'")
     newest = max(before, key=lambda version: int(version.version), default=None)
     return {key: value for key, value in newest.tags.items() if key.startswith(_INHERITED)} if newest else {}
@@ -79,7 +79,7 @@ def inherited(client: "MlflowClient", name: str, digest: str) -> dict[str, str]:
 def point_aliases_to(client: "MlflowClient", version: Version, digest: str) -> None:
     """Move every alias of a merge's damaged versions to an intact version. Call it under the registry's lock.
 
-    It is done at each registration: a process that died in between leaves the rest to the next.
+    Each registration calls it, so that the next one completes what a process that died left undone.
     """
     name = version.name
     if DAMAGED in client.get_model_version(name, version.version).tags:  # its files are whole again
@@ -98,7 +98,7 @@ def point_aliases_to(client: "MlflowClient", version: Version, digest: str) -> N
 
 
 def _move_champion(client: "MlflowClient", version: Version, before: str, digest: str) -> None:
-    """Move the alias `champion`, and report it, so that servers of the damaged files load the new version."""
+    """Move the alias `champion` to an intact version and report it, so that servers replace the damaged one."""
     why = f"the files of {before} were damaged"
     history.record(client, version.name, "repaired", version.uri, before, why)
     move = Move(version.name, version.version, before, [f"repaired: {why}"], {"digest": digest})

@@ -1,6 +1,6 @@
-"""What the registered versions need, and the old runs of MLflow that nothing needs.
+"""Retention: which entries of the store the registered versions need, and which old runs of MLflow nothing needs.
 
-Of the store they need their checkpoints, what these were made from, and the scores of both.
+A version needs its checkpoint, the inputs that this was made from, and the scores of both.
 """
 
 import logging
@@ -26,7 +26,7 @@ _NOT_MADE_FROM = ", no registered version was made from it"
 
 
 def by_versions() -> dict[str, Needed]:
-    """For `housekeeping.survey`: name of a kind -> what to keep of it. Asks MLflow for all registered versions.
+    """Return which entries the registered versions need, by the name of their kind, for `housekeeping.survey`.
 
     Raises:
         TransientError: if MLflow does not answer.
@@ -39,7 +39,7 @@ def by_versions() -> dict[str, Needed]:
         content = _content(path)
         return {content.get("model"), content.get("calibration")} <= inputs
 
-    def is_allocation_of_one(path: Path) -> bool:  # by the mean densities: it does not name its merge
+    def is_allocation_of_one(path: Path) -> bool:  # by its mean densities: an allocation does not name its merge
         experts = _content(path).get("experts") or {}
         return {ref: fields.get("mean") for ref, fields in experts.items()} in means
 
@@ -57,19 +57,19 @@ def by_versions() -> dict[str, Needed]:
 
 
 def runs(before: float) -> tuple[list[Outdated], set[str]]:
-    """Old runs of MLflow that can go: not of a version, not in a chart, not the newest search of a name.
+    """Find old runs of MLflow to delete: they made no version, hold no chart and are not the newest search of a name.
 
     Args:
         before: Unix time in seconds.
 
     Returns:
-        Those runs, and the ids of the Prefect runs that made registered versions, which are needed.
+        Those runs, and the ids of the Prefect runs that made registered versions, which must be kept.
 
     Raises:
         TransientError: if MLflow does not answer.
         LewisError: if MLflow refuses.
     """
-    if not tracking.exists():  # a look should not create a database
+    if not tracking.exists():  # a search should not create a database
         return [], set()
     with tracking.client("looking for old runs") as client:
         versions = {str(version.run_id) for version in tracking.every(client.search_model_versions)}
@@ -110,7 +110,7 @@ def remove(found: Outdated) -> None:
 
 
 def _all_runs(client: "MlflowClient") -> Iterator["Run"]:
-    """All runs of ours, in the experiment and in those of the teams."""
+    """Return all runs that LEWIS logged, in its experiment and in the experiments of the teams."""
     base = tracking.experiment_name()
     ids = [e.experiment_id for e in client.search_experiments() if e.name == base or e.name.startswith(f"{base}/")]
     found = tracking.every(client.search_runs, ids) if ids else ()
@@ -122,14 +122,14 @@ def _ended_before(run: "Run", before: float) -> bool:
 
 
 def _registered() -> tuple[set[str], set[str], list[dict[str, float]]]:
-    """What all registered versions were made of, from their tags and manifests.
+    """Read from tags and manifests what all registered versions were made from.
 
     Returns:
         The digests of the merges; commits and content digests of everything that they were made from; and, for each
         merge that has densities, expert -> mean density.
     """
     tags: list[dict[str, str]] = []
-    if tracking.exists():  # without a database nothing was registered, and a look should not create one
+    if tracking.exists():  # without a database nothing was registered, and a search should not create one
         with tracking.client("listing the registered versions") as client:
             tags = [version.tags for version in tracking.every(client.search_model_versions)]
     merges = {each["lewis.digest"] for each in tags if each.get("lewis.digest")}
@@ -139,16 +139,16 @@ def _registered() -> tuple[set[str], set[str], list[dict[str, float]]]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """The content of an entry, or of its manifest; empty if it is damaged."""
+    """Return the JSON of an entry of the store, or of its manifest; empty if it is damaged."""
     content = store.read_json(path / store.MANIFEST if path.is_dir() else path)
     return content if isinstance(content, dict) else {}
 
 
 def make_room(needed: int) -> int:
-    """Remove from the store what is needed least, until its quota leaves `needed` bytes; gives the bytes freed.
+    """Remove entries from the store until its quota leaves `needed` bytes; return the number of bytes freed.
 
-    What no registered version needs goes, the longest unused first. What was used in the last hour, or since a run
-    began that is still going on, stays. Without a quota nothing is removed.
+    Entries that no registered version needs are removed, the longest unused first. Entries that were used in the last
+    hour, or since the start of a run that is going on or died, stay. Without a quota nothing is removed.
 
     Raises:
         InputError: if `LEWIS_QUOTA` is no size.
@@ -157,8 +157,8 @@ def make_room(needed: int) -> int:
     quota = settings.QUOTA.get()
     if quota is None or (missing := size.total() + needed - quota) <= 0:
         return 0
-    # Of dead runs too: one that is run again needs what it had used. Asked first, as `by_versions` may miss what a run
-    # registers that ends meanwhile.
+    # Dead runs count, too: one that is run again needs what it had used. This is read first, since `by_versions` may
+    # miss a version that is registered by a run which ends in between.
     began = active_since(dead=True)
     found = housekeeping.survey(0, needed=by_versions(), active_since=began)
     chosen, sum_ = list[housekeeping.Removable](), 0

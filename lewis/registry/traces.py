@@ -1,7 +1,7 @@
-"""Answers of two models to the same documents, as traces of MLflow: its page shows them, and takes people's feedback.
+"""Answers of two models to the same documents, as MLflow traces: its pages show them, and take people's feedback.
 
 Each answer is a trace of its own, linked with the run that compared the models and with the model that gave it. The two
-of one document are a session.
+answers to one document form a session.
 """
 
 import base64
@@ -26,13 +26,13 @@ _MODEL, _RUN, _SESSION = "mlflow.modelId", "mlflow.sourceRun", "mlflow.trace.ses
 
 
 def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, models: Mapping[str, str]) -> None:
-    """Log the documents on which the two models differ, in score first; equal answers need no feedback.
+    """Log two models' answers to documents as traces: those that differ in score first. Equal answers are left out.
 
     Args:
         client: of the tracking store.
-        experiment, run: their ids.
-        beside: the two models.
-        models: label -> id of the logged model, where there is one.
+        experiment, run: ids of the experiment, and of the run that compared the models.
+        beside: the answers of the two models.
+        models: label of a model -> id of its logged model, where there is one.
     """
     from mlflow.exceptions import MlflowException
 
@@ -54,7 +54,7 @@ def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, m
                 )
                 traces.start_trace(trace)
                 spans.append(span)
-        if spans:  # after their traces: MLflow writes a trace twice that has spans already
+        if spans:  # after their traces: MLflow would write a trace twice if its spans were there first
             traces.log_spans(experiment, spans)
     except (MlflowException, NotImplementedError) as error:  # such as a server without traces
         logger.warning(
@@ -68,7 +68,7 @@ def log(client: "MlflowClient", experiment: str, run: str, beside: SideBySide, m
 def _trace(
     experiment: str, title: str, prompt: str, answer: str, target: str, tags: Mapping[str, str], about: dict[str, str]
 ) -> "tuple[TraceInfo, Span]":
-    """A trace with what is expected of it, and its only span."""
+    """Make the trace of one answer, with the expected answer as an assessment, and its only span."""
     from mlflow.entities import Expectation, Span, TraceInfo, TraceLocation, TraceState
 
     number, now = uuid.uuid4(), time.time_ns()

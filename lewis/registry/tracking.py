@@ -1,4 +1,4 @@
-"""The connection to MLflow: which store, one experiment, errors that say what to do, names and values it accepts."""
+"""The connection to MLflow: its store and experiment, errors that say what to do, names and values that it accepts."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_KEY, MAX_PARAM = 250, 6000  # characters
 FILES = "lewis.files"  # tag of a run: its files, each with its size and SHA-256
-PART = "lewis.documents"  # tag of a version, and of a run's documents, that were scored in part: `64 of 1319`
+PART = "lewis.documents"  # tag of a version, and of a run's input, if only a part was scored: `64 of 1319`
 BATCH = 100  # parameters per request
 HEALING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 _FILES = re.compile(r"(https?://\S+?/mlflow-artifacts/artifacts)/")
@@ -31,7 +31,7 @@ _UNKNOWN_USER = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # answers with sta
 
 
 class AwayError(TransientError):
-    """A server does not answer: it helps to wait until it does.
+    """A server does not answer; the caller can wait until it does.
 
     Attributes:
         url: of the server.
@@ -47,7 +47,7 @@ class AwayError(TransientError):
         self.url, self._mlflow = url, mlflow
 
     def answers(self) -> bool:
-        """Whether the server answers now, be it with a refusal."""
+        """Whether the server answers now; a refusal, a status below 500, is an answer."""
         import requests
 
         user = os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
@@ -58,9 +58,9 @@ class AwayError(TransientError):
 
 
 def without_tables(*names: str) -> None:
-    """Have MLflow do without packages for tables, as it can where they are not installed.
+    """Make imports of packages for tables fail in this process: MLflow works as if they were not installed.
 
-    They take 50 MB and a second, and this process, which has not imported them yet, will not write a table.
+    They take 50 MB and a second. Call it in a process that has not imported them yet and writes no tables.
 
     Args:
         names: of packages; by default pandas, pyarrow and scipy, of which MLflow's server needs the first.
@@ -91,7 +91,7 @@ def client(doing: str) -> Iterator["MlflowClient"]:
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or database()
     try:
-        # Two processes that create the same database or experiment at once fail, and a client creates both.
+        # Two processes that create the same database or experiment at the same time fail, and a client creates both.
         with store.lock("mlflow"), quick_imports():
             create_database(uri)
             mlflow.set_tracking_uri(uri)
@@ -146,7 +146,7 @@ def check_exists(what: str) -> None:
 
 
 def experiment_name(team: str = "") -> str:
-    """`MLFLOW_EXPERIMENT_NAME`, by default `lewis`; of a team with it behind a slash, `lewis/research`."""
+    """Return the experiment's name, `MLFLOW_EXPERIMENT_NAME` or `lewis`; for a team with a suffix: `lewis/research`."""
     return "/".join(filter(None, (os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis", team)))
 
 
@@ -185,7 +185,7 @@ def experiment(client: "MlflowClient", team: str = "") -> str:
 
 
 def run_of(client: "MlflowClient", run_id: str | None) -> "Run | None":
-    """A run; None without an id, or if somebody deleted the run for good, as `mlflow gc` does."""
+    """Return a run by its id; None without an id, or if the run was deleted permanently, as `mlflow gc` does."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -197,7 +197,7 @@ def run_of(client: "MlflowClient", run_id: str | None) -> "Run | None":
 
 
 def every(search: Callable[..., Any], *given: Any) -> Iterator[Any]:
-    """All that a search finds: MLflow gives it in pages, of models a hundred in each.
+    """Yield all results of a search, which MLflow returns in pages, for example a hundred models in each.
 
     Args:
         search: a method of the client.
@@ -248,8 +248,8 @@ class RunInput:
         digest: of its content; at most 36 characters.
         context: `evaluation` or `calibration`.
         kind: of its source: `hugging_face` as MLflow has it, or `lm-eval`, `files` or `texts`.
-        source: where it comes from, as plain data; of the Hub's with the keys of MLflow's `HuggingFaceDatasetSource`.
-        part: of an evaluation that ended early, as `ModelScores.part`; else empty.
+        source: where it comes from, as plain data; from the Hub with the keys of MLflow's `HuggingFaceDatasetSource`.
+        part: which part of the documents an evaluation that ended early scored, as `ModelScores.part`; else empty.
     """
 
     name: str
@@ -263,8 +263,8 @@ class RunInput:
 def log_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[RunInput]) -> None:
     """Log datasets as the inputs of a run.
 
-    MLflow looks for each first, and refuses all where another run of the experiment adds one of them meanwhile. So it
-    is asked again, and finds that one.
+    MLflow looks up each one first, and refuses all if another run of the experiment adds one of them in between. So
+    the request is repeated, and then finds that one.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.exceptions import MlflowException
@@ -308,10 +308,10 @@ def file_of(client: "MlflowClient", run_id: str, name: str) -> bytes:
 
 
 def check_files(client: "MlflowClient", run_id: str) -> set[str]:
-    """Check that the files of a run are those that `log_files` noted; gives their names.
+    """Check that the files of a run are those that `log_files` noted; return their names.
 
     Raises:
-        DamagedError: naming one that is missing or damaged.
+        DamagedError: naming a file that is missing or damaged.
     """
     from mlflow.exceptions import MlflowException
 

@@ -25,7 +25,7 @@ from lewis.store.manifest import DamagedError
 
 logger = logging.getLogger(__name__)
 DAMAGED = "lewis.damaged"  # tag of a version whose files are lost or damaged; its value is the digest of its merge
-MODE = "?workflowType=machine_learning"  # of MLflow's pages; by default they are those for traces and prompts
+MODE = "?workflowType=machine_learning"  # opens MLflow's pages for models; by default it shows traces and prompts
 PAGE = "report.html"  # artifact of the run that made a version: its scores, pictures and steps
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Version:
         version: its number.
         run_id: of the MLflow run that made it.
         uri: `models:/<name>/<version>`, which `mlflow.transformers.load_model` takes.
-        created: whether the call that gave it created it, rather than found it.
+        created: whether the call that returned it created it; False: it existed already.
     """
 
     name: str
@@ -53,14 +53,14 @@ class Version:
 
     @classmethod
     def of(cls, version: "ModelVersion", *, created: bool = False) -> "Version":
-        """The version that MLflow describes."""
+        """Convert MLflow's description of a version."""
         uri = f"models:/{version.name}/{version.version}"
         return cls(version.name, str(version.version), version.run_id or "", uri, created)
 
 
 @dataclass(frozen=True)
 class Champion:
-    """The version in use, or another one that is to be used: with what it was merged from, and its files.
+    """The version in use, or another one to be used in the same way, with its files, scores and inputs of the merge.
 
     Attributes:
         digest: of its merge; empty if LEWIS did not register it.
@@ -78,7 +78,7 @@ class Champion:
     base: Path | None = None
 
     def files(self, ref: str) -> ModelFiles | None:
-        """As a model to score; None if it has no files here, or is an adapter whose base has not been found."""
+        """Return the version as a model to score; None without its files, or without the base of an adapter."""
         if self.folder is None or not self.digest:
             return None
         if not is_adapter(self.folder):
@@ -87,7 +87,7 @@ class Champion:
 
 
 def configure() -> None:
-    """Choose the tracking store: `MLFLOW_TRACKING_URI`, or a database in the store. Creates both it and the experiment.
+    """Open MLflow's tracking store (`MLFLOW_TRACKING_URI` or a database in the store); create it and the experiment.
 
     Raises:
         TransientError: if the server does not answer.
@@ -98,16 +98,16 @@ def configure() -> None:
 
 
 def champion(name: str) -> Champion | None:
-    """The version in use, or None before the first promotion."""
+    """Return the version of a registered model that is in use; None before the first promotion."""
     name = tracking.model_name(name)
     with tracking.client(f"reading the champion of {name}") as client:
         return champion_of(client, name)
 
 
 def fetch(current: Champion) -> Champion:
-    """Bring a champion to this disk: its files, if MLflow's artifacts are remote, and the base of an adapter.
+    """Download a champion's files, if MLflow's artifacts are remote, and an adapter's base; return it with the folders.
 
-    It still has no folder if the artifacts are damaged, which is logged.
+    Its folder stays None if the artifacts are damaged, which is logged.
 
     Raises:
         TransientError: if the server, or the Hub that has the base, does not answer.
@@ -120,7 +120,7 @@ def fetch(current: Champion) -> Champion:
 
 
 def _base_of(current: Champion, adapter: Path) -> Path | None:
-    """The folder of an adapter's base, as the adapter names it; None if it is gone or has changed since the merge."""
+    """Fetch the base that an adapter names, return its folder; None if it is gone or has changed since the merge."""
     settings = read_settings(adapter)
     name, revision = settings["base_model_name_or_path"], settings.get("revision")
     try:
@@ -135,7 +135,7 @@ def _base_of(current: Champion, adapter: Path) -> Path | None:
 
 
 def fetch_files(current: Champion) -> Champion:
-    """Download the files of a version into the store, if MLflow's artifacts are remote and the store has them not."""
+    """Download a version's files if MLflow's artifacts are remote and not in the store; return it with the folder."""
     if current.folder is not None or not re.fullmatch("[0-9a-f]{64}", current.digest):
         return current
     folder = kinds.MERGED.path(current.digest)
@@ -167,7 +167,7 @@ def model_page(name: str) -> str:
 
 
 def public_page(name: str) -> str:
-    """`model_page`, for readers elsewhere; empty if the server has no https address."""
+    """Return the page of a registered model, for readers elsewhere; empty if the server has no https address."""
     page = model_page(name)
     return page if page.startswith("https://") else ""
 
@@ -178,7 +178,7 @@ def run_link(version: Version) -> str:
 
 
 def run_pages(version: Version) -> tuple[str, str]:
-    """Pages in MLflow's UI: the `PAGE` of the run that made the version, and the charts of all runs next to it.
+    """Return two pages in MLflow's UI: the `PAGE` of the run that made a version, and the charts of all runs.
 
     Raises:
         TransientError: if the server does not answer.
@@ -201,7 +201,7 @@ def attach(version: Version, files: Mapping[str, str]) -> None:
 
 
 def attached(version: Version, name: str) -> str | None:
-    """A text file among the artifacts of the run that made the version; None if that has no such file.
+    """Return a text file from the artifacts of the run that made the version; None if the run has no such file.
 
     Raises:
         TransientError: if the server does not answer.
@@ -242,12 +242,12 @@ def find(client: "MlflowClient", name: str, digest: str) -> Version | None:
 
 
 def of_digest(client: "MlflowClient", name: str, digest: str) -> list["ModelVersion"]:
-    """The versions of a merge, intact or damaged, but for those that a later version replaced."""
+    """Return the versions of a merge, intact or damaged, except those that a later version has replaced."""
     return list(client.search_model_versions(f"name='{name}' and tags.`lewis.digest`='{digest}'"))
 
 
 def model_of(client: "MlflowClient", version: "ModelVersion") -> "LoggedModel | None":
-    """The LoggedModel of a version; None, which is logged, if `check_model` raises."""
+    """Return the LoggedModel of a version; None if its files are lost or damaged, which is logged."""
     try:
         return check_model(client, version)
     except DamagedError as error:
@@ -256,11 +256,11 @@ def model_of(client: "MlflowClient", version: "ModelVersion") -> "LoggedModel | 
 
 
 def check_model(client: "MlflowClient", version: "ModelVersion", *, again: bool = False) -> "LoggedModel":
-    """The LoggedModel of a version, whose files are checked.
+    """Check the files of a version, and return its LoggedModel.
 
     Args:
         version: of a registered model.
-        again: read every file, whatever is remembered.
+        again: read every file, even if its checksum is remembered.
 
     Raises:
         DamagedError: naming a file that is missing or damaged.
@@ -281,7 +281,7 @@ def check_model(client: "MlflowClient", version: "ModelVersion", *, again: bool 
 
 
 def champion_of(client: "MlflowClient", name: str) -> Champion | None:
-    """`champion`, with a client that is open already."""
+    """Return the version in use, with a client that is open already; None before the first promotion."""
     found = lookup(client, name, alias="champion")
     return None if found is None else as_model(client, found, model_of(client, found))
 
@@ -299,10 +299,10 @@ def lookup(client: "MlflowClient", name: str, *, number: str = "", alias: str = 
 
 
 def as_model(client: "MlflowClient", version: "ModelVersion", model: "LoggedModel | None") -> Champion:
-    """A version with what it was merged from and its files.
+    """Convert a version of MLflow to a `Champion`, with its files, scores and inputs.
 
     Args:
-        model: its LoggedModel; None if that is damaged.
+        model: the version's LoggedModel; None if that is damaged.
     """
     folder = logged_model.local_folder(model) if model is not None else None
     return Champion(
@@ -328,7 +328,7 @@ def _server() -> str:
 
 
 def check(name: str, digest: str) -> str:
-    """The name as MLflow accepts it.
+    """Check the name of a model and the digest of a merge; return the name as MLflow accepts it.
 
     Raises:
         InputError: if the name or the digest is malformed.

@@ -1,4 +1,4 @@
-"""A canary as a picture: which share of the traffic the new version got, and how it did next to the old one.
+"""The report on a canary: which share of the traffic the new version got, and how it compares with the old one.
 
 The picture is in an artifact of the run that served the version, and in the page of the run that made it.
 """
@@ -23,13 +23,13 @@ _GOOD, _BAD, _OLD = "#17803d", "#c02626", "#8793a3"
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rule has found at the end of a step.
+    """The result of one rule at the end of a step of a canary.
 
     Attributes:
         name: of the rule.
-        new: the number of the new server.
-        old: that of the old one, in the same time.
-        limit: the largest number that the new one may have.
+        new: the value of the rule's query for the new server.
+        old: the value for the old server, over the same time.
+        limit: the largest value that the new server may have.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Measured:
 
     @property
     def passed(self) -> bool:
-        """Whether the new one is within the limit."""
+        """Whether the new server's value is within the limit."""
         return self.new <= self.limit
 
     def line(self) -> str:
-        """For messages."""
+        """Return the result as a text for messages."""
         return f"{self.name} {self.new:.3g} vs {self.old:.3g}, {'pass' if self.passed else 'FAIL'}"
 
 
@@ -53,9 +53,9 @@ class Step:
 
     Attributes:
         share: percent of the requests that the new version got.
-        requests: how many it had.
+        requests: how many requests the new version had.
         seconds: how long the step took.
-        rules: what was found at its end; none if it was given up before.
+        rules: the results of the rules at its end; empty if the step was given up before.
     """
 
     share: int
@@ -65,7 +65,7 @@ class Step:
 
     @property
     def passed(self) -> bool:
-        """Whether all rules hold."""
+        """Whether the step came to its end and all rules hold."""
         return bool(self.rules) and all(each.passed for each in self.rules)
 
 
@@ -87,13 +87,13 @@ class Canary:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Canary":
-        """What `dataclasses.asdict` made a mapping of."""
+        """Restore a canary from the mapping that `dataclasses.asdict` made of it."""
         rules = [tuple(Measured(**rule) for rule in each["rules"]) for each in content["steps"]]
         steps = (Step(**{**each, "rules": found}) for each, found in zip(content["steps"], rules, strict=True))
         return cls(content["target"], content["time"], tuple(steps), content["why"])
 
     def line(self) -> str:
-        """The result in a sentence."""
+        """Return the result of the canary as a text of one or two sentences."""
         if not self.why:
             return f"All {len(self.steps)} steps held: the new version has all traffic."
         judged = bool(self.steps and self.steps[-1].rules)
@@ -102,7 +102,7 @@ class Canary:
 
 
 def rows(canary: Canary) -> list[dict[str, str]]:
-    """A row for each rule of each step."""
+    """Return a row for each rule of each step of a canary; a step that was not judged has one row."""
     found = []
     for step in canary.steps:
         about = {"share": f"{step.share} %", "requests": f"{step.requests:.0f}", "seconds": f"{step.seconds:.0f}"}
@@ -116,7 +116,7 @@ def rows(canary: Canary) -> list[dict[str, str]]:
 
 
 def described(canary: Canary) -> str:
-    """The picture in words, for readers who cannot see it."""
+    """Describe the picture of a canary in words, for readers who cannot see it."""
     steps = [
         f"{step.share} % of the traffic, {step.requests:.0f} requests: "
         + ("; ".join(f"{rule.line()}, at most {rule.limit:.3g}" for rule in step.rules) or "not judged")
@@ -126,7 +126,7 @@ def described(canary: Canary) -> str:
 
 
 def draw(canary: Canary) -> bytes:
-    """The share step by step, and below it each rule: the new server, the old one, and the limit; a PNG file."""
+    """Draw a canary as a PNG file: the share step by step, and below it for each rule both servers and the limit."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(rule.name for step in canary.steps for rule in step.rules))[:MAX_RULES]
@@ -178,13 +178,13 @@ def _draw_rule(panel: "Axes", name: str, found: Sequence[Measured | None]) -> No
 
 
 def to_markdown(canary: Canary, uri: str) -> str:
-    """As an artifact of the run that served a version."""
+    """Render a canary as Markdown, for an artifact of the run that served the version."""
     drawn = picture(described(canary), draw(canary))
     return f"# {uri} at {canary.target}\n\n{plain(canary.line())}\n\n{drawn}\n\n{markdown_table(rows(canary))}"
 
 
 def into_page(page: str, canary: Canary) -> str:
-    """The page of the run that made a version, with this canary in place of an earlier one at the same target."""
+    """Add a canary to the page of the run that made the version, in place of an earlier one at the same target."""
     begin, end = f"<!--canary {html.escape(canary.target)}-->", "<!--end of canary-->"
     old = re.compile(rf"{re.escape(begin)}.*?{re.escape(end)}\n", re.DOTALL)
     head, main, rest = old.sub("", page).rpartition("</main>")

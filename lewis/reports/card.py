@@ -43,21 +43,21 @@ def model_card(
     adapter: str = "",
     datasets: Sequence[str] = (),
 ) -> str:
-    """The README of a merged model, with YAML front matter for the Hub.
+    """Return the README of a merged model as Markdown, with YAML front matter for the Hub.
 
     Args:
         base, experts: references in the recipe; those on the Hub become `base_model`.
         lineage: reference -> commit or content digest.
         mean_density: expert -> mean density; empty for a plain merge.
         strategy: how the densities were allocated; empty for a plain merge.
-        anchor: the method whose merge the fit was pulled towards; empty if there was no such block.
+        anchor: the method whose merge the fit was pulled towards; empty if the recipe has no block `anchor`.
         fit: what `ridge: auto` chose and what held-back rows say of the fit, as a sentence; else empty.
         scores: rows of `lewis.evaluation.statistics.scores.score_table`; empty if nothing was scored.
         comparison: rows of `lewis.evaluation.statistics.scored.comparison_rows`.
         kept: rows of `lewis.evaluation.statistics.retained_gain.kept_rows`.
         results: the merged model's own scores, for the Hub's `model-index`.
         licences: reference -> what `licence_of` returned for that parent.
-        adapter: if it is a LoRA adapter on the base, not a full model: what it holds and what error it leaves.
+        adapter: if the merge is a LoRA adapter on the base, what it holds and its error, in one line; else empty.
         datasets: repos on the Hub that the calibration rows are from.
     """
     parents = [*([base] if base else []), *experts]
@@ -96,7 +96,7 @@ def model_card(
 
 
 def _adapter(adapter: str, base: str, lineage: Mapping[str, str]) -> str:
-    """What an adapter leaves out, and what it sits on."""
+    """Return the card's section on an adapter: what it holds, its error and its base."""
     at = f" at {code(lineage[base])}" if base in lineage else ""
     return (
         f"## The adapter\n\n{adapter}. The error is the Frobenius norm of what is left out of the merged delta, "
@@ -144,7 +144,7 @@ def write(folder: Path, text: str, heat_map: bytes | None = None, eval_results: 
     """Write a card, and the picture of the densities that it shows, into a model's folder.
 
     Args:
-        eval_results: YAML for the Hub, which it reads next to the card; empty: there is none.
+        eval_results: YAML with scores that the Hub reads next to the card; empty: an existing file is removed.
     """
     if eval_results:
         store.write_text(folder / EVAL_RESULTS, eval_results)
@@ -166,7 +166,7 @@ def front_matter(folder: Path) -> dict[str, Any]:
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence in the model card of a folder, with its link if there is one; None if it states none."""
+    """Return the licence that a folder's model card states, with its link if there is one; None if it states none."""
     stated = front_matter(folder)
     name = stated.get("license")
     if not isinstance(name, str):

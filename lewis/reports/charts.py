@@ -1,4 +1,4 @@
-"""Pictures for people: density heat map, score bars, champions. Those of a merge are drawn once and kept in the store.
+"""Pictures: density heat map, score bars, champions over time. Those of a merge are drawn once and kept in the store.
 
 Figures are made without pyplot, whose global state is not safe in threads.
 """
@@ -112,10 +112,10 @@ def champion_steps(
     """Draw a score over a history of versions: a dot for each version, a line for the champion.
 
     Args:
-        points: for each entry of the history: step, version, what happened, the version's score, the champion's since.
+        points: for each entry of the history: step, version, event, the version's score, the champion's since then.
         metric: the score's name, for the axis.
-        luck: for each entry what the best of so many equal versions would score; empty: that is not known.
-        without: versions that have no dot, for they were scored on other documents.
+        luck: for each entry, what the best of so many equal versions would score by luck; empty: that is not known.
+        without: versions that have no dot, since they were scored on other documents.
 
     Returns:
         a PNG file.
@@ -148,7 +148,7 @@ def champion_steps(
 
 
 def grid_of(values: Mapping[str, float]) -> tuple[list[str], list[list[float]]]:
-    """Names of the projections and, for each, its value in every layer; NaN where a layer has no such projection."""
+    """Arrange values by tensor as a grid: projection names, and for each its value in every layer, NaN without one."""
     found = [(layer, rho) for tensor, rho in values.items() if (layer := LAYER.search(tensor))]
     shown = [(layer, rho) for layer, rho in found if not VECTORS.search(layer[0])]
     several = len({layer[1] for layer, _ in shown}) > 1  # such as an encoder and a decoder
@@ -222,7 +222,7 @@ def reach(model: str, score: Score, intervals: Intervals) -> tuple[float, float]
 
 
 def png(figure: "Figure") -> bytes:
-    """A figure as a PNG file."""
+    """Return a figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -233,7 +233,7 @@ def _clipped(name: str, length: int = MAX_LABEL) -> str:
 
 
 def densities(allocated: AllocationEntry) -> bytes:
-    """`density_heat_map` of an allocation; a PNG file."""
+    """Return the `density_heat_map` of an allocation as a PNG file, drawn or from the store."""
 
     def draw() -> bytes:
         shown = {ref: each.densities for ref, each in allocated.experts().items()}
@@ -243,7 +243,7 @@ def densities(allocated: AllocationEntry) -> bytes:
 
 
 def scores(weights: Mapping[str, float], found: Mapping[str, ModelScores]) -> bytes:
-    """`score_bars` of what was scored, with 95 % intervals; a PNG file.
+    """Return the `score_bars` of what was scored, with 95 % intervals, as a PNG file, drawn or from the store.
 
     Args:
         weights: `evaluate.weights` of the recipe; empty: there is no weighted mean.

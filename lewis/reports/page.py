@@ -22,14 +22,14 @@ from lewis.reports.side_by_side import LAYERS, answer_rows, loss_lines, lost_row
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 MAX_METRICS, MAX_COLUMNS, MAX_STEPS = 24, 16, 60  # more are in the tables
-SHOWN = 3  # answers; the others unfold
-_GAP, _HEIGHT = 12, 44  # of the boxes of the lineage, in its own units
+SHOWN = 3  # documents with answers that are visible; the others are folded
+_GAP, _HEIGHT = 12, 44  # of the boxes in the drawing of the lineage, in units of its view box
 _URL = re.compile(r"https?://[^\s\"'<>]+")
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """What one step of a run took.
+    """When one step of a run began, how long it ran and how it ended.
 
     Attributes:
         name: of the step.
@@ -46,7 +46,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class PageFacts:
-    """What the page shows and the Markdown report does not.
+    """Facts of a run that its page shows and its Markdown report does not.
 
     Attributes:
         roles: input of the merge -> `base`, `expert` or `rows`.
@@ -66,7 +66,7 @@ class PageFacts:
 
 
 def to_html(facts: RunFacts, more: PageFacts) -> str:
-    """The page; sections without content are left out."""
+    """Render the page of a run as HTML; sections without content are left out."""
     parts = [
         _head(facts, more),
         section("Scores", _scores(facts, more), "Each score with its 95 % interval; the merged model is the last row."),
@@ -109,13 +109,13 @@ def _e(text: object) -> str:
 
 
 def section(title: str, content: str, note: str = "") -> str:
-    """A part of the page; nothing without content."""
+    """Return a section with a title as HTML; empty without content."""
     above = f'<p class="note">{_e(note)}</p>' if note else ""
     return f"<section><h2>{_e(title)}</h2>{above}{content}</section>" if content else ""
 
 
 def _outcome(facts: RunFacts) -> tuple[str, str]:
-    """The colour and the word for what came of the run."""
+    """Return the CSS class and the words for the outcome of a run."""
     verdict = facts.verdict
     if verdict is None:
         return "soft", "merged"
@@ -151,7 +151,7 @@ def _head(facts: RunFacts, more: PageFacts) -> str:
 
 
 def _scores_tile(facts: RunFacts) -> list[tuple[str, str]]:
-    """The scores of the merged model and of the base, in the gate's metric, or else the first that both have."""
+    """Return the tile with the merged model's and the base's score, in the gate's metric, else the first of both."""
     ours, base = ({s.key: s.value for s in facts.scores.get(label, ())} for label in (MERGED, BASE))
     wanted = [facts.verdict.metric] if facts.verdict and facts.verdict.metric else [*ours]
     keys = [key for key in wanted if key in ours and key in base][:1]
@@ -176,7 +176,7 @@ def _scores(facts: RunFacts, more: PageFacts) -> str:
 def _forest(
     group: tuple[str, str], facts: RunFacts, found: Mapping[tuple[str, str, str], Score], intervals: Intervals
 ) -> str:
-    """One metric: a row for each model, with its score as a dot and the interval as a bar, on a common scale."""
+    """Draw one metric: a row for each model, with its score as a dot and the interval as a bar, on a common scale."""
     task, metric = group
     rows = [(label, s) for label in facts.scores if (s := found.get((label, task, metric))) and math.isfinite(s.value)]
     ends = {label: _ends(label, s, intervals) for label, s in rows}
@@ -265,7 +265,7 @@ def _gate(facts: RunFacts) -> str:
 
 
 def _maps(values: Mapping[str, Mapping[str, float]], *, logarithmic: bool = False) -> str:
-    """A grid for each expert, layers down and projections across, on one scale."""
+    """Draw a heat map for each expert, layers down and projections across, all on one colour scale."""
     grids = {expert: grid_of(each) for expert, each in values.items()}
     known = [v for _, columns in grids.values() for column in columns for v in column if math.isfinite(v) and v > 0]
     if not known:
@@ -302,7 +302,7 @@ def _map(expert: str, names: Sequence[str], columns: Sequence[Sequence[float]], 
 
 
 def _losses(facts: RunFacts) -> str:
-    """Of a rejected run: which documents are lost, who has them right, and which layers moved most."""
+    """Show for a rejected run which documents are lost, which experts are better there, and which layers moved most."""
     found = facts.documents
     if facts.verdict is None or facts.verdict.passed or found is None or not (rows := lost_rows(found)):
         return ""
@@ -341,7 +341,7 @@ def _right(answer: str) -> str:
 
 
 def _lineage(facts: RunFacts, more: PageFacts) -> str:
-    """A drawing: the inputs with their commits, lines from each to the merge, and the version that came of it."""
+    """Draw the inputs with their commits, lines from each to the merge, and the version that was made, as SVG."""
     order = {"base": 0, "expert": 1, "rows": 2}
     inputs = sorted((c for c in facts.changes if c.now), key=lambda c: order.get(more.roles.get(c.ref, "rows"), 2))
     if not inputs:
@@ -412,5 +412,5 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def image(png: bytes, title: str) -> str:
-    """A picture inside the page."""
+    """Return an image element that contains a PNG file as a data URL."""
     return f'<img class="picture" alt="{_e(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

@@ -1,4 +1,4 @@
-"""How the page of a run looks: one style sheet for light and dark, without anything from elsewhere."""
+"""The style sheet of the page of a run, for light and dark; it loads nothing."""
 
 STYLE = """
 :root { color-scheme: light dark;

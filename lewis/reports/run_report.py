@@ -1,4 +1,4 @@
-"""What came of one run: a report as Markdown (why it ran, what changed, what was computed, scores), and one line."""
+"""The report of a run as Markdown (why it ran, what changed, what was computed, scores), its name and verdict line."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from lewis.reports.markdown import code, link, markdown_table, picture, plain
 from lewis.reports.side_by_side import answers_text, losses_text
 
 MAX_LINE = 300  # characters of a verdict line
-SHORT, BRIEF = 8, 6  # characters of a commit or digest; in the name of a run
+SHORT, BRIEF = 8, 6  # characters of a commit or digest: in texts; in the name of a run
 MAX_NAMED = 2  # models in the name of a run; a list of runs has no room for more
 KEY = re.compile(r"(?<![0-9a-zA-Z])(?:sha256:)?([0-9a-f]{40}(?:[0-9a-f]{24})?)(?![0-9a-zA-Z])")
 
@@ -45,7 +45,7 @@ class Change:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the report of a run says.
+    """The facts in the report of a run.
 
     Attributes:
         recipe: its name.
@@ -56,18 +56,18 @@ class RunFacts:
         champion: `uri` of the version that was in use before, whose inputs are compared; None if there was none.
         changes: one per input.
         work: step -> (how many results were computed, how many were found in the cache).
-        scores: label -> scores, in the order of the columns; the registry may give those of the `champion`.
+        scores: label -> scores, in the order of the columns; those of the `champion` may be from the registry.
         comparison: rows of `lewis.evaluation.statistics.scored.comparison_rows`.
         kept: rows of `lewis.evaluation.statistics.retained_gain.kept_rows`.
         pictures: title -> PNG, shown inside the text.
         verdict: the gate's; None if nothing is registered.
-        documents: the merged model next to what it is compared with; None if there is nothing to compare it with.
+        documents: the answers of the merged model and of the model that it is compared with; None without one.
         layers: rows of `lewis.reports.tables.moved_rows`, for the report of a run that was rejected.
         means: expert -> mean density; empty for a plain merge.
         fit: what `ridge: auto` chose and what held-back rows say of the fit, as a sentence; else empty.
-        warning: what is perhaps wrong with what it was fitted to, as a sentence; else empty.
+        warning: what may be wrong with the calibration set of the fit, as a sentence; else empty.
         links: text -> URL.
-        adapter: if the merge is a LoRA adapter, what it holds and what error it leaves.
+        adapter: if the merge is a LoRA adapter, what it holds and its error, in one line; else empty.
     """
 
     recipe: str
@@ -93,7 +93,7 @@ class RunFacts:
 
 
 def to_markdown(facts: RunFacts) -> str:
-    """The report; sections without content are left out."""
+    """Render the report of a run as Markdown; sections without content are left out."""
     since = f"since the champion {code(facts.champion)}" if facts.champion else "(there was no champion before)"
     compared = [{**row, "metric": code(row["metric"]), "model": code(row["model"])} for row in facts.comparison]
     means = [{"expert": code(ref), "mean density": f"{mean:.3f}"} for ref, mean in facts.means.items()]
@@ -142,7 +142,7 @@ def score_rows(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, str]]:
 
 
 def score_columns(models: Sequence[Scored], champion: Mapping[str, float] | None = None) -> dict[str, Sequence[Score]]:
-    """Label -> scores, the merged model's last; models without scores are left out.
+    """Return the columns of a score table, label -> scores, the merged model's last; models without any are left out.
 
     Args:
         models: everything that was scored, the merged model last.
@@ -160,7 +160,7 @@ def score_columns(models: Sequence[Scored], champion: Mapping[str, float] | None
 
 
 def outcome(version: str | None, verdict: Verdict | None, champion: str | None, *, created: bool) -> str:
-    """What came of a run, in a sentence.
+    """Return the outcome of a run as a sentence.
 
     Args:
         version: `uri` of the version that the run registered or found registered; None if there is none.
@@ -181,20 +181,20 @@ def outcome(version: str | None, verdict: Verdict | None, champion: str | None, 
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
-    """What became of every input since the champion: first the inputs of this run, then those that it no longer has."""
-    kept = set(now.values())  # under another name, perhaps: a version may know an input by several
+    """Compare a run's inputs (reference -> commit or digest) with the champion's; inputs that are gone come last."""
+    kept = set(now.values())  # perhaps under another reference: a version may have an input under several
     gone = [Change(ref, key, None) for ref, key in before.items() if ref not in now and key not in kept]
     return [Change(ref, before.get(ref), key) for ref, key in now.items()] + gone
 
 
 def run_name(recipe: str, moves: Sequence[Change] | None, names: Mapping[str, str], edited: bool) -> str:
-    """What people call a run: `alpha: math b42e10 -> 0070ea`, `alpha: recipe edited`, `alpha: nothing moved`.
+    """Return the name of a run: `alpha: math b42e10 -> 0070ea`, `alpha: recipe edited`, `alpha: nothing moved`.
 
     Args:
         recipe: its name.
         moves: its models, compared with those of the run before; None if there was none.
-        names: reference of a model -> what people call it.
-        edited: whether the recipe is another one than in the run before.
+        names: reference of a model -> its short name.
+        edited: whether the recipe was edited since the run before.
     """
     if moves is None:
         return f"{recipe}: first merge"
@@ -212,12 +212,12 @@ def _arrow(move: Change) -> str:
 
 
 def short(key: str) -> str:
-    """A text in which each commit or digest is cut to 8 characters."""
+    """Return a text in which each commit or digest is cut to `SHORT` characters."""
     return KEY.sub(lambda found: found[1][:SHORT], key)
 
 
 def duration(seconds: float) -> str:
-    """`12 s`, `3 min 5 s`, `2 h 4 min`."""
+    """Format a number of seconds as `12 s`, `3 min 5 s` or `2 h 4 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -275,7 +275,7 @@ def _gap(gap: float, higher: bool) -> str:
 
 
 def verdict_line(version: str, verdict: Verdict, *, champion: str | None) -> tuple[str, str]:
-    """The word and the line of a merge that was registered.
+    """Return the state's name and the verdict line for a run that registered its merge.
 
     Args:
         version: its `uri`.

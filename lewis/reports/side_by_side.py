@@ -1,4 +1,4 @@
-"""What two models make of the same documents, for people: their answers next to each other, and what was lost."""
+"""Texts on how two models answer the same documents: both answers side by side, and where the merged model is worse."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,7 +13,7 @@ LAYERS = (
 
 
 def answer_rows(found: SideBySide) -> list[dict[str, str]]:
-    """A row for each document that is shown: prompt, right answer and both answers, each with its mark.
+    """Return a row for each of the first `SHOWN` documents: prompt, right answer and both answers, each with its mark.
 
     The documents on which the two differ come first. There are no rows if the texts were not kept.
     """
@@ -29,7 +29,7 @@ def answer_rows(found: SideBySide) -> list[dict[str, str]]:
 
 
 def answers_text(found: SideBySide) -> str:
-    """The rows as Markdown, and how many documents there are; empty if there are no rows."""
+    """Format the rows of `answer_rows` as Markdown, with the number of documents; empty if there are no rows."""
     rows = answer_rows(found)
     if not rows:
         return ""
@@ -43,7 +43,7 @@ def answers_text(found: SideBySide) -> str:
 
 
 def losses_text(found: SideBySide, layers: Sequence[Mapping[str, str]] = ()) -> str:
-    """Why the merged model is worse, as Markdown; empty if no document is lost.
+    """Describe as Markdown why the merged model is worse; empty if it is not worse on any document.
 
     Args:
         layers: rows of `lewis.reports.tables.moved_rows`.
@@ -61,10 +61,10 @@ def losses_text(found: SideBySide, layers: Sequence[Mapping[str, str]] = ()) -> 
 
 
 def loss_lines(found: SideBySide, mark: Callable[[str], str] = str) -> list[str]:
-    """A sentence for each metric on which documents are lost: how many, and which expert has them right.
+    """Return a sentence for each metric on which documents are lost: how many, and which experts are better on them.
 
     Args:
-        mark: writes a name.
+        mark: formats a name, for example as a code span.
     """
     lines = []
     for key in dict.fromkeys(each.key for each in found.documents):
@@ -79,7 +79,7 @@ def loss_lines(found: SideBySide, mark: Callable[[str], str] = str) -> list[str]
 
 
 def lost_rows(found: SideBySide) -> list[dict[str, str]]:
-    """A row for each of the first documents that are lost."""
+    """Return a row for each of the first `LOST` documents on which the merged model is worse."""
     return [_lost_row(found, each) for each in found.lost()[:LOST]]
 
 
@@ -105,7 +105,7 @@ def _lost_row(found: SideBySide, document: Document) -> dict[str, str]:
 
 
 def _mark(value: float, of: Document) -> str:
-    """Right or wrong, if it is one of the two; else the value."""
+    """Return ✓ (right) or ✗ (wrong) for a document's value of 0 or 1; any other value in brackets."""
     if value in (0, 1):
         return "✓" if (value == 1) == of.higher_is_better else "✗"
     return f"({value:.3g})"

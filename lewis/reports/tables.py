@@ -15,7 +15,7 @@ WIDTH = 120  # of a table, in characters
 
 
 def grid(layers: Sequence[Layer], values: Mapping[str, float | None], digits: str) -> str:
-    """A table with one number per layer and projection; many projections, as of stacked experts, make several tables.
+    """Format one number per layer and projection as a table; many projections, as of stacked experts, make several.
 
     Args:
         layers: the covered layers.
@@ -39,7 +39,7 @@ def grid(layers: Sequence[Layer], values: Mapping[str, float | None], digits: st
 
 
 def allocation_text(ref: str, layers: Sequence[Layer], allocation: Allocation, parameters: int) -> str:
-    """The densities of one expert, and a summary of them."""
+    """Format the densities of one expert as a table with a summary; `parameters` is how many the whole model has."""
     layers = [layer for layer in layers if layer.tensor in allocation.densities]
     covered = covered_by(layers, allocation)
     values: dict[str, float | None] = {layer.key: allocation.densities[layer.tensor] for layer in covered}
@@ -63,8 +63,8 @@ def allocation_text(ref: str, layers: Sequence[Layer], allocation: Allocation, p
 def importance_rows(measured: Sequence[ImportanceEntry], allocated: AllocationEntry) -> list[dict[str, Any]]:
     """One row per covered layer: its norm in each model, then difference and density of each expert.
 
-    Differences are left out for an expert whose layers all moved equally far. Where slices put layers in another
-    order, rows of the result's layers come after those of the models' own.
+    Differences are left out for an expert whose layers all moved equally far. If slices put layers in another order,
+    rows for the layers of the result follow the rows for the models' own layers.
     """
     norms = {f"{entry.ref} on {entry.calibration}": entry.norms for entry in measured}
     experts = allocated.experts()
@@ -89,12 +89,12 @@ def importance_rows(measured: Sequence[ImportanceEntry], allocated: AllocationEn
 def moved_rows(
     sizes: Mapping[str, Mapping[int, float]], allocated: AllocationEntry | None, most: int = 3
 ) -> list[dict[str, str]]:
-    """The layers in which each expert moved most, and the mean density of their matrices; `-` where one is not known.
+    """Return the layers in which each expert moved most, with the mean density of their matrices; `-` where unknown.
 
     Args:
         sizes: expert -> layer -> norm of its task vector, relative to that of the base's weights.
         allocated: the densities; None for a plain merge.
-        most: layers of each expert.
+        most: how many layers of each expert are returned at most.
     """
     kept: dict[str, dict[int, float]] = {}
     for ref, each in allocated.experts().items() if allocated and not allocated.stacked else ():

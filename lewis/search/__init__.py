@@ -1,1 +1,1 @@
-"""Try values of a recipe, keep the best."""
+"""Search the values of a recipe: merge and score trials, and keep the best."""

@@ -28,11 +28,11 @@ def record(
 
     Args:
         name: of the recipe.
-        team: whose experiment in MLflow it is; empty: nobody's in particular.
+        team: the owner of the experiment in MLflow; empty: none.
         parameters: the recipe, flat: `a.b.0.c` -> value.
         digest: of the search.
         objectives: the metrics of the trials' scores.
-        trials: all of them.
+        trials: all trials; those that run are left out.
         files: name -> content of the search's report. If they are given, the search's run ends.
         tags: of the search's run, such as its winner.
 

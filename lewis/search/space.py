@@ -62,7 +62,7 @@ def overrides(values: Values) -> list[str]:
 
 
 def distribution(wanted: Any) -> Any:
-    """A range or a list of choices, as Optuna has it."""
+    """Optuna's distribution for a range or a list of choices."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if isinstance(wanted, SearchRange):
@@ -71,7 +71,7 @@ def distribution(wanted: Any) -> Any:
 
 
 def rounded(wanted: Any, value: Any) -> Any:
-    """A value of a range with four digits, or a whole number if the range has only those; a choice unchanged."""
+    """A value of a range, rounded to four digits, or to a whole number in a range of those; a choice unchanged."""
     if not isinstance(wanted, SearchRange):
         return value
     if wanted.step and wanted.step.is_integer() and wanted.min.is_integer():

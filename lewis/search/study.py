@@ -34,14 +34,14 @@ STARTUP = 5  # trials with random values, before the sampler starts
 
 @dataclass(frozen=True)
 class Trial:
-    """One set of values and what came of it.
+    """One trial of a search: a set of values and its outcome.
 
     Attributes:
         number: from 0; trial 0 has the recipe's own values.
         values: YAML path -> value.
         state: `running`, `done`, `pruned` (given up after a part of the documents) or `failed`.
         scores: one per objective, in the search's order; empty unless the trial is done.
-        reason: why it failed.
+        reason: why the trial failed; empty if it did not.
         seconds: how long it took.
     """
 
@@ -90,7 +90,7 @@ def objectives_of(recipe: Recipe) -> tuple[str, ...]:
 class Log:
     """The trials of a search, on disk. There is one log per recipe, inputs and tasks, however many trials it has.
 
-    The weights of the tasks are part of it if a metric is the weighted mean.
+    The weights of the tasks are part of the log's identity if a metric is the weighted mean.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class Log:
             objectives: the metrics to compare trials by, the most important first.
             inputs: reference -> commit or content digest of base and experts.
             tasks: digest of the tasks on the search's documents.
-            held: keeps other processes from the log until it is closed; None: nobody else has it.
+            held: holds a lock on the log until it is closed; None: no lock is taken.
             numbers: the precision in which models are scored, as `lewis.devices.precision`.
 
         Raises:
-            LewisError: if another process has it.
+            LewisError: if another process holds the lock.
         """
         import optuna
 
@@ -151,7 +151,7 @@ class Log:
         self._recover()
 
     def _recover(self) -> None:
-        """Queue again what a killed process was trying; a new search starts with the recipe's own values."""
+        """Queue the unfinished trials of a killed process again; a new search starts with the recipe's own values."""
         from optuna.trial import TrialState
 
         for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
@@ -161,7 +161,7 @@ class Log:
             self._study.enqueue_trial(self._own_values())
 
     def _own_values(self) -> dict[str, Any]:
-        """The recipe's own values, where they are in the space: so the best trial is no worse than the recipe."""
+        """The recipe's own values that are in the space, for trial 0: so the best trial is no worse than the recipe."""
         own = {path: space.value_of(self.recipe, path) for path in self.search.space}
         return {path: v for path, v in own.items() if v is not None and space.holds(self.search.space[path], v)}
 
@@ -173,12 +173,12 @@ class Log:
         return Trial(trial.number, values, "running")
 
     def behind(self, trial: Trial, score: float, documents: int, p: float) -> bool:
-        """Whether a trial should be given up: a test shows that it is worse than the best one.
+        """Report a trial's score on a part of the documents; return whether a test shows it worse than the best one's.
 
         Args:
-            score: on a part of the documents.
-            documents: of that part.
-            p: of the hypothesis that it is no worse than the best trial, on the same documents.
+            score: on the part.
+            documents: how many the part has.
+            p: of the hypothesis that the trial is no worse than the best one, on the same documents.
         """
         self._live[trial.number].report(score, step=documents)  # the sampler learns from it, too
         return p <= power.ERROR
@@ -196,7 +196,7 @@ class Log:
     def failed(self, trial: Trial, reason: str) -> None:
         """Record that a trial could not be scored, and why.
 
-        A trial that has ended stays as it is: the best one is scored again on a part of the documents.
+        A trial that has ended keeps its state: the best one is scored again on a part of the documents, which may fail.
         """
         from optuna.trial import TrialState
 
@@ -206,7 +206,7 @@ class Log:
 
     @property
     def trials(self) -> list[Trial]:
-        """All trials, oldest first, without those that were queued again."""
+        """All trials, oldest first, without those that were replaced when they were queued again."""
         found = self._study.get_trials()
         again = {trial.user_attrs.get(_AGAIN) for trial in found}
         return [self._seen(trial) for trial in found if trial.number not in again and trial.state.name != "WAITING"]
@@ -240,8 +240,6 @@ def open_journal(path: Path) -> "JournalStorage":
     from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 
     class Journal(BaseJournalBackend):
-        """Optuna's file, with checksums."""
-
         def __init__(self) -> None:
             self._file = JournalFileBackend(str(path))
 

@@ -32,7 +32,7 @@ def score_trial(
     device: str = "cpu",
     report: Report = silent,
 ) -> ModelScores:
-    """Scores of the model that a trial gives; found in the store if the same merge has been scored before.
+    """Scores of a trial's merged model; found in the store if the same merge has been scored before.
 
     Args:
         graph: of the recipe with a trial's values.
@@ -73,7 +73,7 @@ def score_trial(
 
 @contextmanager
 def _folder(digest: str, size: int, *, in_memory: bool = True) -> Iterator[Path]:
-    """The merged model in the store if it has it; else a path for one, in memory if it fits, removed afterwards."""
+    """The path of a merged model: in the store, or else a new one, in memory if it fits, removed at the end."""
     known = find_merged(digest)
     if known is not None:
         yield known.folder
@@ -93,7 +93,7 @@ def _folder(digest: str, size: int, *, in_memory: bool = True) -> Iterator[Path]
 
 
 def _scratch(parent: Path, digest: str) -> Path:
-    """A new scratch folder for a merge; what killed trials left next to it is removed."""
+    """Make a scratch folder for a merge, and remove those of killed trials next to it."""
     store.sweep(parent)
     scratch = store.beside(parent / digest[:12])
     scratch.mkdir()
@@ -101,8 +101,9 @@ def _scratch(parent: Path, digest: str) -> Path:
 
 
 def _in_memory(digest: str) -> Path | None:
-    """`_scratch` in the folder of this user in memory; None, with a warning, if somebody else could have put models
-    there, or if it takes no folder: it is read-only, or has no inode left.
+    """Make a scratch folder for a merge in memory, in this user's own folder there.
+
+    None, with a warning, if another user could have put models there, or if it is read-only or has no inode left.
     """
     try:
         return _scratch(store.private_folder(MEMORY / f"lewis-{os.getuid()}"), digest)

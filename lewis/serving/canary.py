@@ -1,4 +1,4 @@
-"""A canary: the new version gets a share of the requests, step by step, and is compared with the old one at each.
+"""A canary: the new version gets a share of the requests, step by step, and each step compares it with the old version.
 
 A step lasts for some minutes, and until the new version has had enough requests to be judged. Then queries of
 Prometheus compare the new server with the old one in the same time. If a step fails, the old one gets all traffic
@@ -39,16 +39,16 @@ def run(
 
     Args:
         model: the version, whose `steps` are filled in.
-        before: what the target has; without a version, or with this one, there is nothing to compare with.
+        before: what the target has; without a version, or with this one, all traffic moves without steps.
         new: the server that has the version, as the queries name it.
         old: the server that has the traffic.
         give: gives a server so many percent of the requests.
-        has: whether the new server is there, with the version; Prometheus has no number of one that is not.
+        has: whether the new server runs with the version; Prometheus has no number of a server that does not.
 
     Raises:
-        WorseError: if it is worse than the old one.
+        WorseError: if the new version is worse than the old one. Then the old one gets all traffic again.
         TransientError, LewisError: if the router, the new server or Prometheus does not answer, or there are too few
-            requests; then all traffic is the old one's, too.
+            requests. Then the old one gets all traffic again, too.
     """
     steps = target.steps if before.alias not in ("", model.alias) else ()
     try:
@@ -71,7 +71,7 @@ def _shift(target: CanaryTarget, shares: Mapping[str, int], give: Callable[[str,
 
 
 def _bake(target: CanaryTarget, model: Model, new: str, old: str, share: int, has: Callable[[], bool]) -> Step:
-    """Wait until a step has had its time and its requests; then measure."""
+    """Wait until a step has lasted long enough and has had enough requests; then apply the rules."""
     began, seen = time.monotonic(), 0.0
     while (lasted := time.monotonic() - began) < 60 * target.minutes or seen < target.requests:
         if lasted > 60 * max(target.minutes, target.patience_minutes):
@@ -107,7 +107,7 @@ def _judge(step: Step) -> None:
 
 
 def query(target: CanaryTarget, text: str, server: str, seconds: float) -> float | None:
-    """The value of a query about a server in the last seconds; None if Prometheus has none.
+    """Return the value of a Prometheus query about a server over the last `seconds`; None if there is none.
 
     Raises:
         TransientError, LewisError: as `send`.

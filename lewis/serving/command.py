@@ -1,4 +1,4 @@
-"""Targets of the kind `command`: a program of the operator's, which gets the facts of the model by its environment.
+"""Targets of the kind `command`: a program of the operator, which gets the facts of the model as environment variables.
 
 | variable | value |
 | --- | --- |
@@ -35,7 +35,7 @@ _OURS = {
     *(each.variable.name for each in (PREFECT_KEY, MLFLOW_PASSWORD)),
     *("PREFECT_API_AUTH_STRING", "PREFECT_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN"),
 }
-"""Variables that the program does not get."""
+"""Environment variables with secrets, which the program does not get."""
 
 
 def put(target: CommandTarget, model: Model, before: Served) -> str:
@@ -76,7 +76,7 @@ def put(target: CommandTarget, model: Model, before: Served) -> str:
 
 
 def _program(target: CommandTarget) -> Path:
-    """The program, in the folder of the worker's machine: a recipe chooses among what the operator put there."""
+    """Return the path of the target's program, which must be in the folder that the operator set on the worker."""
     folder, name = settings.SERVE_PROGRAMS.get(), target.run[0]
     if folder is None:
         raise InputError("LEWIS_SERVE_PROGRAMS: not set; set it to the folder of the programs that recipes may run")
@@ -87,7 +87,7 @@ def _program(target: CommandTarget) -> Path:
 
 
 def facts(model: Model) -> dict[str, str]:
-    """The environment variables for the program."""
+    """Return the facts of a model as environment variables: name -> value."""
     return {
         "MODEL_NAME": model.name,
         "MODEL_VERSION": model.version,

@@ -1,7 +1,7 @@
-"""Targets of the kind `haproxy`: two vLLM servers behind HAProxy, of which one has the champion; the next one is tried.
+"""Targets of the kind `haproxy`: two vLLM servers behind HAProxy, one with the champion, one to try the next version.
 
-The new version is loaded into the server that has no traffic. Then it gets the requests by a canary, with the weights
-of HAProxy's runtime socket. Both servers answer all the time, so that no request is refused.
+The new version is loaded into the server that has no traffic. Then a canary moves the requests to it, by weights that
+are set by HAProxy's runtime socket. Both servers answer all the time, so that no request is refused.
 """
 
 import re
@@ -14,7 +14,7 @@ from lewis.serving.model import Model
 from lewis.serving.records import Served
 from lewis.store.kinds import SERVED
 
-_UP_IN = 60.0  # seconds
+_UP_IN = 60.0  # seconds that HAProxy's health check of a server may take to pass
 _RUNNING = "2"  # srv_op_state in HAProxy's table of servers: up, or without a health check
 
 
@@ -30,12 +30,12 @@ def offer(target: HaproxyTarget, model: Model, before: Served) -> None:
 
 
 def api(target: HaproxyTarget, model: Model, before: Served) -> tuple[str, str]:
-    """URL at which the offered model answers, and its name there."""
+    """Return the URL of the API at which the offered model answers, and its name there."""
     return vllm.api(_server(target, idle(target, before)), model)
 
 
 def put(target: HaproxyTarget, model: Model, before: Served) -> str:
-    """Move the traffic to the server that has the model.
+    """Move the traffic to the server that has the new model, by a canary; return the model's alias.
 
     Raises:
         WorseError, TransientError, LewisError: as `canary.run`, or if HAProxy does not see the new server.
@@ -51,14 +51,14 @@ def put(target: HaproxyTarget, model: Model, before: Served) -> str:
 
 
 def holds(target: HaproxyTarget, record: Served) -> bool:
-    """Whether the server that has all traffic has the version."""
+    """Whether a server that gets traffic has the version of a record."""
     shares, folder = weights(target), str(SERVED.path(record.alias))
     name = target.alias or record.name
     return any(share and vllm.models(_server(target, at)).get(name) == folder for at, share in shares.items())
 
 
 def idle(target: HaproxyTarget, before: Served) -> str:
-    """The server that may be given a new version: not the one with the version before, or else with the traffic."""
+    """Return the server for a new version: the one without the version in service, or else with less traffic."""
     name, folder = target.alias or before.name, str(SERVED.path(before.alias)) if before.alias else ""
     shares = weights(target)
     having = [at for at in shares if folder and vllm.models(_server(target, at)).get(name) == folder]
@@ -67,7 +67,7 @@ def idle(target: HaproxyTarget, before: Served) -> str:
 
 
 def weights(target: HaproxyTarget) -> dict[str, int]:
-    """Server -> its weight."""
+    """Return the weights of both servers in HAProxy: name -> weight."""
     found = {}
     for name in target.servers:
         said = command(target, f"get weight {target.backend}/{name}")
@@ -79,10 +79,10 @@ def weights(target: HaproxyTarget) -> dict[str, int]:
 
 
 def _wait_until_up(target: HaproxyTarget, name: str) -> None:
-    """Wait until HAProxy's own health check of a server, if it has one, passes: it gives requests to no other.
+    """Wait until HAProxy's own health check of a server, if it has one, passes: HAProxy gives requests to no other.
 
     Raises:
-        TransientError: if it does not in a minute.
+        TransientError: if it does not pass within a minute.
     """
     end = time.monotonic() + _UP_IN
     while True:
@@ -95,16 +95,16 @@ def _wait_until_up(target: HaproxyTarget, name: str) -> None:
 
 
 def give(target: HaproxyTarget, name: str, share: int) -> None:
-    """Set the weight of a server."""
+    """Set the weight of a server in HAProxy to its share of the traffic, in percent."""
     if said := command(target, f"set weight {target.backend}/{name} {share}").strip():
         raise LewisError(f"HAProxy does not set the weight of {target.backend}/{name}: {said[:200]}")
 
 
 def command(target: HaproxyTarget, text: str) -> str:
-    """Send a command to HAProxy's runtime socket; returns the answer.
+    """Send a command to HAProxy's runtime socket, and return the answer.
 
     Raises:
-        TransientError: if it does not answer.
+        TransientError: if HAProxy does not answer.
     """
     try:
         return haproxy_socket.ask(target.socket, text)

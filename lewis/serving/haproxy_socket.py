@@ -1,6 +1,6 @@
-"""Commands to HAProxy by its runtime socket.
+"""Send commands to HAProxy by its runtime socket.
 
-Nothing else is imported: a part of `lewis up --serve` that runs for days uses this, and has to stay small.
+This module imports nothing of LEWIS: a part of `lewis up --serve` that runs for days uses it, and has to stay small.
 """
 
 import socket
@@ -9,7 +9,7 @@ _SECONDS = 10.0  # for one command
 
 
 def ask(path: str, text: str) -> str:
-    """Send commands to HAProxy; returns its answer.
+    """Send commands to HAProxy, and return its answer.
 
     Args:
         path: of the socket.

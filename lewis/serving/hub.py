@@ -36,7 +36,7 @@ def targets(recipe: Recipe) -> list[Target]:
 
 
 def put(target: HubTarget, model: Model, before: Served) -> str:
-    """Commit the model to the branch.
+    """Commit the model's files to the branch; return the name of the branch with the commit.
 
     Raises:
         InputError, TransientError, LewisError: as `publishing.publish`.

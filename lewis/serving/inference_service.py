@@ -21,7 +21,7 @@ TAGS = "serving.kserve.io/enable-tag-routing"  # annotation: "true" gives the ne
 
 
 def offer(target: KserveTarget, model: Model, before: Served) -> None:
-    """Make a revision with the model, without traffic, unless there is one.
+    """Make a revision with the model, without traffic, unless the newest revision has it and is ready.
 
     Raises:
         InputError: if the service is not one on Knative that has a revision already, or the model is an adapter.
@@ -56,7 +56,7 @@ def offer(target: KserveTarget, model: Model, before: Served) -> None:
 
 
 def api(target: KserveTarget, model: Model, before: Served) -> tuple[str, str] | None:
-    """Where the newest revision answers, whatever its share is; None if KServe names no URL of it."""
+    """Return the URL and model name of the newest revision, whatever its share; None if KServe names no URL of it."""
     [name] = target.services
     traffic = _revisions(kubernetes.read(target, SERVICE, name)).get("traffic", ())
     url = next((each["url"] for each in traffic if each.get("tag") == "latest" and each.get("url")), None)
@@ -64,14 +64,14 @@ def api(target: KserveTarget, model: Model, before: Served) -> tuple[str, str] |
 
 
 def put(target: KserveTarget, model: Model, before: Served) -> str:
-    """Move the traffic to the newest revision.
+    """Move the traffic to the newest revision, by a canary; return the model's alias.
 
     Raises:
         WorseError, TransientError, LewisError: as `canary.run` and `kubernetes.wait`.
     """
     [name] = target.services
     found = kubernetes.read(target, SERVICE, name)
-    if _share(found) < 100:  # else the process that gave it all died before it was recorded
+    if _share(found) < 100:  # else a process gave it all traffic, and died before that was recorded
         new, old = (_revisions(found)[f"latest{which}Revision"] for which in ("Ready", "Rolledout"))
 
         def give(revision: str, share: int) -> None:
@@ -84,7 +84,7 @@ def put(target: KserveTarget, model: Model, before: Served) -> str:
             return _has(target, found, model) and is_ready(found) and _revisions(found)["latestReadyRevision"] == new
 
         canary.run(target, model, before, new, old, give, has)
-    # Before that, a revision made next would leave the traffic to the one before this.
+    # Until this is rolled out, a canary of a further revision would leave the rest to the revision before this one.
     kubernetes.wait(target, SERVICE, name, "roll out its newest revision", _is_rolled_out)
     return model.alias
 
@@ -94,7 +94,7 @@ def holds(target: KserveTarget, record: Served) -> bool:
     found = kubernetes.read(target, SERVICE, target.services[0])
     if _has(target, found, recorded(record)):
         return _share(found) == 100 and _is_rolled_out(found)
-    return _share(found) == 0  # the newest is one that was refused, so the one before has the traffic
+    return _share(found) == 0  # the newest revision was refused, so the one before has all the traffic
 
 
 def _revisions(service: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -102,7 +102,6 @@ def _revisions(service: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_new_ready(service: Mapping[str, Any]) -> bool:
-    """Whether the newest revision is ready."""
     found = _revisions(service)
     return is_ready(service) and bool(found) and found.get("latestCreatedRevision") == found.get("latestReadyRevision")
 

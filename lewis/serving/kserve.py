@@ -1,7 +1,7 @@
 """Targets of the kind `kserve` with two services: LLMInferenceServices of one group, of which one has the champion.
 
-The one without traffic is stopped, gets the new version, and starts: so that no pod of it answers with what it had.
-Then the weights of the group's route move the requests by a canary.
+The service without traffic is stopped, gets the new version and is started, so that none of its pods answers with the
+old model. Then a canary moves the requests to it, by the weights of the group's route.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ STOP = "serving.kserve.io/stop"  # annotation: "true" ends the pods
 
 
 def offer(target: KserveTarget, model: Model, before: Served) -> None:
-    """Start the service without traffic with the model, unless it has it.
+    """Start the service without traffic with the new model, unless it is ready with that already.
 
     Raises:
         InputError: if the two are not of one routing group.
@@ -38,14 +38,14 @@ def offer(target: KserveTarget, model: Model, before: Served) -> None:
 
 
 def api(target: KserveTarget, model: Model, before: Served) -> tuple[str, str] | None:
-    """URL of the service without traffic, which answers whatever the weights are; None if the target has no gateway."""
+    """Return the URL and model name of the service without traffic, for any weights; None if there is no gateway."""
     name = idle(target, before)
     url = f"{target.gateway.rstrip('/')}/{target.namespace}/{name}/v1"
     return (url, _asked_for(target, kubernetes.read(target, SERVICE, name), model)) if target.gateway else None
 
 
 def put(target: KserveTarget, model: Model, before: Served) -> str:
-    """Move the traffic to the service that has the model.
+    """Move the traffic to the service that has the new model, by a canary; return the model's alias.
 
     Raises:
         WorseError, TransientError, LewisError: as `canary.run`.
@@ -64,13 +64,13 @@ def put(target: KserveTarget, model: Model, before: Served) -> str:
 
 
 def holds(target: KserveTarget, record: Served) -> bool:
-    """Whether the service that has the traffic has the version."""
+    """Whether each service that gets traffic has the version of a record."""
     found, model = [kubernetes.read(target, SERVICE, name) for name in target.services], recorded(record)
     return all(_has(target, each, model) for each in found if _weight_of(each)) and any(map(_weight_of, found))
 
 
 def idle(target: KserveTarget, before: Served) -> str:
-    """The service that may be given a new version: not the one with the version before, or else with the traffic.
+    """Return the service for a new version: the one without the version in service, or else with less traffic.
 
     Raises:
         InputError: if the two are not of one routing group.
@@ -100,7 +100,7 @@ def _weight(share: int) -> dict[str, Any]:
 
 
 def _model(target: KserveTarget, model: Model) -> dict[str, Any]:
-    """The new `spec.model`: the URI of a full model, or the list of adapters with this one in place of the others."""
+    """Return the new `spec.model`: the URI of a full model, or a list of adapters with this one alone."""
     uri = str(filled(target.uri, model))
     if model.output != "lora":
         return {"uri": uri}
@@ -113,6 +113,6 @@ def _has(target: KserveTarget, service: Mapping[str, Any], model: Model) -> bool
 
 
 def _asked_for(target: KserveTarget, service: Mapping[str, Any], model: Model) -> str:
-    """The name that clients ask for."""
+    """Return the name under which clients ask a service for the model."""
     own = target.alias or model.name
     return own if model.output == "lora" else str(service["spec"]["model"].get("name") or service["metadata"]["name"])

@@ -1,7 +1,6 @@
-"""KServe's resources by the API of Kubernetes: read, patched, waited for.
+"""Read, patch and wait for KServe's resources by the API of Kubernetes.
 
-Kubernetes checks each patch by the schema that the cluster has of a resource, and refuses one with a key that this
-does not know.
+Kubernetes checks each patch by the cluster's schema of the resource, and refuses a patch with unknown keys.
 """
 
 import time
@@ -21,7 +20,7 @@ sleep: Callable[[float], None] = time.sleep
 
 
 class Resource(NamedTuple):
-    """What Kubernetes calls a resource.
+    """A type of resources in Kubernetes.
 
     Attributes:
         kind: such as InferenceService; in paths it is plural, in lower case.
@@ -33,10 +32,10 @@ class Resource(NamedTuple):
 
 
 def read(target: KserveTarget, resource: Resource, name: str) -> dict[str, Any]:
-    """A resource as Kubernetes has it.
+    """Read a resource from Kubernetes.
 
     Raises:
-        TransientError, LewisError: as `send`, or if the answer is not one.
+        TransientError, LewisError: as `send`, or if the answer is no resource of that kind.
     """
     answer = _send(target, "GET", resource, name)
     if answer.get("kind") != resource.kind:
@@ -56,14 +55,14 @@ def patch(target: KserveTarget, resource: Resource, name: str, content: Mapping[
 def wait(
     target: KserveTarget, resource: Resource, name: str, what: str, until: Callable[[Mapping[str, Any]], bool]
 ) -> None:
-    """Wait for a state that the controller reports of the newest generation.
+    """Wait until a resource is in a state, as its controller reports it for the newest generation.
 
     Args:
         what: what the resource is to do, in words, for the error.
         until: whether a resource is in that state.
 
     Raises:
-        TransientError, LewisError: as `read`, or if it is not within the target's `start_minutes`.
+        TransientError, LewisError: as `read`, or if that takes longer than the target's `start_minutes`.
     """
     end = time.monotonic() + 60 * target.start_minutes
     while True:

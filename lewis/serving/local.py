@@ -1,8 +1,8 @@
 """The target `local`, which `lewis up --serve` adds to its recipe: a server of its own, behind HAProxy on one port.
 
 A new version gets a server in the slot without traffic. It is checked there; then HAProxy gives it the requests, and
-the old server ends when it has answered those that it has. An adapter goes into the vLLM server that runs, if it has
-the same base: as the kind `vllm` does it, in seconds.
+the old server ends when it has answered the requests that it has. An adapter is loaded into the running vLLM server if
+that has the same base, which takes seconds, as with the kind `vllm`.
 """
 
 import time
@@ -23,9 +23,9 @@ from lewis.serving.slots import Now, Slot, Wanted
 
 _PAUSE = 0.2  # seconds between two looks
 _GPUS = ("/dev/nvidia0", "/dev/kfd")
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
-_MORE = 1.2  # times the bytes of its weights that a server needs
-_GIVES_UP = 3  # ends of a server in a row, after which its files are looked at again
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as its largest rank
+_MORE = 1.2  # memory that a server needs, as a multiple of the bytes of its weights
+_GIVES_UP = 3  # failures of a server in a row after which `holds` is false, so that its files are verified again
 
 
 class LocalTarget(Target):
@@ -33,7 +33,7 @@ class LocalTarget(Target):
 
     Attributes:
         timeout_minutes: how long a server may take to start.
-        check: as of `vllm`.
+        check: as in `VllmTarget`.
     """
 
     kind: Literal["local"] = "local"
@@ -42,7 +42,7 @@ class LocalTarget(Target):
 
 
 def targets(name: str) -> list[Target]:
-    """The target of a registered model, if this machine serves it."""
+    """Return the target `local` of a registered model in a list; empty if this machine does not serve the model."""
     wanted = slots.wanted()
     return [LocalTarget()] if wanted and wanted.model == name else []
 
@@ -72,7 +72,7 @@ def offer(target: LocalTarget, model: Model, before: Served) -> None:
 
 
 def api(target: LocalTarget, model: Model, before: Served) -> tuple[str, str]:
-    """URL at which the offered model answers, and its name there."""
+    """Return the URL of the API at which the offered model answers, and its name there."""
     wanted, now = _state()
     at = wanted.slot_of(model.alias) or wanted.traffic
     return f"{now.slots[at].url}/v1", model.alias if model.output == "lora" else model.name
@@ -102,7 +102,7 @@ def put(target: LocalTarget, model: Model, before: Served) -> str:
 
 
 def withdraw(target: LocalTarget, model: Model, before: Served) -> None:
-    """End the server that was started for a model which was refused, or which did not start."""
+    """End the server that was started for a model, because it did not start or its check failed."""
     wanted = slots.wanted()
     at = wanted.slot_of(model.alias) if wanted else None
     if wanted and at and at != wanted.traffic:
@@ -145,7 +145,7 @@ def _slot(model: Model, now: Now) -> Slot:
 
 
 def _takes(wanted: Wanted, now: Now, new: Slot) -> bool:
-    """Whether the server that has the requests can load an adapter."""
+    """Whether the server that gets the requests can load the adapter of a new version."""
     has = wanted.slots.get(wanted.traffic)
     fits = bool(has and new.base and has.base == new.base and has.rank >= new.rank)
     return fits and now.slots[wanted.traffic].ready
@@ -156,7 +156,7 @@ def _server(wanted: Wanted, now: Now) -> VllmTarget:
 
 
 def _check_memory(new: Slot) -> None:
-    """Check that a second server has room next to the first, where that is the memory of the machine."""
+    """Check that the machine's memory has room for a second server; servers on a GPU are not checked."""
     if any(Path(each).exists() for each in _GPUS) or not Path("/proc/meminfo").exists():
         return  # a server on a GPU says itself what it lacks
     folders = [Path(each) for each in (new.folder, new.base) if each]

@@ -20,17 +20,17 @@ from lewis.store.kinds import SERVED
 
 @dataclass(frozen=True)
 class Model:
-    """What a target gets to know of the model that it has to serve.
+    """The facts of a version that a target gets in order to serve it.
 
     Attributes:
         name: of the registered model.
         version: its number.
         digest: of its merge, 64 hex digits.
-        folder: its files, which are those of the merge.
+        folder: of its files, which are those of the merge.
         output: `full`, a checkpoint, or `lora`, an adapter.
         previous: `uri` of the version that the target had before; None if it had none.
-        delivery: a UUID, the same in every attempt to put this version into service once.
-        steps: of its canary, which a target with one adds.
+        delivery: a UUID, the same in every repeated attempt to put this version into service.
+        steps: the steps of its canary, which targets with a canary append.
     """
 
     name: str
@@ -54,25 +54,25 @@ class Model:
 
 
 def served_name(name: str, version: str, digest: str) -> str:
-    """`Model.alias` of a version."""
+    """Return the name that a version is served under, its `Model.alias`."""
     return f"{_plain(name)}-{version}-{digest[:8]}"
 
 
 def recorded(record: Served) -> Model:
-    """The version of a record, as far as that knows it."""
+    """Return the version that a record has in service as a `Model`, without `output`; its files may be missing."""
     version = record.uri.rpartition("/")[2]
     return Model(record.name, version, record.digest, SERVED.path(record.alias or "none"), "")
 
 
 def name_pattern(name: str) -> re.Pattern[str]:
-    """Matches the aliases of all versions of a registered model."""
+    """Return a pattern that matches the aliases of all versions of a registered model."""
     return re.compile(rf"{re.escape(_plain(name))}-\d+-[0-9a-f]{{8}}")
 
 
 def _plain(name: str) -> str:
-    """A registered name as part of a file's name and of a model's name in an URL."""
+    """Return a registered name with only those characters that may be in a file's name and in a URL."""
     plain = re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip(".-") or "model"
-    return plain if name.isascii() else f"{plain}-{store.digest(name)[:6]}"  # else all such names were the same
+    return plain if name.isascii() else f"{plain}-{store.digest(name)[:6]}"  # else such names could be the same
 
 
 def prepare(champion: Champion, previous: str | None = None, since: str = "") -> Model:
@@ -80,8 +80,8 @@ def prepare(champion: Champion, previous: str | None = None, since: str = "") ->
 
     Args:
         champion: the version.
-        previous: as of `Model`.
-        since: since when the target has that; it makes the delivery's id.
+        previous: as in `Model`.
+        since: when the target took the version before; the delivery's id is made from it, too.
 
     Raises:
         LewisError: if its files are lost or damaged, or LEWIS did not register it.
@@ -96,7 +96,7 @@ def prepare(champion: Champion, previous: str | None = None, since: str = "") ->
 
 
 def before(record: Served) -> Model:
-    """The version of a record with its files, which another machine may have served; raises as `prepare`."""
+    """Return the version that a record has in service, with its files, fetched if missing; raises as `prepare`."""
     return _fetched(recorded(record))
 
 

@@ -15,7 +15,7 @@ from lewis.serving.requests_to import send, with_key
 
 
 def put(target: OpenaiTarget, model: Model, before: Served) -> str:
-    """Make the call.
+    """Make the HTTP call that has the server take the model; return the name that the model is served under.
 
     Raises:
         TransientError, LewisError: as `send`, or if the answer is not the expected one.
@@ -35,7 +35,7 @@ def put(target: OpenaiTarget, model: Model, before: Served) -> str:
 
 
 def api(target: OpenaiTarget, model: Model, before: Served) -> tuple[str, str] | None:
-    """URL at which the model answers, and its name there; None if the target has no `api`.
+    """Return the URL of the API at which the model answers, and its name there; None if the target has no `api`.
 
     Raises:
         TransientError, LewisError: as `send`, or if the server's list lacks the model.

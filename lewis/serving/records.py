@@ -1,4 +1,4 @@
-"""What is in service: a tag of the registered model for each target, so that every machine sees the same."""
+"""Records of what is in service: a tag of the registered model for each target, so that every machine sees the same."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,13 @@ MAX_WHY = 1500  # characters; MLflow keeps 5,000 of a tag
 
 @dataclass(frozen=True)
 class Failure:
-    """A version that a target did not take.
+    """A failed attempt to put a version into service at a target.
 
     Attributes:
         uri: of the version.
         why: what went wrong.
         time: UTC, ISO 8601.
-        passes: whether it may pass by itself, as when a server is away.
+        passes: whether the cause may pass by itself, as when a server does not answer.
     """
 
     uri: str
@@ -39,7 +39,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Served:
-    """What a target has in service.
+    """The record of what one target has in service.
 
     Attributes:
         name: of the registered model.
@@ -49,9 +49,9 @@ class Served:
         digest: of its merge.
         alias: the name that the server knows it by.
         since: when the target took it; UTC, ISO 8601.
-        block: digest of the target's block in the recipe, which was in force then.
+        block: digest of the target's block in the recipe, as it was then.
         previous: `uri` of the version before; empty if there was none.
-        previous_alias: the name of that one.
+        previous_alias: the name that the server knows the version before by.
         checked: what the check of the server found; empty if none was made.
         failure: the newest attempt, if that failed.
     """
@@ -70,7 +70,7 @@ class Served:
     failure: Failure | None = None
 
     def took(self, uri: str, digest: str, alias: str, block: str, checked: str = "") -> "Served":
-        """The record once the target has taken a version, which may be the one that it had."""
+        """Return the record after the target took a version, which may be the one that it had."""
         other = uri != self.uri
         before = (self.uri, self.alias) if other else (self.previous, self.previous_alias)
         new = replace(self, uri=uri, digest=digest, alias=alias, block=block, checked=checked, failure=None)
@@ -87,12 +87,12 @@ class Served:
         return f"{self.target}: {has}{failed}"
 
     def refused(self, uri: str, why: str, *, passes: bool = False) -> "Served":
-        """The record once an attempt has failed; what was in service stays."""
+        """Return the record after a failed attempt to serve a version; the version in service stays the same."""
         return replace(self, failure=Failure(uri, why[:MAX_WHY], _now(), passes))
 
 
 def served(name: str = "") -> list[Served]:
-    """What all targets have in service, of one registered model or of all.
+    """Return the records of what all targets have in service, of one registered model or of all.
 
     Raises:
         InputError: if there is no such model.
@@ -106,7 +106,7 @@ def served(name: str = "") -> list[Served]:
 
 
 def read(client: "MlflowClient", name: str) -> Iterator[Served]:
-    """What the targets of a registered model have in service."""
+    """Yield the records of what the targets of a registered model have in service."""
     tags = registered_model(client, name).tags
     for key in sorted(each for each in tags if each.startswith(TAG)):
         content = json.loads(tags[key])
@@ -126,7 +126,7 @@ def remove(client: "MlflowClient", record: Served) -> None:
 
 
 def write_canary(version: Version, target: str, steps: Sequence[Step], why: str = "") -> None:
-    """Keep a canary's numbers, of a version that is in service or, because of `why`, is not."""
+    """Record a canary in a tag of its version; `why` says why that is not in service, and is empty if it is."""
     made = Canary(target, _now(), tuple(steps), why[:MAX_WHY])
     versions.tag(version, {f"{CANARY}{target}": json.dumps(asdict(made))})
 

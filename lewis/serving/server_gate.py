@@ -1,13 +1,13 @@
-"""A gate after the gate: does the server answer as the model did that was scored?
+"""The check of a server before it gets traffic: does it answer as the scored model did?
 
-The evaluation of a merge keeps what the model was asked and answered about some documents. The server is asked the same
-by its OpenAI API. What a server can get wrong shows there: another chat template, dtype, quantisation, tokenizer,
-maximum length or RoPE scaling, or another model.
+The evaluation of a merge keeps the requests about some documents and the model's answers. The same requests are sent to
+the OpenAI API of the server. This shows what a server can get wrong: another chat template, dtype, quantisation,
+tokenizer, maximum length or RoPE scaling, or another model.
 
-Greedy answers of 16 tokens are compared up to where they part. Of SmolLM2-135M with an adapter, served in bfloat16 and
-scored in float32, 86 % of the text is the same, and of the base or another adapter 2 % (tests/benchmarks/serving.md).
-Log-likelihoods are compared per token, where the recipe says so: the server has to give those of a prompt
-(`echo`), and the engine of vLLM 0.32 for CPUs ends when it is asked for those of several adapters at once.
+Greedy answers of 16 tokens are compared up to the first difference. Of SmolLM2-135M with an adapter, served in bfloat16
+and scored in float32, 86 % of the text is the same, and of the base or another adapter 2 %
+(tests/benchmarks/serving.md). Log-likelihoods are compared per token only if the recipe says so: the server has to give
+those of a prompt (`echo`), and the engine of vLLM 0.32 for CPUs ends if asked for those of several adapters together.
 """
 
 import math
@@ -30,15 +30,15 @@ _SECONDS = 300.0  # for one request
 
 @dataclass(frozen=True)
 class Answer:
-    """One request, and what the server and lm-eval's run answer to it.
+    """The answers of the scored model and of the server to one request.
 
     Attributes:
         task: of lm-eval.
-        prompt: its end.
+        prompt: the end of the prompt.
         scored: the answer of the model that was scored, or its log-likelihoods.
-        served: those of the server.
-        difference: nats per token, the largest of all choices; None of a greedy answer.
-        share: of the scored answer up to where the two part; of likelihoods 1 within the tolerance, else 0.
+        served: the answer of the server, or its log-likelihoods.
+        difference: nats per token, the largest of all choices; None for a greedy answer.
+        share: fraction of the longer answer before the first difference; of likelihoods 1 within the tolerance, else 0.
     """
 
     task: str
@@ -55,7 +55,7 @@ class Checked:
 
     Attributes:
         answers: all requests.
-        agree: the share of all answers that has to be the same.
+        agree: the least `share` with which the check passes.
     """
 
     answers: tuple[Answer, ...]
@@ -63,7 +63,7 @@ class Checked:
 
     @property
     def passed(self) -> bool:
-        """Whether enough of the answers is the same."""
+        """Whether enough of the answers' text is the same."""
         return self.share >= self.agree
 
     @property
@@ -86,7 +86,7 @@ class Checked:
 
 
 class RefusedError(LewisError):
-    """The server does not answer as the model did that was scored.
+    """The server does not answer as the scored model did.
 
     Attributes:
         differing: the answers that differ.
@@ -95,7 +95,7 @@ class RefusedError(LewisError):
     def __init__(self, message: str, differing: Sequence[Answer] = ()) -> None:
         """
         Args:
-            differing: the answers.
+            differing: the answers that differ.
         """
         super().__init__(message)
         self.differing = tuple(differing)
@@ -130,17 +130,17 @@ def _requests(digest: str, settings: EvalSettings) -> dict[str, list[dict[str, A
 
 
 def check(api: str, model: str, kept: Mapping[str, Sequence[Mapping[str, Any]]], block: Check) -> Checked:
-    """Ask a server.
+    """Send kept requests to a server, and compare its answers with the kept ones.
 
     Args:
-        api: of its OpenAI API, with /v1.
-        model: the name that it knows the model by.
-        kept: as `requests`.
-        block: of the recipe.
+        api: URL of the server's OpenAI API, with /v1.
+        model: the name that the server knows the model by.
+        kept: the requests, as `requests` returns them.
+        block: the target's block `check` in the recipe.
 
     Raises:
         TransientError: if the server does not answer, or is busy.
-        LewisError: if it refuses a request, or its answer has not what is compared.
+        LewisError: if it refuses a request, or its answer lacks what is compared.
     """
     share = max(1, block.documents // max(1, len(kept)))
     sample = [(task, each) for task, of_task in kept.items() for each in of_task[:share]]
@@ -179,7 +179,7 @@ def _likelihoods(api: str, model: str, task: str, kept: Mapping[str, Any], toler
 
 
 def _of_continuation(choice: Mapping[str, Any], start: int, end: int) -> list[float]:
-    """The log-probabilities of those tokens of an echoed text that begin between two characters."""
+    """Return the log-probabilities of those tokens of an echoed text that begin at characters `start` to `end` - 1."""
     try:
         known = choice["logprobs"]
         pairs = list(zip(known["text_offset"], known["token_logprobs"], strict=True))
@@ -201,7 +201,7 @@ def _text(api: str, model: str, task: str, kept: Mapping[str, Any]) -> Answer:
         found = _post(f"{api}/completions", {**body, "prompt": kept["prompt"]})
         text = str(found.get("text") or "")
     cut = found.get("finish_reason") == "length"
-    for stop in filter(None, kept["until"]):  # here: a request with a stop fails at servers whose tokenizer is odd
+    for stop in filter(None, kept["until"]):  # not in the request: servers with some tokenizers fail on `stop`
         text, at, _ = text.partition(stop)
         cut = cut and not at
     scored, served = str(kept["answer"]).strip(), text.strip()
@@ -213,7 +213,7 @@ def _text(api: str, model: str, task: str, kept: Mapping[str, Any]) -> Answer:
 
 
 def _post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Post a request; returns the first choice of the answer."""
+    """Post a request, and return the first choice of the answer."""
     answer = send("POST", url, body=body, headers=with_key(url), timeout_s=_SECONDS)
     try:
         return dict(answer.json()["choices"][0])

@@ -1,4 +1,4 @@
-"""Bring a target to the champion: verify the files, put them into service, record it."""
+"""Put the champion into service at a target: verify its files, have the target serve them, record the result."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -32,20 +32,20 @@ from lewis.serving import (
 from lewis.serving.records import Served
 
 logger = logging.getLogger(__name__)
-AGAIN = timedelta(minutes=5)  # after an attempt that failed because a server was away
+AGAIN = timedelta(minutes=5)  # pause after an attempt that failed because a server did not answer
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a kind of targets does.
+    """The functions of one kind of targets.
 
     Attributes:
-        offer: makes the server answer for a model under its own name, while clients have another one; None: it cannot.
-        put: puts a model into service, and returns the name that the server knows it by; what it raises means that the
-            target has what it had.
-        withdraw: takes back what was offered, where it failed or was refused; None: there is nothing to take back.
+        offer: makes the server answer for a new model while clients still get the old one; None: it cannot.
+        put: puts a model into service, and returns the name that the server knows it by; if it raises, the target
+            keeps what it had.
+        withdraw: undoes `offer` if that or the check fails; None: there is nothing to undo.
         api: the URL of the OpenAI API and the name by which that knows the model, for the check; None: there is none.
-        holds: whether the target still has what its record says; None: nothing can be asked.
+        holds: whether the target still has what its record says; None: the target cannot be asked.
     """
 
     put: Callable[[Any, model.Model, Served], str]
@@ -68,31 +68,31 @@ KINDS: Mapping[str, Kind] = {
     "hub": Kind(hub.put),
     "local": Kind(local.put, local.holds, local.offer, local.api, local.withdraw),
 }
-"""`Target.form` -> what it does."""
+"""`Target.form` -> the functions of that kind."""
 
 
 def champion_of(recipe: Recipe) -> Champion | None:
-    """The version that the targets of a recipe are to have; None if there is no champion yet."""
+    """Return the champion, the version that the targets of a recipe must serve; None if there is none yet."""
     return versions.champion(recipe.register_as.model) if recipe.register_as else None
 
 
 def serve(
     target: Target, champion: Champion, settings: EvalSettings | None = None, *, again: bool = False
 ) -> tuple[Served, bool]:
-    """Bring a target to the champion, unless it has it.
+    """Put the champion into service at a target, unless the target has it already.
 
     Args:
         target: of the recipe.
         champion: the version.
         settings: of the evaluation that scored it, whose answers the server has to give; None: it was not scored.
-        again: put it into service even if it is.
+        again: put it into service even if the target has it.
 
     Returns:
         What the target has now, and whether this call put it there.
 
     Raises:
-        InputError, TransientError, LewisError: as the kind says; what the target had stays in service, and the record
-            has the reason.
+        InputError, TransientError, LewisError: as the functions of the kind; what the target had stays in service, and
+            the record has the reason.
     """
     name, uri, block = champion.version.name, champion.version.uri, _digest(target)
     kind = KINDS[target.form]
@@ -123,9 +123,9 @@ def serve(
 
 
 def is_due(target: Target, champion: Champion) -> bool:
-    """Whether a target without the champion may be given it now.
+    """Whether a target lacks the champion and may be given it now.
 
-    Not if it has refused that version, or if the server is away; nor soon after an attempt that failed.
+    Not if it has refused that version, if an attempt failed less than `AGAIN` ago, or if it does not say what it has.
     """
     record = record_of(champion.version.name, target)
     failure = record.failure
@@ -137,12 +137,11 @@ def is_due(target: Target, champion: Champion) -> bool:
     holds = KINDS[target.form].holds
     try:
         return holds is not None and not holds(target, record)
-    except LewisError:  # a server that restarts may have lost the model
+    except LewisError:  # the server does not answer now; it is asked again later
         return False
 
 
 def _digest(target: Target) -> str:
-    """The digest of a target's block in the recipe."""
     return store.digest(target.model_dump(mode="json"))
 
 
@@ -156,7 +155,7 @@ def _still_holds(kind: Kind, target: Target, record: Served) -> bool:
 def _bring(
     kind: Kind, target: Target, ready: model.Model, before: Served, settings: EvalSettings | None
 ) -> tuple[str, str]:
-    """Put a model into service if its check passes; returns what the check found, and the model's name there."""
+    """Put a model into service if its check passes; return what the check found, and the model's name there."""
     if kind.offer:
         try:
             kind.offer(target, ready, before)
@@ -176,7 +175,7 @@ def _bring(
 
 
 def _check(kind: Kind, target: Target, ready: model.Model, before: Served, settings: EvalSettings | None) -> str:
-    """If the target has a check, ask the server the requests of the scored model; returns the result as a sentence."""
+    """Send the server the scored model's requests, if the target has a check; return the result as a sentence."""
     block, place = getattr(target, "check", None), kind.api(target, ready, before) if kind.api else None
     if block is None or place is None:
         return ""
@@ -200,7 +199,7 @@ def _alike(error: LewisError, message: str) -> LewisError:
 
 
 def record_of(name: str, target: Target) -> Served:
-    """What a target of a registered model has in service; a record without a version if it has nothing."""
+    """Return the record of what a target has in service of a registered model; without a version if it has nothing."""
     with tracking.client(f"reading what is in service of {name}") as client:
         known = {each.target: each for each in records.read(client, name)}
     found = known.get(target.label)
@@ -215,7 +214,7 @@ def _write(record: Served) -> None:
 def tidy(name: str, targets: Sequence[Target]) -> None:
     """Remove records of targets that left the recipe, and files of versions that are served nowhere.
 
-    What was in service before stays on the disk, to go back to.
+    For each target, the version before the one in service stays on the disk, for a return to it.
     """
     labels = {each.label for each in targets}
     with tracking.client(f"reading what is in service of {name}") as client:

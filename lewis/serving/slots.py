@@ -1,7 +1,7 @@
 """The servers of `lewis up --serve`: two slots, blue and green, of which HAProxy gives one the requests of clients.
 
-Two files of the store say what they are to do and what they do. A run that serves writes what is wanted; the part
-`champion` of `lewis up` makes it so, also after a restart, and writes what is.
+Two files of the store hold the wanted state and the current state. A run that serves a version writes the wanted state.
+The part `champion` of `lewis up` starts and ends servers to reach it, also after a restart, and writes the current one.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ NAMES = ("blue", "green")
 
 @dataclass(frozen=True)
 class Slot:
-    """What the server of a slot is to have.
+    """The model that the server of a slot must have.
 
     Attributes:
         alias: `Model.alias` of the version.
@@ -33,11 +33,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be served.
+    """The wanted state of the slots.
 
     Attributes:
         model: the registered model, whose name clients ask for.
-        slots: name of a slot -> what its server is to have; no server runs in other slots.
+        slots: name of a slot -> what its server must have; no server runs in other slots.
         traffic: the slot that gets the requests; empty before there is a champion.
         only: the one slot that may have a server, because memory is too small for two; empty: each may.
     """
@@ -48,13 +48,13 @@ class Wanted:
     only: str = ""
 
     def slot_of(self, alias: str) -> str | None:
-        """The slot that is to have a version."""
+        """Return the name of the slot that must have a version, by its alias; None if there is none."""
         return next((name for name, slot in self.slots.items() if slot.alias == alias), None)
 
 
 @dataclass(frozen=True)
 class Running:
-    """What a slot does now.
+    """The current state of a slot.
 
     Attributes:
         alias: of the version that its server has; empty if it has no server.
@@ -75,11 +75,11 @@ class Running:
 
 @dataclass(frozen=True)
 class Now:
-    """What `lewis up --serve` does now.
+    """The current state of `lewis up --serve`.
 
     Attributes:
         writer: its process, as `store.writer`.
-        url: what clients ask, without /v1.
+        url: where clients send requests, without /v1.
         program: `vllm` or `transformers`.
         slots: name -> slot.
     """
@@ -95,13 +95,13 @@ class Now:
 
 
 def wanted() -> Wanted | None:
-    """What is to be served on this machine; None if it does not serve."""
+    """Read the wanted state of this machine's slots; None if it serves nothing."""
     found = store.read_json(_wanted())
     return Wanted(**{**found, "slots": _each(Slot, found)}) if found else None
 
 
 def want(what: Wanted | None) -> None:
-    """Set what is to be served; None: nothing."""
+    """Write the wanted state of the slots; None: nothing is served."""
     if what is None:
         _wanted().unlink(missing_ok=True)
     else:
@@ -109,7 +109,7 @@ def want(what: Wanted | None) -> None:
 
 
 def now() -> Now | None:
-    """What is served; None if `lewis up --serve` does not run."""
+    """Read the current state of the slots; None if `lewis up --serve` does not run."""
     found = store.read_json(_now())
     if not found or store.is_dead(found["writer"], _now()):
         return None
@@ -117,7 +117,7 @@ def now() -> Now | None:
 
 
 def note(what: Now | None) -> None:
-    """Write what is served; called by the serving process. None: it ends."""
+    """Write the current state of the slots; called by the serving process, with None when it ends."""
     if what is None:
         _now().unlink(missing_ok=True)
     else:
@@ -125,13 +125,13 @@ def note(what: Now | None) -> None:
 
 
 def is_ours(url: str) -> bool:
-    """Whether a URL is of one of these servers, which ask for the key of `lewis up --serve`."""
+    """Whether a URL belongs to a server in one of the slots, which asks for the key of `lewis up --serve`."""
     found = now()
     return found is not None and any(url.startswith(f"{each.url}/") for each in found.slots.values())
 
 
 def state() -> tuple[bool, str]:
-    """Whether the wanted state is reached, and what is served, in words."""
+    """Return whether the wanted state is reached, and what is served, in words."""
     what, found = wanted(), now()
     if what is None or found is None:
         return False, "does not run; `lewis up --serve` starts it"

@@ -1,9 +1,9 @@
 """Targets of the kind `vllm`: a running vLLM server loads the adapter next to the one in service, then moves to it.
 
-Each version has a name and a path of its own, which no other content ever has: vLLM keeps weights by path, and what it
-has computed of prompts by name and path. `offer` loads it under that name; it answers requests for that name, so that
-it can be checked. `put` lets the name that clients ask for stand for it: no request is refused meanwhile; one that is
-being answered in that moment goes on with the new weights. The version before stays loaded, older ones are unloaded.
+Each version has a name and a path that no other content ever has, since vLLM keeps weights by path, and what it has
+computed for prompts by name and path. `offer` loads a version under its own name, under which it can be checked. `put`
+loads it under the name that clients ask for: no request is refused meanwhile; one that is being answered in that moment
+goes on with the new weights. The version before stays loaded, older ones are unloaded.
 
 The server needs `--enable-lora` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`, and must see the store's folder `served`.
 """
@@ -22,7 +22,7 @@ _SECONDS = 30  # for a request that loads nothing
 
 
 def offer(target: VllmTarget, model: Model, before: Served | None = None) -> None:
-    """Load the model under its own name.
+    """Load an adapter into the server under its own name, unless it is loaded.
 
     Raises:
         InputError: if it is no adapter, or the server loads none.
@@ -37,7 +37,7 @@ def offer(target: VllmTarget, model: Model, before: Served | None = None) -> Non
 
 
 def put(target: VllmTarget, model: Model, before: Served) -> str:
-    """Serve the model to clients, and unload all but this one and the one before."""
+    """Load the model under the name that clients ask for; unload all versions but this one and the one before."""
     asked_for = target.alias or model.name  # by clients
     if models(target).get(asked_for) != str(model.folder):
         _load(target, asked_for, model)
@@ -61,12 +61,12 @@ def holds(target: VllmTarget, record: Served) -> bool:
 
 
 def api(target: VllmTarget, model: Model, before: Served | None = None) -> tuple[str, str]:
-    """URL at which the offered model answers, and its name there."""
+    """Return the URL of the API at which the offered model answers, and its name there."""
     return f"{target.url.rstrip('/')}/v1", model.alias
 
 
 def models(target: VllmTarget) -> dict[str, str]:
-    """Name -> path of the models that the server has.
+    """Return the models that the server has: name -> path.
 
     Raises:
         TransientError, LewisError: as `send`.

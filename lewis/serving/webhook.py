@@ -1,7 +1,7 @@
-"""Targets of the kind `webhook`: a signed POST in the form of MLflow's webhooks, so that code that checks those fits.
+"""Targets of the kind `webhook`: a signed POST that receivers can check in the same way as MLflow's webhooks.
 
-The signature is `v1,` and the HMAC-SHA256, in base64, of `<delivery id>.<timestamp>.<body>` with the secret. It is
-sent until the receiver has answered with a status of 200 to 299: at least once. The delivery's id stays the same.
+The signature is `v1,` and the HMAC-SHA256, in base64, of `<delivery id>.<timestamp>.<body>` with the secret. A POST is
+repeated until the receiver has answered with a status of 200 to 299: at least once, each time with the same id.
 """
 
 import base64
@@ -21,7 +21,7 @@ ID, TIMESTAMP, SIGNATURE = "X-MLflow-Delivery-Id", "X-MLflow-Timestamp", "X-MLfl
 
 
 def put(target: WebhookTarget, model: Model, before: Served) -> str:
-    """Report the model; return the name that it is served under.
+    """Send the signed POST that reports the model; return the name that the model is served under.
 
     Raises:
         TransientError, LewisError: as `send`.
@@ -42,6 +42,6 @@ def put(target: WebhookTarget, model: Model, before: Served) -> str:
 
 
 def sign(secret: str, delivery: str, stamp: str, body: str) -> str:
-    """The signature of a delivery."""
+    """Return the signature of a delivery, as the text at the top of this module describes it."""
     made = hmac.new(secret.encode(), f"{delivery}.{stamp}.{body}".encode(), hashlib.sha256).digest()
     return f"v1,{base64.b64encode(made).decode()}"

@@ -1,1 +1,1 @@
-"""The DAG: the table of steps, the graph of a recipe, and what walks it without Prefect."""
+"""The table of steps, the graph of a recipe (a DAG of steps), and the code that walks it without Prefect."""

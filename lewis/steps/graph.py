@@ -1,6 +1,6 @@
 """The graph of a recipe: which steps it needs, in which order, and what each is given.
 
-    resolve, preflight                  by hand: pin each model to a commit; do headers and configs fit together?
+    resolve, preflight                  no nodes: pin each model to a commit; do headers and configs fit together?
       └─ download [base, experts]
            └─ inspect                   can it be merged, is there room?
                 ├─ diagnose             do the weights belong together? an error stops the run before the merge
@@ -11,10 +11,11 @@
                                ├─ merge experts
                                └─ merge uniform
                                     └─ evaluate [base, experts, uniform, champion, merged] on [tasks]
-                                         └─ gate, register, promote, publish      by hand
+                                         └─ gate, register, promote, publish      no nodes
 
-What a recipe does not need is left out: a plain merge has neither sets nor densities, a method that fits in forward
-order has sets but measures nothing. This module is the only one that reads a recipe for its steps.
+Tasks that are no nodes are called by the code that walks the graph, which gives their results to the nodes. Steps that
+a recipe does not need are left out: a plain merge has neither sets nor densities, a method that fits in forward order
+has sets but measures nothing. This module is the only one that reads a recipe for its steps.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from lewis.steps.step import Step
 from lewis.steps.table import CheckInput, ScoreInput
 
 Results = Mapping[str, Any]
-"""Name of a node, or of a task by hand -> its result."""
+"""Name of a node, or of a task outside of the graph -> its result."""
 
 CHAMPION = "find champion"  # the name under which the caller gives the champion's files, or None
 MARK = "find mark"  # the name under which the caller gives the files of the gate's mark, or None
@@ -59,13 +60,13 @@ class Node:
     Attributes:
         name: what is done to what, such as `measure org/math on gsm8k`; the key of its result.
         step: its row in the table.
-        given: makes the step's input of the results that it needs. A result that is missing is left out of the input.
+        given: makes the step's input from the results that it needs. A result that is missing is left out of the input.
         needs: names of the nodes whose results it needs, or that must have passed before.
         after: names of further nodes that it comes after, if they are done at all.
-        when: whether the step is done, once the results are known that it needs; None: always.
-        asset: kind and name of what it makes, for Prefect's lineage; None for what is no asset.
-        made_of: kinds and names of the assets that it is made of.
-        model: what people call the one model that it is done to; empty if it is done to none, or several.
+        when: given the results that it needs, whether the step is done; None: always.
+        asset: kind and name of the asset that it makes, for Prefect's lineage; None if it makes none.
+        made_of: kinds and names of the assets that this one is made of.
+        model: short name of the one model that it is done to; empty if it is done to none, or several.
     """
 
     name: str
@@ -111,11 +112,11 @@ class Graph:
         return [node for node in self if node.step is step]
 
     def towards(self, *names: str, known: Collection[str] = ()) -> Graph:
-        """The nodes that the named ones need, and these.
+        """Return the graph of the named nodes and all nodes that they need.
 
         Args:
             names: of nodes.
-            known: names whose results are there already: they, and what only they need, are left out.
+            known: nodes whose results exist already: these nodes, and nodes that only they need, are left out.
         """
         wanted, open_ = set[str](), [name for name in names if name not in known]
         while open_:
@@ -126,7 +127,7 @@ class Graph:
         return Graph(node for node in self if node.name in wanted)
 
     def edges(self, name: str) -> list[str]:
-        """The edges into a node in a drawing: the nodes that it waits for, without those that another of them needs."""
+        """The edges to draw into a node: from the nodes that it waits for, except those that another of them needs."""
         direct = [*self._nodes[name].needs, *self._nodes[name].after]
         behind = {each for other in direct for each in self._before(other)}
         return [each for each in dict.fromkeys(direct) if each not in behind]
@@ -140,10 +141,10 @@ class Graph:
 
 
 def graph(recipe: Recipe) -> Graph:
-    """The steps of a recipe, as the diagram above has them.
+    """Return the steps of a recipe as a graph, in the order of the diagram at the top of this module.
 
-    The caller gives the results of what is done by hand: `resolve REF` -> the pinned `Source` of each model, and for
-    the scores of the champion `find champion` -> its `ModelFiles`, or None.
+    The caller gives the results of tasks outside of the graph: `resolve REF` -> the pinned `Source` of each model, and
+    for the scores of the champion `find champion` -> its `ModelFiles`, or None.
     """
     first, then = [_calibrations, _checks] if recipe.fits else [_checks, _calibrations]
     parts = (_downloads, first, then, _continuations, _measurements, _merges, _scores)
@@ -156,7 +157,7 @@ def resolved(ref: str) -> str:
 
 
 def short_refs(recipe: Recipe) -> dict[str, str]:
-    """Reference of the base and each expert -> what people call it; the whole reference where that is ambiguous."""
+    """Reference of the base and each expert -> its short name, or the whole reference where that is ambiguous."""
     refs = _refs(recipe)
     return dict(zip(refs, short_or_whole([short_name(ref, recipe.root) for ref in refs], refs), strict=True))
 
@@ -181,7 +182,7 @@ def _checks(recipe: Recipe) -> Iterator[Node]:
         base, experts = (models[0], models[1:]) if has_base else (None, models)
         return InspectionInput(base, experts, settings)
 
-    fitted = tuple(f"calibrate {name}" for name in dict.fromkeys(_sets_of_fit(recipe).values()))  # prompts will do
+    fitted = tuple(f"calibrate {name}" for name in dict.fromkeys(_sets_of_fit(recipe).values()))  # prompts suffice
     yield Node("inspect", table.CHECK, to_check, (*downloads, *fitted))
     if recipe.inspect.on != "off":
         yield Node("diagnose", table.DIAGNOSE, to_inspect, downloads, after=("inspect",))
@@ -223,7 +224,7 @@ def _continuation(recipe: Recipe, name: str, expert: str) -> Node:
 
 
 def _sets(recipe: Recipe) -> list[str]:
-    """The calibration sets that are used, each once; none without a base, whose tokenizer makes them."""
+    """Names of the calibration sets that are used, each once; none without a base, whose tokenizer makes them."""
     if recipe.lewis is None or recipe.base_model is None:
         return []
     measured = (name for chosen in _passes(recipe).values() for name in chosen)
@@ -231,7 +232,7 @@ def _sets(recipe: Recipe) -> list[str]:
 
 
 def _rows(recipe: Recipe, name: str) -> str:
-    """The node that gives the rows of a calibration set."""
+    """Name of the node whose result is the rows of a calibration set."""
     assert recipe.lewis is not None
     return f"{'continue' if recipe.lewis.calibrations[name].continues else 'calibrate'} {name}"
 
@@ -293,7 +294,7 @@ def _merges(recipe: Recipe) -> Iterator[Node]:
 
 
 def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], MergeInput]:
-    """What makes the input of a merge. Without densities and calibration sets among the results, it has none."""
+    """Return the function that makes a merge's input; densities and sets that the results lack are left out of it."""
     config, text, sets = recipe.config, recipe.public_text, _sets_of_fit(recipe)
     block = recipe.allocator if recipe.base_model else None
     aim = recipe.lewis.aim if recipe.lewis else None
@@ -354,7 +355,7 @@ def _scores(recipe: Recipe) -> Iterator[Node]:
 
 
 def look_to_show(recipe: Recipe, merged: str, champion: str | None) -> int | None:
-    """How many documents of each task the shown scores of a merged model have, if it was judged before; None: all.
+    """The number of documents per task that the shown scores of a merged model are on, if it was judged; None: all.
 
     Args:
         recipe: with an `evaluate` block.
@@ -375,7 +376,7 @@ def evaluations(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def labels(recipe: Recipe) -> dict[str, str]:
-    """The scored models: label -> the node, or hand-made task, that gives the model; the merged model is the last."""
+    """Label of each scored model -> the node, or task outside of the graph, that gives it; the merged model is last."""
     found: dict[str, str] = {}
     if recipe.scores_base:
         found["base"] = f"download {recipe.base_model}"
@@ -393,7 +394,7 @@ def labels(recipe: Recipe) -> dict[str, str]:
 
 
 def inspection_settings(recipe: Recipe) -> InspectionSettings:
-    """What an inspection has to know of a recipe's merge."""
+    """Return the settings of a recipe's merge that an inspection depends on."""
     return InspectionSettings(
         base_is_a_model=find(recipe.merge_method).base_is_a_model,
         exclude=recipe.exclude,
@@ -425,8 +426,8 @@ def _expert_refs(recipe: Recipe) -> list[str]:
 def _passes(recipe: Recipe) -> dict[str, list[str]]:
     """Model -> the calibration sets that it is measured on, in one pass.
 
-    The base's importance is needed for the difference of norms, and for `aim`, on every set that an expert has; the
-    experts' where the allocator or `prune_by: activation` looks at activations, or the method fits to statistics.
+    The base is measured on every set that an expert has, for the difference of norms, and for `aim`; the experts are
+    measured if the allocator or `prune_by: activation` uses activations, or the method fits to statistics.
     """
     found: dict[str, list[str]] = {}
     if recipe.measures_base:

@@ -71,7 +71,7 @@ class PlannedStep:
     cost: Cost = field(default_factory=Cost)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data; with what it takes, if it is to be done and takes something that is known."""
+        """As plain JSON data; with the cost of a step that is to be done, unless the cost is all 0."""
         cost = {"cost": asdict(self.cost)} if self.state == "to do" and self.cost != Cost() else {}
         return {"name": self.name, "state": self.state, **cost}
 
@@ -97,8 +97,8 @@ class Plan:
         to_push: bytes that the run will push, roughly: statistics and, if they are shared, merged models. All else is
             small.
         output: what an adapter of the merge will be; empty for a full model.
-        measuring: seconds that the passes for second-order statistics take which are to do, roughly.
-        seconds: that the merges take which are to do, roughly, as `lewis merge` reports it afterwards: without the
+        measuring: seconds that the passes for second-order statistics that are to be done take, roughly.
+        seconds: that the merges that are to be done take, roughly, as `lewis merge` reports it afterwards: without the
             start of the process; None if the models are not all here yet.
     """
 
@@ -125,7 +125,7 @@ class Plan:
     seconds: float | None = None
 
     def warn(self, text: str) -> None:
-        """Add to the warning."""
+        """Add a text to the warning."""
         self.warning = "; ".join(filter(None, (self.warning, text)))
 
     def to_json(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Plan:
         return {**asdict(self), "findings": findings, "steps": steps, "covered_layers": len(self.layers)}
 
     def to_text(self) -> str:
-        """For a terminal."""
+        """As text for a terminal."""
         kinds: dict[str, list[int]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.projection, []).append(layer.index)
@@ -179,7 +179,7 @@ class _NotHere(ModelFiles):
 
     @classmethod
     def of(cls, source: Source) -> _NotHere:
-        """What is known of a pinned model without its weights."""
+        """Return the stand-in of a pinned model: fetch its configs, and read the headers of its weights."""
         folder, *adapters = [repository.fetch(each, weights=False) for each in (source.model, *source.adapters)]
         shapes = repository.tensor_shapes(source.model)
         under, adapter = tuple(adapters[:-1]), adapters[-1] if adapters else None
@@ -266,7 +266,6 @@ def _add_merges(plan: Plan, recipe: Recipe, headers: Headers, experts: int) -> N
 
 
 def _bytes_of_output(recipe: Recipe, headers: Headers) -> int:
-    """Bytes of the weights that a merge writes, by the headers of its result."""
     if recipe.output.kind == "lora":
         merged = {name: shape for name, (_, shape) in headers.items() if not recipe.excludes(name)}
         return factor_bytes(merged, recipe.output.rank)
@@ -275,7 +274,7 @@ def _bytes_of_output(recipe: Recipe, headers: Headers) -> int:
 
 
 def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
-    """Add the steps of a recipe and what they take, and what the remote half of the store has of them."""
+    """Add the steps of a recipe, their costs, and the bytes that can be fetched from the remote half of the store."""
     walked, results = graph(recipe), dict(known)
     if walked.of(EVALUATE):
         results[CHAMPION] = _champion(plan, recipe, versions.champion)
@@ -311,7 +310,6 @@ def _add_steps(plan: Plan, recipe: Recipe, known: Mapping[str, Any]) -> None:
 
 
 def _add_costs(plan: Plan, walked: Graph) -> None:
-    """Add what the steps take together."""
     costs = {each.name: each.cost for each in plan.steps}
     for node in walked:
         cost = costs.get(node.label, Cost())
@@ -324,14 +322,14 @@ def _add_costs(plan: Plan, walked: Graph) -> None:
 
 
 def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> PlannedStep:
-    """Look for the result of a step, and add it, or a stand-in, to the results."""
+    """Look for the result of a node's step, and add it, or a stand-in for it, to the results."""
     step, before = node.step, len(asked)
     unknown = [name for name in node.needs if name in results and results[name] is None]
-    # A merge is known without the statistics that it is fitted to: they follow from the models and the rows.
+    # A merge can be found without the statistics that it is fitted to: they follow from the models and the rows.
     missing = any(not (step is MERGE and name.startswith(f"{MEASURE.name} ")) for name in unknown)
     absent = any(isinstance(results.get(name), _NotHere) for name in node.needs)
     unreached = any(results.get(name) is _UNREACHED for name in node.needs)
-    # A merge is checked and timed without its densities; any take as long.
+    # A merge is checked and timed without its densities: the time does not depend on them.
     known = not (step.opens and absent) and not unreached and (not missing or step is MERGE)
     given: Any = node.given(results) if known else None
     if step is CHECK:
@@ -348,11 +346,11 @@ def _look(node: Node, results: dict[str, Any], asked: Sequence[Found]) -> Planne
 
 
 def _stand_in(step: Step[Any, Any], given: Any, *, key: bool) -> Any:
-    """What stands for a result that is not there, so that what follows from it can be looked for; else None."""
+    """Return a stand-in for a missing result, by which results that depend on it can be looked for, or None."""
     if step is DOWNLOAD:
         return _NotHere.of(given)
     if step is CALIBRATE:
-        return step.make(given, silent, "cpu")  # it is cheap, and what follows is found by it
+        return step.make(given, silent, "cpu")  # it is cheap, and the results that depend on it are found by it
     if step is MERGE:
         return _Unmade(step.key(given) if key and given is not None else "")
     return None
@@ -393,7 +391,7 @@ def _champion(plan: Plan, recipe: Recipe, find: Callable[[str], Champion | None]
 
 
 def _adapter_of(recipe: Recipe) -> str:
-    """What is known of an adapter before it is made."""
+    """Describe the adapter that a merge will make, as far as it is known before."""
     rank, tolerance = recipe.output.rank, recipe.output.tolerance
     limits = [f"rank at most {rank}"] if rank else []
     limits += [f"error of a module at most {tolerance:g} of its merged delta"] if tolerance else []

@@ -16,10 +16,10 @@ from lewis.steps.graph import Graph, resolved
 
 
 def begin(recipe: Recipe) -> dict[str, Any]:
-    """Do what is done by hand before the first step: pin base and experts, check that their headers fit together.
+    """Pin base and experts, and check that their headers fit together: the work before the first step of the graph.
 
     Returns:
-        The results that the graph is given: `resolve REF` -> `Source`.
+        The results that the graph starts from: `resolve REF` -> `Source`.
 
     Raises:
         InputError: naming what does not exist or does not fit, before anything is downloaded.
@@ -48,7 +48,7 @@ def check_tasks(recipe: Recipe) -> EvalSettings | None:
 
 
 def pinned(base: Source | None, experts: list[Source]) -> dict[str, Any]:
-    """Pinned models as the results that a graph is given."""
+    """Return pinned models as the results that a graph starts from: `resolve REF` -> `Source`."""
     return {resolved(source.ref): source for source in [*([base] if base else []), *experts]}
 
 
@@ -60,7 +60,7 @@ def run(
     Args:
         graph: of a recipe.
         names: of nodes.
-        known: results that are there already: those of `begin`, and of nodes that were done before.
+        known: results that exist already: those of `begin`, and of nodes that were done before.
         report: called by the steps with (what, done, total).
         device: of forward passes.
 
@@ -68,7 +68,7 @@ def run(
         `known`, and the result of every node that was done; None for one whose condition did not hold.
 
     Raises:
-        LewisError: as the step that fails.
+        LewisError: the error of the step that fails.
     """
     results = dict(known)
     for node in graph.towards(*names, known=results):

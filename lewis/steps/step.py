@@ -1,4 +1,4 @@
-"""The contract of a step, which everything that walks the graph relies on."""
+"""The contract of a step, on which all code that walks the graph relies."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Out = TypeVar("Out")
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step takes, roughly.
+    """A rough estimate of the disk space, time and memory that a step takes.
 
     Attributes:
         written: bytes that it leaves on the disk.
         scratch: bytes that it needs on the disk meanwhile, and removes.
         seconds: wall time on this machine, as busy as it is now; None: not known.
-        passes: those of the seconds that forward passes for second-order statistics take.
+        passes: the part of `seconds` that forward passes for second-order statistics take.
         memory: bytes of anonymous memory at its peak.
     """
 
@@ -50,7 +50,7 @@ class Step(ABC, Generic[In, Out]):
     gone or damaged.
 
     **Key.** `key` identifies the result: two inputs have the same key exactly if `make` gives the same result for them.
-    It covers the content of every file that is read, every parameter that changes a byte, the semantics of our code
+    It covers the content of every file that is read, every parameter that changes a byte, the semantics of the code
     (`SEMANTICS` of the modules), the version of a plug-in, and the number format in which this machine computes, if the
     result depends on it. Nothing else makes a key: Prefect's cache key of a task is this string.
 
@@ -63,7 +63,7 @@ class Step(ABC, Generic[In, Out]):
     Attributes:
         name: of the step, such as `measure`; a node adds what it is done to.
         kind: of the entries that it makes; None if it leaves no entry in the store.
-        cached: whether the result is kept under `key`. A check is not: it is made in every run.
+        cached: whether the result is kept under `key`. That of a check is not: it is made in every run.
         retries: whether its errors can pass by themselves, as those of a download can.
         timeout: seconds after which its task is given up; None: the step has a time limit of its own.
         opens: whether `key` and `cost` read the weights of the models, which must be on this disk then.
@@ -78,32 +78,32 @@ class Step(ABC, Generic[In, Out]):
 
     @abstractmethod
     def key(self, given: In) -> str:
-        """Identity of the result, safe as the name of a file."""
+        """Return the identity of the result for an input, safe as the name of a file."""
 
     @abstractmethod
     def find(self, given: In) -> Out | None:
-        """The result, if it is on this machine or in the remote half of the store."""
+        """Return the result if it is on this machine or in the remote half of the store, else None."""
 
     @abstractmethod
     def make(self, given: In, report: Report, device: str) -> Out:
-        """The result: found, or made once.
+        """Find the result, or make it once.
 
         Args:
             given: the input.
-            report: called with what has been done so far.
+            report: called with the progress so far.
             device: what torch computes on, if `devices` asks for one: `cpu`, `cuda:0`, or several with commas.
         """
 
     def devices(self, given: In) -> int:
-        """How many devices of this machine it holds while it works; 0: none."""
+        """The number of devices of this machine that `make` occupies for an input."""
         return 0
 
     def cost(self, given: In) -> Cost:
-        """What `make` takes, if nothing is found."""
+        """Estimate what `make` takes if the result has to be made."""
         return Cost()
 
     def paths(self, made: Out) -> Sequence[Path]:
-        """The entries of the store that a result refers to, by which it is known whether they were made or found."""
+        """The entries of the store that a result refers to: by these, a run knows whether they were made or found."""
         return ()
 
     def facts(self, given: In, made: Out) -> Mapping[str, Any]:

@@ -83,14 +83,14 @@ class Download(Step[Source, ModelFiles]):
 
 @dataclass(frozen=True)
 class CheckInput:
-    """What is checked before anything expensive.
+    """The merge that is checked before any expensive step.
 
     Attributes:
-        merge: that is to be made, without its densities and calibration sets.
+        merge: the merge that is to be made, without its densities and calibration sets.
         copies: how many merged models go into the store.
-        covers: whether layers are measured or allocated, so that there must be some.
-        runs: whether a model is run, which transformers must be able to build then.
-        warning: what is perhaps wrong, as a sentence for the log; else empty.
+        covers: whether layers are measured or allocated, so that some must be covered.
+        runs: whether a model is run, so that transformers must be able to build it.
+        warning: a sentence for the log on what may be wrong; empty if there is none.
     """
 
     merge: MergeInput
@@ -101,7 +101,7 @@ class CheckInput:
 
 
 class Check(Step[CheckInput, int]):
-    """Whether the models fit together, and there is room; gives the number of covered layers, 0 for a plain merge."""
+    """Check that models fit together and there is room; result: the number of covered layers, 0 for a plain merge."""
 
     name, cached, timeout, opens = "inspect", False, 0.5 * HOURS, True
 
@@ -125,7 +125,7 @@ class Check(Step[CheckInput, int]):
 
 
 class Diagnose(Step[InspectionInput, list[dict[str, str]]]):
-    """What the weights show of models that do not belong together, as plain data."""
+    """The findings on models whose weights show that they do not belong together, as plain data."""
 
     name, kind, timeout, opens = "diagnose", kinds.INSPECTIONS, 6 * HOURS, True
 
@@ -133,7 +133,7 @@ class Diagnose(Step[InspectionInput, list[dict[str, str]]]):
         refs = [each.ref for each in (*([given.base] if given.base else []), *given.experts)]
         settings = {**asdict(given.settings), "root": str(given.settings.root)}
         del settings["stops"]
-        compared = ["tokens"] if given.settings.by_token else []  # what the measures leave out
+        compared = ["tokens"] if given.settings.by_token else []  # compared by token, which the measures leave out
         return store.digest([inspection_digest(given), refs, settings, *compared])
 
     def find(self, given: InspectionInput) -> list[dict[str, str]] | None:
@@ -225,7 +225,7 @@ class Allocate(Step[AllocationInput, AllocationEntry]):
     name, kind, timeout = "allocate", kinds.ALLOCATIONS, 0.5 * HOURS
 
     def key(self, given: AllocationInput) -> str:
-        digest = allocation.digest(given)  # of the entry, which `aim` leaves as it is; the result names more then
+        digest = allocation.digest(given)  # of the entry, which `aim` does not change: it adds to the result alone
         return store.digest([digest, "aim"]) if given.aim else digest
 
     def find(self, given: AllocationInput) -> AllocationEntry | None:
@@ -299,7 +299,7 @@ class ScoreInput:
 
 
 def by_task(given: Mapping[str, ScoreInput]) -> list[dict[str, ScoreInput]]:
-    """Inputs by the names of their nodes, those of one task together: their scores are compared with each other."""
+    """Group inputs (node name -> input) by task: the scores of one task are compared with each other."""
     found: dict[tuple[str, ...], dict[str, ScoreInput]] = {}
     for name, each in given.items():
         found.setdefault(each.settings.tasks, {})[name] = each
@@ -339,7 +339,7 @@ def _memory_of_pass(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passes: Sequence[int], memory: int) -> Cost:
-    """What passes for second-order statistics take."""
+    """Estimate the cost of passes for second-order statistics, each over so many tokens, next to other `memory`."""
     if not passes:
         return Cost(memory=memory)
     network, threads = measure.network_in(home, shapes), cores()

@@ -1,4 +1,4 @@
-"""What is on disk: content-addressed entries, written whole or not at all, and their upkeep."""
+"""The store on disk: content-addressed entries, which are written whole or not at all, and their maintenance."""
 
 from lewis.store.entries import (
     COPIED,

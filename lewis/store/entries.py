@@ -1,4 +1,4 @@
-"""Entries of the store: written whole or not at all, with checksums, and set aside when they are damaged.
+"""Read and write entries of the store: whole or not at all, with checksums; damaged ones are moved to quarantine.
 
 An entry is one JSON file (`write_entry`) or a folder with a manifest (`publish`; `lewis.store.manifest` checks it).
 """
@@ -23,13 +23,13 @@ from lewis.store.scratch import beside
 logger = logging.getLogger(__name__)
 
 COPIED = "backup"  # key of a manifest: the store that the folder is a copy of
-MARK_EVERY = 3600.0  # seconds; the mark of `mark_used` is at most this much older than the last use
+MARK_EVERY = 3600.0  # seconds by which the mark of `mark_used` may be older than the last use
 _making: ContextVar[list[Path] | None] = ContextVar("making", default=None)
 
 
 @contextmanager
 def noticing() -> Iterator[list[Path]]:
-    """Give a list of the entries that this thread writes while the block lasts; entries that it finds are not in it."""
+    """Collect in a list the entries that this thread writes during the block, without those it finds in the store."""
     made = list[Path]()
     token = _making.set(made)
     try:
@@ -44,14 +44,14 @@ def publish(
 ) -> Iterator[Path]:
     """Give a scratch folder to write into; if the block raises nothing, add the manifest and rename it to `folder`.
 
-    In the store the files are read-only then: MLflow's copy of the weights may be a hard link of the same file, and one
-    slip must not damage both. A link is no part of what is published: it may lead anywhere.
+    In the store the files are then read-only: MLflow's copy of the weights may be a hard link to the same file, so that
+    one accidental write would damage both. The manifest lists no symbolic links, since these may lead anywhere.
 
     Args:
         folder: where the finished folder goes. An older folder that has a manifest is replaced.
         manifest: what to record in `lewis.json`, in addition to the files' sizes and checksums.
-        key: identity of what is written, if the block can continue a half-written folder. The scratch folder then
-            holds what a process left that was writing the same to `folder` and died. Without a key, it is empty.
+        key: identity of the content, if the block can continue a half-written folder: the scratch folder then holds
+            what a process that died had written to it under the same key. None: the scratch folder is empty.
         checksums: file name -> SHA-256, for the files whose checksum the block knows; the others are read.
 
     Raises:
@@ -65,7 +65,7 @@ def publish(
         _make_scratch(scratch)
         try:
             yield scratch
-            # What a process left that died when it was almost done.
+            # Left by a process that died when it was almost done.
             for path in (scratch / MANIFEST, *scratch.glob(".*.partial")):
                 path.unlink(missing_ok=True)
             paths = sorted(p for p in scratch.rglob("*") if p.is_file() and not p.is_symlink())
@@ -85,7 +85,7 @@ def publish(
 
 
 def _put(scratch: Path, folder: Path) -> None:
-    """Put a folder in the place of an earlier one, of which a kill leaves no part: it would pass for a stranger's."""
+    """Replace a folder as a whole: a part of the earlier one, left after a kill, would be taken for someone else's."""
     earlier = beside(folder)
     with suppress(FileNotFoundError):
         os.rename(folder, earlier)
@@ -99,8 +99,8 @@ def _put(scratch: Path, folder: Path) -> None:
 
 
 def _make_scratch(scratch: Path) -> None:
-    """Make a scratch folder; of one that is there already, what another user of the store left is removed: this one may
-    neither read all of it nor change its modes.
+    """Make a scratch folder. From an existing one, files of other users of the store are removed, since this user may
+    neither read all of them nor change their modes.
     """
     make_folder(scratch)
     if holds(scratch) and scratch.stat().st_uid == os.getuid():
@@ -117,12 +117,12 @@ def _described(path: Path, sha256: str | None) -> dict[str, Any]:
 def check_replaceable(folder: Path, manifest: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Raise InputError unless `folder` is empty, an earlier output of `publish`, or absent where one can be made.
 
-    Outside of the store, where people put files of their own, nothing else may be in it. The copy of a store gives way
-    only to one of the same store.
+    Outside of the store, where people put files of their own, the folder may hold nothing but that output. The copy of
+    a store that `lewis backup` made is replaced only by a copy of the same store.
 
     Args:
-        folder: to write.
-        manifest: of what is written.
+        folder: the folder that is to be written.
+        manifest: the manifest of the new content.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder to write to, got a file; choose another path")
@@ -144,7 +144,7 @@ def check_replaceable(folder: Path, manifest: Mapping[str, Any] = MappingProxyTy
 
 
 def _unlisted(folder: Path) -> str | None:
-    """A file below a folder that its manifest does not list, and that is not of a model card."""
+    """Return a file of a folder that neither its manifest lists nor a model card has; None if there is no such file."""
     manifest = files.read_json(folder / MANIFEST)
     listed = manifest.get("files") if isinstance(manifest, dict) else None
     known = {MANIFEST, *CARD, *(listed if isinstance(listed, dict) else ())}
@@ -153,7 +153,7 @@ def _unlisted(folder: Path) -> str | None:
 
 
 def write_entry(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Write an entry, an object that is not empty, with its checksum; push it, if its kind is shared."""
+    """Write an entry of one file: a non-empty JSON object with its checksum; push it if its kind is shared."""
     files.write_text(path, sealed_json.dumps(content, indent))
     _push(path)
 
@@ -165,10 +165,10 @@ def _push(path: Path) -> None:
 
 
 def read_entry(path: Path) -> dict[str, Any] | None:
-    """What `write_entry` wrote, fetched if only the remote half has it, and mark it as used.
+    """Read what `write_entry` wrote and mark it as used; fetch it if only the remote half has it.
 
     Returns:
-        None if the entry is absent, or damaged: then it is set aside. The caller makes it again.
+        The object; None if the entry is absent or damaged. A damaged entry is set aside, and the caller makes it again.
     """
     mark_used(path)
     remote.fetch(path)
@@ -182,14 +182,14 @@ def read_entry(path: Path) -> dict[str, Any] | None:
 
 
 def entry(path: Path, key: str) -> Any | None:
-    """What an entry holds under `key`; None if that is empty, or as `read_entry` says."""
+    """Return the value under `key` in an entry; None if it is empty, or the entry is absent or damaged."""
     return (read_entry(path) or {}).get(key) or None
 
 
 def mark_used(path: Path) -> None:
-    """Note for housekeeping that an entry is in use, by its modification time; at most once every `MARK_EVERY`.
+    """Note by an entry's modification time, for housekeeping, that it is in use; at most once every `MARK_EVERY`.
 
-    Call it before you read the entry, so that housekeeping sees the use before it removes the entry.
+    Call it before reading the entry, so that housekeeping sees the use before it removes the entry.
     """
     with suppress(OSError):  # the entry is absent, or the store is read-only
         if path.stat().st_mtime < time.time() - MARK_EVERY:
@@ -199,7 +199,7 @@ def mark_used(path: Path) -> None:
 def set_aside(paths: Sequence[Path], why: str) -> None:
     """Move a damaged entry into the store's quarantine, where no reader finds it, and log a warning.
 
-    Nothing is deleted: `lewis gc` does that when it is old. What is outside of the store stays where it is.
+    Nothing is deleted: `lewis gc` deletes it when it is old. A folder outside of the store is not moved.
 
     Args:
         paths: the file or folder of the entry, and its second file if it has one.

@@ -1,4 +1,4 @@
-"""The store: everything written to disk, under LEWIS_HOME, addressed by content.
+"""Files of the store, the folder LEWIS_HOME, which holds everything that LEWIS writes, addressed by content.
 
     importance/<digest>.json  merged/<digest>/  scores/<digest>.json  ...
 
@@ -30,9 +30,9 @@ from lewis.store.scratch import beside, is_dead, writer_of
 
 MANIFEST = "lewis.json"
 CARD = ("README.md", "density.png", ".eval_results/lewis.yaml")
-"""The model card, its picture and its scores: next to the files that a manifest lists, as they may change."""
+"""Names of a model card, its picture and its scores; manifests do not list them, since they may change."""
 RESUMABLE = ".resumable.partial"
-_KEPT = 86400.0  # seconds; for so long a half-written folder is kept, to be continued
+_KEPT = 86400.0  # seconds for which a half-written folder is kept, so that it can be continued
 
 
 def digest(value: Any) -> str:
@@ -61,7 +61,7 @@ def written_beside(path: Path, *, private: bool = False) -> Iterator[Path]:
 
     Args:
         path: where the file goes.
-        private: whether it is for its owner alone, such as a key, also where a group shares the store.
+        private: whether only its owner may read it, such as a key, even if a group shares the store.
     """
     make_folder(path.parent)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
@@ -88,12 +88,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str, *, modified: float | None = None) -> None:
-    """`write_bytes` of UTF-8.
+    """Write a text to a file as UTF-8, by `write_bytes`.
 
     Args:
         path: where the file goes.
         text: its content.
-        modified: when the file counts as written (Unix time, seconds); None: now.
+        modified: the file's modification time (Unix time, seconds); None: now.
     """
     write_bytes(path, text.encode())
     if modified is not None:
@@ -101,12 +101,12 @@ def write_text(path: Path, text: str, *, modified: float | None = None) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON."""
+    """Write a value to a file as indented JSON, by `write_text`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any | None:
-    """The content of a JSON file, or None if it is absent or no JSON. Entries are read by `lewis.store.entries`."""
+    """Return the value in a JSON file; None if it is absent or not JSON. `lewis.store.entries` reads entries."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, RecursionError, ValueError):
@@ -125,7 +125,7 @@ def free_space(folder: Path) -> int:
 def check_space(folder: Path, needed: int, what: str = "the output") -> None:
     """Raise InputError unless the file system of `folder`, and the quota, have room for `needed` bytes, for `what`.
 
-    Its cause is the OSError of a full disk, by which a caller who can write elsewhere knows it.
+    The error's cause is the OSError of a full disk, by which callers that can write elsewhere recognise it.
     """
     free, by_quota = _free(folder)
     if free < needed:
@@ -138,7 +138,7 @@ def check_space(folder: Path, needed: int, what: str = "the output") -> None:
 
 
 def _free(folder: Path) -> tuple[int, bool]:
-    """Bytes that may be written to `folder`, and whether it is the quota that allows no more."""
+    """Return the bytes that may be written to `folder`, and whether the quota limits them, not the disk."""
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     quota = QUOTA.get() if holds(folder) else None
     left = free if quota is None else max(quota - size.total(), 0)
@@ -146,15 +146,15 @@ def _free(folder: Path) -> tuple[int, bool]:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """Bytes that the files of a folder occupy; allocated parts that were never written do not count."""
+    """Bytes on disk of the files in a folder; parts of sparse files that were never written do not count."""
     return sum(512 * path.stat().st_blocks for path in folder.rglob("*") if path.is_file())
 
 
 def sweep(folder: Path, target: str | None = None) -> None:
     """Remove what dead processes (kill -9, power failure) left half-written in `folder`.
 
-    A folder that the same command could continue is kept for a day, unless `target` is its name: then something else
-    is about to be written there.
+    A half-written folder that the same command could continue is kept for a day, unless it was to become `target`: the
+    caller is about to write something else there.
     """
     for leftover in folder.glob(".*.partial"):
         if is_abandoned(leftover) and not (_can_resume(leftover) and _target(leftover) != target):
@@ -185,7 +185,7 @@ def _can_resume(leftover: Path) -> bool:
 
 
 def _target(leftover: Path) -> str:
-    """The name of the folder that a scratch folder was to become."""
+    """Return the name of the folder that a resumable scratch folder was to become."""
     return leftover.name.removesuffix(RESUMABLE).rpartition(".")[0].removeprefix(".")
 
 
@@ -198,7 +198,7 @@ def discard_unless(check: Callable[[], None], scratch: Path) -> None:
     """Run a check; if it fails, remove the files written so far, so that no later process continues with them.
 
     Raises:
-        LewisError: as the check.
+        LewisError: the error of the check.
     """
     try:
         check()

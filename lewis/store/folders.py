@@ -1,8 +1,8 @@
-"""Where the store is, and who may look into it.
+"""The folders of the store, and their access rights.
 
 The store belongs to its owner: its folder has mode 0700 and its files 0600. To share it, give the folder to a group and
-let the group write (`chgrp lab DIR; chmod 2770 DIR`): then folders are 0770 and files 0660. Nobody else gets in either
-way. A checkpoint's files are read-only, so that no program can change one by a slip.
+let the group write (`chgrp lab DIR; chmod 2770 DIR`): then folders are 0770 and files 0660. Other users have no access
+in either case. A checkpoint's files are read-only, so that no program changes one by accident.
 """
 
 import os
@@ -15,7 +15,7 @@ from lewis.errors import InputError
 from lewis.store.scratch import beside
 
 SERVICE_NOTE = "service.json"
-"""The file of the store in which `lewis up` notes its process, and where its servers answer."""
+"""Name of the file in the store in which `lewis up` notes its process and the addresses of its servers."""
 _OTHERS, _ALL_BUT_OWNER = 0o007, 0o077
 
 
@@ -38,10 +38,10 @@ def umask() -> int:
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder and those above it, if they are missing; those inside the store only for its owner or its group.
+    """Make a folder and its missing parents, and return it; inside the store, only its owner or group gets access.
 
-    Returns:
-        The folder.
+    Raises:
+        InputError: if there is a file in its place.
     """
     if not holds(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,8 +62,8 @@ def make_folder(folder: Path) -> Path:
 def _make(folder: Path) -> None:
     """Make one folder of the store, if it is missing.
 
-    That of a group has its name only with its mode: another user may be about to write into it, and its maker may be
-    killed.
+    In a group's store it gets its name only after its mode: another user may be about to write into it, and the process
+    that makes it may be killed between the two.
     """
     if not is_shared():
         with suppress(FileExistsError):
@@ -82,7 +82,7 @@ def _make(folder: Path) -> None:
 
 
 def make_shared_file(path: Path) -> None:
-    """Make an empty file of a group's store, if it is missing; it has its name only with its mode, as a folder has."""
+    """Make an empty file in a group's store, if it is missing; like a folder, it gets its name only after its mode."""
     if is_shared() and not os.path.lexists(path):
         scratch = beside(path)
         scratch.touch()
@@ -98,8 +98,8 @@ def is_shared() -> bool:
 
 
 def restrict(path: Path) -> None:
-    """Close a new file or folder of the store to others; where a group shares the store, let it do what the owner may,
-    whatever the umask of its user.
+    """Close a new file or folder of the store to others; where a group shares the store, give the group the owner's
+    rights, whatever the umask of the process.
     """
     mode, closed = stat.S_IMODE(path.stat().st_mode), umask()
     shared = (mode & stat.S_IRWXU) >> 3 if closed == _OTHERS else 0
@@ -108,19 +108,19 @@ def restrict(path: Path) -> None:
 
 
 def restrict_all(folder: Path) -> None:
-    """`restrict` of a new folder, and of all that is in it."""
+    """Apply `restrict` to a new folder, and to all files and folders in it."""
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
             restrict(path)
 
 
 def make_read_only(path: Path) -> None:
-    """Take the right to write from a file of the store."""
+    """Make a file of the store read-only."""
     path.chmod(0o440 & ~umask())
 
 
 def private_folder(path: Path) -> Path:
-    """Make a folder where everybody may make one, such as `/dev/shm`, for this user alone.
+    """Make a folder for this user alone in a place where all users may write, such as `/dev/shm`, and return it.
 
     Raises:
         InputError: if something is there that another user made, or could have written to.
@@ -137,7 +137,7 @@ def private_folder(path: Path) -> Path:
 
 
 def _close_to_others(place: Path) -> None:
-    """Close an older store that is open to others. Leave alone a folder that is not ours, or holds no store yet."""
+    """Close an older store that is open to others; not a folder of another user, or one that holds no store yet."""
     found = place.stat()
     mode = stat.S_IMODE(found.st_mode)
     is_ours = found.st_uid == os.getuid() and not mode & stat.S_ISVTX and (place / "locks").is_dir()

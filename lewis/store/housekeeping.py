@@ -1,7 +1,7 @@
-"""Housekeeping: find what nobody needs any more in the store, and remove it.
+"""Housekeeping: find the entries of the store that are no longer needed, and remove them.
 
-An entry is needed if it was used lately, which `store.mark_used` notes, or if the caller says so (`Needed`). Everything
-else can be made again. Housekeeping leaves alone what other programs own, locks, notes of runs, the demo (recipes name
+An entry is needed if it was used lately, which `store.mark_used` notes, or if the caller says so (`Needed`). All other
+entries can be made again. Housekeeping keeps files of other programs, locks, notes of runs, the demo (recipes name
 paths in it) and everything else that is not of a removable kind.
 """
 
@@ -27,8 +27,8 @@ from lewis.store.kinds import Kind
 
 logger = logging.getLogger(__name__)
 
-DAYS = 14.0  # by default, what was used in the last 14 days is kept
-RECENT = 3600.0  # seconds; what was used in the last hour is always kept
+DAYS = 14.0  # by default, entries that were used in the last 14 days are kept
+RECENT = 3600.0  # seconds; entries that were used in the last hour are always kept
 _DAY = 86400.0
 _PARTIAL = Kind("partial", notes_use=False)  # what a dead process left half-written
 
@@ -55,7 +55,7 @@ class Removable:
         kind: the name of its kind, or `partial` if a dead process left it half-written.
         bytes: how much its removal frees; weights that MLflow links to as well free nothing.
         last_used: Unix time in seconds; the real last use is at most `store.MARK_EVERY` later.
-        why: in words, why it is not needed.
+        why: the reason why it is not needed, in words.
     """
 
     path: Path
@@ -70,10 +70,10 @@ def survey(days: float = DAYS, *, needed: Mapping[str, Needed], active_since: fl
 
     Args:
         days: entries used in the last `days` days are kept.
-        needed: kind's name -> which of its entries are kept whenever they were used last. The registered versions'
-            are in `lewis.registry.retention.by_versions`.
-        active_since: when the oldest run that is still going on began (Unix time in seconds), or None. Everything used
-            since then is kept, and every kind whose entries do not note their use.
+        needed: kind's name -> which of its entries are kept whenever they were last used. For the entries of registered
+            versions, `lewis.registry.retention.by_versions` gives it.
+        active_since: when the oldest unfinished run began (Unix time in seconds); None if none is unfinished. Entries
+            used since then are kept, and all entries of kinds that do not note their use.
 
     Raises:
         InputError: if `days` is negative or NaN.
@@ -115,7 +115,7 @@ def remove(items: list[Removable]) -> int:
 def _entries(
     kind: Kind, needed: Needed | None, lost: set[Path], now: float, recent: float, unused: float
 ) -> Iterator[Removable]:
-    """The entries of a kind to remove: not used since `unused`, or made of an entry that is gone or in `lost`."""
+    """Yield a kind's entries to remove: not used since `unused`, or referring to files that are gone or in `lost`."""
     for path in kind.entries():
         if not kind.head_of(path).exists():
             continue  # LEWIS did not write it
@@ -161,7 +161,7 @@ def _remove(item: Removable, kind: Kind) -> int:
 
 
 def _take(item: Removable, kind: Kind) -> Path | None:
-    """Rename an entry so that no reader finds it, and give its new path; None if it was used since the survey."""
+    """Rename an entry so that no reader finds it, and return its new path; None if it was used since the survey."""
     if _last_used(kind, item.path) > item.last_used:
         return None
     taken = store.beside(item.path)
@@ -173,7 +173,7 @@ def _take(item: Removable, kind: Kind) -> Path | None:
 
 
 def _last_used(kind: Kind, path: Path) -> float:
-    """Unix time in seconds. An entry that refers to others counts as used when one of them was used."""
+    """Return when an entry, or one that it refers to, was last used, as Unix time in seconds."""
     if kind.refers_to:
         marks = [_mark(target) for target in _targets(kind, path) if target.is_relative_to(store.home())]
         return max([path.stat().st_mtime, *(mark.stat().st_mtime for mark in marks if mark.exists())])
@@ -187,7 +187,7 @@ def _targets(kind: Kind, path: Path) -> list[Path]:
 
 
 def _mark(target: Path) -> Path:
-    """The file whose modification time `store.mark_used` renews."""
+    """Return the file of an entry whose modification time `store.mark_used` renews."""
     kind = kinds.kind_of(target)
     return kind.head_of(target) if kind else target
 

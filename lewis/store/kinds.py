@@ -1,7 +1,7 @@
-"""The table of kinds: where the entries of each kind are, how they are named, locked and checked, who shares them.
+"""The table of kinds of entries: where each kind is in the store, and how it is named, locked, checked and shared.
 
-An entry is a file or a folder of `LEWIS_HOME/<kind>/`. It is believed by its head: the file itself, or the manifest of
-a folder. The head has a checksum of its own, and says which other files belong to the entry. The steps that make
+An entry is a file or a folder in `LEWIS_HOME/<kind>/`. It exists if its head does: the file itself, or the manifest of
+a folder. The head has a checksum of its own, and lists the other files of the entry with theirs. The steps that make
 entries, the remote half that shares them, `lewis verify`, housekeeping and backups read this table.
 """
 
@@ -24,22 +24,22 @@ class Kind:
     """One kind of entries.
 
     Attributes:
-        name: of the kind, and of its folder in the store.
-        pattern: of its entries in that folder, with the entry's digest in place of `*`.
+        name: name of the kind, and of its folder in the store.
+        pattern: names of entries in that folder, with an entry's digest in place of `*`.
         locks: first part of the names of its locks; empty if entries are made without a lock.
         manifest: whether an entry is a folder with a manifest.
-        beside: ending of a second file that belongs to an entry and has the same name otherwise; empty if none does.
+        beside: suffix of an entry's second file, whose name is else the entry's; empty: there is no second file.
         beside_in: key of the entry's JSON that has the size and SHA-256 of the second file.
-        check: parses a head, and raises `DamagedError` if it is not what was written; None: it has no checksum.
-        shared: whether `LEWIS_STORE` keeps it; `merged`: only if `LEWIS_STORE_MERGED` is 1.
-        removable: whether housekeeping removes entries that nobody needs.
-        notes_use: whether readers call `store.mark_used` on an entry. Else an entry is as old as its newest file, and
-            housekeeping removes none while a run goes on.
+        check: parses a head, and raises `DamagedError` if it is not what was written; None: heads have no checksum.
+        shared: whether `LEWIS_STORE` keeps its entries; `merged`: only if `LEWIS_STORE_MERGED` is 1.
+        removable: whether housekeeping removes entries that are no longer needed.
+        notes_use: whether readers call `store.mark_used` on an entry. If not, an entry is as old as its newest file,
+            and housekeeping removes none while a run goes on.
         writer: regular expression for the part of a file's name that names its writer (`store.writer`). Housekeeping
             leaves the file alone while the writer lives, since it may write nothing for days.
-        refers_to: gives the files and folders that an entry refers to. The entry is in use when one of these is, and
-            is worth nothing when one of these is gone.
-        backed_up: whether backups have it, since it cannot be made again.
+        refers_to: returns the files and folders that an entry refers to. The entry is in use when one of these is, and
+            is worthless when one of these is gone.
+        backed_up: whether backups include its entries, since they cannot be made again.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Kind:
         return self.folder / self.pattern.replace("*", digest)
 
     def lock(self, digest: str) -> FileLock:
-        """The lock to hold on this machine while one looks for an entry and makes it; `store.turn` takes it, too."""
+        """The lock to hold on this machine while an entry is looked for and made; `store.turn` takes it, too."""
         return files.lock(self.locks + digest)
 
     def entries(self) -> list[Path]:
@@ -87,7 +87,7 @@ class Kind:
         return [path, second] if second and second.is_file() else [path]
 
     def parts(self, path: Path, head: bytes) -> dict[str, tuple[int, str]]:
-        """The other files of the entry at `path`, by what its head says.
+        """The files of the entry at `path` other than its head, as the head lists them.
 
         Returns:
             Name, in the folder of the entry or next to its file, -> size in bytes and SHA-256 (64 hex digits).
@@ -109,8 +109,8 @@ def listed(files: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, str]]
     """Name -> size in bytes and SHA-256 (64 hex digits) of the files that a head describes.
 
     Raises:
-        DamagedError: if one is elsewhere.
-        KeyError, TypeError, ValueError: if they are described in another way.
+        DamagedError: if a name leads out of the entry's folder.
+        KeyError, TypeError, ValueError: if a description has another form.
     """
     found = {str(name): (int(each["size"]), str(each["sha256"])) for name, each in files.items()}
     if outside := next(filter(leads_out, found), None):
@@ -122,7 +122,7 @@ def check_png(data: bytes) -> None:
     """Check a PNG file, by the checksum that each of its chunks carries.
 
     Raises:
-        DamagedError: if these are not all bytes of it, as they were written.
+        DamagedError: if bytes are missing or changed.
     """
     signature = b"\x89PNG\r\n\x1a\n"
     start, kind = len(signature), b""
@@ -147,8 +147,8 @@ ALLOCATIONS = Kind("allocations", locks="allocation-", shared="always")  # densi
 CALIBRATIONS = Kind("calibrations", locks="calibration-", shared="always")  # token ids of calibration sets
 INSPECTIONS = Kind("inspections", locks="inspection-", shared="always")  # how the weights of base and experts differ
 GGUF = Kind("gguf", "*", "gguf-", manifest=True)  # a link to a GGUF file, its config, tokenizer, names
-SCORES = Kind("scores", locks="scores-", shared="always")  # what lm-eval said of one model
-ANSWERS = Kind("answers", "*.jsonl", check=None)  # finished batches of evaluations that are not done
+SCORES = Kind("scores", locks="scores-", shared="always")  # results of lm-eval for one model
+ANSWERS = Kind("answers", "*.jsonl", check=None)  # finished batches of unfinished evaluations
 DIGESTS = Kind("digests")  # remembered checksums and other facts, which hold for this disk only
 PICTURES = Kind("pictures", "*.png", check=check_png, shared="always")
 REPORTS = Kind("reports", "*.html", check=None, notes_use=False)  # pages of runs: <recipe>_<id of the run>
@@ -166,13 +166,13 @@ TABLE = {
         *(ANSWERS, DIGESTS, PICTURES, REPORTS, RUN_REPORTS, LOGS, SEARCHES, OUTBOX, SERVED, QUARANTINE),
     )
 }
-"""Name -> kind. Kinds that refer to entries of others are last."""
+"""Name -> kind. Kinds whose entries refer to entries of other kinds come last."""
 FOREIGN = ("mlflow", "prefect")
 """Folders of the store that other programs write to."""
 
 
 def add(kind: Kind) -> Kind:
-    """Add a kind of entries to the table that a package above this library makes."""
+    """Add a kind to the table, whose entries a package that uses this library makes; return it."""
     TABLE[kind.name] = kind
     return kind
 

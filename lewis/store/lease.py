@@ -1,21 +1,21 @@
-"""Locks that hold across machines which share no disk: leases, small objects of the remote half (`LEWIS_STORE`).
+"""Locks between machines that share no disk: leases, which are small objects in the remote half (`LEWIS_STORE`).
 
-A lease is an object that is made only if there is none of its name, which object stores and disks do atomically
-(`remote.create`). The library needs nothing else that way. Prefect's global concurrency limits have leases too, but the
-library works without a Prefect server, a limit would have to be made for every entry, and a server that restarts
+A lease is an object that is created only if no object has its name, which object stores and disks do atomically
+(`remote.create`); the library needs no other service for it. Prefect's global concurrency limits have leases too, but
+the library works without a Prefect server, a limit would have to be made for every entry, and a server that restarts
 would free none of them earlier.
 
-The objects of one lock are numbered: `leases/<lock>/<number>`. The highest is the holder's, who writes a new end into
-it every `SECONDS / 4`, and an end that has passed when it gives the lease back. Then, or when a holder is killed and
-its end passes, the next holder makes the object of the next number, which only one can, and removes the one before.
-The numbers never go back, so a slow process that makes an object which was made and removed before sees a higher
-one.
+The objects of one lock are numbered: `leases/<lock>/<number>`. The highest is that of the holder, which writes a new
+end time into it every `SECONDS / 4`, and a past end time to release the lease. Once the end time has passed, also
+because the holder was killed, the next holder creates the object of the next number, which only one process can, and
+removes the one before. The numbers never decrease, so a slow process that creates an object which was created and
+removed before sees a higher one.
 
-The end is by the holder's clock; if that is set back meanwhile, by the time that has passed since it took the lease. An
-object that has not changed for `SECONDS + GRACE` by the clock of a waiting process has ended, too, so that a killed
-holder whose clock was ahead blocks nobody. If clocks differ by more than `GRACE`, or a holder stands still for longer,
-two may hold one lease. Whatever is made under it is addressed by content and published whole, so that costs double
-work. The local lock, which is held as well, is exact.
+The end time is by the holder's clock; if that is set back meanwhile, by the time that has passed since it took the
+lease. A lease has also ended if its object has not changed for `SECONDS + GRACE` by the clock of a waiting process, so
+that a killed holder whose clock was ahead blocks nobody. If clocks differ by more than `GRACE`, or a holder is
+suspended for longer, two processes may hold one lease. Entries are addressed by content and published whole, so this
+only costs double work. The local lock, which is held as well, never has two holders.
 """
 
 import contextvars
@@ -37,37 +37,37 @@ from lewis.store.kinds import Kind
 from lewis.store.scratch import writer
 
 logger = logging.getLogger(__name__)
-SECONDS = 60.0  # for so long a lease lives after its holder was last heard of
+SECONDS = 60.0  # from the last renewal of a lease to its end
 GRACE = 15.0  # seconds by which clocks of two machines may differ
-_POLL, _LOOKS = 1.0, 5
-_seen: dict[str, tuple[tuple[int, float], float]] = {}  # lease -> number and end, and since when, as time.monotonic()
+_POLL, _LOOKS = 1.0, 5  # seconds between two attempts to take a lease; how often a listed object is looked for
+_seen: dict[str, tuple[tuple[int, float], float]] = {}  # lease -> number and end, and time.monotonic() of the change
 
 
 class Lease:
-    """A lock of the remote half, as far as there is one: else, or while it does not answer, everybody may hold it."""
+    """A lock in the remote half of the store; without one, or while it does not answer, every process gets the lock."""
 
     def __init__(self, name: str) -> None:
         """
         Args:
-            name: the same on every machine.
+            name: name of the lock, the same on every machine.
         """
         self._name, self._folder = name, f"leases/{hashlib.sha256(name.encode()).hexdigest()[:32]}"
         self._own = ""
-        self._zero = 0.0  # of the monotonic clock, by the clock when the lease was taken
+        self._zero = 0.0  # Unix time at 0 of the monotonic clock, as it was when the lease was taken
         self._ended = threading.Event()
         self._keeper: threading.Thread | None = None
 
     def acquire(self, timeout: float = -1) -> ExitStack:
-        """Take it, and renew it in a thread until `release`.
+        """Take the lease, and renew it in a thread until `release`.
 
         Args:
-            timeout: seconds to wait; below 0, for ever.
+            timeout: seconds to wait; below 0, without limit.
 
         Returns:
-            What gives it back at the end of a block.
+            A context manager that releases the lease at the end of its block.
 
         Raises:
-            Timeout: if another holder has it for longer.
+            Timeout: if another process holds the lease for longer.
         """
         begin, logged = time.monotonic(), False
         while remote.url():
@@ -89,7 +89,7 @@ class Lease:
         return held
 
     def release(self) -> None:
-        """Give it back, if it is held."""
+        """Release the lease, if this object holds it."""
         self._ended.set()
         if self._own and self._keeper:
             self._keeper.join(10)  # else the thread could write the object again
@@ -110,7 +110,7 @@ class Lease:
             remote.create(system, f"{place}/{own}", data)
         except (PermissionError, NotImplementedError, TypeError, ValueError):  # it can never be created here
             raise
-        except Exception:  # it exists, which each file system says in its way; or the answer was lost, and it is ours
+        except Exception:  # it exists, by an error of each file system's own; or the answer was lost, and it is ours
             pass
         if self._highest(system, place)[0] != number + 1:
             with suppress(FileNotFoundError):
@@ -136,7 +136,7 @@ class Lease:
         return True
 
     def _stands_still(self, number: int, end: float) -> bool:
-        """Whether its newest object has been the same for as long as a lease lives without its holder."""
+        """Whether the lease's newest object has not changed for longer than a lease outlives a killed holder."""
         before, since = _seen.get(self._name, (None, 0.0))
         if before != (number, end):
             _seen[self._name] = (number, end), time.monotonic()
@@ -166,10 +166,10 @@ class Lease:
 
     @staticmethod
     def _highest(system: Any, place: str) -> tuple[int, float]:
-        """Number and end (Unix time, seconds) of the newest object; 0 and 0.0 if there is none.
+        """Return number and end (Unix time, seconds) of a lease's newest object; 0 and 0.0 if there is no object.
 
         Raises:
-            OSError: if the newest that is listed is never there.
+            OSError: if the newest object in the listing is never found.
         """
         for _ in range(_LOOKS):
             try:
@@ -195,19 +195,19 @@ class SharedLock:
     def __init__(self, name: str, local: str = "") -> None:
         """
         Args:
-            name: the same on every machine.
-            local: name of the lock of this machine, if that is another; paths may differ between machines.
+            name: name of the lock, the same on every machine.
+            local: name of this machine's lock, if it differs, since paths may differ between machines.
         """
         self._local, self._lease = files.lock(local or name), Lease(name)
 
     def acquire(self, timeout: float = -1) -> ExitStack:
-        """Take both, waiting at most so many seconds for each; below 0, for ever.
+        """Take the local lock and the lease; wait at most `timeout` seconds for each, below 0 without limit.
 
         Returns:
-            What gives them back at the end of a block.
+            A context manager that releases both at the end of its block.
 
         Raises:
-            Timeout: if one is held for longer.
+            Timeout: if another process holds one of them for longer.
         """
         with ExitStack() as held:
             held.enter_context(self._local.acquire(timeout=timeout))
@@ -215,7 +215,7 @@ class SharedLock:
             return held.pop_all()
 
     def release(self) -> None:
-        """Give back what is held."""
+        """Release the local lock and the lease, if they are held."""
         if self._local.is_locked:
             self._lease.release()
             self._local.release()
@@ -230,9 +230,9 @@ class SharedLock:
 
 @contextmanager
 def turn(kind: Kind, digest: str) -> Iterator[None]:
-    """`kind.lock`, and with `LEWIS_STORE` a lease, while one looks for an entry that is shared, and makes it.
+    """Hold `kind.lock`, and a lease if `LEWIS_STORE` shares the kind, for a block that finds an entry or makes it.
 
-    An entry that another machine has made meanwhile is fetched. No lease is taken for one that is there already.
+    No lease is taken if the entry exists, or is fetched because another machine has made it.
     """
     path = kind.path(digest)
     with kind.lock(digest):

@@ -1,6 +1,6 @@
-"""Published folders: whether every file is byte for byte what was written, by the checksums in the manifest.
+"""Check that the files of published folders are byte for byte as written, by the checksums in their manifests.
 
-Checksums, and other facts that are computed once, are remembered: to hash gigabytes at every start takes minutes.
+Computed checksums and other facts are remembered in the store, since to hash gigabytes at every start takes minutes.
 """
 
 import time
@@ -20,11 +20,11 @@ _TIMESTAMP_TICK = 100_000_000  # ns; a file that changes twice within a tick of 
 
 
 def read_manifest(folder: Path, *, content: bool = True) -> dict[str, Any] | None:
-    """The manifest of a published folder, which is marked as used; None if the folder is not whole, as `check` says.
+    """Return the manifest of a published folder and mark the folder as used; None if `check` finds it damaged.
 
     Args:
         folder: as `publish` wrote it.
-        content: False for readers that check the content of each file themselves: then only sizes are compared.
+        content: False for callers that check the content of each file themselves: then only sizes are compared.
     """
     try:
         return check(folder, content=content)
@@ -39,9 +39,9 @@ def check(folder: Path, *, again: bool = False, content: bool = True) -> dict[st
     file's inode, size and times stay the same.
 
     Args:
-        folder: as `publish` wrote it. Files that the manifest does not name are not looked at.
-        again: read every file, whatever is remembered.
-        content: False compares the sizes only.
+        folder: as `publish` wrote it. Files that the manifest does not name are not checked.
+        again: whether to read every file, without the remembered checksums.
+        content: whether to compare checksums, and not sizes only.
 
     Returns:
         The manifest.
@@ -62,7 +62,7 @@ def check(folder: Path, *, again: bool = False, content: bool = True) -> dict[st
 
 
 def set_damaged_aside(folder: Path) -> None:
-    """Move a folder out of the way if it is there and not whole. Call it under the entry's lock."""
+    """Move a published folder to the quarantine if it is damaged. Call it under the entry's lock."""
     try:
         check(folder)
     except DamagedError as error:
@@ -71,12 +71,12 @@ def set_damaged_aside(folder: Path) -> None:
 
 
 def check_files(folder: Path, expected: Mapping[str, tuple[int, str | None]], *, again: bool = False) -> None:
-    """Check the content of files.
+    """Check that files have the expected sizes and checksums.
 
     Args:
-        folder: where they are.
+        folder: the folder of the files.
         expected: name -> size in bytes and SHA-256; None: only the size is known.
-        again: read every file, whatever is remembered.
+        again: whether to read every file, without the remembered checksums.
 
     Raises:
         DamagedError: naming the first file that is missing or has another size or content.
@@ -100,16 +100,16 @@ def check_files(folder: Path, expected: Mapping[str, tuple[int, str | None]], *,
 
 
 def place_of(facts: Any) -> Path:
-    """Where the store remembers what was computed from `facts`, which are plain data."""
+    """Return the path at which the store remembers a result that was computed from `facts`, plain JSON data."""
     return kinds.DIGESTS.path(files.digest(facts)[:40])
 
 
 def remembered_sha256(path: Path, *, again: bool = False) -> str:
-    """SHA-256 (64 hex digits) of a file, read again only when its place, size, times or inode changed.
+    """SHA-256 (64 hex digits) of a file, which is read again only if its path, size, times or inode changed.
 
     Args:
-        path: of the file.
-        again: read it in any case; what was remembered is replaced.
+        path: path of the file.
+        again: whether to read the file in any case, and replace the remembered checksum.
     """
     path = path.resolve()
     entry, stamp, start = place_of(str(path)), _stamp(path), time.time_ns()
@@ -134,11 +134,11 @@ def _stamp(path: Path) -> list[int]:
 def remember(written: Mapping[Path, str]) -> None:
     """Remember the checksums of files that were just written and hashed, as if `remembered_sha256` had read them.
 
-    A file can be remembered once it has not changed for a tick of the file system's clock. This waits for that only
-    where it takes less time than to read the files again.
+    A checksum can be remembered once its file has not changed for a tick of the file system's clock. The function waits
+    for that only if the files are so large that to read them again would take longer.
 
     Args:
-        written: file -> SHA-256 of its bytes. No other process may write to it meanwhile.
+        written: file -> SHA-256 of its bytes. No other process may write to the file meanwhile.
     """
     with suppress(OSError):  # the store is full or read-only: the checksum is computed again next time
         stamps = {path.resolve(): _stamp(path) for path in written}

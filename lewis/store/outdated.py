@@ -1,4 +1,4 @@
-"""Old entries of the store's remote half that nothing needs: find them, and remove them."""
+"""Find and remove old entries in the store's remote half that are no longer needed."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,19 +15,19 @@ from lewis.store.housekeeping import Needed
 from lewis.store.kinds import Kind
 from lewis.store.scratch import scratch_folder
 
-_ROUNDED = 1.0  # seconds by which the time that is said of one object may differ from the time in a list
+_ROUNDED = 1.0  # seconds by which an object's time in a list may differ from the time in its own metadata
 
 
 @dataclass(frozen=True)
 class Outdated:
-    """Something that is old and that nothing needs.
+    """An old run in Prefect or MLflow, or an old entry in the remote half of the store, that is no longer needed.
 
     Attributes:
         where: `prefect`, `mlflow` or `remote store`.
-        what: in words.
-        key: its id there, or the first part of the names of its objects.
-        time: when it ended or was written, Unix time in seconds.
-        bytes: that its removal frees; 0 if that is not known.
+        what: description, for people.
+        key: the run's id, or the first part of the names of the entry's objects.
+        time: when the run ended or the entry was written, Unix time in seconds.
+        bytes: how many bytes its removal frees; 0 if unknown.
     """
 
     where: str
@@ -38,12 +38,11 @@ class Outdated:
 
 
 def entries(before: float, needed: Mapping[str, Needed]) -> list[Outdated]:
-    """The entries of `LEWIS_STORE` that were written before a time, that this machine has not used since, and that no
-    registered version needs; none without a remote half.
+    """List old entries of `LEWIS_STORE` that this machine has not used lately and no registered version needs.
 
     Args:
-        before: Unix time in seconds.
-        needed: as of `housekeeping.survey`.
+        before: entries that were written before this time are old (Unix time in seconds).
+        needed: as for `housekeeping.survey`.
 
     Raises:
         TransientError: if the remote half does not answer.
@@ -63,9 +62,9 @@ def entries(before: float, needed: Mapping[str, Needed]) -> list[Outdated]:
 
 
 def remove(found: Outdated) -> None:
-    """Remove all objects of an entry, its head first; an entry that was written again stays.
+    """Remove all objects of an entry, its head first; an entry that was written again in the meantime is kept.
 
-    The bucket may have listed it as it was before. What it says of one object is not from a list.
+    The list of a bucket may be out of date, so the time of writing is read again, from the metadata of the head.
 
     Raises:
         TransientError: if the remote half does not answer.
@@ -76,11 +75,11 @@ def remove(found: Outdated) -> None:
         system, root = remote.opened()
         entry = f"{root}/{name}/{kind.path(digest).name}"
         head = remote.head_object(kind, entry)
-        with suppress(FileNotFoundError):  # an upload that was broken off has none
+        with suppress(FileNotFoundError):  # an upload that broke off has no head
             if _modified(system, head, system.info(head)) > found.time + _ROUNDED:
                 return
             system.rm_file(head)
-        with suppress(FileNotFoundError):  # somebody else was quicker
+        with suppress(FileNotFoundError):  # another process was faster
             if kind.manifest:
                 system.rm(entry, recursive=True)
             elif kind.beside:
@@ -88,7 +87,7 @@ def remove(found: Outdated) -> None:
 
 
 def _entries(system: Any, root: str) -> Iterator[tuple[Kind, str, float, int]]:
-    """For each entry its kind, its digest, when its newest object was written, and the bytes of all objects."""
+    """Yield each remote entry's kind, digest, time at which its newest object was written, and bytes of all objects."""
     for kind in (kind for kind in kinds.TABLE.values() if kind.shared != "never"):
         try:
             objects = system.find(f"{root}/{kind.name}", detail=True)
@@ -106,7 +105,7 @@ def _entries(system: Any, root: str) -> Iterator[tuple[Kind, str, float, int]]:
 
 
 def _modified(system: Any, path: str, info: Mapping[str, Any]) -> float:
-    """Unix time in seconds; each file system names it in its own way."""
+    """Return when an object was written, as Unix time in seconds; each file system has its own key for it."""
     time = next((info[key] for key in ("LastModified", "last_modified", "updated", "mtime") if info.get(key)), None)
     if not isinstance(time, datetime | float | int):
         time = system.modified(path)
@@ -120,7 +119,7 @@ def _used_since(kind: Kind, digest: str, before: float) -> bool:
 
 
 def _needed(system: Any, root: str, kind: Kind, digest: str, needed: Needed | None, scratch: Path) -> bool:
-    """Whether a registered version needs an entry. `Needed` may read manifests, which are fetched for that."""
+    """Whether a registered version needs a remote entry. `Needed` may read its manifest, so the head is fetched."""
     if needed is None:
         return False
     path = scratch / kind.name / kind.path(digest).name
@@ -129,7 +128,7 @@ def _needed(system: Any, root: str, kind: Kind, digest: str, needed: Needed | No
     try:
         head.write_bytes(system.cat_file(remote.head_object(kind, f"{root}/{kind.name}/{path.name}")))
     except FileNotFoundError:
-        return False  # an upload that was broken off long ago
+        return False  # an upload that broke off long ago
     try:
         return needed.includes(path)
     finally:
@@ -138,7 +137,7 @@ def _needed(system: Any, root: str, kind: Kind, digest: str, needed: Needed | No
 
 @contextmanager
 def _answering() -> Iterator[None]:
-    """Raise what the remote half raises in a block as a TransientError."""
+    """Turn errors of the remote half in a block into a TransientError."""
     try:
         yield
     except LewisError:

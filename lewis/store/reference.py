@@ -10,13 +10,13 @@ from lewis.store import entries
 
 
 class Reference(BaseModel):
-    """A small reference to something on disk. One whose files are gone or cut short cannot be made or loaded."""
+    """A small reference to files on disk; it cannot be made or loaded if its files are gone or cut short."""
 
     model_config = ConfigDict(frozen=True)
 
 
 class JsonReference(Reference):
-    """A JSON file of the store, which is whole if it holds something under `holds`."""
+    """A reference to a JSON file of the store, which is whole if it has a value under the key `holds`."""
 
     holds: ClassVar[str]
     digest: str
@@ -29,10 +29,10 @@ class JsonReference(Reference):
         return self
 
     def content(self, key: str) -> Any:
-        """What the file holds under `key`.
+        """Return the file's value under `key`.
 
         Raises:
-            LewisError: if that is gone or damaged.
+            LewisError: if the file is gone or damaged, or has no such value.
         """
         found = entries.entry(self.path, key)
         if found is None:

@@ -1,18 +1,18 @@
-"""The store's remote half: with `LEWIS_STORE`, machines without a shared disk have the results of each other.
+"""The store's remote half (`LEWIS_STORE`), through which machines without a shared disk share their results.
 
 `LEWIS_STORE` is a URL that fsspec opens, such as `s3://bucket/prefix`; the store under LEWIS_HOME is then a cache of
 it. An entry is pushed when it is published, and fetched when a reader misses it. Object and file have the same name:
 
     importance/<digest>.json  grams/<digest>/lewis.json  scores/<digest>.json  ...
 
-The object that says what the others must be, the manifest of a folder or the JSON of an importance pass, is written
-last and fetched first. Everything is checked by its checksums on arrival, before a local reader can see it. So an
-upload that was cut is never believed, and neither is an object that was damaged: it is removed, and the entry is made
-and pushed again. Merged models are pushed if `LEWIS_STORE_MERGED` is 1: MLflow has those that were registered.
-Remembered checksums are of one disk, and stay there.
+The head of an entry, the manifest of a folder or the JSON of an importance pass, has the checksums of its other
+objects. It is written last and fetched first, and all objects are checked on arrival, before a local reader can see
+them. So neither an incomplete upload nor a damaged object is ever used: the head of a damaged entry is removed, and the
+entry is made and pushed again. Merged models are pushed only if `LEWIS_STORE_MERGED` is 1, since MLflow has the
+registered ones. Remembered checksums are not pushed, since they hold for one disk.
 
-A remote half that does not answer stops no run. What could not be pushed is noted in `unpushed` in the store and sent
-with a later entry.
+A remote half that does not answer stops no run. An entry that could not be pushed is noted in `unpushed` in the store
+and sent with a later entry.
 """
 
 import logging
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _TRIES = 3
 _WAIT = 2.0  # seconds between two tries
 _SILENT = 30.0  # seconds for which a remote half that did not answer is not asked again
-_RESEND = 600.0  # seconds after which another process sends what was noted as unpushed
+_RESEND = 600.0  # seconds after which another process sends an entry that was noted as unpushed
 _asleep: dict[str, float] = {}  # URL -> when to ask again, as time.monotonic()
 _looking: ContextVar["list[Found] | None"] = ContextVar("looking", default=None)
 
@@ -53,7 +53,7 @@ class Found(NamedTuple):
 
 
 def url() -> str:
-    """`LEWIS_STORE`; empty if there is no remote half."""
+    """URL of the remote half (`LEWIS_STORE`); empty if there is none."""
     return settings.STORE.get()
 
 
@@ -70,7 +70,7 @@ def _shared_kind(path: Path) -> Kind | None:
 
 
 def opened() -> tuple[Any, str]:
-    """fsspec's file system of `LEWIS_STORE`, and the path of its root there.
+    """Return fsspec's file system for `LEWIS_STORE`, and the path of the store's root in it.
 
     Raises:
         InputError: if no such file system is installed, or the URL is malformed.
@@ -88,9 +88,9 @@ def opened() -> tuple[Any, str]:
 
 @contextmanager
 def looking() -> Iterator[list[Found]]:
-    """Fetch no folders in this block: those that would be fetched are put into the list instead.
+    """Collect in a list, instead of fetching them, the entries with a manifest that the block would fetch.
 
-    Other entries are small, and what follows from them is found by what they hold: they are fetched.
+    Entries of one file are fetched: they are small, and later entries are looked up by their content.
     """
     found = list[Found]()
     token = _looking.set(found)
@@ -101,13 +101,13 @@ def looking() -> Iterator[list[Found]]:
 
 
 def fetch(path: Path) -> bool:
-    """Fetch an entry that the local store misses.
+    """Fetch an entry from the remote half, if the local store lacks it.
 
     Args:
-        path: where it is to be: a file, or a folder with a manifest.
+        path: the entry's path in the local store: a file, or a folder with a manifest.
 
     Returns:
-        Whether it was fetched. False too if the remote half does not answer or has it damaged: that is logged.
+        Whether it was fetched. False too, with a log message, if the remote half does not answer or has it damaged.
 
     Raises:
         InputError: as `opened`.
@@ -138,10 +138,10 @@ def fetch(path: Path) -> bool:
 
 
 def push(path: Path) -> bool:
-    """Push an entry that was published, and what could not be pushed before.
+    """Push an entry that was published, and entries that could not be pushed before.
 
     Returns:
-        Whether the remote half has it now. If it does not answer, that is logged, and a later call sends it.
+        Whether the remote half has the entry now. A failure is logged, and a later call sends the entry again.
 
     Raises:
         InputError: as `opened`.
@@ -165,7 +165,7 @@ def push(path: Path) -> bool:
 
 
 def _note_of(path: Path) -> Path:
-    """The note that an entry is to be pushed. In a group's store each user replaces or removes those of the others."""
+    """Return the path of the note that an entry is to be pushed. Users of a group's store remove each other's notes."""
     return home() / "unpushed" / _name(path).replace("/", "@")
 
 
@@ -193,7 +193,7 @@ def _send(system: Any, kind: Kind, there: str, path: Path) -> None:
     with suppress(FileNotFoundError):
         if system.cat_file(target) == head:
             return
-        system.rm_file(target)  # another writer's head must not stand with our files
+        system.rm_file(target)  # another writer's head must not be there with these files
     for name, (size, _) in kind.parts(path, head).items():
         _put(system, kind.head_of(path).parent / name, f"{_above(target)}/{name}", size)
     _put(system, kind.head_of(path), target, len(head))
@@ -212,12 +212,12 @@ def _put(system: Any, source: Path, target: str, size: int) -> None:
 
 
 def create(system: Any, target: str, data: bytes) -> None:
-    """Make an object if there is none of its name; of several concurrent writers, one succeeds.
+    """Create an object if none has its name; of several concurrent writers, one succeeds.
 
-    Object stores do that. fsspec's own way for files of a disk looks first and writes then, so two can succeed.
+    Object stores do that atomically. On a disk, fsspec would check first and write then, so that two could succeed.
 
     Raises:
-        FileExistsError: there is one, on a disk; each other file system has an error of its own.
+        FileExistsError: if the object exists on a disk; each other file system has an error of its own.
     """
     if _is_disk(system):
         system.makedirs(_above(target), exist_ok=True)
@@ -232,7 +232,7 @@ def _is_disk(system: Any) -> bool:
 
 
 def _arrive(system: Any, kind: Kind, there: str, path: Path, head: bytes) -> None:
-    """Fetch an entry whose head has arrived into a scratch place, check it, and rename it to `path`."""
+    """Fetch an entry whose head was fetched already to a scratch place, check it, and rename it to `path`."""
     parts = kind.parts(path, head)
     make_folder(path.parent)
     if (free := shutil.disk_usage(path.parent).free) < (size := sum(size for size, _ in parts.values())):
@@ -277,7 +277,7 @@ def _name(path: Path) -> str:
 
 
 def head_object(kind: Kind, there: str) -> str:
-    """The head of the entry at `there`: without this object there is no entry."""
+    """Return the path of the head of the remote entry at `there`; without this object there is no entry."""
     return f"{there}/{MANIFEST}" if kind.manifest else there
 
 

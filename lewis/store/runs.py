@@ -1,6 +1,6 @@
-"""Notes of what works on the store, `runs/<name>`: what was used since the oldest of them was made is not removed.
+"""Notes of processes that work on the store (`runs/<name>`); entries used since the oldest note are not removed.
 
-Each is locked by its process, and the kernel frees the lock when that dies.
+Each note is locked by its process, and the kernel frees the lock when the process dies.
 """
 
 import uuid
@@ -17,13 +17,13 @@ _LIBRARY = "library-"  # how notes of merges without Prefect begin
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """Leave a note for a block of the library, and remove those that killed processes left."""
+    """Keep a note while a block of the library works on the store, and remove notes that killed processes left."""
     for note in notes():
         if note.name.startswith(_LIBRARY) and is_dead(note.name):
             forget(note.name)
     name = f"{_LIBRARY}{uuid.uuid4().hex}"
     with lock(name):
-        with suppress(OSError):  # a full disk stops only what needs more room than this
+        with suppress(OSError):  # without a note the work goes on: a full disk may have room for it
             files.write_text(note_of(name), "")
         try:
             yield
@@ -32,7 +32,7 @@ def noted() -> Iterator[None]:
 
 
 def lock(name: str) -> FileLock:
-    """What a process holds while its note says that it works."""
+    """Return the lock that a process holds while it works and its note counts."""
     return files.lock(f"run-{name}")
 
 
@@ -42,7 +42,7 @@ def note_of(name: str) -> Path:
 
 
 def notes() -> list[Path]:
-    """All notes, also those of processes that have died."""
+    """Return the paths of all notes, also of processes that have died."""
     return [path for path in (files.home() / "runs").glob("*") if not path.name.startswith(".")]
 
 
@@ -67,7 +67,7 @@ def active_since(*, dead: bool = False) -> float | None:
     """When the oldest process that works on the store began (Unix time, seconds); None if none does.
 
     Args:
-        dead: whether those count, too, that died and whose notes nobody has removed yet.
+        dead: whether processes count, too, that have died and whose notes are not removed yet.
     """
     began = []
     for note in notes():

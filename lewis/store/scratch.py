@@ -1,13 +1,13 @@
 """Scratch files and folders, which do not outlive their process for long, however it ends.
 
 In the store a scratch path names its writer. A store may be shared by machines, by containers and over restarts, so a
-process number alone says nothing: a writer is known by host name, boot id, PID namespace and process number. Only a
-process of the same host, boot and namespace can be asked for whether it lives. What another one left is judged by its
-age.
+process number alone says nothing: a writer is known by host name, boot id, PID namespace and process number. Whether
+a writer lives can be checked only from the same host, boot and namespace. Scratch paths of other writers are judged by
+their age.
 
 A temporary folder elsewhere is locked by the process that made it, and the kernel frees the lock when that process
-dies. The next process that makes such a folder removes those that nobody holds; so does each run of a recipe, which may
-find that all is done and make none.
+dies. The next process that makes such a folder removes folders that no process holds; so does each run of a recipe,
+since it may find all its steps done and make no folder.
 """
 
 import fcntl
@@ -22,14 +22,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-AGE = 86400.0  # seconds; what a writer that cannot be asked has not touched for so long is abandoned
+AGE = 86400.0  # seconds without a change after which the path of a writer that cannot be checked is abandoned
 _BESIDE = re.compile(r"\..+\.((?:[0-9a-f]{12}|unknown)-\d+)\.\w+\.partial")  # the group is the writer
 _FOLDER = "lewis-tmp-"  # how the names of temporary folders begin
-_MADE, _NEW = f"{_FOLDER}new-", 60.0  # until they are locked; seconds that this takes at most
+_MADE, _NEW = f"{_FOLDER}new-", 60.0  # how names begin until folders are locked; seconds that this takes at most
 
 
 def writer() -> str:
-    """This process, as part of a file's name: 12 hex digits for host, boot and namespace, a dash, and its number."""
+    """Name this process in file names: 12 hex digits for host, boot and PID namespace, a dash, and the process id."""
     return f"{_place() or 'unknown'}-{os.getpid()}"
 
 
@@ -48,8 +48,8 @@ def is_dead(name: str, left: Path) -> bool:
     """Whether a writer is dead.
 
     Args:
-        name: what `writer` gave in its process; any other text is a writer that cannot be asked.
-        left: the file or folder that it writes. If the writer cannot be asked, it counts as dead when nothing in there
+        name: the result of `writer` in its process; any other text is a writer that cannot be checked.
+        left: the file or folder that it writes. A writer that cannot be checked counts as dead when nothing in there
             has changed for `AGE`.
     """
     place, _, number = name.rpartition("-")
@@ -61,7 +61,7 @@ def is_dead(name: str, left: Path) -> bool:
 
 
 def _place() -> str | None:
-    """Host, boot and PID namespace of this process; None where the system does not say the last two."""
+    """Digest of host, boot and PID namespace of this process; None where the system does not report the last two."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         facts = [os.uname().nodename, boot, os.readlink("/proc/self/ns/pid")]
@@ -81,7 +81,7 @@ def _is_alive(number: int) -> bool:
 
 
 def remove_abandoned() -> None:
-    """Remove the folders that dead processes of this user left among the temporary files, whatever they were for."""
+    """Remove all temporary folders that dead processes of this user made by `scratch_folder` and left."""
     for path in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
         with suppress(OSError):  # another process was faster
             if _is_abandoned(path):
@@ -92,7 +92,7 @@ def remove_abandoned() -> None:
 def scratch_folder(purpose: str) -> Iterator[Path]:
     """Give an empty folder where the system has its temporary files (`TMPDIR`); it is removed at the end of the block.
 
-    What dead processes left is removed first.
+    Folders that dead processes left are removed first.
     """
     remove_abandoned()
     parent = Path(tempfile.gettempdir())
@@ -110,10 +110,10 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> int:
-    """A descriptor that holds the lock of a folder.
+    """Lock a folder, and return the file descriptor that holds the lock.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: if another process holds the lock.
     """
     held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

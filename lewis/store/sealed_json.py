@@ -1,4 +1,4 @@
-"""JSON that carries its own checksum: it shows whether a file was cut or changed.
+"""JSON files that carry their own checksum, which shows whether a file was cut or changed.
 
 The first line is `{"checksum": "sha256:<64 hex digits>",` and covers every byte after it; the file is plain JSON. In a
 file that grows line by line, each line is an object that holds the checksum of its other keys.
@@ -14,7 +14,7 @@ _FIRST_LINE = re.compile(rb'\{"checksum": "sha256:([0-9a-f]{64})",')
 
 
 class DamagedError(ValueError):
-    """Something is not as it was written; the message names the file, what was expected and what is there."""
+    """A file is not as it was written; the message names the file, what was expected and what is there."""
 
 
 def dumps(content: Mapping[str, Any], indent: int | None = 2) -> str:
@@ -26,10 +26,10 @@ def dumps(content: Mapping[str, Any], indent: int | None = 2) -> str:
 
 
 def loads(data: bytes) -> dict[str, Any]:
-    """What `dumps` was given.
+    """Check the bytes that `dumps` made, and return the object that it was given.
 
     Raises:
-        DamagedError: if the bytes are not those of `dumps`.
+        DamagedError: if the bytes are not as `dumps` made them.
     """
     first, _, rest = data.partition(b"\n")
     found = _FIRST_LINE.fullmatch(first)
@@ -43,12 +43,12 @@ def loads(data: bytes) -> dict[str, Any]:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of a file that grows, with its checksum."""
+    """Return an object with its checksum added, for one line of a file that grows line by line."""
     return {**content, "checksum": _canonical(content)}
 
 
 def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What `sealed` was given.
+    """Check an object that `sealed` made, and return it without its checksum.
 
     Raises:
         DamagedError: if the checksum is missing or does not fit.
@@ -60,7 +60,7 @@ def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_lines(data: bytes) -> None:
-    """Check a file of lines that `sealed` made.
+    """Check a file each of whose lines is an object that `sealed` made.
 
     Raises:
         DamagedError: naming the first line that is damaged.

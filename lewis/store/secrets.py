@@ -13,11 +13,11 @@ from lewis.store.folders import home
 
 @dataclass(frozen=True)
 class Secret:
-    """One secret, and its file.
+    """A secret, which is read from an environment variable or from a file in the store.
 
     Attributes:
-        name: of the file in the store.
-        variable: the environment variable that counts instead of the file.
+        name: the file's name in the store.
+        variable: the environment variable, which overrides the file.
         fix: what to do about a file that cannot be used, for error messages.
         prefix: what a new secret begins with.
     """
@@ -28,11 +28,11 @@ class Secret:
     prefix: str = ""
 
     def path(self) -> Path:
-        """The file, whether or not it exists."""
+        """The path of the secret's file, whether or not it exists."""
         return home() / self.name
 
     def read(self) -> str:
-        """The secret, of the environment or of the file; the file is made when both are missing.
+        """Return the secret from the environment variable or the file; make the file if both are missing.
 
         Raises:
             InputError: if others may read the file, it is another user's, or it is empty.
@@ -79,6 +79,6 @@ UP_SERVE_KEY = Secret("champion-key", settings.UP_SERVE_KEY, "remove it, and sta
 
 
 def files() -> list[Path]:
-    """The files of secrets that the store has."""
+    """Return the paths of the secret files that exist in the store."""
     known = (PREFECT_KEY, MLFLOW_PASSWORD, WEBHOOK_SECRET, METRICS_KEY, SERVE_SECRET, UP_SERVE_KEY)
     return [each.path() for each in known if each.path().exists()]

@@ -1,4 +1,4 @@
-"""How large the store is, by its folders."""
+"""The size of the store on disk, in total and by folder."""
 
 import os
 from pathlib import Path
@@ -9,8 +9,8 @@ from lewis.store.folders import home
 def by_folder() -> dict[str, int]:
     """Folder of the store -> bytes on disk of everything in it; files next to the folders are under an empty name.
 
-    A file with several hard links, as weights that MLflow has too, is counted once, in the first folder by name. Links
-    to files elsewhere count nothing. What vanishes meanwhile is left out.
+    A file with several hard links, such as weights that MLflow has too, is counted once, in the first folder by name.
+    Symbolic links to files elsewhere do not count these files. Files that vanish meanwhile are left out.
     """
     found: dict[str, int] = {"": 0}
     seen = set[tuple[int, int]]()

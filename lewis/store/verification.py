@@ -19,12 +19,12 @@ DATABASE = "database"
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is not as it was written.
+    """An entry, database or registered version whose files are not as they were written.
 
     Attributes:
-        kind: the name of its kind in the store, `DATABASE`, or `version` for a version of a registered model.
+        kind: the name of the entry's kind, `DATABASE`, or `version` for a version of a registered model.
         entry: the path of the entry or database, or `models:/name/version`.
-        why: the file, and what is wrong with it.
+        why: the damaged file, and what is wrong with it.
     """
 
     kind: str
@@ -34,11 +34,11 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked.
+    """The result of a check of everything in the store.
 
     Attributes:
-        checked: how many entries and versions.
-        damaged: what is wrong.
+        checked: how many entries and versions were checked.
+        damaged: what is damaged.
         unchecked: how many versions are of a run whose own files (scores, verdict, recipe) have no checksums.
     """
 
@@ -48,7 +48,7 @@ class Verified:
 
     @property
     def left_out(self) -> str:
-        """What was not checked; empty if everything was."""
+        """The end of a sentence that names what was not checked; empty if everything was checked."""
         if not self.unchecked:
             return ""
         return (
@@ -56,7 +56,7 @@ class Verified:
         )
 
     def to_text(self) -> str:
-        """How many are damaged, which is the first, and what to do."""
+        """Say how many entries and versions are damaged, which is the first, and what to do."""
         if not self.damaged:
             return f"{self.checked} entries and versions, none is damaged{self.left_out}"
         first = self.damaged[0]
@@ -69,7 +69,7 @@ class Verified:
 def verify() -> Verified:
     """Read and check every entry of the store that has checksums, and SQLite's databases in it, as far as SQLite can.
 
-    An entry that a step works on is left out.
+    Entries that a step is working on are left out.
     """
     count, damaged = 0, []
     for path in (path for folder in kinds.FOREIGN for path in sorted((home() / folder).glob("*.db"))):
@@ -86,7 +86,7 @@ def verify() -> Verified:
 
 
 def problem_of_database(path: Path) -> str:
-    """What is wrong with the pages of an SQLite database; empty if nothing is. Values have no checksums."""
+    """Say what is wrong with the pages of an SQLite database; empty if nothing. SQLite has no checksums of values."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as database:
             found = str(database.execute("pragma integrity_check(1)").fetchone()[0])

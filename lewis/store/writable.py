@@ -1,8 +1,8 @@
-"""Find out before any work whether this version may write to the store, and a command where it writes to: by trying.
+"""Check before any work, by trying, that LEWIS can write to the store, and a command to its output.
 
-The file `format` in the store has a number. It is raised when a store of the version before can no longer be read as it
-is; `_MIGRATIONS` then has what brings an older store up to date. What one step computes otherwise than before is no
-matter of the format: such a step raises its own `SEMANTICS`, and finds no entry of the version before.
+The file `format` in the store holds the number of its format. The number is raised when this version can no longer
+read an older store; `_MIGRATIONS` then has the function that converts one. A step that computes something differently
+than before does not change the format: it raises its own `SEMANTICS`, and then finds no entries made before.
 """
 
 import errno
@@ -20,17 +20,17 @@ from lewis.store.folders import make_folder
 
 FORMAT = 1
 _MIGRATIONS: dict[int, Callable[[], None]] = {}
-"""Format -> what turns a store of it into one of the next format; it can be repeated after a kill."""
+"""Format -> function that converts a store of this format to the next one; it can be repeated after a kill."""
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_ROOM = 64  # characters that a scratch name has more than the name it stands for
+_ROOM = 64  # characters by which a scratch name is longer than the final name
 
 
 def check_store() -> None:
-    """Check that the store can be written to, and is of this version; it is made if it is missing.
+    """Check that the store can be written to, and has this version's format; make it if it is missing.
 
     Raises:
-        InputError: naming LEWIS_HOME.
+        InputError: if one of them fails; the message names LEWIS_HOME.
     """
     home = files.home()
     try:
@@ -45,10 +45,10 @@ def check_store() -> None:
 
 
 def check_format() -> None:
-    """Bring a store of an older version up to date; a new one, and one without a number, is of the first format.
+    """Convert a store of an older format to the current one; a store without a number counts as the first format.
 
     Raises:
-        InputError: if a newer version made it.
+        InputError: if a newer version of LEWIS made the store.
     """
     if (found := _read_format()) == FORMAT:
         return
@@ -67,7 +67,7 @@ def check_format() -> None:
 
 
 def _read_format() -> int:
-    """The number; 0 without a file, or with one that is damaged."""
+    """Return the number of the store's format; 0 if its file is missing or damaged."""
     found = files.read_json(files.home() / "format")
     return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else 0
 
@@ -77,12 +77,12 @@ def _write_format(number: int) -> None:
 
 
 def of_the_disk(error: BaseException | None) -> bool:
-    """Whether a disk is full or read-only: `explained` says all about it, and a traceback adds nothing."""
+    """Whether an error is due to a full or read-only disk: `explained` then says all, and a traceback adds nothing."""
     return isinstance(error, OSError) and error.errno in (*_FULL, errno.EROFS)
 
 
 def explained(error: OSError) -> str:
-    """The message of an OSError; if its path is in the store, it names LEWIS_HOME."""
+    """Return an OSError's message, with the place to free space, or LEWIS_HOME if the store cannot be written to."""
     place = str(error.filename or "")
     home = str(files.home())
     if error.errno in _FULL:
@@ -99,7 +99,7 @@ def check_output_folder(folder: Path) -> Path:
         Its absolute path.
 
     Raises:
-        InputError: if it cannot, or holds something else.
+        InputError: if it cannot, or holds files that LEWIS did not write.
     """
     with _named(folder):
         place = folder.expanduser().resolve()
@@ -116,7 +116,7 @@ def check_output_file(file: Path) -> Path:
         Its absolute path.
 
     Raises:
-        InputError: if it cannot, or something is there that is no regular file.
+        InputError: if it cannot, or the path is that of a folder or a device.
     """
     with _named(file):
         place = file.expanduser().resolve()
@@ -141,7 +141,7 @@ def _try(place: Path) -> None:
 
 @contextmanager
 def _named(given: Path) -> Iterator[None]:
-    """Raise what goes wrong in a block as an InputError that names what the user gave."""
+    """Turn errors in a block into an InputError that names the path which the user gave."""
     try:
         yield
     except InputError:

@@ -1,1 +1,1 @@
-"""Prefect tasks, by parts of a run. The decorator shows cache key, retries and timeout; lewis does the work."""
+"""Prefect tasks, a module for each part of a run. Decorators set cache, retries and timeout; `lewis` does the work."""

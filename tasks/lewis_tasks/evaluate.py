@@ -1,4 +1,4 @@
-"""Check the tasks of an evaluation; take the scores that another worker has made."""
+"""Prefect tasks that check what an evaluation is to score, and take over scores that another worker computed."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ from lewis.steps.run import check_tasks as checked
 def check_tasks(recipe: Recipe, here: bool = True) -> str:
     """Check that lm-eval's tasks exist and give the scores that the recipe names, before any other work.
 
-    Gives the tasks' digest, which is the same on every worker that scores alike. The backend is checked if it is used
-    `here`, and whether the gate's judge has a server.
+    Also check that the server of the gate's judge is set and, if the models are scored `here`, the scoring backend.
+    Return the tasks' digest, which is the same on every worker that scores in the same way.
     """
     settings = checked(recipe)
     assert settings is not None
@@ -31,11 +31,11 @@ def check_tasks(recipe: Recipe, here: bool = True) -> str:
 
 @task(name="take-scores", task_run_name="take the scores of {what}", cache_policy=NO_CACHE)
 def take_scores(entry: ScoresEntry, what: str, found: bool) -> Any:
-    """Scores that workers of another work queue have made; ends as `Cached` if they were `found` without a run.
+    """Return scores that workers of another work queue computed, as the result of a task of this flow run.
 
     Args:
         entry: the scores.
         what: model and task, such as `math gsm8k`.
-        found: whether there was no run.
+        found: whether all scores were in the store, so that no run was needed; then the task ends as `Cached`.
     """
     return Completed(name="Cached", message=f"scores of {what}: in the store", data=entry) if found else entry

@@ -1,4 +1,4 @@
-"""The models of a recipe: pinned, checked before they are downloaded, and what their weights show of a bad fit."""
+"""Prefect tasks for the models of a recipe: pin them, check them before the download, show what an inspection finds."""
 
 import logging
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # Never cached: each run must ask again what a branch points to.
 @task(name="resolve", task_run_name="resolve {short}", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def resolve(recipe: Recipe, ref: str, short: str, base: Source | None = None, first: Source | None = None) -> Source:
-    """Pin one model, called `short`; `base` is that of an adapter that names none, `first` has the tensors' names."""
+    """Pin a model of a recipe to commits; `short` names the task run, the rest is as for `source.pin`."""
     return source.pin(ref, recipe.root, base, first)
 
 
@@ -30,13 +30,13 @@ def resolve(recipe: Recipe, ref: str, short: str, base: Source | None = None, fi
 def resolve_at(
     recipe: Recipe, ref: str, short: str, key: str, base: Source | None = None, first: Source | None = None
 ) -> Source:
-    """Pin one model to the content that it had where, or when, the work began; the others are as for `resolve`."""
+    """Pin a model to the content `key` that it had where, or when, the work began; see `source.pin_at`."""
     return source.pin_at(ref, key, recipe.root, base, first)
 
 
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
 def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
-    """Refuse models that do not fit together, before they are downloaded, and show what their configs say."""
+    """Check before the download that the models fit together, and log what an inspection of their configs finds."""
     for renamed in compatible.preflight(recipe, base, experts, network=True, needed=recipe.needs_network):
         logger.info(renamed)
     settings = inspection_settings(recipe)
@@ -47,10 +47,10 @@ def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> Non
 
 
 def show_inspection(given: InspectionInput, prefix: str) -> None:
-    """The findings on the models of a merge, with tables and a picture, as an artifact; warnings go to the log.
+    """Publish the inspection of a merge's models as an artifact: findings, tables, a picture; log its verdict.
 
     Raises:
-        BrokenModelError, InputError: if one is an error, and the recipe does not want to merge all the same.
+        BrokenModelError, InputError: if a finding is an error, unless the recipe says to merge nevertheless.
     """
     found = inspect(given)
     (logger.warning if found.findings else logger.info)("%s", found.verdict)
@@ -66,6 +66,6 @@ def show_inspection(given: InspectionInput, prefix: str) -> None:
 
 
 def _shown(row: Mapping[str, object]) -> dict[str, object]:
-    """A row with the models' names, which its first cell has, as code."""
+    """Return a row of a table with its first cell, which names the models, formatted as code."""
     first = next(iter(row))
     return {**row, first: markdown.code(str(row[first]))}

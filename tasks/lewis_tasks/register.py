@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 @task(name="find-champion", task_run_name="find champion", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def find_champion(name: str, to_score: bool) -> Champion | None:
-    """The version in use; its files are brought to this disk if it will be scored."""
+    """Return the champion of a registered model, or None; its files are fetched to this disk if it is `to_score`."""
     current = versions.champion(name)
     return versions.fetch(current) if current and to_score else current
 
 
 @task(name="find-mark", task_run_name="find mark", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def find_mark(name: str) -> Champion | None:
-    """The version that no later one may fall behind, brought to this disk to be scored."""
+    """Return the mark, which no later version may fall behind, with its files fetched for scoring; None if none."""
     current = promotion.mark(name)
     return versions.fetch(current) if current else None
 
@@ -49,7 +49,7 @@ def find_mark(name: str) -> Champion | None:
 def look(
     recipe: Recipe, champion: Champion | None, merged: MergedModel, scores: dict[str, ModelScores], documents: int
 ) -> tuple[bool, int | None]:
-    """Whether the verdict is certain already; and the documents of the next look if it is not, None: all."""
+    """Return whether the verdict on `documents` per task is certain, and how many the next look takes; None: all."""
     found = _judged(recipe, champion, merged, scores, documents)
     flow_run.name_task(f"look at {documents} documents: {'certain' if found.certain else 'not certain yet'}")
     return found.certain, _look(recipe, scores, documents).after
@@ -64,10 +64,10 @@ def gate(
     scores: dict[str, ModelScores],
     documents: int | None = None,
 ) -> Verdict:
-    """Whether the merged model may be promoted, compared with the champion, or with a parent before there is one.
+    """Judge if a merged model may be promoted, compared with the champion, or with a parent if there is no champion.
 
     Args:
-        documents: of each task, if not all were scored.
+        documents: how many of each task were scored; None: all.
     """
     found, rule = _judged(recipe, champion, merged, scores, documents), recipe.gate
     if not (rule and rule.judge and found.passed and found.metric):
@@ -110,7 +110,7 @@ def _look(recipe: Recipe, scores: dict[str, ModelScores], documents: int | None)
 def _scores_of_mark(
     recipe: Recipe, mark: Incumbent | None, merged: MergedModel, documents: int | None
 ) -> Scored | None:
-    """The mark's scores in the merged model's number format, on the same documents, if the store has them."""
+    """Find the mark's scores on the same documents and in the merged model's number format; None if not stored."""
     if mark is None or recipe.evaluate is None:
         return None
     settings = replace(EvalSettings.of(recipe.evaluate, recipe.root).drawn_by(merged.digest), look=documents)
@@ -129,7 +129,7 @@ def register(
     merged: MergedModel,
     scores: dict[str, ModelScores],
 ) -> Version:
-    """One version per merge digest, with its lineage, scores and pictures."""
+    """Register a merged model with lineage, scores and pictures, or find the version of the same merge digest."""
     begin, tags = flow_run.this_run().start_time, flow_run.tags()
     began = begin.timestamp() if begin else None
     entry = registration_of(recipe, base, experts, calibrations, allocated, merged, scores, tags, began)
@@ -142,7 +142,7 @@ def register(
 
 @task(name="promote", task_run_name="promote", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedModel) -> tuple[bool, bool]:
-    """Move the alias `champion` if the verdict allows it.
+    """Move the alias `champion` to a version if the gate's verdict allows it, and report the verdict and the move.
 
     Returns:
         whether the version is the champion now, and whether the history has something new.
@@ -170,7 +170,7 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
 
 @task(name="check-publish", task_run_name="check publish", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
 def check_publish(recipe: Recipe) -> None:
-    """Check, before any work, that the Hub will let us publish."""
+    """Check, before any work, that the Hub accepts a push to the recipe's repo, and that others can load the result."""
     assert recipe.publish is not None
     publishing.check_base(recipe.base_model, recipe.root, adapter=recipe.output.kind == "lora")
     publishing.check(recipe.publish.repo, recipe.publish.private)
@@ -178,10 +178,9 @@ def check_publish(recipe: Recipe) -> None:
 
 @task(name="publish", task_run_name="publish", cache_policy=NO_CACHE, timeout_seconds=6 * 3600, **RETRIES)
 def publish(recipe: Recipe, version: Version, merged: MergedModel) -> Published | None:
-    """Push the champion to the recipe's repo, with the commit in the version's tags; return where it is.
+    """Push the champion to the recipe's repo on the Hub, tag the version with the commit, return where it is.
 
-    If the version is not the champion, because the gate refused it or another took its place, it gives None and pushes
-    nothing.
+    If the version is not the champion, as the gate refused it or another replaced it, push nothing and return None.
     """
     assert recipe.publish is not None
     current = versions.champion(version.name)

@@ -43,7 +43,7 @@ S = TypeVar("S")
 
 @task(name="report-densities", task_run_name="report densities", cache_policy=NO_CACHE, timeout_seconds=600)
 def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allocated: AllocationEntry) -> None:
-    """The density heat map and the importance table."""
+    """Publish the density heat map as an artifact, and the importance table if importance was measured."""
     means = ", ".join(f"{code(ref)}: {mean:.3f}" for ref, mean in allocated.means.items())
     drawn = picture("densities", charts.densities(allocated))
     create_markdown_artifact(
@@ -61,7 +61,7 @@ def report_densities(recipe: Recipe, measured: list[list[ImportanceEntry]], allo
 
 @task(name="report-scores", task_run_name="report scores", cache_policy=NO_CACHE, timeout_seconds=600)
 def report_scores(recipe: Recipe, scores: dict[str, ModelScores]) -> dict[str, list[dict[str, str]]]:
-    """The score table, the comparison document by document, what is kept of the experts' gains, and a picture.
+    """Publish scores, comparison by document, kept share of the experts' gains, and a picture as artifacts.
 
     Returns:
         the rows of the tables `scores`, `comparison` and `kept`.
@@ -104,7 +104,7 @@ def report_run(
     comparison: list[dict[str, str]],
     published: str | None,
 ) -> str:
-    """Write the report of the run to the UI, as a page into the store, and both to the run of a new version in MLflow.
+    """Write the report of a run: an artifact in the UI, a page in the store, and both to a new version's MLflow run.
 
     Args:
         champion: the version in use when the run began.
@@ -182,7 +182,7 @@ def _pictures(recipe: Recipe, allocated: AllocationEntry | None, scores: dict[st
 
 
 def _over_versions(version: Version) -> dict[str, bytes]:
-    """The champion over the versions, once there is more than one."""
+    """Return the chart of the champion's score over the versions, by title; empty with one version, or no score."""
     try:
         return {"The champion over the versions": history.picture(version.name)} if int(version.version) > 1 else {}
     except InputError:  # the recipe scores nothing
@@ -192,7 +192,7 @@ def _over_versions(version: Version) -> dict[str, bytes]:
 def _sizes(
     read: Callable[[InspectionInput], dict[str, S]], recipe: Recipe, base: ModelFiles | None, experts: list[ModelFiles]
 ) -> dict[str, S]:
-    """How far each expert moved, as `read` gives it; empty if nothing was inspected, or a model's files are gone."""
+    """Return how far each expert moved, as `read` measures it; empty without inspection, or if model files are gone."""
     if recipe.inspect.on == "off":
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Tasks of the search: score a trial, record all trials, compare the best with the recipe as it is."""
+"""Tasks of the search: score a trial, record all trials, compare the best one with the unchanged recipe."""
 
 import json
 from dataclasses import asdict
@@ -45,7 +45,7 @@ def score_trial(recipe: Recipe, number: int, part: str, known: dict[str, Any], s
 def record_search(
     recipe: Recipe, digest: str, objectives: list[Objective], trials: list[Trial], front: list[Trial], ended: bool
 ) -> str:
-    """Record the trials: a table in the UI, a run for each in MLflow, at the end pictures; gives MLflow's run id."""
+    """Record the trials as a table in the UI and as MLflow runs, at the end pictures; return the search's run id."""
     table = search_report.rows(trials, objectives)
     key = artifact_key(recipe, "search")
     team = recipe.register_as.team if recipe.register_as else ""
@@ -68,7 +68,7 @@ def record_search(
 
 @task(name="confirm", task_run_name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)
 def compare_with_default(recipe: Recipe, default: ModelScores, best: ModelScores) -> list[dict[str, str]]:
-    """Compare the best trial with the recipe as it is, on the documents that the search did not see; gives the rows."""
+    """Compare the best trial with the unchanged recipe on documents that the search did not see; return the table."""
     rows = comparison_rows(scored(recipe.score_weights, {"default": default, "searched": best}))
     create_table_artifact(
         rows, key=artifact_key(recipe, "search-confirmed"), description="On the documents that the search did not see"

@@ -1,4 +1,4 @@
-"""Put the champion into service at one target."""
+"""Prefect task that puts the champion into service at one target."""
 
 import logging
 from datetime import UTC, datetime
@@ -28,11 +28,14 @@ from lewis_tasks.support.caching import RETRIES
 logger = logging.getLogger(__name__)
 
 
-# Not cached: the target's record says what it has. No timeout: that of a canary, or of a program, is in the recipe.
+# Not cached: the target's record says which version it has. No timeout: the recipe sets those of canary and program.
 @task(name="serve", task_run_name="serve {label}", cache_policy=NO_CACHE, **RETRIES)
 def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[Served, bool]:
-    """As `service.serve`; `label` names one of the recipe's targets. Of a refusal, an artifact has all answers, of a
-    canary its picture."""
+    """Bring the target `label` of a recipe to the champion; result and errors are those of `service.serve`.
+
+    Artifacts show the picture of a canary, or the answers that differ if the target's server is refused. If a canary
+    finds the champion worse than the version before, the previous champion is put back.
+    """
     [target] = [each for each in hub.targets(recipe) if each.label == label]
     settings = EvalSettings.of(recipe.evaluate, recipe.root) if recipe.evaluate else None
     began = datetime.now(UTC).isoformat(timespec="seconds")
@@ -54,7 +57,7 @@ def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[
 
 
 def _show(recipe: Recipe, target: CanaryTarget, version: Version, began: str) -> None:
-    """Show a canary since `began` as a picture: as an artifact, and in the page of the run that made the version."""
+    """Show the picture of a canary that ran since `began`, as an artifact and in the page of the version's run."""
     try:
         found = records.canary_of(version, target.label)
         if found is None or found.time < began:
@@ -67,7 +70,7 @@ def _show(recipe: Recipe, target: CanaryTarget, version: Version, began: str) ->
             versions.attach(version, {versions.PAGE: shown})
             for path in kinds.REPORTS.entries():
                 if path.read_text(encoding="utf-8") == page:  # update the store's copy, too
-                    store.write_text(path, shown, modified=path.stat().st_mtime)  # it is not the page of a newer run
+                    store.write_text(path, shown, modified=path.stat().st_mtime)  # the order of pages stays
     except LewisError as error:  # a missing picture must not fail the serving
         logger.warning("%s: its canary is not shown: %s", version.uri, error)
 

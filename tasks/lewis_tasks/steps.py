@@ -1,4 +1,4 @@
-"""The factory of tasks: one Prefect task for each step of a graph, by the step's row in the table."""
+"""The factory of Prefect tasks: make the task of a graph's node from its step, a row of `lewis.steps.table`."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -21,20 +21,19 @@ from lewis_tasks.support.caching import RESULTS, RETRIES, Progress, RecordSerial
 from lewis_tasks.support.device_slot import device_slot
 
 SHOWN: Mapping[str, Any] = {DIAGNOSE.name: show_inspection}
-"""Name of a step -> what shows its result in the UI: a function of its input and the prefix of the artifact's key."""
+"""Name of a step -> function that shows its result in the UI, given its input and the prefix of the artifact's key."""
 
 
 def task_of(node: Node, asset: Callable[[str, str], Asset] = assets.asset) -> Task[..., Any]:
-    """The task of a node: its name, cache key, retries, timeout and assets follow from the node and its step.
+    """Make the Prefect task of a node, whose name, cache key, retries, timeout and assets follow from node and step.
 
     The task takes the step's input, the name of its run and the prefix of artifact keys. It ends as `Cached` if the
     result was found. The result that Prefect keeps is a small reference, which checks its files when it is loaded; if
-    they are deleted or damaged, or the record itself is, the task runs again. Of a step that is `SHOWN` Prefect keeps
-    none: its task finds the result itself, and shows it in each run.
+    they are deleted or damaged, or the record itself is, the task runs again. Prefect keeps no result of a step in
+    `SHOWN`: its task finds the result in the store, and shows it in each run.
 
     Args:
-        node: of the graph.
-        asset: makes an asset of its kind and name, with what is known of it.
+        asset: returns the asset of a kind and a name, with its properties.
     """
     step = node.step
 
@@ -66,7 +65,7 @@ def task_of(node: Node, asset: Callable[[str, str], Asset] = assets.asset) -> Ta
 
 
 def _kept(step: Step[Any, Any]) -> dict[str, Any]:
-    """Options of a task whose result Prefect keeps under `Step.key` of its input, and nothing else."""
+    """Return task options by which Prefect keeps a step's result, with `Step.key` of the input as the cache key."""
 
     def key(context: TaskRunContext, inputs: dict[str, Any]) -> str | None:
         try:

@@ -1,4 +1,4 @@
-"""Check everything in the store and the registry again."""
+"""Prefect task that checks every entry of the store and every registered version again."""
 
 from prefect import task
 from prefect.artifacts import create_table_artifact
@@ -11,7 +11,7 @@ from lewis_tasks.support.caching import RETRIES
 
 @task(name="verify", task_run_name="verify", cache_policy=NO_CACHE, timeout_seconds=24 * 3600, **RETRIES)
 def verify() -> int:
-    """Read every entry and version again, whatever is remembered, and show what is damaged; gives how many are whole.
+    """Check all entries and versions without remembered checksums, show damaged ones; return how many were checked.
 
     Raises:
         LewisError: if something is damaged.

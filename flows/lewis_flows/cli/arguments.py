@@ -1,4 +1,4 @@
-"""Arguments of commands, and those that several take."""
+"""How commands declare their arguments, and the arguments that several commands take."""
 
 import argparse
 from collections.abc import Callable
@@ -16,11 +16,11 @@ Add = Callable[[argparse.ArgumentParser], None]
 
 
 def option(*names: str, offer: completion.Offer | None = None, **about: Any) -> Add:
-    """An argument of a command.
+    """Declare an argument of a command.
 
     Args:
-        names: of the option; or one name, of an argument that has a place.
-        offer: gives what a shell offers for it.
+        names: of the option; or the one name of a positional argument.
+        offer: returns the completions that a shell offers for it.
         about: as of `ArgumentParser.add_argument`.
     """
 
@@ -33,7 +33,7 @@ def option(*names: str, offer: completion.Offer | None = None, **about: Any) -> 
 
 
 def flag(name: str, about: str) -> Add:
-    """An option without a value."""
+    """Declare an option without a value; `about` is its help."""
     return option(name, action="store_true", help=about)
 
 
@@ -52,7 +52,7 @@ PREFECT_FILE = option("--prefect-file", metavar="FILE", type=Path, help="default
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """For the `type` of an argument: a number above 0."""
+    """Return a function, for the `type` of an argument, that reads a number above 0."""
 
     def number(text: str) -> float:
         with suppress(ValueError):
@@ -69,10 +69,10 @@ def is_name(given: str) -> bool:
 
 
 def recipe_file(options: argparse.Namespace) -> str:
-    """The file of `options.recipe`, which may be the name of a recipe in the folder of recipes; kept there.
+    """Return the file of `options.recipe`; the name of a recipe in the folder of recipes is replaced by its file there.
 
     Raises:
-        InputError: if there is neither.
+        InputError: if the folder has no recipe of that name.
     """
     given: str = options.recipe
     if is_name(given):
@@ -83,7 +83,7 @@ def recipe_file(options: argparse.Namespace) -> str:
 
 
 def load(options: argparse.Namespace) -> "Recipe":
-    """The recipe of a command that takes one, with its `--set` and `--force`."""
+    """Load the recipe that a command was given, with its `--set` and `--force`."""
     from lewis.recipe.recipe import Recipe
 
     if getattr(options, "force", False):

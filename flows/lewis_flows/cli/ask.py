@@ -39,7 +39,7 @@ def yes(question: str) -> bool:
 
 
 def _of_file(path: Path, columns: list[str], count: int, found: Topic) -> Topic:
-    """The rows of a file, by templates that a person confirms; the task stays what was found."""
+    """Return the topic of a file's rows, with templates that the user confirms; the task stays that of `found`."""
     name, kind = re.sub(r"\W+", "_", path.stem), _KINDS[path.suffix]
     own = replace(found, name=name, dataset=kind, files=str(path.absolute()), config=None, note="")
     own = replace(own, samples=min(SAMPLES, count))
@@ -59,7 +59,7 @@ def _of_file(path: Path, columns: list[str], count: int, found: Topic) -> Topic:
 
 
 def _template(what: str, default: str, columns: list[str]) -> str:
-    """A template of the training's format; asked again until it names a column."""
+    """Ask for a template of the format of the expert's training, until the answer names a column."""
     while True:
         given = _input(f"  {what} as the expert was trained on it, columns in braces, \\n a new line [{default}]: ")
         text = given.replace("\\n", "\n") or default
@@ -69,7 +69,7 @@ def _template(what: str, default: str, columns: list[str]) -> str:
 
 
 def _rows(path: Path) -> tuple[list[str], int]:
-    """The columns of the first row, and how many rows there are; none if it cannot be read."""
+    """Return the columns of a file's first row, and the number of rows; none if the file cannot be read."""
     try:
         if path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile

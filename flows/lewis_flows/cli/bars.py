@@ -20,7 +20,7 @@ SLOW = 0.1  # GB/s
 
 @dataclass(frozen=True)
 class Effort:
-    """What a merge took.
+    """The time and memory that a merge took.
 
     Attributes:
         seconds: wall time.
@@ -49,7 +49,7 @@ class Effort:
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """Draw a bar for each thing: the percentage done and the time left."""
+    """Yield a `Report` that draws a bar for each kind of work: the percentage done and the time left."""
     from rich.progress import TextColumn
 
     with _bars(TextColumn("{task.percentage:>3.0f} %")) as bars:

@@ -57,7 +57,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def _side(given: str) -> "Side":
-    """What was given on the command line; InputError if it is nothing that was scored."""
+    """Find the scores of the model, version or folder that a command line names; InputError if there are none."""
     from lewis.evaluation.paired import Side
     from lewis.evaluation.results_folder import holds_results, read_results
     from lewis.models.source import pin
@@ -84,7 +84,7 @@ def _side(given: str) -> "Side":
 
 
 def _digest(given: str) -> str:
-    """The digest of a registered version's merge."""
+    """Return the digest of the merge that a registered version holds."""
     from lewis.registry import tracking
     from lewis.registry.pull import version_of
     from lewis.registry.versions import digest_in

@@ -1,6 +1,6 @@
-"""What a shell offers for arguments: recipes of the folder, registered models and their versions.
+"""Completions that a shell offers for arguments: recipes of the folder, registered models and their versions.
 
-It must come within a moment, so neither Prefect nor MLflow is imported. An error offers nothing.
+They must come within a moment, so neither Prefect nor MLflow is imported. After an error there are none.
 """
 
 import json
@@ -18,7 +18,7 @@ Offer = Callable[..., list[str]]
 
 
 def recipes(**_: Any) -> list[str]:
-    """The names of the recipes in the folder."""
+    """Return the names of the recipes in the folder of recipes."""
     from lewis_flows import recipes_folder
 
     with suppress(LewisError):
@@ -27,19 +27,19 @@ def recipes(**_: Any) -> list[str]:
 
 
 def recipes_and_files(prefix: str, **_: Any) -> list[str]:
-    """The same, YAML files, and folders that may have some, for a command that takes a path too."""
+    """Return names of recipes, YAML files, and folders that may hold some, for a command that takes a path too."""
     from argcomplete.completers import FilesCompleter
 
     return [*recipes(), *FilesCompleter(("yaml", "yml"))(prefix)]
 
 
 def models(**_: Any) -> list[str]:
-    """The registered models."""
+    """Return the names of the registered models."""
     return sorted({name for name, _ in _versions()})
 
 
 def versions(**_: Any) -> list[str]:
-    """`NAME/VERSION` of the registered models, the newest first."""
+    """Return `NAME/VERSION` of all registered versions: by name, the newest first."""
     return [f"{name}/{number}" for name, number in sorted(_versions(), key=lambda each: (each[0], -each[1]))]
 
 

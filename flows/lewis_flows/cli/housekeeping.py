@@ -20,7 +20,7 @@ COPY = option("folder", metavar="DIR", type=Path, help="the copy, a folder outsi
 
 
 def gc(options: argparse.Namespace) -> None:
-    """Show what can go, and with `--yes` remove it."""
+    """Show the entries of the store that are no longer needed, and with `--yes` remove them."""
     from lewis.registry.retention import by_versions
     from lewis.store import housekeeping, runs
     from lewis_tasks.support import caching  # noqa: F401  adds Prefect's records to the kinds of entries
@@ -40,7 +40,7 @@ def gc(options: argparse.Namespace) -> None:
 
 
 def retention(options: argparse.Namespace) -> None:
-    """Show what can go from Prefect, MLflow and the store's remote half, and with `--yes` remove it."""
+    """Show old data that nothing needs in Prefect, MLflow and the store's remote half; with `--yes` remove it."""
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_server
 
@@ -61,7 +61,7 @@ def retention(options: argparse.Namespace) -> None:
 
 
 def backup(options: argparse.Namespace) -> None:
-    """Copy what cannot be made again to a folder."""
+    """Copy the data that cannot be recomputed to a folder."""
     from lewis_flows.backup import backup
 
     done = backup(options.folder)
@@ -76,7 +76,7 @@ def backup(options: argparse.Namespace) -> None:
 
 
 def restore(options: argparse.Namespace) -> None:
-    """Put such a copy back."""
+    """Put a copy that `lewis backup` made back into an empty store."""
     from lewis_flows.backup import restore
 
     done = restore(options.folder)
@@ -87,10 +87,10 @@ def restore(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Read and check everything, and print what is damaged.
+    """Read and check all entries of the store and all registered versions, and print what is damaged.
 
     Raises:
-        LewisError: if something is.
+        LewisError: if something is damaged.
     """
     from lewis.registry.repair import verify
     from lewis_tasks.support import caching  # noqa: F401  adds Prefect's records to the kinds of entries

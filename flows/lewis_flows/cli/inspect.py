@@ -25,7 +25,7 @@ INSPECT = (
 
 
 def new(options: argparse.Namespace) -> None:
-    """Write a recipe.
+    """Write a recipe for a base and experts, with calibration sets and tasks that fit.
 
     Raises:
         InputError: if there is a file already, or a model does not exist or does not fit.
@@ -78,7 +78,7 @@ def _look_and_run(file: Path) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Print measures, findings and a verdict.
+    """Print how well the models of a recipe belong together: measures, findings and a verdict.
 
     Raises:
         InputError: if there are findings of level error.

@@ -1,7 +1,6 @@
-"""The command line: its table of contents. Exit codes: 0 done, 2 the input is wrong, 1 it failed while running.
+"""The command line and its table of commands. Exit codes: 0 done, 2 the input is wrong, 1 it failed while running.
 
-A module that holds commands imports the library, Prefect and MLflow inside its functions, so that the help comes at
-once.
+Modules of commands import the library, Prefect and MLflow inside their functions, so that the help appears immediately.
 """
 
 import argparse
@@ -23,12 +22,12 @@ from lewis_flows.service import credentials
 
 
 class Command(NamedTuple):
-    """A command.
+    """A command of the program `lewis`.
 
     Attributes:
         name: on the command line.
-        run: does it, given the parsed arguments; gives the exit code, None is 0.
-        arguments: each adds some to the command's parser.
+        run: executes the command, given the parsed arguments; returns the exit code, None is 0.
+        arguments: functions that add arguments to the command's parser.
         words: for the help.
         writes: whether it needs a store that it can write to.
     """
@@ -117,10 +116,9 @@ _STOPPED = "stopped; finished steps are kept, run the same command to go on"
 
 
 def program() -> NoReturn:
-    """The program `lewis`: `main`, and then the process ends immediately.
+    """Run the program `lewis` with `main`, then end the process without the interpreter's own cleanup.
 
-    It would take seconds to take apart what torch, Prefect and MLflow have made. What is registered with `atexit` runs
-    before.
+    The cleanup of what torch, Prefect and MLflow have created would take seconds. Functions of `atexit` still run.
     """
     status = 1
 
@@ -191,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Version(argparse.Action):
-    """`--version`: looked up only when it is asked for."""
+    """The option `--version`, which looks the version up only when it is given."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version

@@ -31,7 +31,7 @@ _FOR = (
 
 
 def plan(options: argparse.Namespace) -> None:
-    """Print what a run would do."""
+    """Print the plan of a recipe: what a run would do."""
     from lewis.steps.plan import make_plan
 
     made = make_plan(arguments.load(options))
@@ -70,7 +70,7 @@ def merge(options: argparse.Namespace) -> None:
 
 
 def _merge_one(recipe: "Recipe", folder: Path, shard: int, *, again: bool) -> tuple[dict[str, Any], str]:
-    """Write what one recipe gives, `again` too if the folder has it already; gives the facts as JSON and as text."""
+    """Merge one recipe into a folder, `again` even if the folder has this merge; return facts as JSON data and text."""
     from lewis import library, store
 
     with bars.progress() as shown:
@@ -127,7 +127,7 @@ def allocate(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Print a config of mergekit, or write it into a file."""
+    """Print a recipe as a mergekit config, or write it into a file."""
     import yaml
 
     from lewis import store
@@ -150,7 +150,6 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _exported(options: argparse.Namespace) -> str:
-    """The mergekit config of a recipe, as YAML."""
     from lewis.merging.export import check_exportable, to_mergekit
     from lewis.models.source import pin_all
 
@@ -162,11 +161,11 @@ def _exported(options: argparse.Namespace) -> str:
 
 
 class _Allocated(NamedTuple):
-    """What was measured and allocated.
+    """The measured importance and allocated densities of a recipe.
 
     Attributes:
         layers: the covered layers of the base that the recipe does not exclude.
-        result: those of the result, which slices make of them.
+        result: the layers of the merged model, which the recipe's slices make of `layers`.
         parameters: number of parameters of the base.
         measured: importance of base and experts.
         allocated: the densities.
@@ -182,7 +181,7 @@ class _Allocated(NamedTuple):
 
 
 def _allocate(options: argparse.Namespace) -> _Allocated:
-    """Measure and allocate; RecipeError if the recipe has no `lewis` block or no base."""
+    """Measure importance and allocate densities; RecipeError without `lewis` block, base, or method with densities."""
     from lewis.allocation.step import layers_of_result
     from lewis.devices import default_device
     from lewis.importance.step import covered_layers
@@ -226,7 +225,7 @@ def _print_densities(found: _Allocated) -> None:
 
 
 def _json_file(path: Path) -> Path:
-    """The absolute path of an output; InputError, before the long part, if it cannot be written."""
+    """Return the absolute path of a JSON output file; InputError, before the long work, if it cannot be written."""
     from lewis.store.writable import check_output_file
 
     above = next(parent for parent in path.absolute().parents if os.path.exists(parent))

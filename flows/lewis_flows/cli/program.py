@@ -1,4 +1,4 @@
-"""The program `lewis`: what Ctrl-C does from its first moment on, before the commands are imported."""
+"""The entry point of `lewis`, which handles Ctrl-C from the first moment on, before the commands are imported."""
 
 import os
 import signal
@@ -12,8 +12,8 @@ _PAUSE = 0.01  # seconds until a Ctrl-C that was lost is raised again
 def program() -> NoReturn:
     """Run the command of this process's command line, and end the process.
 
-    A finaliser or a callback loses a KeyboardInterrupt. A package written in C that is being imported may print it and
-    report that it could not be imported, which the importing module may take for a package that is not installed.
+    A KeyboardInterrupt that a finaliser or callback loses is raised again. During imports Ctrl-C ends the process, as a
+    package written in C may report it as a failed import, which the importing module may take for a missing package.
     """
     heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell's background jobs ignore it
     if heeded:
@@ -28,7 +28,7 @@ def program() -> NoReturn:
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    """There is nothing to clean up yet."""
+    """Exit immediately, without cleanup: no command has begun, only modules are being imported."""
     if sys.stderr:  # the caller may have closed it
         os.write(sys.stderr.fileno(), b"lewis: stopped\n")
     os._exit(130)  # as `main` does

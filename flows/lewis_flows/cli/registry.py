@@ -26,7 +26,7 @@ REFUSE = flag("--refuse", "it does not become the champion, and is not asked for
 
 
 def history(options: argparse.Namespace) -> None:
-    """Print who replaced whom as champion, a line an entry, the newest first."""
+    """Print which version replaced which as champion of a model, an entry per line, the newest first."""
     from lewis import store
     from lewis.registry import history
     from lewis.store.writable import check_output_file
@@ -44,7 +44,7 @@ def history(options: argparse.Namespace) -> None:
 
 
 def served(options: argparse.Namespace) -> None:
-    """Print what is in service, a line a target, and what a target did not take."""
+    """Print which version each target serves, a line per target, and which version it did not take."""
     from lewis.serving.records import served
 
     found = served(options.name)
@@ -69,7 +69,7 @@ def pull(options: argparse.Namespace) -> None:
 
 
 def approve(options: argparse.Namespace) -> None:
-    """Let a version that waits become the champion, or not.
+    """Approve a version that waits for a person, which makes it the champion, or with `--refuse` refuse it.
 
     Raises:
         InputError: if what was given is not `NAME/VERSION`.
@@ -86,7 +86,7 @@ def approve(options: argparse.Namespace) -> None:
 
 
 def promote(options: argparse.Namespace) -> None:
-    """Make a version the champion.
+    """Make a version the champion of its model by hand.
 
     Raises:
         InputError: if what was given is not `NAME/VERSION`.
@@ -117,7 +117,7 @@ def _say(options: argparse.Namespace, facts: dict[str, str | None], text: str) -
 
 
 def rollback(options: argparse.Namespace) -> None:
-    """Put the previous champion back."""
+    """Make the previous champion of a model the champion again."""
     from lewis.registry import promotion
 
     champion = promotion.rollback(options.name, options.why)
@@ -138,9 +138,9 @@ def _warn_of_targets(name: str, champion: str, reported: bool) -> None:
 
 
 def _report(answered: str = "", why: str = "", *, approve: bool = True) -> bool:
-    """Report the new champion to the Prefect server; False if none runs: then the next that starts gets it.
+    """Report the new champion to the Prefect server; return False if none runs: the next one gets the report later.
 
-    The run that waits for an answer about the version `answered` goes on with it.
+    The run that waits for an answer about the version `answered` is resumed with this answer.
     """
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import running

@@ -37,7 +37,7 @@ _NEXT = {  # commands after the demo, and what each shows
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the DAG of a recipe: one that is given by its name by the service, if that is up, else in this process."""
+    """Run the DAG of a recipe: by the service, if that is up and the recipe is given by name, else in this process."""
     from lewis_flows.service.servers import running
 
     by_name = arguments.is_name(options.recipe)
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _print_ended(ended: "FlowRun", *, as_json: bool) -> None:
-    """Print the report of a run of a deployment; without one, its state."""
+    """Print the report of a run of a deployment, or the run's state if there is no report."""
     from lewis_flows.registration import MergeReport
 
     if report := MergeReport.saved(str(ended.id)):
@@ -86,7 +86,7 @@ def run_merge(recipe: str, overrides: Sequence[str], *, as_json: bool) -> "Merge
 
 
 def search(options: argparse.Namespace) -> None:
-    """Run the search of a recipe."""
+    """Run the search of a recipe, and print its report."""
     from lewis.search import space, study
 
     recipe = _load(options)
@@ -123,7 +123,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def print_merge(report: "MergeReport") -> None:
-    """Print what a run of the DAG gave."""
+    """Print the report of a merge as text."""
     print_table(report.scores)
     print_table(report.comparison)
     if report.kept:
@@ -146,9 +146,9 @@ def print_merge(report: "MergeReport") -> None:
 
 
 def _run_flow(name: str, *arguments: object, as_json: bool) -> Any:
-    """Run the flow of a module on the server that there is, or on one that is started for it; gives what it returned.
+    """Run the flow `name` on the running Prefect server, or on one that is started for it; return the flow's result.
 
-    If that server dies, this process ends as if killed.
+    If the started server dies, or the server stays away for too long, this process exits immediately with code 1.
     """
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_port, prefect_server, running

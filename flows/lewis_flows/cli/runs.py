@@ -76,7 +76,7 @@ def _rows(found: "Links") -> Iterator[tuple[str, str]]:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Print where the page of a run is, and open it."""
+    """Print the path of a run's page, and with `--open` open it in a browser."""
     import webbrowser
 
     from lewis_flows.run_page import find
@@ -100,7 +100,7 @@ def cancel(options: argparse.Namespace) -> int:
 
 
 def logs(options: argparse.Namespace) -> None:
-    """Print the log of the last run of a recipe; with `--json` an object a line."""
+    """Print the log of the last run of a recipe; with `--json` as one JSON object per line."""
     from lewis_flows import recipes_folder
     from lewis_flows.service.links import last_run, server
 
@@ -119,11 +119,11 @@ def print_log(
 
     Args:
         client: of the server.
-        run: its id.
-        level: the least that a line has.
+        run: id of the run.
+        level: the least level of a line that is printed.
         follow: go on until the run ends, or waits for a person.
-        as_json: print an object a line.
-        file: where to.
+        as_json: print each line as a JSON object.
+        file: where to print.
 
     Returns:
         the run as it was before the last lines were read.
@@ -140,7 +140,7 @@ def print_log(
 
 
 def _lines(client: "SyncPrefectClient", run: Any, level: int, seen: int) -> Iterator["Log"]:
-    """The lines of a run after the first `seen`, oldest first."""
+    """Yield the lines of a run's log after the first `seen`, oldest first."""
     from prefect.client.schemas.filters import LogFilter
 
     wanted = LogFilter.model_validate({"flow_run_id": {"any_": [run]}, "level": {"ge_": level}})

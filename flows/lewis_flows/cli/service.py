@@ -1,4 +1,4 @@
-"""`lewis up`, `deploy`, `status` and `settings`: the service that keeps models up to date."""
+"""`lewis up`, `deploy`, `status`, `settings` and `env`: the service that keeps models up to date."""
 
 import argparse
 import json
@@ -56,7 +56,7 @@ def up(options: argparse.Namespace) -> None:
 
 
 def deploy(options: argparse.Namespace) -> None:
-    """Bring a Prefect server up to date."""
+    """Put work pool, limit, deployments and automations on a Prefect server."""
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import prefect_server
 
@@ -71,7 +71,7 @@ def deploy(options: argparse.Namespace) -> None:
 
 
 def status_options(command: argparse.ArgumentParser) -> None:
-    """`RECIPE`, `--check`, `--watch` and `--html FILE`."""
+    """Add the arguments of `lewis status`: `RECIPE`, `--check`, `--watch` and `--html FILE`."""
     about = "only this recipe, with its last runs"
     option("recipe", metavar="RECIPE", nargs="?", help=about, offer=completion.recipes)(command)
     forms = command.add_mutually_exclusive_group()
@@ -87,7 +87,7 @@ def status_options(command: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def _no_news() -> Iterator[None]:
-    """Log no commits that are found: what is printed has them, and stderr is for problems."""
+    """Suppress log messages about new commits: the printed status shows them, and stderr is for problems."""
     models = logging.getLogger("lewis.models")
     before = models.level
     models.setLevel(logging.WARNING)
@@ -99,7 +99,7 @@ def _no_news() -> Iterator[None]:
 
 @_no_news()
 def status(options: argparse.Namespace) -> int:
-    """Print the status; the exit code is 1 if a part of the service is down, and of `--check` as its help says."""
+    """Print the service's status; the exit code is 1 if a part of it is down, with `--check` that of its help."""
     from lewis import store
     from lewis.registry import tracking
     from lewis.store.writable import check_output_file
@@ -141,7 +141,7 @@ def _width() -> int:
 
 
 def _watch(text: Callable[[], str]) -> int:
-    """Show a text in the terminal, again and again until Ctrl-C."""
+    """Show a text in the terminal, recomputed every few seconds until Ctrl-C."""
     if not sys.stdout.isatty():
         raise InputError("--watch: expected a terminal; leave it out, or repeat `lewis status --json` from a script")
     with suppress(KeyboardInterrupt):

@@ -28,7 +28,7 @@ _WAITS = {
 def run(path: Path, overrides: Sequence[str]) -> FlowRun | None:
     """Start a run of the deployment of a recipe, and print its log on stderr until it ends or waits for a person.
 
-    If it is skipped, since another run merges what it would, that one is followed.
+    If the run is skipped, since another run merges the same, that other run is followed.
 
     Args:
         path: the recipe's file, in the folder of recipes.
@@ -36,8 +36,7 @@ def run(path: Path, overrides: Sequence[str]) -> FlowRun | None:
 
     Returns:
         The run that was followed last, as it ended. None if none was started, as the recipe has to run in this
-        process: no worker is online, the deployment is of another text, or none of its runs may change what the
-        overrides do.
+        process: no worker is online, or the deployment is of another text, or does not allow the overrides.
 
     Raises:
         LewisError: if the run failed, died or was cancelled.
@@ -68,7 +67,7 @@ def run(path: Path, overrides: Sequence[str]) -> FlowRun | None:
 
 
 def _deployment(client: SyncPrefectClient, path: Path, overrides: Sequence[str]) -> DeploymentResponse | None:
-    """The deployment that runs just this text of a recipe, if a worker is there; else None."""
+    """Find the deployment of this text of a recipe; None without one, without a worker, or with refused overrides."""
     found = prefect_runs.deployment(client, f"{prefect_runs.MERGE}/{path.stem}")
     text = read_bytes(path, yaml_text.MAX_BYTES)
     if found is None or not found.work_pool_name or found.version != recipes_folder.version(text):
@@ -82,7 +81,7 @@ def _deployment(client: SyncPrefectClient, path: Path, overrides: Sequence[str])
 
 
 def _follow(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
-    """Print what a run waits for, then its log, until it ends or waits for a person; gives the run then."""
+    """Print what a run waits for, then its log, until it ends or waits for a person; return the run as it is then."""
     _wait(client, run)
     as_json = json_logs.is_json()
     return runs.print_log(client, run.id, logging.INFO, follow=True, as_json=as_json, file=sys.stderr)

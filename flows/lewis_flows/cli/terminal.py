@@ -1,4 +1,4 @@
-"""What commands print in the same way: log messages and tables."""
+"""Output that all commands have in common: log messages, errors, tables, and a safe stdout."""
 
 import errno
 import io
@@ -14,14 +14,14 @@ from lewis.redact import visible
 from lewis_flows import json_logs
 
 SIGPIPE = 141
-"""The exit code if the program that reads the output, such as `head`, has ended: as of one that this signal ended."""
+"""The exit code if the program that reads the output, such as `head`, has ended: as of a process killed by SIGPIPE."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DRAWN = re.compile(r"(\x1b\[[0-9;]*m|\x1b\[2J\x1b\[H)")
 
 
 class Terminal(logging.Handler):
-    """Writes to what `sys.stderr` is now: while a progress bar is drawn, the messages appear above it."""
+    """Log handler that writes to the current `sys.stderr`, so that messages appear above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(self.format(record) + "\n")
@@ -34,7 +34,7 @@ def say_error(text: str, *, as_json: bool = False) -> None:
 
 
 class Visible(io.TextIOWrapper):
-    """An output in which only what commands draw themselves is obeyed by a terminal: colours, and a cleared screen."""
+    """A text output that escapes control characters, except those that commands use: colours, clearing the screen."""
 
     def __init__(self, out: io.TextIOWrapper) -> None:
         out.flush()
@@ -49,22 +49,22 @@ class Visible(io.TextIOWrapper):
         self._out = out  # which closes the file when nothing refers to it
 
     def write(self, text: str) -> int:
-        """Write a text; what else it has of control characters, and what the encoding lacks, can be read."""
+        """Write a text with other control characters, and characters that the encoding lacks, as escapes."""
         parts = _DRAWN.split(text)
         super().write("".join(part if i % 2 else visible(part) for i, part in enumerate(parts)))
         return len(text)
 
 
 def show_controls() -> None:
-    """Let stdout show control characters, which may stand in names that come with models of strangers."""
+    """Make stdout show control characters as escapes, since names in other people's models may contain them."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout = Visible(sys.stdout)
 
 
 def open_closed() -> None:
-    """Open what the caller has closed (`>&-`) as the null device, for the processes that this one starts too.
+    """Open standard streams that the caller closed (`>&-`) as the null device, for child processes too.
 
-    Else the next file that one of them opens takes its place.
+    Else the next file that such a process opens would take the place of the stream.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -94,7 +94,7 @@ def nobody_reads() -> bool:
 def output_is_full(error: OSError) -> bool:
     """Whether an error means that there is no room where the output goes; what is still to be written is dropped then.
 
-    An error that names a file is of that file.
+    An error that names a file is about that file, not the output.
     """
     if error.filename is not None or error.errno not in _FULL:
         return False

@@ -1,4 +1,4 @@
-"""Which lines of its parts `lewis up` prints: one for each event; with `--verbose` all."""
+"""Select which output of the service's parts `lewis up` prints: a line for each event; with `--verbose` all lines."""
 
 import json
 import re
@@ -35,7 +35,7 @@ _LINK = re.compile(
 
 
 class Output:
-    """Prints lines of the parts; of a traceback only its last line, as all of it is in the part's log.
+    """Printer for lines of the parts; it prints only the last line of a traceback, since the part's log has all of it.
 
     Attributes:
         verbose: whether every line is printed.
@@ -85,7 +85,7 @@ class Output:
         return self._shown.get(part, False)
 
     def _is_known(self, part: str, message: str) -> bool:
-        """Whether an earlier line reported it, or it ended by itself."""
+        """Whether an earlier line reported this failure, or the part recovers from it without help."""
         told = self._failed.get(part) and _FAILED_AGAIN.match(message)
         self._failed[part] = _FAILED.match(message) is not None
         away = time.monotonic() - self._away < _BACK
@@ -93,7 +93,7 @@ class Output:
 
 
 def _object(line: str) -> dict[str, str]:
-    """What a part printed as JSON (`lewis_flows.json_logs`); empty if it is another line."""
+    """Parse a line that a part printed as JSON (`lewis_flows.json_logs`); empty for any other line."""
     try:
         found = json.loads(line) if line.startswith("{") else {}
     except ValueError:

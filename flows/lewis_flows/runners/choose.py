@@ -1,4 +1,4 @@
-"""`LEWIS_TASK_RUNNER` says where the tasks of a flow run: threads, processes, a Dask or a Ray cluster.
+"""Choose where the tasks of a flow run, by `LEWIS_TASK_RUNNER`: in threads, processes, a Dask or a Ray cluster.
 
 The results are the same everywhere. Tasks hand each other small references to files in the store. So the machines of a
 cluster must share the store's file system, and have this package installed.
@@ -41,7 +41,7 @@ def task_runner() -> TaskRunner[Any]:
 
 
 def check() -> None:
-    """Check all settings, also those that this run will need late, before it begins to work.
+    """Check all settings before a run begins to work, including those that it will need late.
 
     Raises:
         InputError: naming the variable that is wrong, or the extra that is not installed.
@@ -68,20 +68,17 @@ def _chosen() -> TaskRunner[Any]:
 
 
 def unquoted(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a task without Prefect's `quote`: it is a tuple, and Dask and Ray would pass on a plain tuple."""
+    """Return a task's arguments without Prefect's `quote`: Dask and Ray would pass on that tuple as a plain one."""
     return {name: value.unwrap() if isinstance(value, quote) else value for name, value in parameters.items()}
 
 
 class Processes(ProcessPoolTaskRunner):
-    """Prefect's runner of processes, with two changes for the flow's end.
-
-    If the flow is interrupted, the processes end their tasks; if it is killed, they end too.
-    """
+    """Prefect's process runner, whose processes end their tasks if the flow is interrupted, and end if it is killed."""
 
     def submit(
         self, task: Any, parameters: dict[str, Any], *arguments: Any, **named: Any
     ) -> PrefectConcurrentFuture[Any]:
-        """As Prefect's, and record from which tasks the arguments come, as the process gets only their values."""
+        """Submit a task as Prefect does, and record which tasks its arguments come from: processes get only values."""
         inputs = private_names.PREFECT_TASK_INPUTS.get()
         named["dependencies"] = {name: inputs(value) for name, value in parameters.items()}
         return super().submit(task, parameters, *arguments, **named)
@@ -111,7 +108,7 @@ def _end() -> None:
 
 
 def _leave(number: int, frame: Any) -> None:
-    """End the running task by an error, so that it cleans up; a second signal does not disturb the cleaning.
+    """Handle SIGTERM: end the running task by an error, so that it cleans up; a second signal does not disturb that.
 
     The error is a LewisError: Prefect's runner hangs if a task ends by SystemExit or KeyboardInterrupt.
     """

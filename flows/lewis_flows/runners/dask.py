@@ -39,7 +39,7 @@ class DaskRunner(DaskTaskRunner):
         return found
 
     def submit(self, task: Any, parameters: dict[str, Any], *arguments: Any, **named: Any) -> PrefectDaskFuture[Any]:
-        """As Prefect's."""
+        """Submit a task as Prefect does, with arguments that are `unquoted`."""
         future: PrefectDaskFuture[Any] = super().submit(task, unquoted(parameters), *arguments, **named)
         return future
 
@@ -54,9 +54,9 @@ class DaskRunner(DaskTaskRunner):
 
 
 def runner(address: str, workers: int) -> DaskRunner:
-    """The cluster of the scheduler at an address, whose running tasks go on when the flow is interrupted.
+    """Return a runner on the cluster of the scheduler at an address, where tasks go on when the flow is interrupted.
 
-    Without an address, a cluster of this machine, on loopback.
+    Without an address, it starts a cluster of `workers` processes on this machine, on loopback.
     """
     if address:
         return DaskRunner(address=address)

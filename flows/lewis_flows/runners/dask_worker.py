@@ -16,5 +16,5 @@ class Environment(WorkerPlugin):
         self._values = dict(values)
 
     def setup(self, worker: Worker) -> None:
-        """Called in each worker."""
+        """Prepare a worker; Dask calls this in each one."""
         worker_environment.prepare(self._values)

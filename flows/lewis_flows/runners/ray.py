@@ -11,8 +11,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 if not settings.RAY_ADDRESS.get():
-    # A cluster of this machine alone: all of it listens on loopback. Ray has no other setting for that; its name is
-    # that of the systems where this is the default.
+    # A cluster of this machine alone: all of it listens on loopback. Ray has no other setting for that; it is named
+    # after the systems where this is the default.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
@@ -44,7 +44,7 @@ class RayRunner(RayTaskRunner):
             return self
 
     def submit(self, task: Any, parameters: dict[str, Any], *arguments: Any, **named: Any) -> PrefectRayFuture[Any]:
-        """As Prefect's.
+        """Submit a task as Prefect does, with arguments that are `unquoted`.
 
         Raises:
             LewisError: if no cluster answers.
@@ -65,10 +65,10 @@ class RayRunner(RayTaskRunner):
 
 
 def runner(address: str, workers: int) -> RayRunner:
-    """The cluster at an address; `auto` is the one that runs on this machine.
+    """Return a runner on the Ray cluster at an address; `auto` is the one that runs on this machine.
 
-    Without an address, a cluster of this machine, without a dashboard. It listens on loopback: see the top of this
-    module.
+    Without an address, it starts a cluster of `workers` CPUs on this machine, without a dashboard. It listens on
+    loopback: see the top of this module.
     """
     values = worker_environment.shared_environment()
 

@@ -15,13 +15,13 @@ _SHARED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "MLFLOW_TRACKING_URI", settings.STOR
 
 
 def shared_environment() -> dict[str, str]:
-    """Variables that tell a worker which store, registry and Hub to use."""
+    """Return the variables that say which store, registry and Hub a worker has to use."""
     given = {name: os.environ[name] for name in _SHARED if name in os.environ}
     return {settings.HOME.name: str(store.home()), **given}
 
 
 def prepare(values: Mapping[str, str]) -> None:
-    """Prepare a worker: take the flow's environment, turn telemetry off, find our servers' keys, wait for them."""
+    """Prepare a worker: set the flow's environment, turn telemetry off, find keys, be patient with Prefect's server."""
     os.environ.update(values)
     environment.prepare()
     credentials.find()

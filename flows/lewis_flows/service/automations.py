@@ -22,9 +22,9 @@ from lewis_tasks.support.events import LONG, WAITING
 from lewis_tasks.support.moves import NOTIFIES, PROMOTED
 
 SERVICE_TAG = "lewis-service"
-"""Of the deployments of the service itself, in `prefect.yaml`."""
+"""Tag of the deployments of the service itself, in `prefect.yaml`."""
 
-STARTS_WITHIN = timedelta(minutes=10)  # from Pending, on a machine that is busy
+STARTS_WITHIN = timedelta(minutes=10)  # from Pending to the begin of a run, on a machine that is busy
 _NOT_PENDING = (
     *("Running", "Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Scheduled", "Late"),
     "InfrastructurePending",  # its job waits in a cluster, for a GPU or an image; the worker watches it
@@ -42,7 +42,7 @@ def put_automations(client: SyncPrefectClient) -> None:
     """Create the automations, or bring those of the same names up to date; one that was switched off stays off.
 
     Raises:
-        InputError: if there is no such notification block as `LEWIS_NOTIFY` names.
+        InputError: if the notification block that `LEWIS_NOTIFY` names does not exist.
     """
     for automation in _automations(client):
         found = client.read_automations_by_name(automation.name)
@@ -73,9 +73,9 @@ def _automations(client: SyncPrefectClient) -> Iterator[AutomationCore]:
 
 
 def _runs(*states: str, flows: Sequence[str] = (), after: str = "", within: timedelta = timedelta()) -> EventTrigger:
-    """Fires when a run of some flows, or all, enters one of some states; with `after`, if it does not `within` a time.
+    """Return a trigger that fires when a run of `flows`, or of any flow, enters one of `states`.
 
-    `after` is the name of a state, or `heartbeat`.
+    With `after`, the name of a state or `heartbeat`, it fires if no such state follows `within` a time.
     """
     tags = [f"prefect.tag.{TAG}", f"prefect.tag.{SERVICE_TAG}"]
     related = [ResourceSpecification({"prefect.resource.role": ["tag"], "prefect.resource.id": tags})]
@@ -99,8 +99,8 @@ def _event(name: str) -> EventTrigger:
 
 
 def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
-    """For each notification its name, what triggers it, subject, body, description."""
-    failing = tuple(each for each in ALL if each != EVALUATE)  # whose merge reports it
+    """Yield the name, trigger, subject, body and description of each notification."""
+    failing = tuple(each for each in ALL if each != EVALUATE)  # the merge that started it reports it
     failed, died = _runs("Failed", flows=failing), _runs("Crashed", flows=(MERGE, SEARCH, SERVE, VERIFY))
     asks = _runs("AwaitingApproval", "Suspended", flows=(MERGE,))
     taken = ("Pending", "Running", "Cancelled", "AwaitingConcurrencySlot", SKIPPED)  # or another run does its work
@@ -121,13 +121,13 @@ def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
 
 
 def _notification_block(client: SyncPrefectClient) -> UUID | None:
-    """The id of the block that `LEWIS_NOTIFY` names, or of one for `LEWIS_NOTIFY_URL`; None if neither is set."""
+    """Return the id of the notification block of `LEWIS_NOTIFY`, or of one for `LEWIS_NOTIFY_URL`; else None."""
     named, url = settings.NOTIFY.get(), settings.NOTIFY_URL.get()
     if url and not named:
         from prefect.blocks.notifications import CustomWebhookNotificationBlock
         from prefect.types import SecretDict
 
-        # As a secret, which Prefect stores encrypted and shows to nobody: the URL itself may be what lets one post.
+        # The URL is a secret, which Prefect stores encrypted and does not show: to know it may suffice for posting.
         block = CustomWebhookNotificationBlock(
             name="lewis",
             url="{{url}}",

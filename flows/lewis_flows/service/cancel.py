@@ -19,7 +19,7 @@ _FLOWS = (prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE)
 
 
 class Cancelled(BaseModel):
-    """A run that was cancelled: its id, its name, its state then, and whether that is its last."""
+    """A run that was cancelled: its id, its name, its state after that, and whether it has ended."""
 
     id: str
     name: str
@@ -56,7 +56,7 @@ def cancel(what: str) -> list[Cancelled]:
 
 
 def _find(client: SyncPrefectClient, what: str) -> Iterator[FlowRun]:
-    """The runs to cancel; those that another run has started end with it."""
+    """Yield the runs to cancel, except those that another run has started, as they end with that one."""
     states, due = ("SCHEDULED", *prefect_runs.UNFINISHED), {"before_": events.now(client)}
     runs = [
         run

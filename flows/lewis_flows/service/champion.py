@@ -3,9 +3,9 @@
     python -m lewis_flows.service.champion choose [RECIPE]
     python -m lewis_flows.service.champion run PORT
 
-`choose` checks what is needed and notes the model of a recipe, which the slots are to have; `run` does what
-`lewis.serving.slots` says is wanted. It starts again what ends or hangs, with growing pauses. HAProxy asks clients for
-the key, lets them do what the OpenAI API has and nothing else, and answers 503 while no server has the model.
+`choose` checks that the programs are there, and notes the model of a recipe as the one to serve; `run` starts what
+`lewis.serving.slots` says is wanted. It restarts servers that end or hang, with growing pauses. HAProxy asks clients
+for the key, lets them use the OpenAI API and nothing else, and answers 503 while no server has the model.
 """
 
 import importlib.util
@@ -28,12 +28,12 @@ from lewis.store.secrets import UP_SERVE_KEY
 from lewis_flows.service.champion_router import Router, program
 from lewis_flows.service.processes import answers, free_port
 
-_TICK = 0.2  # seconds between two looks
+_TICK = 0.2  # seconds between two rounds of `run`
 _GRACE = 10.0  # seconds from SIGTERM to SIGKILL, for a server or its orphans
-_DRAIN = 600.0  # seconds that a server may take for the requests that it has
-_ASK = 10.0  # seconds between two questions whether a server that is ready still answers
-_SILENT = 120.0  # a server that was ready and answers nothing for this long (s) hangs
-_STABLE = 60.0  # a server that ran this long (s) starts a new count of failures
+_DRAIN = 600.0  # seconds that a server may take to answer its open requests before it is ended
+_ASK = 10.0  # seconds between two checks whether a server that is ready still answers
+_SILENT = 120.0  # seconds without an answer after which a server that was ready counts as hanging
+_STABLE = 60.0  # seconds after which the failures of a server that runs are counted from zero again
 _MOST = 60.0  # longest pause between two starts, seconds
 _SHOWN = 1500  # characters at the end of a server's log that a message shows
 # On a CPU vLLM would bind its threads to cores and spin there, and what else runs on these cores can come to a halt.
@@ -42,10 +42,10 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTI
 
 
 class Server:
-    """The server of a slot.
+    """The model server of a slot; `follow` starts and ends its process.
 
     Attributes:
-        has: what it was started with, or has loaded since; None if there is none.
+        has: what the process was started with, or has loaded since; None if there is no process.
         ready: whether it answers.
         failures, problem: as of `slots.Running`.
     """
@@ -71,11 +71,11 @@ class Server:
 
     @property
     def runs(self) -> bool:
-        """Whether there is a process."""
+        """Whether the server has a process."""
         return self._process is not None
 
     def follow(self, wanted: Slot | None, *, start: bool) -> None:
-        """Take the next step towards what is wanted; `start`: whether a server may be started."""
+        """Take the next step towards the wanted server, None: no server; `start`: whether one may be started now."""
         if self._process and self._process.poll() is not None:
             self._ended()
         if wanted is None or (self.has and wanted.alias != self.has.alias):
@@ -93,7 +93,7 @@ class Server:
             self._drain()
 
     def _look(self) -> None:
-        """Find out whether it answers; one that hangs is ended, and starts again as one that died."""
+        """Check whether the server answers; end one that hangs, which then starts again like one that died."""
         if self.ready and time.monotonic() < self._asked + _ASK:
             return
         if answers(f"{self.url}/health"):
@@ -102,7 +102,7 @@ class Server:
             assert self._process is not None
             print(f"{self.name}: the server has not answered for {_SILENT:.0f} s; it is ended", flush=True)  # noqa: T201
             self._router.close(self.name)
-            self._process.send_signal(signal.SIGTERM)  # its guard kills it
+            self._process.send_signal(signal.SIGTERM)  # the guard kills it if it does not end
             self.ready = False
         self._asked = time.monotonic()
 
@@ -112,7 +112,7 @@ class Server:
         return Running(alias, self.url, self.ready, share, self.failures, self.problem)
 
     def _fits(self, wanted: Slot) -> bool:
-        """Whether the running process serves what is wanted. (An adapter was loaded into it before this is asked.)"""
+        """Whether the process serves what is wanted; adapters are loaded before, so that base and rank decide."""
         assert self.has is not None
         same = (self.has.base, self.has.rank) == (wanted.base, wanted.rank)
         return same if wanted.base else wanted == self.has
@@ -167,10 +167,10 @@ class Server:
 
 
 def words() -> list[str]:
-    """The command that starts a server, without a model: of vLLM, or of transformers.
+    """Return the command that starts a server of vLLM or of transformers, without the arguments of a model.
 
     Raises:
-        InputError: if there is neither.
+        InputError: if neither is installed, or there is no such program as LEWIS_UP_SERVE_COMMAND names.
     """
     if given := settings.UP_SERVE_COMMAND.get():
         found = program(given[0])
@@ -188,18 +188,18 @@ def words() -> list[str]:
 
 
 def kind_of(words: Sequence[str]) -> str:
-    """`vllm` or `transformers`."""
+    """Return the kind of server that a command starts: `vllm` or `transformers`."""
     return "vllm" if Path(words[0]).name == "vllm" else "transformers"
 
 
 def command(slot: Slot, model: str, port: int, folder: Path) -> list[str]:
-    """The command of a server.
+    """Return the command that starts the server of a slot.
 
     Args:
-        slot: what it is to have.
+        slot: what the server is to have.
         model: the name that clients ask for.
-        port: where it listens.
-        folder: that it is started in: `transformers serve` names a model by its path, so a link there has the name.
+        port: where the server listens.
+        folder: its working directory; `transformers serve` names a model by its path, so a link there gets the name.
     """
     start = words()
     at = start.index("serve") + 1
@@ -219,7 +219,7 @@ def command(slot: Slot, model: str, port: int, folder: Path) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """The server's environment, without secrets of other parts; vLLM's has the key, as all users can reach its port."""
+    """Return a server's environment: no secrets of other parts, but a key for vLLM, as all users can reach its port."""
     from lewis.evaluation.sandbox.isolation import without_secrets
 
     own = {**_OFFLINE, "VLLM_API_KEY": UP_SERVE_KEY.read()}
@@ -230,10 +230,10 @@ def choose(recipe: str) -> None:
     """Note the model of a recipe as the one that this machine serves.
 
     Args:
-        recipe: its name; empty if the folder has one that registers a model.
+        recipe: its name; may be empty if the folder has exactly one that registers a model.
 
     Raises:
-        InputError: if there are several, or none, or a program is missing.
+        InputError: if the name is empty and there are several or none, it names none of them, or a program is missing.
     """
     from lewis_flows import recipes_folder
 
@@ -256,10 +256,10 @@ def choose(recipe: str) -> None:
 
 
 def run(port: int) -> None:
-    """Do what is wanted until SIGTERM.
+    """Keep HAProxy and the servers that are wanted running until SIGTERM; `port` is that of clients.
 
     Raises:
-        LewisError: if HAProxy does not start.
+        LewisError: if nothing is chosen to be served, or HAProxy does not start.
     """
     wanted = slots.wanted()
     if wanted is None:
@@ -293,7 +293,7 @@ def run(port: int) -> None:
 
 
 def main() -> int:
-    """Do what the arguments say; the exit code is 2 if the input is wrong, and what is wrong is on stdout."""
+    """Run `choose` or `run`, as the arguments say; the exit code is 2 if the input is wrong; errors go to stdout."""
     what, *arguments = sys.argv[1:]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:

@@ -1,4 +1,4 @@
-"""HAProxy on the port of clients, before the slots of `lewis up --serve`."""
+"""HAProxy on the port that clients use, in front of the slots of `lewis up --serve`."""
 
 import csv
 import io
@@ -18,8 +18,8 @@ from lewis.store.secrets import UP_SERVE_KEY
 
 _KEY = "CHAMPION_KEY"  # in the environment of HAProxy alone
 
-# A server is opened by the runtime socket once it answers. Connections to servers are not kept: if a server closes one
-# at the moment in which it is used again, a request fails.
+# A server is enabled through the runtime socket once it answers. Connections to servers are not reused: a request fails
+# if the server closes its connection at the moment in which it is reused.
 _CONFIG = """
 global
   stats socket unix@haproxy.sock mode 600 level admin
@@ -47,12 +47,12 @@ backend champion
 
 
 class Router:
-    """HAProxy in front of the slots; it is started again if it ends."""
+    """The process of HAProxy in front of the slots, which `start` starts again if it has ended."""
 
     def __init__(self, port: int, servers: Mapping[str, int]) -> None:
         """Write its configuration into the working directory, which is of this user alone; `servers`: name -> port.
 
-        The path of a socket has a limit, so it is a relative one.
+        The path of its socket is relative, since the length of such a path is limited.
         """
         self._port, self._socket, self._shares = port, Path("haproxy.sock"), dict[str, int]()
         file = Path("haproxy.cfg")
@@ -61,10 +61,10 @@ class Router:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it if it does not run, and wait until it can be asked.
+        """Start HAProxy if it does not run, and wait until its runtime socket exists.
 
         Raises:
-            LewisError: if it ends.
+            LewisError: if HAProxy ends before that.
         """
         if self._process and self._process.poll() is None:
             return
@@ -79,29 +79,29 @@ class Router:
             time.sleep(0.05)
 
     def share(self, shares: Mapping[str, int]) -> None:
-        """Set each server's percentage, the largest first, so that some server always has traffic."""
+        """Set each server's percentage of the requests, the largest first, so that some server always has traffic."""
         for name, share in sorted(shares.items(), key=lambda each: -each[1]):
             if self._shares[name] != share:
                 self._ask(f"set server champion/{name} weight {share}; set server champion/{name} state ready")
                 self._shares[name] = share
 
     def close(self, name: str) -> None:
-        """Send nothing more to a server."""
+        """Send no further requests to a server."""
         self._ask(f"set server champion/{name} state maint; set server champion/{name} weight 0")
         self._shares[name] = 0
 
     def sessions(self, name: str) -> int:
-        """How many requests a server has now."""
+        """Return how many requests a server is answering now."""
         rows = csv.DictReader(io.StringIO(self._ask("show stat").removeprefix("# ")))
         return next((int(row["scur"]) for row in rows if (row["pxname"], row["svname"]) == ("champion", name)), 0)
 
     def _ask(self, text: str) -> str:
-        with suppress(OSError):  # it is started again at the next look
+        with suppress(OSError):  # HAProxy has ended, and is started again soon
             return haproxy_socket.ask(str(self._socket), text)
         return ""
 
 
 def program(name: str) -> str | None:
-    """The path of a program; also where daemons are."""
+    """Return the path of a program on PATH or in the folders of daemons; None if there is none."""
     places = (os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin")
     return shutil.which(name, path=os.pathsep.join(places))

@@ -1,9 +1,9 @@
-"""What the servers of Prefect and MLflow that are started here ask for, and how processes of this store find it.
+"""The credentials of the Prefect and MLflow servers that are started here, and how processes of this store find them.
 
-Prefect's server asks for `PREFECT_SERVER_API_AUTH_STRING`, and a client sends `PREFECT_API_AUTH_STRING`. MLflow's has
-its own basic authentication, which `LEWIS_MLFLOW_AUTH=0` switches off, with one user; more are made with MLflow's own
-means. A client sends `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`; processes of this store open the
-database itself and need neither. All of this is passed on only in the environment of processes, which other users
+Prefect's server asks for `PREFECT_SERVER_API_AUTH_STRING`, and a client sends `PREFECT_API_AUTH_STRING`. MLflow's
+server has basic authentication, which `LEWIS_MLFLOW_AUTH=0` switches off, with one user; more are created by MLflow's
+own means. A client sends `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`; processes of this store open the
+database itself and need neither. Credentials are passed on only in the environment of processes, which other users
 cannot read.
 """
 
@@ -28,8 +28,9 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def find() -> None:
-    """Before Prefect and MLflow are imported: if the environment names the servers of `lewis up` on this store, send
-    them our key, and our user and password. What the environment has already is left alone.
+    """Set the variables with the credentials for `lewis up` on this store, if the environment names its servers.
+
+    Call it before Prefect and MLflow are imported. Credentials that the environment has already are kept.
 
     Raises:
         InputError: if others may read the file of a secret, or it is empty.
@@ -47,7 +48,7 @@ def find() -> None:
 
 
 def key_for(url: str) -> str | None:
-    """The key to send to a Prefect server.
+    """Return the key to send to a Prefect server; None if there is none.
 
     The store's own key goes to loopback alone: to the server of `lewis up` on this store, and, if `PREFECT_API_URL`
     names no server, to one that was started for a command. Every other server gets `PREFECT_API_AUTH_STRING`, if that
@@ -62,7 +63,7 @@ def key_for(url: str) -> str | None:
 
 @contextmanager
 def connected(url: str) -> Iterator[None]:
-    """While the block lasts, Prefect's client in this process and in those that it starts speaks to a server.
+    """Have Prefect's client, in this process and in those that it starts, use a server while the block lasts.
 
     Args:
         url: of the server's API.
@@ -103,16 +104,16 @@ def mlflow_user() -> str:
 
 
 def mlflow_asks_for(user: str) -> str:
-    """A sentence: the user of our MLflow server, and where its password is."""
+    """Return a text for messages: the user of the MLflow server that is started here, and where the password is."""
     ours = not MLFLOW_PASSWORD.variable.given() and _is_kept()
     return f"user {user} and the password in {MLFLOW_PASSWORD.path() if ours else MLFLOW_PASSWORD.variable.name}"
 
 
 def mlflow_environment() -> dict[str, str]:
-    """What MLflow's server with `--app-name basic-auth` needs in its environment; writes its file of settings.
+    """Return the environment of MLflow's server with `--app-name basic-auth`, and write its settings file.
 
-    MLflow keeps the password of a database of users that exists. Each password has a database of its own, so that a
-    new password counts from the next start.
+    MLflow does not change the password in an existing database of users. So each password has a database of its own,
+    and a new password is valid from the next start.
     """
     secret = MLFLOW_PASSWORD.read()
     folder = store.make_folder(store.home() / "mlflow")
@@ -140,7 +141,7 @@ def _is_kept() -> bool:
 
 
 def _has_users(database: Path) -> bool:
-    """Whether a database of users is whole: MLflow cannot go on with one that a first start left half made."""
+    """Whether a database of users is complete: MLflow cannot use one that an interrupted first start has left."""
     with closing(sqlite3.connect(database)) as connection:
         try:
             return connection.execute("SELECT 1 FROM users").fetchone() is not None

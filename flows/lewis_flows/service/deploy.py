@@ -80,7 +80,7 @@ def deploy_service(file: Path = PREFECT_YAML) -> None:
     with get_client(sync_client=True) as client:
         for pool in {POOL, work_queue.pool()}:
             _put_pool(client, pool)
-        try:  # how many devices are busy at once, over all machines: a limit that exists stays as the user set it
+        try:  # how many devices may be busy at a time, over all machines; an existing limit stays as the user set it
             client.read_global_concurrency_limit_by_name(LIMIT)
         except ObjectNotFound:
             client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=slots()))
@@ -108,7 +108,6 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _deploy_file(file: Path, content: dict[str, Any]) -> None:
-    """Deploy the content of a `prefect.yaml`."""
     for each in content["deployments"]:
         if each.get("name") == prefect_runs.EVALUATE and work_queue.pool() != POOL:
             each["work_pool"] = {"name": work_queue.pool()}
@@ -126,7 +125,7 @@ def _deploy_file(file: Path, content: dict[str, Any]) -> None:
 
 
 def _put_pool(client: SyncPrefectClient, name: str) -> None:
-    """Create the work pool, or give a pool of processes that is there already our template."""
+    """Create a work pool, or give an existing pool of processes the template `TEMPLATE`."""
     try:
         pool = client.read_work_pool(name)
         if pool.type == "process" and pool.base_job_template != TEMPLATE:
@@ -137,14 +136,14 @@ def _put_pool(client: SyncPrefectClient, name: str) -> None:
 
 
 def begin(file: Path | None = None) -> None:
-    """Bring the server up to date after a start of the service: deployments, and runs that died.
+    """Bring the server up to date when the service starts: deployments, runs that died, and new champions.
 
     Raises:
         InputError, LewisError: as `deploy_service`.
     """
     crash_dead_runs()
     deploy_service(file or PREFECT_YAML)
-    worker_died()  # a worker of an earlier start is gone
+    worker_died()  # the worker of an earlier start of the service has ended
     moves.report()
 
 
@@ -160,7 +159,7 @@ class Follower:
         """Deploy nothing yet; `say` will be called with what is done."""
         self._say, self._folder, self._problem, self._lock = say, Folder(), "", threading.Lock()
         self._known: list[RecipeFile] | None = None  # before the first deploy
-        self._stays = False  # a deployment that no recipe asks for, and a run of it goes on
+        self._stays = False  # whether a deployment is kept that no recipe asks for, because a run of it goes on
 
     def runnable(self) -> list[str]:
         """The names of the deployed recipes that can run."""
@@ -182,12 +181,12 @@ class Follower:
         self._known = files
 
     def follow(self) -> bool:
-        """Deploy if the folder has changed; what does not succeed is logged, and done at a later call.
+        """Deploy if the folder has changed; log a failure, and try again at a later call.
 
-        The folder or the server may be away for a moment.
+        It fails, for example, while the folder or the server is unavailable.
 
         Returns:
-            Whether it had changed, and is deployed.
+            Whether the folder had changed, and was deployed.
         """
         try:
             with self._lock:
@@ -208,7 +207,7 @@ class Follower:
 
 
 def main() -> int:
-    """What `lewis up` does with Prefect's client: `... -m lewis_flows.service.deploy begin [FILE]`, or `worker-died`.
+    """Run a step of `lewis up` that needs Prefect's client: `... service.deploy begin [FILE]`, or `worker-died`.
 
     Returns:
         The exit code: 2 if a setting or the key is wrong, 1 after another error; what is wrong is on stdout.

@@ -2,8 +2,8 @@
 
     PREFECT_API_AUTH_STRING_FILE=/run/secrets/prefect-api-key python -m lewis_flows.service.from_files lewis deploy
 
-For each secret variable `NAME` with a `NAME_FILE`, `NAME` becomes the content of the file. The command takes this
-process's place, so that it gets the signals of the container.
+For each secret variable `NAME`, if `NAME_FILE` is set, `NAME` is set to the content of that file. The command replaces
+this process, so that it gets the signals of the container.
 """
 
 import os
@@ -20,11 +20,11 @@ NAMES = (
     *("MLFLOW_FLASK_SERVER_SECRET_KEY", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
     *("HF_TOKEN", *(each.name for each in settings.ALL if each.secret)),
 )
-"""The variables that may be in a file."""
+"""The environment variables whose values may be in a file."""
 
 
 def secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that files give; white space at the ends of a file is no part of a secret.
+    """Return the variables whose values are in files; white space at the ends of a file is no part of a secret.
 
     Raises:
         InputError: if a file cannot be read or is empty, or a variable is given twice.
@@ -45,7 +45,7 @@ def secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Replace this process by the command that the arguments are."""
+    """Replace this process by the command in its arguments, which gets the secrets in its environment."""
     try:
         os.environ.update(secrets(os.environ))
         command = sys.argv[1:]

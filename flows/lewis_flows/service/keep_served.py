@@ -1,4 +1,4 @@
-"""Keep champions in service: a server that was started again gets its model back, and no move is missed."""
+"""Keep champions in service: a restarted server gets its model back, and no move of a champion is missed."""
 
 import logging
 
@@ -11,17 +11,17 @@ from lewis_flows import prefect_runs, recipes_folder, secret_blocks
 from lewis_tasks.support import events
 
 logger = logging.getLogger("lewis.served")
-EVERY = 60.0  # seconds between two looks
+EVERY = 60.0  # seconds between two calls of `look`
 
 
 def look() -> list[str]:
-    """Start `serve/<recipe>` where a target lacks the champion; returns the names of these recipes.
+    """Start `serve/<recipe>` of each recipe with a target that lacks the champion; return the names of these recipes.
 
-    What a target has refused is not tried again; what failed because a server was away, after a while.
+    A version that a target has refused is not tried again; one that failed because a server was down is, after a while.
 
     Raises:
         TransientError: if MLflow does not answer.
-        httpx.HTTPError: if Prefect does not.
+        httpx.HTTPError: if Prefect does not answer.
     """
     plans = {name: plan for name in recipes_folder.names() if (plan := _plan(name))}
     if not plans:
@@ -38,7 +38,7 @@ def look() -> list[str]:
 
 
 def _plan(name: str) -> Recipe | None:
-    """The recipe, if it has targets; None if not, or if its file is wrong, which is reported elsewhere."""
+    """Return a recipe that has targets; None if it has none, or if its file is wrong, which is reported elsewhere."""
     try:
         plan = recipes_folder.load(name)
     except LewisError:
@@ -47,7 +47,7 @@ def _plan(name: str) -> Recipe | None:
 
 
 def _start(client: SyncPrefectClient, name: str) -> bool:
-    """Start the deployment, unless it is paused, or a run of it goes on or waits."""
+    """Start the deployment `serve/<name>`, unless it is missing or paused, or one of its runs goes on or waits."""
     deployment = prefect_runs.deployment(client, f"{prefect_runs.SERVE}/{name}")
     if deployment is None or deployment.paused:  # `Follower` will create it, somebody will resume it
         return False

@@ -1,4 +1,4 @@
-"""Where to look at a recipe's last run: its page and artifacts in Prefect, the version in MLflow, the Hub."""
+"""The addresses of a recipe's last run: its page and artifacts in Prefect, its version in MLflow, the Hub."""
 
 import os
 from collections.abc import Iterator
@@ -22,18 +22,18 @@ from lewis_flows.service.recipes_page import KEY
 
 
 class Links(BaseModel):
-    """What `lewis open` prints.
+    """What `lewis open RECIPE` prints.
 
     Attributes:
-        recipe: its name.
+        recipe: name of the recipe.
         state, message: of its last run; empty if there is none.
-        ended: when that ended; None if it goes on.
-        run: its page in Prefect.
-        artifacts: key -> page in Prefect.
-        version, version_page: the newest registered version, its `uri` and its page in MLflow.
-        champion, champion_page: likewise.
-        published: the champion's page on the Hub.
-        sign_in: server of `lewis up` -> what its pages ask for, and where that is.
+        ended: when that run ended; None if it goes on, or there is none.
+        run: page of that run in Prefect.
+        artifacts: key of an artifact of that run -> its page in Prefect.
+        version, version_page: `uri` of the newest registered version, and its page in MLflow.
+        champion, champion_page: the same of the champion.
+        published: `org/name@commit` of the champion on the Hub; empty if it is not there.
+        sign_in: server of `lewis up` -> the key or password that its pages ask for, and where that is.
     """
 
     recipe: str
@@ -51,14 +51,14 @@ class Links(BaseModel):
 
 
 class Pages(BaseModel):
-    """What `lewis open` prints without a recipe: pages of the service by name, and what they ask for."""
+    """What `lewis open` prints without a recipe: pages of the service by name, and `sign_in` as of `Links`."""
 
     pages: dict[str, str]
     sign_in: dict[str, str]
 
 
 def pages() -> Pages:
-    """The pages of the service that matter, those of Prefect first.
+    """Return the main pages of the service, those of Prefect first.
 
     Raises:
         InputError: if there is no Prefect server.
@@ -72,7 +72,7 @@ def pages() -> Pages:
 
 
 def _sign_in() -> dict[str, str]:
-    """Server of `lewis up` -> what its pages ask for, and where that is."""
+    """Return server of `lewis up` -> the key or password that its pages ask for, and where that is."""
     known, found = note.read(), dict[str, str]()
     if known and not os.environ.get("PREFECT_API_URL") and PREFECT_KEY.path().exists():
         found["Prefect"] = f"the key in {PREFECT_KEY.path()}"
@@ -113,11 +113,11 @@ def links(recipe: str) -> Links:
 
 @contextmanager
 def server() -> Iterator[tuple[SyncPrefectClient, str]]:
-    """A client of the Prefect server that there is, and the address of its pages.
+    """Give a client of the running Prefect server, and the address of its pages.
 
     Raises:
-        InputError: if there is none.
-        TransientError: if it does not answer.
+        InputError: if no server is running, or it wants another key.
+        TransientError: if the server does not answer.
     """
     url = servers.running()
     if not url:
@@ -127,9 +127,9 @@ def server() -> Iterator[tuple[SyncPrefectClient, str]]:
 
 
 def last_run(client: SyncPrefectClient, recipe: str) -> FlowRun | None:
-    """The merge or search of a recipe that began last; None if there is none among the newest 2,000.
+    """Return the merge or search of a recipe that began last; None if there is none among the newest 2,000 runs.
 
-    One that was skipped counts as begun to the server, which is when another one began.
+    Skipped runs are left out: the server gives them a start time too, that at which another run began.
     """
     flows, newest = (prefect_runs.MERGE, prefect_runs.SEARCH), FlowRunSort.START_TIME_DESC
     begun, started = {"name": {"not_any_": [prefect_runs.SKIPPED]}}, {"is_null_": False}

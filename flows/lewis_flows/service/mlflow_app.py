@@ -1,11 +1,11 @@
-"""MLflow's server, for requests that call it by its own address and come from its own pages.
+"""Run MLflow's server, for requests that are sent to its own address, and not from pages of other sites.
 
     MLFLOW_SERVER_CORS_ALLOWED_ORIGINS=http://127.0.0.1:5000 python -m lewis_flows.service.mlflow_app --port 5000
 
-It is `mlflow server`, with the arguments that it is given, and in one process: by itself, that waits with 200 MB next
-to the server that it starts. By itself, MLflow takes every page of this machine for its own, whatever its port, and
-every name that begins like a private address. `--prepare`: the registry is prepared first, its database and, if the
-store has its files, our experiment.
+It is `mlflow server` with the same arguments, but in one process: `mlflow server` itself waits with 200 MB next to the
+server that it starts. MLflow's own check accepts every page of this machine, whatever its port, and every host name
+that begins like a private address. `--prepare`: create the registry's database first and, if the store has the files of
+the experiment, that too.
 """
 
 import os
@@ -26,11 +26,11 @@ ORIGINS = "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"
 FILES = "MLFLOW_ARTIFACTS_DESTINATION"
 _HOSTS = "MLFLOW_SERVER_ALLOWED_HOSTS"
 _FACTORIES = {"basic-auth": "with_passwords"}
-_OPEN = "open"  # any other name
+_OPEN = "open"  # any name that is not in `_FACTORIES`
 
 
 def with_passwords() -> ASGIApp:
-    """MLflow with its basic authentication."""
+    """Return MLflow's application with its basic authentication."""
     with quick_imports():
         from mlflow.server.auth import create_app
 
@@ -38,7 +38,7 @@ def with_passwords() -> ASGIApp:
 
 
 def open_to_all() -> ASGIApp:
-    """MLflow that asks for no password."""
+    """Return MLflow's application that asks for no password."""
     with quick_imports():
         from mlflow.server.fastapi_app import app
 
@@ -46,18 +46,18 @@ def open_to_all() -> ASGIApp:
 
 
 def main() -> None:
-    """Become the server."""
+    """Become MLflow's server, with the arguments of the command line."""
     origins = split_origins(os.environ.get(ORIGINS, ""))
     if not origins:
         sys.exit(f"{ORIGINS}: expected the addresses of the server's own pages, such as http://127.0.0.1:5000")
-    # MLflow's own check of names, as narrow.
+    # Make MLflow's own check of host names as narrow.
     os.environ.setdefault(_HOSTS, ",".join(urlsplit(origin).netloc or origin for origin in origins))
     given = [each for each in sys.argv[1:] if each != PREPARE]
     if PREPARE in sys.argv:
         from lewis.registry import tracking
 
         tracking.without_tables("pyarrow", "scipy")
-        import uvicorn  # noqa: F401  # by which MLflow, when it is imported, knows that it is a server
+        import uvicorn  # noqa: F401  # by this import, MLflow knows that it is a server
 
         try:
             _prepare()
@@ -69,15 +69,15 @@ def main() -> None:
     from mlflow.cli import cli
 
     name: Any = next(each for each in cli.commands["server"].params if each.name == "app_name")
-    name.type = type(name.type)([*_FACTORIES, _OPEN])  # MLflow takes its own names alone
+    name.type = type(name.type)([*_FACTORIES, _OPEN])  # MLflow accepts only its own names
     named = any(each.partition("=")[0] == "--app-name" for each in given)
     cli(["server", *given, *([] if named else ["--app-name", _OPEN])])
 
 
 def _prepare() -> None:
-    """Create the database; and the experiment, whose files clients write themselves if they are in the store.
+    """Create the registry's database, and the experiment if its files are in the store, where clients write them.
 
-    If they are elsewhere, the first client makes it through the server, and this takes the files.
+    If they are elsewhere, the first client creates the experiment through the server, which takes the files.
     """
     from lewis import store
     from lewis.registry import tracking, versions
@@ -90,9 +90,9 @@ def _prepare() -> None:
 
 
 def _become(command: Sequence[str], *, extra_env: Mapping[str, str], **_: Any) -> NoReturn:
-    """Run `python -m uvicorn ...`: in a fresh Python, as what the arguments say may count when MLflow is imported.
+    """Run `python -m uvicorn ...` in a new interpreter, as MLflow may read what the arguments say when it is imported.
 
-    With `--prepare` the arguments are those of `lewis up`, of which none does, and to import MLflow again takes long.
+    With `--prepare`, run it in this one: `lewis up` gives no such argument, and importing MLflow again takes long.
     """
     sys.stdout.flush()
     if PREPARE not in sys.argv:

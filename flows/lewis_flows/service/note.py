@@ -10,25 +10,24 @@ from lewis.store.folders import SERVICE_NOTE
 
 
 def read() -> dict[str, Any]:
-    """The keys `pid`, `writer`, `prefect`, `mlflow` and `webhook`, with `--serve` `champion`; empty without a note.
+    """Return the note; empty if there is none, or its `lewis up` was killed.
 
-    A killed `lewis up` leaves its note, which counts for none. `writer` names its process as `store.writer` does.
-
-    `mlflow_user` is there too if `lewis up` started an MLflow server that asks for a password, and `database_of` each
-    server that it started.
+    It has the keys `pid`, `writer` (see `store.writer`), `prefect`, `mlflow` and `webhook`; `champion` with `--serve`;
+    `mlflow_user` if `lewis up` started an MLflow server that asks for a password; `database_of` each server that it
+    started.
     """
     known: dict[str, Any] = store.read_json(_path()) or {}
-    # Another process may answer there now, which must not get our key. A writer elsewhere cannot be asked.
+    # Another process may answer there now, and must not get our key. A writer elsewhere counts as alive.
     return {} if store.is_dead(str(known.get("writer")), _path() / "-") else known
 
 
 def write(known: Mapping[str, str]) -> None:
-    """Tell other commands of this store where the parts of this process answer, and MLflow's user."""
+    """Write the note: where the parts of this process answer, and MLflow's user, for other commands of this store."""
     store.write_json(_path(), {**known, "pid": os.getpid(), "writer": store.writer()})
 
 
 def database_of(part: str) -> str:
-    """The key that says where the server of a part, `prefect` or `mlflow`, has its database."""
+    """Return the note's key for the place of the database of a server, `prefect` or `mlflow`."""
     return f"{part}_database"
 
 

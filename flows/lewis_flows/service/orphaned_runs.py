@@ -1,4 +1,4 @@
-"""Runs that a worker had taken when it died: not begun yet, or begun by a process that died with it."""
+"""Recover the runs that a worker had taken when it died: those not begun yet, and those whose process died too."""
 
 import logging
 import time
@@ -21,26 +21,26 @@ from lewis_tasks.support import events
 
 logger = logging.getLogger(__name__)
 EVERY = 20.0
-"""Seconds between two looks for workers that have died."""
+"""Seconds between two checks for workers that have died."""
 
-_AWAY, _BACK = 30.0, 120.0  # seconds: without an answer, heartbeats were lost; until living workers have sent new ones
-_MISSED, _INTERVAL = 3, 30  # heartbeats that a dead worker has not sent; seconds between two, if it does not say
+_AWAY, _BACK = 30.0, 120.0  # seconds: of an outage that loses heartbeats; until living workers have sent new ones
+_MISSED, _INTERVAL = 3, 30  # heartbeats that a dead worker has missed; seconds between two, if the worker states none
 _TAKEN = ("Pending", "Submitting")  # states in which a worker starts a run's process
-_WORKER = "prefect.worker.name"  # label of a run that a worker gives it a moment after it is Pending
+_WORKER = "prefect.worker.name"  # label that a worker gives a run a moment after the run is Pending
 _PROCESSES = Path("/proc")
 _RUN = b"PREFECT__FLOW_RUN_ID="  # in the environment of the process that Prefect's worker starts for a run
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD of the kernel's sched.h
-_PATIENCE, _PAUSE = 5.0, 0.05  # seconds to wait for environments that cannot be read, and between two looks
+_PATIENCE, _PAUSE = 5.0, 0.05  # seconds to wait for environments that cannot be read, and between two attempts
 
 
 def give_back(worker: str) -> None:
-    """Schedule again the runs of the work pool that are Pending, unless another worker than `worker` may begin them.
+    """Schedule the Pending runs of a dead worker again, and mark its Running runs without a process as Crashed.
 
-    One that says that `worker` took it is scheduled again also while others are online. Those that are Running without
-    a process are marked as Crashed, if the pool never had another worker, so that they ran here: `crash_dead_runs` does
-    not know of a run that died before it took its turn. Pending or Running, a run holds its deployment's slot, and what
-    is due meanwhile waits. An automation ends what is Pending, but only after ten minutes, as a machine may be busy.
-    While the server does not answer, nothing is done.
+    A Pending run of the work pool counts if no other worker is online, or if its label says that `worker` took it. A
+    Running one counts if the pool never had another worker, so that it ran here: `crash_dead_runs` does not know of a
+    run that died before it took its turn. Both hold the slot of their deployment, so that its next runs wait. An
+    automation ends Pending runs too, but only after ten minutes, as a machine may be busy. If the server does not
+    answer, nothing is done.
     """
     begun = _with_a_process()
     try:
@@ -65,18 +65,18 @@ def _schedule_again(client: SyncPrefectClient, run: FlowRun) -> None:
 
 
 class DeadWorkers:
-    """Schedules again what workers of any machine had taken and not begun when they died, whichever others go on.
+    """Schedules runs again that workers of any machine had taken and not begun when they died, even if others live.
 
-    Only in pools of processes: a job in a cluster begins without its worker. A worker is dead after three heartbeats
-    that it has not sent. As none arrives at a server that is away, nothing is done for a while after that.
+    It does so only in pools of processes: a job in a cluster begins without its worker. A worker is dead once it has
+    missed three heartbeats. As none reaches a server that is down, nothing is done for two minutes after an outage.
     """
 
     def __init__(self) -> None:
-        """Look at nothing yet."""
+        """Begin as after an outage of the server: no run is scheduled again in the first two minutes."""
         self._answered, self._back = float("-inf"), 0.0  # times of `time.monotonic`
 
     def look(self) -> None:
-        """Schedule these runs again; while the server does not answer, nothing is done."""
+        """Schedule the runs of dead workers again; if the server does not answer, do nothing."""
         try:
             with get_client(sync_client=True) as client:
                 orphans = [run for pool in {POOL, work_queue.pool()} for run in _of_dead_workers(client, pool)]
@@ -93,7 +93,7 @@ def _of_dead_workers(client: SyncPrefectClient, pool: str) -> Iterator[FlowRun]:
     """The runs of a work pool that a dead worker has taken, and no other one since."""
     try:
         workers, now = client.read_workers_for_work_pool(pool), events.now(client)
-        # Runs of those that died before STARTS_WITHIN have been ended by an automation.
+        # An automation has ended the runs of the workers that died longer than STARTS_WITHIN ago.
         dead = [each for each in workers if _beats(each, _MISSED) < now - _heard(each) < STARTS_WITHIN]
         if not dead or client.read_work_pool(pool).type != "process":
             return
@@ -107,7 +107,7 @@ def _of_dead_workers(client: SyncPrefectClient, pool: str) -> Iterator[FlowRun]:
 def _took(worker: Worker, run: FlowRun) -> bool:
     """Whether a dead worker has taken a run, judged by the run's label, and by when it became Pending.
 
-    A worker that died at once has left no label: then it is one whose last heartbeat is of that time.
+    A worker that died right after it took the run has left no label: then its last heartbeat has to be of that time.
     """
     assert run.state is not None
     since = run.state.timestamp - _heard(worker)
@@ -120,14 +120,14 @@ def _heard(worker: Worker) -> datetime:
 
 
 def _beats(worker: Worker, count: int) -> timedelta:
-    """The time in which a living worker sends so many heartbeats."""
+    """Return the time in which a living worker sends `count` heartbeats."""
     return timedelta(seconds=count * (worker.heartbeat_interval_seconds or _INTERVAL))
 
 
 def _with_a_process() -> set[str] | None:
-    """The ids of the runs that a worker of this machine has started and that live; None if that cannot be known.
+    """Return the ids of the runs that have a living process on this machine; None if that cannot be found out.
 
-    A process whose environment cannot be read now may be any run's: it is asked again, for `_PATIENCE` seconds.
+    A process whose environment cannot be read now may be any run's: it is read again, for `_PATIENCE` seconds.
     """
     if not (_PROCESSES / "self" / "environ").exists():
         return None
@@ -151,8 +151,8 @@ def _with_a_process() -> set[str] | None:
 def _environment(process: Path) -> bytes | None:
     """The environment of a process, by its folder in /proc.
 
-    Empty if it has none, has ended, or is no run: another user's, or with rights that this process lacks. None if it
-    lives and cannot be read now: while a process loads its program (execve), its environment reads as empty.
+    Empty if the process has none, has ended, or is no run since it is another user's or has rights that this process
+    lacks. None if it cannot be read now: while a process loads its program (execve), its environment reads as empty.
     """
     try:
         if environment := (process / "environ").read_bytes():

@@ -1,8 +1,8 @@
-"""Servers for requests that call them by their own address and come from their own pages.
+"""Middleware that protects a local web server from requests that pages of other sites send through a browser.
 
-Prefect and MLflow have passwords and CORS. A page of another site cannot read answers then, but it can send requests,
-and if its name leads to 127.0.0.1 (DNS rebinding), the browser takes the server for the page's own. A page of another
-port of this machine counts as another site too.
+Passwords and CORS, which Prefect and MLflow have, keep a page of another site from reading answers, but not from
+sending requests. If the host name of that site resolves to 127.0.0.1 (DNS rebinding), the browser takes the server for
+the page's own. A page on another port of this machine counts as a page of another site too.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 class OwnPages:
     """Middleware that refuses requests to other hosts (400), and those from pages of other sites (403).
 
-    No other site may show the server's pages in a frame of its own, where a click could be led to them.
+    It also forbids other sites to show the server's pages in a frame, where a user could be led to click on them.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
-        """Wrap an application that has these origins, such as `http://127.0.0.1:4200`; `*` allows all."""
+        """Wrap an application whose own pages have `origins`, such as `http://127.0.0.1:4200`; `*` allows all."""
         hosts = [urlsplit(origin).hostname or origin for origin in origins]
         self._app, self._origins = TrustedHostMiddleware(app, hosts, www_redirect=False), frozenset(origins)
 
@@ -43,10 +43,10 @@ class OwnPages:
 
 
 def own_origins(port: int) -> list[str]:
-    """The origins of the pages that a server on a port of loopback has."""
+    """Return the origins of the pages of a server that listens on a port of loopback."""
     return [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost")]
 
 
 def split_origins(text: str) -> list[str]:
-    """The origins of a list with commas, as Prefect and MLflow have them in their settings."""
+    """Split a comma-separated list of origins, the form in which the settings of Prefect and MLflow name them."""
     return [origin.strip() for origin in text.split(",") if origin.strip()]

@@ -1,4 +1,4 @@
-"""Prefect's server, for requests that call it by its own address and come from its own pages.
+"""Run Prefect's server, for requests that are sent to its own address, and not from pages of other sites.
 
     PREFECT_SERVER_API_AUTH_STRING=... PREFECT_SERVER_API_PORT=4200 python -m lewis_flows.service.prefect_app
 
@@ -22,16 +22,16 @@ from lewis_flows.service.own_pages import OwnPages, split_origins
 from lewis_flows.service.sign_in import SignIn
 
 DEAD_RUNS, DEAD_AFTER = "lewis-dead-runs", timedelta(seconds=75)
-"""The automation that marks a run as Crashed, and after how long without a heartbeat, which comes every 30 s."""
+"""Name of the automation that marks runs as Crashed, and after how long without a heartbeat; one is sent every 30 s."""
 
 _AT_ONCE = 500  # events that one query asks for
-_LONGEST = 1 << 20  # bytes of a query that is read before the application has asked for the key
+_LONGEST = 1 << 20  # bytes of a query's body, which is read before the application has checked the key
 
 
 class NewestFirst:
-    """Middleware: a query of artifacts that asks for no order, as that of a run's page, gets the newest first.
+    """Middleware that sorts artifacts newest first if a query asks for no order, such as the query of a run's page.
 
-    Prefect's own order is that of random ids. A run writes last what a person reads first.
+    Prefect itself sorts them by their random ids. A run writes last the artifact that a person reads first.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -57,10 +57,10 @@ class NewestFirst:
 
 
 def write_each_event_once() -> None:
-    """Leave out events that are in the database already, or twice among those to write.
+    """Have Prefect's server write no event that is in the database already, and none twice.
 
-    Clients send events again after they lost the connection. On SQLite, Prefect fails at a batch of such events alone,
-    tries it again with those that came meanwhile, and drops them all after five attempts.
+    Clients send events again after they lost the connection. On SQLite, Prefect fails at a batch of known events alone,
+    or with one event twice, tries it again with those that came meanwhile, and drops all after five attempts.
     """
     import sqlalchemy as sa
     from prefect.server.database import PrefectDBInterface, db_injector
@@ -81,11 +81,11 @@ def write_each_event_once() -> None:
 
 
 def free_leases_of_the_dead() -> None:
-    """Guard the index of leases by a lock that the kernel frees as soon as its holder dies.
+    """Guard Prefect's index of concurrency leases by a lock that the kernel frees as soon as its holder dies.
 
-    Prefect's own is a file with the number of a process. It outlives a killed server for good if another process gets
-    this number, as in a container that is started again. Then each request that ends a run waits for it, within a
-    transaction that locks SQLite for all others.
+    Prefect's own lock is a file with a process id. After its server was killed, it counts as held for good if another
+    process gets this id, as in a container that is started again. Then each request that ends a run waits for it,
+    within a transaction that locks SQLite for all others.
     """
     from filelock import AsyncFileLock
 
@@ -99,9 +99,9 @@ def free_leases_of_the_dead() -> None:
 
 
 async def wait_again_for_heartbeats() -> None:
-    """Restart the time in which each run must send its next heartbeat, as if the last had come now.
+    """Restart the deadline of each run's next heartbeat, as if the last one had come now.
 
-    While the server was away no heartbeat could reach it. It would mark every run as Crashed that waits for its return.
+    While the server was down, no heartbeat could reach it: it would mark runs that wait for its return as Crashed.
     """
     import sqlalchemy as sa
     from prefect.server.database import provide_database_interface
@@ -111,7 +111,7 @@ async def wait_again_for_heartbeats() -> None:
     waits = sa.update(db.AutomationBucket).where(db.AutomationBucket.automation_id.in_(ours))
     with suppress(
         sa.exc.DBAPIError, OSError
-    ):  # before the first start there are no tables; what else is wrong, it says
+    ):  # before the first start there are no tables; the server reports any other error
         async with db.session_context(begin_transaction=True) as session:
             await session.execute(waits.values(end=now + DEAD_AFTER))
     await (await db.engine()).dispose()  # of this event loop, which ends now
@@ -145,7 +145,7 @@ def main() -> None:
         ws_ping_interval=server.api.websocket_ping_interval,
         ws_ping_timeout=server.api.websocket_ping_timeout,
         log_level=server.logging_level.lower(),
-        timeout_graceful_shutdown=5,  # seconds; a page that is left open would hold it for ever
+        timeout_graceful_shutdown=5,  # seconds; else a page that is left open would keep it from ending
     )
 
 

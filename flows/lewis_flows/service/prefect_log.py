@@ -1,4 +1,4 @@
-"""What Prefect's server writes to its log: `PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS` names `Console`."""
+"""The log handler of Prefect's server, `Console`, which `PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS` names."""
 
 import logging
 import time
@@ -8,10 +8,10 @@ from prefect.logging.handlers import PrefectConsoleHandler
 
 
 class BusyDatabase(logging.Filter):
-    """Drops Prefect's messages of a locked SQLite file, but for one an hour: Prefect tries again by itself.
+    """Drops Prefect's messages about a locked SQLite file, except for one an hour: Prefect tries again by itself.
 
-    A request that met the lock is answered with 503, and the client asks again; the server's own services have a next
-    turn.
+    A request that met the lock is answered with 503, and the client asks again; the server's services try again in
+    their next loop.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ _LOCKED = (
 )
 
 
-_BUSY = BusyDatabase()  # one for all handlers: Prefect makes new ones now and then
+_BUSY = BusyDatabase()  # one filter for all handlers: Prefect creates new handlers now and then
 
 
 class Console(PrefectConsoleHandler):

@@ -1,6 +1,6 @@
-"""Child processes: start them, wait until they answer, log their output, stop them. They end when this one ends.
+"""Child processes: start them, wait until they answer, log their output, stop them.
 
-Each is started by a guard, which ends it and whatever it has started, also if this process is killed.
+Each is started by a guard, which ends it and all that it has started when this process ends, even if it is killed.
 """
 
 import errno
@@ -36,7 +36,7 @@ class Process:
 
     Attributes:
         log: `logs/<name>-<store.writer() of this process>.log` in the store; `stop` removes it, so it is left after a
-            failure. Those of the three starts before are there as `<name>.1-...` to `<name>.3-...`, too.
+            failure. The logs of the three starts before are kept as `<name>.1-...` to `<name>.3-...`.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Process:
             health: URL that answers 200 when the process is ready; None if it is ready immediately.
             echo: called with each line of its output, from a thread.
             grace: how many seconds it has to end after SIGTERM.
-            private: whether what it writes is for those alone who may read the store.
+            private: whether only those who may read the store may read the files that it writes.
         """
         self.name, self._command, self._environment = name, [sys.executable, *command], environment
         self._health, self._echo, self._grace, self._private = health, echo, grace, private
         self.log = kinds.LOGS.path(f"{name}-{store.writer()}")
 
     def start(self) -> None:
-        """Start it and wait until it is ready, as `begin` and `wait`.
+        """Start the process and wait until it is ready, as `begin` and `wait`.
 
         Raises:
             LewisError: if it ends or does not answer in time; names its log.
@@ -75,7 +75,7 @@ class Process:
         self.wait()
 
     def begin(self) -> None:
-        """Start it. Until it is ready no other of its name starts on this store: the first migrates the database."""
+        """Start the process. No other of its name starts on this store until it is ready, as it migrates a database."""
         store.make_folder(self.log.parent)
         self._keep_logs()
         self._starting = store.lock(f"{self.name}-start")
@@ -94,7 +94,7 @@ class Process:
         threading.Thread(target=self._read, args=(self._child.stdout,), daemon=True).start()
 
     def wait(self) -> None:
-        """Wait until it is ready; it is ended if it does not become ready.
+        """Wait until the process is ready; if it does not become ready in time, end it.
 
         Raises:
             LewisError: as `start`.
@@ -121,11 +121,11 @@ class Process:
                 newer.replace(older)
 
     def ended(self) -> int | None:
-        """Its exit code, if it has ended."""
+        """Return the exit code of the process; None if it has not ended."""
         return self._child.poll()
 
     def stop(self) -> None:
-        """End it and its own children: ask it first, kill it after a while."""
+        """End the process and its own children, by SIGKILL if SIGTERM does not end it in time, and remove its log."""
         self._end()
         self.log.unlink(missing_ok=True)
 
@@ -150,7 +150,7 @@ class Process:
                     if log:
                         log.write(line)
                         log.flush()
-                with suppress(OSError):  # where this process prints to
+                with suppress(OSError):  # of the stream that `echo` prints to
                     if self._echo is not None and line.strip():
                         self._echo(line.rstrip("\n"))
 
@@ -172,7 +172,7 @@ def free_port() -> int:
 
 
 def usable_port(variable: str, text: str) -> int:
-    """The port that a text names, if nobody listens on it; until this process ends, no other one gets it from here.
+    """Return the port that a text names, if it is free, and claim it: no other process can until this one ends.
 
     Args:
         variable: the environment variable with the port, for error messages.
@@ -199,9 +199,10 @@ def usable_port(variable: str, text: str) -> int:
 
 
 def _claim(port: int) -> str:
-    """Claim a port for this process, whose server listens on it only seconds later; who has claimed it, else empty.
+    """Claim a port for this process; return which process has claimed it already, else an empty text.
 
-    The claim is a socket with a name in the kernel (Linux), which is free as soon as its process has died.
+    The process's server listens on it only seconds later. The claim is a socket with a name in the kernel (Linux),
+    which is free as soon as its process has died.
     """
     if port in _claims or sys.platform != "linux":
         return ""

@@ -1,6 +1,6 @@
-"""A delivery of the Hub's webhooks: it is refused, ignored, known already, or announced as a release to Prefect.
+"""Handle deliveries of the Hub's webhooks: each is refused, ignored, known already, or announced to Prefect.
 
-Of the payload, version 3 of the Hub's, only what is read here is checked.
+The payload has version 3 of the Hub's format; only the fields that are read here are checked.
 """
 
 import base64
@@ -28,9 +28,9 @@ from lewis_tasks.support.patience import impatient
 
 logger = logging.getLogger("lewis.webhook")
 
-KEPT = 5.0  # seconds for which `Readiness` gives an answer again, so that frequent requests cause no load
+KEPT = 5.0  # seconds for which `Readiness` reuses an answer, so that frequent requests cause no load
 _BRANCH = "refs/heads/main"
-_KNOWN = timedelta(days=7)  # for which Prefect keeps events
+_KNOWN = timedelta(days=7)  # how long Prefect keeps events
 _REMEMBERED = 4096  # repos, to recognise a release that is delivered again
 _TIMEOUT = 4.0
 Answer = tuple[int, dict[str, Any]]  # HTTP status, and the body as JSON data
@@ -42,14 +42,14 @@ class _Part(BaseModel):
 
 
 class Event(_Part):
-    """What was done, and to what kind of thing."""
+    """What happened to a repo (`action`), and to which part of it (`scope`)."""
 
     action: str
     scope: str
 
 
 class Repo(_Part):
-    """The repo it was done to; `type` is `model`, `dataset` or `space`. Some old names have no `/`."""
+    """The repo of an event; `type` is `model`, `dataset` or `space`. Some old names have no `/`."""
 
     type: str
     name: str
@@ -72,14 +72,14 @@ class UpdatedRef(_Part):
 
 
 class Delivery(_Part):
-    """What a webhook of the Hub delivers, as far as it is read here."""
+    """The payload of a webhook of the Hub, with the fields that are read here."""
 
     event: Event
     repo: Repo
     updatedRefs: list[UpdatedRef] | None = None
 
     def push(self) -> UpdatedRef | str:
-        """The push to the main branch of a model; if it is none, the reason."""
+        """Return the push to the main branch of a model; if the delivery is of none, the reason as a text."""
         if self.repo.type != "model":
             return "not a model"
         if not self.repo.may_be_followed():
@@ -94,22 +94,22 @@ class Receiver:
     """Takes deliveries whose sender is known to be the Hub; threads may share it."""
 
     def __init__(self, deploy: Callable[[], object] | None = None) -> None:
-        """Take none yet.
+        """Start without known deliveries.
 
         Args:
-            deploy: deploys the recipes if their folder has changed. It is called before a release is announced, which
-                starts nothing of a recipe without a deployment: one that was just added, or that a service which has
-                just started has not deployed yet.
+            deploy: deploys the recipes if their folder has changed. It is called before a release is announced, as that
+                starts no merge of a recipe without a deployment, such as one that was just added, or any recipe when
+                the service has just started.
         """
         self._deploy = deploy
         self._taken: OrderedDict[str, str] = OrderedDict()  # repo -> its last release
-        self._one_at_a_time = threading.Lock()  # of two deliveries of one release at once, only one is the first
+        self._one_at_a_time = threading.Lock()  # of two simultaneous deliveries of one release, one is announced
 
     def take(self, body: bytes) -> Answer:
         """Announce the release that a delivery reports; the answer says what was done.
 
         Args:
-            body: of the request, JSON as the Hub sends it.
+            body: the body of the request, JSON as the Hub sends it.
         """
         try:
             delivery = Delivery.model_validate_json(body)
@@ -160,9 +160,9 @@ class Receiver:
 
 
 def _ask(followers: Mapping[str, tuple[str, str]], new: str) -> tuple[set[str], set[str], set[str]]:
-    """The followers (recipe -> repo and reference) that are paused; whose last release is `new`; that had it earlier.
+    """Ask Prefect which recipes are paused, which had `new` as their last release, and which as an earlier one.
 
-    Prefect knows; none of each if it does not answer.
+    `followers`: recipe -> repo and reference. If Prefect does not answer, the sets lack what it did not say.
     """
     paused, known, earlier = set[str](), set[str](), set[str]()
     try:
@@ -183,7 +183,7 @@ def _ask(followers: Mapping[str, tuple[str, str]], new: str) -> tuple[set[str], 
 def _newest(repo: str) -> str | None:
     """The newest commit of a repo's main branch; None if the Hub does not say.
 
-    An earlier release that is delivered again is one if somebody took the later commits back.
+    An earlier commit that is delivered again is a new release if somebody took the later commits back.
     """
     try:
         if not hub.offline():
@@ -195,19 +195,19 @@ def _newest(repo: str) -> str | None:
 
 
 def _followers(name: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """The recipes that follow a repo: each with the repo and the reference, as it writes them."""
+    """Yield the recipes that follow a repo, each with the repo and the reference as the recipe writes them."""
     for recipe, content in recipes_folder.load_all().items():
         try:
             followed = list(hub_repos(content))
         except Exception as error:  # whatever is wrong with one recipe does not stop the others
             logger.error("%s", printable(f"recipe {recipe} is left out: {type(error).__name__}: {error}"))
             continue
-        # The Hub takes a repo's name in any case; its payload has the official one.
+        # The Hub accepts a repo's name in upper or lower case; its payload has the official spelling.
         yield from ((recipe, (repo, ref)) for repo, ref in followed if repo.lower() == name.lower())
 
 
 class Readiness:
-    """Whether a delivery can be handed on: needs the Prefect server, the key to it, and the folder of recipes.
+    """Checks that deliveries can be announced: needs the Prefect server, the key to it, and the folder of recipes.
 
     Threads may share it.
     """
@@ -216,7 +216,7 @@ class Readiness:
         self._lock, self._until, self._missing = threading.Lock(), 0.0, list[str]()
 
     def missing(self) -> list[str]:
-        """The names of what does not work: `prefect`, `recipes`. Why is in the log, as anyone may ask."""
+        """Return the names of what does not work: `prefect`, `recipes`. Only the log says why, as anyone may ask."""
         with self._lock:
             if time.monotonic() >= self._until:
                 before, found = self._missing, {"prefect": _prefect(), "recipes": _recipes()}

@@ -1,8 +1,8 @@
-"""The deployments of the recipes: `merge/<recipe>` of each file; `search/` and `serve/<recipe>` where it asks for them.
+"""The deployments of the recipes: `merge/<recipe>` for each file; `search/` and `serve/<recipe>` if it asks for them.
 
-A deployment is what an operator sees and steers: its page has the recipe's runs, a pause switch, the nightly schedule,
-and *Quick Run*. A file that is added, edited, renamed, broken or removed leads to the deployments that the folder asks
-for. What an operator changed stays: a pause, the schedule, the work queue, the automation of releases.
+A deployment is what an operator sees and controls: its page has the recipe's runs, a pause switch, the nightly
+schedule, and *Quick Run*. After a file was added, edited, renamed, broken or removed, the deployments are made to match
+the folder. What an operator changed is kept: a pause, the schedule, the work queue, the automation of releases.
 """
 
 import logging
@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 TAG = "lewis"  # of the recipes' deployments and of runs; those of the service have `automations.SERVICE_TAG`
 _CANNOT_RUN = "cannot-run"  # tag of a deployment that is paused because its recipe cannot run
 _OF_OURS = DeploymentFilter.model_validate({"tags": {"all_": [TAG]}})
-_QUEUE = "queue:"  # how the tag begins that names the work queue that we chose; without it, that is the default one
-_OURS = (TAG, _CANNOT_RUN, "recipe:", "team:", _QUEUE)  # tags, or how they begin
+_QUEUE = "queue:"  # prefix of the tag that names the work queue that was chosen here; without it, the default one was
+_OURS = (TAG, _CANNOT_RUN, "recipe:", "team:", _QUEUE)  # tags, or prefixes of tags, that are set here
 _HOLDING = ["PENDING", "RUNNING", "CANCELLING"]  # state types of a run that holds a slot of its deployment's limit
 GPUS = "cuda"
 """The work queue of recipes that need several GPUs at once, if the pool has a queue of that name."""
@@ -57,7 +57,7 @@ _SOON = timedelta(minutes=2)  # a worker fetches a run seconds before its time
 _REGISTERS = re.compile(  # the last paragraph of a description
     r"Registers \[(?P<model>[^]]+)\]\(\S+\)(?:; its champion is \[version (?P<champion>\d+)\]\(\S+\))?\.\Z"
 )
-_GRACE = 90  # seconds from Pending to Running; a worker that dies between them holds the slot for so long
+_GRACE = 90  # seconds from Pending to Running; for so long a run holds the slot if its worker dies between them
 _ENTRYPOINTS = {
     prefect_runs.MERGE: "lewis_flows.merge.merge_flow",
     prefect_runs.SEARCH: "lewis_flows.search.search_flow",
@@ -83,19 +83,19 @@ _PARAMETERS = {
         "again": _parameter("boolean", "again", "also where the champion is in service", default=False)
     },
 }
-"""Name of a flow -> what its form has, next to the recipe."""
+"""Name of a flow -> the parameters of its form in Prefect, in addition to the recipe."""
 
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe as the folder has it.
+    """A file in the folder of recipes, and the recipe that was read from it.
 
     Attributes:
         name: of the recipe.
         version: identity of the file's content, 12 hex digits.
         comment: the comment that the file begins with.
-        recipe: what was read from it; None if it is wrong.
-        why: why it cannot run; empty if it can.
+        recipe: what was read from the file; None if that is wrong.
+        why: why the recipe cannot run; empty if it can.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Folder:
         self._logged: dict[str, str] = {}
 
     def files(self) -> list[RecipeFile]:
-        """All recipes, sorted by name; why one cannot run is logged once.
+        """Return the files of all recipes, sorted by name; the reason why a recipe cannot run is logged once.
 
         Raises:
             InputError: if the folder cannot be read.
@@ -145,12 +145,12 @@ def _read_file(name: str, recipe: Recipe | None) -> RecipeFile | None:
 
 
 def time_zone() -> str:
-    """The name of this machine's time zone, in which nights are scheduled."""
+    """The name of this machine's time zone, in which nightly merges are scheduled."""
     return get_localzone_name() or "UTC"
 
 
 def missing_folder(recipe: Recipe) -> str | None:
-    """The error of the first model that can only be a folder, if that folder does not exist."""
+    """Return the error of a recipe's first model that can only be a folder and does not exist; None if all exist."""
     for ref in [recipe.base_model, *(entry.model for entry in recipe.models)]:
         for part in parts_of(ref, recipe.root) if ref else ():
             try:
@@ -201,13 +201,13 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
 
 
 def _further(file: RecipeFile) -> dict[str, object]:
-    """Flow -> the block of the recipe that asks for a deployment of it; nothing is known of a file that is wrong."""
+    """Return flow -> the block of a recipe that asks for a deployment of that flow; empty if the file is wrong."""
     recipe = file.recipe
     return {prefect_runs.SEARCH: recipe.search, prefect_runs.SERVE: hub.targets(recipe)} if recipe else {}
 
 
 def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, before: DeploymentResponse | None) -> None:
-    """Start the deployment `serve/<recipe>` when the champion moves, and now if the recipe is new or was edited."""
+    """Have `serve/<recipe>` started whenever the champion moves, and start it now if the recipe is new or edited."""
     trigger = _on_promotion(file, made)
     if _is_missing(client, trigger.name, before):
         client.delete_resource_owned_automations(f"prefect.deployment.{made}")  # of an earlier model
@@ -218,7 +218,7 @@ def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, bef
 
 
 def _is_missing(client: SyncPrefectClient, automation: str, before: DeploymentResponse | None) -> bool:
-    """Whether a deployment lacks its automation; one goes that starts a deployment of this name that was deleted."""
+    """Whether a deployment lacks its automation; if it is new, delete that of a deleted deployment of its name."""
     found = client.read_automations_by_name(automation)
     for each in found if before is None else ():  # the server keeps it if somebody deletes the deployment
         client.delete_automation(each.id)
@@ -226,17 +226,17 @@ def _is_missing(client: SyncPrefectClient, automation: str, before: DeploymentRe
 
 
 def paused(client: SyncPrefectClient) -> set[str]:
-    """The recipes whose merges somebody paused."""
+    """Return the names of the recipes whose merges an operator paused."""
     merges = FlowFilter.model_validate({"name": {"any_": [prefect_runs.MERGE]}})
     found = pages(client.read_deployments, flow_filter=merges, deployment_filter=_OF_OURS)
     return {each.name for each in found if each.paused and _CANNOT_RUN not in each.tags}
 
 
 def name_champions(client: SyncPrefectClient, champions: Mapping[str, tuple[str, str]]) -> None:
-    """Have the descriptions of the recipes' deployments link the champions, where they name another version or none.
+    """Update the links to champions in the descriptions of the recipes' deployments, where they are out of date.
 
-    The server plans the runs of a schedule again, within seconds, when it updates a deployment. So one that is due
-    soon is left as it is: a later call, such as the one at the end of that run, updates it.
+    When the server updates a deployment, it plans the runs of its schedule again, within seconds. So a deployment with
+    such a run that is due soon is left out: a later call, such as the one at the end of that run, updates it.
 
     Args:
         client: of the server.
@@ -256,11 +256,11 @@ def name_champions(client: SyncPrefectClient, champions: Mapping[str, tuple[str,
 def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bool:
     """Remove the deployments that none of `files`, all recipes of the folder, asks for.
 
-    One with a run that goes on stays: with the deployment goes the limit that the run holds a slot of, and a server
-    that cannot free the slot answers each state that would end the run with an error.
+    A deployment with a run that goes on is kept: removed with it would be the limit of which the run holds a slot, and
+    a server that cannot free the slot answers with an error to each state that would end the run.
 
     Returns:
-        Whether one stays for that reason, to be removed by a later call.
+        Whether a deployment is kept for that reason, to be removed by a later call.
     """
     stays, names = False, {each.name for each in files}
     dropped = {f"{flow}/{each.name}" for each in files for flow, block in _further(each).items() if not block}
@@ -278,12 +278,12 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
 
 
 def remove(client: SyncPrefectClient, name: str) -> bool:
-    """Remove a deployment `flow/name` with its automation, if there is one; False if a run of it goes on."""
+    """Remove the deployment `flow/name`, if it exists, and its automations; return False if a run of it goes on."""
     if found := prefect_runs.deployment(client, name):
         if _runs(client, found, _HOLDING):
             return False
-        # The server deletes what is scheduled with the deployment. It would delete a run that a worker begins right
-        # now, and then log errors for each event of it; one that is cancelled stays, and does not begin.
+        # The server deletes the deployment's scheduled runs with it. It would also delete a run that a worker begins
+        # right now, and then log an error for each event of that run; a cancelled run is kept, and does not begin.
         for run in _due_soon(client, found):
             with suppress(ObjectNotFound):
                 client.set_flow_run_state(run.id, Cancelled(message="no recipe asks for its deployment any more"))
@@ -308,7 +308,7 @@ def _runs(
 
 
 def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> dict[str, Any]:
-    """What a deployment is made of, at each deploy; `before` is what the server has."""
+    """Return the fields of a deployment that each deploy sets; `before` is the deployment on the server, if any."""
     recipe = file.recipe
     team = recipe.register_as.team if recipe and recipe.register_as else None
     tags = [TAG, f"recipe:{file.name}", *([f"team:{team}"] if team else [])]
@@ -322,7 +322,7 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
         paused = {"paused": False}
     recipes = {"type": "string", "title": "recipe", "enum": [file.name], "default": file.name, "position": 0}
     return {
-        # Of a file that cannot run it stays: mended, it counts as edited only if it is another than before.
+        # A recipe that cannot run keeps its version: once it can, it counts as edited only if its text has changed.
         "version": before.version if before and file.why else file.version,
         "description": _description(file, before),
         "tags": tags,
@@ -349,11 +349,11 @@ def _fields(flow: str, file: RecipeFile, before: DeploymentResponse | None) -> d
 def _place(
     client: SyncPrefectClient, recipe: Recipe | None, before: DeploymentResponse | None
 ) -> tuple[dict[str, str], list[str]]:
-    """The work queue of a deployment: that of the hardware that its runs cannot do without, or the one of before.
+    """Choose the work queue of a deployment: `GPUS` if its runs need several GPUs and the pool has that queue.
 
     Returns:
-        what changes: nothing if an operator chose the queue, or the recipe is wrong; and the tag that names the queue
-        that we chose last.
+        The fields that change, none if an operator chose the queue or the recipe is wrong; and the tags that name the
+        queue that was chosen here, one or none.
     """
     tag = [each for each in before.tags if each.startswith(_QUEUE)] if before else []
     ours = tag[0].removeprefix(_QUEUE) if tag else "default"
@@ -367,7 +367,7 @@ def _place(
 
 
 def _first(flow: str) -> dict[str, Any]:
-    """Settings that only a new deployment gets; afterwards the operator may change them."""
+    """Return the settings that only a new deployment gets, its schedule; afterwards the operator may change them."""
     cron = settings.NIGHTLY.get() if flow == prefect_runs.MERGE else ""
     nightly = CronSchedule(cron=cron, timezone=time_zone()) if cron else None
     return {"schedules": [DeploymentScheduleCreate(schedule=nightly, active=True, slug="nightly")]} if nightly else {}
@@ -397,7 +397,7 @@ def _starts(deployment: Any, name: str, about: str, event: str, match: Any, **wh
 
 
 def _changed(deployment: DeploymentResponse, paused: str, schedule: str) -> Iterator[str]:
-    """What an operator changed of a deployment: `paused` if it is, and `schedule` with its hours if it has others."""
+    """Yield an operator's changes: the text `paused` for a pause; `schedule` and the hours for another schedule."""
     if deployment.paused and _CANNOT_RUN not in deployment.tags:
         yield paused
     nightly = settings.NIGHTLY.get()
@@ -407,9 +407,9 @@ def _changed(deployment: DeploymentResponse, paused: str, schedule: str) -> Iter
 
 
 def _description(file: RecipeFile, before: DeploymentResponse | None) -> str:
-    """Markdown: the recipe's first comment, why it cannot run, and links to what it registers.
+    """Return, in Markdown, the recipe's first comment, why it cannot run, and links to its model and champion.
 
-    The champion is the one that the deployment named `before`, if it registered the same model; see `name_champions`.
+    The champion is the one that the description of `before` names, if its model is the same; see `name_champions`.
     """
     links = ""
     if block := file.recipe.register_as if file.recipe else None:

@@ -1,8 +1,8 @@
-"""One page of all recipes: champion, score over versions, behind since, last verdict, next run.
+"""The page of all recipes: each one's champion, scores over versions, since when it is behind, last verdict, next run.
 
-It is a file of HTML (`lewis status --html`), and an artifact in Prefect, which is brought up to date at the end of a
-merge, and by the receiver: when a recipe is deployed, when a champion moves on its store, and by a poll that finds a
-change, such as a champion that was moved elsewhere.
+The page is an HTML file (`lewis status --html`), and an artifact in Prefect. The artifact is updated at the end of a
+merge, and by the receiver: after a recipe was deployed, after a champion moved on its store, and after a poll that
+found a change, such as a champion that was moved elsewhere.
 """
 
 import html
@@ -27,7 +27,7 @@ from lewis_flows.service.status_text import sparkline
 
 logger = logging.getLogger(__name__)
 KEY = "recipes"  # the key of the artifact
-_WIDTH, _HEIGHT = 160, 32  # pixels of a line of scores
+_WIDTH, _HEIGHT = 160, 32  # size of the line chart of scores, in pixels
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem;color:#222;background:#fff}
 table{border-collapse:collapse}th,td{padding:.4rem 1.2rem .4rem 0;text-align:left;vertical-align:top}
@@ -38,7 +38,7 @@ tr{border-bottom:1px solid #ddd}.bad{color:#b00020}.wait{color:#8a5a00}small{col
 
 
 class Row(NamedTuple):
-    """What the page says of one recipe; each a text for people, empty if there is nothing to say."""
+    """The row of one recipe on the page; its texts are for people, and empty if there is nothing to say."""
 
     recipe: str
     champion: str
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 def rows(found: Status) -> Iterator[Row]:
-    """A row for each recipe."""
+    """Yield the row of each recipe in a status."""
     last = {run.recipe: run for run in found.last_runs() if run.flow == MERGE}
     for recipe in found.recipes or []:
         run = last.get(recipe.recipe)
@@ -88,7 +88,7 @@ def _clock(time: datetime | None) -> str:
 
 
 def as_markdown(found: Status, now: datetime) -> str:
-    """The page for Prefect."""
+    """Render the page as Markdown, for the artifact in Prefect."""
     table = [
         {
             "recipe": code(row.recipe),
@@ -104,7 +104,7 @@ def as_markdown(found: Status, now: datetime) -> str:
 
 
 def _text(text: str) -> str:
-    """Any text for a cell; `markdown_table` escapes what ends a cell."""
+    """Escape a text for a cell, except `|`, which `markdown_table` escapes."""
     return plain(text).replace("\\|", "|")
 
 
@@ -114,7 +114,7 @@ def _scores(scores: dict[int, float]) -> str:
 
 
 def as_html(found: Status, now: datetime) -> str:
-    """The page as a file that needs nothing else."""
+    """Render the page as one HTML file that loads no other file."""
     head = "".join(f"<th>{name}" for name in ("recipe", "champion", "score", "behind", "last verdict", "next run"))
     lines = []
     for row in rows(found):
@@ -156,10 +156,10 @@ def _picture(scores: dict[int, float]) -> str:
 
 
 def keep(flow: Flow[..., Any] | None = None, flow_run: FlowRun | None = None, state: State[Any] | None = None) -> None:
-    """Bring the artifact in Prefect up to date, and the links to champions on the pages of the recipes' deployments.
+    """Update the page in Prefect, and the links to champions on the pages of the recipes' deployments.
 
-    It can be a hook of a flow. A failure is logged, not raised. The newest commits are not asked for: what the last
-    poll saw is shown.
+    It can be a hook of a flow. A failure is logged, not raised. The Hub is not asked for the newest commits: the page
+    shows what the last poll saw.
     """
     try:
         found = status(hub=False, scores=True)
@@ -168,7 +168,7 @@ def keep(flow: Flow[..., Any] | None = None, flow_run: FlowRun | None = None, st
             champions = {
                 each.recipe: (each.registered, each.champion or "")
                 for each in found.recipes or []
-                if each.champion or not each.unknown  # else nobody knows
+                if each.champion or not each.unknown  # else it is unknown whether there is a champion
             }
             recipe_deployments.name_champions(client, champions)
     except Exception as error:  # whatever is wrong, the run has done its work
@@ -177,7 +177,7 @@ def keep(flow: Flow[..., Any] | None = None, flow_run: FlowRun | None = None, st
 
 
 def after(hooks: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The hooks of a flow, with `keep` at each end of a run."""
+    """Return the hooks of a flow with `keep` added for each way in which a run can end."""
     endings = ("on_completion", "on_failure", "on_crashed", "on_cancellation")
     return {**hooks, **{ending: [*hooks.get(ending, ()), keep] for ending in endings}}
 

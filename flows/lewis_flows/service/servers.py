@@ -1,7 +1,7 @@
-"""The servers of Prefect and MLflow on loopback; for one command, a Prefect server that ends with it.
+"""The servers of Prefect and MLflow on loopback, and a Prefect server that runs only as long as one command.
 
-Both answer only requests that call them by an address of this machine and come from no page of another site. Prefect's
-asks for a key too, because someone who may start its runs may run code.
+Both refuse requests to another address than one of this machine, and requests from pages of other sites. Prefect's
+server also asks for a key, because someone who may start its runs may run code.
 """
 
 import os
@@ -20,7 +20,7 @@ from lewis_flows.service import credentials, mlflow_app, note
 from lewis_flows.service.own_pages import own_origins
 from lewis_flows.service.processes import Process, answers, free_port
 
-OPENAI = ("OPENAI_BASE_URL", "OPENAI_API_KEY")  # by which clients of the OpenAI API find a server
+OPENAI = ("OPENAI_BASE_URL", "OPENAI_API_KEY")  # variables by which clients of the OpenAI API find a server
 RECIPES = "/deployments?deployments.tags.name=lewis"
 """The page of a Prefect server that shows the recipes' deployments, by their tag, and not those of the service."""
 _ORIGINS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")  # one setting, two names
@@ -29,12 +29,12 @@ _PREFECT_DATABASE = (
     *("PREFECT_SERVER_DATABASE_HOST", "PREFECT_API_DATABASE_HOST"),
 )
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
-"""For a server, whose threads take turns: with a heap for each, it keeps some MB more of what it has freed."""
+"""Environment of a server, whose threads take turns: a heap for each one would keep some MB more of freed memory."""
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 _DEFAULTS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,orphans",  # logs of runs that retention has deleted
-    # How often the server looks, in seconds. By itself it does every five, a third of what it costs while nothing runs.
+    # Seconds between two loops of a service of the server, by default five: a third of its load while nothing runs.
     # So it takes some seconds longer until a run is shown as late, an approval lapses, or another hour is planned.
     "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "20",
     "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_LOOP_SECONDS": "30",
@@ -47,14 +47,12 @@ _DEFAULTS = {
 def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
     """Give the URL of a Prefect API: the user's own, that of `lewis up`, or one of a server started for this block.
 
-    `credentials.connected` lets Prefect's client use it.
+    `credentials.connected` lets Prefect's client use it. A server that is started keeps its database in the store, so
+    the next one shows all runs. It ends with this process, even if this process is killed.
 
     Args:
         died: called from a thread, with a sentence, if the server that was started ends before the block does. It
             must end this process: Prefect's client would go on for minutes, and end in errors of its own.
-
-    A server that is started keeps its database in the store, so the next one shows all runs. It ends with this process,
-    even if this process is killed.
 
     Raises:
         LewisError: if the server does not come up; names its log.
@@ -84,7 +82,7 @@ def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
 
 
 def running() -> str | None:
-    """The URL of the Prefect API that is there already: the user's own, or that of `lewis up` if it answers."""
+    """Return the URL of the Prefect API that the environment names, or that of `lewis up` if it answers; else None."""
     known = note.read()
     served = known.get("prefect")
     found = os.environ.get("PREFECT_API_URL") or (served if served and answers(f"{served}/health") else None)
@@ -99,10 +97,10 @@ def prefect_port() -> str:
 
 
 def client_environment() -> dict[str, str]:
-    """The variables by which clients of MLflow and Prefect find the servers of this store, with what those ask for.
+    """Return the variables with the addresses and credentials of this store's servers, for clients of their APIs.
 
-    A server that the environment names is kept, as is its user or key. Without a server, MLflow's is the database in
-    the store, and of Prefect there is nothing.
+    A server that the environment names is kept, as is its user or key. Without a server, MLflow's address is the
+    database in the store, and there is none of Prefect. With `lewis up --serve`, there are those of the OpenAI API too.
     """
     prefect, known = running(), note.read()  # the note of a service that was killed may still be there
     alive = prefect is not None and prefect == known.get("prefect")
@@ -147,7 +145,7 @@ def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tup
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS": "lewis_flows.service.prefect_log.Console",
-        # On disk: a server that is started again still knows which tasks hold a device, and runs their recipe's turn.
+        # On disk: a restarted server still knows which tasks hold a device, and which runs have their recipe's turn.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
     defaults = {**_DEFAULTS, "PREFECT_UI_URL": f"http://127.0.0.1:{port}"}  # else notifications link to None
@@ -171,7 +169,7 @@ def mlflow_process(port: int, database: str, echo: Callable[[str], None] | None 
     # The database is no argument, since all users of a machine see the arguments of its processes.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": database, **ONE_HEAP}
     environment[mlflow_app.ORIGINS] = os.environ.get(mlflow_app.ORIGINS) or ",".join(own_origins(port))
-    # Of experiments that others make through this server; else they would go into the folder that it is started in.
+    # For files of experiments that others create through this server; else they would go into its working directory.
     files = mlflow_app.FILES
     environment[files] = os.environ.get(files) or tracking.artifacts_folder().as_uri()
     if settings.MLFLOW_AUTH.get():

@@ -1,7 +1,7 @@
 """Sign a browser in at the Prefect server of `lewis up`, without copying its key.
 
-`lewis open` makes a code from the key, which the server takes once and within a minute. The browser gets it from a file
-that only its user can read: the command line of a process can be read by all users.
+`lewis open` makes a code from the key; the server accepts it once and within a minute. The browser reads the code from
+a file that only its user can read, since all users can read the command line of a process.
 """
 
 import hmac
@@ -34,7 +34,7 @@ _HEADERS = {
 
 
 def make_code(key: str) -> str:
-    """A code that signs in once, within a minute."""
+    """Return a code that signs a browser in once, within a minute."""
     head = f"{int(time.time()) + _VALID}.{secrets.token_hex(8)}"
     return f"{head}.{_seal(key, head)}"
 
@@ -44,7 +44,7 @@ def _seal(key: str, head: str) -> str:
 
 
 class SignIn:
-    """Middleware that answers `GET /lewis/sign-in?code=...&to=/page`: it gives the key to the browser's own storage."""
+    """Middleware that answers `GET /lewis/sign-in?code=...&to=/page`: it puts the key into the browser's storage."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app, self._key, self._used = app, key, dict[str, float]()

@@ -34,7 +34,7 @@ from lewis_tasks.support.patience import impatient
 
 
 def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
-    """Ask every part. One that does not answer is no error: the status says so.
+    """Ask every part of the service for its status; if a part does not answer, the status says so.
 
     Args:
         only: name of the one recipe to report on, with its last runs; by default all recipes, with the last run each.
@@ -79,12 +79,12 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
 
 @dataclass
 class _Facts:
-    """What Prefect knows of recipes that no run shows.
+    """What Prefect knows of recipes, in addition to the runs in a status.
 
     Attributes:
         merged: recipe -> digest of the text that was merged last.
         broken: recipe -> commits that are broken on the Hub itself, as for the poll.
-        paused: recipes whose merges somebody paused.
+        paused: recipes whose merges an operator paused.
         due: recipes of which a merge goes on or begins soon.
     """
 
@@ -95,9 +95,9 @@ class _Facts:
 
 
 def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Facts) -> None:
-    """Add since when the champion is behind, as polls saw it, and when a failed merge is tried again.
+    """Add since when a recipe's champion is behind, by the polls, its pause, and when a failed merge is tried again.
 
-    What a version with a verdict holds is not tried again, unless the recipe was edited.
+    Commits that a version with a verdict holds are not merged again, unless the recipe was edited.
     """
     recipe.behind_since = seen if recipe.settled is None or recipe.is_behind else None
     recipe.paused = recipe.recipe in facts.paused
@@ -113,7 +113,7 @@ def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Fa
         recipe.after = "its deployment is resumed"
     elif refs:
         recipe.after = f"another commit of {' and '.join(refs)}, which is broken on the Hub"
-    elif not broken or any(each.head for each in recipe.inputs):  # else nobody knows
+    elif not broken or any(each.head for each in recipe.inputs):  # else it is unknown what is newest
         recipe.next_attempt = last.since + (polls.RETRY_AFTER if last.state in ("Failed", "TimedOut") else timedelta())
 
 
@@ -132,7 +132,7 @@ def _part(name: str, url: str) -> Part:
 
 
 def _watched(name: str, mlflow: Part, facts: _Facts, *, hub: bool, scores: bool) -> Watched:
-    """One recipe: what its champion holds, and the newest commits."""
+    """Return the status of one recipe: what its champion holds, and the newest commits of its models."""
     found = Watched(recipe=name)
     try:
         recipe = recipes_folder.load(name)
@@ -160,7 +160,7 @@ def _watched(name: str, mlflow: Part, facts: _Facts, *, hub: bool, scores: bool)
 
 
 def _ask_registry(found: Watched, mlflow: Part, *, scores: bool) -> list[Held]:
-    """The versions of what a recipe registers, newest first; why they could not be found out is noted."""
+    """Add what the registry knows of a recipe, or why it is unknown; return the versions of its model, newest first."""
     try:
         if found.registered and not mlflow.up:  # MLflow's client would try again for minutes
             raise LewisError(f"MLflow {mlflow.state}")
@@ -181,7 +181,7 @@ LAST = 5  # runs of one recipe that are shown
 
 
 def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
-    """Add the work pools and runs that the Prefect server at `api` knows, `only` of one recipe; as `connected`."""
+    """Add the work pools and runs of the Prefect server at `api`, `only` those of one recipe; raises as `connected`."""
     with connected(api), impatient(PATIENCE) as client:
         scoring = prefect_runs.deployment(client, f"{EVALUATE}/{EVALUATE}")
         own = scoring.work_pool_name if scoring else None
@@ -203,7 +203,7 @@ def _ask_prefect(found: Status, api: str, only: str) -> _Facts:
 
 
 def _broken(client: SyncPrefectClient, names: Sequence[str]) -> dict[str, set[str]]:
-    """Recipe -> the commits that its runs found broken on the Hub itself, as far as that still holds."""
+    """Return recipe -> the commits that its runs found broken on the Hub itself, of those that still are."""
     commits: dict[str, set[str]] = {}
     for run in prefect_runs.all_of_flows(client, (MERGE,), ("FAILED",)):
         commits.setdefault(recipe_of(run), set()).update(tagged(run, BROKEN))
@@ -229,7 +229,7 @@ def _workers(client: SyncPrefectClient, pool: str) -> Part:
 
 
 def _queues(client: SyncPrefectClient, pool: str) -> Iterator[Part]:
-    """The work queues of the pool other than the one that there always is; with them that one too."""
+    """Yield the work queues of a pool; none if it has only the one that every pool has."""
     try:
         queues = client.read_work_queues(work_pool_name=pool)
     except ObjectNotFound:
@@ -262,7 +262,7 @@ def _scheduled(client: SyncPrefectClient) -> list[Run]:
 
 
 def _finished(client: SyncPrefectClient, only: str, names: Sequence[str]) -> list[Run]:
-    """The last merge and the last search of each recipe, or the last five of one; the newest first, none skipped."""
+    """Return the last merge and the last search of each recipe, or `LAST` runs of one; newest first, none skipped."""
     runs = _ended(client)
     if len(runs) == PAGE:  # there may be more
         rest = {only} if only else set(names) - set(map(recipe_of, runs))
@@ -277,7 +277,7 @@ def _finished(client: SyncPrefectClient, only: str, names: Sequence[str]) -> lis
 
 
 def _ended(client: SyncPrefectClient, *tags: str) -> list[FlowRun]:
-    """The newest merges and searches that have ended, with some tags."""
+    """Return the newest merges and searches that have ended and have all of some tags, at most `PAGE`."""
     begun, newest = {"name": {"not_any_": [prefect_runs.SKIPPED]}}, FlowRunSort.END_TIME_DESC
     limits = {"tags": {"all_": list(tags)}} if tags else {}
     return of_flows(client, (MERGE, SEARCH), prefect_runs.ENDED, newest, state=begun, **limits)
@@ -310,7 +310,7 @@ def _waits(run: FlowRun) -> str:
 
 
 def _first(runs: Iterable[FlowRun], key: Callable[[FlowRun], Hashable]) -> list[FlowRun]:
-    """The first run of each key."""
+    """Return the first of the runs for each value of `key`."""
     kept: dict[Hashable, FlowRun] = {}
     for run in runs:
         kept.setdefault(key(run), run)

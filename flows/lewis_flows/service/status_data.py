@@ -11,7 +11,7 @@ from lewis_tasks.support.device_queue import Place
 
 
 class Part(BaseModel):
-    """A part of the service; `state` says how it is, or what to do."""
+    """A part of the service, such as a server or a work pool; `state` says how it is, or what to do."""
 
     name: str
     url: str = ""
@@ -23,7 +23,7 @@ class Run(BaseModel):
     """A run of a merge, a search or an evaluation.
 
     Attributes:
-        recipe: its name.
+        recipe: name of the recipe.
         flow: name of the flow, such as `merge`.
         since: start, end or planned time, in UTC.
     """
@@ -38,7 +38,7 @@ class Run(BaseModel):
 
 
 class Input(BaseModel):
-    """A model of a recipe.
+    """A model that a recipe merges, with its commit in the champion and its newest one.
 
     Attributes:
         ref: as the recipe writes it.
@@ -60,16 +60,16 @@ class Watched(BaseModel):
         champion: version of the champion; None if there is none, or it is unknown.
         waiting: version that passed its gate and waits for a person; None if there is none.
         inputs: base and experts.
-        served: what its targets have in service, a line each, as `lewis served`.
-        settled: whether a version with a verdict holds the newest commits of all of them; None if unknown.
+        served: what its targets have in service, a line each, as `lewis served` prints them.
+        settled: whether a version with a verdict holds the newest commits of all `inputs`; None if unknown.
         behind_since: when a poll first saw a commit that the champion misses; None if there is none, or no poll saw it.
         paused: whether its deployment is paused, so that neither a schedule nor a release starts a merge.
         unmerged: whether no run has merged what its file says now; False if Prefect does not answer.
-        next_attempt: when a release or an edit whose merge failed is tried again; None if nothing is, or `after`.
-        after: what has to happen before it is tried again; empty if nothing has.
+        next_attempt: when a release or an edit whose merge failed is tried again; None if none is, or `after` says it.
+        after: what has to happen before a failed merge is tried again; empty if nothing has to.
         scores: number of a version -> the score that its gate looked at, oldest first; only where they were asked for.
         unknown: what could not be found out, and why.
-        broken: whether the recipe's file is wrong; `unknown` begins with why.
+        broken: whether the recipe's file is wrong; the first text of `unknown` says why.
     """
 
     recipe: str
@@ -94,7 +94,7 @@ class Watched(BaseModel):
         return any(each.held and each.head and each.held != each.head for each in self.inputs)
 
     def attempt(self, now: datetime) -> str:
-        """When what failed is tried again, seen at a time; empty if nothing is."""
+        """Return when a failed merge is tried again, as a text such as `at the next poll`; empty if it is not."""
         if self.after:
             return f"after {self.after}"
         if self.next_attempt is None:
@@ -119,7 +119,7 @@ class Status(BaseModel):
     unknown: dict[str, str] = {}
 
     def last_runs(self) -> list[Run]:
-        """The last merge and the last search of each recipe that have ended."""
+        """Return the last merge and the last search of each recipe, of those that have ended."""
         found: dict[tuple[str, str], Run] = {}
         for run in self.finished or []:
             found.setdefault((run.flow, run.recipe), run)
@@ -127,18 +127,18 @@ class Status(BaseModel):
 
 
 DOWN, UNKNOWN, BROKEN, FAILED, LATE, BEHIND, WAITS = 10, 11, 12, 13, 14, 15, 16
-"""The kinds of problems, the gravest first.
+"""The kinds of problems, which are exit codes of `lewis status --check`; the gravest first.
 
 A part of the service is down; something could not be found out; a recipe is broken; its last run failed; a run is late;
 a champion is behind, and nothing is done about it; a version waits for a person's approval.
 """
 
-GRACE = timedelta(hours=1)  # for so long a champion may be behind before that is a problem
+GRACE = timedelta(hours=1)  # how long a champion may be behind before that is a problem
 FAILURES = ("Failed", "Crashed", "TimedOut", "Unpublished")  # names of the states of a run that failed
 
 
 class Problem(BaseModel):
-    """One problem.
+    """Something that is wrong with the service or a recipe.
 
     Attributes:
         code: its kind, which is an exit code.
@@ -152,7 +152,7 @@ class Problem(BaseModel):
 
 
 def problems(status: Status, now: datetime) -> list[Problem]:
-    """What is wrong at a time, the gravest first; the exit code of a check is the code of the first, or 0."""
+    """Return what is wrong at the time `now`, the gravest first, whose code is the exit code of `--check` (0: none)."""
     return sorted(_problems(status, now), key=lambda problem: problem.code)
 
 
@@ -179,7 +179,7 @@ def _of_runs(status: Status, now: datetime) -> Iterator[Problem]:
     for run in status.last_runs():
         if status.recipes is not None and run.recipe not in attempts and "/" not in run.recipe:
             continue  # the recipe was removed
-        suspended = began.get((run.flow, run.recipe))  # its work is done
+        suspended = began.get((run.flow, run.recipe))  # a suspended run has done its work
         if run.state in FAILURES and not (suspended and run.since and suspended >= run.since):
             attempt = attempts.get(run.recipe) if run.flow == MERGE else ""
             again = f" (tried again {attempt})" if attempt else ""

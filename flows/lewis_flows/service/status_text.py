@@ -1,4 +1,4 @@
-"""The status for a terminal: tables, short commits, times as a person says them."""
+"""The status as text for a terminal: tables, short commits, and times such as `3 min ago`."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from lewis_flows.service.status_data import Input, Run, Status, Watched
 
 
 def as_text(status: Status, now: datetime, width: int = 120) -> str:
-    """Tables for a terminal of a width in characters; times are relative to `now`, UTC, and in the local time zone."""
+    """Return the status as tables of `width` characters; times are relative to `now`, UTC, and in the local zone."""
     output = io.StringIO()
     console = Console(file=output, width=width)
     for title, table in _sections(status, now):

@@ -35,7 +35,7 @@ _NOISE = (
     "This feature is still experimental",  # MLflow's basic authentication, whenever it starts
     *("StarletteDeprecationWarning", "import WSGIResponder", "Registry store URI not provided", "Security middleware"),
 )
-_RESTARTS = 5  # in a row, each within a minute of its start: then `lewis up` gives the part up
+_RESTARTS = 5  # of a part in a row, each within a minute of its start, after which `lewis up` ends
 
 
 def up(
@@ -52,7 +52,7 @@ def up(
         say: called with each line that a part prints.
         ready: called with the URL of each part when all of them answer.
         prefect_file: what to deploy; by default, the `prefect.yaml` that comes with the project.
-        serve: the recipe whose champion is served here, empty for the only one; None: none is.
+        serve: the recipe whose champion is served here, empty for the only one; None: no champion is served.
 
     Raises:
         InputError: if a port is taken, no recipe can be served, or another `lewis up` runs on this store.
@@ -84,7 +84,7 @@ def up(
         else:
             _apart("champion", "choose", serve)
         urls = _start_servers(add, say)
-        for part in parts:  # both are on their way: each imports for seconds
+        for part in parts:  # both start at the same time, as each imports for seconds
             part.wait()
         if serve is not None:
             add(_champion(urls, say))
@@ -107,9 +107,9 @@ def up(
 
 
 def _apart(module: str, *what: str) -> None:
-    """Run `main` of a module in a process of its own: with Prefect's client, this one would hold 200 MB more for days.
+    """Run `main` of a module in another process: Prefect's client would cost this one 200 MB for as long as it runs.
 
-    InputError or LewisError says what the process says on its stdout; its log goes to the stderr of this one.
+    Raise InputError or LewisError with what the process prints on its stdout; its log goes to this one's stderr.
     """
     command = [sys.executable, "-m", f"lewis_flows.service.{module}", *what]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -119,7 +119,7 @@ def _apart(module: str, *what: str) -> None:
 
 
 def _start_servers(add: Callable[[Process], None], say: Say) -> dict[str, str]:
-    """Start the servers that the environment does not name; gives the URLs, and sets `PREFECT_API_URL` and its key."""
+    """Start the servers that the environment does not name, set `PREFECT_API_URL` and its key, and return the URLs."""
     urls = {"prefect": os.environ.get("PREFECT_API_URL", "")}
     if not urls["prefect"]:
         port = usable_port("PREFECT_SERVER_API_PORT", prefect_port())
@@ -167,7 +167,7 @@ def _champion(urls: dict[str, str], say: Say) -> Process:
 
 
 def _keep_up(parts: list[Process], say: Say, died: Mapping[str, Callable[[], None]]) -> None:
-    """Start each part again that ends, after what `died` has under its name."""
+    """Restart each part that ends, in an endless loop, after a call of the function that `died` has for its name."""
     failures = dict.fromkeys((part.name for part in parts), 0)
     started = dict.fromkeys(failures, time.monotonic())
     while True:
@@ -184,7 +184,7 @@ def _keep_up(parts: list[Process], say: Say, died: Mapping[str, Callable[[], Non
                 died[part.name]()
             try:
                 part.start()
-            except LewisError as error:  # it has ended before it was ready; the next look counts that
+            except LewisError as error:  # it has ended before it was ready, which the next round counts
                 say("lewis", str(error))
             started[part.name] = time.monotonic()
 

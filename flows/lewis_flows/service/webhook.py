@@ -1,11 +1,11 @@
-"""The part of the service that lives: the receiver of the Hub's webhooks, the poll, and the recipes' deployments.
+"""The long-running process of the service: it receives the Hub's webhooks, polls the Hub and deploys the recipes.
 
-A push to a repo that a recipe follows becomes the event of a release.
+A push to a repo that a recipe follows is announced to Prefect, as the event of a release.
 
     PREFECT_API_URL=http://127.0.0.1:4200/api python -m lewis_flows.service.webhook
 
-It listens on loopback; put a reverse proxy with TLS before it. A delivery only says that something moved: the merge
-asks the Hub for the newest commit.
+It listens on loopback by default; put a reverse proxy with TLS in front of it. A delivery only says that a branch
+moved: the merge asks the Hub for the newest commit.
 """
 
 import asyncio
@@ -39,23 +39,23 @@ from lewis_tasks.support import events
 
 logger = logging.getLogger("lewis.webhook")
 
-FOLLOW = 5.0  # seconds between two looks at the folder of recipes
-MAX_SECONDS = 10.0  # from the first byte of a request until it is whole, or from a connection to its first request
+FOLLOW = 5.0  # seconds between two checks of the folder of recipes
+MAX_SECONDS = 10.0  # from the first byte of a request to its last, or from a connection to its first byte
 MAX_BODY = 1 << 20  # bytes; a delivery of the Hub has about two thousand
 
 
 def create_app(
     secret: str, key: str = "", page: Page | None = None, deploy: Callable[[], object] | None = None
 ) -> FastAPI:
-    """The receiver as a web application: `POST /webhook` for the Hub, and for monitoring:
+    """Create the web application of the receiver: `POST /webhook` for the Hub, and endpoints for monitoring.
 
-    `GET /health/live`, or `/health`, answers 200 while the process does; `GET /health/ready` answers 200 if a delivery
-    can be handed on, else 503 with what is `missing`. `GET /metrics` has numbers for Prometheus.
+    `GET /health/live`, or `/health`, answers 200 while the process runs; `GET /health/ready` answers 200 if a delivery
+    can be passed on to Prefect, else 503 with what is `missing`. `GET /metrics` gives the metrics to Prometheus.
 
     Args:
-        secret: what the Hub sends in `X-Webhook-Secret`.
-        key: what a scraper sends in `Authorization: Bearer`; without one, nobody gets the metrics.
-        page: of the metrics; by default one of Prefect, the registry and the store.
+        secret: what the Hub has to send in `X-Webhook-Secret`.
+        key: what a scraper has to send in `Authorization: Bearer`; if it is empty, nobody gets the metrics.
+        page: the page of metrics; by default, one of `default_sources`.
         deploy: as for `Receiver`.
 
     Raises:
@@ -138,7 +138,7 @@ class _AccessLog:
 
 
 async def _read(request: Request) -> bytes | None:
-    """The body, or None if it is too long; then the rest is not read into memory."""
+    """Return the body of a request; None if it is longer than `MAX_BODY`: the rest is not read into memory."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 9 or int(length) > MAX_BODY):
         return None
@@ -154,7 +154,7 @@ async def _read(request: Request) -> bytes | None:
 
 
 def _impatient() -> type[asyncio.Protocol]:
-    """uvicorn's protocol, which by itself waits for ever for the rest of a request."""
+    """Return uvicorn's HTTP protocol with the limit `MAX_SECONDS`; without it, uvicorn waits for requests endlessly."""
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     class Impatient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
@@ -174,7 +174,7 @@ def _impatient() -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def _is_idle(self) -> bool:
-            """Whether the connection is kept for another request, so that uvicorn closes it if none comes."""
+            """Whether the connection is kept open for a further request; uvicorn closes it if none comes."""
             return self.timeout_keep_alive_task is not None
 
         def _look_later(self, transport: asyncio.Transport) -> None:
@@ -193,13 +193,13 @@ def _impatient() -> type[asyncio.Protocol]:
 
 
 class _Look:
-    """Looks at the folder of recipes, and at what moves champions on this store; the page of all recipes follows."""
+    """Deploys recipes that changed; updates the page of all recipes then, or if a champion moved on this store."""
 
     def __init__(self, follower: Follower) -> None:
         self._follower, self._moved = follower, set[str]()
 
     def __call__(self) -> None:
-        """Deploy the recipes if their folder has changed."""
+        """Deploy the recipes if their folder has changed, and update the page of all recipes if necessary."""
         deployed, moved = self._follower.follow(), {move.id for move in outbox.moves() if move.happened}
         if deployed or not moved <= self._moved:
             recipes_page.keep()
@@ -207,9 +207,9 @@ class _Look:
 
 
 def _poll(look: Callable[[], object]) -> None:
-    """One poll; the page of all recipes follows it.
+    """Poll all recipes, and update their page if the poll found a change.
 
-    A recipe that was just added gets its deployment first: what is announced before starts nothing.
+    A recipe that was just added is deployed first: without its deployment, an announced release starts no merge.
     """
     look()
     if watch.poll_once():
@@ -217,7 +217,7 @@ def _poll(look: Callable[[], object]) -> None:
 
 
 def serve(host: str, port: int, secret: str) -> None:
-    """Run the receiver until it gets the signal to stop; `secret` is as for `create_app`.
+    """Run the receiver and the periodic jobs of the service until a signal to stop; `secret`: as for `create_app`.
 
     Raises:
         InputError: if the port is taken.
@@ -225,7 +225,7 @@ def serve(host: str, port: int, secret: str) -> None:
     import uvicorn
 
     follower = Follower(logger.info)
-    # A key of its own, so that a scraper has no secret that opens more.
+    # Metrics have a key of their own, so that a scraper holds no secret that gives access to more.
     app = create_app(secret, METRICS_KEY.read(), deploy=follower.follow)
     try:
         listening = socket.create_server((host, port))
@@ -256,10 +256,10 @@ def serve(host: str, port: int, secret: str) -> None:
 
 
 class Loop:
-    """Does something again and again in a thread, until it is stopped."""
+    """A thread that calls a function periodically until it is stopped."""
 
     def __init__(self, name: str, do: Callable[[], object], pause: float) -> None:
-        """Call `do` in a thread of this name, again and again, with pauses of seconds, 0: never; log errors."""
+        """Start a thread `name` that calls `do` with `pause` seconds between two calls (0: never), and logs errors."""
         self._do, self._pause, self._over = do, pause, threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -274,7 +274,7 @@ class Loop:
             try:
                 self._do()
                 before = ""
-            except Exception as error:  # the next look tries again
+            except Exception as error:  # the next call tries again
                 if (now := f"{type(error).__name__}: {error}") != before:
                     logger.warning("%s: %s", self._thread.name, now, exc_info=error)
                 before = now
@@ -282,9 +282,9 @@ class Loop:
 
 
 def _secret() -> str:
-    """The secret of the environment or of the store; else that of Prefect's block; else a new one, which is kept.
+    """Return the webhook's secret of the environment, the store or Prefect's block; else make and store a new one.
 
-    InputError if Prefect, which may have it, does not answer, or as `Secret.read`.
+    Raise InputError if Prefect, which may have the secret, does not answer, or as `Secret.read` does.
     """
     if not settings.WEBHOOK_SECRET.get() and not WEBHOOK_SECRET.path().exists():
         from httpx import HTTPError
@@ -300,7 +300,7 @@ def _secret() -> str:
 
 
 def main() -> int:
-    """`python -m lewis_flows.service.webhook`; the exit code is 2 if a setting is wrong."""
+    """Run `python -m lewis_flows.service.webhook`; return the exit code, which is 2 if a setting is wrong."""
     try:
         environment.prepare()
         tracking.without_tables()

@@ -1,9 +1,9 @@
-"""The worker, with the settings that `lewis up` gives its own: no telemetry, quick polls, the format of its logs.
+"""Start a Prefect worker with the settings of `lewis up`'s worker: no telemetry, quick polls, its format of logs.
 
     PREFECT_API_URL=http://127.0.0.1:4200/api python -m lewis_flows.service.worker --limit 4
 
-It becomes `prefect worker start --pool lewis --type process`, with the arguments that it was given behind; with a
-`--pool` among them, that pool's.
+The process becomes `prefect worker start --pool lewis --type process`, followed by its own arguments. A `--pool` among
+these replaces the one of this command.
 """
 
 import os
@@ -24,18 +24,18 @@ NOT_FOR_RUNS = (
     *("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_PASSWORD"),
     *("MLFLOW_BACKEND_STORE_URI", "MLFLOW_FLASK_SERVER_SECRET_KEY", settings.NOTIFY_URL.name),
 )
-"""Secrets of servers and of the receiver. A run gets the environment of its worker, which is started without them."""
+"""Variables with secrets of servers and of the receiver. A worker drops them, since runs inherit its environment."""
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """The arguments that Python is started with, for the command that the worker becomes."""
+    """Return the arguments with which Python starts a Prefect worker; `arguments` are the worker's own."""
     named = any(each.partition("=")[0] in ("--pool", "-p") for each in arguments)  # Prefect takes it only once
     pool = [] if named else ["--pool", work_queue.MERGES]
     return ["-m", "prefect", "worker", "start", *pool, "--type", "process", *arguments]
 
 
 def name_of_up() -> str:
-    """The name of this machine's `lewis up` worker on the server."""
+    """Return the name that the worker of `lewis up` on this machine has on Prefect's server."""
     return f"lewis-{socket.gethostname()}"
 
 
@@ -43,7 +43,7 @@ def check_clock() -> None:
     """Check that the clocks of this machine and of Prefect's server agree, if the server answers.
 
     Raises:
-        InputError: if the heartbeats of a run would come so late, by the server's clock, that it is taken for dead.
+        InputError: if they differ by more than half of `DEAD_AFTER`, so that the server may take a living run for dead.
     """
     import httpx
 

@@ -1,4 +1,4 @@
-"""What people read of an evaluation: prompt, reference answer and the model's answer of some documents, as short texts.
+"""Short texts of an evaluation for people to read: prompt, reference answer and model's answer of some documents.
 
 Tasks that generate and tasks with choices have such texts. Likelihoods alone are no answers.
 """
@@ -24,7 +24,7 @@ def texts_of(rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any])
         tasks: task -> lm-eval's task.
 
     Returns:
-        `document`, its place in the task; the ends of its `prompt`; the right answer, `target`; and the model's
+        `document`, its place in the task; the end of its `prompt`; the right answer, `target`; and the model's
         `answer`. Of choices, the answer is the likeliest one. Passwords are hidden, as `redacted` does.
     """
     named = {name: task for name, task in tasks.items() if task.OUTPUT_TYPE in ("generate_until", "multiple_choice")}
@@ -37,18 +37,18 @@ def texts_of(rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any])
         for place in sorted(chosen[:most]):
             with suppress(
                 AttributeError, IndexError, KeyError, TypeError, ValueError
-            ):  # a class may hold them elsewhere
+            ):  # a task's class may hold them elsewhere
                 found[name].append({"document": place, **_texts(own[place], task)})
     return found
 
 
 def of_first_filter(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each document of a task, of which lm-eval gives one for each document and filter."""
+    """The rows of a task's first filter, one per document: lm-eval gives one per document and filter."""
     return [row for row in rows if row["filter"] == rows[0]["filter"]]
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """The texts in lists of lists, in their order."""
+    """The strings in nested lists, in their order."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | tuple):
@@ -72,7 +72,7 @@ def _texts(row: Mapping[str, Any], task: Any) -> dict[str, str]:
 
 
 def _likeliest(choices: list[str], likelihoods: list[float]) -> str:
-    """The choice that `acc` counts, and where it is another one, that of `acc_norm`."""
+    """The likeliest choice, which `acc` counts; also the likeliest per character (`acc_norm`), if that is another."""
     first = choices[int(np.argmax(likelihoods))]
     normed = choices[int(np.argmax(np.array(likelihoods) / [max(len(each), 1) for each in choices]))]
     return first if first == normed else f"{first} (per character: {normed})"
@@ -88,7 +88,7 @@ def clean(text: str) -> str:
 
 
 def _cut(text: str) -> str:
-    """The beginning and the end of a text."""
+    """A clean text of at most `ANSWER` characters: of a longer one, the beginning and the end."""
     if len(text) > 2 * _REACH * ANSWER:
         text = text[: _REACH * ANSWER] + text[-_REACH * ANSWER :]
     text = clean(text)

@@ -1,4 +1,4 @@
-"""What lm-eval is asked for each backend: which of its models, with which arguments, on which devices."""
+"""Choose for each backend which of lm-eval's model classes is used, with which arguments, on which devices."""
 
 import importlib.util
 import os
@@ -17,15 +17,15 @@ from lewis.recipe.schema import Backend
 
 @dataclass(frozen=True)
 class Asked:
-    """What the child of the harness is asked.
+    """How the child of the harness opens the model.
 
     Attributes:
         model: lm-eval's name of the model class.
         arguments: of that class.
         device: as torch names it; None where the class takes none.
-        network: whether the child needs the network of this machine, be it only to speak to itself.
+        network: whether the child needs this machine's network, if only for its own processes to reach each other.
         environment: variables of the child, in addition to those that every child has.
-        problem: what is to be added to the message if the evaluation fails.
+        problem: gives words to add to the message if the evaluation fails.
     """
 
     model: str
@@ -37,7 +37,7 @@ class Asked:
 
 
 def identity(backend: Backend, model_args: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a backend that go into the digest of the scores; none for `hf` without arguments."""
+    """The settings of a backend that go into the digest of the scores; empty for `hf` without arguments."""
     if backend == "hf" and not model_args:
         return {}
     found: dict[str, Any] = {"backend": backend, "model_args": dict(model_args)}
@@ -108,12 +108,12 @@ def asked(
             split: len(names),
             **model_args,
         }
-        # Their parts speak to each other through the network of this machine.
+        # The processes of these backends reach each other through the network of this machine.
         yield Asked(backend, arguments, None if backend == "vllm" else "cuda", True, visible(names))
 
 
 def visible(names: list[str]) -> dict[str, str]:
-    """The environment that shows these devices alone, counted as this process counts them; none for the CPU."""
+    """The environment variable that shows only these devices, numbered as in this process; empty for the CPU."""
     numbers = [int(number) for _, colon, number in (name.partition(":") for name in names) if colon]
     ours = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
     shown = [ours[number] if number < len(ours) else str(number) for number in numbers]

@@ -1,8 +1,8 @@
-"""lm-eval's own tasks: which there are, and the YAML files of one.
+"""Find lm-eval's own tasks, and their YAML files.
 
 lm-eval reads all of its 14,000 files before it can say where a task is, and an included file again for each of 12,500
-includes. Here that is read once, which saves half of its eight seconds. What was found is kept in the store, for as
-long as none of these files changes; an evaluation gets the files of its tasks alone.
+includes. Here an included file is read once, which saves half of the eight seconds. The index is kept in the store, for
+as long as none of these files changes. An evaluation gets only the files of its tasks.
 """
 
 import difflib
@@ -58,7 +58,7 @@ def index() -> Mapping[str, Builtin]:
 
 
 def _read_once(load: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Read an included file only when it is included first; lm-eval changes the result, so it is copied."""
+    """Wrap lm-eval's `load_yaml` to read each file once, and return copies, since lm-eval changes what it gets."""
     once = functools.cache(functools.partial(load, resolve_func=False))
     return lambda path, **_: dict(once(path))
 
@@ -77,7 +77,7 @@ def _state() -> str:
 
 
 def builtin_task(name: str) -> tuple[Mapping[str, Any], list[Any] | None]:
-    """The config of a task or group of lm-eval, and the members of a group or tag; None for a task.
+    """The config of a task or group of lm-eval, empty if unknown, and the members of a group or tag; None for a task.
 
     Raises:
         InputError: if its file cannot be read.
@@ -111,7 +111,7 @@ def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
 
 
 def files(names: Iterable[str]) -> list[Path]:
-    """The YAML files of tasks, groups and tags of lm-eval, and of all that is in them.
+    """The YAML files of tasks, groups and tags of lm-eval, and of all their members.
 
     Raises:
         InputError: if one cannot be read.
@@ -120,7 +120,7 @@ def files(names: Iterable[str]) -> list[Path]:
 
 
 def _all_in(names: Iterable[str]) -> Iterator[tuple[Builtin, Mapping[str, Any]]]:
-    """Entries and configs of tasks, groups and tags, and of all that is in them."""
+    """Entry and config of each of lm-eval's tasks, groups and tags that is named, and of all their members."""
     pending = list(dict.fromkeys(names))
     for name in pending:
         if entry := index().get(name):
@@ -130,7 +130,7 @@ def _all_in(names: Iterable[str]) -> Iterator[tuple[Builtin, Mapping[str, Any]]]
 
 
 def _named(inside: Any) -> Iterator[str]:
-    """All names that may be of tasks or groups in the members of a group."""
+    """All names among the members of a group that may be names of tasks or groups."""
     if isinstance(inside, str):
         yield inside
     elif isinstance(inside, Mapping):

@@ -51,7 +51,7 @@ _JINJA = (runtime.LoopContext, runtime.Macro, runtime.TemplateReference, runtime
 
 
 def main(descriptor: str, loaded: str = "") -> None:
-    """Fork a child for each message, until the socket is closed; then, in the child, answer the request."""
+    """Fork a child for each message, which answers its request, until the socket is closed."""
     with socket.socket(fileno=int(descriptor)) as messages:
         with _ending_with(messages):
             for name in LIBRARIES if loaded else ():
@@ -62,7 +62,7 @@ def main(descriptor: str, loaded: str = "") -> None:
         while True:
             _, ends, _, _ = socket.recv_fds(messages, 1, 3)
             if not ends:
-                for keeper in keepers:  # if the first process of a namespace ends, so do they
+                for keeper in keepers:  # they would end with this first process of the namespace
                     with suppress(ChildProcessError):
                         os.waitpid(keeper, 0)
                 return
@@ -123,7 +123,7 @@ def _become_child(stdin: int, stdout: int, status: int) -> None:
 
 
 def _kill_at_end(stdin: int) -> None:
-    """Kill what this process started once nobody can write to a pipe; what is written is left to the child."""
+    """Wait until no one can write to a pipe, whose bytes the child reads, then kill all that this process started."""
     poll = select.poll()
     poll.register(stdin, 0)  # the end of a pipe is always reported
     poll.poll()
@@ -155,8 +155,8 @@ def _answer() -> None:
 class _Sandbox(SandboxedEnvironment):
     """Jinja's sandbox, in which only plain data and Jinja's own objects have attributes and methods.
 
-    A document may hold other objects, such as a picture, whose methods write files. A template is compiled once, and
-    not for each document as lm-eval would have it.
+    A document may hold other objects, such as a picture, whose methods write files. A template is compiled only once;
+    lm-eval alone would compile it for each document.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -186,8 +186,8 @@ def sandbox_templates() -> None:
 def refuse_functions() -> None:
     """Let lm-eval load no function of a task file, except those of the tasks that are installed with it.
 
-    The recipe's task files were checked before. This holds if one has changed since. A file that says meanwhile that
-    it runs what the model writes is refused by lm-eval, as it gets no `confirm_run_unsafe_code`.
+    The recipe's task files were checked before, but one may have changed since. If that one now runs what the model
+    writes (`unsafe_code`), lm-eval itself refuses it, since it gets no `confirm_run_unsafe_code`.
     """
     from lm_eval import tasks
 
@@ -229,7 +229,7 @@ def evaluate(
         limit: documents per task, within that half.
         look: how many of these are scored, drawn at random; None: all.
         answers: the file of `KeptAnswers`; None: nothing is kept.
-        to_serve: whether the model may be served: then it is asked what its server can be asked too.
+        to_serve: whether the model may be served: then some requests are kept with its answers, to check its server by.
         options: further arguments of `simple_evaluate`.
 
     Returns:
@@ -284,7 +284,7 @@ def evaluate(
 def _part(
     tasks: dict[str, Any], documents: str, limit: int | float | None, seed: str, look: int | None
 ) -> tuple[dict[str, list[int]], dict[str, int]]:
-    """The documents that are scored of each task, in the order in which they are drawn; and how many there are."""
+    """Task -> indices of the documents to score, as they are drawn; and task -> how many there are without a look."""
     drawn, pools = dict[str, list[int]](), dict[str, int]()
     for name, task in tasks.items():
         hashes = [_hash(doc) for doc in task.eval_docs]
@@ -300,7 +300,7 @@ def _as_drawn(rows: list[Any], indices: list[int]) -> list[Any]:
 
 
 def _load(manager: Any, tasks: list[str]) -> Any:
-    """The tasks with their data, of which those of the Hub are asked for as patiently as models are."""
+    """Load the tasks with their data, whose download from the Hub is retried and resumed as that of a model is."""
     resume_downloads()
     try:
         return repeated("the data of the tasks", lambda: manager.load(tasks))
@@ -341,7 +341,7 @@ def _pool(name: str, hashes: list[str], documents: str, limit: int | float | Non
 
 
 def _drawn(hashes: list[str], indices: list[int], seed: str, count: int) -> list[int]:
-    """The first of the indices in the order that a seed draws: by the documents' hashes, hashed again with it."""
+    """The first `count` indices, in the order of the documents' hashes, hashed again together with a seed."""
     places = {i: (hashlib.sha256(f"{seed} {hashes[i]}".encode()).hexdigest(), i) for i in indices}
     return sorted(indices, key=places.__getitem__)[:count]
 
@@ -355,7 +355,7 @@ def _hash(doc: Any) -> str:
 
 
 def _samples(name: str, rows: list[dict[str, Any]], task: Any) -> tuple[str, list[str], list[dict[str, Any]]]:
-    """Name, document hashes, and for each metric and filter one value per document (None if it has none) of a task."""
+    """A task's name, its documents' hashes, and one value (or None) per document for each metric and filter."""
     by_filter: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:  # one row per document and filter
         by_filter.setdefault(row["filter"], {})[row["doc_id"]] = row

@@ -1,10 +1,10 @@
-"""What a model has answered, in a file, batch by batch: an evaluation that was killed goes on where it was.
+"""Keep a model's answers in a file, batch by batch, so that an evaluation that was killed continues where it stopped.
 
-lm-eval's own cache of answers is not used. It is a database of pickles; it knows nothing of batches, so that those of a
-run that goes on are cut in other places, and its numbers differ in the last digit; and it has rolling log-likelihoods
-only when all are done. Here each line is one batch, as JSON with a checksum. A batch is in the file whole or not at
-all, so what is left is cut into the same batches as without the kill, and the scores are the same bytes. With
-`batch_size: auto` lm-eval chooses the batches itself, by the memory that is free.
+lm-eval's own cache of answers is not used. It is a database of pickles. It does not know the batches, so a run that
+continues has other batches, and its numbers differ in the last digit. It has rolling log-likelihoods only when all are
+done. Here each line is one batch, as JSON with a checksum. A batch is in the file whole or not at all, so the remaining
+requests are cut into the same batches as without the kill, and the scores are the same bytes. With `batch_size: auto`
+lm-eval chooses the batches itself, by the memory that is free.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ class KeptAnswers:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read what earlier processes have kept, without damaged lines: a killed process may leave the last one so.
+        """Read the answers that earlier processes have kept, without damaged lines: a kill may cut the last one short.
 
         Args:
             path: of the file, in a folder that exists. It belongs to one model, task, number format and batch size.
         """
         self._path = path
         self._kept: dict[str, deque[Any]] = defaultdict(deque)
-        self._batch = list[tuple[str, Any]]()  # of the batch that is being computed
-        self._asked: str | None = None  # method and generation settings of the call that goes on
+        self._batch = list[tuple[str, Any]]()  # (key, answer) of the batch that is being computed
+        self._asked: str | None = None  # method and generation settings of the current call
         data = path.read_bytes() if path.exists() else b""
         if data and not data.endswith(b"\n"):
             self._write(b"\n")
@@ -48,7 +48,7 @@ class KeptAnswers:
 
     @contextmanager
     def of(self, lm: Any) -> Iterator[None]:
-        """A context in which lm-eval's model takes answers from the file if it has them, else asks and writes them."""
+        """A context in which lm-eval's model takes answers from the file, or computes and writes them."""
         hook = lm.cache_hook
         with ExitStack() as replaced:
             lm.set_cache_hook(self)
@@ -71,12 +71,12 @@ class KeptAnswers:
         return found
 
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
-        """Take one answer, as lm-eval's `CacheHook` does."""
+        """Add one answer to the current batch: lm-eval calls this as it calls its own `CacheHook`."""
         if self._asked is not None and attr != "loglikelihood_rolling" and res is not None:
             self._batch.append((self._key(self._asked, _asked_of(attr, req)), res))
 
     def _answering(self, name: str, method: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-        """`loglikelihood` or `generate_until` of a model, which asks the model only for what is not kept."""
+        """Wrap a model's `loglikelihood` or `generate_until`, so that it computes only answers that are not kept."""
 
         def answer(requests: Sequence[Any], **options: Any) -> list[Any]:
             groups = defaultdict[str, list[int]](list)
@@ -107,7 +107,7 @@ class KeptAnswers:
         return answer
 
     def _rolling(self, lm: Any, method: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-        """`loglikelihood_rolling` of a model, which cuts texts into windows: each batch of windows is kept."""
+        """Wrap a model's `loglikelihood_rolling`, which cuts texts into windows, to keep each batch of windows."""
         name, compute = private_names.LM_EVAL_TOKENS.name.rpartition(".")[2], private_names.LM_EVAL_TOKENS.of(lm)
 
         def windows(requests: Sequence[Any], *arguments: Any, **options: Any) -> list[Any]:
@@ -140,7 +140,7 @@ class KeptAnswers:
                 ask = lm.amodel_call
 
                 async def ask_and_flush(*arguments: Any, **options: Any) -> Any:
-                    found = await ask(*arguments, **options)  # nothing waits between the answers of a batch
+                    found = await ask(*arguments, **options)  # it adds all answers of a batch without a pause
                     self._flush()
                     return found
 
@@ -170,13 +170,13 @@ class KeptAnswers:
 
 
 def _asked_of(name: str, args: Iterable[Any]) -> list[Any]:
-    """What distinguishes requests of one method with the same settings."""
+    """The arguments that distinguish requests of one method with the same settings."""
     return list(args)[: 1 if name == "generate_until" else 2]
 
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """A context in which an object has this attribute in place of its class's."""
+    """A context in which an attribute of an object, its own or its class's, has this value."""
     own = vars(owner).get(name)
     setattr(owner, name, value)
     try:

@@ -1,4 +1,4 @@
-"""Requests and answers of a model for a few documents, in full, so that a server of it can be asked the same."""
+"""Keep a model's requests and answers for a few documents in full, so that its server can be asked the same."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def requests_of(
     Args:
         rows: task -> lm-eval's sample of each document and filter.
         tasks: task -> lm-eval's task.
-        chats: prompt -> the messages that the chat template made it of.
+        chats: prompt -> the messages from which the chat template made it.
 
     Returns:
         `document`, its hash; `prompt`, and `messages` where a chat template was applied; the greedy `answer` with the
@@ -56,7 +56,7 @@ def _can_be_kept(request: Mapping[str, Any]) -> bool:
 
 
 def _choices(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """All continuations of the first prompt, of a multiple choice or of a single likelihood."""
+    """The request with all continuations of a document's first prompt: several choices, or a single likelihood."""
     pairs = [(argument, response) for argument, response in zip(row["arguments"], row["resps"], strict=False)]
     prompt = pairs[0][0][0]
     alike = [(argument[1], response[0][0]) for argument, response in pairs if argument[0] == prompt]
@@ -66,7 +66,7 @@ def _choices(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _written(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A greedy answer; nothing of one that was drawn at random."""
+    """The request with a document's greedy answer; none if the answer was drawn at random."""
     prompt, settings = row["arguments"][0][:2]
     if prompt and not settings.get("do_sample") and not settings.get("temperature"):
         until, answer = settings.get("until") or [], next(texts_in(row["resps"]), "")

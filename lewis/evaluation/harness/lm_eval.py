@@ -1,4 +1,4 @@
-"""Ask lm-eval for the scores of a model: which tasks, with which options, in a child process."""
+"""Have lm-eval score a model in a child process: on which tasks, and with which options."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from lewis.store import digest, file_sha256
 logger = logging.getLogger(__name__)
 
 SEMANTICS = 3  # raise it when the same model and tasks would get different scores
-CHAT_SEMANTICS = 2  # raise it when they would where a chat template is applied
-BOOTSTRAPS = 100  # for the standard error of metrics that have no formula for it
+CHAT_SEMANTICS = 2  # raise it when they would only with a chat template
+BOOTSTRAPS = 100  # resamples for the standard error of metrics that have no formula for it
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,8 @@ class EvalSettings:
         model_args: further arguments of the backend, which `lewis.recipe.model_args` has checked.
         gpus: how many GPUs one evaluation takes.
         seed: of `by_release`: the digest of the merge.
-        look: how many of these documents are scored, drawn at random; None: all. A larger look has those of a smaller
-            one.
-        among: the tasks of the recipe, if these are some of them: their files are looked up as if all were asked for.
+        look: how many of these documents are scored, drawn at random; None: all. A larger look contains a smaller one.
+        among: all tasks of the recipe, if `tasks` are some of them: their files are looked up as if all were asked for.
     """
 
     tasks: tuple[str, ...]
@@ -75,13 +74,13 @@ class EvalSettings:
 
     @property
     def whole(self) -> "EvalSettings":
-        """The settings of all documents that these are a part of: answers to any of them are kept together."""
+        """The settings for all documents that these may be a part of, under which the answers to any part are kept."""
         if self.documents != "by_release":
             return replace(self, look=None)
         return replace(self, look=None, documents="all", limit=None, seed="")
 
     def found(self) -> FoundTasks:
-        """Where the tasks are defined.
+        """Find the files that define the tasks.
 
         Raises:
             InputError: as `find_tasks`.
@@ -156,10 +155,10 @@ def evaluate(
         settings: what to score, and how.
         adapter: folder of a LoRA adapter to apply to `model`.
         device: as torch names it; several are separated by commas. The CPU computes in float32, any other device in the
-            checkpoint's dtype. For backends other than `hf` it says which GPUs are theirs.
-        answers: a file in which finished batches are kept, and from which an evaluation of the same model, settings
-            and device goes on; None: nothing is kept.
-        to_serve: whether the model may be served: then it is asked what its server can be asked too.
+            checkpoint's dtype. For backends other than `hf` it says which GPUs they use.
+        answers: a file in which finished batches are kept, so that another evaluation of the same model, settings and
+            device continues from it; None: nothing is kept.
+        to_serve: whether the model may be served: then some requests are kept with its answers, to check its server by.
         progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Raises:
@@ -173,11 +172,11 @@ def evaluate(
     for name, task in found.files.items():
         check_code(name, task, settings.allow_code_execution)
     hub = reads_hub(found, settings.root)
-    code = _brings_code(settings, found)  # keys are kept from it, and other evaluations
+    code = _brings_code(settings, found)  # hidden from it: keys, and evaluations that have them
     if code:
         isolation.check()
     with ExitStack() as held:
-        include = [held.enter_context(process.scratch_folder()) for _ in range(2)]  # a name counts as in the last
+        include = [held.enter_context(process.scratch_folder()) for _ in range(2)]  # of equal names the last counts
         own = [task.path for task in found.files.values()]
         for folder, paths in zip(include, (builtin_tasks.files(found.builtin), own), strict=True):
             for number, path in enumerate(paths):

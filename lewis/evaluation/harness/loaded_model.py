@@ -1,6 +1,6 @@
-"""lm-eval's model in the process that runs it: how it is opened, and what the gate's guards ask of it.
+"""Open lm-eval's model in the process that runs it, and measure on it what the gate's guards check.
 
-The guards look at empty answers, generations that end, and perplexity.
+The guards check empty answers, whether generations end, and perplexity.
 """
 
 import math
@@ -22,7 +22,7 @@ ANSWERS = 64  # reference answers whose perplexity is measured
 
 
 def opened(name: str, arguments: dict[str, Any], batch_size: int | str, device: str | None) -> Any:
-    """lm-eval's model, in the process that runs it.
+    """Open lm-eval's model in this process.
 
     Args:
         name, arguments, device: as in `lewis.evaluation.harness.backends.Asked`.
@@ -38,13 +38,13 @@ def opened(name: str, arguments: dict[str, Any], batch_size: int | str, device: 
         arguments = {**arguments, "max_length": _max_length(arguments["model"])}
     lm: Any = get_model(name).create_from_arg_obj(arguments, {"batch_size": batch_size})
     if lm.tokenizer is not None:  # it splits texts into tokens as `hf` does
-        lm.add_bos_token = arguments.get("add_bos_token")  # None: what the tokenizer does by itself, as for `hf`
+        lm.add_bos_token = arguments.get("add_bos_token")  # None: the tokenizer's own choice, as for `hf`
         lm.tok_encode = _encoder(lm)
     return lm
 
 
 def noted_chats(lm: Any) -> dict[str, list[dict[str, str]]]:
-    """Record what the chat template does from now on: a mapping, which grows, of each prompt to its messages."""
+    """Record each later use of the chat template: return a mapping, which grows, of prompts to their messages."""
     found, apply = dict[str, list[dict[str, str]]](), getattr(lm, "apply_chat_template", None)
     if apply is None:
         return found
@@ -92,8 +92,8 @@ def _keep_rows(adapter: str | None) -> Iterator[None]:
     """A context in which embeddings are resized only as far as the adapter needs.
 
     lm-eval resizes the base's embeddings to the number of tokens, for adapters with tokens of their own. Many bases
-    have more rows than tokens. An adapter that saves all of them would then not load, and one that does not would be
-    scored on fewer tokens than its base.
+    have more rows than tokens. An adapter that saves all rows would then not load, and one that saves none would be
+    scored with fewer tokens than its base.
     """
     if adapter is None:
         yield
@@ -122,15 +122,15 @@ def _rows(adapter: Path) -> int | None:
 def ends(
     lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any], kept: KeptAnswers | None = None
 ) -> dict[str, Any]:
-    """The fields of `lewis.evaluation.statistics.scores.Ends`.
+    """Measure the fields of `lewis.evaluation.statistics.scores.Ends`.
 
     Args:
         lm: lm-eval's model.
         rows: task -> lm-eval's sample of each document and filter.
         tasks: task -> lm-eval's task.
-        kept: in which the generations are kept.
+        kept: the answers in which the outcome of the generations is kept; None: it is not kept.
     """
-    if getattr(lm, "batch_size_per_gpu", None) == "auto":  # else it searches again, for these few requests
+    if getattr(lm, "batch_size_per_gpu", None) == "auto":  # else it searches for a size again, for these few requests
         lm.batch_size_per_gpu = PROMPTS
     of_task = {name: of_first_filter(each) for name, each in rows.items()}
     pairs = ([(tasks[name], row) for row in each] for name, each in of_task.items())
@@ -153,8 +153,8 @@ def ends(
 def _ended(lm: Any, prompts: list[str]) -> list[bool]:
     """Whether a greedy generation from each prompt reaches an end token; a chat template is applied if there is one.
 
-    Where only the text is known, it came to its end if it is shorter than it may be. Nothing is tried where there is no
-    tokenizer to measure the text, as in chats with a server.
+    Where only its text is known, a generation has ended if it has fewer tokens than it may have. Nothing is generated
+    without a tokenizer to count them, as in chats with a server.
     """
     tokenizer = getattr(lm, "tokenizer", None)
     if not prompts or tokenizer is None:
@@ -184,7 +184,7 @@ def _ended(lm: Any, prompts: list[str]) -> list[bool]:
 
 
 def continued(lm: Any, prompts: Sequence[str], tokens: int) -> list[str]:
-    """The greedy continuation of each prompt by lm-eval's model, of at most so many tokens."""
+    """The greedy continuation of each prompt by lm-eval's model, of at most `tokens` tokens."""
     from lm_eval.api.instance import Instance
 
     settings = {"until": [], "max_gen_toks": tokens, "do_sample": False}
@@ -207,7 +207,7 @@ def _answers(rows: list[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[str, str]
 
 
 def _perplexity(lm: Any, answers: list[tuple[str, str]]) -> float | None:
-    """Perplexity per token over reference answers; None if there are none."""
+    """Perplexity per token over reference answers; None without such answers or without a tokenizer."""
     from lm_eval.api.instance import Instance
 
     if lm.tokenizer is None:  # a chat with a server, which has no likelihoods

@@ -1,4 +1,4 @@
-"""A model as a folder that transformers loads: lm-eval takes one adapter at most, and no quantised model anywhere."""
+"""Provide a model as a folder that lm-eval can load on any machine: with at most one adapter, and not quantised."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _SHARD = 5 * 10**9  # bytes
 
 @contextmanager
 def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, Path | None]]:
-    """The folder of a full model, and that of an adapter on it: the model's own, unless transformers cannot load it so.
+    """The folder of a full model, and the folder of an adapter on it or None.
 
-    With several adapters, with one that saves an embedding whole which is tied to the head, where PEFT and transformers
-    do not agree, and for a quantised model, which transformers may need other packages or a GPU for, a full model is
-    written to the store for as long as the context lasts: computed weights in fp32, those of a quantised model in the
-    dtype that it had before.
+    They are the model's own folders, unless transformers may not load these: if there are several adapters, if an
+    adapter saves an embedding whole that is tied to the head (PEFT and transformers do not agree on it), or if the
+    model is quantised (which may need other packages or a GPU). Then a full model is written to the store for as long
+    as the context lasts: computed weights in fp32, or in their dtype before quantisation if there is no adapter.
 
     Args:
         files: of the model.
-        whole: write a full model also for one adapter: servers take only some of them, of some ranks.
+        whole: write a full model also for one adapter: servers take only some adapters, of some ranks.
 
     Raises:
-        InputError: if there is no space for it.
+        InputError: if there is no space for the full model.
     """
     quantised = is_quantised(files.folder)
     if not (files.under or quantised or (files.adapter and (whole or _saves_tied(files.folder, files.adapter)))):

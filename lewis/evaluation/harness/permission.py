@@ -49,7 +49,7 @@ def runs_code(task: TaskFile) -> bool:
 
 
 def _code(task: TaskFile) -> Iterator[str]:
-    """The code that a task file runs, each as words that follow "runs" in an error message."""
+    """Describe each piece of code that a task file runs, in words that follow "runs" in an error message."""
     for function in task.functions:
         yield f"code of its own (!function {function})"
     for block in blocks(task.config):

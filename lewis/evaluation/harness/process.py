@@ -5,8 +5,8 @@ than many evaluations. CUDA does not work after a fork, so a child that uses a G
 imported nothing. A child has a session of its own, in which a second process, its keeper, waits for it and reports how
 it ended.
 
-The children of one server are in the same namespaces, so that they see each other. Those that run code of a recipe or a
-model, which get no secrets, have a server that no others have.
+The children of one server are in the same namespaces, so that they see each other. Children that run code of a recipe
+or a model, which get no secrets, are forked by a server of their own.
 
 The request is one line of JSON on the child's standard input, which stays open: when the parent dies, even by SIGKILL,
 the keeper sees the end of that input and kills the child and all processes that it started. The result is a file that
@@ -60,19 +60,19 @@ def run(
     shown: Sequence[Path] = (),
     progress: Report = silent,
 ) -> dict[str, Any]:
-    """Run lm-eval in a process of its own session.
+    """Run lm-eval in a child process with a session of its own.
 
     Args:
         request: keyword arguments of `child.evaluate`.
         cwd: working folder of the child; relative paths of data files start here.
         network: whether the child has the network of this machine.
-        hub: whether it gets the way to the Hub, proxies included.
+        hub: whether it gets the variables to reach the Hub, proxies included.
         token: whether it gets the Hub's token. It gets no other secret of this process's environment.
         code: whether it runs code that a recipe or a model brings, which must see no child that has a secret.
         timeout_s: seconds until the process and all processes that it started are killed.
         environment: further variables of the child.
-        shown: what the child needs in addition to `cwd`, the Python that runs and the folders that variables name, if
-            it is in a folder for temporary files.
+        shown: files and folders among the temporary files that the child needs in addition to `cwd`, to this Python,
+            and to the folders that its variables name.
         progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Returns:
@@ -110,7 +110,7 @@ def scratch_folder() -> Iterator[Path]:
 
 @functools.cache
 def _seen(process: int) -> Path:
-    """The only folder among the temporary files of this process that its children see; it is removed at the end."""
+    """The only folder among the temporary files of this process that its children see; it is removed at exit."""
     held = ExitStack()
     folder = held.enter_context(store.scratch_folder("eval"))
 
@@ -177,7 +177,7 @@ def _ending(code: int | None, tail: str) -> str:
 
 
 class Child:
-    """A process that answers one request.
+    """A child of a fork server, which answers one request.
 
     Attributes:
         stdout: file descriptor of its output.
@@ -211,15 +211,15 @@ class Child:
         return self.returncode
 
     def end(self) -> None:
-        """Kill it and all processes that it started, and close its pipes."""
-        os.close(self._stdin)  # the process that keeps them sees this, and kills them
+        """Kill the child and all processes that it started, and close its pipes."""
+        os.close(self._stdin)  # the keeper sees this, and kills them
         while not self._over and self._reads_within(_PATIENCE):
             pass
         os.close(self.stdout)
         os.close(self._status)
 
     def _reads_within(self, seconds: float) -> bool:
-        """Read what the keeper writes; returns whether something came, or its end."""
+        """Read what the keeper writes; return whether bytes or the end of the pipe came in time."""
         if not select.select([self._status], [], [], seconds)[0]:
             return False
         data = os.read(self._status, 64)

@@ -1,8 +1,8 @@
 """A server that answers for one model with the protocol of OpenAI: started here, or one that runs already.
 
 `LEWIS_EVALUATION_SERVER` is a setting of the worker and not of the recipe, since it says what is run on that machine:
-a command with `{model}` and `{port}` in it, and maybe `{gpus}`, or the URL of a server. What is started ends with this
-process, also if that is killed.
+a command with `{model}` and `{port}` in it, and maybe `{gpus}`, or the URL of a server. A server that is started here
+ends with this process, also if that is killed.
 """
 
 import json
@@ -33,12 +33,12 @@ _EXAMPLE = "`vllm serve {model} --host 127.0.0.1 --port {port}`"
 
 @dataclass(frozen=True)
 class Served:
-    """A server that has the model.
+    """A running server that has the model.
 
     Attributes:
         url: of its API, without a slash at the end, such as http://127.0.0.1:8000/v1.
-        environment: what its clients need.
-        problem: what to add to the message of an evaluation that failed: that the server has ended, and how.
+        environment: variables that its clients need.
+        problem: gives words for the message of a failed evaluation, if the server has ended: that, and how.
     """
 
     url: str
@@ -47,7 +47,7 @@ class Served:
 
 
 def setting() -> str:
-    """The command or URL of this machine; empty if there is none."""
+    """The worker's setting, a command or a URL; empty if it is not set."""
     return settings.EVALUATION_SERVER.get()
 
 
@@ -57,15 +57,15 @@ def is_url() -> bool:
 
 
 def key() -> dict[str, str]:
-    """The environment with the key of the server, if there is one."""
+    """The variable with the API key of the server; empty if it is not set."""
     return {name: os.environ[name] for name in ("OPENAI_API_KEY",) if os.environ.get(name)}
 
 
 def check() -> None:
-    """Check the setting.
+    """Check that the setting is a URL, or a command whose program this machine has.
 
     Raises:
-        InputError: saying what it must be.
+        InputError: saying what the setting must be.
     """
     if not is_url():
         _command("", 0, 1)
@@ -75,7 +75,7 @@ def check() -> None:
 def serving(
     model: str, environment: Mapping[str, str], patience_s: float = PATIENCE, tick: Callable[[], None] = lambda: None
 ) -> Iterator[Served]:
-    """A server that has this model, for as long as the context lasts.
+    """Start a server of this model, or find the one that runs, for as long as the context lasts.
 
     Args:
         model: folder of the checkpoint, which is also the name that it must be served under.
@@ -84,8 +84,8 @@ def serving(
         tick: called now and then while it loads; what it raises ends the wait.
 
     Raises:
-        InputError: if the setting is wrong, or the server has not this model.
-        LewisError: if it ends or does not answer in time.
+        InputError: if the setting is wrong, or the server does not have this model.
+        LewisError: if the server ends or does not answer in time.
     """
     if is_url():
         url = setting().rstrip("/")
@@ -135,7 +135,7 @@ def _command(model: str, port: int, gpus: int) -> list[str]:
 def _wait(
     process: subprocess.Popen[bytes], output: IO[bytes], url: str, patience_s: float, tick: Callable[[], None]
 ) -> list[str]:
-    """Wait until a server answers; the names of its models."""
+    """Wait until a server answers, and return the names of its models."""
     deadline = time.monotonic() + patience_s
     while True:
         with suppress(OSError, LewisError):  # it still loads

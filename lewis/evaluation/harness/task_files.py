@@ -28,8 +28,8 @@ class TaskFile:
     Attributes:
         name: the value of its key `group` or `task`.
         config: its content, merged with the files that it includes; a `!function` tag is kept as text.
-        sources: the YAML file, the files that it includes, the Python files that its functions are in, next to it or
-            in an installed package, and those next to them that they import.
+        sources: the YAML file, the files that it includes, the Python files that define its functions, next to it or
+            in an installed package, and the files that these import from their own folder.
         functions: the values of its `!function` tags, as `module.function`.
     """
 
@@ -202,7 +202,7 @@ def _read_yaml(path: Path, sources: list[Path], functions: list[str]) -> dict[st
 
 
 def _installed(module: str) -> list[Path] | None:
-    """The Python file of an installed module, which is not imported; empty without one; None if there is no module."""
+    """The Python files of an installed module, found without importing it; empty if none; None without its package."""
     first, *inner = module.split(".")
     if not first or (spec := importlib.util.find_spec(first)) is None:
         return None
@@ -253,7 +253,7 @@ def blocks(config: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _texts(value: Any) -> list[str]:
-    """The strings of `data_files`: one, a list of them, or a mapping from splits."""
+    """The strings in a value such as `data_files`: a string, a list of strings, or a mapping of splits to either."""
     if isinstance(value, Mapping):
         return [text for item in value.values() for text in _texts(item)]
     return [value] if isinstance(value, str) else [str(item) for item in value or ()]

@@ -1,4 +1,4 @@
-"""The names of the scores that task files give, so that a wrong one is found before any work; and their datasets."""
+"""Find which scores tasks give, so that a wrong name is reported before any work; and the tasks' datasets."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,7 +56,7 @@ def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, search
 
 
 def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
-    """What each task will give; None if a group defines or changes its members, so that their files do not say."""
+    """The scores that each task will give; None if a group defines or changes members, so that files do not show it."""
     found = find_tasks(tasks, root)
     scores: dict[str, Sequence[str] | None] = {}
     pending = list(found.names)
@@ -73,7 +73,7 @@ def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
 
 
 def config_and_members(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
-    """As `builtin_task`, and for the recipe's own tasks, too."""
+    """The config of a task or group of the recipe or of lm-eval, and the members of a group or tag; None for a task."""
     if name not in found.files:
         return builtin_task(name)
     config = found.files[name].config
@@ -103,7 +103,7 @@ def _of_group(config: Mapping[str, Any]) -> list[str] | None:
 
 
 def _names(listed: Any, key: str) -> list[str] | None:
-    """What a list of mappings has under `key`; None if it is no such list, or a metric comes from another package."""
+    """The value of `key` in each mapping of a list; None if an item has none, or is a metric of another package."""
     items = listed if isinstance(listed, list) else [listed]
     names = [each.get(key) if isinstance(each, Mapping) and not each.get("hf_evaluate") else None for each in items]
     found = [name for name in names if isinstance(name, str)]
@@ -132,9 +132,9 @@ def hub_results(
 ) -> str:
     """YAML of one score for each task whose documents are a dataset of the Hub; empty if there is none.
 
-    It is the gate's score, if that is the task's, else the task's first. Scores of a part of the documents are left
-    out, since the Hub would compare them with those of all. The Hub's name of a task within its dataset is taken to be
-    lm-eval's.
+    The score is the gate's metric if that is of this task, else the task's first. Scores of a part of the documents are
+    left out, since the Hub would compare them with scores of all. The Hub's name of a task within its dataset is taken
+    to be lm-eval's.
 
     Args:
         evaluate: the recipe's block; None: nothing was scored.
@@ -142,7 +142,7 @@ def hub_results(
         metric: the gate's, as `task/metric,filter`; None: there is no gate.
         scores: of the merged model.
         revisions: task -> commit of its dataset, where that is known.
-        page: with the scores, for readers of the Hub; empty if there is none.
+        page: URL of a page with the scores, for readers of the Hub; empty if there is none.
         part: of which part of the documents the scores are, if the evaluation ended early.
         shots: task -> how many examples its prompts had: a task may fix another number than the recipe's.
     """

@@ -1,13 +1,13 @@
 """Run generated programs where they can do no harm: without network, without the host's files, within limits.
 
-The sandbox is made of Linux namespaces by util-linux (`unshare`, `setpriv`), which every Debian and Ubuntu has, and of
-a filter of system calls. A program runs as a user without rights. It sees only the Python that runs LEWIS, without
-installed packages, and a working folder in memory. All processes that it started end with it.
+The sandbox consists of Linux namespaces, which util-linux makes (`unshare`, `setpriv`; every Debian and Ubuntu has it),
+and of a filter of system calls. A program runs as a user without rights. It sees only the Python that runs LEWIS,
+without installed packages, and a working folder in memory. All processes that it started end with it.
 
 The tests run in a second sandbox, which the program cannot reach. They call the program through a socket, and it
 answers with plain data. So a program passes only with right answers: it sees the arguments of a call, but neither the
-tests nor the verdict. It can still give answers that it was made to remember. A helper that the tests call and the
-program defines is believed too.
+tests nor the verdict. It can still return memorised answers, and a helper function that the tests call and the program
+defines is trusted too.
 """
 
 import base64
@@ -31,10 +31,10 @@ from lewis.evaluation.sandbox.system_calls import KEYCTL, seccomp_filter
 from lewis.store import scratch_folder
 
 PROCESSES, MEMORY = 4, 1 << 30
-"""How many processes and threads a program may have, and how many bytes all of them together."""
+"""The most processes and threads that a program may have, and the most bytes of memory of all of them together."""
 
-# Each process has an equal share of the memory: no limit of Linux counts several, but those of control groups, which
-# an ordinary user cannot set everywhere.
+# Each process gets an equal share of the memory: only control groups limit several processes together, and an ordinary
+# user cannot set these everywhere.
 LIMITS = {
     "RLIMIT_AS": MEMORY // PROCESSES,
     "RLIMIT_FSIZE": 8 << 20,
@@ -77,14 +77,14 @@ class Outcome:
 def run(program: str, tests: str = "", *, timeout_s: float = 10) -> Outcome:
     """Run a Python program in the sandbox, and its tests in another.
 
-    The tests are Python too. They use the program's top-level names as if they stood at its end, but what crosses over
-    is copied: plain data (numbers, texts, bytes, containers, `collections`, decimals, fractions, dates) as they are.
-    Other objects, such as functions and instances of the program's classes, can be called, iterated and asked for
-    attributes, but not compared. The tests cannot hand over functions or classes of their own.
+    The tests are Python too. They use the program's top-level names as if they stood at its end, but plain data
+    (numbers, texts, bytes, containers, `collections`, decimals, fractions, dates) that pass between the two are copied.
+    Other objects, such as functions and instances of the program's classes, stay with the program. The tests can call
+    and iterate them and ask for attributes, but not compare them. They cannot pass functions or classes of their own.
 
     Args:
         program: source code. A program whose last line was not reached fails, also after an early `exit()`.
-        tests: source code. They pass if nothing was raised. Without tests a program passes if it says it has loaded.
+        tests: source code. They pass if they raise nothing. Without tests a program passes if it has loaded.
         timeout_s: wall-clock and CPU seconds, after which all processes are killed.
 
     Raises:
@@ -126,7 +126,7 @@ def check() -> None:
 
 @contextmanager
 def _started(role: dict[str, str], end: socket.socket, timeout_s: float, out: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a sandbox of its own; at the end it is killed with all that it started."""
+    """Start a process in a sandbox of its own; at the end of the block, kill it and all processes that it started."""
     as_user = os.geteuid() != 0
     limits = {**LIMITS, "RLIMIT_CPU": int(timeout_s) + 1}
     limits["RLIMIT_NPROC"] = PROCESSES + 2 * as_user  # an ordinary user's `unshare` and `sh` are counted with them

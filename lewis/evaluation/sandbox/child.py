@@ -1,9 +1,9 @@
 """What runs inside the sandbox: in one process a generated program, in another its tests.
 
 `lewis.evaluation.sandbox` hands this file's text to a Python that sees no other file of LEWIS, so it imports only the
-standard library. Each process first gives up the worker's keys, takes its limits, and puts itself under the filter of
+standard library. Each process first leaves the worker's keyring, sets its limits, and puts itself under the filter of
 system calls. The two are connected by a socket. The program's process loads the program and then does what the tests'
-process asks: call a function, give the value of a name. The answers are pickles of plain data, which the tests'
+process asks: call a function, or return the value of a name. The answers are pickles of plain data, which the tests'
 process compares by itself. So a program can choose its answers, as it should, but not the verdict.
 """
 
@@ -50,11 +50,11 @@ class _Program:
 
     def __init__(self, source: str) -> None:
         self.names: dict[str, Any] = {"__name__": "__main__"}
-        self._objects: list[Any] = []  # by number; what is no plain data stays here
+        self._objects: list[Any] = []  # by number: those that are not plain data, which stay here
         exec(compile(source, "program.py", "exec"), self.names)
 
     def answer(self, request: bytes) -> bytes:
-        """Do what a request says; the answer is the value, or which error was raised."""
+        """Carry out a pickled request; return, pickled too, its value, or the kind and message of its error."""
         try:
             operation, arguments, named = self._read(request)
             if operation == "name":
@@ -160,18 +160,18 @@ _END = object()  # an iterator of the program has no more values
 
 
 class _Tests:
-    """The tests' process: asks for what the tests do with the program, and judges it."""
+    """The tests in their process: passes what they do with the program's objects on to the program's process."""
 
     def __init__(self, exchange: Callable[[bytes], bytes]) -> None:
         self._exchange = exchange
 
     def run(self, tests: str, names: list[str]) -> None:
-        """Run the tests; the error of the first that fails is raised."""
+        """Run the tests; raise the error of the first one that fails."""
         code = compile(tests, "tests.py", "exec")
         exec(code, {"__name__": "__main__", **{name: self._value(name) for name in _needed(code, names)}})
 
     def ask(self, operation: str, /, *arguments: Any, **named: Any) -> Any:
-        """Send a request to the program's process; returns its answer.
+        """Send a request to the program's process; return the value that it answers.
 
         Raises:
             Exception: of the kind that the program raised, if that is a built-in one, else RuntimeError.
@@ -223,7 +223,7 @@ def _needed(code: types.CodeType, names: list[str]) -> set[str]:
 
 
 def _exception(name: str) -> type[Exception]:
-    """A built-in exception that takes a text. The end of an iteration would let a loop of the tests end early."""
+    """The built-in exception of this name if it takes a single text and would not end a loop, else RuntimeError."""
     kind = getattr(builtins, name, None)
     usable = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
     return kind if usable and kind not in (StopIteration, StopAsyncIteration) else RuntimeError  # type: ignore
@@ -234,7 +234,7 @@ def _message(error: BaseException) -> str:
 
 
 class _Line:
-    """Messages between the two processes."""
+    """The connection between the two processes. A message is its length, an unsigned 32-bit integer, and its bytes."""
 
     def __init__(self, socket: int) -> None:
         self._reader, self._writer = os.fdopen(socket, "rb"), os.fdopen(os.dup(socket), "wb")
@@ -273,7 +273,7 @@ def serve(source: str, line: _Line) -> None:
 
 
 def judge(tests: str, line: _Line) -> dict[str, Any]:
-    """The tests' process.
+    """Run the tests, in their process, once the program has loaded.
 
     Returns:
         the verdict: `began`, whether the program's process ever answered, and `problem`, None if all tests passed.
@@ -293,14 +293,14 @@ def judge(tests: str, line: _Line) -> dict[str, Any]:
 
 
 def _leave_keys(keyctl: int) -> None:
-    """Join a new session keyring, before anything else: in the worker's, a program could read its keys."""
+    """Join a new session keyring, before anything else: a program could read the keys in the worker's keyring."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.syscall(keyctl, 1, None) < 0 and ctypes.get_errno() != errno.ENOSYS:  # 1: KEYCTL_JOIN_SESSION_KEYRING
         raise OSError(ctypes.get_errno(), "a new session keyring cannot be joined")
 
 
 def _close_in(limits: dict[str, int], instructions: bytes) -> None:
-    """Take the limits and the filter of system calls. Both hold for good, and for all that is started from here."""
+    """Set the limits and the filter of system calls of this process: for good, and for all processes that it starts."""
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, name), (value, value))
 
@@ -315,7 +315,7 @@ def _close_in(limits: dict[str, int], instructions: bytes) -> None:
 
 
 def main() -> None:
-    """Read the request on standard input and play its role; the verdict goes to standard output."""
+    """Serve the program of the request on standard input, or run its tests and write the verdict to standard output."""
     request = json.load(sys.stdin)
     _leave_keys(request["keyctl"])
     verdict, null = os.dup(1), os.open("/dev/null", os.O_RDWR)

@@ -1,10 +1,10 @@
-"""Keep secrets from a process that evaluates: variables without them, and Linux namespaces where the machine allows it.
+"""Keep secrets from an evaluation's process, by its environment, and by Linux namespaces where the machine allows them.
 
-In its namespaces it sees no other processes, whose environment holds secrets, and not the files in which secrets
-usually are. Of the folders for temporary files it sees only what it needs: Prefect's worker keeps its whole environment
-in a file there while a run lives. No socket of another process is there. If no document is read from another machine,
-it has no network. It cannot undo the mounts, not even as root, as it has given up root's capabilities. Where
-namespaces cannot be made, it runs without them.
+In its namespaces the process sees neither other processes, whose environment holds secrets, nor the files in which
+secrets usually are. Of the folders for temporary files it sees only what it needs: Prefect's worker keeps its whole
+environment in a file there while a run lives. Sockets of other processes are hidden. If no document is read from
+another machine, it has no network. It cannot undo the mounts, not even as root, as it has given up root's capabilities.
+Where namespaces cannot be made, it runs without them.
 """
 
 import functools
@@ -62,8 +62,8 @@ _NAMED = (
 _SOCKETS = ("/run/user", "/run/secrets", "/run/docker.sock", "/run/containerd", "/run/podman")
 _TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
 
-# For each folder of which only a part is shown: the folder, the number of its entries that are shown, and their names.
-# Then "--", the number of places to hide, the places, and the command.
+# Arguments: for each folder of which only a part is shown, the folder, the number of its entries that are shown, and
+# their names. Then "--", the number of places to hide, the places, and the command.
 _SETUP = """
 set -eu
 here=$PWD
@@ -92,24 +92,24 @@ exec "$@"
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The part of a worker's environment for an evaluation: only variables that are known to be harmless."""
+    """The environment of an evaluation: those variables of the worker that are known to be harmless, and `FIXED`."""
     known = {name: value for name, value in environment.items() if name in _NAMES or name.startswith(_PREFIXES)}
     return {name: value for name, value in known.items() if not name.endswith(_SECRET)} | FIXED
 
 
 def way_to_the_hub(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a process needs in addition to read documents from the Hub: its address and the proxies."""
+    """The variables that a process also needs if it reads documents from the Hub: the Hub's address and the proxies."""
     return {name: environment[name] for name in _WAY_TO_THE_HUB if name in environment}
 
 
 def namespaces(secrets: Sequence[Path] = (), *, network: bool, shown: Iterable[Path] = ()) -> tuple[str, ...]:
-    """What to write before a command so that it runs in namespaces; nothing where they cannot be made.
+    """The words before a command that make it run in namespaces; empty where namespaces cannot be made.
 
     Args:
         secrets: more files and folders to hide; those that do not exist are left out.
         network: whether the process needs to reach other machines.
-        shown: files and folders that the process needs. Those in a folder for temporary files stay there, each with all
-            that is in the entry of that folder which leads to it.
+        shown: files and folders that the process needs. Of a folder for temporary files only those entries stay
+            visible, with all that is in them, that are or hold one of these.
     """
     if not _possible():
         return ()
@@ -121,7 +121,7 @@ def namespaces(secrets: Sequence[Path] = (), *, network: bool, shown: Iterable[P
 
 
 def temporary_folders(needed: Iterable[Path]) -> dict[str, tuple[str, ...]]:
-    """The folders for temporary files that there are, outer ones first, with the names of the entries that are needed.
+    """Each existing folder for temporary files, outer ones first -> names of its entries that are or hold needed paths.
 
     Args:
         needed: files and folders; links among them are followed.
@@ -138,10 +138,10 @@ def temporary_folders(needed: Iterable[Path]) -> dict[str, tuple[str, ...]]:
 
 
 def check() -> None:
-    """Check that code of a recipe may run here.
+    """Check that code which a recipe or a model brings may run on this machine.
 
     Raises:
-        InputError: if no namespaces can be made, and the settings say that such code needs them.
+        InputError: if no namespaces can be made, and `settings.CODE_NEEDS_NAMESPACES` is on.
     """
     if settings.CODE_NEEDS_NAMESPACES.get() and not _possible():
         raise InputError(
@@ -178,7 +178,7 @@ def _prefix(places: Sequence[str], temporary: Mapping[str, Sequence[str]], netwo
 
 
 def _sockets() -> Iterator[Path]:
-    """Through a socket, code could have another process do something outside the namespaces."""
+    """The sockets to hide: through one, code could make another process do something outside the namespaces."""
     yield from map(Path, _SOCKETS)
     try:
         lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()

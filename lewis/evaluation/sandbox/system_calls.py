@@ -1,8 +1,8 @@
 """The filter of system calls that a generated program runs under: seccomp-BPF, written as data.
 
-It refuses what reaches out of the sandbox's namespaces and limits: sockets of other families than unix and internet,
-keyrings, memory that no limit of a process counts, namespaces and mounts, other processes' memory, and io_uring, which
-does system calls that no filter sees. Everything else is allowed.
+It refuses calls that reach beyond the sandbox's namespaces and limits: sockets of families other than unix and
+internet, keyrings, memory that no limit of a process counts, namespaces and mounts, other processes' memory, and
+io_uring, which makes system calls that no filter sees. Everything else is allowed.
 """
 
 import errno
@@ -56,14 +56,14 @@ _X32 = 0x40000000  # x86_64 has a second set of numbers from here on
 # Instructions of classic BPF, and what the filter returns.
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCHITECTURE, _FIRST = 0, 4, 16  # where the number, the architecture and the first argument's low half are
+_NUMBER, _ARCHITECTURE, _FIRST = 0, 4, 16  # offsets in bytes; of the first argument: its low half
 
 
 def seccomp_filter(machine: str = "") -> bytes:
     """The filter as an array of `struct sock_filter`, for `prctl(PR_SET_SECCOMP)`.
 
     Args:
-        machine: as `platform.machine()` names it; by default this one.
+        machine: as `platform.machine()` names it; empty: this one.
 
     Raises:
         InputError: if the numbers of this machine's system calls are not known here.

@@ -1,1 +1,1 @@
-"""What scores say: values per document, paired comparisons, what is kept of the experts' gains, what documents show."""
+"""Statistics of scores: values per document, paired comparisons, kept gains of experts, what documents can show."""

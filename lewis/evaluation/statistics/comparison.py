@@ -18,9 +18,9 @@ from lewis.evaluation.statistics.scores import Part, Samples, places_of
 Array = NDArray[np.float64]
 RESAMPLES = 10_000
 LEVEL = 0.95
-CELLS = 4_000_000  # numbers drawn at once: 32 MB
+CELLS = 4_000_000  # numbers drawn in one piece: 32 MB
 ROUNDING = 1e-12
-FEW = 20  # of fewer documents that differ, resamples do not show how much the gain varies
+FEW = 20  # if fewer documents differ, resamples do not show how much the gain varies
 
 
 class PairingError(LewisError):
@@ -62,16 +62,16 @@ class Comparison:
     def p_inferior(self, tolerance: float) -> float:
         """One-sided p of the hypothesis that the candidate is worse by `tolerance` or more.
 
-        Tango's test if every value is 0 or 1, else the share of resamples in which it is so much worse.
+        Tango's test if every value is 0 or 1, else the share of resamples in which the candidate is so much worse.
         """
         if self.binary and 0 < tolerance < 1:
             return tango(self.wins, self.losses, self.documents, tolerance)
         return float((1 + np.count_nonzero(~(self.draws > -tolerance))) / (1 + len(self.draws)))
 
     def p_superior(self, gain: float) -> float:
-        """One-sided p of the hypothesis that the candidate is better by `gain`, which is 0 or more, or by more.
+        """One-sided p of the hypothesis that the candidate is better by at least `gain`, which is 0 or more.
 
-        Exact if every value is 0 or 1 and `gain` is 0, else as `p_inferior`.
+        For a `gain` of 0 it is half of the two-sided `p`, or 1 if the candidate is not worse; else as `p_inferior`.
         """
         if not gain:
             return self.p / 2 if self.delta < 0 else 1.0
@@ -80,7 +80,7 @@ class Comparison:
         return float((1 + np.count_nonzero(~(self.draws < gain))) / (1 + len(self.draws)))
 
     def p_unseen(self, tolerance: float) -> float:
-        """The chance that a model which is worse by `tolerance` shows it on none of these documents.
+        """The chance that a model which is worse by `tolerance` is not worse on any of these documents.
 
         It is for scores from 0 to 1 of two models that differ on few documents: the bootstrap sees only losses that a
         document has. If more documents differ, or all values are 0 or 1, it is 0, and the other tests decide.
@@ -132,7 +132,7 @@ def interval(samples: Samples) -> tuple[float, float]:
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """McNemar's exact two-sided p; only the documents count on which exactly one of the two models is right."""
+    """McNemar's exact two-sided p. Wins and losses are documents on which exactly one of the two models is right."""
     from scipy.special import bdtr  # slow to import, and a merge does not need it
 
     return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
@@ -181,7 +181,7 @@ def _parts(candidate: Samples, reference: Samples, who: str) -> list[tuple[Part,
 
 
 def _together(pairs: Sequence[tuple[Part, Array]]) -> list[list[tuple[Part, Array]]]:
-    """The parts by their documents: two metrics on the same documents vary together."""
+    """Group the parts that have the same documents: metrics on the same documents vary together."""
     found: dict[tuple[str, tuple[str, ...]], list[tuple[Part, Array]]] = {}
     for part, sums in pairs:
         found.setdefault((part.task, part.documents), []).append((part, sums))
@@ -211,7 +211,7 @@ def _own(part: Part, sums: Array) -> Array:
 
 
 def _resampled(together: Sequence[Sequence[tuple[Part, Array]]], statistic: Callable[[Part, Array], Array]) -> Array:
-    """The statistic on resamples of the documents, parts by their documents: fp64, shape (RESAMPLES,).
+    """The statistic on resamples of the documents, drawn once for parts that are `together`: fp64, shape (RESAMPLES,).
 
     The variance of a bootstrap is too small by (n - 1) / n, so small samples would look more certain than they are.
     The distance of each draw from the observed value is therefore scaled by the square root of n / (n - 1).
@@ -258,8 +258,8 @@ def _permutation(together: Sequence[Sequence[tuple[Part, Array]]], observed: flo
     """Two-sided p of a gain when the two models' values are swapped at random on each document.
 
     The test is exact for exchangeable models, such as two copies of one model. If few documents differ, all possible
-    swaps are counted instead of random ones. Where no draw reaches the observed gain, Hoeffding's bound says more. No p
-    is below that of the two swaps, none and all, which always reach it.
+    swaps are counted instead of random ones. If no draw reaches the observed gain, Hoeffding's bound is used where it
+    is smaller, but no p below the share of the two swaps, of no document and of all, that always reach the gain.
     """
     unequal = [np.any([(sums[:, :2] != sums[:, 2:]).any(axis=1) for _, sums in of], axis=0) for of in together]
     number = sum(int(each.sum()) for each in unequal)

@@ -1,11 +1,11 @@
 """When an evaluation may end early: after how many documents the gate looks, and how much error each look may use.
 
 Each look has twice the documents of the one before, drawn at random. A test that is made at every look would be wrong
-more often than one that is made once. So a look has only a part of a test's error, and all parts add up to it: this
-holds for any test, and however much the looks have in common (Bonferroni). Most of the error of a pass is left for the
-last look, which has all documents. So an evaluation that may end early sees nearly as much as one that may not. A bound
-that holds at all times (Waudby-Smith and Ramdas 2023) has no such last look: with the documents for which a gate's
-margin lets nine of ten equal models pass, it lets five pass (`tests/benchmarks/looks.py`).
+more often than a test that is made once. So a look may spend only a part of a test's error, and all parts add up to it:
+this holds for any test, and however much the looks have in common (Bonferroni). Most of the error of a pass is left for
+the last look, which has all documents. So an evaluation that may end early detects nearly as much as one that may not.
+A bound that holds at all times (Waudby-Smith and Ramdas 2023) has no such last look: with the documents for which a
+gate's margin lets nine of ten equal models pass, it lets five pass (`tests/benchmarks/looks.py`).
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Look:
     """The gate's look at a part of the documents, or at all of them.
 
     Attributes:
-        documents: of each task, or all that it has; None: all.
+        documents: how many of each task, or all of a task that has no more; None: all.
         pools: task -> how many documents it has in all.
         passing: share of a test's error that a pass may spend; 0: nothing passes.
         failing: share of the same error that may be spent on calling a model worse that is not.
@@ -36,17 +36,17 @@ class Look:
 
     @property
     def of(self) -> int:
-        """The documents of the largest task."""
+        """The number of documents of the largest task."""
         return max(self.pools.values(), default=0)
 
     @property
     def after(self) -> int | None:
-        """The documents of the next look; None: all."""
+        """The number of documents of each task at the next look; None: all."""
         return next((size for size in sizes(self.of) if self.documents and size > self.documents), None)
 
 
 def sizes(documents: int) -> list[int]:
-    """The numbers of documents of the looks before the last one, which has all: each has at most two thirds of them."""
+    """The sizes of the looks before the last one, which has all documents: each has at most two thirds of them."""
     found, size = list[int](), FIRST
     while 3 * size <= 2 * documents:
         found.append(size)
@@ -55,7 +55,7 @@ def sizes(documents: int) -> list[int]:
 
 
 def look_at(stop: Stop, documents: int | None, pools: Mapping[str, int]) -> Look:
-    """A look of an evaluation.
+    """The look of an evaluation after so many documents, with the error that it may spend.
 
     Args:
         stop: `worse`: it ends early once it is certain that the gate refuses; `known`: also once it is certain that it

@@ -1,6 +1,6 @@
-"""What a number of documents can show: margins, losses and gains that are found, and the error of each release.
+"""What a number of documents can show: margins, detectable losses and gains, and the error of each release.
 
-A score from 0 to 1 is meant, such as the share of right answers. Two releases of one merge are taken to differ on one
+Scores are from 0 to 1, such as the share of right answers. Two releases of one merge are assumed to differ on one
 document in ten (`CHANGED`); a pair that differs on more needs more documents.
 """
 
@@ -9,10 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import NormalDist
 
-ERROR = 0.05  # of a test, one-sided
+ERROR = 0.05  # error rate of a test, one-sided
 EQUAL = 0.9  # how often a default margin lets an equal model pass
-POWER = 0.8  # how often a loss or a gain is seen
-CHANGED = 0.1  # share of the documents on which two releases are taken to differ
+POWER = 0.8  # how often a loss or a gain is detected
+CHANGED = 0.1  # share of the documents on which two releases are assumed to differ
 SMALLEST, LARGEST = 0.01, 0.1  # default margins
 
 _Z = NormalDist().inv_cdf
@@ -28,18 +28,18 @@ def spent(number: int) -> float:
 
 
 def luck(versions: int) -> float:
-    """How much more than one of them the best of so many equal versions scores, in standard errors of a score.
+    """The expected lead, by luck alone, of the best of `versions` equally good ones, in standard errors of a score.
 
-    It is the mean of the largest of so many draws from a normal distribution, by Blom's approximation.
+    It is the mean of the largest of as many draws from a normal distribution, by Blom's approximation.
     """
     return _Z((versions - 0.375) / (versions + 0.25)) if versions > 1 else 0.0
 
 
 def spread(parts: Iterable[tuple[float, int]]) -> float:
-    """The standard error to expect of the difference between two releases.
+    """The expected standard error of the difference between the scores of two releases.
 
     Args:
-        parts: weight in the score, and number of documents, of each task.
+        parts: each task's weight in the score, and its number of documents.
     """
     return math.sqrt(CHANGED * sum(weight**2 / documents for weight, documents in parts))
 
@@ -55,20 +55,20 @@ def sums_by_task(numbers: Iterable[tuple[str, float]]) -> dict[str, float]:
 def margin(spread: float, tests: int = 1) -> float:
     """The default margin: a model that is equal to the champion passes all `tests` of a gate in nine cases of ten.
 
-    In a long row on the same documents it is three of four, for each champion was picked with its luck on them
-    (`tests/benchmarks/releases.py`). The margin is at least `SMALLEST` and at most `LARGEST`: with few documents an
-    equal model passes less often.
+    In a long row of versions on the same documents it passes in three cases of four, since each champion was picked
+    with its luck on them (`tests/benchmarks/releases.py`). The margin is at least `SMALLEST` and at most `LARGEST`:
+    with few documents an equal model passes less often.
     """
     return min(max((_Z(1 - ERROR) + _Z(EQUAL ** (1 / tests))) * spread, SMALLEST), LARGEST)
 
 
 def loss_seen(margin: float, spread: float) -> float:
-    """The loss for which a version is refused in four cases of five."""
+    """The loss at which a version is refused in four cases of five; 0 if an equal version is refused so often."""
     return max(margin - (_Z(1 - ERROR) - _Z(POWER)) * spread, 0.0)
 
 
 def gain_seen(spread: float, number: int = 1, least: float = 0.0) -> float:
-    """The gain that the `number`-th version needs to be found better, and by `least`, in four cases of five.
+    """The gain at which the `number`-th version is found better, and better by `least`, in four cases of five.
 
     The documents that it gains change in addition to `CHANGED`, which widens the spread.
     """

@@ -13,13 +13,13 @@ BASE, BASELINES = "base", ("uniform", "champion")  # labels in tables; no expert
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of one expert's gain on its own task.
+    """How much of one expert's gain on its own task the merged model keeps.
 
     Attributes:
         expert: its label.
         base, best, merged: the scores of the base, this expert and the merged model on the task's primary metric.
-        fraction: of the gain that the merged model keeps, 1 if it is as good as the expert; NaN if it has no such
-            score.
+        fraction: the part of the gain that the merged model keeps, 1 if it is as good as the expert; NaN if it has no
+            such score.
         baselines: the same fraction for `uniform` and `champion`, those of them that were scored on this metric.
     """
 
@@ -40,11 +40,11 @@ def kept_gains(metric: str | None, models: Sequence[Scored]) -> list[Kept]:
 
     on the task's primary metric, whether higher or lower is better. It is 1 if the merged model is as good as the
     expert, above 1 if it is better, and below 0 if it is worse than the base. A task on which no expert beats the base
-    has none. Scores that are not finite count as missing. The primary metric of a task is `metric` if that is one of
+    is left out. Scores that are not finite count as missing. The primary metric of a task is `metric` if that is one of
     its scores, else its first score. A group of tasks stands for its members, and the weighted mean is no task.
 
     Args:
-        metric: `task/metric,filter`, such as the gate's metric; None: there is none.
+        metric: `task/metric,filter`, such as the gate's metric; None: each task's first score is its primary metric.
         models: everything that was scored, the merged model last.
 
     Returns:
@@ -58,7 +58,7 @@ def kept_gains(metric: str | None, models: Sequence[Scored]) -> list[Kept]:
 
 
 def kept_rows(found: Sequence[Kept]) -> list[dict[str, str]]:
-    """The table: one row per task, with scores, and what is kept in percent; `-` where a model has no score."""
+    """The table of kept gains: one row per task, with scores, and kept gains in percent; `-` without a score."""
     labels = dict.fromkeys(label for each in found for label in each.baselines)
     return [
         {

@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 
 def shown(by_label: Mapping[str, _T]) -> dict[str, _T]:
-    """The scored models for tables and files: without those that only the gate needs."""
+    """The models that tables and files show: all but the one that only the gate needs."""
     return {label: each for label, each in by_label.items() if label != _MARK}
 
 
@@ -44,7 +44,7 @@ class Scored:
 
     @classmethod
     def of(cls, label: str, key: str, found: Evaluated, weights: Mapping[str, float] | None = None) -> "Scored":
-        """One model of an evaluation; weights add the weighted mean to lm-eval's metrics.
+        """Read one model's results; with `weights`, the weighted mean is added to lm-eval's metrics.
 
         Raises:
             InputError: if a weight names a score that does not exist.
@@ -112,13 +112,13 @@ def comparison_rows(models: Sequence[Scored]) -> list[dict[str, str]]:
 
 
 def grouped_tasks(samples: Sequence[Samples]) -> set[str]:
-    """The tasks that are members of a group which was scored as a whole, so that the group stands for them."""
+    """The members of groups that have samples as a whole, so that the group stands for these tasks."""
     groups = [each for each in samples if len(each.parts) > 1 and each.key != WEIGHTED_KEY]
     return {part.task for each in groups for part in each.parts}
 
 
 def intervals(models: Sequence[Scored]) -> dict[tuple[str, str, str], tuple[float, float]]:
-    """(label, task, metric) -> the 95 % interval of the score, for the metrics that have samples."""
+    """(label, task, metric) -> the 95 % interval of the score, if the metric has samples and the interval is finite."""
     found = {(m.label, s.task, s.metric): interval(s) for m in models for s in m.samples if s.count > 1}
     return {key: ends for key, ends in found.items() if all(map(math.isfinite, ends))}
 

@@ -1,4 +1,4 @@
-"""What lm-eval said of one model: scores, the value of each document, and the table of several models."""
+"""lm-eval's results of one model: scores and the value of each document; and the table of several models' scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Value = float | tuple[float, float] | None
 
 @dataclass(frozen=True)
 class Part:
-    """One task's documents within a metric.
+    """The values of one task's documents that a metric is made of.
 
     Attributes:
         task: its name.
@@ -35,13 +35,13 @@ class Part:
     def sums(self) -> NDArray[np.float64]:
         """The numerator and the denominator of each document: fp64, shape (documents, 2).
 
-        Summed over documents, every aggregation is a function of their ratio.
+        Every aggregation is a function of the ratio of the two sums over documents.
         """
         pairs = [(v, 1.0) if isinstance(v, float) else (0.0, 0.0) if v is None else v for v in self.values]
         return np.array(pairs, dtype=np.float64).reshape(-1, 2)
 
     def aggregate(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The value for sums over documents: fp64, shape (..., 2) -> (...)."""
+        """The metric's value, from the two sums over documents: fp64, shape (..., 2) -> (...)."""
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             ratio = sums[..., 0] / sums[..., 1]
             if self.aggregation == "mean":
@@ -70,7 +70,7 @@ class Samples:
 
     @property
     def count(self) -> int:
-        """How many documents."""
+        """The number of documents, each counted once."""
         return sum(len(documents) for _, documents in {(part.task, part.documents) for part in self.parts})
 
     def value(self) -> float:
@@ -100,7 +100,7 @@ class Ends:
 
 
 def plain_value(value: Any) -> Any:
-    """What lm-eval says of a document: a number, or a pair [log-likelihood, weight]; None for anything else."""
+    """lm-eval's value of a document as a float or a pair [log-likelihood, weight]; None for anything else."""
     if isinstance(value, list | tuple) and len(value) == 2:
         pair = [plain_value(each) for each in value]
         return pair if all(isinstance(each, float) for each in pair) else None
@@ -110,7 +110,7 @@ def plain_value(value: Any) -> Any:
 
 
 def read_samples(content: Mapping[str, Any]) -> list[Samples]:
-    """The samples of tasks and of groups, from what the harness returned.
+    """Read the samples of tasks and of groups from the harness's results.
 
     Args:
         content: `documents`, task -> hashes; `samples`, a mapping per task and metric; `groups`, group -> metric ->
@@ -146,7 +146,7 @@ def combined(task: str, metric: str, of: Sequence[tuple[Samples, float]]) -> Sam
 
 @dataclass(frozen=True)
 class Texts:
-    """What people read of one document, cut: the end of the prompt, the right answer and the model's answer."""
+    """Texts of one document for people to read, cut: the end of the prompt, the right answer and the model's answer."""
 
     prompt: str
     target: str
@@ -175,7 +175,7 @@ def _value(value: Any) -> Value:
 
 @dataclass(frozen=True)
 class Score:
-    """One number of lm-eval.
+    """The value of one metric on one task or group, by lm-eval.
 
     Attributes:
         metric: lm-eval's key of metric and filter, such as `exact_match,flexible-extract`.
@@ -197,7 +197,7 @@ class Score:
 
     @property
     def arrow(self) -> str:
-        """Which way is better."""
+        """An arrow up if higher values are better, else an arrow down."""
         return "↑" if self.higher_is_better else "↓"
 
     @property
@@ -208,13 +208,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What lm-eval says of one model.
+    """lm-eval's results of one model.
 
     Attributes:
         scores: every numeric metric of every task, and of every group that aggregates.
         samples: the value of each document, for every metric that is a function of two sums over the documents.
         ends: what the gate's guards look at.
-        content: all of it as plain data, for the store.
+        content: all results as plain data, for the store.
     """
 
     scores: list[Score]
@@ -224,7 +224,7 @@ class Evaluated:
 
     @classmethod
     def of(cls, model: str, content: Mapping[str, Any]) -> "Evaluated":
-        """Read what the harness returned, or what the store has of it.
+        """Read the results of one model as the harness returned them or as the store keeps them.
 
         Raises:
             LewisError: if a score is not finite, or there is no score.

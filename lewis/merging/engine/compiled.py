@@ -1,6 +1,6 @@
 """Merge tensors with the compiled loops of `kernels`, a chunk at a time, straight from the mapped files.
 
-What they write equals, byte for byte, what the method's own function gives in torch. Where that cannot be promised (a
+The output equals, byte for byte, that of the method's own function in torch. Where that cannot be promised (a
 method without compiled loops, fp64, a number that is not finite) `merge_tensor` returns False, and the caller merges
 the tensor in torch. Which loops a method needs is data in its decorator: `lewis.methods.loops`.
 """
@@ -23,17 +23,17 @@ from lewis.methods.loops import Combine, Loops
 from lewis.models.dtypes import DTYPES
 
 Write = Callable[[memoryview, int], None]
-"""Called with bytes and their offset in the tensor."""
+"""Writes bytes of one tensor; called with the bytes and their offset in the tensor."""
 
 Run = Callable[[int, int, np.uint64], bool]
-"""Merges the elements from start to stop to an address; returns whether a number is not finite."""
+"""Merges the elements from start to stop and writes them to an address; returns whether a number is not finite."""
 
 
 def merge_tensor(merge: Prepared, name: str, write: Write) -> bool:
-    """Merge one tensor into `write`.
+    """Merge one tensor chunk by chunk, and pass the bytes of each chunk to `write`.
 
     Returns:
-        False if the tensor has to be merged by the method's function; then what was written is void.
+        False if the tensor has to be merged by the method's function; then the bytes written so far are void.
 
     Raises:
         LewisError: as `write`.
@@ -49,7 +49,7 @@ def merge_tensor(merge: Prepared, name: str, write: Write) -> bool:
 
 
 def _prepare_run(merge: Prepared, name: str) -> Run | None:
-    """A function that merges a tensor chunk by chunk in compiled loops; None if the method has none for it."""
+    """Make the function that merges a tensor's chunks in compiled loops; None if the method has no loops for it."""
     loops = merge.method.compiled
     if merge.method.coefficients:
         return _linear_combination(merge, name)
@@ -68,7 +68,7 @@ def _write_chunks(run: Run, size: int, out: str, write: Write) -> bool:
 
 
 def _average(merge: Prepared, name: str, loops: Loops) -> Run | None:
-    """The weighted sum of the models' own weights."""
+    """Make the function that computes the weighted sum of the models' own weights, chunk by chunk."""
     values = merge.parameters(name)
     weights, normalize = values[loops.weight], bool(values.get("normalize"))
     total = sum(weights)
@@ -79,7 +79,7 @@ def _average(merge: Prepared, name: str, loops: Loops) -> Run | None:
 
 
 def _linear_combination(merge: Prepared, name: str) -> Run | None:
-    """A linear combination whose coefficients follow from the dot products of its tensors."""
+    """Make the function for a linear combination whose coefficients follow from the dot products of its tensors."""
     with_base = merge.adds_to_base or merge.method.takes_base
     inputs = Inputs(merge.models if with_base else [expert.model for expert in merge.experts], name)
     if not inputs.known:
@@ -117,12 +117,12 @@ def _weighted(
 
 
 def _task_vectors(merge: Prepared, name: str, loops: Loops, weights: list[float] | None = None) -> Run | None:
-    """The task vectors, sparsified, combined and added to the base; or their sum with the coefficients `weights`."""
+    """Make the function that sparsifies and combines task vectors, or sums them by `weights`, and adds the base."""
     values, count, out = merge.parameters(name), len(merge.experts), merge.layout[name][0]
     active = merge.active(name, values)
     if "density" in values and not any(active):  # the base comes out as it is
         return _weighted(Inputs([merge.base], name), [1.0], out)
-    values = values if weights is None else {}  # coefficients follow from them already
+    values = values if weights is None else {}  # the given coefficients depend on the values already
     densities = values.get("density", [1.0] * count)
     inputs = Inputs(merge.models, name)
     shape = merge.base.tensors[name].shape or (1,)
@@ -164,7 +164,7 @@ def _pair(inputs: Inputs, expert: int, columns: int, scales: ScaleLayouts) -> Pa
 
 
 def _kept(loops: Loops, values: dict[str, Any], expert: int, pair: Pair, key: np.uint64 | None) -> Kept:
-    """The part of one expert's task vector that the parameters keep."""
+    """The part of one expert's task vector that is kept with the method's parameters `values`."""
     return Kept(
         pair,
         values["density"][expert] if "density" in values else 1.0,
@@ -178,7 +178,6 @@ def _kept(loops: Loops, values: dict[str, Any], expert: int, pair: Pair, key: np
 def _weights(
     loops: Loops, values: dict[str, Any], arguments: dict[str, Any], inputs: Inputs, varied: Varied | None
 ) -> list[float]:
-    """The weight of each expert's task vector."""
     if loops.weights_by_energy:
         return loops.weights_by_energy(inputs.energies(varied))
     if loops.weights_by_owners:

@@ -1,7 +1,7 @@
-"""Merge tensors with the methods' own functions in torch: all tensors on a GPU, and on the CPU those without loops.
+"""Merge tensors with the methods' own functions in torch: on a GPU all, on the CPU those without compiled loops.
 
 If the method allows it, a large tensor is read and merged in runs of rows, so that it is never whole in memory. Such a
-tensor is seen as a matrix whose columns are the last dimension.
+tensor is treated as a matrix whose columns are the last dimension.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def merge_by_rows(merge: Prepared, name: str) -> Iterator[torch.Tensor]:
 
 
 def merge_into(merge: Prepared, name: str, out: torch.Tensor) -> torch.Tensor:
-    """Merge one tensor as `merge_by_rows` into a tensor of its shape, whose dtype may be another; returns it."""
+    """Merge one tensor as `merge_by_rows`, copy it into `out`, which has its shape and any dtype, and return `out`."""
     flat, start = out.reshape(-1), 0
     for piece in merge_by_rows(merge, name):
         flat[start : start + piece.numel()].copy_(piece.reshape(-1))
@@ -63,7 +63,7 @@ def is_whole(merge: Prepared, name: str) -> bool:
 
 
 def is_computed(merge: Prepared, name: str) -> bool:
-    """Whether a model's tensor is computed, a LoRA expert's or a quantised one: it is whole in memory in any engine."""
+    """Whether a model computes this tensor (a LoRA expert's, a quantised one): either engine then holds it whole."""
     return any(model.computes(name) for model in merge.models)
 
 
@@ -98,7 +98,7 @@ class _Tensor:
         return self._method.arguments(self._values)
 
     def function(self, piece: Piece) -> torch.Tensor:
-        """Call the method's function."""
+        """Call the method's function on a piece, with all the arguments that it takes."""
         method, arguments = self._method, dict(self._arguments)
         if method.takes_base:
             arguments["base"] = piece.base
@@ -110,10 +110,10 @@ class _Tensor:
             return method(piece.tensors, **arguments)
 
     def finish(self) -> Finish | None:
-        """Make the passes over the tensor that the method needs.
+        """Make the passes over the whole tensor that the method needs before it can merge by rows.
 
         Returns:
-            What then merges each run of rows; None if the method cannot merge by rows with these parameters.
+            The function that merges a run of rows; None if the method cannot merge by rows with these parameters.
         """
         if self._copied or self._method.elementwise:
             return self.function
@@ -138,7 +138,7 @@ class _Tensor:
         first = first.clone() if like and self._method.origin else first  # a plug-in may write into what it is given
         merged = self._finished(finish, piece, first)
         if same is not None:
-            merged = torch.where(same, first, merged)  # an average of equals is exact
+            merged = torch.where(same, first, merged)  # the average of equal numbers is exact
         if self._method.takes_base:
             return merged
         for weight in piece.tensors:
@@ -229,7 +229,7 @@ class _Tensor:
 
 
 def _in_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Flat parts of tensors of one shape, so that temporary results are small."""
+    """Split tensors of one shape into flat parts, so that temporary results are small."""
     size = _PART if tensors[0].device.type == "cpu" else _PIECE_ON_GPU
     return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
 

@@ -1,4 +1,4 @@
-"""What the compiled loops read, as addresses: one tensor of several models, and the scales of its elements."""
+"""The inputs of the compiled loops, as memory addresses: one tensor of several models, and its elements' scales."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Inputs:
-    """One tensor of several models; keeps their memory mapped.
+    """One tensor of several models, given by addresses; keeps the models' files mapped into memory.
 
     Attributes:
         known: whether the kernels can read every dtype.
@@ -38,7 +38,7 @@ class Inputs:
         self.kinds = np.array([kernels.KINDS.get(dtype, -1) for dtype, _ in raw], np.int64)
 
     def gram(self, *, relative: bool) -> np.ndarray:
-        """`sums.gram` of these tensors, or with `relative` of their differences to the first one."""
+        """The dot products (`sums.gram`) of these tensors or, with `relative`, of their differences to the first."""
         count, first = len(self.addresses), int(relative)
         pairs = np.array(list(itertools.combinations_with_replacement(range(first, count), 2)), np.int64)
         found = np.zeros((count - first, count - first))
@@ -74,8 +74,8 @@ class ScaleLayouts:
 
     Attributes:
         addresses: of each layout, 0 for no factors; uint64, shape (scales,).
-        known: whether each scale can be laid out so: it must broadcast along the last dimensions before the columns, or
-            along none.
+        known: whether every scale can be laid out in this way: it must broadcast along the last dimensions before the
+            columns, or along none.
     """
 
     def __init__(self, scales: Sequence[torch.Tensor | None], shape: tuple[int, ...]) -> None:

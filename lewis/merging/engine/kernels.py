@@ -51,13 +51,13 @@ _at: Any = _pointer
 
 @njit(**_options)
 def _brain(bits: Any) -> Any:
-    """A bf16 number as fp32."""
+    """Convert the bits of a bf16 number to fp32."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
 @njit(**_options)
 def _load(address: Any, kind: Any, start: Any, count: Any, out: Any) -> Any:
-    """Read `count` elements from `start` on as fp32; returns whether one of them is not finite."""
+    """Read `count` elements of a tensor, from `start` on, into `out` as fp32; return whether one is not finite."""
     bits = out.view(np.uint32)
     largest = np.uint32(0)
     if kind == F32:
@@ -86,7 +86,7 @@ def _load(address: Any, kind: Any, start: Any, count: Any, out: Any) -> Any:
 
 @njit(**_options)
 def _store(values: Any, count: Any, address: Any, kind: Any, start: Any) -> Any:
-    """Round fp32 to the nearest number of a dtype, ties to even, and write it; returns whether one is not finite."""
+    """Round fp32 values to a dtype, ties to even, and write them to `address`; return whether one is not finite."""
     bits = values.view(np.uint32)
     largest = np.uint32(0)
     if kind == F32:
@@ -173,9 +173,9 @@ def sample(
 
 @njit("uint32(uint32[::1],int64)", **_options)
 def nth(scores: Any, place: Any) -> Any:
-    """The score that is at a place, from 0, when they are sorted; their highest bit is 0.
+    """Find the score at a place, from 0, in ascending order. Scores are given by their bits, whose highest is 0.
 
-    Three counts of a third of the bits each, as most scores of bf16 models are tied, which slows partitioning down.
+    Three rounds count a third of the bits each, since most scores of bf16 models are tied, which slows partitioning.
     """
     counts = np.empty(2048, np.int64)
     known, prefix = np.uint32(0), np.uint32(0)
@@ -195,10 +195,10 @@ def nth(scores: Any, place: Any) -> Any:
 
 @njit("UniTuple(int64,2)(uint32[::1],int64[::1],uint32)", **_options)
 def order_ties(scores: Any, places: Any, threshold: Any) -> Any:
-    """Count the scores above a threshold, and those that equal it.
+    """Count the scores above a threshold and the scores that equal it.
 
-    In `places`, which are those of the scores, what the equal ones have in the order of ties comes first then, as
-    uint64.
+    `places` holds the element numbers of the scores. Its first items are overwritten by the places, in the order of
+    ties, of the equal scores, as uint64.
     """
     orders, above, ties = places.view(np.uint64), np.int64(0), np.int64(0)
     for i in range(scores.size):
@@ -226,7 +226,7 @@ def scan(
     base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     score, hits = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint8)
     bits, eight = score.view(np.uint32), hits.view(np.uint64)
-    plain = base_kind == BF16 and own_kind == BF16 and scale == 0  # the usual case; one loop for all is twice as fast
+    plain = base_kind == BF16 and own_kind == BF16 and scale == 0  # the usual case: a single loop is twice as fast
     above = inside = kept = np.int64(0)
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
@@ -364,9 +364,9 @@ def _drop(start: Any, count: Any, key: Any, density: Any, delta: Any) -> None:
 
 @njit(**_options)
 def _block_sum(values: Any, count: Any, halves: Any) -> float:
-    """The sum of magnitudes in fp64; the halves of the block are added first, as in `sums.total`."""
+    """Sum the magnitudes of a block in fp64: add its second half to its first until one is left, as `sums.total`."""
     width, quarter = BLOCK // 2, BLOCK // 4
-    if count == BLOCK:  # the first two rounds at once
+    if count == BLOCK:  # the first two rounds in one loop
         for i in range(quarter):
             even = np.float64(abs(values[i])) + np.float64(abs(values[2 * quarter + i]))
             odd = np.float64(abs(values[quarter + i])) + np.float64(abs(values[3 * quarter + i]))
@@ -393,9 +393,9 @@ def norms(
     base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, thresholds: Any, cuts: Any,
     dropping: Any, key: Any, density: Any, mask: Any, begin: Any, whole: Any, kept: Any,
 ) -> None:  # fmt: skip
-    """The L1 norm of each block of a task vector from element `begin` on: before and after sparsification.
+    """Compute the L1 norm of each block of a task vector from element `begin` on, before and after sparsification.
 
-    The arguments that say what is kept are those of `merge_task_vectors`.
+    The results go to `whole` and `kept`. The arguments of the sparsification are those of `merge_task_vectors`.
     """
     base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     delta, score, halves = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64)
@@ -418,7 +418,7 @@ def norms(
 
 @njit(**_options)
 def _block_dot(first: Any, second: Any, count: Any, halves: Any) -> float:
-    """The dot product in fp64; the halves of the block are added first, as in `sums.gram`."""
+    """The dot product of two blocks in fp64, summed by adding the second half to the first, as in `sums.gram`."""
     for i in range(count):
         halves[i] = np.float64(first[i]) * np.float64(second[i])
     for i in range(count, BLOCK):
@@ -435,9 +435,9 @@ def _block_dot(first: Any, second: Any, count: Any, halves: Any) -> float:
 def dots(
     addresses: Any, kinds: Any, size: Any, relative: Any, pairs: Any, mask: Any, begin: Any, out: Any
 ) -> None:  # fmt: skip
-    """The dot products of pairs of models in each block from element `begin` on, in fp64.
+    """Compute the dot products of pairs of models in each block from element `begin` on: fp64, (blocks, pairs).
 
-    With `relative`, of their differences to the first model, and of these only what a mask keeps, if there is one.
+    With `relative`, the products are of the models' differences to the first model, after the mask if there is one.
     """
     models = addresses.size
     own, halves = np.empty((models, BLOCK), np.float32), np.empty(BLOCK, np.float64)
@@ -458,7 +458,7 @@ def dots(
 
 @njit("void(uint64[::1],int64[::1],int64,float32[::1])", **_options)
 def variances(addresses: Any, kinds: Any, start: Any, out: Any) -> None:
-    """The variance over the experts of their differences to the base, for each element from `start` on."""
+    """Compute for each element from `start` on the variance, over the experts, of the difference to the base."""
     experts = addresses.size - 1
     base, moved = np.empty(BLOCK, np.float32), np.empty((experts, BLOCK), np.float32)
     mean, squares = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
@@ -486,7 +486,7 @@ def variances(addresses: Any, kinds: Any, start: Any, out: Any) -> None:
 def sort_keys(
     base: Any, base_kind: Any, own: Any, own_kind: Any, size: Any, columns: Any, scale: Any, begin: Any, out: Any
 ) -> None:
-    """One number per element, from `begin` on, to sort its row by: the bits of its score, then its column."""
+    """Compute for each element from `begin` on the key to sort its row by: the bits of its score, then its column."""
     base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     score = np.empty(BLOCK, np.float32)
     bits, flat, column = score.view(np.uint32), out.reshape(-1), 0
@@ -541,7 +541,7 @@ def _elect(weighted: Any, weights: Any, total: Any, count: Any, normalize: Any, 
 
 @njit(**_options)
 def _claim(weighted: Any, total: Any, count: Any, selective: Any, least: Any, delta: Any) -> None:
-    """The total, where at least `least` terms claim it, else 0."""
+    """Set `delta` to the total where at least `least` terms claim the element, else to 0 (`Combine.CLAIM`)."""
     claims = np.zeros(BLOCK, np.int32)
     for e in range(weighted.shape[0]):
         term = weighted[e]
@@ -553,7 +553,7 @@ def _claim(weighted: Any, total: Any, count: Any, selective: Any, least: Any, de
 
 @njit(**_options)
 def _share(moved: Any, scales: Any, count: Any, least: Any, delta: Any) -> None:
-    """The mean over the experts that moved an element by more than `least`; if only one did, times its scale."""
+    """Set `delta` to the mean of the changes above `least`; an only one is taken times its scale (`Combine.SHARE`)."""
     owners = np.zeros(BLOCK, np.float32)
     for e in range(moved.shape[0]):
         vector = moved[e]

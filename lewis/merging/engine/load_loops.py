@@ -6,11 +6,11 @@ import sys
 from lewis.quick_imports import quick_imports
 
 _LOOPS = "lewis.merging.engine.kernels"
-_UNUSED = ("scipy", "coverage")  # for linear algebra inside of loops, which ours do not have, and for their coverage
+_UNUSED = ("scipy", "coverage")  # numba needs them for linear algebra in loops, which these lack, and for coverage
 
 
 def load_loops() -> None:
-    """Import the compiled loops of a merge. For the beginning of a program: another thread finds no scipy meanwhile."""
+    """Import the compiled loops of a merge. Call it before other threads start: scipy cannot be imported meanwhile."""
     if _LOOPS in sys.modules:
         return
     hidden = [name for name in _UNUSED if name not in sys.modules]

@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 
     Attributes:
         base, base_kind: address and dtype of the base's tensor, as in `Inputs`.
-        own, own_kind: of the expert's.
+        own, own_kind: address and dtype of the expert's tensor.
         size: number of elements.
         columns: length of the last dimension.
         scale: address of the layout of the scale that elements are ranked by, as in `ScaleLayouts`; 0: none.
@@ -64,7 +64,7 @@ class Ranks:
         self._chances = np.float32(density - epsilon), np.float32(2 * epsilon)
 
     def kept(self, start: int, stop: int) -> np.ndarray:
-        """For the elements from `start` to `stop`, 1 if it is kept, else 0; uint8."""
+        """Return the mask of the elements from `start` to `stop`: uint8, 1 if an element is kept, else 0."""
         columns = self._pair.columns
         first, last = start // columns, -(-stop // columns)
         keys = np.empty((last - first, columns), np.uint64)
@@ -82,7 +82,7 @@ class Varied:
     """
 
     def __init__(self, addresses: np.ndarray, kinds: np.ndarray, size: int, share: float) -> None:
-        """Find the cut.
+        """Find the cut between the variances that are kept and the others.
 
         Args:
             addresses, kinds: of the base, then of each expert, as in `Inputs`.
@@ -98,7 +98,7 @@ class Varied:
         [self._cut] = cuts(passes, [int(number * share)])
 
     def kept(self, start: int, stop: int) -> np.ndarray:
-        """For the elements from `start` to `stop`, 1 if it is kept, else 0; uint8."""
+        """Return the mask of the elements from `start` to `stop`: uint8, 1 if an element is kept, else 0."""
         kept: np.ndarray = self._cut.keeps(torch.from_numpy(self._variances(start, stop)), start).numpy()
         return kept.view(np.uint8)
 
@@ -109,7 +109,7 @@ class Varied:
 
 
 class Selector:
-    """Finds cuts one after another; each thread has its own, since it holds the memory that it works in."""
+    """Finds cuts, one after another; each thread needs its own selector, since it holds the memory of the search."""
 
     def __init__(self) -> None:
         self._found = np.empty(_ROOM, np.uint32)
@@ -150,7 +150,7 @@ class Selector:
 
     @staticmethod
     def _bracket(sample: np.ndarray, share: float) -> tuple[int, int]:
-        """Two scores between which the cut probably lies; `share` of the sample is above the cut."""
+        """Two scores between which the cut probably lies, if the fraction `share` of all scores is above the cut."""
         n = sample.size
         spread = _WIDTH * math.sqrt(n * share * (1 - share)) + 4
         places = [min(max(math.floor(n * (1 - share) + sign * spread), 0), n - 1) for sign in (-1, 1)]
@@ -209,7 +209,7 @@ class Kept:
     Attributes:
         thresholds, cuts: an element is kept if it lies in the first cut but not in the second; uint32 and uint64, shape
             (2,) each.
-        factor: brings what is kept back to the L1 norm of the whole, if that is asked for; fp32.
+        factor: factor that brings the kept part to the L1 norm of the whole task vector, or 1; fp32.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class Kept:
         rank_width: float | None = None,
         rescale: bool = False,
     ) -> None:
-        """Find it.
+        """Find the cuts, or prepare the draw by rank, and compute the factor.
 
         Args:
             pair: the tensor of the base and of the expert.
@@ -230,7 +230,7 @@ class Kept:
             outliers: fraction of the largest elements that is dropped first.
             key: of the expert's random stream, if elements are dropped at random.
             rank_width: half the width of the probabilities by rank; None if all elements have the same one.
-            rescale: whether the factor is asked for.
+            rescale: whether the kept part is brought to the L1 norm of the whole.
         """
         k = int(density * pair.size)
         self._ranks: Ranks | None = None
@@ -247,11 +247,11 @@ class Kept:
         self.factor = self._factor(pair, key, np.float32(density)) if rescale else np.float32(1)
 
     def mask(self, start: int, stop: int) -> np.ndarray | None:
-        """Which elements from `start` to `stop` are kept, if they are kept by rank: 1 or 0 for each, uint8."""
+        """The mask of the elements from `start` to `stop`, as `Ranks.kept`; None if they are not kept by rank."""
         return self._ranks.kept(start, stop) if self._ranks else None
 
     def _factor(self, pair: Pair, key: np.uint64 | None, density: np.float32) -> np.float32:
-        """The factor of `sparsify.match_l1`."""
+        """Compute the factor by which `sparsify.match_l1` scales the kept part."""
         dropping, key = key is not None, np.uint64(0) if key is None else key
         blocks = -(-pair.size // kernels.BLOCK)
         whole, kept = np.empty(blocks), np.empty(blocks)
@@ -272,7 +272,6 @@ def address_of(mask: np.ndarray | None) -> np.uint64:
 
 
 def _selector() -> Selector:
-    """The selector of this thread."""
     if not hasattr(_own, "selector"):
         _own.selector = Selector()
     selector: Selector = _own.selector

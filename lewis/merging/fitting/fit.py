@@ -7,10 +7,10 @@ on with their own weights. So each layer makes up for the errors of those before
 
 The stacked experts of a mixture are fitted where their module is reached (`lewis.merging.fitting.stacked_fit`).
 
-What is no such projection (embeddings, norms, biases, head, experts of a mixture that are modules of their own) is
-merged by the recipe's anchor, else by the method's own function. That is also what the fit is pulled towards.
+Every other tensor (embeddings, norms, biases, head, experts of a mixture that are modules of their own) is merged by
+the recipe's anchor, else by the method's own function. The fit is pulled towards what these give.
 
-Here the models and the passes are made ready; `lewis.merging.fitting.walk` leads them through the blocks.
+This module prepares the models and the passes; `lewis.merging.fitting.walk` leads them through the blocks.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_PASS = 1024  # more passes share out better among threads, and stay in the cache
+TOKENS_PER_PASS = 1024  # small, since many passes divide better among threads, and each stays in the cache
 
 
 def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int | None = None) -> Fitted:
     """Fit all tensors of a merge that can be fitted, block by block.
 
     Args:
-        merge: whose method fits.
-        folder: where the tensors are kept, and what the passes hold between two projections if it is much
-            (`lewis.merging.fitting.spill`); what a killed process has finished there is not fitted again.
+        merge: a merge whose method fits.
+        folder: where the tensors are kept, and what the passes hold between two projections if that is large
+            (`lewis.merging.fitting.spill`); tensors that a killed process has finished there are not fitted again.
         progress: called with (fit, blocks done, blocks in all).
         threads: by default one per core; any number gives the same bytes.
 
@@ -125,7 +125,7 @@ def _sets(merge: Prepared) -> list[Calibration]:
 
 
 def _pairs(made: Sequence[Batch], experts: Sequence[Weights], merged: Weights, spill: Spill) -> list[list[Pair]]:
-    """The passes of each expert's batches."""
+    """Make the two passes of each batch, through its expert and through the merged model, listed by expert."""
     from lewis.importance.streaming import forward
 
     pairs: list[list[Pair]] = [[] for _ in experts]
@@ -152,9 +152,9 @@ def paused_bytes(merge: Prepared, network: Network, tokens: int | None = None) -
     """Approximate bytes held while all passes are paused between two projections; in files above `IN_MEMORY`.
 
     Args:
-        merge: whose method fits.
-        network: of its base.
-        tokens: of all batches, with their padding; by default those of the calibration sets.
+        merge: a merge whose method fits.
+        network: the network of its base.
+        tokens: number of tokens of all batches, with padding; by default that of the calibration sets.
     """
     tokens = sum(each.tokens for each in _sets(merge)) if tokens is None else tokens
     shapes = [(network.empty(each.parameter).shape, each.transposed) for each in in_order(network)]
@@ -201,7 +201,7 @@ def check_rows(merge: Prepared, network: Network) -> None:
 
 
 def in_order(network: Network) -> list[Covered]:
-    """The covered tensors whose modules all forward passes call in the same order: no experts of a mixture."""
+    """The covered tensors whose modules every forward pass calls in the same order: no experts of a mixture."""
     whole = network.unconverted
     return [
         each

@@ -1,6 +1,6 @@
 """The tensors that a merge has fitted so far, on disk, and the merged model, readable before it is written.
 
-A process that goes on after a kill finds the fitted tensors again.
+A process that continues the fit of a killed one finds its fitted tensors.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ class Fitted:
         return name in self._places
 
     def read(self, name: str) -> torch.Tensor:
-        """A fitted tensor, in the dtype of the output."""
+        """Read a fitted tensor, in the dtype of the output."""
         from safetensors import safe_open
 
         with safe_open(self._places[name], framework="pt") as file:
             found: torch.Tensor = file.get_tensor(name)
-        return found.clone()  # in a file a tensor begins anywhere, on which products depend in their last bits
+        return found.clone()  # in the file its address may be unaligned, which changes the last bits of products
 
     def add(self, block: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep the tensors of a block."""
+        """Write the fitted tensors of a block to a file."""
         path = self.folder / f"{block}.safetensors"
         self._files.add({path.name: write_file(path, {name: [tensor] for name, tensor in tensors.items()}, {})})
         self._places |= dict.fromkeys(tensors, path)
 
 
 def rounded(merge: Prepared, name: str, value: torch.Tensor) -> torch.Tensor:
-    """A fitted tensor in the dtype of the output; contiguous.
+    """Round a fitted tensor to the dtype of the output; the result is contiguous.
 
     Raises:
         LewisError: naming the tensor, if a value is not finite.
@@ -69,9 +69,9 @@ class Unwritten:
     ) -> None:
         """
         Args:
-            merge: whose result it is.
-            fitted: the fitted tensors; without them all tensors are as if nothing was fitted.
-            place: makes the empty tensors that others are merged into, as `torch.empty`; by default in memory.
+            merge: the merge whose result this is.
+            fitted: the fitted tensors; None: every tensor is read as if nothing had been fitted.
+            place: makes the empty tensors that results are written to, as `torch.empty`; by default in memory.
         """
         base = merge.base
         self.folder, self.home, self.key, self.config = base.folder, base.home, base.key, base.config
@@ -80,7 +80,7 @@ class Unwritten:
         self._merge, self._fitted, self._place = merge, fitted, place
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as it would be written."""
+        """Return a tensor as the merge would write it: fitted, or merged now."""
         if self._fitted is not None and name in self._fitted:
             return self._fitted.read(name)
         anchor = self._merge.giving(name)
@@ -90,7 +90,7 @@ class Unwritten:
         return found
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """A tensor's dtype and bits, as it would be written."""
+        """Return the dtype and bits of a tensor as the merge would write it."""
         value = self.read(name)
         dtype = name_of(value.dtype)
         return dtype, np.frombuffer(bytes_of(value), bits_dtype(dtype))

@@ -1,15 +1,15 @@
-"""A fit is believed only if it holds on rows that it has not seen: a part of the calibration rows is held back for it.
+"""Judge a fit on calibration rows that it has not seen, which are held back from it, and take it only if it holds.
 
-On these rows the merged model stands next to the experts, each on its own rows, and next to the anchor, which is what
+On these rows the merged model is compared with the experts, each on its own rows, and with the anchor, which is what
 the merge would be without a fit. A fit that loses more than the anchor, or that loses more than `BROKEN` on one row, is
-repeated with a larger ridge and prior, which leave less to the few rows. If that does not help, the anchor is taken,
-unless its rows lose even more.
+repeated with a larger ridge and prior, which give the few rows less influence. If that does not help, the anchor is
+taken, unless one of the fits loses no more than it, in the mean and on the worst row.
 
 The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts. An anchor
 that is better by this loss proves nothing, since no expert was trained to predict prompts: then only broken rows count.
 
-The base's loss on the same rows shows what each expert brings. Where answers are known, one that brings nothing is
-named before the fit.
+The base's loss on the same rows shows what each expert gains. Where answers are known, a warning before the fit names
+each expert that gains nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from lewis.progress import Report, silent
 
 logger = logging.getLogger(__name__)
 BROKEN = 1.0  # nats per token that a row may lose
-FIT = 8  # times as long as a pass over the held-back rows, roughly: its share of the progress
-LARGER = {"ridge": (10.0, 0.1), "prior": (3.0, 3.0)}  # parameter -> its factor, and the least value, of a second fit
+FIT = 8  # a fit takes about this many times as long as a pass over the held-back rows: its share of the progress
+LARGER = {"ridge": (10.0, 0.1), "prior": (3.0, 3.0)}  # parameter of a second fit -> (factor, least value)
 
 Fit = Callable[[Prepared, Path, Report, int | None], Fitted]
 """Fits a merge: takes the merge, the folder for its tensors, what reports the progress, and the threads."""
@@ -52,29 +52,29 @@ class Distance:
     experts: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """Return the distance as plain JSON data."""
         experts = {ref: to_json(mean) for ref, mean in self.experts.items()}
         return {"mean": to_json(self.mean), "worst": to_json(self.worst), "experts": experts}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Distance:
-        """What `to_json` gave."""
+        """Read the data that `to_json` returned."""
         experts = {ref: from_json(mean) for ref, mean in data.get("experts", {}).items()}
         return cls(from_json(data["mean"]), from_json(data["worst"]), experts)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the held-back rows say of a merge that is fitted.
+    """The outcome of judging a fit on held-back rows.
 
     Attributes:
-        rows: how many were held back.
+        rows: how many rows were held back.
         anchor: the anchor's distance.
-        fits: of the fit, and of the second if there was one.
+        fits: distance of the fit, and of the second if there was one.
         taken: the index of the fit that was taken; None: the anchor was.
         of_answers: whether it is known which tokens are answers.
         gains: reference of each expert -> nats per token that it is below the base on its rows; in JSON without those
-            that are no number, and empty for a merge of an older version.
+            that are not finite, and empty for a merge of an older version.
     """
 
     rows: int
@@ -85,14 +85,14 @@ class Verdict:
     gains: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data, for the manifest of the merged model."""
+        """Return the verdict as plain JSON data, for the manifest of the merged model."""
         gains = {ref: gain for ref, gain in self.gains.items() if math.isfinite(gain)}
         fits = [each.to_json() for each in self.fits]
         return asdict(self) | {"anchor": self.anchor.to_json(), "fits": fits, "gains": gains}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Verdict:
-        """What `to_json` gave."""
+        """Read the data that `to_json` returned."""
         anchor, fits = Distance.from_json(data["anchor"]), tuple(map(Distance.from_json, data["fits"]))
         return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"], data.get("gains") or {})
 
@@ -118,7 +118,7 @@ class Verdict:
 
 
 def warn_of_unjudged(merge: Prepared) -> None:
-    """Warn of each expert of which no row judges a fit in forward order, since it has too few rows that could."""
+    """Warn of each expert without held-back rows, since it has too few usable ones: nothing judges the fit to it."""
     judged = any(expert.held_back for expert in merge.experts)
     found = [(each.ref, each.calibration) for each in merge.experts if each.calibration and not each.held_back]
     found = [(ref, rows) for ref, rows in found if judged or len(rows.samples) < EVERY]
@@ -138,14 +138,14 @@ def fit_and_judge(
     """Fit a merge, and take the fit only if it holds on the rows that were held back.
 
     Args:
-        merge: some of whose experts have rows that were held back.
-        folder: for what is fitted; what a killed process has fitted there is found again.
+        merge: a merge in which at least one expert has held-back rows.
+        folder: folder of the fitted tensors; those that a killed process has left there are not fitted again.
         fit: fits a merge.
-        progress: as that of `fit`; the passes over rows that were held back count, too.
+        progress: as that of `fit`; the passes over held-back rows count, too.
         threads: by default one per core; any number gives the same bytes.
 
     Returns:
-        What was fitted, nothing if the anchor is taken; and why.
+        The fitted tensors, none if the anchor is taken, and the verdict.
 
     Raises:
         LewisError: as `fit` and `row_losses`.
@@ -188,7 +188,7 @@ def fit_and_judge(
 
 
 def _part(progress: Report, begin: float, width: float) -> Report:
-    """A `Report` for one part of the work, which shows it as a share of all.
+    """Make the report of one part of the work, which reports its progress as a share of all parts.
 
     The parts: experts, base, anchor, the fit (`FIT` times as long as each other part), its result, a second fit.
     """
@@ -207,7 +207,7 @@ def _distance(merged: Mapping[str, Sequence[RowLoss]], experts: Mapping[str, Seq
 
 
 def _number(loss: float) -> float:
-    """A loss that can be compared: NaN, which a model gives whose numbers overflow, counts as infinite."""
+    """Make a loss comparable: NaN, which a model gives if its numbers overflow, becomes infinite."""
     return math.inf if math.isnan(loss) else loss
 
 

@@ -17,7 +17,7 @@ from lewis.merging.fitting.passes import Pass, advance, stop
 from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report, silent
 
-LOGITS = 1 << 24  # of a batch, at most: 64 MiB in fp32, unless one row alone has more
+LOGITS = 1 << 24  # logits of a batch at most: 64 MiB in fp32, unless one row alone has more
 
 
 class RowLoss(NamedTuple):
@@ -42,13 +42,13 @@ def predicts_next_token(model: Any) -> bool:
 def row_losses(
     model: Any, sets: Sequence[Calibration], threads: int | None = None, progress: Report = silent
 ) -> list[list[RowLoss]]:
-    """The loss of each row of each set. The rows of a set are sorted by length, longest first, for all models alike.
+    """Compute the loss of each row of each set. The rows of a set come longest first, in the same order for all models.
 
     At any time there are in memory: what lies outside of the blocks, one block, and the hidden states of all rows.
 
     Args:
-        model: reads like a checkpoint.
-        sets: the rows; those of one token give no loss.
+        model: a model that reads like a checkpoint.
+        sets: the rows; those without a predicted token that counts, such as rows of one token, give no loss.
         threads: by default one per core; any number gives the same bits.
         progress: called with (losses, blocks done, blocks in all).
 
@@ -113,10 +113,10 @@ def mean_loss(rows: Sequence[Sequence[RowLoss]]) -> float:
 
 
 def to_json(loss: float) -> float | None:
-    """A loss as JSON, which has no number for a loss that is not finite: None stands for it."""
+    """Convert a loss for JSON, which has no number that is not finite: None stands for it."""
     return loss if math.isfinite(loss) else None
 
 
 def from_json(value: float | None) -> float:
-    """What `to_json` gave; infinite for None."""
+    """Convert back what `to_json` returned; None becomes infinite."""
     return math.inf if value is None else value

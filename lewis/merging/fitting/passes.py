@@ -19,13 +19,14 @@ class Pass(Stepping):
     """One batch on its way through one model, which stops in front of every block and projection.
 
     Attributes:
-        spill: where it keeps what it holds while it waits; by default in memory.
-        taken_of: inputs of a projection -> which of the tokens are its rows; None for all. By default all.
-        rows: inputs of that projection without padding, of the tokens that are taken, fp32 (tokens, in).
-        taken: these tokens; None for all.
-        call: in front of stacked experts: runs their module on what this pass gives it.
-        streams: path of a module -> its last input without padding, of those that are noted, fp32 (tokens, hidden).
-        output: what the module in front of which it waits will give, if that has been computed.
+        spill: keeps the tensors that the pass holds while it waits; by default in memory.
+        taken_of: number of inputs of a projection -> indices of the tokens to take; None for all. By default all.
+        rows: inputs of the projection that it waits for, of the tokens taken, without padding, fp32 (tokens, in).
+        taken: indices of these tokens; None for all.
+        call: in front of stacked experts: runs their module on the inputs that it gets in this pass.
+        streams: path of a module whose input is noted -> its last input without padding, fp32 (tokens, hidden).
+        output: output of the module that it waits for, if `run_ahead` has computed it.
+        is_new: whether the pass waits with another input tensor than at the place before, or with none.
     """
 
     spill: Spill = field(default_factory=Spill)
@@ -40,7 +41,7 @@ class Pass(Stepping):
     is_new: bool = True
 
     def go_on(self) -> None:
-        """Run to the next place; always in the same thread."""
+        """Run to the next place where it stops; always call it in the same thread."""
         with self.spill.watch(self._made):
             stopped_at = self.advance()
         self.place, inputs, self.call = stopped_at or (None, None, None)
@@ -60,7 +61,7 @@ class Pass(Stepping):
     def run_ahead(self, module: nn.Module) -> torch.Tensor:
         """Run the module that the pass waits for, ahead of its turn. Returns the output without padding, as `rows`.
 
-        The module, whose `forward` must be `answering`, does not compute it again.
+        In its turn, the module, which `answering` must have changed, returns this output without computing it again.
         """
         assert self._raw is not None
         self.output = self.spill.keep(module.forward(self._raw))
@@ -72,7 +73,7 @@ class Pass(Stepping):
 
 
 def advance(passes: Sequence[Pass], workers: Workers, what: str, advice: str) -> str | None:
-    """Run all passes, always by the same workers, to their next place; returns it, None at their end.
+    """Run all passes, each always in the same thread, to their next place; return that place, None at the end.
 
     Raises:
         LewisError: if they come to different places, since the model does not run `what` in one order; with `advice`.
@@ -95,12 +96,12 @@ class Pair(NamedTuple):
 
 
 def stop(path: str, with_inputs: bool, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """A hook before a module: let the others go on, until it is this pass's turn again."""
+    """A forward pre-hook of the module `path`: pause the running pass, with the module's input if `with_inputs`."""
     wait((path, inputs[0] if with_inputs else None, None))
 
 
 def stop_with_call(path: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """A hook before a module, as `stop`; `Pass.call` then runs the module, for which the hook lets it through."""
+    """A forward pre-hook, as `stop`, that hands the module's call to `Pass.call`; in that call it does not stop."""
     if Pass.current() is not None:
         wait((path, None, partial(module, *args, **named)))
 
@@ -121,7 +122,7 @@ def answering(module: nn.Module) -> Callable[[], None]:
 
 
 def note_stream(path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """A hook before a module: note what goes into it as the residual stream of the pass that is running."""
+    """A forward pre-hook of the module `path`: note its input as a residual stream of the pass that is running."""
     run = Pass.current()
     if run is not None:
         run.streams[path] = run.without_padding(inputs[0])

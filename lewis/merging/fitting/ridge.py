@@ -1,6 +1,6 @@
-"""`ridge: auto`: of a few ridges the one with the least loss of the merged model on held-out calibration rows.
+"""`ridge: auto`: choose of a few ridges the one with the least loss of the merged model on held-out calibration rows.
 
-The merged model is not written for it: its tensors are merged as they are read.
+The merged model is not written for that: its tensors are merged as they are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """The ridge that was chosen, and what it was chosen by.
+    """The ridge that was chosen, and the losses that it was chosen by.
 
     Attributes:
         ridge: the one with the least loss; of equal ones the largest.
@@ -39,12 +39,12 @@ class Choice:
     losses: dict[float, float]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data, for the manifest of the merged model."""
+        """Return the choice as plain JSON data, for the manifest of the merged model."""
         return {"ridge": self.ridge, "losses": [[ridge, to_json(loss)] for ridge, loss in self.losses.items()]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Choice:
-        """What `to_json` gave."""
+        """Read the data that `to_json` returned."""
         return cls(data["ridge"], {ridge: from_json(loss) for ridge, loss in data["losses"]})
 
     def to_text(self) -> str:
@@ -54,13 +54,13 @@ class Choice:
 
 
 def choose(merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, threads: int | None = None) -> Choice:
-    """Fit the merge with each of `RIDGES` to three of four rows, and find the loss on the others.
+    """Fit the merge with each of `RIDGES` to part of the rows, and choose the ridge by the loss on the others.
 
     Args:
-        merge: with `ridge: auto`.
-        folder: for what is fitted; what a killed process has found there is not done again.
-        fit: fits with a given ridge.
-        progress: called with (fit, what `fit` counts for all ridges).
+        merge: a merge with `ridge: auto`.
+        folder: folder of the fitted tensors and the losses; losses that a killed process has left are kept.
+        fit: fits a merge whose ridge is a number.
+        progress: called with (fit, units done, units in all), in the units of `fit`, over all ridges.
         threads: by default one per core; any number gives the same choice.
 
     Raises:
@@ -104,7 +104,7 @@ def choose(merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, t
 
 
 def with_ridge(merge: Prepared, ridge: float, sets: Sequence[Calibration] | None = None) -> Prepared:
-    """The same merge with a number for its ridge, fitted to other rows if they are given."""
+    """Return the same merge with a number for its ridge and, if `sets` are given, these calibration rows."""
 
     def number(parameter: Parameter, value: Any) -> Any:
         return ridge if parameter.name == "ridge" else value

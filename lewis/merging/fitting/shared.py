@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shared:
-    """What the parts of one fit share.
+    """What the parts of one fit in forward order share.
 
     Attributes:
-        merge: what is fitted.
+        merge: the merge that is fitted.
         pairs: the passes of each expert's batches.
         experts: weights of the experts' models.
-        merged: those of the merged model, which reads what is fitted.
+        merged: weights of the merged model, which reads the fitted tensors.
         fitted: takes the fitted tensors.
         workers: run the passes and the regressions.
-        spill: where large tensors are kept meanwhile.
+        spill: keeps large tensors in memory or in files.
     """
 
     merge: Prepared

@@ -1,4 +1,4 @@
-"""Fitting one projection to what the experts do, once the passes of all experts wait in front of it."""
+"""Fit one projection to the outputs of the experts, once the passes of all experts wait in front of it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lewis.models.network.module_tree import Covered
 
 
 class Solver:
-    """Fits the projection that all passes wait for; q, k and v, which have the same inputs, share what they need."""
+    """Fits the projection that all passes wait for; what is computed from inputs is kept for those that share them."""
 
     def __init__(self, shared: Shared, streams: Mapping[str, str]) -> None:
         """
         Args:
-            shared: what is fitted, and the passes.
+            shared: the merge, its models and the passes.
             streams: path of a module that writes into the residual stream -> of one whose input is the stream before.
         """
         self._shared, self._streams = shared, streams
         self._inputs: tuple[Any, Inputs] | None = None
 
     def forget(self) -> None:
-        """Let go of what was computed of the last inputs."""
+        """Drop what was computed from the last inputs."""
         self._inputs = None
 
     def solve(
@@ -43,8 +43,8 @@ class Solver:
         Args:
             place: path of the module.
             covered: its tensor.
-            weights: of the experts, fp32 of the tensor's shape.
-            anchor: what the fit is pulled towards, alike; overwritten.
+            weights: the tensor in each expert, fp32.
+            anchor: the tensor that the fit is pulled towards, fp32; overwritten.
 
         Returns:
             The fitted tensor, in the dtype of the output.
@@ -81,9 +81,9 @@ class Solver:
         return prior_rows(self._inputs[1].experts, moved, strength)
 
     def _additions(self, place: str, residual: float, whole: bool) -> Sequence[list[torch.Tensor] | None]:
-        """What the projection has to give in addition: what the merged model's residual stream lacks, and its bias.
+        """Return B_t (`regression`) of each expert: what the merged residual stream lacks, and the biases' difference.
 
-        With `whole` all that it has to give: what the expert gives, too, whose passes compute it here and not again.
+        With `whole`, return Y_t: B_t and the expert's output, which its passes compute here and not a second time.
         """
         nothing = [None] * len(self._shared.experts)
         stream = self._streams.get(place) if residual else None
@@ -119,7 +119,7 @@ class Solver:
         return found
 
     def _rows(self, place: str, weights: Sequence[float]) -> list[Rows]:
-        """The inputs of each expert, its tokens scaled so that they count as their calibration set says."""
+        """Return the projection's inputs for each expert's tokens, scaled by the weights of its calibration set."""
 
         def rows_of(each: Pass) -> torch.Tensor:
             assert each.rows is not None

@@ -1,9 +1,9 @@
 """Where a fit keeps the tensors of paused passes: in memory or, if they are large, in files mapped into memory.
 
-The rule: if that needs more than `IN_MEMORY` bytes, by the estimate of `approximate_bytes`, then every tensor of at
-least `LARGE` bytes that a pass holds while it waits, and every weight of that size, is in a file of its own. The
-operating system writes such files out and reads them back as it needs memory. They have no name any more as soon as
-they are mapped, so that they are gone with the process, however it ends. Results do not depend on it.
+The rule: if the passes need more than `IN_MEMORY` bytes, by the estimate of `approximate_bytes`, then every tensor of
+at least `LARGE` bytes that a pass holds while it waits, and every weight of that size, is in a file of its own. The
+operating system writes such files out and reads them back as it needs memory. Their names are deleted as soon as they
+are mapped, so that they are gone with the process, however it ends. Results do not depend on where tensors are kept.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ LARGE = 1 << 20  # bytes of a tensor that is kept in a file
 
 
 def approximate_bytes(tokens: int, widest: int, hidden: int, weights: int) -> int:
-    """What paused passes hold at most: of each token, two inputs of the widest projection and six hidden states.
+    """Estimate the most bytes of paused passes: weights, and per token two rows of `widest` inputs, six hidden states.
 
     Args:
-        tokens: of all passes, with padding.
-        widest: inputs of the widest projection.
+        tokens: number of tokens of all passes, with padding.
+        widest: number of inputs of the widest projection.
         hidden: size of the hidden states.
         weights: elements of all weights that are loaded at a time.
     """
@@ -36,17 +36,17 @@ def approximate_bytes(tokens: int, widest: int, hidden: int, weights: int) -> in
 
 
 class Spill:
-    """Tensors in memory, or in files.
+    """Keeps tensors in memory or, if a folder is given, large ones in files.
 
     Attributes:
-        folder: of the files; None: everything stays in memory.
+        folder: folder of the files; None: everything stays in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A tensor without values.
+        """Make an uninitialised tensor, in a file if it is large and files are used.
 
         Raises:
             OSError: if the disk is full.
@@ -64,11 +64,11 @@ class Spill:
             path.unlink(missing_ok=True)
 
     def keep(self, value: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor with these values, in a file if it is large and files are used.
+        """Return a tensor with these values, in a file if it is large and files are used.
 
         Args:
-            value: is given back if it may stay where it is.
-            dtype: of the result; None: that of `value`.
+            value: the values; the same tensor is returned if it may stay where it is and has the dtype.
+            dtype: dtype of the result; None: that of `value`.
         """
         dtype = dtype or value.dtype
         in_place = self.folder is None or value.numel() * dtype.itemsize < LARGE or _in_file(value.untyped_storage())
@@ -77,7 +77,7 @@ class Spill:
         return self.empty(value.shape, dtype).copy_(value)
 
     def watch(self, made: Made) -> AbstractContextManager[Any]:
-        """Note the large tensors that are made in the block, if they do not stay in memory."""
+        """Return a context in which `made` notes the large tensors that are made; without files it notes none."""
         return nullcontext() if self.folder is None else made
 
     def move_out(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -96,7 +96,7 @@ class Spill:
 
 
 class Made(TorchFunctionMode):
-    """Notes the large tensors that functions of torch return while it is entered, for as long as they live."""
+    """A context that notes the large tensors which functions of torch return in it, for as long as they live."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Fitting the stacked experts of a mixture in forward order, once all passes wait in front of their module.
+"""Fit the stacked experts of a mixture in forward order, once all passes wait in front of their module.
 
 The router of the merged model need not send a token where that of an expert model sends it, so the two cannot be
 compared token by token. Each of the stacked experts is fitted to give, for the inputs that it gets in the merged model,
 what it would give there with the weights of the expert model (`regression` with Z_t = X_t). The parameters of a module
-are fitted in the order in which it uses them, each for what comes out of those before.
+are fitted in the order in which it uses them, each for the inputs that it gets from those fitted before it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.network.module_tree import Network
 
 Stacks = Mapping[str, Mapping[str, Group]]
-"""Path of a module -> its stacked parameters -> the tensors that each of them is made of."""
+"""Path of a module -> each of its stacked parameters -> the checkpoint tensors that this is made of."""
 
 
 def stacks_of(network: Network, merge: Prepared) -> Stacks:
-    """The modules with stacked experts that can be fitted."""
+    """Find the modules with stacked experts that can be fitted."""
     found = dict[str, dict[str, Group]]()
     for each in network.covered:
         stacked = network.empty(each.parameter).dim() == 3
@@ -39,18 +39,18 @@ def stacks_of(network: Network, merge: Prepared) -> Stacks:
 
 
 def tensors_in(stacks: Stacks) -> list[str]:
-    """Names of the tensors."""
+    """Names of the checkpoint tensors of all stacks."""
     return [each.tensor for parameters in stacks.values() for group in parameters.values() for each, _ in group]
 
 
 class StackedFit:
-    """Fits a block's stacked experts once the passes of all experts wait in front of it."""
+    """Fits the stacked experts of a module once all passes wait in front of it."""
 
     def __init__(self, shared: Shared, stacks: Stacks) -> None:
         """
         Args:
-            shared: what is fitted, and the passes.
-            stacks: its stacked experts.
+            shared: the merge, its models and the passes.
+            stacks: the stacked experts that can be fitted.
         """
         self._shared, self._stacks = shared, stacks
         self._seen: list[dict[str, tuple[int, int]]] = [{} for _ in shared.pairs]
@@ -59,7 +59,7 @@ class StackedFit:
         return path in self._stacks
 
     def fit(self, path: str) -> None:
-        """Fit what is not known yet of a module, and load it into the merged model.
+        """Fit the stacked parameters of a module that are not fitted yet, and load them into the merged model.
 
         Raises:
             LewisError: naming the tensor, if inputs or the result are not finite.
@@ -70,7 +70,7 @@ class StackedFit:
             if parameter is None:
                 break  # no token reaches the remaining stacks
             group = [each for each in left.pop(parameter) if each[0].tensor not in self._shared.fitted]
-            group.sort(key=lambda each: each[1][0].projection)  # those that share their inputs after each other
+            group.sort(key=lambda each: each[1][0].projection)  # tensors that share their inputs follow each other
             for seen, each in zip(self._seen, noted, strict=True):
                 seen |= {part.projection: each.size_of(part.projection) for _, parts in group for part in parts}
             found = dict(solve_group(self._shared.merge, noted, group, jobs=self._shared.workers))
@@ -84,7 +84,7 @@ class StackedFit:
             warn_of_few_tokens(expert.ref, seen)
 
     def _noted(self, path: str, wanted: Mapping[str, Group]) -> tuple[str | None, list[_Noted]]:
-        """Run the module in every pass of the merged model; the first of the wanted parameters, and what went in."""
+        """Run the module in the merged model's passes; return which wanted parameter it uses first, and its inputs."""
         passes = [pair.merged for pairs in self._shared.pairs for pair in pairs]
         firsts, rows = dict[int, str](), [list[tuple[str, torch.Tensor]]() for _ in passes]
         module = self._shared.merged.network.module.get_submodule(path)
@@ -114,14 +114,14 @@ class StackedFit:
 
 
 class _Noted:
-    """What went into one stacked parameter in the passes of one expert's rows; to be read as `gram_files.Grams`."""
+    """The inputs of one stacked parameter in the passes of one expert's rows, with the interface of `Grams`."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens, self._collected = tokens, dict[str, Collected]()
         self._results = dict[str, dict[str, list[torch.Tensor]]]()
 
     def add(self, projection: str, rows: torch.Tensor) -> list[Callable[[], None]]:
-        """As `Collected.add`."""
+        """Add inputs of one stacked expert, as `Collected.add`."""
         collected = self._collected.setdefault(projection, Collected(rows.shape[1], self._tokens))
         return collected.add([rows])
 
@@ -129,16 +129,14 @@ class _Noted:
         return projection in self._collected
 
     def size_of(self, projection: str) -> tuple[int, int]:
-        """How many tokens came in, and the number of inputs; (0, 0) without tokens."""
+        """How many tokens reached a projection, and how many inputs it has; (0, 0) without tokens."""
         found = self._collected.get(projection)
         return (found.tokens, found.size) if found else (0, 0)
 
     def source(self, projection: str) -> str | None:
-        """As `Grams.source`."""
         return projection if projection in self else None
 
     def inputs(self, projection: str, weight: float = 1.0) -> Gram | Rows:
-        """As `Grams.inputs`."""
         collected = self._collected[projection]
         if projection not in self._results:
             self._results[projection] = collected.result()

@@ -1,11 +1,12 @@
-"""Merge by regression on what was measured of the experts: each projection is fitted for their own inputs.
+"""Merge by regression on statistics: each projection is fitted for the inputs that it gets in the expert models.
 
 The importance step leaves second-order statistics of every expert on its own calibration rows
 (`lewis.importance.grams`). From these each projection is fitted to give what the experts give for their own inputs
 (`lewis.methods.arithmetic.regression`), one tensor after another. No model is run.
 
-What no token reached in any expert (an expert of a mixture that no router chose), and what is no projection, is merged
-by the recipe's anchor, else by the method's own function. That is also what the fit is pulled towards.
+A projection that no token reached in any expert model (one of a mixture's experts that no router chose), and a tensor
+that is no projection, are merged by the recipe's anchor, else by the method's own function. The fit is pulled towards
+what these give.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int |
     """Fit all tensors of a merge that can be fitted, block by block.
 
     Args:
-        merge: whose method fits.
+        merge: a merge whose method fits.
         folder: where the tensors are kept; the blocks that a killed process has finished there are not fitted again.
         progress: called with (fit, tensors done, tensors in all).
         threads: by default one per core; any number gives the same bytes.
@@ -89,7 +90,7 @@ def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int |
 def _measured(
     merge: Prepared, sets: Sequence[Calibration], blocks: Mapping[str, Group], threads: int | None
 ) -> list[Grams]:
-    """The statistics of each expert; warns of what few tokens reached."""
+    """Find or measure the statistics of each expert, and warn of projections that few tokens reached."""
     statistics = [
         Grams(find_or_measure_grams(expert.model, calibration, device=default_device(), threads=threads))
         for expert, calibration in zip(merge.experts, sets, strict=True)
@@ -114,7 +115,7 @@ _Solve = Callable[[Group], "Iterator[tuple[str, torch.Tensor]]"]
 
 
 def _one_by_one(groups: Mapping[str, Sequence[Group]], solve: _Solve) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Yields each fitted tensor by itself, before the next is fitted: so no two of them are in memory."""
+    """Yield each fitted tensor by itself, before the next is fitted: so no two of them are in memory."""
     for group in itertools.chain.from_iterable(groups.values()):
         for name, tensor in solve(group):
             yield name, {name: tensor}
@@ -124,7 +125,7 @@ def _one_by_one(groups: Mapping[str, Sequence[Group]], solve: _Solve) -> Iterato
 def _in_lanes(
     groups: Mapping[str, Sequence[Group]], solve: _Solve, lanes: int, contexts: ExitStack
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Yields the fitted tensors of each list of groups with its name, while the next are being fitted."""
+    """Yield the name of each block with all its fitted tensors, while those of the next block are being fitted."""
     pool = ThreadPoolExecutor(lanes)
     contexts.callback(lambda: pool.shutdown(cancel_futures=True))
     running = list[tuple[str, list[Future[dict[str, torch.Tensor]]]]]()
@@ -136,7 +137,7 @@ def _in_lanes(
 
 
 def _parts(network: Network, merge: Prepared) -> dict[str, Group]:
-    """Path of a block -> its tensors that can be fitted, with their parts; not those that several blocks share."""
+    """Path of a block -> its tensors that can be fitted, with their parts; without tensors that blocks share."""
     found = dict[str, Group]()
     for each in network.covered:
         if each.stack or not merge.merges(each.tensor) or len(network.same(each.parameter)) > 1:
@@ -147,7 +148,7 @@ def _parts(network: Network, merge: Prepared) -> dict[str, Group]:
 
 
 def _by_input(tensors: Group, statistics: Sequence[Statistics]) -> list[Group]:
-    """The tensors that share their inputs together; those that take longest come first."""
+    """Group the tensors that share their inputs; the groups with most parameters, which take longest, come first."""
     found = dict[Any, Group]()
     for covered, parts in tensors:
         sources = tuple(each.source(parts[0].projection) for each in statistics)

@@ -1,4 +1,4 @@
-"""Fitting the tensors that share their inputs to the statistics of the experts."""
+"""Fit tensors that share their inputs to statistics of the experts' inputs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Part:
     """What one regression fits: a tensor, or one of the experts that are stacked in it.
 
     Attributes:
-        projection: its name in the statistics.
-        index: of the expert in the tensor; None if it is the whole tensor.
+        projection: name of the projection in the statistics.
+        index: index of the expert in the tensor; None if the part is the whole tensor.
     """
 
     projection: str
@@ -39,7 +39,7 @@ Group = list[tuple[Covered, list[Part]]]
 
 
 class Statistics(Protocol):
-    """What went into projections; `gram_files.Grams` has the meaning of each."""
+    """Statistics of the inputs of projections; `gram_files.Grams` describes each method."""
 
     def __contains__(self, projection: str) -> bool: ...
 
@@ -49,7 +49,7 @@ class Statistics(Protocol):
 
 
 class NoRows:
-    """The statistics of an expert without calibration rows; to be read as `gram_files.Grams`."""
+    """The statistics of an expert without calibration rows, with the interface of `gram_files.Grams`."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         """
@@ -62,24 +62,24 @@ class NoRows:
         return True
 
     def source(self, projection: str) -> str | None:
-        """Each projection has inputs of its own, of which nothing is known."""
+        """Return the projection's own name, since nothing is known about inputs that several might share."""
         return projection
 
     def inputs(self, projection: str, weight: float = 1.0) -> Gram | Rows:
-        """No rows."""
+        """Return the inputs of a projection as `Rows` without any row."""
         none = [torch.empty(0, self._sizes[projection])]
         return Rows(none, none, weight)
 
 
 def parts_of(network: Network, covered: Covered) -> list[Part]:
-    """A tensor in the parts that one regression fits each."""
+    """Return the parts of a tensor, each of which one regression fits."""
     if network.empty(covered.parameter).dim() != 3 or covered.expert is not None:
         return [Part(of_expert(covered.parameter, covered.expert))]
     return [Part(of_expert(covered.parameter, i), i) for i in range(network.empty(covered.parameter).shape[0])]
 
 
 def bytes_of(merge: Prepared, group: Group) -> int:
-    """Bytes of memory that fitting a group takes, roughly."""
+    """Estimate the bytes of memory that fitting a group takes."""
     held, experts = 0, len(merge.experts)
     for covered, _ in group:
         info = merge.base.tensors[covered.tensor]
@@ -97,7 +97,7 @@ def solve_group(
     """Fit tensors that share their inputs, one after another.
 
     Yields:
-        Tensor name, and what was fitted, in the dtype of the output; not of those that no token reached.
+        The name and the fitted values of each tensor, in the dtype of the output; not of those that no token reached.
 
     Raises:
         LewisError: naming the tensor, if statistics are damaged, or inputs or the result are not finite.
@@ -110,14 +110,14 @@ def solve_group(
 
 
 class _Solver:
-    """Fits tensor after tensor; what is computed of shared inputs is kept for all tensors that share them."""
+    """Fits one tensor after another; what is computed from inputs is kept for the next tensor that shares them."""
 
     def __init__(self, merge: Prepared, statistics: Sequence[Statistics], jobs: Jobs) -> None:
         self._merge, self._statistics, self._jobs = merge, statistics, jobs
         self._inputs: tuple[Any, Inputs] | None = None
 
     def solve(self, covered: Covered, parts: Sequence[Part]) -> torch.Tensor:
-        """Fit these parts of a tensor; its other parts are the anchor's."""
+        """Fit these parts of a tensor; its other parts are those of the anchor."""
         with one_thread(), torch.inference_mode():
             return self._solve(covered, parts)
 
@@ -145,7 +145,7 @@ class _Solver:
     def _prior(
         self, name: str, part: Part, inputs: Inputs, weights: Sequence[torch.Tensor], strength: float
     ) -> list[Rows]:
-        """The prior of a part; `weights`: of the experts, then of the base."""
+        """Make the rows of a part's prior from the weights of the experts, then of the base; none at strength 0."""
         if not strength:
             return []
         *own, base = (each.float() for each in weights)
@@ -165,7 +165,7 @@ class _Solver:
         sources = [grams.source(projection) for grams in self._statistics]
         setting = (sources, values["alpha"], values["weight"])
         if self._inputs is None or self._inputs[0] != setting:
-            self._inputs = None  # let go of it before the next is read
+            self._inputs = None  # free the last inputs before the next are read
             read = self._read_inputs(projection, values["weight"])
             self._inputs = setting, Inputs(read, values["ridge"], self._jobs, values["alpha"])
         self._inputs[1].ridge = values["ridge"]
@@ -185,6 +185,6 @@ class _Solver:
 
 
 def _part_of(tensor: torch.Tensor, part: Part, covered: Covered) -> torch.Tensor:
-    """The view of a part as (out, in)."""
+    """Return the view of a part of a tensor, of shape (out, in)."""
     own = tensor if part.index is None else tensor[part.index]
     return own.T if covered.transposed else own

@@ -1,4 +1,4 @@
-"""What the prior of a fit is made of: the rows of the experts' task vectors, or fewer with the same products."""
+"""The rows that the prior of a fit is made of: those of the experts' task vectors, or fewer with the same products."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lewis.models.lora.expert import LoraExpert
 def moved_rows(
     merge: Prepared, tensor: str, weights: Sequence[torch.Tensor], base: torch.Tensor, *, part: bool = False
 ) -> list[torch.Tensor]:
-    """For each expert rows whose products are those of its task vector: an adapter's factor, or the task vector.
+    """Return for each expert rows F with F^T F = D^T D of its task vector D: an adapter's factor, or D itself.
 
     Args:
-        merge: whose experts they are.
-        tensor: its name.
-        weights: of the experts, fp32 (out, in).
-        base: alike.
-        part: whether these are only a part of the tensor.
+        merge: the merge of the experts.
+        tensor: name of the tensor.
+        weights: the tensor in each expert, fp32 (out, in).
+        base: the tensor in the base, fp32 (out, in).
+        part: whether `weights` and `base` are only a part of the tensor.
 
     Returns:
         fp32 (rows, in); of a very wide layer an even share of the rows.

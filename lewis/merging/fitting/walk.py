@@ -1,4 +1,4 @@
-"""The walk of all passes of a fit through the blocks: what is in memory when, and what a killed process has done.
+"""The walk of all passes of a fit through the blocks: load weights, fit projections, write results, drop weights.
 
 Each pass is a greenlet that stops in front of every projection, in the code of whatever model it is. At any time there
 are in memory: what lies outside of the blocks, the small tensors of one block, one projection of each model, and what
@@ -32,22 +32,22 @@ class Walk:
     def __init__(self, shared: Shared, places: Mapping[str, Covered], solver: Solver, stacked: StackedFit) -> None:
         """
         Args:
-            shared: what is fitted, and the passes.
-            places: path of a module -> its tensor.
+            shared: the merge, its models and the passes.
+            places: path of a module that is fitted -> its tensor.
             solver: fits the tensor of a place.
             stacked: fits stacked experts.
         """
         self._shared, self._places, self._solver, self._stacked = shared, places, solver, stacked
         self._weights = [*shared.experts, shared.merged]
         pairs = [pair for each in shared.pairs for pair in each]
-        # First those of the experts, which have less to do: so each thread gets as many of them as of the others.
+        # First the experts' passes, which have less to do: so each thread gets as many of them as of the others.
         self._passes = [*(pair.own for pair in pairs), *(pair.merged for pair in pairs)]
         self._loaded: list[tuple[Weights, list[str]]] = []
         self._in_block: list[str] = []
         self._found: dict[str, torch.Tensor] = {}
 
     def blocks(self) -> Iterator[int]:
-        """Go through the model; yields how many of the blocks are done, after each."""
+        """Lead all passes through the model; yield after each block how many are done."""
         network, entered = self._shared.merged.network, 0
         step = partial(advance, self._passes, self._shared.workers, "projections", "use another merge_method")
         while (place := step()) is not None:
@@ -98,7 +98,7 @@ class Walk:
             self._found = {}
 
     def _fit(self, place: str) -> None:
-        """Give the projection its weight in each model; that of the merged model is fitted, unless it is known."""
+        """Load the projection at `place` into each model; in the merged model its weight is fitted, if not yet done."""
         self._drop()
         covered = self._places[place]
         known = covered.tensor in self._shared.fitted

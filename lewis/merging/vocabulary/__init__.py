@@ -1,1 +1,1 @@
-"""The vocabulary of a merge: which tokens the result has, and the rows of each model in their order."""
+"""The vocabulary of a merge: the tokens of the result, and each model's embedding rows in the order of these tokens."""

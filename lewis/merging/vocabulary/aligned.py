@@ -1,8 +1,8 @@
 """A model whose embeddings are read in the order of another vocabulary.
 
-Where rows move, the tensor is written by runs of rows to a file without a name in the store, which is mapped into
-memory as the model's own files are. So the tensor is never whole in anonymous memory, and the file is gone as soon as
-the tensor has been merged or the process has died.
+A tensor whose rows change places is written, some rows at a time, to an unnamed temporary file in the store, which is
+mapped into memory as the model's own files are. So the tensor is never whole in anonymous memory, and the file is gone
+as soon as the tensor has been merged or the process has died.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class Aligned(View):
     Attributes:
         folder, key, config, tied: those of the model.
         tensors: those of the model, with the new shapes.
-        rows: as given.
+        rows: the argument `rows`.
     """
 
     def __init__(
         self, model: Model, names: Collection[str], rows: np.ndarray, lenders: Lenders, target: Target
     ) -> None:
-        """Wrap a model.
+        """Wrap a model so that it is read in the order of `target`.
 
         Args:
             model: the model.
-            names: of the tensors that have a row per token.
+            names: names of the tensors that have a row per token: embeddings and heads.
             rows: int64, shape (target.rows,): the model's own row for each row of the target; -1 where it has none.
-            lenders: give the rows that the model does not have.
-            target: the vocabulary.
+            lenders: the models that give the rows which this model does not have.
+            target: the vocabulary of the result.
         """
         self.model, self.folder, self.key = model, model.folder, model.key
         self.config, self.tied = model.config, model.tied
@@ -66,7 +66,7 @@ class Aligned(View):
         return as_tensor(dtype, bits.copy()).reshape(shape)
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype and bits, as `Checkpoint.raw`; F32 where rows are means or come from other dtypes."""
+        """One tensor's dtype and bits, as `Checkpoint.raw`; F32 where a row is a mean or is lent in another dtype."""
         if not self._touches(name):
             return self.model.raw(name)
         if self._first is not None:
@@ -97,7 +97,7 @@ class Aligned(View):
             ) from error
 
     def _parts(self, dtype: str, own: np.ndarray, lent: LentRows, out: str) -> Iterator[torch.Tensor]:
-        """The rows in their new order; rows of padding are the mean of the others if the target asks for that."""
+        """Yield the rows in their new order, in runs; rows of padding are the others' mean if the target says so."""
         run, rows = max(_RUN // max(own.shape[1], 1), 1), self.rows[: self._mean_from]
         total = torch.zeros(own.shape[1], dtype=torch.float64)
         for start in range(0, len(rows), run):
@@ -118,22 +118,22 @@ class Aligned(View):
 
 
 def embedding_rows(model: Model, names: Collection[str]) -> int:
-    """The number of rows of a model's embeddings and heads; 0 if it has none of these tensors, or they differ."""
+    """The number of rows of a model's embeddings and heads; 0 if it has no such tensor, or their numbers differ."""
     stored = {model.tied.get(name, name) for name in names}
     found = {model.tensors[name].shape[:1] for name in stored if name in model.tensors}
     return found.pop()[0] if len(found) == 1 and () not in found else 0
 
 
 Origin = tuple[tuple[int, int], ...]
-"""(number of the model, its row) of each row that one row is the mean of; empty: the row is 0."""
+"""The rows whose mean one row is, each as (index of the model, its row); empty: the row is 0."""
 
 
 class Lenders(NamedTuple):
-    """Models that lend rows to those that lack them, by one rule for all.
+    """The models of a merge, and which of their rows replace a row that a model lacks; the same for all that lack it.
 
     Attributes:
-        models: the models, by their numbers in the origins.
-        origins: row of the common vocabulary -> where it comes from.
+        models: the models; an `Origin` names one by its index here.
+        origins: row of the common vocabulary -> the rows that replace it.
     """
 
     models: Sequence[Model]
@@ -144,15 +144,15 @@ class LentRows:
     """Rows of one tensor that a model lacks, taken from the models that have them.
 
     Attributes:
-        dtypes: of the lenders' tensors, as safetensors names them; F32 if a row is a mean.
+        dtypes: dtypes of the lenders' tensors, as safetensors names them; F32 alone if a row is a mean.
     """
 
     def __init__(self, lenders: Lenders, name: str, rows: np.ndarray) -> None:
         """
         Args:
-            lenders: give the rows.
-            name: of the tensor.
-            rows: their numbers in the common vocabulary, int64.
+            lenders: the models that have the rows.
+            name: name of the tensor.
+            rows: numbers of the lacking rows in the common vocabulary, int64.
         """
         self._origins, wanted = lenders.origins, [lenders.origins[row] for row in rows.tolist()]
         numbers = sorted({number for origin in wanted for number, _ in origin})
@@ -161,7 +161,7 @@ class LentRows:
         self.dtypes = {"F32"} if means else {dtype for dtype, _ in self._lenders.values()}
 
     def read(self, rows: np.ndarray) -> torch.Tensor:
-        """Some of these rows: fp32, shape (len(rows), columns)."""
+        """Read some of these rows, by their numbers in the common vocabulary: fp32, shape (len(rows), columns)."""
         wanted: dict[int, list[tuple[int, int]]] = {}
         for place, row in enumerate(rows.tolist()):
             for model, number in self._origins[row]:

@@ -22,14 +22,14 @@ from lewis.recipe.tokenizer import Tokenizer, TokenRow
 
 @dataclass(frozen=True)
 class Alignment:
-    """The vocabulary of a merge.
+    """The vocabulary of a merge's result, and the models with their rows in its order.
 
     Attributes:
-        donor: folder of the tokenizer and the generation config.
+        donor: folder whose tokenizer and generation config the result gets.
         source: the model whose tokenizer it is.
         target: the result's vocabulary; None if the models have the same one and nothing has to be done.
-        views: id of a model -> the model with its rows in the order of `target`.
-        digest: identity of what is done; None for nothing.
+        views: `id()` of a model -> the model with its rows in the order of `target`.
+        digest: identity of the mapping of rows; None if nothing has to be done.
     """
 
     donor: Path
@@ -39,20 +39,20 @@ class Alignment:
     digest: str | None = None
 
     def of(self, model: Model) -> Model:
-        """A model as it has to be read."""
+        """Return the view of a model in the result's vocabulary; the model itself if nothing has to be done."""
         return self.views.get(id(model), model)
 
     def translate(self, ref: str, base: Model, expert: Model, calibration: Calibration) -> Calibration:
-        """A calibration set with the result's token ids, for an expert that is read by them too.
+        """Translate a calibration set from the base's token ids to those of the result, in which the expert is read.
 
         Args:
             ref: the expert's reference, for the error message.
-            base: whose token ids the set has; it and the expert as they were given to `align`.
-            expert: that goes through the set.
+            base: the model whose token ids the set has, as given to `align`.
+            expert: the expert that is run on the set, as given to `align`.
             calibration: the set.
 
         Raises:
-            InputError: if the result or the expert lacks one of the tokens.
+            InputError: if the result or the expert lacks one of the set's tokens.
         """
         read, there = self.of(base), self.of(expert)
         if not isinstance(read, Aligned) or not isinstance(there, Aligned):
@@ -71,7 +71,7 @@ class Alignment:
         return replace(calibration, samples=samples)
 
     def finish(self, folder: Path) -> None:
-        """Change config and tokenizer, copied to `folder` from base and donor, to the result's vocabulary."""
+        """Adapt the config and tokenizer in `folder`, copies of the base's and donor's, to the result's vocabulary."""
         generation = self.source.home / "generation_config.json"  # an adapter has none
         if self.donor != self.source.home and generation.is_file() and not (folder / generation.name).exists():
             shutil.copyfile(generation, folder / generation.name)
@@ -82,7 +82,7 @@ class Alignment:
 def align(
     policy: Tokenizer | None, base_ref: str | None, base: Model, experts: Sequence[tuple[str, Model]]
 ) -> Alignment:
-    """Match the rows of embeddings and heads by token.
+    """Match the rows of the models' embeddings and heads by token.
 
     Args:
         policy: whose tokens the result has; None: the base's, which all models must have.
@@ -126,7 +126,7 @@ def align(
 def _vocabulary_to_match(
     policy: Tokenizer, donor: Path, models: Sequence[Model], sizes: Sequence[int]
 ) -> Mapping[str, int] | None:
-    """Token -> id of the first model, which is the base; None if no rows have to be matched.
+    """Return the vocabulary (token -> id) of the first model, the base; None if no rows have to be matched.
 
     Raises:
         InputError: if rows have to be matched and cannot be.
@@ -166,7 +166,7 @@ def _target(
     chosen: int,
     rows: int,
 ) -> Target:
-    """The tokens of the result, and the row of each."""
+    """Return the result's vocabulary: its tokens, the row of each, and the padding."""
     added = union(models[0], models[1:], ids[1:]) if policy.source == "union" else []
     there = {**donated, **{entry["content"]: entry["id"] for entry in added}}
     after = 1 + max(there.values(), default=-1)
@@ -184,10 +184,10 @@ def _target(
 def _match(
     target: Target, ids: Sequence[Mapping[str, int]], sizes: Sequence[int], source: int, *, has_base: bool
 ) -> tuple[list[np.ndarray], dict[int, Origin]]:
-    """For every row of the target each model's own row, -1 if it has none; and the row that is read in its place.
+    """Find each model's own row for every row of the target, -1 if it has none, and the origin of each lacking row.
 
-    The row of a token that a model lacks is the base's, if the base has the token, else the mean of the rows of those
-    that have it. A row of padding is the model's own, if it is padding there too, else the source's.
+    The row of a token that a model lacks is the base's, if the base has the token, else the mean of the rows of the
+    models that have it. A row of padding is the model's own, if it is padding there too, else the source's.
     """
     maps = [np.full(target.rows, -1, np.int64) for _ in ids]
     tokens = np.zeros(target.rows, np.bool_)
@@ -217,7 +217,7 @@ def _origin(
     ids: Sequence[Mapping[str, int]],
     sizes: Sequence[int],
 ) -> Origin:
-    """The row that a recipe's `tokenizer.tokens` names for a token."""
+    """Return the row that a recipe's `tokenizer.tokens` gives to a token, as an `Origin`."""
     where = f"tokenizer.tokens.{token}.source"
     wanted: str | int = token
     if isinstance(source, TokenRow):

@@ -1,1 +1,1 @@
-"""What the merge methods are made of: exact sums, random streams, selection by size, runs of rows."""
+"""Building blocks of the merge methods: exact sums, random streams, selection by size, runs of rows, regression."""

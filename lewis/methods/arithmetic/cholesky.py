@@ -1,7 +1,7 @@
-"""The Cholesky factor of a symmetric matrix in blocks, most of whose work are products of matrices.
+"""The Cholesky factor of a symmetric matrix, computed in blocks, so that most of the work is matrix products.
 
 LAPACK's own routines run at a third of the speed of products on one core, and a whole factor is one job. Here each
-block below the diagonal is a job of its own, and the blocks on the diagonal are inverted, so that a solution is made of
+block below the diagonal is a job of its own, and the blocks on the diagonal are inverted, so that solving takes matrix
 products, too. The blocks depend on the size only: so the factor has the same bits for any number of threads.
 """
 
@@ -17,7 +17,7 @@ BLOCK = 192
 
 
 class Factor:
-    """L with L L^T = A.
+    """The Cholesky factor L of a matrix A = L L^T.
 
     Attributes:
         failed: whether A is not positive definite in fp64; then there is no factor.
@@ -27,7 +27,7 @@ class Factor:
         """
         Args:
             matrix: A, fp64 (n, n); only what is on and above the diagonal is read.
-            jobs: runs what is computed.
+            jobs: runs the jobs of the computation.
         """
         self._cuts, self._jobs = slices(len(matrix), BLOCK), jobs
         self._inverses: list[torch.Tensor] = []
@@ -35,7 +35,7 @@ class Factor:
         self.failed = not all(self._add(matrix, i) for i in range(len(self._cuts)))
 
     def _add(self, matrix: torch.Tensor, i: int) -> bool:
-        """Compute a column of blocks from those before it."""
+        """Compute column `i` of blocks from those before it; return whether A is positive definite so far."""
         cut, lower = self._cuts[i], self._lower
         before = lower[cut, : cut.start]
         corner, failed = torch.linalg.cholesky_ex(matrix[cut, cut].T - before @ before.T)
@@ -54,7 +54,7 @@ class Factor:
         return True
 
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
-        """X with X A = R.
+        """Solve X A = R for X.
 
         Args:
             rows: R, fp64 (any, n); overwritten by X.
@@ -70,9 +70,9 @@ class Factor:
 
 
 def factorised(matrix: torch.Tensor, ridge: float, jobs: Jobs, mean: float | None = None) -> Factor:
-    """The factor of a symmetric matrix, fp64, with `ridge` times its mean diagonal (or `mean`) on the diagonal.
+    """Factor a symmetric matrix, fp64, after adding `ridge` times its mean diagonal (or `mean`) to its diagonal.
 
-    A ridge that is too small for the rounding errors of a singular matrix is raised tenfold until it holds.
+    A ridge that is too small for the rounding errors of a singular matrix is raised tenfold until there is a factor.
 
     Raises:
         ValueError: if the matrix is not finite.

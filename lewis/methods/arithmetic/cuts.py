@@ -66,7 +66,7 @@ def cuts(passes: Callable[[], Iterator[tuple[int, Sequence[torch.Tensor]]]], cou
         counts: k of each set.
 
     Returns:
-        One for each set.
+        One `Cut` for each set.
     """
 
     def score_keys() -> Iterator[list[torch.Tensor]]:
@@ -95,7 +95,7 @@ def kth_largest(passes: Callable[[], Iterator[Sequence[torch.Tensor]]], ranks: S
         ranks: k of each set, at most its size; less than 1: nothing is looked for.
 
     Returns:
-        One for each set; of a set with a rank less than 1 it means nothing.
+        One `Kth` for each set; for a rank less than 1 it has no meaning.
     """
     searches = [_Search(rank) for rank in ranks]
     while not all(search.found for search in searches):

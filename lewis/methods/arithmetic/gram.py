@@ -1,8 +1,8 @@
 """Sums of x^T x over the inputs x of a layer, of which only one half is computed and kept, since they are symmetric.
 
-The matrix is cut into parts of columns. Of each part there is a slab: these columns, from the diagonal block on, as
-rows. One flat tensor holds all slabs, one after another. The cuts depend on the size only, and each slab is computed
-by itself: so the sums have the same bits for any number of threads.
+The rows of the matrix are cut into parts. Each part has a slab: its rows, from the columns of the diagonal block on.
+One flat tensor holds all slabs, one after another. The cuts depend on the size only, and each slab is computed by
+itself: so the sums have the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def packed_length(size: int) -> int:
 
 
 def slabs(packed: torch.Tensor, size: int) -> list[tuple[slice, torch.Tensor]]:
-    """(columns, the view of these rows and of the columns from the first on) of each slab of a flat tensor."""
+    """Return for each slab of a flat tensor the slice of its rows, and a view (rows, columns from the slice on)."""
     found, start = [], 0
     for cut in slices(size, COLUMNS):
         rows, columns = cut.stop - cut.start, size - cut.start
@@ -28,7 +28,7 @@ def slabs(packed: torch.Tensor, size: int) -> list[tuple[slice, torch.Tensor]]:
 
 
 def unpacked(packed: torch.Tensor, size: int) -> torch.Tensor:
-    """The whole symmetric matrix, (size, size), of a flat tensor."""
+    """Expand a flat tensor of slabs to the whole symmetric matrix, (size, size)."""
     matrix = torch.empty(size, size, dtype=packed.dtype)
     for cut, slab in slabs(packed, size):
         matrix[cut, cut.start :] = slab
@@ -37,5 +37,5 @@ def unpacked(packed: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def diagonal(packed: torch.Tensor, size: int) -> torch.Tensor:
-    """The diagonal, (size,), of a flat tensor."""
+    """The diagonal, (size,), of the matrix that a flat tensor of slabs holds."""
     return torch.cat([slab.diagonal() for _, slab in slabs(packed, size)])

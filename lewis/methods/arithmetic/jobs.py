@@ -10,13 +10,13 @@ Jobs = Callable[[Sequence[Callable[[], None]]], None]
 
 
 def one_after_another(jobs: Sequence[Callable[[], None]]) -> None:
-    """`Jobs` without threads."""
+    """Run jobs one after another, in this thread: `Jobs` without threads."""
     for job in jobs:
         job()
 
 
 def slices(length: int, step: int) -> list[slice]:
-    """Parts of nearly equal length, at most `step`, an even number of them."""
+    """Cut a length into an even number of parts of nearly equal length, at most `step`."""
     count = min(2 * -(-length // (2 * step)), length)
     bounds = [length * i // count for i in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]

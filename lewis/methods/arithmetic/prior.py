@@ -13,18 +13,18 @@ from lewis.methods.arithmetic.tokens import Gram, Rows
 
 
 def prior_rows(experts: Sequence[Rows | Gram], moved: Sequence[torch.Tensor], strength: float) -> list[Rows]:
-    """The rows of the prior, whose products are c_t n0 tau_t D_t^T D_t.
+    """Return each expert's rows of the prior, whose products are c_t n0 tau_t D_t^T D_t.
 
     tau_t = tr(X_t^T X_t / tokens) / tr(D_t^T D_t) brings a task vector to the scale of its expert's inputs. An expert
     whose tokens did not reach the layer gets the mean trace of the others; if none did, all get 1.
 
     Args:
-        experts: the tokens of each expert, or what was measured of them.
-        moved: fp32 (rows, in) of each, whose products are those of its task vector: D_t, or a factor of it.
+        experts: the tokens of each expert, or their mean products.
+        moved: for each expert D_t, or a factor F of it with F^T F = D_t^T D_t, fp32 (rows, in).
         strength: n0, how much all rows of a prior count compared with the tokens of its expert.
 
     Returns:
-        Of each expert; without rows if it did not move the layer.
+        The rows of each expert's prior; no rows if the expert did not change the layer.
     """
     traces = [_trace(each) for each in experts]
     known = [trace for trace in traces if trace > 0]

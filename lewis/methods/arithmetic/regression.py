@@ -7,25 +7,25 @@ of the layer in the merged model and Z_t its inputs in expert t, one row per cal
     S = sum_t c_t X_t^T X_t                                                          (in, in)
     R = sum_t c_t [ (W_t - W_a) X_t^T X_t + W_t (Z_t - X_t)^T X_t + B_t^T X_t ]        (out, in)
 
-B_t, one row per token, is what the layer has to give besides: what the merged model's residual stream lacks there, or
-the difference of the biases. It may be 0.
+B_t, one row per token, is what the layer has to add to the expert's output: what the merged model's residual stream
+lacks there, or the difference of the biases. It may be 0.
 
-If what the experts give is there already, Y_t = Z_t W_t^T + B_t, less is to be multiplied for the same
+If the wanted outputs Y_t = Z_t W_t^T + B_t are known already, the same R takes fewer products:
 
     R = sum_t c_t Y_t^T X_t - W_a S
 
-but its rounding errors are those of both parts: this is for ridges of `COARSE` or more, which they do not get through.
+Both terms bring rounding errors, so this form is used only with ridges of `COARSE` or more, which suppress them.
 
 With Z_t = X_t, the inputs in the experts, this is RegMean (arXiv 2212.09849, equation 3) with a ridge towards an
 anchor; with the inputs of the model merged so far it is its form in forward order (FeatCal, arXiv 2605.13030). R is
 written with differences, so that nothing is lost to rounding where the merged model is close to the experts.
 
-With Z_t = X_t and B_t = 0, all that is needed of X_t is the mean of the products of its columns, X_t^T X_t / tokens: it
+With Z_t = X_t and B_t = 0, the fit needs of X_t only the mean of the products of its columns, X_t^T X_t / tokens, which
 can be measured once and kept (`Gram`).
 
-alpha, RegMean's factor of the off-diagonals, mixes this with a fit in which each input stands alone, as if the inputs
-were uncorrelated and B_t = 0: of X_t^T X_t and (Z_t - X_t)^T X_t the off-diagonals are multiplied by alpha, and so is
-B_t^T X_t. At alpha = 1 it is the fit above, at 0 each column of W is a weighted mean of the experts' columns.
+alpha, RegMean's factor of the off-diagonals, mixes this fit with one that takes each input alone, as if the inputs were
+uncorrelated and B_t = 0: the off-diagonals of X_t^T X_t and (Z_t - X_t)^T X_t are multiplied by alpha, and so is
+B_t^T X_t. alpha = 1 is the fit above; at 0, each column of W is a weighted mean of the experts' columns.
 
 Where there are fewer tokens than inputs, the same solution follows from the tokens' own products (the dual form): with
 X the rows of all X_t, each scaled by sqrt(c_t), and E those of X_t (W_t - W_a)^T + (Z_t - X_t) W_t^T, scaled alike,
@@ -35,7 +35,7 @@ X the rows of all X_t, each scaled by sqrt(c_t), and E those of X_t (W_t - W_a)^
 A prior adds what the task vectors D_t = W_t - W_0 themselves say about the inputs that matter to their experts, where
 the tokens are few: rows P_t with P_t^T P_t = n0 tau_t D_t^T D_t count as further tokens with Z_t = X_t and B_t = 0.
 The factor tau_t = tr(X_t^T X_t / tokens) / tr(D_t^T D_t) brings them to the scale of the inputs (`prior`). They do not
-count in the mean diagonal, by which the ridge is scaled. (Near: the task vectors' covariance of ACTMat, arXiv
+count in the mean diagonal, by which the ridge is scaled. (Similar: the task vectors' covariance of ACTMat, arXiv
 2604.01329.)
 
 With alpha < 1, let Q be the part of the solution for which each input stands alone (`Uncorrelated`), D the diagonal
@@ -62,22 +62,26 @@ from lewis.methods.arithmetic.uncorrelated import Uncorrelated, shift_of_each
 
 COLUMNS = 256  # columns of a product that one job computes
 ROWS = 384  # output rows that one job solves for
-COARSE = 1e-3  # a ridge
+COARSE = 1e-3  # ridges from this on can take R from the wanted outputs Y_t
 DUAL_ABOVE = 8192  # a layer with more inputs is solved in the dual form, as products of all pairs take too much memory
 DUAL_TOKENS = 4096  # tokens that the dual form keeps of such a layer, spread evenly
 
 
 def keeps_rows(size: int, tokens: int) -> bool:
-    """Whether to keep the inputs themselves: they take less room and time than the products of all pairs of them.
+    """Whether to keep a layer's inputs as rows, since they take less room and time than the products of all pairs.
 
-    So it is with fewer tokens than half of the inputs, since the products are symmetric. A layer with more than
+    They do if there are fewer tokens than half the inputs, since the products are symmetric. A layer with more than
     `DUAL_ABOVE` inputs always keeps rows, at most `DUAL_TOKENS` of them.
     """
     return size > DUAL_ABOVE or tokens < size // 2
 
 
 def sampled(size: int, tokens: int, total: int) -> torch.Tensor | None:
-    """Which of an expert's tokens a layer is fitted on in the dual form: an even share of a very wide layer's.
+    """Choose the tokens of an expert that a layer is fitted on in the dual form: an even share if it is very wide.
+
+    Args:
+        size: number of inputs of the layer.
+        tokens, total: number of tokens of the expert, and of all experts.
 
     Returns:
         Ascending indices, int64; None for all tokens.
@@ -90,15 +94,14 @@ def sampled(size: int, tokens: int, total: int) -> torch.Tensor | None:
 
 @dataclass
 class Inputs:
-    """The inputs of layers that share them (q, k and v): what is computed of them is computed once.
+    """The inputs of layers that share them (q, k and v): results that depend on them alone are computed once.
 
     Attributes:
-        experts: the tokens of each expert, or what was measured of them.
+        experts: the tokens of each expert, or their mean products.
         ridge: r in units of the mean diagonal of S; it may be changed between two layers.
-        jobs: runs what is computed.
+        jobs: runs the jobs of the computation.
         alpha: factor of the off-diagonals, in [0, 1].
-        prior: rows of each expert's prior; none for all: there is none. They are those of one layer, and may be changed
-            between two layers, as the ridge.
+        prior: rows of each expert's prior, for one layer; empty: no prior. It may be changed between two layers.
     """
 
     experts: Sequence[Rows | Gram]
@@ -118,14 +121,14 @@ class Inputs:
 
     @property
     def is_dual(self) -> bool:
-        """Whether the dual form is cheaper, or the other one is too large; it needs the rows of all experts."""
+        """Whether to solve in the dual form: the primal one costs more, or is too large. It needs all experts' rows."""
         if any(isinstance(rows, Gram) for rows in self.experts):
             return False
         return keeps_rows(self.size, sum(rows.tokens for rows in (*self.experts, *self.prior)))
 
     @property
     def takes_outputs(self) -> bool:
-        """Whether `solve` takes the experts' outputs; not if one expert counts alone: it must come out bit by bit."""
+        """Whether `solve` takes outputs Y_t; not if only one expert counts, which must come out bit by bit."""
         several = sum(rows.weight > 0 for rows in self.experts) > 1
         return several and not self.is_dual and self.alpha == 1 and self.ridge >= COARSE
 
@@ -144,7 +147,7 @@ class Inputs:
             weights: W_t of each expert, (out, in), of any floating dtype; brought to fp32 row by row.
             besides: B_t of each expert, in the parts of its rows.
             out: where the result goes, fp32 (out, in); it may be `anchor` itself. By default a new tensor.
-            whole: whether `besides` are Y_t, where `takes_outputs`.
+            whole: whether `besides` holds Y_t instead of B_t; only where `takes_outputs`.
 
         Returns:
             W, fp32 (out, in).
@@ -171,7 +174,7 @@ class Inputs:
         whole: bool = False,
     ) -> torch.Tensor:
         factor, products = self._factored()
-        # What the tokens miss is summed over pairs of inputs, for all layers that share them, or token by token.
+        # Shifts Z_t - X_t are multiplied out over pairs of inputs, once for all layers that share them, or by token.
         by_token = any(more is not None for more in besides) or (self._shifts is None and 2 * len(anchor) <= self.size)
         if not by_token and self._shifts is None:
             self._shifts = [
@@ -218,7 +221,7 @@ class Inputs:
     def _from_carried(
         self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], factor: Factor, out: torch.Tensor
     ) -> torch.Tensor:
-        """W_a + sum_t c_t (W_t - W_a) [ X_t^T X_t (S + r I)^-1 ]: quicker, by the brackets, where outputs are many."""
+        """W_a + sum_t c_t (W_t - W_a) [ X_t^T X_t (S + r I)^-1 ]; kept brackets make it quicker for many outputs."""
         if self._carried is None or self._carried[0] != self.ridge:
             carried = [torch.empty_like(products) for products in self._grams]
 
@@ -259,7 +262,7 @@ class Inputs:
         return factorised(total, self.ridge, self.jobs, mean), products
 
     def _mean(self, diagonal: torch.Tensor) -> float:
-        """The mean diagonal of S, given numbers with its sum; without any token, that of the prior at n0 = 1."""
+        """The mean diagonal of S, from numbers that sum to its trace; without tokens, that of the prior at n0 = 1."""
         return float(diagonal.sum()) / self.size or sum(rows.weight for rows in self.experts) / self.size
 
     def _multiply(self, rows: Rows | Gram, columns: slice, gram: torch.Tensor) -> None:

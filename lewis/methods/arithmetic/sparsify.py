@@ -92,7 +92,7 @@ def largest(score: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _largest_there(values: torch.Tensor, k: int) -> torch.Tensor:
-    """As `largest`, on a GPU: for flat values that are there already."""
+    """`largest` for flat values that are on a GPU."""
     threshold = values.kthvalue(len(values) - k + 1).values
     keep = values > threshold
     ties, wanted = (values == threshold).nonzero().reshape(-1), k - int(keep.sum())
@@ -102,7 +102,7 @@ def _largest_there(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def tie_order(places: torch.Tensor) -> torch.Tensor:
-    """Where each tie comes in the order of `largest`: int64, shifted so that signed comparison gives that order."""
+    """The place of each tie in the order of `largest`: int64, shifted so that signed comparison gives that order."""
     return places * int(SPREAD.view(np.int64)) ^ torch.iinfo(torch.int64).min
 
 
@@ -156,7 +156,7 @@ def drop_by_rank(
 
 
 def stack_kept(kept: Iterable[torch.Tensor], task_vectors: torch.Tensor, *, rescale: bool) -> torch.Tensor:
-    """What is kept of each task vector as one tensor, (experts, *shape); with `rescale` brought to its L1 norm."""
+    """Stack the kept parts of all task vectors, (experts, *shape); `rescale` scales each to its vector's L1 norm."""
     each = zip(kept, task_vectors, strict=True)
     return torch.stack([match_l1(own, whole) if rescale else own for own, whole in each])
 

@@ -1,4 +1,4 @@
-"""The tokens of all experts below each other, as the dual form of a layer's regression needs them (`regression`)."""
+"""The tokens of all experts as rows of one matrix, for the dual form of a layer's regression (`regression`)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Stacked:
     """X, Z - X and B, the rows of each expert scaled by sqrt(c_t); of a large layer, a share of them.
 
     Attributes:
-        counts: how many tokens of each expert.
+        counts: number of tokens of each expert.
         merged: X, fp32 (tokens, in).
-        shift: Z - X, alike; None: 0.
+        shift: Z - X, fp32 (tokens, in); None: 0.
         more: B, fp32 (tokens, out); None: 0.
     """
 
@@ -23,8 +23,8 @@ class Stacked:
     ) -> None:
         """
         Args:
-            experts: the tokens of each.
-            besides: B_t, the further outputs of each expert's tokens.
+            experts: the tokens of each expert.
+            besides: B_t of each expert, the further outputs that the fit is to give for its tokens.
             taken: indices of the tokens to take of each expert, ascending; None for all.
         """
         self.counts = [rows.tokens if kept is None else len(kept) for rows, kept in zip(experts, taken, strict=True)]
@@ -46,12 +46,12 @@ class Stacked:
 
     @property
     def shifts(self) -> Sequence[torch.Tensor | None]:
-        """`shift` of each expert."""
+        """The rows of `shift` of each expert; None: 0."""
         return [None] * len(self.counts) if self.shift is None else self.shift.split(self.counts)
 
 
 def within(taken: torch.Tensor, begin: int, length: int) -> torch.Tensor:
-    """The rows of a part that are taken, as indices into the part, which begins at token `begin`."""
+    """Indices, within a part of `length` tokens that begins at token `begin`, of those of its tokens that are taken."""
     return taken[(taken >= begin) & (taken < begin + length)] - begin
 
 

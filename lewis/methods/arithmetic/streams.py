@@ -20,7 +20,7 @@ class Stream:
 
     Attributes:
         key: which stream, in [0, 2^64).
-        place: the next number to be drawn.
+        place: index of the next number to be drawn.
     """
 
     key: int

@@ -41,7 +41,7 @@ def count(mask: torch.Tensor) -> int:
 
 
 def divided(tensor: torch.Tensor, number: float) -> torch.Tensor:
-    """Divide an fp32 tensor by a number. It is made a tensor, since on a GPU torch multiplies by a number's inverse."""
+    """Divide an fp32 tensor by a number, made a tensor: torch on a GPU would multiply by a plain number's inverse."""
     return tensor / torch.tensor(number, dtype=torch.float32, device=tensor.device)
 
 

@@ -1,4 +1,4 @@
-"""What a layer's regression is given of the tokens of one expert; the symbols are those of `regression`."""
+"""The tokens of one expert as input of a layer's regression; the symbols are those of `regression`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lewis.lazy_torch import torch
 
 Besides = Sequence["torch.Tensor"] | None
-"""B_t of one expert: fp32 parts next to those of its rows, each (tokens, out); None: 0."""
+"""B_t of one expert: one fp32 part for each part of its rows, each (tokens, out); None: 0."""
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Rows:
 
     Attributes:
         merged: X_t, fp32: parts whose rows together are the tokens, each (tokens, in).
-        own: Z_t, alike; the same objects as `merged` where there is no difference.
+        own: Z_t, in the same parts; the same objects as `merged` where there is no difference.
         weight: c_t times the number of tokens; c_t itself is `weight / tokens`.
     """
 
@@ -32,12 +32,12 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """How many rows."""
+        """Number of tokens, one in each row."""
         return sum(len(part) for part in self.merged)
 
     @property
     def share(self) -> float:
-        """c_t."""
+        """c_t, the weight of one token."""
         return self.weight / max(self.tokens, 1)
 
     @property
@@ -48,11 +48,11 @@ class Rows:
 
 @dataclass
 class Gram:
-    """What was measured of the tokens of one expert at one layer, for a fit with Z_t = X_t and B_t = 0.
+    """The measured mean products of the tokens of one expert at one layer, for a fit with Z_t = X_t and B_t = 0.
 
     Attributes:
         mean: X_t^T X_t / tokens, fp32 (in, in).
-        tokens: how many.
+        tokens: number of tokens.
         weight: c_t times the number of tokens.
     """
 
@@ -72,5 +72,5 @@ class Gram:
 
     @property
     def shifted(self) -> bool:
-        """Never: the inputs are those of the expert."""
+        """Always False: the inputs are the expert's own."""
         return False

@@ -1,7 +1,6 @@
 """The part of a layer's regression in which each input stands alone, as if the inputs were uncorrelated.
 
-It is what RegMean's factor alpha of the off-diagonals mixes the regression with: see `regression`, whose symbols are
-used here.
+RegMean's factor alpha mixes the regression with this part: see `regression`, whose symbols are used here.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from lewis.lazy_torch import torch
 
 
 class Uncorrelated:
-    """That part, of share 1 - alpha, with the ridge.
+    """The part of a layer's regression that takes inputs as uncorrelated, with its share 1 - alpha, and the ridge.
 
     Attributes:
-        pull: the diagonal of D = (1 - alpha) diag(S) + r I, fp64 (in,); until `add_ridge` with r = 0.
+        pull: the diagonal of D = (1 - alpha) diag(S) + r I, fp64 (in,); r is 0 until `add_ridge`.
     """
 
     def __init__(self, merged: Sequence[torch.Tensor], shifts: Sequence[torch.Tensor | None], alpha: float) -> None:
-        """Sum up the inputs.
+        """Sum up the squares of the inputs, and the products with their shifts.
 
         Args:
             merged, shifts: of each expert X_t and Z_t - X_t (None: 0) with rows scaled by sqrt(c_t), fp32 (tokens, in).
@@ -34,7 +33,7 @@ class Uncorrelated:
         self.pull = self._share * torch.stack(self._squares).sum(dim=0)
 
     def diagonal(self, count: int) -> torch.Tensor:
-        """The diagonal of S of the first so many experts, fp64 (in,)."""
+        """The diagonal of S over the first `count` experts, fp64 (in,)."""
         return torch.stack(self._squares[:count]).sum(dim=0)
 
     def add_ridge(self, ridge: float) -> None:

@@ -14,8 +14,8 @@ from lewis.models.names import unwrapped
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
-GGUF_TABLE = "gguf.json"  # of a folder that `gguf.as_folder` made: the tensors of the GGUF file in it
-GGUF_LINK = "model.gguf"  # of such a folder: where the file is
+GGUF_TABLE = "gguf.json"  # in a folder that `gguf.as_folder` made: the table of the GGUF file's tensors
+GGUF_LINK = "model.gguf"  # in such a folder: a link to the GGUF file
 _DONATED = (  # tokenizer, chat template and generation_config
     *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json"),
@@ -63,7 +63,7 @@ def _refuse_pickled(ref: str, names: Iterable[str]) -> None:
 
 
 def weight_files(folder: Path, listed: Collection[str] = ()) -> dict[str, set[str] | None]:
-    """The safetensors files of a model folder.
+    """Find the safetensors files of a model folder, and check its index.
 
     Args:
         folder: of the model.

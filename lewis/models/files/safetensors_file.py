@@ -1,4 +1,4 @@
-"""A safetensors file, read through a memory map and written, both without a copy of its tensors."""
+"""Read a safetensors file through a memory map, and write one, both without a copy of its tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lewis.input_files import check_regular
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import bits_dtype, bytes_of, name_of
 
-_LONGEST_NAME, _MOST_DIMENSIONS, _LARGEST_SIZE = 1000, 8, 1 << 40  # of any tensor of a model
+_LONGEST_NAME, _MOST_DIMENSIONS, _LARGEST_SIZE = 1000, 8, 1 << 40  # limits for a tensor of any model
 _PART = 1 << 18  # elements that are compared at a time
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype as safetensors names it ("BF16"), shape
@@ -53,7 +53,7 @@ class TensorFile:
             rename: name in the file -> what the tensor is called here; by default the same.
 
         Raises:
-            InputError: if it is truncated, or no safetensors file, or two of its tensors are called the same.
+            InputError: if it is truncated, or no safetensors file, or two of its tensors get the same name.
         """
         self.path = path
         check_regular(path)
@@ -80,7 +80,7 @@ class TensorFile:
         """A tensor's bits: flat, unsigned whole numbers of the dtype's size, a view of the file.
 
         Raises:
-            LewisError: if the file was cut short since. Without this check the system would kill the process.
+            LewisError: if the file has since been cut short. Without this check the system would kill the process.
         """
         place = self.places[name]
         try:
@@ -93,7 +93,7 @@ class TensorFile:
         return np.frombuffer(self._map, kind, (place.stop - place.start) // kind.itemsize, place.start)
 
     def will_need(self, name: str) -> None:
-        """Ask the system to read a tensor ahead."""
+        """Ask the operating system to load a tensor from disk before it is read."""
         self._advise(name, mmap.MADV_WILLNEED)
 
     def done_with(self, name: str) -> None:
@@ -108,12 +108,12 @@ class TensorFile:
 
 
 def write_file(path: Path, tensors: Mapping[str, Sequence[torch.Tensor]], metadata: Mapping[str, str]) -> str:
-    """Write a file, which appears whole or not at all, without a copy of its tensors in memory.
+    """Write a safetensors file, which appears whole or not at all, without a copy of its tensors in memory.
 
     Args:
-        path: where to; an earlier file is replaced.
-        tensors: name -> the tensor in parts, one below the other, of one dtype that a checkpoint may hold.
-        metadata: texts that stand in the header.
+        path: of the file; an earlier one is replaced.
+        tensors: name -> the parts of a tensor along its first dimension, of one dtype that a checkpoint may hold.
+        metadata: texts for the header.
 
     Returns:
         The SHA-256 of the file.
@@ -144,7 +144,7 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def file_headers(path: Path) -> Headers:
-    """Name, dtype and shape of each tensor in a safetensors file, which is read once until it changes.
+    """Return dtype and shape of each tensor in a safetensors file, which is read again only when it changes.
 
     Raises:
         InputError: if it is damaged.
@@ -171,7 +171,7 @@ def _headers(path: Path, *_: int) -> Headers:
 
 
 def _check_tensor(path: Path, name: str, shape: tuple[int, ...]) -> None:
-    """Refuse what a header may say and no model does: torch and numpy cannot make such a tensor."""
+    """Raise InputError for a name or shape that no model has: torch and numpy cannot make such a tensor."""
     if len(name) > _LONGEST_NAME:
         raise InputError(f"{path}: {name[:60]!r}...: the name of a tensor has {len(name)} characters; is it a model?")
     if len(shape) > _MOST_DIMENSIONS or any(size >= _LARGEST_SIZE for size in shape):

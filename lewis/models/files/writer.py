@@ -1,7 +1,7 @@
 """Write a checkpoint: the files are laid out first from names, dtypes and shapes, then filled tensor by tensor.
 
-A journal next to the files records which tensors are finished. A note in it says that the first N bytes of a file have
-this SHA-256. If the process is killed, the next writer with the same arguments hashes the files from the start and
+A journal next to the files records which tensors are finished. Each of its notes gives the SHA-256 of the first N bytes
+of a file. If the process is killed, the next writer with the same arguments hashes the files from the start and
 compares at each note: a file is trusted up to the last note that matches before the first that does not. The same pass
 over the bytes gives the checksums of the finished files. When all is written, the journal is removed.
 """
@@ -24,7 +24,7 @@ from lewis.models.dtypes import DTYPES, bytes_of, size_of, torch_dtype
 from lewis.models.files.folder import INDEX, SINGLE
 
 _JOURNAL = "journal.jsonl"
-_FLUSH = 1 << 26  # bytes after which the disk starts to write
+_FLUSH = 1 << 26  # bytes after which a flush to disk starts
 _BUFFER = 1 << 20  # bytes that are read at a time
 
 
@@ -39,7 +39,7 @@ class _Place:
 
 
 class CheckpointWriter:
-    """Safetensors files whose tensors may be written in any order.
+    """A writer of safetensors files that takes their tensors in any order.
 
     Use it as a context manager. The block must write every tensor of the layout before it ends.
 
@@ -50,7 +50,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], max_shard_size: int) -> None:
-        """Lay the files out.
+        """Create the files with their headers, and find the tensors that an earlier process has finished.
 
         Args:
             folder: must be empty, or left by a killed writer with the same arguments; the caller ensures this.
@@ -105,7 +105,7 @@ class CheckpointWriter:
             data, offset = data[written:], offset + written
 
     def finish(self, name: str) -> None:
-        """Record that a tensor is written, and all before it in `names` too. Only one thread may call it at a time.
+        """Record that a tensor, and all before it in `names`, are written. Only one thread may call it at a time.
 
         Raises:
             LewisError: if the disk is full, or fails.
@@ -118,7 +118,7 @@ class CheckpointWriter:
             raise LewisError(f"{self.folder.parent}: cannot finish {name!r}: {error.strerror}; free space") from error
 
     def _flush(self, place: _Place) -> None:
-        """Start writing to the disk, in a thread, while the next tensors are merged."""
+        """Start to flush a file to disk, in a thread, while the next tensors are merged."""
         self._unflushed += place.stop - place.start
         if self._unflushed >= _FLUSH and all(flush.done() for flush in self._flushes):
             self._unflushed = 0
@@ -167,7 +167,7 @@ class CheckpointWriter:
 
 
 class Journal:
-    """The notes on the files of one folder. Only one thread may use it at a time."""
+    """The notes on how far the files of one folder are written. Only one thread may use a journal at a time."""
 
     def __init__(self, path: Path) -> None:
         """Read the notes of an earlier process at `path`, if there are any; new ones are appended."""
@@ -176,7 +176,7 @@ class Journal:
         self._prefixes: dict[str, _Prefix] = {}
 
     def begin(self, name: str, file: IO[bytes]) -> int:
-        """Start with a file whose header is written.
+        """Add a file whose header is written, and compare its content with the notes of an earlier process.
 
         Returns:
             How many of its first bytes are as an earlier process noted them.
@@ -220,7 +220,7 @@ class Journal:
 
 
 class _Prefix:
-    """The first bytes of a file, hashed."""
+    """The SHA-256 of the first bytes of a file, which can be extended by further bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._stop, self._sha256 = file, 0, hashlib.sha256()
@@ -231,7 +231,7 @@ class _Prefix:
         return other
 
     def read_to(self, stop: int | None) -> str:
-        """Read on to byte `stop`, or to the end; returns the SHA-256 of all bytes so far."""
+        """Read on to byte `stop` (None: the end of the file), and return the SHA-256 of all bytes so far."""
         buffer = memoryview(bytearray(_BUFFER))
         while stop is None or self._stop < stop:
             wanted = _BUFFER if stop is None else min(_BUFFER, stop - self._stop)
@@ -244,7 +244,7 @@ class _Prefix:
 
 
 def _read(path: Path) -> dict[str, dict[int, str]]:
-    """File -> number of bytes -> their SHA-256. Lines that are no notes are skipped."""
+    """Read a journal: file -> number of its first bytes -> their SHA-256. Lines that are no notes are skipped."""
     known: dict[str, dict[int, str]] = {}
     lines = path.read_bytes().splitlines() if path.exists() else []
     for line in lines:
@@ -258,7 +258,7 @@ def _read(path: Path) -> dict[str, dict[int, str]]:
 
 
 def parse_size(text: str) -> int:
-    """`"5GB"` in bytes (decimal units, as transformers' `max_shard_size`).
+    """Return the bytes that a size such as `5GB` stands for (decimal units, as transformers' `max_shard_size`).
 
     Raises:
         InputError: if the text is no such size.
@@ -270,12 +270,12 @@ def parse_size(text: str) -> int:
 
 
 def _shard_names(count: int) -> list[str]:
-    """File names as transformers chooses them."""
+    """Return the names of several weight files as transformers chooses them."""
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """The tensors of each file, in their order.
+    """Divide tensors among files; return the tensors of each file, in their order.
 
     Args:
         sizes: tensor -> bytes.

@@ -1,6 +1,6 @@
-"""The Hub's client: where it asks, where it keeps files, and what its errors mean.
+"""Calls of the Hub's client: its endpoint and cache, repeated calls, and its errors as ours.
 
-huggingface_hub reads the environment once, when it is imported; here it is read at each call.
+huggingface_hub reads the environment variables only when it is imported; here they are read at each call.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _AGAIN, _LONGEST = 3, 300.0
-_PIECE = 1 << 20  # bytes of a download that a break may cost
+_PIECE = 1 << 20  # bytes of a download that are lost at most when it breaks off
 
 
 def endpoint() -> str:
-    """The Hub's URL."""
+    """Return the URL of the Hub, by HF_ENDPOINT."""
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 def cache_folder() -> Path:
-    """Where the Hub's client keeps what it downloads."""
+    """Return the folder where the Hub's client keeps what it downloads."""
     home = os.environ.get("HF_HOME")
     cache = os.environ.get("HF_HUB_CACHE") or (f"{home}/hub" if home else constants.HF_HUB_CACHE)
     return Path(cache).expanduser().absolute()
@@ -49,7 +49,7 @@ def offline() -> bool:
 
 
 def api() -> HfApi:
-    """A client of the Hub of HF_ENDPOINT, with the user's token.
+    """Return a client of the Hub at HF_ENDPOINT, with the user's token.
 
     Raises:
         InputError: if the token holds characters that no token has.
@@ -63,7 +63,7 @@ def api() -> HfApi:
 
 
 def snapshot(source: str, commit: str) -> Path:
-    """Where the Hub's client keeps the files of one commit of a model repo."""
+    """Return the folder where the Hub's client keeps the files of one commit of a model repo."""
     return cache_folder() / f"models--{source.replace('/', '--')}" / "snapshots" / commit
 
 
@@ -75,7 +75,7 @@ def check_repo_id(ref: str, source: str) -> None:
         source: the name.
 
     Raises:
-        InputError: if it has not.
+        InputError: if it does not have this form.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -89,33 +89,33 @@ def check_repo_id(ref: str, source: str) -> None:
 
 @contextmanager
 def without_xet() -> Iterator[None]:
-    """While the block lasts, all threads of this process speak LFS to the Hub instead of Xet."""
+    """Make all threads of this process use LFS instead of Xet for transfers, while the block lasts."""
     with private_names.HUB_WITHOUT_XET.replaced(True):
         yield
 
 
 def ask(ref: str, question: Callable[[], T]) -> T:
-    """Ask the Hub's client, again after a connection that was reset, and after as long as a busy Hub asks to wait.
+    """Call the Hub's client; call it again after a connection reset, or after the wait that a busy Hub asks for.
 
     Args:
         ref: what is asked for, for messages.
-        question: a call of the client. It is repeated at most `_AGAIN` times after a reset, which the client does not
-            mend itself, and after waits of at most `_LONGEST` seconds in all.
+        question: a call of the client. It is repeated at most `_AGAIN` times after resets, which the client does not
+            handle itself, and after waits of at most `_LONGEST` seconds in all.
 
     Raises:
-        InputError, TransientError, LewisError: as `lewis.models.hub.errors.explain` explains the client's errors.
+        InputError, TransientError, LewisError: what `lewis.models.hub.errors.explain` makes of the client's errors.
     """
     with errors(ref):
         return repeated(ref, question)
 
 
 def repeated(ref: str, question: Callable[[], T], *, after_reset: bool = True) -> T:
-    """`ask`, but raises the client's own errors.
+    """Call the Hub's client as `ask` does, but raise the client's own errors.
 
     Args:
         ref: what is asked for, for messages.
         question: a call of the client.
-        after_reset: whether it may be repeated though it may have been answered: a reset does not say that.
+        after_reset: whether to repeat the call after a reset, when it is unknown whether the Hub has executed it.
     """
     from lewis.models.hub.errors import was_reset
 
@@ -124,10 +124,10 @@ def repeated(ref: str, question: Callable[[], T], *, after_reset: bool = True) -
 
 @functools.cache
 def resume_downloads() -> None:
-    """Make downloads of this process go on where they broke off; they fail after `_AGAIN` tries without a byte.
+    """Make downloads of this process resume where they broke off; they fail after `_AGAIN` tries without a new byte.
 
-    The client does so after some breaks only. After a reset, an error 5xx, or an answer that ends early, it removes
-    what it has; and each break costs it all of a piece that has not arrived whole.
+    The client itself resumes after some kinds of breaks only. After a reset, an error 5xx, or an answer that ends
+    early, it removes the partial file; and each break loses all of the piece that has not arrived whole.
     """
     from lewis.models.hub.errors import retryable
 
@@ -135,7 +135,7 @@ def resume_downloads() -> None:
 
     @functools.wraps(once)
     def get(url: str, temp_file: BinaryIO, **options: Any) -> None:
-        if "_nb_retries" in options:  # the client goes on by itself, within its handler of the error: `again` does that
+        if "_nb_retries" in options:  # the client retries in its `except` block: raise its error for `again` instead
             raise
         begin = temp_file.tell()
 
@@ -155,7 +155,7 @@ def resume_downloads() -> None:
 def _repeated(
     what: str, question: Callable[[], T], again: Callable[[BaseException], bool], done: Callable[[], int] = lambda: 0
 ) -> T:
-    """Repeat a call of the client after errors for which `again` is true, while it moves on or has tries left.
+    """Repeat a call of the client after errors for which `again` is true, while it makes progress or has tries left.
 
     Args:
         what: the name of what is asked for, for the log.

@@ -27,7 +27,7 @@ CLIENT_ERRORS = (OSError, ValueError, httpx2.HTTPError, httpx2.InvalidURL, Safet
 
 
 def explain(ref: str, error: Exception, endpoint: str) -> LewisError:
-    """The error to raise instead of one of CLIENT_ERRORS. It quotes no HTTP header: the token is in one."""
+    """Return the error to raise instead of one of CLIENT_ERRORS. It quotes no HTTP header, since one has the token."""
     # The client may raise "not in the local cache" with the server's answer as its cause; the answer says more.
     error = next((e for e in _chain(error) if isinstance(e, HfHubHTTPError)), error)
     server = urlsplit(endpoint).netloc.rpartition("@")[2]
@@ -47,9 +47,9 @@ def explain(ref: str, error: Exception, endpoint: str) -> LewisError:
 
 
 def asked_wait(error: BaseException) -> float | None:
-    """The seconds that a busy Hub (429 or 503) asks to wait (`Retry-After`), at least one; None if it does not.
+    """Return the seconds that a busy Hub (429 or 503) asks to wait (`Retry-After`), at least 1; None if it asks none.
 
-    By a clock that is ahead of the Hub's, the time that it names is past.
+    The header may name a time, which is already past by a local clock that is ahead of the Hub's.
     """
     for each in _chain(error):
         if isinstance(each, HfHubHTTPError) and each.response.status_code in (429, 503):
@@ -115,7 +115,7 @@ def _is_broken_transfer(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what led to it, also where its `from None` would hide that: `datasets` hides the Hub's answers."""
+    """Yield an error and its causes, also those that `from None` hides, as `datasets` does with the Hub's answers."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         yield error

@@ -1,4 +1,4 @@
-"""A model pinned to its exact content; finding, pinning and checking a local folder."""
+"""A model pinned to its exact content. Find, pin and check a local folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class Pinned:
 
 
 def find_folder(ref: str, root: Path) -> Path | None:
-    """The folder or GGUF file that a reference means, or None if it means a Hub repo.
+    """Return the folder or GGUF file that a reference stands for; None if it stands for a Hub repo.
 
     Args:
         ref: as in a recipe.
@@ -78,7 +78,7 @@ def pin_folder(ref: str, folder: Path) -> Pinned:
 
 
 def check_unchanged(pinned: Pinned) -> Path:
-    """The folder of a pinned local model.
+    """Check that a pinned local model is unchanged, and return its folder.
 
     Raises:
         LewisError: if its content is no longer what was pinned.

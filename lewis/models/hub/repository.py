@@ -1,9 +1,9 @@
 """Models of the Hub, and local folders: pin a reference to its exact content, then download and verify it.
 
 The Hub's client follows a moving branch, may return an older snapshot when the Hub is down, and does not check what it
-downloaded. Here a reference is first resolved to a commit, or it is an error, and every file is compared with its
-checksum in that commit; the store remembers these, since a commit never changes. The client is imported when the Hub is
-asked first; a merge of local folders does without it.
+downloaded. Here a reference is first resolved to a commit, where a failure is an error, and every file is compared with
+its checksum in that commit; the store keeps the checksums, since a commit never changes. The client is imported when
+the Hub is first asked, so that a merge of local folders does not need it.
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ def resolve_dataset(repo: str, revision: str | None) -> str:
 
 
 def _commit(ref: str, info: Any) -> str:
-    """The commit in an answer of the Hub, which becomes part of paths."""
+    """Check and return the commit in an answer of the Hub; it becomes a part of paths."""
     if not COMMIT.fullmatch(str(info.sha)):
         raise InputError(f"{ref}: refused: expected a commit (40 hex digits) from the Hub, got {str(info.sha)[:80]!r}")
     return str(info.sha)
 
 
 def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
-    """The folder that holds a pinned model, every file of it equal to its checksum.
+    """Return the folder of a pinned model, after downloading what it lacks; every file equals its checksum.
 
     A file that was checked is not read again until it changes. A damaged one is removed and downloaded once more.
 
@@ -136,7 +136,7 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
 
 
 def _complete(pinned: Pinned, folder: Path, names: list[str], files: _Listing, *, card: bool) -> dict[str, str]:
-    """Download the files that a snapshot lacks. Returns those that are damaged, which it removes.
+    """Download the files that a snapshot lacks; remove and return those that are damaged.
 
     Args:
         pinned: the model.
@@ -146,7 +146,7 @@ def _complete(pinned: Pinned, folder: Path, names: list[str], files: _Listing, *
         card: whether to download the model card, too.
 
     Returns:
-        Name -> SHA-256, empty if it is missing.
+        Name of each damaged file -> its SHA-256; empty if the file is missing.
     """
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and offline():
@@ -161,7 +161,7 @@ def _complete(pinned: Pinned, folder: Path, names: list[str], files: _Listing, *
         def load() -> None:
             download(pinned.source, revision=pinned.commit)
             if not all((folder / name).is_file() for name in names):
-                # A client that is not given the commit's list takes the folder as it is. This raises why.
+                # A client that gets no list of the commit's files accepts an incomplete folder. This raises why.
                 list(api().list_repo_tree(pinned.source, revision=pinned.commit, recursive=True))
 
         ask(pinned.ref, load)
@@ -173,7 +173,7 @@ def _complete(pinned: Pinned, folder: Path, names: list[str], files: _Listing, *
 
 
 def is_present(pinned: Pinned) -> bool:
-    """Whether a fetch would download nothing: all files are here, as the commit lists them."""
+    """Whether `fetch` would download nothing: all files are on disk, as the commit lists them."""
     if pinned.is_local:
         return True
     folder, files = snapshot(pinned.source, pinned.commit), _listing_of(pinned)
@@ -181,12 +181,12 @@ def is_present(pinned: Pinned) -> bool:
 
 
 def folder_of(pinned: Pinned) -> Path:
-    """Where a fetch puts a pinned model, or where it is."""
+    """Return the folder of a pinned model: a local one, or the one that `fetch` downloads to."""
     return Path(pinned.source) if pinned.is_local else snapshot(pinned.source, pinned.commit)
 
 
 def file_names(pinned: Pinned) -> list[str]:
-    """The files of a pinned model, fetched or not.
+    """Return the names of a pinned model's files, fetched or not.
 
     Raises:
         TransientError: if the Hub is busy or unreachable.
@@ -195,9 +195,9 @@ def file_names(pinned: Pinned) -> list[str]:
 
 
 def tensor_headers(pinned: Pinned) -> Headers:
-    """Name (`names.unwrapped`), dtype and shape of every weight. Of a Hub repo, only headers are read.
+    """Return dtype and shape of each weight, by its `names.unwrapped` name. Of a Hub repo, only headers are read.
 
-    Quantised weights come as those that they are read as (`lewis.models.quantised`).
+    Quantised weights have the names, dtypes and shapes from before their quantisation (`lewis.models.quantised`).
 
     Raises:
         InputError: if a safetensors file is damaged, or weights are quantised in a way that is not read.
@@ -236,7 +236,7 @@ def tensor_headers(pinned: Pinned) -> Headers:
 
 
 def tensor_shapes(pinned: Pinned) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight, as `tensor_headers` finds them."""
+    """Return the shape of each weight, by its name, as `tensor_headers` finds it."""
     return {name: shape for name, (_, shape) in tensor_headers(pinned).items()}
 
 
@@ -245,9 +245,9 @@ def blaming(pinned: Pinned, what: str, how: str = "broken") -> Iterator[None]:
     """Report an error in the content of intact files as a model that is broken on the Hub.
 
     Args:
-        pinned: the model. Of a local folder, errors stay as they are.
-        what: is read, for the message.
-        how: it is, for the message.
+        pinned: the model. Errors in a local folder are raised unchanged.
+        what: the file that is read, for the message.
+        how: the model's state, `broken` or `unusable`, for the message.
 
     Raises:
         BrokenModelError: instead of an `InputError`.
@@ -261,7 +261,7 @@ def blaming(pinned: Pinned, what: str, how: str = "broken") -> Iterator[None]:
 
 
 def _is_of_the_commit(path: Path, listed: tuple[int, str], error: InputError) -> bool:
-    """Whether unreadable content is the commit's own and no broken download: its checksum fits, or the Hub was read."""
+    """Whether unreadable content is the commit's own, not a broken download: its checksum fits, or the Hub sent it."""
     if path.is_file():
         return _is_intact(path, *listed)
     return type(error.__cause__).__name__ == "SafetensorsParsingError"
@@ -284,7 +284,7 @@ def _discard(path: Path) -> None:
 
 
 def _listing_of(pinned: Pinned) -> _Listing:
-    """The files of a pinned commit, from the store or else from the Hub.
+    """Return the list of a pinned commit's files, from the store or else from the Hub.
 
     Raises:
         InputError: if HF_HUB_OFFLINE is set, and the commit is not in the Hub client's cache.
@@ -309,10 +309,10 @@ def _remembered_listing(source: str, commit: str) -> _Listing | None:
 
 
 def remember_listing(source: str, info: Any) -> _Listing:
-    """Keep the files of a commit in the store.
+    """Return the list of a commit's files in an answer of the Hub, and keep it in the store.
 
     Raises:
-        InputError: if a file's name leads out of its folder, or the commit is none.
+        InputError: if a file's name leads out of its folder, or the answer has no commit.
     """
     commit = _commit(source, info)
     files = {file.rfilename: (file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in info.siblings}
@@ -323,9 +323,9 @@ def remember_listing(source: str, info: Any) -> _Listing:
 
 
 def _cached_listing(ref: str, source: str, revision: str) -> _Listing:
-    """The files of a commit in the Hub client's cache, for work without the Hub.
+    """Return the list of a commit's files in the Hub client's cache, for work without the Hub.
 
-    There each file is a link to a blob, and the blob's name is its checksum.
+    In the cache, each file is a link to a blob whose name is the checksum.
 
     Raises:
         InputError: if `revision` is no full commit, or the cache lacks it or one of its files.

@@ -1,6 +1,6 @@
 """Slices of layers: each is a merge of its own, and knows which tensors of its models it reads.
 
-Where every layer stays in its place, slices only give layers values of their own. Otherwise the result is a stack of
+Where every layer stays in its place, slices only give layers their own parameters. Otherwise the result is a stack of
 other layers than any model's. What lies before the layers (embeddings) comes from the first slice, what lies after them
 (the last norm, the head) from the last, as in mergekit.
 """
@@ -20,10 +20,10 @@ from lewis.recipe.schema import ModelEntry
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice.
+    """A run of layers of the result, and the merge that makes them.
 
     Attributes:
-        config: of the slice alone: its sources are the models, its parameters hold before the top level's.
+        config: of the slice alone: its sources are the models, its parameters take precedence over the top level's.
         first, count: its first layer in the result, and how many it has.
         starts: model -> number of the first of its layers that go in.
         lead: the model that gives the names: the base if the method has one, else the first source.
@@ -40,7 +40,7 @@ class Slice:
 
     @property
     def base(self) -> str | None:
-        """The base that it is merged onto; None if its method needs none."""
+        """The base that the slice is merged onto; None if its method needs none."""
         return self.config.base_model
 
     @property
@@ -50,7 +50,7 @@ class Slice:
 
     @property
     def in_order(self) -> list[str]:
-        """All its models, the one that gives the names first."""
+        """All models of the slice, the one that gives the names first."""
         return [self.lead, *(ref for ref in self.starts if ref != self.lead)]
 
     def depth(self, layer: int | None) -> float:
@@ -64,12 +64,12 @@ class Slice:
         return as_source(tensor, self.starts[model] - self.first)
 
     def names(self, model: str, layers: Mapping[str, Layers], result: Layers) -> dict[str, str]:
-        """The tensors that a model gives to this slice.
+        """Return the tensors that a model gives to this slice, by their names in the result.
 
         Args:
             model: one of the sources.
-            layers: of each model.
-            result: of the model that names the result's tensors.
+            layers: model -> its layers.
+            result: the layers of the model that names the result's tensors.
 
         Returns:
             Name in the result -> name in the model.
@@ -121,7 +121,7 @@ def check_ranges(slices: Sequence[Slice], counts: Mapping[str, int]) -> None:
 
 
 def in_place(slices: Sequence[Slice], base: str | None, counts: Mapping[str, int]) -> bool:
-    """Whether every layer stays in its place: each is merged from the layers of its number of the same, whole models.
+    """Whether every layer stays in its place: it is merged from the layers of its own number, of the same whole models.
 
     Args:
         slices: all of a config.
@@ -139,7 +139,7 @@ def in_place(slices: Sequence[Slice], base: str | None, counts: Mapping[str, int
 
 
 class SliceValues:
-    """The parameters of the result's tensors, each by the slice that it is in."""
+    """Looks up merge parameters for the result's tensors, each in the slice that the tensor is in."""
 
     def __init__(self, slices: Sequence[Slice], layers: Layers) -> None:
         """
@@ -151,11 +151,11 @@ class SliceValues:
         self._entries = [{entry.model: entry for entry in each.config.experts} for each in slices]
 
     def value(self, parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
-        """The value for one tensor of the result; arguments as those of `MergeConfig.value`; `depth` is not used."""
+        """Return the value for one tensor; arguments as those of `MergeConfig.value`; `depth` is not used."""
         return self._look_up(lambda config: config.value, parameter, expert, tensor)
 
     def anchor_value(self, parameter: Parameter, expert: str | None, tensor: str, depth: float) -> Any:
-        """As `value`, of the anchor's method."""
+        """Return a parameter's value as `value` does, but for the anchor's method."""
         return self._look_up(lambda config: config.anchor_value, parameter, expert, tensor)
 
     def _look_up(

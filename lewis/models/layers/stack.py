@@ -37,7 +37,7 @@ class Layers:
     after: tuple[str, ...]
 
     def name(self, layer: int, suffix: str) -> str:
-        """The name of a tensor of a layer."""
+        """Return the full name of a tensor of a layer."""
         return f"{self.prefix}{layer}.{suffix}"
 
     def number(self, name: str) -> int | None:
@@ -46,13 +46,13 @@ class Layers:
 
 
 def layers_of(ref: str, names: Iterable[str]) -> Layers:
-    """Find the stack of layers that the names of a model's tensors speak of.
+    """Find the stack of layers by the names of a model's tensors.
 
-    Of a model with several (towers of images or sound next to a language model) it is the one whose embedding of tokens
-    is next to it.
+    Of several stacks (towers of images or sound next to a language model) it is the one with an embedding of tokens
+    next to it.
 
     Raises:
-        InputError: if there is none, or it is not clear which one text goes through alone.
+        InputError: if there is none, if a layer is missing, or if it is not clear which one text goes through alone.
     """
     stacks: dict[str, dict[int, list[str]]] = {}
     outside = []
@@ -120,7 +120,7 @@ def other_depth(one: Model, other: Model) -> bool:
 
 
 def as_source(tensor: str, moved: int) -> str:
-    """The name of a layer's tensor in a model that has this layer `moved` places further up; others are as they are."""
+    """Return the name of a layer's tensor in a model where the layer's number is greater by `moved`; others stay."""
     return NUMBER.sub(lambda match: match[0].replace(match[1], str(int(match[1]) + moved)), tensor, count=1)
 
 
@@ -131,8 +131,8 @@ class Restacked(View):
         model: the model.
         names: name -> the name in the model.
         folder, key, config: those of the model.
-        tensors: name -> what is stored.
-        tied: nothing; a tied head among the names is read from the embedding.
+        tensors: name -> dtype and shape.
+        tied: empty; a tied head among the names is read from the embedding.
     """
 
     def __init__(self, model: Model, names: Mapping[str, str]) -> None:
@@ -152,7 +152,7 @@ class Restacked(View):
         return self.model.read(self.names[name])
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype and bits, as the model gives them."""
+        """Return one tensor's dtype and bits, as the model has them."""
         return self.model.raw(self.names[name])
 
     def _sources(self, name: str) -> tuple[str]:

@@ -1,9 +1,9 @@
 """The config of a model whose layers were stacked: their number, and everything that it says layer by layer.
 
 A config says of which kind a layer is in three ways: by a list with an item for each layer (`layer_types`), by a list
-of layers' numbers (`mlp_only_layers`), or by a rule (every sixth, the first three). Lists follow the layers. A rule
-stays if it says the same of the new numbers; some are written as the list that transformers derives of them; else the
-stack is refused, since its layers would be run as layers of another kind.
+of layers' numbers (`mlp_only_layers`), or by a rule (every sixth, the first three). Lists are written again for the
+new order of layers. A rule is kept if it gives the new numbers the same kinds; some rules are written as the list that
+transformers derives from them. Else the stack is refused, since layers would be run as layers of another kind.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _NUMBERS = ("mlp_only_layers", "full_attn_idxs", "cross_attention_layers", "hybrid_layer_ids")  # lists of numbers
 _NO_LAYERS = ("architectures", "token_id", "token_ids", "bad_words_ids", "suppress_tokens")  # ends of other lists' keys
 _TEXTS = ("hybrid_override_pattern",)  # a letter for each layer
-_DERIVED = (  # transformers makes a list of these
+_DERIVED = (  # transformers derives a list from these
     *("sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"),
     *("global_attn_every_n_layers", "no_rope_layer_interval"),
 )
-_RULES: dict[str, Callable[[Mapping[str, Any], int], bool]] = {  # which layers are of the other kind
+_RULES: dict[str, Callable[[Mapping[str, Any], int], bool]] = {  # key -> whether a layer is of the other kind
     "first_k_dense_replace": lambda block, i: i < block["first_k_dense_replace"],
     "num_dense_layers": lambda block, i: i < block["num_dense_layers"],
     "decoder_sparse_step": lambda block, i: (i + 1) % block["decoder_sparse_step"] == 0,
@@ -33,7 +33,7 @@ _RULES: dict[str, Callable[[Mapping[str, Any], int], bool]] = {  # which layers 
     "attn_layer_period": lambda block, i: i % block["attn_layer_period"] == block.get("attn_layer_offset", 0),
     "expert_layer_period": lambda block, i: i % block["expert_layer_period"] == block.get("expert_layer_offset", 0),
 }
-_SHARING = {"num_kv_shared_layers": 1, "num_hidden_groups": 2}  # from this value on, layers share by their number
+_SHARING = {"num_kv_shared_layers": 1, "num_hidden_groups": 2}  # key -> the least value that makes layers share
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,20 @@ class Origin:
 
 
 _Merged = Sequence[Origin]
-"""What a layer of the result is merged from; `config` is the part of the model's about layers, by `_with_derived`."""
+"""The layers that a layer of the result is merged from; each `config` is the part about layers, by `_with_derived`."""
 
 
 def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[Origin]]) -> dict[str, Any]:
-    """The config of a result.
+    """Return the config of a result whose layers are stacked.
 
     Args:
-        config: of the model that gives everything else.
+        config: of the model that gives all that is not about layers.
         home: its folder.
         origins: for each layer of the result, what it is merged from; the first decides of which kind it is.
 
     Raises:
         InputError: if the config does not say how many layers there are, models that are merged into one layer have
-            layers of different kinds there, or a rule would say something else of the new numbers.
+            layers of different kinds there, a rule would give the new numbers other kinds, or layers share by number.
     """
     found: dict[str, Any] = json.loads(json.dumps(config))
     block = _block(found)
@@ -98,7 +98,7 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
 
 
 def _counts(block: dict[str, Any], home: Path, *, inner: bool) -> list[str]:
-    """The keys that say how many layers there are; an inner block of a config leaves out what is as usual."""
+    """Return the keys that give the number of layers; an inner block of a config leaves out default values."""
     keys = [key for key in _COUNTS if isinstance(block.get(key), int)]
     if not keys and not inner:
         raise InputError(f"{home / 'config.json'}: slices: none of {', '.join(_COUNTS)} says how many layers there are")
@@ -128,7 +128,7 @@ def _follow_layers(block: dict[str, Any], own: Sequence[_Merged], listed: Sequen
 
 
 def _block(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that speaks of the layers: of a model with other towers, that of its language model."""
+    """Return the part of a config that is about layers: in a model with other towers, that of its language model."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 
@@ -138,7 +138,7 @@ def _with_derived(origin: Origin) -> dict[str, Any]:
     block = _block(dict(origin.config))
     alike = "sliding_window" if block.get("use_sliding_window") is False else ""
     rules = [key for key in _DERIVED if block.get(key) and key != alike]
-    whole = "text_config" not in origin.config  # a block in a larger config leaves out what is as usual
+    whole = "text_config" not in origin.config  # a block in a larger config leaves out default values
     if (whole and not rules) or "layer_types" in block:
         return block
     from transformers import AutoConfig  # seconds, so only where a config has a rule
@@ -198,7 +198,7 @@ def _keep_rule(
     block: dict[str, Any],
     own: Sequence[_Merged],
 ) -> None:
-    """Leave a rule as it is if it holds for the new numbers; the number of first layers may follow them."""
+    """Keep a rule if it holds for the new numbers, else raise InputError; a number of first layers is adjusted."""
     values = [[_active(each.config.get(key)) and rule(each.config, each.layer) for each in layer] for layer in own]
     _check_alike(key, own, values)
     kinds = [of_layer[0] for of_layer in values]

@@ -57,7 +57,7 @@ _CONTRADICTIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         given.get("lora_bias") and (given.get("use_dora") or not isinstance(given.get("init_lora_weights", True), bool))
     ),
 }
-# The keys of an adapter's file.
+# Patterns of the keys in an adapter's file.
 _FACTOR = re.compile(
     r"^(?P<module>.+?)\.lora_(?P<part>(?:embedding_)?[AB])(?:\.(?!bias$)\w+)??(?:\.(?P<kind>weight|bias))?$"
 )
@@ -66,10 +66,10 @@ _ROWS = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delt
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the adapter in a folder.
+    """Read and check the settings of the adapter in a folder.
 
     Raises:
-        InputError: if they cannot be read, are no LoRA's, or ask for something that is not supported.
+        InputError: if they cannot be read, are not those of a LoRA, or ask for something that is not supported.
     """
     path = folder / CONFIG
     try:
@@ -114,7 +114,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def _check_numbers(
     path: Path, settings: Mapping[str, Any], key: str, pattern_key: str, is_fine: Callable[[Any], bool], expected: str
 ) -> None:
-    """Check a setting, and the patterns of modules that have another value of it."""
+    """Check a numeric setting, and the patterns that give some modules another value of it."""
     patterns = settings.get(pattern_key) or {}
     if not isinstance(patterns, dict):
         raise InputError(f"{path}: {pattern_key}: expected a JSON object, got {patterns!r}")
@@ -175,9 +175,9 @@ class Keys:
         parts: module, as its key calls it -> `A`, `B`, `bias` (of lora_B) or `magnitude` -> key.
         whole: tensor -> key of the values that replace it.
         rows: module -> key of the rows that replace those of some tokens.
-        twice: two keys that stand for the same, if there are any.
+        twice: pairs of keys that stand for the same tensor.
         unused: keys that PEFT does not read: copies, and rows of tokens that the settings do not name.
-        unknown: keys that stand for nothing.
+        unknown: keys with `lora_` in them that have none of the known forms.
     """
 
     parts: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -218,14 +218,14 @@ def parameters_of(
 ) -> dict[str, str]:
     """The parameters that an adapter with `target_parameters` changes in one module.
 
-    PEFT wraps the module once for each of them, in the order in which the module has them; so the key of the last one
-    has the module's own path, that of the one before it `.base_layer` behind it, and so on.
+    PEFT wraps the module once for each of them, in the order in which the module has them. So the last one has the
+    module's own path in the keys, the one before it that path and `.base_layer`, and so on.
 
     Args:
         module: its path in the network.
         parts: the paths of the modules in the adapter's keys.
         targets: `target_parameters`: names, or their ends after a dot.
-        parameters: of the network.
+        parameters: those of the network, by their full names.
 
     Returns:
         Path as in the key -> full name of the parameter.

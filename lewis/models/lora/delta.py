@@ -1,4 +1,4 @@
-"""What a LoRA adapter does to a weight. Each kind can be applied to a run of its flat values alone."""
+"""The kinds of changes that a LoRA adapter makes to a weight; most can be applied to a part of its flat values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Raw = Callable[[str], tuple[str, np.ndarray]]
 
 
 class Change(Protocol):
-    """What is done to one weight.
+    """A change that an adapter makes to one weight.
 
     Attributes:
         shape: of the weight, as it is stored.
@@ -28,11 +28,11 @@ class Change(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def apply(self, values: torch.Tensor, start: int) -> None:
-        """Change values in place.
+        """Change a run of the weight's values in place.
 
         Args:
             values: fp32, flat.
-            start: the place of the first among the weight's flat values.
+            start: index of the first one among the weight's flat values.
         """
 
 
@@ -52,7 +52,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class NewRows:
-    """Rows of an embedding that replace those of some tokens.
+    """Trained rows of an embedding that replace the rows of some tokens.
 
     Attributes:
         ids: the token of each row.
@@ -118,7 +118,7 @@ class LowRank:
         return self.transposed and self.magnitude is not None
 
     def delta(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """A run of the flat values of the delta, fp32; it begins and ends with a row."""
+        """Return the flat values `start` to `stop` (exclusive) of the delta, fp32; they must be whole rows."""
         columns, rows_of_one = self.shape[-1], self.shape[-2]
         first, last = start // columns, (prod(self.shape) if stop is None else stop) // columns
         if not self.stack:
@@ -132,7 +132,7 @@ class LowRank:
         return torch.cat(found)
 
     def factor(self) -> torch.Tensor | None:
-        """F, fp32 (rank, in), with F^T F = D^T D, where D = scale * B @ A; None with a magnitude, or of a stack."""
+        """Return F, fp32 (rank, in), with F^T F = D^T D for D = scale * B @ A; None with a magnitude or for a stack."""
         if self.magnitude is not None or self.stack:
             return None
         a, b = self._factors(None)
@@ -140,7 +140,7 @@ class LowRank:
             return (torch.linalg.qr(b, mode="r").R @ a).mul_(self.scale)
 
     def apply(self, values: torch.Tensor, start: int) -> None:
-        """Add the delta; with a magnitude, set the norms."""
+        """Add the delta to `values`; with a magnitude, also set their norms."""
         values.add_(self.delta(start, start + values.numel()))
         if self.magnitude is None:
             return
@@ -155,7 +155,7 @@ class LowRank:
                 matrix.mul_((wanted[row : row + len(norms)] / norms)[:, None])
 
     def _rows(self, expert: int | None, first: int, last: int) -> torch.Tensor:
-        """Rows of the delta of one matrix, as it is stored."""
+        """Return rows `first` to `last` (exclusive) of one matrix's delta, in the layout of the stored weight."""
         a, b = self._factors(expert)
         with one_thread():  # several threads would change the order of sums even in small products
             if not self.transposed:

@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters as experts. What they change is computed when it is read; nothing is written to disk."""
+"""PEFT LoRA adapters as experts. Weights that they change are computed when read; nothing is written to disk."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class LoraExpert(View):
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor: the base's, or the one that the adapter saves whole; with other changes, in fp32."""
+        """Return one tensor: the base's, one that the adapter saves whole, or in fp32 one that it changes otherwise."""
         stored = self.tied.get(name, name)
         parts = self._parts.get(stored, [])
         if not parts:
@@ -107,7 +107,7 @@ class LoraExpert(View):
         return values.reshape(whole.shape)
 
     def factor(self, name: str) -> torch.Tensor | None:
-        """A factor F of the products of a delta D, shape (out, in): F^T F = D^T D.
+        """Return a factor F of a weight's delta D, shape (out, in), with F^T F = D^T D.
 
         Returns:
             fp32 (rank, in); None if the weight is not the base's with one plain low-rank delta.
@@ -118,7 +118,7 @@ class LoraExpert(View):
         return parts[0].change.factor()
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype and bits, as `Checkpoint.raw`; computed, in fp32, where the adapter has a delta."""
+        """One tensor's dtype and bits, as `Checkpoint.raw`; computed, in fp32, if the adapter has a delta for it."""
         if not self.touches(name):
             return self.base.raw(name)
         stored = self.tied.get(name, name)
@@ -132,7 +132,7 @@ class LoraExpert(View):
         return self.tied.get(name, name) in self._parts
 
     def computes(self, name: str) -> bool:
-        """Whether this tensor is computed, and so takes memory while it is used: by the adapter, or of its base."""
+        """Whether a tensor is computed, by the adapter or by its base, and so takes memory while it is used."""
         stored = self.tied.get(name, name)
         if stored in self._parts:
             return stored not in self._whole or len(self._parts[stored]) > 1

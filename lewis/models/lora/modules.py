@@ -24,7 +24,7 @@ def is_target(settings: Mapping[str, Any], module: str, *, linear: bool) -> bool
         return False
     if any(matches(rf"(^|.*\.){name}($|\..*)", module) for name in settings.get("modules_to_save") or ()):
         return False
-    if targets is None:  # an old file, which is on the modules that it has factors for
+    if targets is None:  # an old file: the adapter is on the modules that it has factors for
         return not settings.get("target_parameters")
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return linear
@@ -34,9 +34,9 @@ def is_target(settings: Mapping[str, Any], module: str, *, linear: bool) -> bool
 
 
 def saved_in(settings: Mapping[str, Any], tensor: str) -> list[str]:
-    """The modules that a tensor is of and the adapter saves whole, inner ones first: their paths end with given names.
+    """Return the modules around a tensor that the adapter saves whole, inner ones first, by `modules_to_save`.
 
-    PEFT does not ask for a dot before that end: `norm` is `input_layernorm` too.
+    A path must end with one of those names. PEFT needs no dot before it: `norm` also names `input_layernorm`.
     """
     names = tuple(settings.get("modules_to_save") or ())
     module, found = tensor, []
@@ -48,7 +48,7 @@ def saved_in(settings: Mapping[str, Any], tensor: str) -> list[str]:
 
 
 def is_saved(settings: Mapping[str, Any], tensor: str) -> bool:
-    """Whether a tensor is of a module that the adapter saves whole."""
+    """Whether a tensor belongs to a module that the adapter saves whole."""
     return bool(saved_in(settings, tensor))
 
 
@@ -73,7 +73,7 @@ def token_indices(settings: Mapping[str, Any], module: str) -> list[int] | None:
 
 
 def by_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
-    """A module's value, by PEFT's rule: the first pattern that matches the name, or its end after a dot, decides.
+    """Return a module's value by PEFT's rule: that of the first pattern that matches its path, or its end after a dot.
 
     Raises:
         InputError: as `matches`.
@@ -83,10 +83,10 @@ def by_pattern(patterns: dict[str, float] | None, module: str, default: float) -
 
 
 def matches(pattern: str, name: str) -> Any:
-    """`re.match`; its match, or None.
+    """Match a pattern at the start of a name, as `re.match`, but with a time limit; None if it does not match.
 
     Raises:
-        InputError: if a pattern takes longer than any that is meant: some need time exponential in the name's length.
+        InputError: if the pattern is invalid, or takes too long: some need time exponential in the name's length.
     """
     import regex  # as re, with a time limit
 
@@ -97,7 +97,7 @@ def matches(pattern: str, name: str) -> Any:
 
 
 def _names(given: str | Iterable[str], module: str) -> bool:
-    """Whether a module is named: by a pattern of its whole path, or by a path or its end after a dot."""
+    """Whether a setting names a module: by a pattern of its whole path, or by a path or its end after a dot."""
     if isinstance(given, str):
         return bool(matches(rf"(?:{given})\Z", module))
     return any(f".{module}".endswith(f".{name}") for name in given)

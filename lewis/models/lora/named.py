@@ -1,4 +1,4 @@
-"""What the settings of an adapter name in its base and in its file: checked as PEFT checks it."""
+"""Check what the settings of an adapter name, in its base and in its file, by the rules of PEFT."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _OTHER = "the config belongs to another adapter"
 
 
 def is_on(settings: Mapping[str, Any], module: str, *, linear: bool) -> bool:
-    """Whether the settings put factors on a module; `linear`: whether it multiplies, and is no embedding."""
+    """Whether the settings put factors on a module; `linear`: whether it is a linear module, not an embedding."""
     return is_target(settings, module, linear=linear and not f"{module}.weight".endswith(HEADS))
 
 
 def inputs_first(shapes: Shapes) -> bool:
-    """Whether there are modules that store (in, out), as GPT-2's Conv1D: their bias is as long as a row."""
+    """Whether some modules store their weight as (in, out), as GPT-2's Conv1D: their bias is as long as a row."""
     biases = ((shapes.get(f"{name.removesuffix('.bias')}.weight"), shape) for name, shape in shapes.items())
     return any(matrix and len(matrix) == 2 and bias == matrix[1:] != matrix[:1] for matrix, bias in biases)
 
@@ -33,10 +33,10 @@ def named_modules(base: Model, settings: Mapping[str, Any], folder: Path, *, fou
         base: what the adapter is on.
         settings: of the adapter.
         folder: of the adapter.
-        found: whether its file has factors that they name, perhaps under other names than the base's.
+        found: whether the adapter's file has factors that the settings name, perhaps under other names than the base's.
 
     Raises:
-        InputError: if the settings name nothing, or what PEFT puts no factors on.
+        InputError: if the settings name no module, or one that PEFT puts no factors on.
     """
     shapes = {**base.shapes, **dict.fromkeys(base.tied, (1, 1))}
     held = _held(settings, shapes)
@@ -141,7 +141,7 @@ def check_whole(
     given = settings.get("trainable_token_indices") or {}
     given = given if isinstance(given, dict) else {"": given}
     for name, ids in given.items():
-        tied = base.tied and rows and list(given.values()).count(ids) > 1  # then PEFT saves those of the embedding
+        tied = base.tied and rows and list(given.values()).count(ids) > 1  # then PEFT saves the rows of the embedding
         if not tied and not any(f".{module}".endswith(f".{name}" if name else "") for module in rows):
             missing.append((f"{name or 'embedding'}.trainable_tokens_delta", "trainable_token_indices"))
     for what, key in missing:
@@ -149,7 +149,7 @@ def check_whole(
 
 
 def check_tied(base: Model, settings: Mapping[str, Any], file: Path, whole: Collection[str]) -> None:
-    """Check that a head stays tied to its embedding; the arguments are as of `check_whole`.
+    """Check that a head stays tied to its embedding; the arguments are those of `check_whole`.
 
     Raises:
         InputError: naming both, if the adapter changes one of them, or PEFT would change it twice.

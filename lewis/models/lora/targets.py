@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Part:
-    """A change of some of a tensor's flat values, `start` to `stop`, by those from `place` on of an adapter's weight.
+    """A change of a tensor's flat values `start` to `stop`, by the values from `place` on of an adapter's weight.
 
     Attributes:
         whole: whether the adapter's weight is the tensor itself.
@@ -51,7 +51,7 @@ class _Target:
         name: as the adapter calls it.
         key: in the adapter's file, for error messages.
         change: what is applied.
-        parameter: whether the name is a parameter's of the network, as in `target_parameters`, not a module's.
+        parameter: whether the name comes from `target_parameters`, and so is that of a parameter of the network.
     """
 
     name: str
@@ -61,15 +61,15 @@ class _Target:
 
 
 class Targets:
-    """The changes of one adapter.
+    """All changes that one adapter makes to the tensors of its base.
 
     Attributes:
         parts: tensor of the base -> its changes, in the order in which they are made.
-        summary: what the adapter has other names for, as a sentence; empty if nothing.
+        summary: how many of the changes have other names in the adapter than in the base, as a sentence; empty if none.
     """
 
     def __init__(self, base: Model, folder: Path, settings: Mapping[str, Any], file: TensorFile) -> None:
-        """Check the keys and find the tensors.
+        """Check the adapter's keys, and find the base's tensors that they change.
 
         Raises:
             InputError: naming the key or the weight that does not fit.
@@ -141,7 +141,7 @@ class Targets:
         return place.dtype, self._file.bits(key).reshape(place.shape)
 
     def _is_copy(self, key: str) -> bool:
-        """Whether it is a tied head, equal to the embedding that is saved too: PEFT saves both."""
+        """Whether a key is a tied head that equals the embedding, which the file has too: PEFT saves both."""
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if (embedding := self._base.tied.get(name)) is None:
             return False
@@ -216,7 +216,7 @@ class Targets:
         return LowRank(self._raw, parts["A"], parts["B"], scale, shape, transposed, magnitude, stack)
 
     def _expected(self, name: str, stack: int) -> tuple[int, ...] | None:
-        """The shape of a weight where it is known before it is placed."""
+        """Return the shape of a weight if it is known before the weight is placed, else None."""
         if name in self._keys.whole:
             return self._file.places[self._keys.whole[name]].shape
         if name in self._base.tensors:
@@ -272,7 +272,7 @@ class Targets:
 
     @cached_property
     def _has_inputs_first(self) -> bool:
-        """Whether modules of the base store (in, out). PEFT goes by their class, not by `fan_in_fan_out`."""
+        """Whether some modules of the base store (in, out). PEFT goes by their class, not by `fan_in_fan_out`."""
         return inputs_first(self._base.shapes)
 
     @cached_property
@@ -295,7 +295,7 @@ class Targets:
 
     @cached_property
     def _theirs(self) -> Layout:
-        """The adapter's weights for which the base has no tensor of the same name."""
+        """The layout of the adapter's weights for which the base has no tensor of the same name."""
         known = (*self._base.tensors, *self._base.tied)
         return Layout(self._network, {t.name: t.change.shape for t in self._targets if t.name not in known})
 
@@ -320,7 +320,7 @@ class Targets:
         return found
 
     def _place(self, target: _Target) -> Iterator[tuple[str, Part]]:
-        """The base's tensors that a change goes to."""
+        """Yield the base's tensors that a change applies to, each with its part of the change."""
         name, change = target.name, target.change
         if name in self._base.tied:
             raise self._changes_head(target.key)

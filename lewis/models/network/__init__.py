@@ -1,1 +1,1 @@
-"""The network of transformers that a checkpoint is of: its module tree, and where its tensors are in it."""
+"""The transformers network of a checkpoint: its module tree, and the places of the checkpoint's tensors in it."""

@@ -1,4 +1,4 @@
-"""Whether the tensors of a model are those of the network that transformers builds of its config; no weight is read."""
+"""Check that a model's tensors fit the network that transformers builds from its config; no weight is read."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ def check_network(folder: Path, config: Mapping[str, Any], shapes: Shapes, *, ne
 
     Raises:
         InputError: if transformers cannot build the network, if a parameter has another number of elements than its
-            tensors, if it has none, or if only one of both has the bias of a weight.
+            tensors or has no tensors, or if only one of network and model has the bias of a weight.
         LewisError: if transformers does not know the `model_type`.
     """
     from transformers import CONFIG_MAPPING, __version__
@@ -50,16 +50,16 @@ def check_network(folder: Path, config: Mapping[str, Any], shapes: Shapes, *, ne
         raise
     with_head = needed or type(network).__name__ in (config.get("architectures") or ())
     placing = Placing(network, shapes)
-    knows_all = needed or not in_layers(placing.unplaced)  # a tensor of another name may be what is missing
+    knows_all = needed or not in_layers(placing.unplaced)  # an unplaced tensor may be what is missing
     for wrong in (*_unlike_parameters(placing, shapes), *(_missing(placing, with_head) if knows_all else ())):
         raise InputError(f"{folder}: config.json: {wrong}; take the config.json that came with these weights")
 
 
 def _unlike_parameters(placing: Placing, shapes: Shapes) -> Iterator[str]:
-    """What is wrong with tensors that are parameters, or that a conversion makes parameters of."""
+    """Describe each mismatch of parameters with the tensors that they are, or that a conversion makes them of."""
     theirs = {name: tuple(tensor.shape) for name, tensor in placing.state.items()}
     for name, shape in theirs.items():
-        # Of some tensors the shape is another one, since transformers turns them when it loads them.
+        # Only the numbers of elements are compared, since transformers transposes some tensors when it loads them.
         if name in shapes and math.prod(shapes[name]) != math.prod(shape):
             yield f"{name!r} has shape {list(shapes[name])}, but in the network of this config it has {list(shape)}"
         bias = name.removesuffix(".weight") + ".bias"
@@ -83,7 +83,7 @@ def _unlike_parameters(placing: Placing, shapes: Shapes) -> Iterator[str]:
 
 
 def _missing(placing: Placing, with_head: bool) -> Iterator[str]:
-    """Parameters that text runs through and that no tensor is, nor one that they are tied to."""
+    """Describe each parameter that text passes through and that neither has a tensor nor is tied to one that has."""
     network, state = placing.module, placing.state
     made = {id(state[name]) for name in placing.sources}
     head = network.get_output_embeddings()

@@ -22,7 +22,7 @@ def stored_in_out(module: nn.Module) -> bool:
 
 
 def weights(module: nn.Module) -> list[str]:
-    """The weights of a module that multiply its inputs."""
+    """Return the names of the weights of a module that multiply its inputs."""
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return ["weight"]
     if isinstance(module, nn.Conv1d):  # of Mamba: three dimensions, but no stack
@@ -32,7 +32,7 @@ def weights(module: nn.Module) -> list[str]:
 
 
 def stacked_in(module: nn.Module) -> dict[str, int]:
-    """Weights of two dimensions that hold several matrices, one after another in their rows -> how many.
+    """Return the two-dimensional weights that hold several matrices, one after another in their rows, and how many.
 
     These are the experts of DBRX, and linear modules whose groups of outputs have inputs of their own (DeepSeek V4).
     """
@@ -45,13 +45,13 @@ def stacked_in(module: nn.Module) -> dict[str, int]:
 
 
 def only_stacks(converter: Any) -> bool:
-    """Whether a conversion only stacks experts, in the order of their tensors (and their gate upon their up)."""
+    """Whether a conversion only stacks experts, in the order of their tensors (and each gate above its up)."""
     operations = [name for name, _ in operations_of(converter)]
     return operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
 def keeps_inputs(converter: Any, dimensions: int) -> str:
-    """Whether a conversion leaves each row as it is: it brings them into another `order`, or tensors are `joined`."""
+    """Return `order` if a conversion only reorders rows, `joined` if it only joins tensors by rows, else empty."""
     operations, row = operations_of(converter), dimensions - 2
     if operations == [("Concatenate", row)]:
         return "joined"
@@ -59,13 +59,13 @@ def keeps_inputs(converter: Any, dimensions: int) -> str:
 
 
 def below_block(tensor: str) -> str:
-    """The name of a tensor within its block: what follows the first number."""
+    """Return the name of a tensor within its block: what follows the first number, without `.weight`."""
     return re.sub(r"^.*?(?:^|\.)\d+\.", "", tensor, count=1).removesuffix(".weight")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Output rows of a part: in each of `groups` equal groups, `length` rows from `start` on.
+    """The output rows of a part of a fused tensor: in each of `groups` equal groups, `length` rows from `start` on.
 
     Attributes:
         groups: 1 where the parts lie one after another, the number of key-value heads where each head has its own.
@@ -79,11 +79,11 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """How many rows."""
+        """Number of rows."""
         return self.length * self.groups
 
     def take(self, values: torch.Tensor, axis: int) -> torch.Tensor:
-        """These rows of a tensor whose output rows are its dimension `axis`."""
+        """Return these rows of a tensor whose output rows are its dimension `axis`, split into (groups, length)."""
         inside = values.unflatten(axis, (self.groups, self.width))
         return inside.narrow(axis + 1, self.start, self.length)
 
@@ -93,7 +93,7 @@ class Rows:
 
 
 def parts_of(parameter: str, outputs: int, config: Any) -> dict[str, Rows]:
-    """The parts of a fused projection, by its name and the sizes in the config; empty if it is not fused, or odd.
+    """Find the parts of a fused projection by its name and the sizes in the config; empty if none are known.
 
     `qkv_proj`, `Wqkv` (Phi-3, MPT) and `c_attn` (GPT-2) hold all of q, then k, then v; `query_key_value` (GPT-NeoX,
     BLOOM, Falcon) holds for each group of heads its q, k and v; `gate_up_proj` holds gate, then up.

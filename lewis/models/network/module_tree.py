@@ -32,12 +32,12 @@ from lewis.models.network.placing import Placing, operations_of
 
 @dataclass(frozen=True)
 class Layer:
-    """A covered layer: the unit that importance is measured of.
+    """A covered layer: the unit whose importance is measured.
 
     Attributes:
-        tensor: its name in the checkpoint.
-        index: of its block, l.
-        projection: its type, c (`self_attn.q_proj`); after the path of its blocks if a model has several kinds.
+        tensor: name of its tensor in the checkpoint.
+        index: number of its block, l.
+        projection: its type, c (`self_attn.q_proj`), after the path of its blocks if these are of several kinds.
         parameters: number of weights.
         part: which part of a fused tensor (`q` of `qkv_proj`); empty if it is the whole tensor.
     """
@@ -50,7 +50,7 @@ class Layer:
 
     @property
     def key(self) -> str:
-        """What importance is filed under: the tensor, and the part in brackets."""
+        """The key that its importance is stored under: the tensor, and the part in brackets."""
         return f"{self.tensor}[{self.part}]" if self.part else self.tensor
 
 
@@ -95,9 +95,9 @@ class Network:
         """Build the tree; no weight is read.
 
         Args:
-            folder: for its config.json.
+            folder: of the model, with its config.json.
             tensors: name -> shape in the checkpoint; None: as the network names them.
-            dtype: what the pass computes in.
+            dtype: that a forward pass computes in.
 
         Raises:
             InputError: if the class is unknown or needs code that comes with the model.
@@ -120,12 +120,12 @@ class Network:
 
     @property
     def encodes(self) -> bool:
-        """Whether it is an encoder with a decoder."""
+        """Whether the model is an encoder with a decoder."""
         return bool(getattr(self.module.config, "is_encoder_decoder", False))
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether an attention sees later tokens too (BERT, EmbeddingGemma)."""
+        """Whether some attention sees later tokens, too (BERT, EmbeddingGemma)."""
         modules = [module for block in self.blocks.values() for module in block.modules()]
         causal = [module.is_causal for module in modules if hasattr(module, "is_causal")]
         if causal:
@@ -136,11 +136,11 @@ class Network:
 
     @property
     def predicts_next_token(self) -> bool:
-        """Whether it predicts each token from those before it."""
+        """Whether the model predicts each token from those before it."""
         return not (self.encodes or self.looks_ahead)
 
     def sources(self, parameter: str) -> list[str]:
-        """The checkpoint tensors that a parameter (or buffer) is made of; none if the checkpoint does not have it."""
+        """Return the checkpoint tensors that a parameter (or buffer) is made of; none if the checkpoint lacks it."""
         return [tensor for tensor, _ in self._placing.sources.get(parameter, [])]
 
     @property
@@ -150,7 +150,7 @@ class Network:
 
     @cached_property
     def unconverted(self) -> dict[str, str]:
-        """Checkpoint tensor -> the parameter that it is, value by value."""
+        """The checkpoint tensors that are a parameter, value by value, without conversion: tensor -> parameter."""
         single = {found[0][0]: name for name, found in self._placing.sources.items() if len(found) == 1}
         return {tensor: name for tensor, name in single.items() if name not in self._placing.converters}
 
@@ -160,7 +160,7 @@ class Network:
         return self._placing.unplaced
 
     def value(self, parameter: str, read: Any) -> torch.Tensor:
-        """Make a parameter from the checkpoint."""
+        """Make a parameter from the checkpoint's tensors."""
         return self._placing.value(parameter, read)
 
     def computed(self, parameter: str) -> torch.Tensor | None:
@@ -177,7 +177,7 @@ class Network:
         """Names of the parameters and saved buffers that are in no block.
 
         Args:
-            with_head: also those of the head that makes logits. Parameters that it shares are always among them.
+            with_head: whether to include those of the head that makes logits. Parameters that it shares always are.
         """
         head, used = self.module.get_output_embeddings(), input_embeddings(self.module)
         heads = tuple(f"{path}." for path, module in self.module.named_modules() if module is head is not used)
@@ -193,9 +193,9 @@ class Network:
         ]
 
     def read_by_row(self, *, with_head: bool = False) -> list[str]:
-        """All names of the parameter that has a row for each token of the input, where only rows of it are read.
+        """Return all names of the input embedding, if a pass reads only the rows for the tokens of its input.
 
-        None if it is more than one tensor of the checkpoint, or something else than an embedding reads it, too.
+        Empty if it is not exactly one tensor of the checkpoint, or something else than an embedding reads it, too.
 
         Args:
             with_head: whether the head that makes logits runs, too.
@@ -208,11 +208,11 @@ class Network:
         return [] if whole or not set(names) & set(self.unconverted.values()) else names
 
     def same(self, parameter: str) -> list[str]:
-        """All names of a parameter that is tied."""
+        """Return all names of a parameter: several if it is tied."""
         return self._names[id(self._state[parameter])]
 
     def is_parameter(self, name: str) -> bool:
-        """Whether it is a parameter, not a saved buffer."""
+        """Whether a name is that of a parameter, not of a saved buffer."""
         return isinstance(self._state[name], nn.Parameter)
 
     def empty(self, parameter: str) -> torch.Tensor:
@@ -255,7 +255,7 @@ class Network:
                     yield Covered(tensor, (layer,), (None,), parameter, stack.index(tensor))
 
     def _split(self, found: Sequence[tuple[str, str, nn.Module]]) -> dict[str, list[str]]:
-        """Tensor that is cut along its rows into weights of linear modules -> these; they share their inputs."""
+        """Find the tensors that are cut by rows into weights of linear modules; these share their inputs."""
         linear = {f"{name}.weight" for _, name, module in found if isinstance(module, nn.Linear)}
         parts: dict[str, list[str]] = {}
         for name, converter in self._placing.converters.items():
@@ -264,7 +264,7 @@ class Network:
         return {tensor: names for tensor, names in parts.items() if linear.issuperset(names)}
 
     def _in_split(self, layer: Layer, shape: tuple[int, ...], names: Sequence[str]) -> Covered:
-        """The tensor of a layer, which is cut along its rows into these weights: a layer for each of them."""
+        """Cover a tensor that is cut along its rows into these weights, with a layer for each of them."""
         layers, rows, start = [], [], 0
         for name in names:
             count, part = self._state[name].shape[0], name.split(".")[-2]
@@ -275,7 +275,7 @@ class Network:
 
 
 def _in_parts(layer: Layer, shape: tuple[int, ...], parameter: str, module: nn.Module, config: Any) -> Covered:
-    """The tensor of a layer, which is a parameter; a layer for each part if it is fused."""
+    """Cover a tensor that is one parameter, with a layer for each part if it is fused."""
     transposed = type(module).__name__ == "Conv1D" or stored_in_out(module)
     outputs = shape[-1] if transposed else shape[-2]
     parts = parts_of(parameter, outputs, config)

@@ -1,4 +1,4 @@
-"""Which class of transformers a checkpoint is of, its tree on the meta device, and what in it text runs through.
+"""Find a checkpoint's transformers class, build it on the meta device, and find the modules that text goes through.
 
 No architecture is named here, and no code that comes with a model is run.
 """
@@ -30,7 +30,7 @@ _BUILDING = Lock()
 
 
 def build(folder: Path, dtype: torch.dtype) -> Any:
-    """The model of a folder without weights, its buffers on the CPU.
+    """Build the network of a model folder: parameters on the meta device, without values; buffers on the CPU.
 
     Raises:
         InputError: if transformers has no class for it or cannot build it, or it needs code that comes with the model.
@@ -61,10 +61,10 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _empty_parameters() -> Iterator[None]:
-    """While the block lasts, parameters that this thread's new modules get are on the meta device; buffers are not.
+    """Put the parameters of modules that this thread makes in the block on the meta device, but not their buffers.
 
-    As `init_empty_weights` of accelerate, which empties those of all threads, a pass that is running among them, and if
-    two threads use it at a time then for good. One block at a time: transformers, too, changes what all threads have.
+    accelerate's `init_empty_weights` does so for all threads, even for a running forward pass, and permanently if two
+    threads use it at the same time. Only one block runs at a time, since transformers changes global state, too.
     """
     with _BUILDING:
         plain, builder = nn.Module.register_parameter, get_ident()
@@ -83,7 +83,7 @@ def _empty_parameters() -> Iterator[None]:
 
 
 def known_network(folder: Path) -> Any | None:
-    """The network of a folder in fp32, built once per process while its config stays; None if it cannot be built."""
+    """Return the network of a folder in fp32, cached by its config.json; None if it cannot be built."""
     try:
         return built(folder, (folder / "config.json").read_bytes())
     except InputError as error:
@@ -92,12 +92,12 @@ def known_network(folder: Path) -> Any | None:
 
 
 class NoClassError(ValueError):
-    """transformers has no class for a model that generates text."""
+    """Raised if transformers has no class that generates text for a config."""
 
 
 @lru_cache(maxsize=2)
 def built(folder: Path, config: bytes) -> Any:
-    """`build` in fp32, done once while the bytes of config.json stay."""
+    """Build the network of a folder in fp32, cached by the folder and the bytes of its config.json."""
     return build(folder, torch.float32)
 
 
@@ -140,6 +140,6 @@ def input_embeddings(network: Any) -> Any:
 
 
 def lists_of_blocks(root: nn.Module) -> dict[str, nn.ModuleList]:
-    """Path -> each outermost `nn.ModuleList`."""
+    """Return the outermost `nn.ModuleList`s in a module, by their paths."""
     lists = {name: each for name, each in root.named_modules() if isinstance(each, nn.ModuleList)}
     return {name: each for name, each in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}

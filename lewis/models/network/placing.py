@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint are in a network of transformers, by its own tables of renaming and conversion."""
+"""Find the places of a checkpoint's tensors in a network, by transformers' own tables of renaming and conversion."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Placing:
         sources: parameter -> the tensors that it is made of, each with the pattern of the conversion that it matched;
             None: it is the parameter, value by value.
         converters: parameter -> the conversion that makes it.
-        firsts: parameter -> the first of those that its tensors are converted to.
+        firsts: parameter -> the first of the parameters that its tensors are converted to.
         unplaced: tensors that the network has no place for.
     """
 
@@ -53,7 +53,7 @@ class Placing:
                     self.converters[target], self.firsts[target] = of_pattern[pattern], name
 
     def value(self, parameter: str, read: Read) -> torch.Tensor:
-        """Make a parameter from the checkpoint."""
+        """Make a parameter from the checkpoint's tensors."""
         found = self.sources[parameter]
         converter = self.converters.get(parameter)
         if converter is None:
@@ -76,12 +76,12 @@ class Placing:
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """Numbers in a name by size: experts are stacked in this order."""
+    """Return a sort key that compares numbers in a name by their value: experts are stacked in this order."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def operations_of(converter: Any) -> Sequence[tuple[str, int | None]]:
-    """The operations of a conversion: name and dimension of each."""
+    """Return the name and dimension of each operation of a conversion."""
     return [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
 
 

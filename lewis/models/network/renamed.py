@@ -1,4 +1,4 @@
-"""A model that has the base's weights under other names, or cut otherwise: read as if it had the base's tensors.
+"""Read a model whose weights have other names than the base's, or are cut otherwise, as if it had the base's tensors.
 
 Versions of transformers name and cut the weights of one model differently (`h.0` and `transformer.h.0`, every expert a
 tensor or all in one). The conversion tables of transformers say which parameter of the network a tensor is, or which
@@ -32,13 +32,13 @@ _WHOLE = -1  # as the end of a run: the tensor as it is, whatever its shape
 
 @dataclass(frozen=True)
 class Matched:
-    """What a model has of the base's tensors.
+    """How the base's tensors are read from the tensors of a model.
 
     Attributes:
         runs: tensor of the base -> the runs of the model's tensors that make it, in order.
         shapes: tensor of the base -> its shape in the model; then those that only the model has.
         made: tensor of the base that a conversion makes -> the model's tensors that it takes.
-        conversions: make these.
+        conversions: computes the tensors of `made`.
     """
 
     runs: Mapping[str, tuple[Run, ...]]
@@ -70,7 +70,7 @@ class Matched:
 def differ(base: Shapes, model: Shapes) -> bool:
     """Whether a model may have the base's weights under other names: one of them has tensors that the other lacks.
 
-    Heads do not count, which may be tied and not stored, nor what a model has outside of its layers.
+    Heads do not count, since they may be tied and not stored; nor do tensors of the model outside of its layers.
     """
     missing = any(name not in model and not name.endswith(HEADS) for name in base)
     reshaped = any(n in model and base[n] != model[n] and not n.endswith(PER_TOKEN) for n in base)
@@ -78,10 +78,10 @@ def differ(base: Shapes, model: Shapes) -> bool:
 
 
 def match(home: Path, base: Shapes, model: Shapes) -> Matched | None:
-    """Find the base's tensors in a model by the tables of transformers; no weight is read.
+    """Find the tensors of a base, whose folder is `home`, in a model by transformers' tables; no weight is read.
 
     Returns:
-        What the model has of them; None if it has the base's names, or transformers knows no other names for them.
+        How they are read from the model; None if it has the base's names, or transformers knows no other names.
     """
     if not differ(base, model):
         return None
@@ -116,7 +116,7 @@ def _runs(name: str, ours: Layout, theirs: Layout) -> tuple[Run, ...]:
 
 
 def with_tied(model: Model) -> dict[str, tuple[int, ...]]:
-    """Tensor -> shape, with the tied ones."""
+    """Return the shape of each tensor of a model, tied names included."""
     shapes = model.shapes
     return shapes | {name: shapes[stored] for name, stored in model.tied.items() if stored in shapes}
 
@@ -137,7 +137,7 @@ class Renamed(View):
         """
         Args:
             model: to be read.
-            matched: what it has of the base's tensors, by `match`.
+            matched: how the base's tensors are read from it, by `match`.
             key: identity of what is read.
         """
         self.model, self.folder, self.config, self.key = model, model.folder, model.config, key
@@ -160,9 +160,9 @@ class Renamed(View):
         return as_tensor(dtype, bits.copy()).reshape(self.tensors[self.tied.get(name, name)].shape)
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype and bits, as `Checkpoint.raw`: a view of the file if it is a part of one tensor there.
+        """Return one tensor's dtype and bits, as `Checkpoint.raw`: a view of the file if one tensor there holds it all.
 
-        It is fp32 if it is put together from tensors of several dtypes.
+        A tensor that is put together from tensors of several dtypes is in fp32.
         """
         if (stored := self.tied.get(name, name)) in self._made:
             return self._converted(stored)
@@ -175,7 +175,7 @@ class Renamed(View):
         return "F32", np.concatenate(values).view(np.uint32)
 
     def computes(self, name: str) -> bool:
-        """Whether this tensor is put together or computed, and so takes memory while it is used."""
+        """Whether a tensor is put together or computed, and so takes memory while it is used."""
         return len(self._sources(name)) > 1 or name in self._made or super().computes(name)
 
     def _of(self, name: str) -> tuple[Run, ...]:
@@ -187,7 +187,7 @@ class Renamed(View):
         return list(self._made[name]) if name in self._made else [run.name for run in self._of(name)]
 
     def _converted(self, name: str) -> tuple[str, np.ndarray]:
-        """A tensor that a conversion makes. All tensors of the last conversion are kept, since one makes many."""
+        """Return a tensor that a conversion makes. The last conversion's tensors are all kept, since one makes many."""
         with self._lock:
             if name not in self._kept:
                 made = self._conversions.make(name, self.model.read)
@@ -216,13 +216,13 @@ def _bits_of(value: torch.Tensor) -> tuple[str, np.ndarray]:
 
 
 class Conversions:
-    """Makes the base's tensors of another model's by way of the network's parameters."""
+    """Computes the base's tensors from another model's, by way of the network's parameters."""
 
     def __init__(self, base: Layout, model: Layout) -> None:
         self._ours, self._theirs = base, model
 
     def sources(self, name: str, shape: tuple[int, ...], shapes: Shapes) -> tuple[str, ...]:
-        """The model's tensors that a tensor of the base is made of; none if it cannot be made. Nothing is read."""
+        """Return the model's tensors that one of the base is made of; none if it cannot be made. Nothing is read."""
         asked: dict[str, None] = {}
 
         def read(tensor: str) -> torch.Tensor:
@@ -237,7 +237,7 @@ class Conversions:
         return tuple(asked) if fits else ()
 
     def make(self, name: str, read: Read) -> dict[str, torch.Tensor]:
-        """A tensor of the base, perhaps flat, and others that come with it; empty if it cannot be made."""
+        """Compute a tensor of the base, perhaps flat, and others of the same conversion; empty if it cannot be made."""
         if name not in self._ours.runs:
             return self._reverted(name, read)
         parts = []
@@ -249,7 +249,7 @@ class Conversions:
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0]}
 
     def _parameter(self, name: str, read: Read) -> torch.Tensor | None:
-        """A parameter of the network, made of the model's tensors; None if it cannot be made."""
+        """Compute a parameter of the network from the model's tensors; None if it cannot be made."""
         shape = self._theirs.placing.state[name].shape
         runs = self._theirs.tensors_of(Run(name, 0, shape.numel()))
         if runs is not None:

@@ -16,7 +16,7 @@ from lewis.models.names import Shapes
 from lewis.models.network.placing import Placing, operations_of
 
 Role = tuple[str, str | None, int]
-"""The first parameter that a tensor is converted to, the pattern of the conversion, its number among those."""
+"""A tensor's role in a network: the first parameter that it becomes, the conversion's pattern, its number for that."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Run:
 
     @property
     def size(self) -> int:
-        """How many elements."""
+        """Number of elements."""
         return self.stop - self.start
 
 
@@ -45,7 +45,7 @@ class Layout:
     """
 
     def __init__(self, module: Any, tensors: Shapes) -> None:
-        """Find the runs."""
+        """Find the runs and roles of a checkpoint's tensors in a network."""
         self.placing, self._shapes = Placing(module, tensors), tensors
         self.runs: dict[str, tuple[Run, ...]] = dict(self._find())
         self.roles = self._find_roles()
@@ -59,7 +59,7 @@ class Layout:
         self._held = {name: sorted(found) for name, found in held.items()}
 
     def tensors_of(self, wanted: Run) -> list[Run] | None:
-        """The runs of this checkpoint's tensors that make a run of a parameter; None if it does not hold all of it."""
+        """Return the runs of the checkpoint's tensors that make a run of a parameter; None if it lacks some of it."""
         found, place = [], wanted.start
         for start, stop, tensor, offset in self._held.get(wanted.name, ()):
             if start <= place < stop:
@@ -69,7 +69,7 @@ class Layout:
         return found if place == wanted.stop and found else None
 
     def elements(self, parameter: str) -> int:
-        """How many elements the network's parameter has."""
+        """Return the number of elements of a parameter of the network."""
         return self.placing.state[parameter].numel()
 
     def _find_roles(self) -> dict[str, Role]:
@@ -112,7 +112,7 @@ class Layout:
     def _joined(
         self, parameter: str, tensors: list[str], inner: tuple[int, ...]
     ) -> Iterator[tuple[str, tuple[Run, ...]]]:
-        """Tensors that lie one after another in a parameter; `inner` are their dimensions after the first."""
+        """Yield the runs of tensors one after another in a parameter; `inner` are their dimensions after the first."""
         shapes = [self._shapes[tensor] for tensor in tensors]
         if sum(map(prod, shapes)) != self.elements(parameter) or any(each[1:] != inner for each in shapes):
             return
@@ -122,7 +122,7 @@ class Layout:
             place += prod(shape)
 
     def _cut(self, tensor: str, converter: Any) -> Iterator[tuple[str, tuple[Run, ...]]]:
-        """A tensor that is cut along its rows into parameters."""
+        """Yield the runs of a tensor that is cut along its rows into parameters."""
         first = next(name for name, found in self.placing.sources.items() if found[0][0] == tensor)
         names = [name for name, of in self.placing.firsts.items() if of == first]
         state, shape = self.placing.state, self._shapes[tensor]

@@ -21,7 +21,7 @@ from lewis.models.quantised.stored import Packed, Read
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")  # next to a `weight`
-_UNUSED = (  # of activations, of the cache of keys and values, and of formats whose weights do without
+_UNUSED = (  # of activations, of the key-value cache, and of formats whose weights do not need it
     *("activation_scale", "input_scale", "input_scale_ub", "input_zero_point", "input_global_scale"),
     *("output_scale", "output_zero_point", "q_scale", "k_scale", "v_scale", "k_zero_point", "v_zero_point"),
     *("qscale_act", "weight_format"),
@@ -32,13 +32,13 @@ _BNB = ".quant_state.bitsandbytes__"
 def find(
     where: object, config: Mapping[str, Any], headers: Headers, read: Read | None = None
 ) -> tuple[dict[str, Packed], Headers]:
-    """Find the quantised weights of a checkpoint, and what tensors its model has.
+    """Find the quantised weights of a checkpoint, and the tensors of its model without quantisation.
 
     Args:
         where: the model, for error messages.
         config: its parsed config.json, which says how it is quantised.
         headers: of its stored tensors.
-        read: reads a stored tensor; None if only the headers are here: then the shape of a weight may be unknown.
+        read: reads a stored tensor; None if only the headers are known: then the shape of a weight may be unknown.
 
     Returns:
         Quantised weight -> how it is computed, empty if the config names no quantisation; and dtype and shape of every
@@ -123,7 +123,7 @@ class _Finder:
         self._where, self._settings, self._headers, self._read = where, settings, headers, read
 
     def weights_at(self, name: str) -> Iterator[tuple[str, Packed]]:
-        """The weight that a stored tensor is the main part of, if it is one."""
+        """Yield the quantised weight that has a stored tensor as its main part, if there is one."""
         dtype, _ = self._headers[name]
         module, _, leaf = name.rpartition(".")
         if leaf == "qweight":
@@ -148,7 +148,7 @@ class _Finder:
         return {role: name for role, name in names.items() if name in self._headers}
 
     def _of_words(self, module: str) -> Packed:
-        """GPTQ, or AWQ."""
+        """Describe a weight of GPTQ or AWQ."""
         settings = self._settings
         names = {part: f"{module}.{part}" for part in ("qweight", "qzeros", "scales")}
         packed, zeros, (groups, outputs) = (self._shape(name) for name in names.values())
@@ -168,7 +168,7 @@ class _Finder:
         return Packed(parts, (outputs, inputs), decode)
 
     def _of_packed(self, module: str) -> Packed:
-        """compressed-tensors: words of whole numbers, or bytes of two fp4 numbers."""
+        """Describe a weight of compressed-tensors: words of whole numbers, or bytes of two fp4 numbers."""
         main, scale = f"{module}.weight_packed", f"{module}.weight_scale"
         (dtype, shape), grid = self._headers[main], self._shape(scale)
         if dtype == "U8":
@@ -186,7 +186,7 @@ class _Finder:
         return Packed(parts, whole, partial(words.decode_pack_quantized, bits=bits, group=group, shape=whole))
 
     def _of_blocks(self, name: str) -> Packed:
-        """MXFP4 as gpt-oss stores it."""
+        """Describe a weight of MXFP4 as gpt-oss stores it."""
         experts, outputs, groups, half = self._shape(f"{name}_blocks")
         parts = {"blocks": f"{name}_blocks", "scales": f"{name}_scales"}
         return Packed(parts, (experts, 2 * groups * half, outputs), scaled.decode_mxfp4)
@@ -226,7 +226,7 @@ class _Finder:
         yield name, Packed(parts, shape, partial(scaled.decode_scaled, block=self._settings.block, grid=grid))
 
     def _grid(self, scales: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that scales have as a grid over a weight, whatever they are stored as."""
+        """Return the shape of scales as a grid over their weight, for any shape that they are stored in."""
         if len(scales) == 4 and len(shape) == 2:  # ModelOpt's blocks: (grid rows, 1, grid columns, 1)
             return scales[::2]
         if self._settings.method == "fbgemm_fp8" and scales == (shape[0], shape[-1], 1) and len(shape) == 3:
@@ -235,5 +235,5 @@ class _Finder:
 
 
 def not_here(parts: Any) -> np.ndarray:
-    """The `decode` of a weight of which only the header has been read: it fails, since the shape is not known."""
+    """Raise an error: the `decode` of a weight of which only the header was read, so that its shape is not known."""
     raise AssertionError("only the headers of this model have been read")

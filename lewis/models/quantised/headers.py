@@ -1,4 +1,4 @@
-"""The tensors that a model has once its quantised weights are read, from the headers of its files."""
+"""Find the tensors that a quantised model has once it is dequantised, by the headers of its files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lewis.models.quantised.stored import Stored
 
 
 def dequantised(where: object, folder: Path, headers: Headers, files: Mapping[str, Collection[str]] | None) -> Headers:
-    """Dtype and shape of each tensor of the model, named as before it was quantised.
+    """Return dtype and shape of each tensor of a model, by its name from before the quantisation.
 
     Args:
         where: the model, for error messages.
@@ -25,7 +25,7 @@ def dequantised(where: object, folder: Path, headers: Headers, files: Mapping[st
         files: name of each weight file -> its tensors; None if they are not in the folder yet.
 
     Raises:
-        InputError: if it is quantised in a way that is not read, or a part is missing.
+        InputError: if it is quantised in a way that is not supported, or a part is missing.
     """
     if not (folder / "config.json").is_file():
         return dict(headers)
@@ -44,7 +44,7 @@ def dequantised(where: object, folder: Path, headers: Headers, files: Mapping[st
 
 
 def is_quantised(folder: Path) -> bool:
-    """Whether the weights of a model's folder are computed from others: its config says so, or it is a GGUF file's."""
+    """Whether the weights in a model folder are computed from others: its config says so, or it is a GGUF file's."""
     if (folder / GGUF_TABLE).is_file():
         return True
     return (folder / "config.json").is_file() and settings_of(folder, read_config(folder)) is not None

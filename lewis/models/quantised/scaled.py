@@ -1,4 +1,4 @@
-"""Weights of 8 or 4 bits per number, multiplied by scales: of blocks, rows, columns' groups, or the whole tensor."""
+"""Decode weights of 8 or 4 bits per number with scales: of blocks, rows, groups of columns, or the whole tensor."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def _times_scales(values: np.ndarray, scales: np.ndarray, block: Sequence[int] |
 
 
 def decode_scaled(parts: Mapping[str, Stored], block: Sequence[int] | None, grid: tuple[int, ...]) -> np.ndarray:
-    """`weight * scale`: fp8 in any layout, int8 with a scale for each row.
+    """Compute `(weight - zero) * scale` in fp32: fp8 in any layout, or int8 with a scale for each row.
 
     Args:
         parts: `weight`, `scale`, and for asymmetric int8 `zero`.
-        block: as that of `_times_scales`.
+        block: as for `_times_scales`.
         grid: shape of the scales.
     """
     values, factors = parts["weight"].floats(), _factors(parts["scale"]).reshape(grid)
@@ -66,10 +66,10 @@ def decode_scaled(parts: Mapping[str, Stored], block: Sequence[int] | None, grid
 
 
 def decode_fp4(parts: Mapping[str, Stored], divided: bool) -> np.ndarray:
-    """Two fp4 numbers (E2M1) to the byte, the lower four bits first, along the columns.
+    """Decode and scale two fp4 numbers (E2M1) in each byte, the lower four bits first, along the columns.
 
     Args:
-        parts: `weight`, shape (..., rows, columns / 2); `scale`, a grid; `global`, one more factor for all, if any.
+        parts: `weight`, shape (..., rows, columns / 2); `scale`, a grid; `global`, one more factor for all, if stored.
         divided: whether the scales are divided by `global`, as compressed-tensors' are; else multiplied.
     """
     weight, factors = parts["weight"], _factors(parts["scale"])
@@ -81,12 +81,12 @@ def decode_fp4(parts: Mapping[str, Stored], divided: bool) -> np.ndarray:
 
 
 def _factors(scale: Stored) -> np.ndarray:
-    """Scales in fp32, in their shape: numbers, or exponents of two."""
+    """Return scales in fp32, in their shape; they are stored as numbers, or as exponents of two."""
     return powers_of_two(scale) if scale.dtype in ("U8", "F8_E8M0") else scale.floats()
 
 
 def decode_mxfp4(parts: Mapping[str, Stored]) -> np.ndarray:
-    """Experts of gpt-oss: blocks of 32 numbers along the inputs, one power of two for each; stored (out, in).
+    """Decode experts of gpt-oss: blocks of 32 numbers along the inputs, one power of two for each; stored (out, in).
 
     Args:
         parts: `blocks`, uint8 of shape (experts, out, in / 32, 16); `scales`, uint8 of shape (experts, out, in / 32).
@@ -106,7 +106,7 @@ def decode_mxfp4(parts: Mapping[str, Stored]) -> np.ndarray:
 
 
 def decode_bnb8(parts: Mapping[str, Stored]) -> np.ndarray:
-    """LLM.int8 of bitsandbytes: int8, and for each row the largest magnitude that 127 stands for."""
+    """Decode LLM.int8 of bitsandbytes: int8, and for each row its largest magnitude, which 127 stands for."""
     values = parts["weight"].floats()
     values *= parts["SCB"].floats()[:, None]
     values *= np.float32(_BY_127)
@@ -114,14 +114,14 @@ def decode_bnb8(parts: Mapping[str, Stored]) -> np.ndarray:
 
 
 def decode_bnb4(parts: Mapping[str, Stored], state: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
-    """NF4 or FP4 of bitsandbytes (arXiv 2305.14314): a table of 16 numbers, and a scale for each block of numbers.
+    """Decode bitsandbytes' NF4 or FP4 (arXiv 2305.14314): a table of 16 numbers, and a scale for each block of numbers.
 
     With double quantisation the scales are bytes themselves: a table of 256 numbers, a scale for each block of them,
     and an offset.
 
     Args:
         parts: `weight`; `absmax`, `quant_map`; with double quantisation `nested_absmax` and `nested_quant_map`.
-        state: what the checkpoint says: `blocksize`, `nested_blocksize`, `nested_offset`.
+        state: the quantisation state in the checkpoint: `blocksize`, `nested_blocksize`, `nested_offset`.
         shape: of the weight.
     """
     scales = parts["absmax"]

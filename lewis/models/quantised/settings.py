@@ -1,4 +1,4 @@
-"""The quantisation of a config.json: its method and variant; those that are not supported are refused."""
+"""Read the quantisation method and variant from a config.json; refuse those that are not supported."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Settings:
 
     Attributes:
         method: as the config names it.
-        layout: whose 32-bit words it has, `gptq` or `awq`, if any.
+        layout: format of its 32-bit words, `gptq` or `awq`; empty if it has none.
         plus_one: whether GPTQ's zeros are stored as one less.
         group_size: inputs that share a scale; 0 if the config does not say, -1 for all.
         block: rows and columns that share a scale in fp8.
@@ -60,10 +60,10 @@ class Settings:
         return self.model_type in _CONV1D and weight.endswith(_IN_CONV1D)
 
     def bits_of(self, columns: int, groups: int, inputs: int | None) -> tuple[int, int, int]:
-        """Bits of the numbers in a row of `columns` words with `groups` scales, how many it has, and those of a group.
+        """Return bits of a number, numbers in a row of `columns` words and `groups` scales, and numbers in a group.
 
         Args:
-            inputs: how many, if that is known.
+            inputs: how many numbers the row has, if that is known.
 
         Raises:
             ValueError: if the config has no such words.
@@ -76,10 +76,10 @@ class Settings:
 
 
 def settings_of(where: object, config: Mapping[str, Any]) -> Settings | None:
-    """How a config says that its weights are quantised; None if it does not say that they are.
+    """Read from a config how its weights are quantised; None if it names no quantisation.
 
     Raises:
-        InputError: naming the method, if it is not read.
+        InputError: naming the method, if it is not supported.
     """
     given = next(_given(config), None)
     if given is None:
@@ -98,13 +98,13 @@ def settings_of(where: object, config: Mapping[str, Any]) -> Settings | None:
 
 
 def without(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without its quantisation."""
+    """Return a copy of a config without its quantisation."""
     inner = {key: without(value) for key, value in config.items() if key == "text_config" and isinstance(value, dict)}
     return {key: value for key, value in {**config, **inner}.items() if key not in _KEYS}
 
 
 def dtype_of(config: Mapping[str, Any]) -> str:
-    """The dtype that a config says its weights have, as safetensors names it; empty if it does not say."""
+    """Return the dtype that a config gives for its weights, as safetensors names it; empty if it gives none."""
     blocks = [config, *(value for value in config.values() if isinstance(value, Mapping))]
     said = [block.get(key) for block in blocks for key in ("dtype", "torch_dtype")]
     return next((MERGED[name] for name in said if isinstance(name, str) and name in MERGED), "")
@@ -121,7 +121,7 @@ def _given(config: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _guessed(given: Mapping[str, Any]) -> str:
-    """The method of a config that does not name it, as those of early versions."""
+    """Guess the method of a config that does not name it, as configs of early versions do not."""
     if given.get("load_in_4bit") or given.get("load_in_8bit"):
         return "bitsandbytes"
     return "compressed-tensors" if "config_groups" in given else "a method that it does not name"

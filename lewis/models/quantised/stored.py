@@ -27,7 +27,7 @@ class Stored:
     bits: np.ndarray
 
     def floats(self) -> np.ndarray:
-        """The values in fp32, in the tensor's shape; a copy. Whole numbers count as such."""
+        """Return the values as a copy in fp32, in the tensor's shape; whole numbers keep their value."""
         if self.dtype == "BF16":
             found = (self.bits.astype(np.uint32) << 16).view(np.float32)
         elif self.dtype in _TABLES:
@@ -37,15 +37,15 @@ class Stored:
         return found.reshape(self.shape)
 
     def words(self) -> np.ndarray:
-        """32-bit words of packed numbers, uint32, in the tensor's shape."""
+        """Return the 32-bit words of packed numbers: uint32, in the tensor's shape."""
         return self.bits.view(np.uint32).reshape(self.shape)
 
     def bytes(self) -> np.ndarray:
-        """The bytes, uint8, flat."""
+        """Return the bytes: uint8, flat."""
         return self.bits.view(np.uint8)
 
     def whole(self) -> np.ndarray:
-        """Whole numbers, int64, in the tensor's shape."""
+        """Return the values of a tensor of whole numbers: int64, in its shape."""
         return self.bits.view(_NUMPY[self.dtype]).astype(np.int64).reshape(self.shape)
 
 
@@ -55,9 +55,9 @@ class Packed:
 
     Attributes:
         parts: role -> name of the stored tensor; the first one holds most of the weight.
-        shape: of the weight; `(elements,)` if only the values of a part tell more, and these are not here.
-        decode: the stored parts, by role, -> the weight in fp32, in its shape.
-        dtype: what the weight was before, as safetensors names it; empty if the parts do not tell.
+        shape: of the weight; `(elements,)` if it depends on the values of a part, which have not been read.
+        decode: computes the weight in fp32, in its shape, from the stored parts by role.
+        dtype: of the weight before its quantisation, as safetensors names it; empty if the parts do not say.
     """
 
     parts: Mapping[str, str]
@@ -66,7 +66,7 @@ class Packed:
     dtype: str = ""
 
     def values(self, read: Read) -> np.ndarray:
-        """The weight in fp32, in its shape."""
+        """Compute the weight in fp32, in its shape."""
         return self.decode({role: read(name) for role, name in self.parts.items()})
 
 
@@ -78,7 +78,7 @@ _NUMPY = {
 
 @cache
 def _e4m3() -> np.ndarray:
-    """Sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity (arXiv 2209.05433)."""
+    """The 256 values of E4M3: sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity (arXiv 2209.05433)."""
     code = np.arange(256)
     exponent, mantissa = code >> 3 & 15, (code & 7).astype(np.float32)
     size = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(mantissa + 8, exponent - 10))
@@ -88,13 +88,13 @@ def _e4m3() -> np.ndarray:
 
 @cache
 def _e5m2() -> np.ndarray:
-    """The upper byte of an fp16 number."""
+    """The 256 values of E5M2: each code is the upper byte of an fp16 number."""
     return (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32)
 
 
 @cache
 def _e8m0() -> np.ndarray:
-    """A power of two: the exponent of an fp32 number (OCP Microscaling Formats, 2023)."""
+    """The 256 values of E8M0: powers of two, with the exponent of an fp32 number (OCP Microscaling Formats, 2023)."""
     powers = np.ldexp(np.float32(1), np.minimum(np.arange(256), 254) - 127).astype(np.float32)
     powers[255] = np.nan
     return powers
@@ -102,20 +102,20 @@ def _e8m0() -> np.ndarray:
 
 _TABLES: dict[str, Callable[[], np.ndarray]] = {"F8_E4M3": _e4m3, "F8_E5M2": _e5m2, "F8_E8M0": _e8m0}
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""The 16 numbers of 4 bits that MXFP4 and NVFP4 have, by their code."""
+"""The values of the 16 codes of E2M1, the 4-bit numbers of MXFP4 and NVFP4."""
 
 
 def powers_of_two(stored: Stored) -> np.ndarray:
-    """Scales that are exponents, whether stored as F8_E8M0 or as bytes, in fp32."""
+    """Return scales in fp32 that are stored as exponents of two, as F8_E8M0 or as bytes."""
     return _e8m0()[stored.bits].reshape(stored.shape)
 
 
 def nibbles(codes: np.ndarray, table: np.ndarray, *, high_first: bool = False) -> np.ndarray:
-    """Two numbers for each byte, flat, fp32.
+    """Decode the two 4-bit numbers of each byte: flat, fp32.
 
     Args:
         codes: uint8, flat.
-        table: fp32, of 16 numbers.
+        table: fp32, the values of the 16 codes.
         high_first: whether the upper four bits are the first number.
     """
     byte = np.arange(256)

@@ -1,4 +1,4 @@
-"""Weights of 2, 3, 4 or 8 bits that are packed into 32-bit words: GPTQ, AWQ and compressed-tensors."""
+"""Decode weights of 2, 3, 4 or 8 bits that are packed into 32-bit words: GPTQ, AWQ and compressed-tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # 1 in each number of a w
 
 
 def _unpacked(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> Iterator[tuple[slice, np.ndarray]]:
-    """The numbers of packed words, which lie one after another along the first axis, lowest bits first.
+    """Unpack the numbers of words, which lie one after another along the first axis, lowest bits first.
 
     Args:
         words: uint32, shape (words, columns).
@@ -25,7 +25,7 @@ def _unpacked(words: np.ndarray, bits: int, order: Sequence[int] | None = None) 
         Places along the first axis, and their numbers: uint32, shape (places, columns).
     """
     shared = gcd(bits, 32)
-    in_run, run = 32 // shared, bits // shared  # so many numbers are in so many words
+    in_run, run = 32 // shared, bits // shared  # `in_run` numbers fill `run` words
     for i in range(in_run):
         word, shift = divmod(i * bits, 32)
         found = words[word::run] >> np.uint32(shift)
@@ -36,7 +36,7 @@ def _unpacked(words: np.ndarray, bits: int, order: Sequence[int] | None = None) 
 
 
 def _unpack(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:
-    """All numbers of `_unpacked`, fp32."""
+    """Return all numbers of `_unpacked` in one array, fp32."""
     found = np.empty((words.shape[0] * 32 // bits, words.shape[1]), np.float32)
     for places, numbers in _unpacked(words, bits, order):
         found[places] = numbers
@@ -44,7 +44,7 @@ def _unpack(words: np.ndarray, bits: int, order: Sequence[int] | None = None) ->
 
 
 def decode_gptq(parts: Mapping[str, Stored], bits: int, group: int, plus_one: bool) -> np.ndarray:
-    """GPTQ (arXiv 2210.17323) as AutoGPTQ and GPTQModel store it: `scale * (number - zero)`, inputs along the words.
+    """Decode GPTQ (arXiv 2210.17323) of AutoGPTQ and GPTQModel: `scale * (number - zero)`, inputs along the words.
 
     Args:
         parts: `qweight`, int32 of shape (in * bits / 32, out); `qzeros`, int32 of shape (groups, out * bits / 32);
@@ -69,7 +69,7 @@ def decode_gptq(parts: Mapping[str, Stored], bits: int, group: int, plus_one: bo
 
 
 def decode_pack_quantized(parts: Mapping[str, Stored], bits: int, group: int, shape: tuple[int, int]) -> np.ndarray:
-    """compressed-tensors' pack-quantized: `scale * (number - zero)`, inputs along the words, all numbers raised.
+    """Decode compressed-tensors' pack-quantized format: `scale * (number - zero)`, inputs along the words.
 
     Args:
         parts: `packed`, int32 of shape (out, words); `scale`, shape (out, groups); for asymmetric ones `zero`, int32 of
@@ -89,7 +89,7 @@ def decode_pack_quantized(parts: Mapping[str, Stored], bits: int, group: int, sh
 
 
 def decode_awq(parts: Mapping[str, Stored]) -> np.ndarray:
-    """AWQ (arXiv 2306.00978) as AutoAWQ's GEMM stores it: 4 bits, outputs along the words, `scale * (number - zero)`.
+    """Decode AWQ (arXiv 2306.00978) of AutoAWQ's GEMM: 4 bits, outputs along the words, `scale * (number - zero)`.
 
     Args:
         parts: `qweight`, int32 of shape (in, out / 8); `qzeros`, int32 of shape (groups, out / 8); `scales`, shape
@@ -111,7 +111,7 @@ def decode_awq(parts: Mapping[str, Stored]) -> np.ndarray:
 
 
 def _by_inputs(words: np.ndarray, bits: int, scales: np.ndarray, zeros: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """`scale * (number - zero)`, fp32 of shape (out, in).
+    """Compute `scale * (number - zero)` from words along the inputs, fp32 of shape (out, in).
 
     Args:
         words: uint32, shape (words, out).

@@ -16,7 +16,7 @@ TITLES = {"model": "Model {}", "importance": "Importance of {}", "merged": "Merg
 
 
 def artifact_prefix(recipe: Recipe) -> str:
-    """What the keys of a recipe's artifacts begin with: `[team-]recipe`."""
+    """Return the prefix of the keys of a recipe's artifacts: `[team-]recipe`."""
     team = recipe.register_as.team if recipe.register_as else ""
     return "-".join(filter(None, (team, slug(recipe.name))))
 
@@ -27,10 +27,11 @@ def artifact_key(recipe: Recipe, what: str) -> str:
 
 
 def asset(kind: str, name: str, url: str = "", owner: str = "") -> Asset:
-    """A `model` of a recipe by its reference, the `importance` of its layers, or what was `merged`, by its name.
+    """Return the asset of a model, of the importance of its layers, or of a merged model.
 
     Args:
-        kind, name: as above.
+        kind: `model`, `importance` or `merged`.
+        name: reference of the model, or name of the merged model.
         url: of its page; empty if it has none.
         owner: the team that it belongs to; empty if that is not known.
     """
@@ -40,7 +41,7 @@ def asset(kind: str, name: str, url: str = "", owner: str = "") -> Asset:
 
 
 def page_of(source: Source) -> str:
-    """The Hub's page of a pinned model, or of its adapter; empty if it is a local folder."""
+    """Return the URL of the Hub page of a pinned model, or of its adapter if it has one; empty for a local folder."""
     pinned = source.adapter or source.model
     return "" if pinned.is_local else redacted(f"{endpoint()}/{pinned.source}/tree/{pinned.commit}")
 
@@ -53,10 +54,10 @@ def describe(**metadata: Any) -> None:
 
 
 def found() -> None:
-    """Report the assets of the running task, which then ends as `Cached`: for that state Prefect reports none.
+    """Report the assets of a task that is about to end as `Cached`, since Prefect reports none for that state.
 
-    The store may have them from a run outside of Prefect, or from another model with the same content. Then the lineage
-    does not have them yet.
+    The store may have the result from a run outside of Prefect, or from another model with the same content. Then the
+    lineage in Prefect lacks these assets.
     """
     if context := private_names.PREFECT_ASSET_CONTEXT.get().get():
         context.emit_events(Completed())

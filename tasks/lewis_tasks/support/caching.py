@@ -37,7 +37,7 @@ RETRIES: dict[str, Any] = {
 
 
 def _heals(error: BaseException) -> bool:
-    """Whether to try again; if a server is away, wait for it first, at most `LEWIS_SERVER_WAIT_SECONDS`."""
+    """Return whether to retry after an error; if a server is away, first wait, up to `LEWIS_SERVER_WAIT_SECONDS`."""
     if not isinstance(error, AwayError):
         return retryable(error)
     server, begin, limit, told = redacted(error.url), time.monotonic(), settings.SERVER_WAIT.get(), float("-inf")
@@ -54,19 +54,19 @@ def _heals(error: BaseException) -> bool:
 
 
 class RecordSerializer(JSONSerializer):
-    """Prefect's JSON of a task's result, with its checksum."""
+    """Prefect's JSON serializer of task results, which adds a checksum to each record."""
 
     type: str = Field(default="lewis-record", frozen=True)
 
     def dumps(self, obj: Any) -> bytes:
-        """The result as bytes."""
+        """Return the record of a task's result."""
         return sealed_json.dumps({"result": json.loads(super().dumps(obj))}, indent=None).encode()
 
     def loads(self, blob: bytes) -> Any:
-        """The result.
+        """Return the result of a record.
 
         Raises:
-            ValueError: if the bytes are damaged, or what they refer to is.
+            ValueError: if the record, or a file that the result refers to, is damaged.
         """
         return super().loads(json.dumps(sealed_json.loads(blob)["result"]).encode())
 
@@ -75,7 +75,7 @@ _PATHS = ("path", "folder", "adapter", "base", "statistics")  # fields of refere
 
 
 def _content(record: bytes) -> dict[str, Any]:
-    """The `result` of a record as plain data: to load it as a reference would mark it as used; fails if damaged."""
+    """Return a record's content as plain data, not as a reference, which would be marked as used; fail if damaged."""
     return sealed_json.loads(json.loads(record)["result"].encode())
 
 
@@ -106,14 +106,14 @@ def _targets(record: Path) -> list[Path]:
 
 # Files outside the store do not note their use.
 RESULTS = kinds.add(Kind("results", "*", check=_content, notes_use=False, refers_to=_targets))
-"""Prefect's records of finished tasks: one file for each key, which goes with what it refers to."""
+"""Prefect's records of finished tasks: a file for each key, worthless once a file that it refers to is removed."""
 
 
 def raise_if_stopping(what: str) -> None:
     """End a task if the process got the signal to stop.
 
     Raises:
-        LewisError: if it was; the message begins with `what`.
+        LewisError: if it did; the message begins with `what`.
     """
     if STOPPING.is_set():
         raise LewisError(f"{what}: stopped")
@@ -148,13 +148,13 @@ class Progress:
 
 
 def slug(text: str) -> str:
-    """A text in small letters, digits and dashes, of which the keys of artifacts must consist."""
+    """Reduce a text to lower-case letters, digits and dashes, the characters allowed in the keys of artifacts."""
     words = "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower()).split("-")
     return "-".join(word for word in words if word) or "x"
 
 
 def quieten() -> None:
-    """Let our packages log at INFO, and remove noise and passwords from what is logged."""
+    """Let the packages of LEWIS log at INFO, and remove noise and passwords from all logs."""
     redact_logs()
     for library in ("lewis", "lewis_tasks", "lewis_flows"):
         logging.getLogger(library).setLevel(logging.INFO)
@@ -163,15 +163,15 @@ def quieten() -> None:
     # Prefect's client of events connects again by itself.
     logging.getLogger("websockets.client").addFilter(lambda record: record.msg != "keepalive ping failed")
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each attempt to reach MLflow
-    logging.getLogger("mlflow.store.db.utils").addFilter(without_traceback)  # the error is raised again, and we log it
+    logging.getLogger("mlflow.store.db.utils").addFilter(without_traceback)  # the error is raised again and logged
 
 
 def worth_reading(record: logging.LogRecord) -> bool:
-    """Filter of log records: False drops the record.
+    """Filter Prefect's log records of runs: False drops the record.
 
-    Of a LewisError the traceback is dropped, because the message says what went wrong; that of a full disk, too.
-    Dropped is Prefect's warning that a timeout stops a thread only between calls: our threads loop over tensors and
-    batches, and lm-eval runs in a child process.
+    The traceback of a LewisError, or of a full or read-only disk, is dropped, since the message says what went wrong.
+    Prefect's warning that a timeout stops a thread only between calls is dropped, since the threads of LEWIS loop over
+    tensors and batches, and lm-eval runs in a child process.
     """
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, LewisError) or of_the_disk(error):
@@ -180,7 +180,7 @@ def worth_reading(record: logging.LogRecord) -> bool:
 
 
 def without_traceback(record: logging.LogRecord) -> bool:
-    """Filter of log records: drops the traceback, and keeps the record."""
+    """Filter log records: keep the record, without its traceback."""
     record.exc_info = record.exc_text = None
     return True
 

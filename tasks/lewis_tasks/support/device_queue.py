@@ -1,6 +1,6 @@
-"""Who holds a device slot of this machine, and who waits for one: a note for each, in a folder of this user.
+"""The queue for this machine's device slots: a note for each task that holds or awaits one, in a folder of this user.
 
-A note is locked by its writer. The kernel frees the lock when the writer dies: a note that can be locked is of nobody.
+A note is locked by its writer. The kernel frees the lock when the writer dies, so a note that can be locked is stale.
 """
 
 import fcntl
@@ -42,7 +42,7 @@ class Place(BaseModel):
 
 
 class Note:
-    """The place of this task, which others see; without a folder for it, nobody does.
+    """The note of this task's place in the queue, for other processes to read; without a file, it is invisible to them.
 
     Attributes:
         place: what the note says now.
@@ -66,7 +66,7 @@ class Note:
 
 @contextmanager
 def queued(*, gives_way: bool = False) -> Iterator[Note]:
-    """Wait in the queue while the block lasts: others see that this task waits, until `hold` is called."""
+    """Keep a note of this task in the queue while the block lasts: as waiting, and as holding once `hold` is called."""
     place = Place(what=_what(), gives_way=gives_way, since=datetime.now(UTC))
     try:
         path = store.private_folder(_folder()) / f"{uuid.uuid4().hex}.json"
@@ -84,13 +84,13 @@ def queued(*, gives_way: bool = False) -> Iterator[Note]:
 
 
 def queue() -> list[Place]:
-    """All that hold a slot of this machine, and then all that wait, in the order in which they came."""
+    """Return the tasks that hold a slot of this machine, then those that wait for one, each oldest first."""
     found = [place for path in _folder().glob("*.json") if (place := _read(path))]
     return sorted(found, key=lambda place: (not place.holds, place.since))
 
 
 def somebody_waits() -> bool:
-    """Whether a task waits that does not give way itself."""
+    """Whether a task waits for a slot of this machine that does not give way to others itself."""
     return any(not place.holds and not place.gives_way for place in queue())
 
 

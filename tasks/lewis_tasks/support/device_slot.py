@@ -1,4 +1,4 @@
-"""Device slots: how many tasks may use torch at once, on one machine and on all that share a Prefect server."""
+"""Device slots limit the tasks that use torch at the same time, on one machine or all that share a Prefect server."""
 
 import contextvars
 import logging
@@ -29,13 +29,13 @@ from lewis_tasks.support.events import Wait
 logger = logging.getLogger(__name__)
 LIMIT = "lewis-device"
 """Name of Prefect's global limit over all machines; without it, only the slots of each machine limit the tasks."""
-LEASE_SECONDS = 60.0  # the least that Prefect takes; for so long a killed holder keeps its part of the limit
+LEASE_SECONDS = 60.0  # the minimum in Prefect; so long a killed holder keeps its part of the limit
 _POLL_SECONDS = 0.1
 _ASK_SECONDS = 1.0
 
 
 def slots() -> int:
-    """How many tasks may hold a device of this machine at once: `LEWIS_DEVICE_SLOTS`, by default its GPUs, or 1.
+    """Return the number of device slots of this machine: `LEWIS_DEVICE_SLOTS`, by default one per GPU, or 1 without.
 
     Raises:
         InputError: if the variable is no whole number from 1 up.
@@ -45,18 +45,18 @@ def slots() -> int:
 
 @contextmanager
 def device_slot(*, gives_way: bool = False, gpus: int = 1) -> Iterator[str]:
-    """Hold one of this machine's slots while torch works; gives the device's name, `cpu` or `cuda:<i>`.
+    """Hold device slots of this machine while torch works; yield the devices' names, such as `cpu` or `cuda:0,cuda:1`.
 
-    The slot is a kernel lock, which is free as soon as its holder dies. If the Prefect server has the limit
-    `lewis-device`, a part of it is held too; that is free when the lease of a killed holder ends. `device_queue` says
-    who holds and who waits.
+    A slot is a kernel lock, which is free as soon as its holder dies. If the Prefect server has the limit
+    `lewis-device`, a part of it is held too, which is free when the lease of a killed holder ends. `device_queue` shows
+    which tasks hold slots or wait for them.
 
     Args:
         gives_way: take no slot while a task of this machine waits that does not give way: merges go before searches.
-        gpus: how many GPUs are needed at once; their names are separated by commas.
+        gpus: how many GPUs are needed at the same time.
 
     Raises:
-        InputError: if this machine has not so many GPUs, or the server's limit is smaller.
+        InputError: if this machine has fewer GPUs, or the server's limit is smaller.
         LewisError: if the process got the signal to stop while it waited.
     """
     usable = list(dict.fromkeys(_names()))
@@ -80,7 +80,7 @@ def _names() -> list[str]:
 
 @contextmanager
 def _machine_slots(note: Note, gpus: int) -> Iterator[list[str]]:
-    """Hold slots of so many devices; one task at a time gathers several, so that no two wait for each other."""
+    """Hold slots of `gpus` devices; one task at a time collects several, so that no two tasks wait for each other."""
     place = f"lewis-device-{os.getuid()}"
     with ExitStack() as held:
         if gpus > 1:
@@ -117,9 +117,9 @@ def _first_free(locks: Iterable[FileLock], note: Note) -> FileLock:
 
 @contextmanager
 def _shared_limit(note: Note, gpus: int) -> Iterator[None]:
-    """Hold a part of the server's limit, `gpus` of it. Whatever becomes of the server or the lease, the work goes on.
+    """Hold `gpus` slots of the server's limit; the work goes on even if the server or the lease is lost.
 
-    Not Prefect's own `concurrency`: it waits for ever if its first request fails, and warns if there is no limit.
+    Prefect's `concurrency` is not used: it waits without end if its first request fails, and warns if no limit exists.
     """
     with ExitStack() as held:
         if PREFECT_API_URL.value():
@@ -135,7 +135,7 @@ def _shared_limit(note: Note, gpus: int) -> Iterator[None]:
 
 
 def _acquire(client: SyncPrefectClient, note: Note, gpus: int) -> UUID | None:
-    """Wait for a part of the limit; gives its lease, None if there is no such limit."""
+    """Wait for `gpus` slots of the server's limit; return the id of their lease, None if there is no such limit."""
     run = TaskRunContext.get()
     holder = ConcurrencyLeaseHolder(type="task_run", id=run.task_run.id) if run else None
     wait = Wait()
@@ -161,7 +161,7 @@ def _acquire(client: SyncPrefectClient, note: Note, gpus: int) -> UUID | None:
 
 
 def _keep(client: SyncPrefectClient, lease: UUID) -> Callable[[], None]:
-    """Start a thread that renews a lease; gives the function that ends it."""
+    """Start a thread that renews a lease of the server's limit; return the function that ends the thread."""
     ended = threading.Event()
 
     def renew() -> None:

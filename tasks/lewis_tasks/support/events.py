@@ -1,4 +1,4 @@
-"""Send events to Prefect's server; of a run that waits for long, `lewis.run.waiting`, so that somebody is notified."""
+"""Send events to Prefect's server, such as `lewis.run.waiting` of a run that waits long, which can notify a person."""
 
 import logging
 import uuid
@@ -20,7 +20,7 @@ _PATIENCE = 10.0  # seconds for one request; the caller tries again, so the clie
 
 
 def now(client: "SyncPrefectClient") -> datetime:
-    """The time by the server's clock.
+    """Return the time by the clock of Prefect's server.
 
     Raises:
         httpx.HTTPError: if the server does not answer.
@@ -29,9 +29,9 @@ def now(client: "SyncPrefectClient") -> datetime:
 
 
 def ahead_by(headers: Mapping[str, str]) -> timedelta:
-    """How far the server's clock is ahead of this machine's, by the headers of its answer, whose `Date` is in seconds.
+    """Return how far the server's clock is ahead of this machine's, by its answer's `Date`, given in whole seconds.
 
-    Nothing while both agree within `_AGREES`.
+    The result is zero if both agree within `_AGREES`, or the answer has no `Date`.
     """
     stated = headers.get("Date")
     found = parsedate_to_datetime(stated) - datetime.now(UTC) if stated else timedelta()
@@ -49,15 +49,15 @@ def check_server() -> None:
 def post(
     kind: str, resource: Mapping[str, str], payload: Mapping[str, Any], *, run: str | None = None, id_: str = ""
 ) -> None:
-    """Send an event; returns when the server has taken it, which does not mean that it has stored it.
+    """Send an event to Prefect's server; return when the server has accepted it, which may be before it is stored.
 
-    It occurred now, by the server's clock: a trigger passes over events from before the one that it fired for last.
+    It is dated now by the server's clock, since a trigger ignores events older than the last one that it fired for.
 
     Args:
-        kind: its name.
+        kind: name of the event.
         resource: what it is about: its `id`, its `name` and other labels.
         payload: the facts, JSON.
-        run: id of the flow run that it is of, if it is of one.
+        run: id of the flow run that it is about, if any.
         id_: a UUID; by default a new one.
 
     Raises:
@@ -91,7 +91,7 @@ def post(
 
 
 class Wait:
-    """A wait that is logged when it begins, and reported once, when it is long."""
+    """A wait that is logged when it begins, and reported as an event once, when it has lasted `LONG`."""
 
     def __init__(self) -> None:
         self._began, self._logged, self._told = datetime.now(UTC), False, False
@@ -100,8 +100,8 @@ class Wait:
         """Log the wait, if it is not logged yet, and report it if it has become long. A failure is logged, not raised.
 
         Args:
-            name: of who waits.
-            what: for what, and who holds that.
+            name: of the task or run that waits.
+            what: what it waits for, and what holds that.
         """
         if not self._logged:
             logger.info("waiting for %s", what)

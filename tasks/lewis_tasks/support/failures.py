@@ -26,14 +26,13 @@ AGAIN = "what was finished is kept, run it again to go on"
 
 
 class NotPublishedError(LewisError):
-    """The version is registered, and the champion if it may be; but the Hub has not taken it."""
+    """Raised if a version was registered, and promoted if the gate allowed it, but could not be published."""
 
 
 def says_why(function: Callable[P, R | State[R]]) -> Callable[P, R]:
-    """Make a flow function end in a Failed state whose message is that of the error; the caller still gets the error.
+    """Make a flow function end in a Failed state with the message of its LewisError; the caller still gets the error.
 
-    The state's name is `Failed`, or `Unpublished`.
-
+    The state's name is `Failed`, or `Unpublished`. A broken commit becomes a tag of the run.
     If the function raised the error, Prefect would put its own words and the name of the class around the message.
     The result is typed as what the flow's caller gets: Prefect takes it out of the state.
     """
@@ -52,11 +51,11 @@ def says_why(function: Callable[P, R | State[R]]) -> Callable[P, R]:
 
 
 def result_of(future: PrefectFuture[Any]) -> Any:
-    """The result of a finished task.
+    """Return the result of a finished task.
 
     Raises:
         BrokenModelError, InputError, TransientError, LewisError: as the task raised it, with the name of its run
-            before the message.
+            before the message; a LewisError for any other exception.
     """
     try:
         return future.result()
@@ -73,7 +72,7 @@ def result_of(future: PrefectFuture[Any]) -> Any:
 
 
 def _name(future: PrefectFuture[Any]) -> str:
-    """The name of a task's run. A run gets its last name at its end: wait a while until the server knows of that."""
+    """Return the name of a task run; wait up to `PATIENCE` for its final name, which it gets when it ends."""
     name, deadline = "a task", time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         with suppress(Exception), get_client(sync_client=True) as client:  # report the error even without the name

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 PAGE = 200  # how many runs, artifacts or others the server gives at most for one request
 REJECTED, PATIENCE = "Rejected", 10.0  # seconds
 RECIPE, MODEL = "lewis.recipe", "lewis.model."
-"""Labels of a run: the digest of its recipe; of each model, by its reference, the commits."""
-BROKEN = "broken"  # kind of tag of a run: a commit that is broken on the Hub itself, which it found
+"""Labels of a run: `RECIPE` is the digest of its recipe's text, `MODEL` + reference are the commits of a model."""
+BROKEN = "broken"  # kind of tag of a run: a commit that the run found broken on the Hub itself
 EDITED = "edited"  # tag of a run that an edit of its recipe started
 ANSWERED = "answered"  # tag of a run that a person's approval started
 _WHY = {
@@ -49,7 +49,7 @@ later = ""  # if the Prefect server ends with the run: the URL of the server tha
 
 
 class RejectedRun(Exception):
-    """What the state of a rejected run holds, as Prefect wants an exception in every state of the type Cancelled.
+    """The exception in the state of a rejected run, since Prefect requires one in every state of the type Cancelled.
 
     Attributes:
         report: what the run returns.
@@ -62,10 +62,10 @@ class RejectedRun(Exception):
 
 
 def ending(name: str, message: str, data: Any) -> State[Any]:
-    """The state of a run that did all its work; its name is the verdict, a tag of this run.
+    """Return the final state of a run that did all its work, and tag this run with the state's name as its verdict.
 
-    It is of the type Completed, but for `Rejected`, whose type is Cancelled: Prefect's pages colour a run by the type
-    of its state, so a rejection is grey in lists, bars and the dashboard. It is no failure, and nothing repeats it.
+    The state's type is Completed, except of `Rejected`, which is Cancelled: Prefect's pages colour a run by the type of
+    its state, so a rejection is grey in lists, bars and the dashboard. It is no failure, and no run repeats it.
     """
     tag(verdict=name.lower())
     if name == REJECTED:
@@ -75,9 +75,9 @@ def ending(name: str, message: str, data: Any) -> State[Any]:
 
 
 def _wait_for_ends() -> None:
-    """Wait until the server knows that all tasks have ended; those of a cancelled run that go on, it cancels.
+    """Wait until the server knows that this run's tasks have ended, since it cancels unfinished ones of Cancelled runs.
 
-    It learns of tasks from events, which arrive a little late. If it does not answer, that is not waited for.
+    It learns of tasks from events, which arrive a little late. Do not wait for a server that does not answer.
     """
     of_run = FlowRunFilter.model_validate({"id": {"any_": [str(current.id)]}})
     going_on = TaskRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING"]}}})
@@ -90,22 +90,22 @@ def _wait_for_ends() -> None:
 
 
 def did_its_work(run: FlowRun) -> bool:
-    """Whether a run ended as `ending` says, not failed, died or cancelled by somebody."""
+    """Whether a run ended with a state of `ending`: it did not fail or crash, and no person cancelled it."""
     return run.state is not None and (run.state.is_completed() or run.state.name == REJECTED)
 
 
 def result_of_run(state: State[Any]) -> Any:
-    """What a run returned that ended in a state; a rejected run too.
+    """Return the result of a flow run from its final state, also of a rejected run.
 
     Raises:
-        Exception: what a run raised that failed or was cancelled.
+        Exception: the error of a run that failed or was cancelled.
     """
     found = state.result(raise_on_failure=state.name != REJECTED)
     return found.report if isinstance(found, RejectedRun) else found
 
 
 def note_text(recipe: Recipe) -> None:
-    """Note which text of its recipe the run has, in case it fails before `rename`; a failure is logged, not raised."""
+    """Label the run with its recipe's digest, in case it fails before `rename`; an error is logged, not raised."""
     try:
         with impatient(5, retries=2) as client:  # a busy server answers 503
             client.update_flow_run_labels(UUID(str(current.id)), {RECIPE: store.digest(recipe.text)})
@@ -114,7 +114,7 @@ def note_text(recipe: Recipe) -> None:
 
 
 def rename(recipe: Recipe, keys: Mapping[str, str]) -> None:
-    """Name the flow run by what moved since the last run of the recipe that did its work, and note what this one has.
+    """Name the run after what changed since the recipe's last run that did its work; label it with digest and commits.
 
     The name is only for people: a failure is logged, not raised.
 
@@ -145,7 +145,7 @@ def _labels_before(client: SyncPrefectClient, recipe: str) -> dict[str, str]:
 
 
 def pages(read: Callable[..., Sequence[T]], **wanted: Any) -> Iterator[T]:
-    """All that a method of Prefect's client gives for some filters, page after page."""
+    """Yield everything that a method of Prefect's client returns for the filters `wanted`, page after page."""
     for offset in itertools.count(0, PAGE):
         page = read(**wanted, limit=PAGE, offset=offset)
         yield from page
@@ -154,7 +154,7 @@ def pages(read: Callable[..., Sequence[T]], **wanted: Any) -> Iterator[T]:
 
 
 def name_task(name: str) -> None:
-    """Give the task that runs a name that says what it found out; it is shown once the task has ended."""
+    """Rename the running task after what it found out; the name is shown once the task has ended."""
     if context := TaskRunContext.get():
         context.task_run.name = name  # sent with the task's last state
 
@@ -183,13 +183,13 @@ def tagged(run: FlowRun, kind: str) -> set[str]:
 def tag_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """A hook of flows: tag a run that failed, crashed or was cancelled with the name of that state as its verdict.
 
-    Of a run that is being cancelled, the verdict is `cancelled` already: Prefect calls no hook when it has ended.
+    A run that is being cancelled is tagged `cancelled` already, since Prefect calls no hook once it has ended.
     """
     tag(flow_run.id, verdict="cancelled" if state.is_cancelling() else (state.name or state.type.value).lower())
 
 
 HOOKS: dict[str, Any] = {"on_failure": [tag_end], "on_crashed": [tag_end], "on_cancellation": [tag_end]}
-"""Arguments of `@flow`: every run has a verdict; one that comes to its end gives its own."""
+"""Arguments of `@flow` that give a verdict to runs which do not reach their end; the others set theirs in `ending`."""
 
 
 def trigger(run: FlowRun) -> str:
@@ -210,19 +210,19 @@ def tags() -> dict[str, str]:
 
 
 def url() -> str:
-    """Where Prefect's UI shows the flow run, now or `later`."""
+    """Return the URL at which Prefect's UI shows this flow run, now or `later`."""
     if later:
         return f"{later}/runs/flow-run/{current.id}"
     return redacted(url_for("flow-run", obj_id=str(current.id)) or "")
 
 
 def url_text() -> str:
-    """What `url` leads to, as the text of a link."""
+    """Return the text for a link to `url`."""
     return "Prefect run, while `lewis up` runs" if later else "Prefect run"
 
 
 def this_run() -> FlowRun:
-    """The flow run as the server knows it."""
+    """Read this flow run from Prefect's server."""
     with get_client(sync_client=True) as client:
         return client.read_flow_run(UUID(str(current.id)))
 
@@ -239,13 +239,13 @@ def why(run: FlowRun) -> str:
 
 
 def tally(**steps: Iterable[PrefectFuture[Any] | None]) -> dict[str, tuple[int, int]]:
-    """Step -> (how many of its tasks were computed, how many came from the cache)."""
+    """Count the finished tasks of each step: step -> (how many were computed, how many came from the cache)."""
     states = {step: [future.state.name for future in futures if future] for step, futures in steps.items()}
     return {step: (len(names) - names.count("Cached"), names.count("Cached")) for step, names in states.items()}
 
 
 def step_times(run: FlowRun) -> list[StepTime]:
-    """What each task of a run took that has ended by now, in the order in which they began; empty if that fails."""
+    """Return how long each ended task of a run took, ordered by begin; tasks that cannot be read are left out."""
     of_run = FlowRunFilter.model_validate({"id": {"any_": [str(run.id)]}})
     found, begun = list[StepTime](), run.start_time
     with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
@@ -269,7 +269,7 @@ def _schedule(client: SyncPrefectClient, run: FlowRun) -> str:
 
 
 def _event(client: SyncPrefectClient, run: FlowRun) -> str:
-    """Look up the action that created the run, then the event that triggered the action."""
+    """Say which event started a run: look up the action that created it, then the event that triggered the action."""
     assert run.created_by is not None
     started = {"event": {"name": ["prefect.automation.action.executed"]}}
     started["related"] = {"id": [f"prefect.flow-run.{run.id}"]}

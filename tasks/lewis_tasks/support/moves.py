@@ -1,9 +1,9 @@
 """Report new champions to Prefect, as the event `lewis.model.promoted`, until Prefect certainly has it.
 
-A server that has taken an event keeps it in memory for some seconds. If it dies then, the event is lost, and with it
-the notification. So a move stays in the outbox until the server gives its event back, and the automations have acted
-that notify of it or put the champion into service, where there are any. Until then the event is sent again, with the
-same id: a server that has seen it ignores it, so a program that reacts to events by their id reacts once.
+A server that has accepted an event keeps it in memory for some seconds. If it dies then, the event and its notification
+are lost. So a move of the alias `champion` stays in the outbox until the server returns its event on request, and the
+automations, if any, that notify of it or put the champion into service have acted. Until then the event is sent again,
+with the same id: a server that has seen it ignores it, so a program that reacts to events by their id reacts once.
 """
 
 import logging
@@ -25,7 +25,7 @@ from lewis_tasks.support.patience import impatient
 
 logger = logging.getLogger(__name__)
 PROMOTED = "lewis.model.promoted"  # the event that automations can react to, to notify or deploy
-NOTIFIES = "lewis-notify-promotion"  # the automation that does so, if the user wants it
+NOTIFIES = "lewis-notify-promotion"  # the automation that notifies, if the user wants it
 _ENDED = ["prefect.automation.action.executed", "prefect.automation.action.failed"]
 _GIVEN_UP = timedelta(days=7)  # as long as Prefect keeps events
 _PAUSE = 0.5  # seconds between two looks
@@ -33,9 +33,9 @@ _REQUEST = 5.0  # seconds for one request
 
 
 def report(patience: float = 0) -> None:
-    """Send the events of all moves that the server may not know, and forget those that it does know.
+    """Send the events of all moves in the outbox that the server may not know, and remove the moves that it knows.
 
-    Nothing is raised: what could not be reported is logged, and reported the next time.
+    Nothing is raised: a failure is logged, and the moves are reported the next time.
 
     Args:
         patience: how many seconds to wait for the server to know them all.
@@ -75,7 +75,7 @@ def _forget_known() -> None:
 
 
 def _awaited(client: SyncPrefectClient, move: Move) -> Iterator[str]:
-    """The ids of the automations that a move must start."""
+    """Yield the ids of the automations that the event of a move must start."""
     for each in pages(client.read_automations):
         if each.enabled and (each.name == NOTIFIES or each.name.startswith(serves(move.name))):
             yield str(each.id)
@@ -87,7 +87,7 @@ def _acted(client: SyncPrefectClient, automation: str, move: Move) -> bool:
 
 
 def serves(name: str) -> str:
-    """The prefix of automations that put a registered model into service; the name of a recipe follows it."""
+    """Return the prefix of the names of automations that put a model into service; a recipe's name follows it."""
     return f"service of {name} by "
 
 

@@ -1,9 +1,9 @@
-"""A run waits while Prefect's server is away, such as when `lewis up` starts it again after it died.
+"""Make runs wait while Prefect's server is away, such as when `lewis up` starts it again after it died.
 
-It also waits while the server's database is away: then the server answers 500, and `/ready` says so.
+They also wait while the server's database is away: then the server answers 500, and `/ready` says so.
 
-Prefect's client by itself asks again for a minute, at ever longer intervals; a new client, such as that of an artifact,
-does not ask again at all. Its events, from which the server knows the states of tasks, are lost after ten seconds.
+By itself, Prefect's client retries for a minute, at ever longer intervals; a new client, such as that of an artifact,
+does not retry at all. Its events, from which the server knows the states of tasks, are lost after ten seconds.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ _BROKEN = httpx.codes.INTERNAL_SERVER_ERROR
 
 
 class DatabaseAwayError(Exception):
-    """Raised inside: the server answers 500, and `/ready` says that its database is away."""
+    """Raised within this module if the server answers 500, and `/ready` says that its database is away."""
 
 
 def begin(*, events: bool = True) -> None:
-    """Be patient until this process ends: for the process of a worker's run, or of a task runner.
+    """Make Prefect's client wait for its server until this process, of a worker's run or a task runner, ends.
 
     Args:
-        events: whether this process sends its own events; one of a process pool gives them to its parent.
+        events: whether this process sends its own events; a process of a pool passes them to its parent.
     """
     if not _always:
         _always.append(_put(_Outage(None), events=events))
@@ -61,10 +61,10 @@ def patient(given_up: Callable[[str], object] | None = None) -> Iterator[None]:
 
 @contextmanager
 def impatient(seconds: float, retries: int = 0) -> Iterator[SyncPrefectClient]:
-    """A client of Prefect's server for a question that may stay without an answer.
+    """Yield a client of Prefect's server that gives up early, for requests that may stay unanswered.
 
     Args:
-        seconds: for one request.
+        seconds: time limit of one request.
         retries: how often the client asks again.
     """
     few = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries})
@@ -73,7 +73,7 @@ def impatient(seconds: float, retries: int = 0) -> Iterator[SyncPrefectClient]:
 
 
 def _put(outage: "_Outage", *, events: bool = True) -> Callable[[], None]:
-    """Make Prefect's client patient; gives what undoes that."""
+    """Make Prefect's client wait for its server; return the function that undoes this."""
     ask, ask_async = private_names.PREFECT_RETRY.get(), private_names.PREFECT_RETRY_ASYNC.get()
     put_events = private_names.PREFECT_EVENTS_CLIENT.get()
 
@@ -99,7 +99,7 @@ def _put(outage: "_Outage", *, events: bool = True) -> Callable[[], None]:
 
 
 class _Outage:
-    """The time since a server answered last, for all requests of this process."""
+    """The current outage of the server, if any, for all requests of this process: since when, and when last logged."""
 
     def __init__(self, given_up: Callable[[str], object] | None) -> None:
         self._given_up, self._lock = given_up, threading.Lock()
@@ -107,11 +107,11 @@ class _Outage:
         self._logged: float | None = None
 
     def look(self, request: httpx.Request, error: Exception, began: float) -> None:
-        """Log, from time to time, that a request waits.
+        """Log, every `REMIND` seconds, that a request waits for the server.
 
         Raises:
             httpx.TransportError: if it has waited long enough, or the process must stop. Prefect's client does not
-                send it again for that.
+                retry after this error.
         """
         now, limit = time.monotonic(), settings.SERVER_WAIT.get()
         server = f"{request.url.scheme}://{request.url.netloc.decode()}"
@@ -132,7 +132,7 @@ class _Outage:
         raise httpx.TransportError(reason, request=request) from error
 
     def end(self) -> None:
-        """The server has answered."""
+        """Note that the server has answered, and log that if its absence was logged."""
         if self._since is None:
             return
         with self._lock:
@@ -141,7 +141,7 @@ class _Outage:
             self._since = self._logged = None
 
     def waiting(self, send: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that sends a request, again and again while there is no answer."""
+        """Wrap the function `send`: the result sends a request again and again until there is an answer."""
 
         def send_and_wait(request: httpx.Request, *arguments: Any, **named: Any) -> Any:
             began, again = time.monotonic(), True
@@ -163,7 +163,7 @@ class _Outage:
         return send_and_wait
 
     def waiting_async(self, send: Callable[..., Any]) -> Callable[..., Any]:
-        """The same for asynchronous clients."""
+        """Wrap the `send` of an asynchronous client as `waiting` does."""
 
         async def send_and_wait(request: httpx.Request, *arguments: Any, **named: Any) -> Any:
             began, again = time.monotonic(), True
@@ -186,7 +186,7 @@ class _Outage:
 
 
 def _whether_ready(request: httpx.Request) -> httpx.Request:
-    """The request that asks a request's server whether its database answers."""
+    """Return the request that asks the server of another request whether its database answers."""
     before, api, _ = str(request.url).partition("/api/")
     known = {name: request.headers[name] for name in ("authorization",) if name in request.headers}
     return httpx.Request("GET", f"{before}{api}ready", headers=known, extensions=request.extensions)

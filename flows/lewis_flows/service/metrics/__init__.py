@@ -1,1 +1,1 @@
-"""What Prometheus reads: where each number comes from, and how long it is kept."""
+"""The metrics that Prometheus reads: where each number comes from, and how long it is kept."""

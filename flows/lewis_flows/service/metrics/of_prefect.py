@@ -1,7 +1,7 @@
-"""Numbers that Prefect's server knows: runs by outcome, steps by outcome and seconds, releases.
+"""Metrics from Prefect's server: runs by outcome, steps by outcome and duration, and releases.
 
-They are of the last day, by the server's clock of each run: a counter in this process would begin at zero with it, and
-would know nothing of what other workers did.
+They cover the last day, by the times that the server has of each run. A counter in this process would start at zero
+with the process, and would not count what other workers did.
 """
 
 from collections import Counter, defaultdict
@@ -22,13 +22,13 @@ from lewis_tasks.support.flow_run import pages
 from lewis_tasks.support.patience import impatient
 
 WINDOW = timedelta(days=1)
-_LATE = timedelta(minutes=2)  # how much later than its end the server may hear that a task ended
+_LATE = timedelta(minutes=2)  # how long after the end of a task the server may learn of it
 _TIMEOUT = 10.0  # seconds for one request
-_OR_WAITS = {"operator": "or_", "name": {"any_": ["Late", "AwaitingConcurrencySlot"]}}  # names of the type SCHEDULED
+_OR_WAITS = {"operator": "or_", "name": {"any_": ["Late", "AwaitingConcurrencySlot"]}}  # states of the type SCHEDULED
 
 
 class Step(NamedTuple):
-    """A task that has ended: its run, which step it is, how it ended, when, and after how many seconds."""
+    """A task that has ended: the id of its flow run, its step, how and when it ended, and its duration in seconds."""
 
     run: UUID | None
     step: str
@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run: its flow, its recipe, how it ended or goes on, and when it ended."""
+    """A flow run: its flow, its recipe, its state in lower case, and when it ended, or else was to begin."""
 
     flow: str
     recipe: str
@@ -50,15 +50,15 @@ T = TypeVar("T", bound=Step | Run)
 
 
 class Recent(Generic[T]):
-    """What ended in the last day; only what has ended since the last question is asked for."""
+    """A cache of what ended in the last day: a `read` asks the server only for what ended since the previous one."""
 
     def __init__(self, ended: Callable[[SyncPrefectClient, datetime], Iterable[tuple[UUID, T]]]) -> None:
-        """Know nothing yet; `ended` asks the server for what ended after a time, with its id."""
+        """Start empty; `ended` asks the server for all that ended after a time, and gives pairs of id and item."""
         self._ended = ended
         self._known: dict[UUID, T] = {}
 
     def read(self, client: SyncPrefectClient, now: datetime) -> Mapping[UUID, T]:
-        """All that ended in the day before `now`."""
+        """Return id -> item of all that ended in the day before `now`."""
         newest = max((each.time for each in self._known.values()), default=now - WINDOW)
         self._known |= dict(self._ended(client, max(newest - _LATE, now - WINDOW)))
         self._known = {key: each for key, each in self._known.items() if each.time >= now - WINDOW}
@@ -66,7 +66,7 @@ class Recent(Generic[T]):
 
 
 class Prefect:
-    """The numbers of one server; answers are kept. `Source` ensures that one thread asks at a time."""
+    """The metrics of one server, with a cache of its answers; `Source` ensures that one thread at a time reads."""
 
     def __init__(self) -> None:
         self._runs, self._steps = Recent(self._ended_runs), Recent(_ended_steps)
@@ -74,7 +74,7 @@ class Prefect:
         self._last = dict[str, Run]()
 
     def read(self) -> Iterator[Metric]:
-        """Ask the server.
+        """Ask the server, and yield its metrics.
 
         Raises:
             httpx.HTTPError: if it does not answer, or refuses.
@@ -119,7 +119,7 @@ class Prefect:
 
 
 def gauge(name: str, about: str, labels: Sequence[str], values: Mapping[Any, float]) -> Metric:
-    """A metric with a value for each tuple of its labels' values, in their order."""
+    """Return a metric; `values` has the value for each tuple of label values, in the order of `labels`."""
     found = GaugeMetricFamily(name, about, labels=labels)
     for key, value in sorted(values.items()):
         found.add_metric(key, value)
@@ -140,7 +140,7 @@ def _step_counts(ended: Iterable[Step], recipes: Mapping[UUID | None, str]) -> I
 def _ended_steps(client: SyncPrefectClient, after: datetime) -> Iterator[tuple[UUID, Step]]:
     wanted, newest = TaskRunFilter.model_validate({"end_time": {"after_": after}}), TaskRunSort.END_TIME_DESC
     for run in pages(client.read_task_runs, task_run_filter=wanted, sort=newest):
-        # The name of the task's function: a task's key is that, and a part that changes with the function.
+        # The name of the task's function: a task's key is this name, "-", and a part that changes with the function.
         step = run.task_key.rpartition("-")[0] or run.task_key
         outcome, seconds = (run.state_name or "").lower(), run.total_run_time.total_seconds()
         yield run.id, Step(run.flow_run_id, step, outcome, run.end_time or after, seconds)

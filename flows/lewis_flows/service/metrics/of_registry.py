@@ -1,7 +1,7 @@
-"""Numbers of the registry: versions, their scores, and how long a release took to become the champion.
+"""Metrics from the registry: versions, their scores, and how long a release took to get into the champion.
 
-The registry says which commits a champion was merged from, and Prefect's events when which commit was seen. The Hub is
-not asked: polls do that.
+The registry has the commits that a champion was merged from, and Prefect's events have the time at which each commit
+was seen. The Hub is not asked: polls do that.
 """
 
 import os
@@ -20,7 +20,7 @@ from lewis_flows import recipes_folder, release_event
 from lewis_flows.service.metrics import of_prefect
 from lewis_flows.service.processes import answers
 
-REMEMBERED = timedelta(days=7)  # for so long Prefect keeps events
+REMEMBERED = timedelta(days=7)  # how long Prefect keeps events
 
 
 class Release(NamedTuple):
@@ -33,19 +33,19 @@ class Release(NamedTuple):
 
 
 class Registry:
-    """The numbers of one registry; the score of a version is asked for once."""
+    """The metrics of one registry; the score of each version is asked for only once."""
 
     def __init__(self) -> None:
         self._scores = dict[tuple[str, str], tuple[str, float] | None]()
 
     def read(self) -> Iterator[Metric]:
-        """Ask the registry for each recipe that registers a model.
+        """Ask the registry about each recipe that registers a model, and yield its metrics.
 
         Raises:
             LewisError: if MLflow does not answer.
         """
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if uri.startswith("http") and not answers(f"{uri.rstrip('/')}/health"):  # its client retries for minutes
+        if uri.startswith("http") and not answers(f"{uri.rstrip('/')}/health"):  # MLflow's client retries for minutes
             raise LewisError("MLflow does not answer")
         seen = _announced()
         version, waiting, took = (dict[tuple[str, ...], float]() for _ in range(3))
@@ -55,7 +55,7 @@ class Registry:
         for recipe in recipes_folder.names():
             if not (model := recipes_folder.registered_name(recipe)):
                 continue
-            held = releases.merged(model) if tracking.exists() else []  # a look should not create a database
+            held = releases.merged(model) if tracking.exists() else []  # else it would create the database
             champion = releases.champion(held)
             for record in records.served(model) if held else ():
                 at = recipe, model, record.target
@@ -113,7 +113,7 @@ def _took(seen: Sequence[Release], champion: releases.Held, promoted: datetime |
 
 
 def _holds(champion: releases.Held | None, release: Release) -> bool:
-    """Whether a champion was merged from the commit of a release; of `base+adapter` the event may name one part."""
+    """Whether a champion was merged from a release's commit, which may be that of one part of `base+adapter`."""
     held = champion.commit_of(release.ref) if champion else None
     return held is not None and (held == release.new or release.new in commits_of(held))
 

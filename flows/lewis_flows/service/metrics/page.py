@@ -1,7 +1,7 @@
-"""The page of metrics: all sources at once, in Prometheus's text format.
+"""The page of metrics: the numbers of all sources, in Prometheus's text format.
 
-A source is asked at a scrape, not more often than it can bear, and in a thread of its own: a scrape hardly waits for
-it, and gives the newest answer that there is.
+A scrape asks each source in a thread of its own, and no more often than the source can bear. It waits at most
+`PATIENCE` seconds for all of them, and gives the newest answer of each.
 """
 
 import logging
@@ -28,15 +28,15 @@ FORGET = 600.0  # seconds after which numbers of a source that no longer answers
 
 
 class Source:
-    """Numbers of one origin; threads may share it."""
+    """One source of metrics, with its newest answer; threads may share it."""
 
     def __init__(self, name: str, read: Callable[[], Iterable[Metric]], kept: float) -> None:
         """Describe the source; nothing is asked yet.
 
         Args:
-            name: for the label `source`.
-            read: asks it; whatever it raises means that there is no answer.
-            kept: seconds for which an answer is given again.
+            name: value of the label `source`.
+            read: asks the source; any exception means that there is no answer.
+            kept: seconds after a question in which the source is not asked again.
         """
         self.name, self._read, self._kept = name, read, kept
         self._lock = threading.Lock()
@@ -47,11 +47,11 @@ class Source:
 
     @property
     def up(self) -> bool | None:
-        """Whether the last question was answered; None before the first answer."""
+        """Whether the last question was answered; None before the first answer or failure."""
         return not self._wrong if self._wrong or self._time > float("-inf") else None
 
     def ask(self) -> None:
-        """Begin to ask it again, unless its answer is young or it is being asked."""
+        """Start a thread that asks the source, unless it is being asked or was asked less than `kept` seconds ago."""
         with self._lock:
             if self._running is None and time.monotonic() >= self._tried + self._kept:
                 self._tried = time.monotonic()
@@ -59,7 +59,7 @@ class Source:
                 self._running.start()
 
     def latest(self, patience: float) -> list[Metric]:
-        """The newest numbers, after at most `patience` seconds; none if the last answer is older than `FORGET`."""
+        """Return the newest numbers, after at most `patience` seconds; none older than `FORGET` and twice `kept`."""
         if running := self._running:
             running.join(patience)
         return self._found if time.monotonic() < self._time + max(FORGET, 2 * self._kept) else []
@@ -80,7 +80,7 @@ class Source:
 
 
 def default_sources() -> list[Source]:
-    """The last poll, Prefect's server, the registry, and the store of this machine."""
+    """Return the sources of the receiver: the last poll, Prefect's server, the registry, and this machine's store."""
     return [
         Source("poll", _polls, 0.0),
         Source("prefect", of_prefect.Prefect().read, 15.0),
@@ -90,7 +90,7 @@ def default_sources() -> list[Source]:
 
 
 class Page(Collector):
-    """Makes the page; threads may share it."""
+    """The page of metrics of several sources, as a collector of Prometheus's library; threads may share it."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
@@ -98,15 +98,15 @@ class Page(Collector):
         self._registry.register(self)
 
     def text(self) -> bytes:
-        """The page, in the text format 0.0.4."""
+        """Return the page in Prometheus's text format 0.0.4."""
         return generate_latest(self._registry)
 
     def describe(self) -> list[Metric]:
-        """Nothing: registering must not ask the sources."""
+        """Return nothing, since registering the collector must not ask the sources."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Ask all sources at once, and give what they say; one that has never answered nor failed is left out."""
+        """Ask all sources at the same time, and yield their metrics, and whether each one answers if that is known."""
         for source in self._sources:
             source.ask()
         answers, until = dict[tuple[str, ...], float](), time.monotonic() + PATIENCE
@@ -118,7 +118,7 @@ class Page(Collector):
 
 
 def _polls() -> Iterator[Metric]:
-    """What the polls left in the store: they compare the Hub and local folders with what the champions hold."""
+    """Yield what polls noted in the store; they compare the Hub and local folders with the champions' commits."""
     now = datetime.now(UTC)
     if last := polls.last():
         age = {(): (now - last.time).total_seconds()}
@@ -133,7 +133,7 @@ def _polls() -> Iterator[Metric]:
 
 
 def _store() -> Iterator[Metric]:
-    """The size of the store of this machine by folder, what is free, and the quota if there is one."""
+    """Yield the size of this machine's store by folder, its free space, and its quota if there is one."""
     folders: dict[tuple[str, ...], float] = {(name,): count for name, count in size.by_folder().items()}
     yield gauge("lewis_store_bytes", "Bytes on disk in the store, by folder.", ["folder"], folders)
     free = store.free_space(store.home())
