@@ -51,10 +51,10 @@ def put(target: HaproxyTarget, model: Model, before: Served) -> str:
 
 
 def holds(target: HaproxyTarget, record: Served) -> bool:
-    """Whether a server that gets traffic has the version of a record."""
+    """Whether each server that gets traffic has the version of a record."""
     shares, folder = weights(target), str(SERVED.path(record.alias))
-    name = target.alias or record.name
-    return any(share and vllm.models(_server(target, at)).get(name) == folder for at, share in shares.items())
+    name, busy = target.alias or record.name, [at for at, share in shares.items() if share]
+    return bool(busy) and all(vllm.models(_server(target, at)).get(name) == folder for at in busy)
 
 
 def idle(target: HaproxyTarget, before: Served) -> str:
