@@ -212,6 +212,10 @@ CHAT_TEMPLATES = PrivateName(
     "transformers", "transformers.utils.chat_template_utils.render_jinja_template", ">=5.17,<6",
     "write chats by a template in a process without the tokenizer", "lewis.importance.chats",
     "transformers: where the answers of a chat are is given in tokens only")
+CHAT_CLOCK = PrivateName(
+    "transformers", "transformers.utils.chat_template_utils.datetime", ">=5.17,<6",
+    "write the same chats on every day", "lewis.importance.chats",
+    "transformers: a chat template writes the date of the day")
 PIPELINE_TASK = PrivateName(
     "transformers", "transformers.pipelines.check_task", ">=5.17,<6",
     "let MLflow find the class of the pipeline", "lewis.registry.logged_model",

@@ -54,7 +54,8 @@ class Copied(NamedTuple):
 def backup(folder: Path) -> Copied:
     """Copy the data that cannot be made again to a folder, also while the service runs.
 
-    Each database is copied as of one moment, and MLflow's files after that.
+    Each database is copied as of one moment, and MLflow's files after that. In the copy, no slot of Prefect's limits is
+    taken.
 
     Raises:
         InputError: if the folder is in the store or holds anything but an earlier copy of this store, if that copy has
@@ -148,9 +149,17 @@ def _copy_database(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path)) as there, closing(sqlite3.connect(target)) as copy:
         there.backup(copy)
+        _free_slots(copy)
     if why := problem_of_database(target):
         raise sqlite3.DatabaseError(f"{path} is damaged: {why}; stop `lewis up`, and put back an earlier copy's")
     target.chmod(0o600)
+
+
+def _free_slots(copy: sqlite3.Connection) -> None:
+    """Free the slots of Prefect's limits in a copy: the server would free one by the file of its lease, not copied."""
+    if copy.execute("select 1 from sqlite_master where name = 'concurrency_limit_v2'").fetchone():
+        with copy:
+            copy.execute("update concurrency_limit_v2 set active_slots = 0")
 
 
 def _check_complete(earlier: Path, made: Path) -> None:

@@ -119,7 +119,8 @@ def _run(queue: str, parameters: Sequence[dict[str, Any]]) -> None:
     place, runs = work_queue.place(queue), list[FlowRun]()
     with get_client(sync_client=True) as client:
         try:
-            runs += [_start(client, queue, each) for each in parameters]
+            for each in parameters:
+                runs.append(_start(client, queue, each))
             for number, each in enumerate(parameters):
                 for attempt in range(ATTEMPTS):
                     runs[number] = run = _wait(client, runs[number], queue)

@@ -16,6 +16,7 @@ from prefect.states import Completed, Scheduled, State
 
 from lewis.errors import LewisError
 from lewis_flows import recipes_folder
+from lewis_flows.release_event import SETTLE
 from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
 
@@ -28,6 +29,7 @@ ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")  # state types of a run 
 NEWEST = FlowRunSort.END_TIME_DESC  # the last to end first
 SKIPPED = "Skipped"  # the state of a run that ended before it began, since another one merges what it would
 _REPLACED_BY = "lewis.replaced-by"  # label of such a run: the id of the other one
+_AHEAD = SETTLE + timedelta(seconds=5)  # how far ahead a run that waits may begin; it may be made after `now` was asked
 
 
 def of_flows(
@@ -82,9 +84,13 @@ def recipe_of(run: FlowRun) -> str:
 
 
 def waits(run: FlowRun, now: datetime) -> bool:
-    """Whether a scheduled run is due at `now`, the server's time; one that a schedule plans for later is not."""
-    later = run.auto_scheduled and run.state_name == "Scheduled"
-    return not later or (run.expected_start_time or now) <= now
+    """Whether a scheduled run waits at `now`, the server's time; one that is planned for later does not.
+
+    A schedule plans runs, and so does a person. The run of a release or an edit waits from the start, until `SETTLE` is
+    over.
+    """
+    ahead = timedelta() if run.auto_scheduled else _AHEAD
+    return run.state_name != "Scheduled" or (run.expected_start_time or now) <= now + ahead
 
 
 def deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:

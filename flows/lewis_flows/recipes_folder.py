@@ -25,6 +25,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 """Folder with `prefect.yaml` and `recipes/`: a link to `deployments/` in a checkout, a folder in an installed wheel."""
 
 EXAMPLE = "example.yaml.txt"  # ends so that it is not taken for a recipe
+Signature = tuple[str, int, int, int, int]  # of a file
 _KEYS = ("name", "team", "group")  # of `register`
 # Of a recipe: it becomes a name in Prefect, whose templates must not find `{{ }}` in it.
 _NAME = re.compile(r"[^\W_][\w .+@-]*")
@@ -95,8 +96,10 @@ def version(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def signature() -> list[tuple[str, int, int, int]]:
-    """Return name, inode, size and time (ns) of each file: a change shows that a recipe was added, edited or removed.
+def signature() -> list[Signature]:
+    """Return name, inode, size and times (ns) of each file, which differ once one is added, edited or removed.
+
+    They differ also after a change of a file's mode, by which it can be read, or not any more.
 
     Raises:
         InputError: if the folder cannot be read.
@@ -105,7 +108,7 @@ def signature() -> list[tuple[str, int, int, int]]:
     for path in _yaml_files():
         with suppress(FileNotFoundError):  # it was removed just now
             known = path.stat()
-            found.append((path.name, known.st_ino, known.st_size, known.st_mtime_ns))
+            found.append((path.name, known.st_ino, known.st_size, known.st_mtime_ns, known.st_ctime_ns))
     return sorted(found)
 
 
@@ -209,7 +212,7 @@ def check_alone(path: Path, recipe: Recipe) -> None:
 
 
 @lru_cache(maxsize=1)
-def _all_registers(_folder: Path, _signature: tuple[tuple[str, int, int, int], ...]) -> dict[Path, tuple[str, str]]:
+def _all_registers(_folder: Path, _signature: tuple[Signature, ...]) -> dict[Path, tuple[str, str]]:
     """Return, for each recipe file, the result of `_registers`; the files are read again when one has changed."""
     return {path: _registers(path) for path in sorted(_files())}
 

@@ -17,7 +17,7 @@ from lewis.devices import default_device, precision
 from lewis.errors import InputError, LewisError, nearest
 from lewis.evaluation import step
 from lewis.evaluation.harness.lm_eval import EvalSettings
-from lewis.evaluation.statistics.scored import Scored, gain
+from lewis.evaluation.statistics.scored import MERGED, Scored, gain
 from lewis.evaluation.statistics.scores import by_key
 from lewis.evaluation.step import ModelScores
 from lewis.models.source import ModelFiles
@@ -121,7 +121,8 @@ class _Trials:
         assert plan.search is not None
         self.search, self.settings = plan.search, _settings(plan, SEARCH)
         # Score the recipe as it is first: its scores tell whether higher is better, and how many documents there are.
-        scored = _scored(plan, result_of(self.submit(plan, 0, "all", self.settings)))
+        found = result_of(self.submit(plan, 0, "all", self.settings))
+        scored = _scored(plan, found)
         first = scored.by_name
         unknown = [metric for metric in metrics if metric not in first]
         if unknown:
@@ -129,7 +130,7 @@ class _Trials:
         self.objectives = [Objective(metric, first[metric].higher_is_better) for metric in metrics]
         self.inputs = {files.ref: files.key for files in known.values() if isinstance(files, ModelFiles)}
         numbers = precision(default_device()) if self.settings.backend == "hf" else "fp32"
-        self.log = Log(plan, self.objectives, self.inputs, tasks, held, numbers)
+        self.log = Log(plan, self.objectives, {**self.inputs, MERGED: found.model}, tasks, held, numbers)
         part = _quarter(scored, metrics[0])
         prune = self.search.prune and len(metrics) == 1 and part >= FEWEST
         self.part = replace(self.settings, look=part) if prune else None

@@ -27,6 +27,7 @@ _OF_RUNS = {
     "lewis-judge-key": settings.JUDGE_KEY.name,
 }
 _OF_SERVING = {"lewis-serve-secret": settings.SERVE_SECRET.name, "lewis-serve-key": settings.SERVE_KEY.name}
+_loaded = dict[str, str]()  # variable -> its value, as a block gave it to this process
 
 
 def load_for_run(recipe: str | None) -> None:
@@ -53,7 +54,10 @@ def load_for_receiver() -> None:
 
 
 def _load(variables: Mapping[str, str], *further: str) -> dict[str, str]:
-    """Set variables that the environment lacks; return the existing secrets of these blocks and of `further` ones."""
+    """Set variables that the environment lacks; return the existing secrets of these blocks and of `further` ones.
+
+    A variable that an earlier call set is set again if its block has changed, and removed if the block is gone.
+    """
     named, kind = {"name": {"any_": [*variables, *further]}}, {"slug": {"any_": ["secret"]}}
     wanted = {"block_documents": named, "block_types": kind, "include_secrets": True}
     with get_client(sync_client=True) as client:
@@ -61,6 +65,10 @@ def _load(variables: Mapping[str, str], *further: str) -> dict[str, str]:
     given = {str(each["name"]): each["data"].get("value") for each in answer.json()}
     found = {name: value.strip() for name, value in given.items() if isinstance(value, str) and value.strip()}
     for block, name in variables.items():
-        if block in found and not os.environ.get(name):
-            os.environ[name] = found[block]
+        if os.environ.get(name, "") not in ("", _loaded.get(name)):
+            continue
+        if block in found:
+            os.environ[name] = _loaded[name] = found[block]
+        elif _loaded.pop(name, ""):
+            os.environ.pop(name, None)
     return found

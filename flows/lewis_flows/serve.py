@@ -65,7 +65,7 @@ def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeRep
             report, name, line = ServeReport(recipe=path.stem), "Completed", "there is no champion to serve yet"
         else:
             done = [result_of(submit(serve, quote(plan), each.label, quote(champion), again)) for each in targets]
-            service.tidy(champion.version.name, targets)
+            service.tidy(champion.version.name, targets, service.owner_of(plan))
             served, uri = [asdict(each) for each, _ in done], champion.version.uri
             report = ServeReport(recipe=path.stem, version=uri, served=served)
             report.changed = [each.target for each, new in done if new]

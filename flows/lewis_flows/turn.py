@@ -98,8 +98,8 @@ def turn(recipe: Path, run: str) -> Iterator[None]:
 def absorb(run: FlowRun) -> None:
     """End waiting runs of this run's deployment as `Skipped`: this run begins now, so it merges what they would merge.
 
-    Some stay: runs with other parameters, runs that a schedule plans for later, and runs that a person has answered,
-    which move the champion. Nothing is done for a run without a deployment.
+    Some stay: runs with other parameters, runs that a schedule or a person plans for later, and runs that a person has
+    answered, which move the champion. Nothing is done for a run without a deployment.
     """
     if run.deployment_id is None:
         return
@@ -155,9 +155,10 @@ HOOKS: dict[str, Any] = {ending: [*hooks, end_turn] for ending, hooks in run_tag
 
 def _lock(recipe: Path) -> FileLock | SharedLock:
     """Return the lock of a recipe; for the recipes folder, one for all machines with the same `LEWIS_STORE`."""
+    local = f"turn-{recipe.parent.resolve() / recipe.name}"
     if recipes_folder.holds(recipe):
-        return store.SharedLock(f"turn-{recipe.name}", local=f"turn-{recipe}")
-    return store.lock(f"turn-{recipe}")
+        return store.SharedLock(f"turn-{recipe.name}", local=local)
+    return store.lock(local)
 
 
 def _take(running: FileLock | SharedLock, recipe: Path, note: Path) -> None:

@@ -17,7 +17,7 @@ bounds, the same argument holds among the tensors that are at no bound: t is sol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -64,11 +64,11 @@ def shares(
     def kept(above: np.ndarray) -> np.ndarray:
         return above.clip(low * sizes, high * sizes)
 
-    coarse = np.stack([np.bincount(_bits(x) >> 16, minlength=_COARSE) for x in scores()])
-    above = _above(coarse)
+    above = _above((b >> 16 for b in map(_bits, scores())), sizes, _COARSE)
     bin_ = _last_reaching(above, kept, wanted)
-    fine = np.stack([np.bincount(b[b >> 16 == bin_] & (_FINE - 1), minlength=_FINE) for b in map(_bits, scores())])
-    exact = above[:, bin_ + 1, None] + _above(fine)
+    above = above[:, bin_ + 1].copy()  # of a mixture of many experts, all bins take gigabytes
+    exact = _above((b[b >> 16 == bin_] & (_FINE - 1) for b in map(_bits, scores())), sizes, _FINE)
+    exact += above[:, None]
     place = _last_reaching(exact, kept, wanted)
     # Scores equal to the threshold are ties: each layer keeps its share of the elements that are still missing.
     under, over = kept(exact[:, place + 1]), kept(exact[:, place])
@@ -82,10 +82,12 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values).view(np.int32)
 
 
-def _above(counts: np.ndarray) -> np.ndarray:
+def _above(rows: Iterable[np.ndarray], sizes: np.ndarray, bins: int) -> np.ndarray:
     """How many of each row lie in a bin or above it, and 0 after the last bin; shape (rows, bins + 1)."""
-    reversed_sums = counts[:, ::-1].cumsum(axis=1)[:, ::-1]
-    return np.concatenate([reversed_sums, np.zeros((len(counts), 1), counts.dtype)], axis=1)
+    found = np.zeros((len(sizes), bins + 1), np.min_scalar_type(sizes.max()))
+    for above, row in zip(found, rows, strict=True):
+        above[:-1] = np.bincount(row, minlength=bins)[::-1].cumsum()[::-1]
+    return found
 
 
 def _last_reaching(above: np.ndarray, kept: Callable[[np.ndarray], np.ndarray], wanted: float) -> int:

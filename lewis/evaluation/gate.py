@@ -255,7 +255,8 @@ def _gain(gate: Gate, candidate: Scored, reference: Scored, number: int, look: L
     new, old = ours.value, theirs.value
     passed = (new - old if ours.higher_is_better else old - new) >= gate.min_gain - ROUNDING  # NaN compares false
     direction, found = "gain" if ours.higher_is_better else "drop", gain(candidate, reference, gate.metric)
-    lost = found is not None and found.p_superior(gate.min_gain) < CHANCE * look.failing
+    unseen = found.p_unseen(gate.min_gain) if found and gate.min_gain else 0.0
+    lost = found is not None and max(found.p_superior(gate.min_gain), unseen) < CHANCE * look.failing
     error, values = _error_of_gain(number, look), f"{new:.4f} vs {old:.4f}"
     if look.documents and gate.min_gain:  # a gain that ends an evaluation early may be luck: test it
         p = 1.0 if found is None else 1 - found.p_superior(gate.min_gain)
@@ -281,7 +282,7 @@ def _not_worse(gate: Gate, candidate: Scored, reference: Scored, look: Look, tha
         else:
             margin = _margin(gate, samples, reference, len(judged), look)
             p = found.p_inferior(margin)
-            lost = 1 - p < CHANCE * look.failing
+            lost = found.p_superior(-margin) < CHANCE * look.failing
             p = p if look.documents is None else max(p, found.p_unseen(margin))
             numbers = f"gain {found.delta:+.4f}, from {found.low:+.4f}, p {p:.3g}"
             text = f"{key} must not be worse{than} by {margin:.4g}: {numbers}"
@@ -291,20 +292,22 @@ def _not_worse(gate: Gate, candidate: Scored, reference: Scored, look: Look, tha
 
 
 def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
-    """The metrics that must not be worse, by `task/metric,filter`: one per task, and the gate's metric.
+    """The metrics that must not be worse, by `task/metric,filter`: of each task, and the gate's metric.
 
-    A task's metric is the one with a tolerance of its own, else the gate's, else the task's first. A group stands for
+    A task's metrics are those with a tolerance of their own, else the gate's, else the task's first. A group stands for
     those members that have no tolerance. The policy `better` leaves the gate's metric out: its gain is tested instead.
     """
     tasks = defaultdict[str, list[Samples]](list)
     members = grouped_tasks(candidate.samples)
     named = gate.tolerance if isinstance(gate.tolerance, Mapping) else {}
     for each in candidate.samples:
-        if each.key != WEIGHTED_KEY and (each.task not in members or {each.key, each.task} & set(named)):
+        if {each.key, each.task} & set(named) or (each.key != WEIGHTED_KEY and each.task not in members):
             tasks[each.task].append(each)
-    first = (max(of, key=lambda each: (each.key in named, each.key == gate.metric)) for of in tasks.values())
-    chosen = {each.key: each for each in first}
-    if unknown := [name for name in named if name not in chosen and name not in tasks and name != WEIGHTED_KEY]:
+    chosen = dict[str, Samples]()
+    for of in tasks.values():
+        first = max(of, key=lambda each: each.key == gate.metric)
+        chosen |= by_key([each for each in of if each.key in named] or [first])
+    if unknown := [name for name in named if name not in chosen and name not in tasks]:
         known = [*tasks, *by_key(candidate.samples)]
         raise InputError(
             f"register.gate.tolerance: expected a task or a score with a value per document, got {unknown[0]!r}"
@@ -321,10 +324,19 @@ def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int, look: L
     if isinstance(given, Mapping):
         given = given.get(samples.key, given.get(samples.task))
     if given is None and share:
-        counts = {part.task: look.pools.get(part.task, len(part.documents)) for part in samples.parts}
-        weights = power.sums_by_task((part.task, part.weight) for part in samples.parts)
-        return power.margin(power.spread((weights[task], count) for task, count in counts.items()), tests)
+        theirs = by_key(reference.samples)[samples.key]
+        errors = power.sums_by_task((part.task, part.weight / math.sqrt(_count(part, look))) for part in theirs.parts)
+        return power.margin(power.spread((error, 1) for error in errors.values()), tests)
     return (TOLERANCE if given is None else given) * (1.0 if share else abs(score.value))
+
+
+def _count(part: Part, look: Look) -> float:
+    """How many documents of a task have a value: of all documents, if only a part was scored, the same share as of it.
+
+    It is at least 1.
+    """
+    scored = sum(value is not None for value in part.values) / len(part.documents)
+    return max(look.pools.get(part.task, len(part.documents)) * scored, 1.0)
 
 
 def _on_documents_of(candidate: Scored, other: Scored) -> Scored | None:

@@ -81,7 +81,7 @@ def _of_answers(gate: Gate) -> Iterator[str]:
 def _margin(gate: Gate, name: str, spread: float, tests: int) -> float:
     given = gate.tolerance
     if isinstance(given, Mapping):
-        own = [key for key in given if key == name or key.partition("/")[0] == name]
+        own = [key for key in given if key.partition("/")[0] == name.partition("/")[0]]
         given = given[max(own, key=lambda key: "/" in key)] if own else None  # a metric's wins, as in the gate
     return power.margin(spread, tests) if given is None else given
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lewis import store
 from lewis.devices import default_device, precision
-from lewis.errors import LewisError
+from lewis.errors import InputError, LewisError
 from lewis.evaluation import work_queue
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
@@ -59,6 +59,7 @@ class ModelScores(Reference):
 
         Raises:
             LewisError: if an entry is gone or damaged.
+            InputError: as `joined`.
         """
         found = list[dict[str, Any]]()
         for entry in self.entries:
@@ -251,31 +252,71 @@ def _apart_from_the_model(settings: EvalSettings, device: str) -> list[str]:
 def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join the harness's results of several tasks, as if it had scored them in one call.
 
-    For the guards, each task counts the same: the perplexity is the geometric mean of the tasks' perplexities.
+    A task that is listed alone and in a group, too, has the results of the first of the two. For the guards, each task
+    counts the same: the perplexity is the geometric mean of the tasks' perplexities.
+
+    Raises:
+        InputError: if such a task was scored with other settings in the group.
     """
     if len(contents) == 1:
         return dict(contents[0])
+    _check_repeated(contents)
     found: dict[str, Any] = {"samples": [], "results": {}}
     for key in ("higher_is_better", "n-shot", "documents", "groups", "sources", "texts", "requests", "pools"):
-        found[key] = {name: value for each in contents for name, value in each.get(key, {}).items()}
-    groups = found["groups"]
+        found[key] = _first([each.get(key, {}) for each in contents])
+    results, groups = _first([each["results"] for each in contents]), found["groups"]
     for last in (False, True):  # lm-eval has tasks first, then groups
-        for each in contents:
-            found["results"] |= {name: value for name, value in each["results"].items() if (name in groups) is last}
+        found["results"] |= {name: value for name, value in results.items() if (name in groups) is last}
     seen = set[tuple[str, str]]()
     for sample in (sample for each in contents for sample in each["samples"]):
-        if (place := (sample["task"], sample["metric"])) not in seen:  # a task may be in a group, too
+        if (place := (sample["task"], sample["metric"])) not in seen:
             seen.add(place)
             found["samples"].append(sample)
     ends = [each["ends"] for each in contents]
     known = [each["perplexity"] for each in ends if each["perplexity"] is not None]
     found["ends"] = {
-        "empty": {task: share for each in ends for task, share in each["empty"].items()},
+        "empty": _first([each["empty"] for each in ends]),
         "tried": sum(each["tried"] for each in ends),
         "ended": sum(each["ended"] for each in ends),
         "perplexity": float(np.exp(np.mean(np.log(known)))) if known else None,
     }
     return found
+
+
+def _first(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All items of several mappings; of a name that is in several, the first value."""
+    found: dict[str, Any] = {}
+    for each in mappings:
+        for name, value in each.items():
+            found.setdefault(name, value)
+    return found
+
+
+def _check_repeated(contents: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError if two contents have a task in common that was scored with other settings in each."""
+    seen = dict[tuple[str, str | int, bool], Any]()
+    for place, value in (item for each in contents for item in _asked(each)):
+        if seen.setdefault(place, value) != value:
+            task = place[0]
+            raise InputError(
+                f"evaluate.tasks: {task} is there twice, alone or in groups, with other prompts, documents, metrics or "
+                f"number of examples (`num_fewshot`); leave one out, or give {task} another name in the group"
+            )
+
+
+def _asked(content: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str | int, bool], Any]]:
+    """What the scores of a task depend on, as far as the harness kept it.
+
+    Each has the task, a name or a document, and whether only a part of the documents was scored: the scores of the mark
+    may be of a part for one task, and of all documents for another.
+    """
+    part = "pools" in content
+    for key in ("n-shot", "documents"):
+        yield from (((task, key, part), value) for task, value in content.get(key, {}).items())
+    for task, results in content["results"].items():
+        yield (task, "metrics", part), {name for name in results if "," in name}
+    for task, texts in content.get("texts", {}).items():
+        yield from (((task, each["document"], part), each["prompt"]) for each in texts)
 
 
 def scored(weights: Mapping[str, float], scores: Mapping[str, ModelScores]) -> list[Scored]:

@@ -10,11 +10,15 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 from lewis import guard, private_names
 from lewis.errors import InputError
 
+# The date that templates write as today's, so that they write the same on every day. It is Llama 3.2's default.
+DATE = datetime(2024, 7, 26)
 MEMORY = 4 << 30  # bytes of address space
 LONGEST = 1 << 28  # characters that all rendered chats of a set have together at most
 _SECONDS, _OF_EACH = 60, 0.5  # seconds of CPU time: for all chats together, and in addition for each chat
@@ -27,6 +31,8 @@ Turns = list[dict[str, Any]]
 
 def written(template: str, special: Mapping[str, Any], chats: Sequence[Turns]) -> list[tuple[str, Spans]]:
     """Render each chat with a template, and find where its answers, the assistant's turns, are in the text.
+
+    A template that asks for the date (`strftime_now`) gets `DATE`.
 
     Args:
         template: Jinja text.
@@ -99,6 +105,7 @@ class _Template:
 def main() -> None:
     """Render the chats of the request on standard input, within its limits, and write them to standard output."""
     request = json.load(sys.stdin)
+    private_names.CHAT_CLOCK.put(SimpleNamespace(now=lambda: DATE))
     template = _Template(request["template"], request["special"])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (request["seconds"], request["seconds"] + 5))

@@ -259,14 +259,14 @@ def share_of_tokens(network: Network, parameter: str) -> float:
 def memory_of(network: Network, tokens: int, threads: int) -> int:
     """Bytes of memory that the pass needs in addition to the weights, roughly.
 
-    These are the statistics of a block, the hidden states of all tokens (and the embeddings that they began as), and
-    for each thread what a batch leaves on its way through a block.
+    These are the statistics of two blocks (one is written while the next is measured), the hidden states of all tokens
+    (and the embeddings that they began as), and for each thread what a batch leaves on its way through a block.
     """
     blocks = max(len(network.blocks), 1)
     inputs = sum(each.size * min(each.stack * each.tokens, tokens) / tokens for _, each in _stacks(network, tokens))
     hidden = input_embeddings(network.module).embedding_dim
     in_passes = 3 * threads * tokens_per_pass(network) * inputs / blocks
-    return int(bytes_of(network, tokens) / blocks + 4 * (2 * tokens * hidden + in_passes))
+    return int(min(blocks, 2) * bytes_of(network, tokens) / blocks + 4 * (2 * tokens * hidden + in_passes))
 
 
 class _Stack(NamedTuple):

@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from lewis import store
 from lewis.devices import precision
-from lewis.importance import calibration
+from lewis.importance import calibration, chats
 from lewis.importance import grams as grams_pass
 from lewis.importance import measure as measuring
 from lewis.importance import measured as measurements
@@ -23,6 +23,7 @@ from lewis.importance.coverage import as_text, covered_tensors
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.importance.gram_files import Grams
 from lewis.lazy_torch import torch
+from lewis.models.chat_template import template_in
 from lewis.models.model import Model
 from lewis.models.network.module_tree import Layer
 from lewis.models.source import ModelFiles
@@ -114,6 +115,8 @@ class CalibrationInput:
         rows = calibration.origin(f"lewis.calibrations.{self.name}", self.spec, self.root)
         block = self.spec.model_dump(mode="json", exclude_unset=True)
         own = ["of the adapter"] if self.base.tokenizer != self.base.folder else []
+        if self.spec.messages and "strftime_now" in (template_in(self.base.tokenizer) or ""):
+            own.append(chats.DATE.isoformat())
         return place_of([calibration.SEMANTICS, libraries, self.base.key, block, rows, *own])
 
 

@@ -97,9 +97,10 @@ def config_findings(base: Described, experts: Sequence[Described], *, among: boo
     found = []
     ours, names = _Facts(base), {base.key: base.ref} if among else {}
     for expert in experts:
-        if (first := names.setdefault(expert.key, expert.ref)) is not expert.ref:
-            found.append(Finding("expert twice", expert.ref, f"the same files as {first}"))
+        if expert.key in names:
+            found.append(Finding("expert twice", expert.ref, f"the same files as {names[expert.key]}"))
             continue
+        names[expert.key] = expert.ref
         if expert.key == base.key:
             found.append(Finding("undertrained", expert.ref, f"the same files as the base {base.ref}"))
             continue

@@ -196,7 +196,7 @@ def _end(folder: Path) -> str:
         token = read_json(folder / "tokenizer_config.json").get("eos_token")
     except (OSError, InputError, AttributeError):
         return ""
-    return str(token.get("content") if isinstance(token, dict) else token or "")
+    return str((token.get("content") if isinstance(token, dict) else token) or "")
 
 
 def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], file: Path) -> str:

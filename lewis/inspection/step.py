@@ -202,7 +202,7 @@ def look(given: InspectionInput, report: Report = silent) -> None:
     base, *experts = [each.model for each in chosen]
     sample = _merged(measure(base, experts, per_token=not given.settings.by_token, most=SAMPLE), given)
     found = _weight_findings(given, sample, [[] for _ in experts])
-    keys = [each.key for each in given.first()[1]]
+    keys = [each.key for each in (given.first()[1] if given.base else given.experts)]
     if refused or len(keys) > len(set(keys)) or any(each.level == "error" or each.kind == "norms" for each in found):
         check(inspect(given, report), given)
 

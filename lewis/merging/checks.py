@@ -11,6 +11,7 @@ from lewis.merging.calibration_rows import check_split
 from lewis.merging.settings import Expert, MergeSettings
 from lewis.methods import Method
 from lewis.methods.registry import AUTO
+from lewis.models.files.folder import GGUF_TABLE
 from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
 
@@ -98,7 +99,7 @@ def check_calibrations(
 
 
 def check_adapter(settings: MergeSettings, base: Model, *, new_vocabulary: bool) -> None:
-    """Check that an adapter can be written, if the output is one: its base is a full model and keeps its vocabulary.
+    """Check that an adapter, if one is written, has a base that is no adapter or GGUF file and keeps its vocabulary.
 
     Raises:
         InputError: if no adapter can be written.
@@ -109,6 +110,11 @@ def check_adapter(settings: MergeSettings, base: Model, *, new_vocabulary: bool)
         raise InputError(
             f"output.kind: the base {settings.base} is an adapter on a model itself, and PEFT puts one on a full "
             "model; merge the base's adapter into it first, or use full"
+        )
+    if (base.home / GGUF_TABLE).is_file():
+        raise InputError(
+            f"output.kind: the base {settings.base} is a GGUF file, on which PEFT puts no adapter; use the model's "
+            "safetensors as the base, or use full"
         )
     if new_vocabulary:
         raise InputError(

@@ -1,6 +1,7 @@
 """Export a guided recipe as a plain mergekit config: each LEWIS density becomes a filter on one tensor's name."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -8,6 +9,7 @@ import yaml
 from lewis.allocation.densities import Allocation
 from lewis.errors import InputError
 from lewis.methods import find
+from lewis.models.files.folder import GGUF_TABLE
 from lewis.models.source import Source
 from lewis.recipe.block import model_name
 from lewis.recipe.config import MergeConfig
@@ -66,7 +68,7 @@ def to_mergekit(
         The config as YAML.
 
     Raises:
-        InputError: as `check_exportable`, or if an expert is an adapter on an adapter.
+        InputError: as `check_exportable`, or if an expert is an adapter on an adapter, or a model is a GGUF file.
     """
     check_exportable(config, guide)
     data: dict[str, Any] = {key: value for key, value in as_recipe(yaml.safe_load(text)).items() if key in _THEIRS}
@@ -119,6 +121,8 @@ def _as_filters(setting: Any) -> list[Any]:
 def _pinned_name(source: Source) -> str:
     if source.under:
         raise InputError(f"{source.ref}: mergekit puts one adapter on a model; merge the first ones into it before")
+    if (Path(source.model.source) / GGUF_TABLE).is_file():
+        raise InputError(f"{source.ref}: mergekit reads no GGUF file; use the model's safetensors")
     parts = (source.model, *source.adapters)
     if plus := next((part.source for part in parts if "+" in part.source), None):
         raise InputError(f"{plus}: mergekit takes a + in a name for the start of an adapter's; rename the folder")

@@ -33,7 +33,7 @@ from lewis.methods.registry import AUTO
 from lewis.models.chat_template import chosen_template
 from lewis.models.compatible import check_compatible
 from lewis.models.dtypes import size_of
-from lewis.models.files.folder import tokenizer_files
+from lewis.models.files.folder import processor_files, tokenizer_files
 from lewis.models.model import Model
 from lewis.models.names import NUMBER
 from lewis.models.tokenizer import tokenizer_folder
@@ -356,9 +356,16 @@ class Prepared:
                 **({"anchor": self.anchor.digest} if self.anchor else {}),
                 **({"output": [self.settings.output.model_dump(), self.base_name]} if self.as_adapter else {}),
                 **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
-                "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
+                **self._copied_files(),
             }
         )
+
+    def _copied_files(self) -> dict[str, dict[str, str]]:
+        """For the digest: the checksums of the files that are copied, of the tokenizer and of the base's processors."""
+        groups = {"tokenizer": tokenizer_files(self.vocabulary.donor)}
+        if not self.as_adapter and (processors := processor_files(self.base.home)):
+            groups["processors"] = processors
+        return {kind: {path.name: store.file_sha256(path) for path in paths} for kind, paths in groups.items()}
 
 
 def _aligned(vocabulary: Alignment, base: Model, expert: Expert, fits: bool) -> Expert:

@@ -30,7 +30,7 @@ from lewis.merging.prepared import Prepared
 from lewis.models.chat_template import write_template
 from lewis.models.config import write_config
 from lewis.models.dtypes import bytes_of, torch_dtype
-from lewis.models.files.folder import ADAPTER, copy_tokenizer
+from lewis.models.files.folder import ADAPTER, copy_processors, copy_tokenizer
 from lewis.models.files.writer import CheckpointWriter
 from lewis.progress import Report, silent
 from lewis.settings import size_text
@@ -38,6 +38,7 @@ from lewis.store import manifest
 
 if TYPE_CHECKING:
     from lewis.merging.fitting.fitted import Fitted
+    from lewis.merging.fitting.held_back import Fit
 
 logger = logging.getLogger(__name__)
 _FITTED = ".fitted"  # folder of the fitted tensors, in the folder of the output until that is complete
@@ -102,7 +103,8 @@ class Merge(Prepared):
             progress: called with (tensor name, elements done, elements in all); if the method fits, every element
                 also counts once for each fit before the merge.
             threads: how many tensors are merged at a time; by default one per core.
-            unchanged: called when all is written; raises LewisError if a model has changed meanwhile.
+            unchanged: called when all is written, and before statistics that a fit measures are kept; raises LewisError
+                if a model has changed meanwhile.
 
         Raises:
             InputError: if there is no space, or `folder` is one of the models, or holds something else.
@@ -132,16 +134,18 @@ class Merge(Prepared):
         known: dict[str, str] = {}
         with store.publish(folder, record, store.digest([self.digest, max_shard_size]), known) as scratch:
             store.check_space(folder, int(self.size * 1.01) + 10**7 - store.bytes_on_disk(scratch))
-            with self._fitted_in(scratch / _FITTED, progress, threads) as (fitted, facts):
+            check = partial(store.discard_unless, unchanged, scratch)
+            with self._fitted_in(scratch / _FITTED, progress, threads, check) as (fitted, facts):
                 record |= facts
                 with CheckpointWriter(scratch, self.layout, max_shard_size) as writer:
                     self.write_tensors(writer, progress, threads, fitted)
             known |= writer.checksums
             kinds = {dtype for name, (dtype, _) in self.layout.items() if self.base.tensors[name].floating}
             write_config(self.base.config, self.base.home, scratch, kinds.pop() if len(kinds) == 1 else None)
+            copy_processors(self.base.home, scratch)
             self._copy_tokenizer(scratch)
             self.vocabulary.finish(scratch)
-            store.discard_unless(unchanged, scratch)
+            check()
         manifest.remember({folder / name: sha256 for name, sha256 in known.items()})
         logger.info("merged %d tensors, %s, into %s", len(self.layout), size_text(self.size), folder)
         return Written(self.digest, folder, self.size, record, fit=text_of_fit(record))
@@ -171,7 +175,8 @@ class Merge(Prepared):
         writer.check(self._merged)  # before a fit, which takes long
         known: dict[str, str] = {}
         with store.publish(folder, record, checksums=known) as scratch:
-            with self._fitted_in(scratch / _FITTED, progress, threads) as (fitted, facts):
+            check = partial(store.discard_unless, unchanged, scratch)
+            with self._fitted_in(scratch / _FITTED, progress, threads, check) as (fitted, facts):
                 merged = partial(self._merged, fitted=fitted)
                 if fitted is not None:  # the fit may have changed tensors that the first check saw unchanged
                     writer.check(merged)
@@ -179,7 +184,7 @@ class Merge(Prepared):
             self._copy_tokenizer(scratch)
             size = (scratch / ADAPTER).stat().st_size
             record |= {**facts, "adapter": adapter.to_json()}
-            store.discard_unless(unchanged, scratch)
+            check()
         logger.info("%s: %s", folder, adapter.to_text())
         return Written(self.digest, folder, size, record, adapter, text_of_fit(record))
 
@@ -200,7 +205,7 @@ class Merge(Prepared):
 
     @contextmanager
     def _fitted_in(
-        self, folder: Path, progress: Report, threads: int | None
+        self, folder: Path, progress: Report, threads: int | None, unchanged: Callable[[], None]
     ) -> Iterator[tuple[Fitted | None, dict[str, Any]]]:
         """Fit the tensors that the method fits, before the others are merged; delete `folder` after the context.
 
@@ -210,8 +215,11 @@ class Merge(Prepared):
         if not self.method.fits:
             yield None, {}
             return
+        fit: Fit
         if self.method.fits == "static":
-            from lewis.merging.fitting.static_fit import fit
+            from lewis.merging.fitting import static_fit
+
+            fit = partial(static_fit.fit, unchanged=unchanged)
         else:
             from lewis.merging.fitting.fit import fit
 

@@ -19,7 +19,6 @@ from lewis.merging.run import Merge
 from lewis.merging.settings import Expert, MergeSettings
 from lewis.merging.vocabulary.alignment import Alignment, align
 from lewis.models.chat_template import chosen_template
-from lewis.models.files.folder import tokenizer_files
 from lewis.models.layers.slices import Slice, SliceValues, check_ranges, in_place
 from lewis.models.layers.stack import Layers, Restacked, layers_of, own_head
 from lewis.models.layers.stack_config import Origin, restacked
@@ -293,6 +292,6 @@ class Stack(Merge):
                 "config": self.base.config,
                 **({"chat_template": self.chat_template} if self.chat_template else {}),
                 **({"vocabulary": self.vocabulary.digest} if self.vocabulary.digest else {}),
-                "tokenizer": {path.name: store.file_sha256(path) for path in tokenizer_files(self.vocabulary.donor)},
+                **self._copied_files(),
             }
         )

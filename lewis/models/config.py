@@ -1,6 +1,7 @@
 """A model's config.json: read it, write it with the dtype of merged weights."""
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from lewis.errors import InputError
 from lewis.input_files import read_json
 from lewis.models.dtypes import MERGED
+
+logger = logging.getLogger(__name__)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def needs_code(folder: Path, what: str, file: str) -> InputError:
 
 
 def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: str | None) -> None:
-    """Write config.json with the dtype of the weights.
+    """Write config.json with the dtype of the weights, and warn of code that it names and that is not copied.
 
     Args:
         config: the base's config; that of a quantised base comes without its `quantization_config`.
@@ -55,6 +58,13 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
         dtype: of all floating tensors, as safetensors names it; None if they differ: the config's dtypes then stay.
     """
     changed: dict[str, Any] = json.loads(json.dumps(config))
+    named = changed["auto_map"].values() if isinstance(changed.get("auto_map"), dict) else ()
+    if own := sorted({f"{each.partition('.')[0]}.py" for each in named if isinstance(each, str) and "--" not in each}):
+        logger.warning(
+            "%s: config.json names code that comes with the model (auto_map: %s), which is not copied: to load the "
+            "result with trust_remote_code, copy the model's *.py files into its folder",
+            *(donor, ", ".join(own)),
+        )
     name = next((name for name, stored in MERGED.items() if stored == dtype), None)
     if name:
         keys = [key for key in ("dtype", "torch_dtype") if key in changed] or ["torch_dtype"]

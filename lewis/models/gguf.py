@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lewis import private_names, store
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.input_files import check_regular, read_json
 from lewis.models.config import read_config
 from lewis.models.dtypes import DTYPES
@@ -252,10 +253,11 @@ def open_gguf(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Packed
     """
     table = read_json(folder / GGUF_TABLE)
     try:
-        blob = np.memmap(folder / GGUF_LINK, np.uint8, mode="r")
+        with (folder / GGUF_LINK).open("rb") as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / GGUF_LINK}: the GGUF file cannot be opened ({error}); was it moved?") from error
-    file = _File(blob, table["stored"], table["architecture"], dict(config))
+    file = _File(folder / GGUF_LINK, mapped, table["stored"], table["architecture"], dict(config))
     found = {
         name: Packed({}, tuple(each["shape"]), partial(file.decode, name, each["from"], tuple(each["shape"])))
         for name, each in table["tensors"].items()
@@ -270,8 +272,11 @@ def headers(folder: Path) -> Headers:
 
 
 class _File:
-    def __init__(self, blob: np.ndarray, stored: Mapping[str, Any], architecture: str, config: dict[str, Any]) -> None:
-        self._blob, self._stored, self._architecture, self._config = blob, stored, architecture, config
+    def __init__(
+        self, path: Path, mapped: mmap.mmap, stored: Mapping[str, Any], architecture: str, config: dict[str, Any]
+    ) -> None:
+        self._path, self._map = path, mapped
+        self._stored, self._architecture, self._config = stored, architecture, config
 
     def decode(self, name: str, sources: Sequence[str], shape: tuple[int, ...], _: Any) -> np.ndarray:
         """Compute a tensor of the model in fp32: transformers' rules undo what llama.cpp changed in its values."""
@@ -299,9 +304,9 @@ class _File:
         kind, start, shape = self._stored[source]
         dtype = {0: np.float32, 1: np.float16}.get(kind, np.uint8)
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        data = self._blob[start : start + size]
-        if data.size != size:
-            raise ValueError("the file was cut short")
+        if self._map.size() < start + size:  # the system would kill the process
+            raise LewisError(f"{self._path}: cannot read {source!r}: the file was cut short")
+        data = np.frombuffer(self._map, np.uint8, size, start)
         values: np.ndarray = dequantize(data.view(dtype).reshape(shape), GGMLQuantizationType(kind))
         return values
 

@@ -17,6 +17,7 @@ from lewis.errors import InputError, LewisError
 from lewis.models.broken import COMMIT
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.files.folder import INDEX, weight_files
+from lewis.models.files.safetensors_file import allow_many_open
 from lewis.models.hub import repository
 from lewis.models.hub.pin import Pinned, check_unchanged, find_folder
 from lewis.models.lora.expert import LoraExpert, holds_adapter
@@ -167,6 +168,7 @@ class ModelFiles(Reference):
         Raises:
             InputError: as `Checkpoint` and `LoraExpert` do.
         """
+        allow_many_open()
         commits = commits_of(self.key)
         key = self.key if self.adapter is None else commits[0]
         identity: tuple[object, ...] = (key, _state(self.folder))

@@ -17,14 +17,22 @@ def _empty_if_null(value: Any) -> Any:
 
 
 def model_name(value: Any) -> Any:
-    """Return a model's reference; mergekit's form {model: {path, revision}, lora: {...}} is turned into text."""
-    if isinstance(value, Mapping) and set(value) <= {"model", "lora", "path", "revision"}:
-        if "model" in value:
-            parts = [model_name(value["model"])] + ([model_name(value["lora"])] if value.get("lora") else [])
-            return "+".join(str(part) for part in parts)
-        if "path" in value:
-            return str(value["path"]) + (f"@{value['revision']}" if value.get("revision") else "")
-    return value
+    """Return a model's reference; mergekit's forms {model, lora} and {path, revision} are turned into text.
+
+    Raises:
+        ValueError: if it is a mapping of another form, or a part of it is no text.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    keys, sign = (("model", "lora"), "+") if "model" in value else (("path", "revision"), "@")
+    if keys[0] not in value or not set(value) <= set(keys):
+        expected = "expected {model, lora} or {path, revision}, or one text as org/name@revision+adapter"
+        raise ValueError(f"{expected}, got the keys {', '.join(map(str, value))}")
+    parts = [(key, model_name(value[key])) for key in keys if key == keys[0] or value.get(key) not in (None, "")]
+    for key, part in parts:
+        if not (isinstance(part, str) and part):
+            raise ValueError(f"{key}: expected a text (a number in quotes), got {part!r}")
+    return sign.join(part for _, part in parts)
 
 
 def parts_of(ref: str, root: Path | None = None) -> tuple[str, ...]:

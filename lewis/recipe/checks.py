@@ -24,7 +24,7 @@ def cross_check(data: dict[str, Any]) -> list[str]:
     """List the problems of a recipe that span several blocks, each as a line that begins with its YAML path.
 
     Args:
-        data: the raw YAML of the recipe. Problems within one block are left to the schema.
+        data: the raw YAML of the recipe, by `dialect.with_names`. Problems within one block are left to the schema.
     """
     problems: list[str] = []
     method = METHODS.get(str(data.get("merge_method")))

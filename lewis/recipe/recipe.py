@@ -102,13 +102,14 @@ class Recipe(MergeConfig):
         if data.get("merge_method") == "recommended":
             data["merge_method"] = RECOMMENDED
         data = lm_eval_config.with_config(dialect.as_recipe(data), root)
-        problems = cross_check(data)
+        named = dialect.with_names(data)
+        problems = cross_check(named)
         try:
-            sliced = {"models": listed_models(data)} if data.get("slices") else {}
-            recipe = cls.model_validate({**data, **sliced})
+            sliced = {"models": listed_models(named)} if data.get("slices") else {}
+            recipe = cls.model_validate({**named, **sliced})
             listed = {f"models[{i}].model": entry.model for i, entry in enumerate(recipe.models)}
             if sliced:
-                listed = {of_listed(data, path): name for path, name in listed.items()}
+                listed = {of_listed(named, path): name for path, name in listed.items()}
             problems += other_spellings(listed, recipe.base_model, root)
         except ValidationError as error:
             problems = [*describe(error, cls), *problems]

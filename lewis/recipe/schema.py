@@ -366,7 +366,7 @@ class Gate(Block):
             the reference's value. None: it follows from the number of documents (`statistics.power.margin`).
         allow_limit: whether a run with `evaluate.limit` may promote.
         approve: whether a person has to approve a merge that passes, before it becomes the champion (`lewis approve`).
-        approve_hours: for how many hours it waits for approval; after that it has to be judged again.
+        approve_hours: for how many hours it waits for approval, at most a century; then it has to be judged again.
         judge: the language model that is asked about a merge that passes all other rules; None: no judge.
     """
 
@@ -376,7 +376,7 @@ class Gate(Block):
     tolerance: Annotated[float, Field(ge=0)] | dict[str, Annotated[float, Field(ge=0)]] | None = None
     allow_limit: bool = False
     approve: bool = False
-    approve_hours: float = Field(default=168, gt=0)
+    approve_hours: float = Field(default=168, gt=0, le=876_000)
     judge: Judge | None = None
 
     @model_validator(mode="before")

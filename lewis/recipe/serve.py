@@ -251,7 +251,7 @@ class KserveTarget(CanaryTarget):
         api: URL of the Kubernetes API.
         namespace: Kubernetes namespace of the services.
         services: the name of an InferenceService, or the names of both LLMInferenceServices.
-        uri: where KServe gets the model's files, a template like `body` of `openai`.
+        uri: where KServe gets the model's files, a template like `body` of `openai`, without `{output}`, `{previous}`.
         alias: the model name that clients ask for: for an adapter, by default that of the registered model; for an
             InferenceService, by default its name.
         gateway: URL of the gateway, for the check of an LLMInferenceService; empty: no check.
@@ -288,6 +288,8 @@ class KserveTarget(CanaryTarget):
     def _check_changes(cls, uri: str) -> str:
         if not any(name in uri for name in ("{path}", "{served_as}", "{version}", "{digest}")):
             raise ValueError("expected a URI that differs from version to version: one with {served_as}, for example")
+        if found := [name for name in ("{output}", "{previous}") if name in uri]:
+            raise ValueError(f"expected a URI that a version always has, got {found[0]}, which no record keeps")
         return uri
 
     @property

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from lewis.methods import Method
-from lewis.recipe.block import Block, ModelName, Parameters, model_name
+from lewis.recipe.block import Block, ModelName, Parameters
 
 _ENTRY = re.compile(r"^models\[(\d+)\]")
 _PARAMETER = re.compile(r"^parameters\.(\w+)")
@@ -78,11 +78,12 @@ def listed_models(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """List the models of all slices as entries of `models`, each once, in the order of the slices.
 
     Args:
-        data: the raw YAML of the recipe; malformed parts are left out, and the schema reports them.
+        data: the raw YAML of the recipe, by `dialect.with_names`; malformed parts are left out, and the schema reports
+            them.
     """
     found: dict[str, dict[str, Any]] = {}
     for _, _, source in _sources(data):
-        name = model_name(source.get("model"))
+        name = source.get("model")
         if isinstance(name, str):
             entry = found.setdefault(name, {"model": name})
             if source.get("calibration") is not None:
@@ -100,19 +101,17 @@ def as_merges(data: Mapping[str, Any], method: Method | None) -> Iterator[tuple[
     whole = data.get("parameters")
     for i, each in enumerate(_slices(data)):
         own, sources = each.get("parameters"), _list(each.get("sources"))
-        base = model_name(each.get("base_model") or data.get("base_model"))
+        base = each.get("base_model") or data.get("base_model")
         merge = {key: value for key, value in data.items() if key not in ("tokenizer", "tokenizer_source")}
         merge["base_model"] = None if method is not None and method.base_is_a_model else base
-        merge["models"] = [
-            {"model": model_name(source.get("model")), "parameters": source.get("parameters")} for source in sources
-        ]
+        merge["models"] = [{"model": source.get("model"), "parameters": source.get("parameters")} for source in sources]
         merge["parameters"] = {**(whole if isinstance(whole, dict) else {}), **(own if isinstance(own, dict) else {})}
         yield i, merge
 
 
 def problems_of(data: Mapping[str, Any], method: Method | None) -> list[str]:
     """List the problems of a recipe's slices as such, each as a line that begins with its YAML path."""
-    problems, whole = [], model_name(data.get("base_model"))
+    problems, whole = [], data.get("base_model")
     if data.get("models"):
         problems.append("slices: expected either models or slices, got both; remove one")
     for i, merge in as_merges(data, method):
@@ -123,14 +122,14 @@ def problems_of(data: Mapping[str, Any], method: Method | None) -> list[str]:
                 "others are merged onto"
             )
     if data.get("lewis"):
-        own = [i for i, each in enumerate(_slices(data)) if model_name(each.get("base_model")) not in (None, whole)]
+        own = [i for i, each in enumerate(_slices(data)) if each.get("base_model") not in (None, whole)]
         problems += [
             f"slices[{i}].base_model: the lewis block compares all experts with one base; leave one of the two out"
             for i in own
         ]
     sets: dict[str, Any] = {}
     for i, j, source in _sources(data):
-        name, wanted = str(model_name(source.get("model"))), source.get("calibration")
+        name, wanted = str(source.get("model")), source.get("calibration")
         if wanted is not None and sets.setdefault(name, wanted) != wanted:
             problems.append(f"slices[{i}].sources[{j}].calibration: {name!r} has {sets[name]!r} in another slice")
     return problems
@@ -153,7 +152,7 @@ def of_listed(data: Mapping[str, Any], problem: str) -> str:
     if match is None:
         return problem
     name = listed_models(data)[int(match[1])]["model"]
-    i, j, _ = next(each for each in _sources(data) if model_name(each[2].get("model")) == name)
+    i, j, _ = next(each for each in _sources(data) if each[2].get("model") == name)
     return _ENTRY.sub(f"slices[{i}].sources[{j}]", problem)
 
 

@@ -1,7 +1,8 @@
 """Set an alias so that the webhooks of MLflow's registry fire, and move the alias `champion` so that it is reported.
 
 An MLflow server sends the event `model_version_alias.created` only for requests that it handles itself. Processes open
-the store's database without a server, so they send such requests to the server of `lewis up`, if one runs on the store.
+the store's database without a server, so they send such requests to the server of `lewis up`, if one runs on the store
+and has the same database.
 """
 
 import logging
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 
 from lewis import store
 from lewis.errors import InputError
-from lewis.registry import outbox, versions
+from lewis.registry import outbox, tracking
 from lewis.registry.outbox import Move
 from lewis.store.folders import SERVICE_NOTE
 from lewis.store.secrets import MLFLOW_PASSWORD
@@ -24,12 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 def set_alias(client: "MlflowClient", name: str, alias: str, version: str) -> None:
-    """Point an alias of a registered model to a version, through the server of this store if there is one."""
-    if not client.tracking_uri.startswith("http") and _ask_server(name, alias, version):
-        found = versions.lookup(client, name, alias=alias)
-        if found is not None and str(found.version) == version:  # else that server has another database
-            return
-    client.set_registered_model_alias(name, alias, version)
+    """Point an alias of a registered model to a version, through the server of its database if there is one."""
+    if client.tracking_uri.startswith("http") or not _ask_server(client.tracking_uri, name, alias, version):
+        client.set_registered_model_alias(name, alias, version)
 
 
 def move_champion(client: "MlflowClient", move: Move, *, keeps_previous: bool = False) -> None:
@@ -51,13 +49,19 @@ def move_champion(client: "MlflowClient", move: Move, *, keeps_previous: bool = 
     outbox.write(replace(move, happened=True))
 
 
-def _ask_server(name: str, alias: str, version: str) -> bool:
-    """Have the server of `lewis up` set an alias, and return whether it did; only a server that lives here is asked."""
+def _ask_server(database: str, name: str, alias: str, version: str) -> bool:
+    """Have the server of `lewis up` set an alias, and return whether it did.
+
+    Only a server that lives here is asked, and only if it has this database: in another one, the alias of another model
+    of this name would move.
+    """
     import requests
 
     note = store.read_json(store.home() / SERVICE_NOTE) or {}
     url, user = str(note.get("mlflow") or ""), note.get("mlflow_user")
     if urlsplit(url).hostname != "127.0.0.1" or not _lives_here(str(note.get("writer"))):
+        return False
+    if os.path.realpath(str(note.get("mlflow_database"))) != os.path.realpath(tracking.place_of(database)):
         return False
     try:
         with requests.Session() as session:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 from lewis import store
 from lewis.errors import LewisError
 from lewis.registry import history, lineage, logged_model, repair, traces, tracking, versions
-from lewis.registry.history import LUCK, TEAM
+from lewis.registry.history import LUCK, METRIC, TEAM
 from lewis.registry.registration import Registration
 from lewis.registry.versions import Version
 from lewis.reports.card import FRONT_MATTER, RECIPE
@@ -159,8 +159,9 @@ def _complete(client: "MlflowClient", found: Version, new: Registration) -> None
     model = versions.model_of(client, version)
     assert model is not None  # `found` is whole
     luck = tags.get(LUCK, "0")
-    if in_part and luck != tags.get(UNFINISHED):  # a standard error falls with the root of the number of documents
-        scored, _, pool = tags[tracking.PART].partition(" of ")
+    part = _part_of_metric(client, found.run_id, tags) if in_part and luck != tags.get(UNFINISHED) else ""
+    if part:  # a standard error falls with the root of the number of documents
+        scored, _, pool = part.partition(" of ")
         luck = f"{float(luck) * math.sqrt(int(scored) / int(pool)):.6g}"
     client.set_model_version_tag(found.name, found.version, UNFINISHED, luck)
     logged_model.note_metrics(client, model, _metrics_of_merged(new))
@@ -173,6 +174,18 @@ def _complete(client: "MlflowClient", found: Version, new: Registration) -> None
         client.delete_model_version_tag(found.name, found.version, tracking.PART)
     client.delete_model_version_tag(found.name, found.version, UNFINISHED)
     logger.info("%s has the scores of all documents and tasks now", found.uri)
+
+
+def _part_of_metric(client: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> str:
+    """Return the part of its documents that the task of a version's metric was scored on; empty if it was on all.
+
+    Of a metric that is not of one task, such as the weighted mean, it is the part that the version's tag has.
+    """
+    task = tags.get(METRIC, "").partition("/")[0]
+    inputs = client.get_run(run_id).inputs
+    of_task = [each for each in (inputs.dataset_inputs if inputs else []) if each.dataset.name == task]
+    parts = [{tag.key: tag.value for tag in each.tags}.get(tracking.PART, "") for each in of_task]
+    return max(parts, default=tags[tracking.PART])  # once all documents are scored, a second input is there, without it
 
 
 def _name_inputs(client: "MlflowClient", found: Version, new: Registration) -> None:

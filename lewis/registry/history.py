@@ -108,11 +108,14 @@ def _user() -> str:
 def judged(records: Sequence[Record], mark: str | None) -> list[str]:
     """The versions that a gate judged since the mark became the champion, each once, in their order.
 
+    A rollback to the mark begins no new count: the error that it may allow is spent only once.
+
     Args:
         records: oldest first.
         mark: `uri` of a version; None: all versions count.
     """
-    starts = [place for place, each in enumerate(records, 1) if each.what in MOVES and each.version == mark]
+    moves = set(MOVES) - {"rolled back"}
+    starts = [place for place, each in enumerate(records, 1) if each.what in moves and each.version == mark]
     since = records[starts[-1] if starts else 0 :]
     return list(dict.fromkeys(each.version for each in since if each.what in ("promoted", "rejected", "waits")))
 
@@ -244,8 +247,8 @@ def scores(name: str, most: int = 20) -> dict[int, float]:
         ids = ", ".join(f"'{each.run_id}'" for each in versions)
         if not (metric and ids):
             return {}
-        experiment = tracking.experiment(client, registered_model(client, name).tags.get(TEAM, ""))
-        runs = client.search_runs([experiment], f"attributes.run_id IN ({ids})", ViewType.ALL, most)
+        experiments = [tracking.experiment(client, team) for team in {each.tags.get(TEAM, "") for each in versions}]
+        runs = client.search_runs(experiments, f"attributes.run_id IN ({ids})", ViewType.ALL, most)
     values = {run.info.run_id: run.data.metrics.get(f"merged/{metric}") for run in runs}
     found = {int(each.version): values.get(each.run_id) for each in reversed(versions)}
     return {number: value for number, value in found.items() if value is not None}

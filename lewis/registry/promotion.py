@@ -114,7 +114,10 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
     """
     name = tracking.model_name(name)
     with store.SharedLock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
-        return _move(client, name, version, "promoted by hand", why, becomes_mark=True)
+        before = _move(client, name, version, "promoted by hand", why, becomes_mark=True)
+        if client.get_model_version(name, version).tags.get("lewis.verdict") == WAITING:
+            client.set_model_version_tag(name, version, "lewis.verdict", "passed")
+        return before
 
 
 def approve(name: str, version: str, why: str, by: str = "") -> str:
@@ -175,7 +178,7 @@ def refuse(name: str, version: str, why: str, by: str = "") -> None:
     """Refuse a version that waits for approval. Later runs do not ask for its approval again.
 
     Raises:
-        InputError: if it does not wait, or no reason is given.
+        InputError: if it does not wait, or is the champion; or if no reason is given.
     """
     name = tracking.model_name(name)
     if not why.strip():
@@ -183,6 +186,8 @@ def refuse(name: str, version: str, why: str, by: str = "") -> None:
     with store.SharedLock(f"registry-{name}"), tracking.client(f"refusing {name}/{version}") as client:
         _tags_of_waiting(client, name, version)
         champion = _aliases(client, name).get("champion")
+        if champion == version:  # a process that approved it died after it had moved the alias
+            raise InputError(f"models:/{name}/{version} is the champion: take it back with `lewis rollback {name}`")
         before = f"models:/{name}/{champion}" if champion else None
         history.record(client, name, "refused", f"models:/{name}/{version}", before, why, by)
         client.set_model_version_tag(name, version, WITHDRAWN, why)

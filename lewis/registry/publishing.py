@@ -5,7 +5,7 @@ The commit names the commit that it replaces (`parent_commit`), so it never over
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +20,7 @@ from lewis.errors import InputError, LewisError, TransientError
 from lewis.models.hub import client
 from lewis.models.hub.pin import find_folder
 from lewis.redact import redacted
-from lewis.reports.card import EVAL_RESULTS
-from lewis.reports.card import NAME as CARD
+from lewis.reports.card import EVAL_RESULTS, HEAT_MAP
 from lewis.store.manifest import DamagedError
 from lewis.store.manifest import check as check_folder
 
@@ -32,7 +31,7 @@ _NO_XET = re.compile(r"\b404\b.*/xet-write-token/")
 
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|gguf)$|\.index\.json$")
 # Removed from the repo if the new model lacks them: they would belong to an earlier one.
-KINDS = ("config.json", "adapter_config.json", EVAL_RESULTS)
+KINDS = ("config.json", "adapter_config.json", EVAL_RESULTS, HEAT_MAP)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def check_base(base: str | None, root: Path, *, adapter: bool) -> None:
 
 
 def publish(
-    folder: Path, repo: str, private: bool, title: str, branch: str = "main", card: str | None = None
+    folder: Path, repo: str, private: bool, title: str, branch: str = "main", card: Mapping[str, bytes] | None = None
 ) -> Published:
     """Push a merged folder, unless the repo has it already. Other files in the repo stay, except weights and configs.
 
@@ -102,7 +101,7 @@ def publish(
             repo stays private.
         title: of the commit.
         branch: made from `main` if it does not exist.
-        card: the text of the model card; None: the card in the folder.
+        card: file name -> content, of the model card and its picture; None: those in the folder.
 
     Raises:
         InputError: as `check`, or if the token has no right to write to the repo.
@@ -128,9 +127,10 @@ def publish(
         # Weights that the repo has are left out: the client would hash gigabytes to find that out.
         known = there.files if there.digest == manifest["digest"] else ()
         wanted = [name for name in names if name not in known or not WEIGHTS.search(name)]
-        stale = [name for name in sorted(there.files - set(names)) if WEIGHTS.search(name) or name in KINDS]
-        added = [CommitOperationAdd(name, str(folder / name)) for name in wanted if card is None or name != CARD]
-        added += [CommitOperationAdd(CARD, card.encode())] if card is not None else []
+        given = card or {}
+        stale = [name for name in sorted(there.files - {*names, *given}) if WEIGHTS.search(name) or name in KINDS]
+        added = [CommitOperationAdd(name, str(folder / name)) for name in wanted if name not in given]
+        added += [CommitOperationAdd(name, content) for name, content in given.items()]
         removed = [CommitOperationDelete(name) for name in stale]
         with _errors(repo):
             made = _commit(repo, [*added, *removed], title, there.head, branch)

@@ -126,6 +126,7 @@ def registration_of(
     sources = scores[MERGED].sources if MERGED in scores else {}
     part = scores[MERGED].part if MERGED in scores else ""
     documents = _documents(models, metrics)
+    parts = _parts(models[-1], scores[MERGED].pools) if part else {}
     own, adapter = dict(tags or {}) | ({tracking.PART: part} if part else {}), merged.adapter
     if adapter:
         metrics |= {"adapter/error": adapter.error, "adapter/worst error": adapter.worst_error}
@@ -145,7 +146,7 @@ def registration_of(
         ),
         tags=own,
         documents=documents,
-        datasets=_inputs(recipe, documents, sources, calibrations, part),
+        datasets=_inputs(recipe, documents, sources, calibrations, parts),
         base=merged.base,
         source=f"{recipe.name}.yaml",
         began=began,
@@ -174,18 +175,29 @@ def _documents(models: Sequence[Scored], metrics: Iterable[str]) -> dict[str, tu
     return {name: known[max(found, key=len)] for name, found in ends.items() if found}
 
 
+def _parts(model: Scored, pools: Mapping[str, int]) -> dict[str, str]:
+    """Return the part of its documents that each task was scored on, such as `64 of 1319`, for tasks with more."""
+    found = {}
+    for each in model.samples:
+        scored = sum(len(part.documents) for part in each.parts)
+        pool = sum(pools.get(part.task, len(part.documents)) for part in each.parts)
+        if scored < pool:
+            found[each.task] = f"{scored} of {pool}"
+    return found
+
+
 def _inputs(
     recipe: Recipe,
     documents: Mapping[str, tuple[str, str]],
     sources: Mapping[str, Mapping[str, Any]],
     calibrations: Sequence[CalibrationEntry],
-    part: str,
+    parts: Mapping[str, str],
 ) -> list[RunInput]:
     """Return the inputs of the run: the evaluation documents and the calibration sets, each with its source."""
     found = []
     for task, digest in sorted(set(documents.values())):
         kind, source = ("hugging_face", sources[task]) if task in sources else ("lm-eval", {"lm_eval_task": task})
-        found.append(RunInput(task, digest, "evaluation", kind, source, part))
+        found.append(RunInput(task, digest, "evaluation", kind, source, parts.get(task, "")))
     sets = recipe.lewis.calibrations if recipe.lewis else {}
     for each in calibrations:
         kind, source = _source_of(sets[each.name])

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import posixpath
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lewis import private_names, store
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.quick_imports import quick_imports
+from lewis.redact import redacted
 from lewis.store.manifest import DamagedError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ PART = "lewis.documents"  # tag of a version, and of a run's input, if only a pa
 BATCH = 100  # parameters per request
 HEALING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 _FILES = re.compile(r"(https?://\S+?/mlflow-artifacts/artifacts)/")
+_SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 _UNKNOWN_USER = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # answers with status 401
 
 
@@ -128,6 +129,11 @@ def _away(server: str, doing: str, url: str) -> AwayError:
 def database() -> str:
     """The URI of the tracking store that is used where `MLFLOW_TRACKING_URI` names none: a database in the store."""
     return f"sqlite:///{_folder() / 'mlflow.db'}"
+
+
+def place_of(uri: str) -> Path | str:
+    """Where a database is, by its URI: the file of sqlite, or the URL of a server, without a password."""
+    return Path(os.path.abspath(found["path"])) if (found := _SQLITE.match(uri)) else redacted(uri)
 
 
 def exists() -> bool:
@@ -249,7 +255,7 @@ class RunInput:
         context: `evaluation` or `calibration`.
         kind: of its source: `hugging_face` as MLflow has it, or `lm-eval`, `files` or `texts`.
         source: where it comes from, as plain data; from the Hub with the keys of MLflow's `HuggingFaceDatasetSource`.
-        part: which part of the documents an evaluation that ended early scored, as `ModelScores.part`; else empty.
+        part: which part of its documents an evaluation that ended early scored, such as `64 of 164`; else empty.
     """
 
     name: str
@@ -335,9 +341,10 @@ def key(name: str) -> str:
     """`name` with only the characters that MLflow accepts in the name of a metric, a parameter or a tag.
 
     `gsm8k/exact_match,strict-match` becomes `gsm8k/exact_match/strict-match`, and `arc/acc,none` becomes `arc/acc`.
+    MLflow reads names as paths, so `../math` becomes `_../math`, `./merged` becomes `_./merged`, and `/math` `_/math`.
     """
     allowed = re.sub(r"[^/\w.\- ]", "_", name.removesuffix(",none").replace(",", "/"))
-    return posixpath.normpath(allowed).lstrip("/")[:MAX_KEY]
+    return "/".join(f"_{part}" if part in ("", ".", "..") else part for part in allowed.split("/"))[:MAX_KEY]
 
 
 def model_name(name: str) -> str:

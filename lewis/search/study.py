@@ -107,7 +107,8 @@ class Log:
         Args:
             recipe: with a `search` block.
             objectives: the metrics to compare trials by, the most important first.
-            inputs: reference -> commit or content digest of base and experts.
+            inputs: reference -> commit or content digest of base and experts, and of the merge with the recipe's own
+                values, which depends on the calibration rows too.
             tasks: digest of the tasks on the search's documents.
             held: holds a lock on the log until it is closed; None: no lock is taken.
             numbers: the precision in which models are scored, as `lewis.devices.precision`.
@@ -140,7 +141,8 @@ class Log:
             load_if_exists=True,
             directions=["maximize" if o.higher_is_better else "minimize" for o in objectives],
         )
-        seed = self.search.seed + len(self._study.get_trials())  # a continued search must draw other values
+        trials = len(self._study.get_trials())
+        seed = (self.search.seed + trials) % 2**32  # a continued search must draw other values
         if len(objectives) > 1:
             self._study.sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=8)
         else:
@@ -156,7 +158,8 @@ class Log:
 
         for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
             self._study.tell(trial.number, state=TrialState.FAIL)
-            self._study.enqueue_trial(trial.params, user_attrs={_AGAIN: trial.number})
+            queued = trial.system_attrs.get("fixed_params", {})  # which a trial that has just begun has not drawn yet
+            self._study.enqueue_trial({**queued, **trial.params}, user_attrs={_AGAIN: trial.number})
         if not self._study.get_trials():
             self._study.enqueue_trial(self._own_values())
 

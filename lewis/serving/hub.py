@@ -11,6 +11,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Publish
 from lewis.recipe.serve import Target
 from lewis.registry import publishing, tracking
+from lewis.reports import card
 from lewis.serving import local
 from lewis.serving.model import Model
 from lewis.serving.records import Served
@@ -47,8 +48,10 @@ def put(target: HubTarget, model: Model, before: Served) -> str:
     return f"{made.repo}@{BRANCH} ({made.commit[:8]})"
 
 
-def _card(model: Model) -> str:
-    """The version's model card, which MLflow keeps."""
+def _card(model: Model) -> dict[str, bytes]:
+    """The version's model card and, if it has one, its picture of the densities, which MLflow keeps; by file name."""
     with tracking.client(f"reading the card of {model.uri}") as client:
         run = client.get_model_version(model.name, model.version).run_id or ""
-        return tracking.file_of(client, run, "card.md").decode()
+        kept = {each.path for each in client.list_artifacts(run)}
+        names = {card.NAME: "card.md", **({card.HEAT_MAP: card.HEAT_MAP} if card.HEAT_MAP in kept else {})}
+        return {name: tracking.file_of(client, run, artifact) for name, artifact in names.items()}

@@ -44,7 +44,8 @@ def offer(target: KserveTarget, model: Model, before: Served) -> None:
             f"{name}: an InferenceService is given full models, and {model.uri} is an adapter; set `output: full`, or "
             "serve it by two LLMInferenceServices"
         )
-    last = _revisions(now).get("latestCreatedRevision")
+    # The patch of a process that died has made its revision already, and the same patch makes no other.
+    last = None if _has(target, now, model) else _revisions(now).get("latestCreatedRevision")
     predictor = {"canaryTrafficPercent": 0, "model": {"storageUri": str(filled(target.uri, model))}}
     content = {"metadata": {"annotations": {TAGS: "true"}}, "spec": {"predictor": predictor}}
     kubernetes.patch(target, SERVICE, name, content)

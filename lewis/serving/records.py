@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from lewis import store
 from lewis.registry import tracking, versions
 from lewis.registry.history import registered_model
 from lewis.registry.versions import Version
@@ -54,6 +55,7 @@ class Served:
         previous_alias: the name that the server knows the version before by.
         checked: what the check of the server found; empty if none was made.
         failure: the newest attempt, if that failed.
+        recipe: which serves the target, if several recipes may register the model (`register.group`); else empty.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Served:
     previous_alias: str = ""
     checked: str = ""
     failure: Failure | None = None
+    recipe: str = ""
 
     def took(self, uri: str, digest: str, alias: str, block: str, checked: str = "") -> "Served":
         """Return the record after the target took a version, which may be the one that it had."""
@@ -84,7 +87,7 @@ class Served:
             has += f", {here.share(self.alias)} % at {here.url}/v1" if here else ", while `lewis up --serve` runs"
         failure = self.failure
         failed = f"; v{_number(failure.uri)} failed {_minute(failure.time)}: {failure.why}" if failure else ""
-        return f"{self.target}: {has}{failed}"
+        return f"{self.target}{self.recipe and f' of {self.recipe}'}: {has}{failed}"
 
     def refused(self, uri: str, why: str, *, passes: bool = False) -> "Served":
         """Return the record after a failed attempt to serve a version; the version in service stays the same."""
@@ -117,12 +120,17 @@ def read(client: "MlflowClient", name: str) -> Iterator[Served]:
 def write(client: "MlflowClient", record: Served) -> None:
     """Write a record of a target, in place of its last one."""
     text = json.dumps(asdict(record), ensure_ascii=False)  # an escaped character would count as six
-    client.set_registered_model_tag(record.name, f"{TAG}{record.target}", text)
+    client.set_registered_model_tag(record.name, _key(record), text)
 
 
 def remove(client: "MlflowClient", record: Served) -> None:
     """Remove the record of a target that is no longer in the recipe."""
-    client.delete_registered_model_tag(record.name, f"{TAG}{record.target}")
+    client.delete_registered_model_tag(record.name, _key(record))
+
+
+def _key(record: Served) -> str:
+    of_recipe = f"/{store.digest(record.recipe)[:8]}" if record.recipe else ""  # a name may have more than a tag's key
+    return f"{TAG}{record.target}{of_recipe}"
 
 
 def write_canary(version: Version, target: str, steps: Sequence[Step], why: str = "") -> None:

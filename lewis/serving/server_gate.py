@@ -207,7 +207,8 @@ def _text(api: str, model: str, task: str, kept: Mapping[str, Any]) -> Answer:
     scored, served = str(kept["answer"]).strip(), text.strip()
     if cut:  # cut both answers at the same place
         scored = scored[: max(len(served), 1)]
-    parts = next((i for i, (x, y) in enumerate(zip(scored, served, strict=False)) if x != y), len(served))
+    shorter = min(len(scored), len(served))
+    parts = next((i for i in range(shorter) if scored[i] != served[i]), shorter)
     share = parts / max(len(scored), len(served), 1) if scored != served else 1.0
     return Answer(task, str(kept["prompt"])[-200:], scored, served, None, share)
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -76,8 +76,18 @@ def champion_of(recipe: Recipe) -> Champion | None:
     return versions.champion(recipe.register_as.model) if recipe.register_as else None
 
 
+def owner_of(recipe: Recipe) -> str:
+    """Return the name of a recipe of a `register.group`, whose records are apart from other recipes'; else empty."""
+    return recipe.name if recipe.register_as and recipe.register_as.group else ""
+
+
 def serve(
-    target: Target, champion: Champion, settings: EvalSettings | None = None, *, again: bool = False
+    target: Target,
+    champion: Champion,
+    settings: EvalSettings | None = None,
+    *,
+    owner: str = "",
+    again: bool = False,
 ) -> tuple[Served, bool]:
     """Put the champion into service at a target, unless the target has it already.
 
@@ -85,6 +95,7 @@ def serve(
         target: of the recipe.
         champion: the version.
         settings: of the evaluation that scored it, whose answers the server has to give; None: it was not scored.
+        owner: as `owner_of` returns it.
         again: put it into service even if the target has it.
 
     Returns:
@@ -97,7 +108,9 @@ def serve(
     name, uri, block = champion.version.name, champion.version.uri, _digest(target)
     kind = KINDS[target.form]
     with store.SharedLock(f"serve-{name}-{target.label}"):
-        before = record_of(name, target)
+        before = record_of(name, target, owner)
+        if owner and not before.recipe:
+            before = _owned(before, owner)
         if (before.uri, before.digest, before.block) == (uri, champion.digest, block) and not again:
             if _still_holds(kind, target, before):
                 return before, False
@@ -122,12 +135,12 @@ def serve(
     return now, True
 
 
-def is_due(target: Target, champion: Champion) -> bool:
-    """Whether a target lacks the champion and may be given it now.
+def is_due(target: Target, champion: Champion, owner: str = "") -> bool:
+    """Whether a target lacks the champion and may be given it now; `owner` is as `owner_of` returns it.
 
     Not if it has refused that version, if an attempt failed less than `AGAIN` ago, or if it does not say what it has.
     """
-    record = record_of(champion.version.name, target)
+    record = record_of(champion.version.name, target, owner)
     failure = record.failure
     if failure and failure.uri == champion.version.uri:
         age = datetime.now(UTC) - datetime.fromisoformat(failure.time)
@@ -198,12 +211,34 @@ def _alike(error: LewisError, message: str) -> LewisError:
     )(message)
 
 
-def record_of(name: str, target: Target) -> Served:
-    """Return the record of what a target has in service of a registered model; without a version if it has nothing."""
+def record_of(name: str, target: Target, owner: str = "") -> Served:
+    """Return the record of what a target has in service of a registered model; without a version if it has nothing.
+
+    Args:
+        name: of the registered model.
+        target: of a recipe. Targets of several recipes with one label and one block are one target, with one record.
+        owner: as `owner_of` returns it.
+    """
     with tracking.client(f"reading what is in service of {name}") as client:
-        known = {each.target: each for each in records.read(client, name)}
-    found = known.get(target.label)
-    return found if found and found.kind == target.kind else Served(name, target.label, target.kind)
+        known = list(records.read(client, name))
+    return _find(known, target, owner) or Served(name, target.label, target.kind, recipe=owner)
+
+
+def _find(known: Sequence[Served], target: Target, owner: str) -> Served | None:
+    """Return the record of a target: that of its block, else its recipe's, else one that no recipe owns."""
+    block = _digest(target)
+    alike = [each for each in known if (each.target, each.kind) == (target.label, target.kind)]
+    found = [each for each in alike if each.block == block or not owner or each.recipe in (owner, "")]
+    return max(found, key=lambda each: 2 if each.block == block else each.recipe == owner, default=None)
+
+
+def _owned(record: Served, owner: str) -> Served:
+    """Give the record that no recipe owns to a recipe; return the new one."""
+    new = replace(record, recipe=owner)
+    with tracking.client(f"recording what is in service of {record.name}") as client:
+        records.write(client, new)
+        records.remove(client, record)
+    return new
 
 
 def _write(record: Served) -> None:
@@ -211,16 +246,22 @@ def _write(record: Served) -> None:
         records.write(client, record)
 
 
-def tidy(name: str, targets: Sequence[Target]) -> None:
+def tidy(name: str, targets: Sequence[Target], owner: str = "") -> None:
     """Remove records of targets that left the recipe, and files of versions that are served nowhere.
 
-    For each target, the version before the one in service stays on the disk, for a return to it.
+    For each target, the version before the one in service stays on the disk, for a return to it. Records of other
+    recipes of a `register.group` stay, and so does `local`, which may be another machine.
+
+    Args:
+        name: of the registered model.
+        targets: all of the recipe.
+        owner: as `owner_of` returns it.
     """
-    labels = {each.label for each in targets}
     with tracking.client(f"reading what is in service of {name}") as client:
         known = list(records.read(client, name))
-        for each in known:
-            if each.target not in labels:
-                records.remove(client, each)
-    kept = {alias for each in known if each.target in labels for alias in (each.alias, each.previous_alias)}
+        own = [_find(known, each, owner) for each in targets]
+        gone = [each for each in known if each not in own and each.kind != "local" and owner in ("", each.recipe)]
+        for each in gone:
+            records.remove(client, each)
+    kept = {alias for each in known if each not in gone for alias in (each.alias, each.previous_alias)}
     model.remove_others(name, kept)

@@ -255,7 +255,8 @@ def _add_merges(plan: Plan, recipe: Recipe, headers: Headers, experts: int) -> N
     merges = [each for each in plan.steps if each.name.startswith(f"{MERGE.name} ") and each.state == "to do"]
     if any(each.cost.seconds is None for each in merges):
         largest = max(math.prod(shape) for _, shape in headers.values())
-        written = len(merges) * _bytes_of_output(recipe, headers)
+        uncounted = [each for each in merges if not each.cost.written]
+        written = len(uncounted) * _bytes_of_output(recipe, headers)
         plan.disk += written
         plan.to_push += written if plan.remote and STORE_MERGED.get() else 0
         plan.memory = max(plan.memory, without_models(find(recipe.guided_method), largest, experts))

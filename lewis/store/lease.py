@@ -105,14 +105,15 @@ class Lease:
         if end > time.time() - GRACE and not self._stands_still(number, end):
             return False
         self._zero = time.time() - time.monotonic()
-        own, data = f"{number + 1:08d}", self._content()
+        own, data, failure = f"{number + 1:08d}", self._content(), None
         try:
             remote.create(system, f"{place}/{own}", data)
-        except (PermissionError, NotImplementedError, TypeError, ValueError):  # it can never be created here
-            raise
-        except Exception:  # it exists, by an error of each file system's own; or the answer was lost, and it is ours
-            pass
-        if self._highest(system, place)[0] != number + 1:
+        except Exception as error:  # if it exists, by an error of each file system's own; or the answer was lost
+            failure = error
+        highest = self._highest(system, place)[0]
+        if failure and highest <= number:  # nobody created it: the remote half takes no writes
+            raise failure
+        if highest != number + 1:
             with suppress(FileNotFoundError):
                 if system.cat_file(f"{place}/{own}") == data:
                     system.rm_file(f"{place}/{own}")

@@ -157,9 +157,10 @@ def push(path: Path) -> bool:
     for each in list(note.parent.glob("[!.]*")):
         with suppress(OSError):
             left = home() / each.name.replace("@", "/")
-            if (its_kind := kinds.kind_of(left)) is None or not left.exists():
+            its_kind = _shared_kind(left)
+            if kinds.kind_of(left) is None or not left.exists():
                 each.unlink()
-            elif each.stat().st_mtime < time.time() - _RESEND and not _push(its_kind, left):
+            elif its_kind and each.stat().st_mtime < time.time() - _RESEND and not _push(its_kind, left):
                 break
     return True
 
@@ -218,11 +219,17 @@ def create(system: Any, target: str, data: bytes) -> None:
 
     Raises:
         FileExistsError: if the object exists on a disk; each other file system has an error of its own.
+        OSError: if the disk takes no writes; the object does not exist then.
     """
     if _is_disk(system):
         system.makedirs(_above(target), exist_ok=True)
         with open(target, "xb") as file:
-            file.write(data)
+            try:
+                file.write(data)
+                file.flush()
+            except OSError:
+                os.unlink(target)
+                raise
     else:
         system.pipe_file(target, data, mode="create")
 
@@ -235,7 +242,7 @@ def _arrive(system: Any, kind: Kind, there: str, path: Path, head: bytes) -> Non
     """Fetch an entry whose head was fetched already to a scratch place, check it, and rename it to `path`."""
     parts = kind.parts(path, head)
     make_folder(path.parent)
-    if (free := shutil.disk_usage(path.parent).free) < (size := sum(size for size, _ in parts.values())):
+    if (free := files.free_space(path.parent)) < (size := sum(size for size, _ in parts.values())):
         raise OSError(f"{settings.size_text(size)} to fetch, {settings.size_text(free)} free in {home()}")
     if not kind.manifest:
         for name, expected in parts.items():

@@ -40,7 +40,7 @@ def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[
     settings = EvalSettings.of(recipe.evaluate, recipe.root) if recipe.evaluate else None
     began = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        done = service.serve(target, champion, settings, again=again)
+        done = service.serve(target, champion, settings, owner=service.owner_of(recipe), again=again)
     except RefusedError as error:
         about = f"Answers of {label} that are not those of the model that was scored"
         text = f"# {champion.version.uri} is refused at {label}\n\n{markdown_table([*map(_row, error.differing)])}"

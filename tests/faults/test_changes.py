@@ -173,6 +173,25 @@ def test_norms_of_a_model_that_changes_after_its_pass_are_not_kept(
     assert not kinds.IMPORTANCE.entries()
 
 
+def test_statistics_of_a_model_that_changes_while_a_fit_measures_it_are_not_kept(
+    models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later merge of the model as it was before took them, and gave other weights under its digest."""
+    rows = {"sums": {"texts": [f"w{i} w{i + 1} w{i + 2}" for i in range(8)], "samples": 8}}
+    blocks = {"merge_method": "regmean", "parameters": {"ridge": "auto"}, "lewis": {"calibrations": rows}}
+    recipe, left = recipe_of(models, **blocks), [models["math"] / "model.safetensors"]
+    source, sources = pipeline.pin_all(recipe)
+    assert source is not None
+    base, experts = pipeline.download(source), [pipeline.download(each) for each in sources]
+    pipeline.guide(recipe, base, experts)
+    kept = kinds.GRAMS.entries()
+    first(monkeypatch, grams, "measure_grams", lambda: left and change(left.pop()))
+    with pytest.raises(LewisError, match=r"math: .* changed while running"):
+        pipeline.merge(recipe, base, experts)
+    assert len(kept) == 2 and kinds.GRAMS.entries() == kept
+    assert not list(kinds.MERGED.folder.rglob("ridges.json"))  # losses of the changed model, for the next process
+
+
 def test_a_trial_of_a_model_that_changes_while_it_is_merged_is_not_scored(
     models: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

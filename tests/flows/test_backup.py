@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from prefect.server.database.orm_models import ConcurrencyLimitV2
 
 from lewis import store
 from lewis.errors import InputError, LewisError
@@ -26,7 +27,7 @@ from tests.support.lineage import make_home, registered
 
 @pytest.fixture
 def home(tmp_path: Path, empty_database: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A store with a champion; Prefect's database is in use, with a row that is not on disk yet."""
+    """A store with a champion; Prefect's database is in use, a device slot taken, and a row is not on disk yet."""
     home = make_home(tmp_path / "home", empty_database, monkeypatch)
     monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
     monkeypatch.setenv("PREFECT_HOME", str(home / "prefect"))
@@ -44,6 +45,9 @@ def home(tmp_path: Path, empty_database: Path, family: Family, monkeypatch: pyte
         database.execute("pragma journal_mode=wal")
         database.execute("create table run (id)")
         database.execute("insert into run values (1)")
+        limits = ConcurrencyLimitV2.__table__
+        database.execute(f"create table {limits.name} ({limits.c.name.name}, {limits.c.active_slots.name})")
+        database.execute(f"insert into {limits.name} values ('lewis-device', 1)")
         database.commit()
         database.execute("insert into run values (2)")  # not committed
         yield home
@@ -78,6 +82,15 @@ def test_all_is_back(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "recipes" / "tasks" / "words.yaml").read_text() == "task: words"
     restore(copy)  # all is there already
     assert backup(copy).files == facts["files"]  # the earlier copy is replaced
+
+
+def test_a_device_slot_that_was_taken_is_free_in_the_copy(home: Path, tmp_path: Path) -> None:
+    """The lease of its holder is a file of Prefect that is not copied: the slot stayed taken, and no task ran."""
+    slots = f"select active_slots from {ConcurrencyLimitV2.__tablename__}"
+    with closing(sqlite3.connect(backup(tmp_path / "copy").folder / "store" / "prefect" / "prefect.db")) as copy:
+        assert copy.execute(slots).fetchall() == [(0,)]
+    with closing(sqlite3.connect(home / "prefect" / "prefect.db")) as database:
+        assert database.execute(slots).fetchall() == [(1,)]
 
 
 def test_secrets_in_a_store_of_a_group_are_for_their_owner_alone(home: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 from uuid import UUID, uuid4
 
 import httpx
@@ -118,6 +119,18 @@ def test_each_task_has_a_run_and_all_are_started_before_one_is_waited_for(
     server = started(Running(), KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         elsewhere._run("gpu", [TINY, {**TINY, "task": "gsm8k"}])
+    assert server.set == ["CANCELLING", "CANCELLING"]
+
+
+def test_if_a_run_cannot_be_started_those_before_it_are_cancelled(
+    started: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They went on without a merge that waits for them, and kept their workers."""
+    server = started()
+    answers = Mock(side_effect=[server.run, server.run, httpx.ConnectError("away")])
+    monkeypatch.setattr(elsewhere, "run_deployment", answers)
+    with pytest.raises(LewisError, match="takes no run for the work queue gpu: away"):
+        elsewhere._run("gpu", [TINY, TINY, TINY])
     assert server.set == ["CANCELLING", "CANCELLING"]
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -86,6 +87,21 @@ def test_two_recipes_of_one_name_are_refused_or_meant(
         recipes_folder.load("one")
     (tmp_path / "two.yaml").unlink()
     assert sorted(recipes_folder.load_all()) == ["one"]
+
+
+def test_a_recipe_that_could_not_be_read_still_refuses_another_of_its_name_once_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the files say was kept as long as their names, sizes and times of writing were the same."""
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(ONE % "")
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes_folder, "read_bytes", Mock(side_effect=PermissionError))
+        recipes_folder.load("one")
+    (tmp_path / "two.yaml").chmod(0o600)
+    with pytest.raises(InputError, match=r"'tiny' is registered by one.yaml and by two.yaml"):
+        recipes_folder.load("one")
 
 
 def test_two_teams_may_have_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,6 +225,22 @@ def test_a_quarter_is_of_each_task_that_the_metric_has() -> None:
     mean = combined(*WEIGHTED, [(one, 0.25) for one in each])
     found = Scored("trial", "key", (), (*each, mean), Ends({}, 0, 0, None))
     assert [_quarter(found, metric) for metric in ("weighted/mean,none", "a/acc,none", "a/f1,none")] == [10, 10, 0]
+
+
+@pytest.mark.usefixtures("home")
+def test_a_search_does_not_go_on_with_scores_of_another_merge(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merge of the same recipe is another one after an edit of the file with its calibration rows."""
+    plan, metric = Recipe.load(searching(recipe)), "words/acc,none"
+    first = SimpleNamespace(by_name={metric: SimpleNamespace(higher_is_better=True)}, samples=())
+    monkeypatch.setattr(search, "_scored", lambda *_: first)
+    monkeypatch.setattr(_Trials, "submit", Mock())
+
+    def digest(merged: str) -> str:
+        monkeypatch.setattr(search, "result_of", lambda _: SimpleNamespace(model=merged))
+        with ExitStack() as held:
+            return _Trials(plan, {}, "tasks", (metric,), held).log.digest
+
+    assert digest("before") == digest("before") != digest("after")
 
 
 class Trials(_Trials):

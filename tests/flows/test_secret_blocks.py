@@ -49,6 +49,20 @@ def test_what_the_environment_has_not_is_taken_from_prefect(blocks: None, monkey
     assert os.environ["HF_TOKEN"] == "hf_mine"
 
 
+def test_a_secret_that_was_changed_in_prefect_is_taken_by_a_process_that_runs_on(blocks: None) -> None:
+    """The receiver had the first one until it ended: it took that for a variable that is set."""
+    secret_blocks.load_for_run(None)
+    try:
+        Secret(value="hf_new").save(secret_blocks.HUB_TOKEN, overwrite=True)
+        secret_blocks.load_for_run(None)
+        assert os.environ["HF_TOKEN"] == "hf_new"
+        Secret.delete(secret_blocks.HUB_TOKEN)
+        secret_blocks.load_for_run(None)
+        assert "HF_TOKEN" not in os.environ
+    finally:
+        Secret(value="hf_all").save(secret_blocks.HUB_TOKEN, overwrite=True)
+
+
 def test_the_receiver_asks_prefect_before_it_makes_a_secret(blocks: None, home: object) -> None:
     assert webhook._secret() == "of the hub"
 

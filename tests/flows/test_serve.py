@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import ArtifactSort
-from prefect.states import Completed
+from prefect.states import Completed, Scheduled
 
 from lewis.errors import LewisError
 from lewis.registry import history, outbox, versions
@@ -193,6 +194,24 @@ def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_le
     assert not keep_served.look(), "the server is away"
 
 
+def test_two_recipes_of_a_group_serve_their_targets_once(
+    folder: Path, home: Path, family: Family, client: SyncPrefectClient
+) -> None:
+    """Each removed the other's records and was then served again, every minute without end."""
+    with HttpSink() as first, HttpSink() as second:
+        for name, sink in (("one", first), ("two", second)):
+            text = (RECIPE % ("[x]", "http://x")).partition("serve:")[0].replace("name: tiny", "name: tiny, group: g")
+            (folder / f"{name}.yaml").write_text(f"{text}serve: {{kind: webhook, url: '{sink.url}'}}\n")
+        Follower(lambda line: None).deploy()
+        for run in client.read_flow_runs():
+            client.set_flow_run_state(run.id, Completed(), force=True)
+        champion = crowned(family.base, "a").version.uri
+        for name in ("one", "two"):
+            assert serve_flow(name, return_state=True).name == "Served"
+        assert keep_served.look() == [] and len(first.received) == len(second.received) == 1
+        assert [(each.recipe, each.uri) for each in served("tiny")] == [("one", champion), ("two", champion)]
+
+
 def test_a_run_that_a_schedule_plans_for_later_does_not_keep_the_model_from_its_server(
     folder: Path, home: Path, client: SyncPrefectClient
 ) -> None:
@@ -205,6 +224,20 @@ def test_a_run_that_a_schedule_plans_for_later_does_not_keep_the_model_from_its_
     client.create_deployment_schedules(made, [(CronSchedule(cron="0 3 * * *"), True)])
     client.request("POST", "/deployments/{id}/schedule", path_params={"id": made}, json={})
     assert any(run.auto_scheduled and run.deployment_id == made for run in client.read_flow_runs())
+    assert keep_served._start(client, "nightly") and not keep_served._start(client, "nightly")
+
+
+def test_a_run_that_a_person_plans_for_later_does_not_keep_the_model_from_its_server(
+    folder: Path, home: Path, client: SyncPrefectClient
+) -> None:
+    (folder / "nightly.yaml").write_text(RECIPE % ("[x]", "http://127.0.0.1:9"))
+    Follower(lambda line: None).deploy()
+    made = client.read_deployment_by_name("serve/nightly").id
+    for run in client.read_flow_runs():
+        if run.deployment_id == made:
+            client.set_flow_run_state(run.id, Completed(), force=True)
+    later = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(hours=1))
+    client.create_flow_run_from_deployment(made, state=later)
     assert keep_served._start(client, "nightly") and not keep_served._start(client, "nightly")
 
 

@@ -39,6 +39,16 @@ def test_a_recipe_of_the_folder_has_one_turn_on_all_machines(tmp_path: Path, mon
         pass
 
 
+def test_a_recipe_has_one_turn_by_every_path_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lewis run`, and a run of the deployment in a folder that is a link, held it at the same time."""
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "link"))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with turn.turn(tmp_path / "link" / "x.yaml", "run"), pytest.raises(Timeout):
+        turn._lock(tmp_path / "real" / "x.yaml").acquire(timeout=0)
+
+
 def test_whether_a_run_waits_for_its_turn_is_known_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
     recipe, held = tmp_path / "x.yaml", threading.Event()

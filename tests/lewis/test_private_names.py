@@ -277,6 +277,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fail
     "GGUF_PROCESSORS": undocumented("TENSOR_PROCESSORS"),
     "GGUF_PROCESSOR": undocumented("TensorProcessor"),
     "CHAT_TEMPLATES": undocumented("render_jinja_template"),
+    "CHAT_CLOCK": "tests/lewis/importance/test_calibration.py::test_chats_are_the_same_on_every_day",
     "GGUF_NAMES": undocumented("get_gguf_hf_weights_map"),
     "PIPELINE_TASK": pipeline_without_a_name,
     "MLFLOW_FIND_APP": trusts_loopback,

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
         if ended := started.run(Path(options.recipe), options.overrides):
             _print_ended(ended, as_json=options.json)
             return
-    run_merge(str(Path(options.recipe).resolve()), options.overrides, as_json=options.json)
+    run_merge(str(Path(options.recipe).absolute()), options.overrides, as_json=options.json)
 
 
 def _print_ended(ended: "FlowRun", *, as_json: bool) -> None:
@@ -92,7 +92,7 @@ def search(options: argparse.Namespace) -> None:
     recipe = _load(options)
     study.objectives_of(recipe)
     space.check(recipe)
-    given = str(Path(options.recipe).resolve()), options.overrides, options.trials, options.minutes
+    given = str(Path(options.recipe).absolute()), options.overrides, options.trials, options.minutes
     report: SearchReport = _run_flow("search", *given, as_json=options.json)
     if options.json:
         print(report.model_dump_json(indent=2))

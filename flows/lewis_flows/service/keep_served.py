@@ -31,7 +31,7 @@ def look() -> list[str]:
         name
         for name, plan in plans.items()
         if (champion := service.champion_of(plan))
-        and any(service.is_due(target, champion) for target in hub.targets(plan))
+        and any(service.is_due(target, champion, service.owner_of(plan)) for target in hub.targets(plan))
     ]
     with get_client(sync_client=True) as client:
         return [name for name in due if _start(client, name)]

@@ -106,7 +106,7 @@ class RecipeFile:
 
 
 class Folder:
-    """The folder of recipes; a file is read, and what is wrong with it logged, only when the folder has changed."""
+    """The folder of recipes; it is read, and what is wrong logged, once a file changed or a wrong recipe was mended."""
 
     def __init__(self) -> None:
         self._seen: object = None
@@ -119,7 +119,7 @@ class Folder:
         Raises:
             InputError: if the folder cannot be read.
         """
-        if (now := recipes_folder.signature()) != self._seen:
+        if (now := recipes_folder.signature()) != self._seen or any(map(_is_mended, self._files)):
             recipes = recipes_folder.load_all()
             read = (_read_file(name, recipes.get(name)) for name in recipes_folder.names())
             self._files, self._seen = [each for each in read if each], now
@@ -136,12 +136,25 @@ class Folder:
 def _read_file(name: str, recipe: Recipe | None) -> RecipeFile | None:
     try:
         content = read_bytes(recipes_folder.find(name), yaml_text.MAX_BYTES)
-    except (LewisError, OSError):  # the file was removed just now
-        return None
+    except (LewisError, OSError):
+        if not recipes_folder.is_there(name):  # it was removed just now
+            return None
+        content, recipe = b"", None
     why = "" if recipe else "it is wrong: `lewis status` says where"
     first = takewhile(lambda line: line.startswith("#"), content.decode(errors="replace").splitlines())
     comment = "\n".join(line.lstrip("#").strip() for line in first).strip()
     return RecipeFile(name, recipes_folder.version(content), comment, recipe, why)
+
+
+def _is_mended(file: RecipeFile) -> bool:
+    """Whether a recipe that was wrong can be loaded now, such as after an edit of the lm-eval config that it names."""
+    if file.recipe:
+        return False
+    try:
+        recipes_folder.load(file.name)
+    except Exception:  # as `recipes_folder.load_all`
+        return False
+    return True
 
 
 def time_zone() -> str:

@@ -5,7 +5,6 @@ server also asks for a key, because someone who may start its runs may run code.
 """
 
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lewis import settings, store
-from lewis.redact import redacted
 from lewis.registry import tracking
 from lewis.store.secrets import PREFECT_KEY, UP_SERVE_KEY
 from lewis_flows.service import credentials, mlflow_app, note
@@ -30,7 +28,6 @@ _PREFECT_DATABASE = (
 )
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
 """Environment of a server, whose threads take turns: a heap for each one would keep some MB more of freed memory."""
-_SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 _DEFAULTS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,orphans",  # logs of runs that retention has deleted
@@ -122,16 +119,12 @@ def prefect_database() -> Path | str:
     """The database of a Prefect server that is started here: its file, or the URL of a server, without a password."""
     home = os.environ.get("PREFECT_HOME") or store.home() / "prefect"
     given = next(filter(None, map(os.environ.get, _PREFECT_DATABASE)), "")
-    return _place(given) if given else Path(os.path.abspath(Path(home).expanduser() / "prefect.db"))
+    return tracking.place_of(given) if given else Path(os.path.abspath(Path(home).expanduser() / "prefect.db"))
 
 
 def mlflow_database() -> Path | str:
     """The database of MLflow: its file, or the URL of a server, without a password."""
-    return _place(os.environ.get("MLFLOW_TRACKING_URI") or tracking.database())
-
-
-def _place(url: str) -> Path | str:
-    return Path(os.path.abspath(found["path"])) if (found := _SQLITE.match(url)) else redacted(url)
+    return tracking.place_of(os.environ.get("MLFLOW_TRACKING_URI") or tracking.database())
 
 
 def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tuple[Process, str]:

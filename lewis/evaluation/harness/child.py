@@ -336,7 +336,8 @@ def _pool(name: str, hashes: list[str], documents: str, limit: int | float | Non
     count = len(indices) if limit is None else math.ceil(len(indices) * limit) if limit < 1 else int(limit)
     indices = _drawn(hashes, indices, seed, count) if documents == "by_release" else indices[:count]
     if not indices:
-        raise ValueError(f"{name}: too few documents to split: the half `{documents}` is empty")
+        half = f"too few documents to split: the half `{documents}` is empty"
+        raise ValueError(f"{name}: {half if documents in _HALVES else 'it has no documents'}")
     return indices
 
 

@@ -207,10 +207,10 @@ def _answers(rows: list[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[str, str]
 
 
 def _perplexity(lm: Any, answers: list[tuple[str, str]]) -> float | None:
-    """Perplexity per token over reference answers; None without such answers or without a tokenizer."""
+    """Perplexity per token over reference answers; None without such answers, without a tokenizer, or with thinking."""
     from lm_eval.api.instance import Instance
 
-    if lm.tokenizer is None:  # a chat with a server, which has no likelihoods
+    if lm.tokenizer is None or getattr(lm, "enable_thinking", None):  # a chat with a server has no likelihoods
         return None
     requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(answers)]
     tokens = sum(len(lm.tok_encode(answer, add_special_tokens=False)) for _, answer in answers)

@@ -24,6 +24,10 @@ _DEFAULT = {  # lm-eval's metrics of a task that lists none
 }
 # With these a group changes its members, and a task gives scores that only its code knows.
 _OVERRIDES = {"metric_list", "filter_list", "process_results", "output_type", "class"}
+SUMMED = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
+"""lm-eval's aggregations of a value per document that are functions of two sums, as `child.evaluate` keeps them."""
+AGGREGATED = {"bleu", "brier_score", "bypass", "chrf", "chrf++", "f1", "mcc", "ter"}
+"""lm-eval's metrics that have no value per document: it computes them from all documents together."""
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 Known = Mapping[str, Sequence[str] | None]
@@ -40,35 +44,43 @@ def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, search
         searched: `search.metrics`.
 
     Raises:
-        InputError: naming the key and the nearest score, if no task gives a score of that name.
+        InputError: naming the key and the nearest score, if no task gives a score of that name, or a weight or a
+            tolerance is for a score without a value per document.
     """
     known = known_scores(evaluate.tasks, root)
-    if known is None:
+    valued = known_scores(evaluate.tasks, root, per_document=True)
+    if known is None or valued is None:
         return
-    _check("evaluate.weights", evaluate.weights, known, whole_tasks=True)
+    _check("evaluate.weights", evaluate.weights, valued, per_document=True)
     if evaluate.weights:
-        known = {**known, WEIGHTED[0]: [WEIGHTED[1]]}
+        mean = {WEIGHTED[0]: [WEIGHTED[1]]}
+        known, valued = {**known, **mean}, {**valued, **mean}
     if gate:
         _check("register.gate.metric", [gate.metric], known)
     if gate and isinstance(gate.tolerance, Mapping):
-        _check("register.gate.tolerance", gate.tolerance, known, whole_tasks=True)
+        _check("register.gate.tolerance", gate.tolerance, valued, per_document=True)
     _check("search.metrics", searched, known)
 
 
-def known_scores(tasks: Sequence[str], root: Path) -> Known | None:
-    """The scores that each task will give; None if a group defines or changes members, so that files do not show it."""
+def known_scores(tasks: Sequence[str], root: Path, *, per_document: bool = False) -> Known | None:
+    """The scores that each task will give; None if a group defines or changes members, so that files do not show it.
+
+    With `per_document`, these are the scores that have a value per document, without tasks and groups that have none.
+    """
     found = find_tasks(tasks, root)
     scores: dict[str, Sequence[str] | None] = {}
     pending = list(found.names)
     for name in pending:
         config, inside = config_and_members(name, found)
-        if inside is None:
-            scores[name] = _of_task(config)
-            continue
-        if any(isinstance(each, Mapping) for each in inside) or _OVERRIDES & set(config):
-            return None
-        scores[name] = _of_group(config)
-        pending += [each for each in inside if each not in pending]
+        if inside is not None:
+            if any(isinstance(each, Mapping) for each in inside) or _OVERRIDES & set(config):
+                return None
+            pending += [each for each in inside if each not in pending]
+        own = _of_task(config) if inside is None else _of_group(config)
+        if per_document and own is not None:
+            own = [each for each in own if each.partition(",")[0] not in _without_values(config)]
+        if own != [] or not per_document:
+            scores[name] = own
     return scores
 
 
@@ -78,6 +90,18 @@ def config_and_members(name: str, found: FoundTasks) -> tuple[Mapping[str, Any],
         return builtin_task(name)
     config = found.files[name].config
     return config, members(config) if "group" in config else None
+
+
+def _without_values(config: Mapping[str, Any]) -> set[str]:
+    """The metrics that a task or a group lists and that have no value per document, as far as its file shows it."""
+    listed = config.get("metric_list") or config.get("aggregate_metric_list") or []
+    found = set[str]()
+    for each in listed if isinstance(listed, list) else [listed]:
+        if isinstance(each, Mapping):
+            metric, aggregation = str(each.get("metric")), str(each.get("aggregation") or SUMMED[0])
+            if metric in AGGREGATED or not (aggregation in SUMMED or "." in aggregation):  # with a dot: a function
+                found.add(metric)
+    return found
 
 
 def _of_task(config: Mapping[str, Any]) -> list[str] | None:
@@ -110,14 +134,16 @@ def _names(listed: Any, key: str) -> list[str] | None:
     return found if len(found) == len(names) else None
 
 
-def _check(where: str, given: Iterable[str], known: Known, *, whole_tasks: bool = False) -> None:
+def _check(where: str, given: Iterable[str], known: Known, *, per_document: bool = False) -> None:
+    """Check names of known scores; with `per_document`, these have a value per document, and tasks may be named."""
+    what = "score with a value per document" if per_document else "score"
     for name in given:
         task = max((each for each in known if name.startswith(f"{each}/")), key=len, default=None)
         scores = () if task is None else known[task]
-        if (whole_tasks and name in known) or scores is None or name.removeprefix(f"{task}/") in scores:
+        if (per_document and name in known) or scores is None or name.removeprefix(f"{task}/") in scores:
             continue
         choices = [f"{each}/{score}" for each, found in known.items() for score in found or ()]
-        raise InputError(f"{where}: there is no score {name!r}{nearest(name, choices)}")
+        raise InputError(f"{where}: there is no {what} {name!r}{nearest(name, choices)}")
 
 
 def hub_results(

@@ -7,6 +7,7 @@ process asks: call a function, or return the value of a name. The answers are pi
 process compares by itself. So a program can choose its answers, as it should, but not the verdict.
 """
 
+import ast
 import base64
 import builtins
 import collections
@@ -167,8 +168,9 @@ class _Tests:
 
     def run(self, tests: str, names: list[str]) -> None:
         """Run the tests; raise the error of the first one that fails."""
-        code = compile(tests, "tests.py", "exec")
-        exec(code, {"__name__": "__main__", **{name: self._value(name) for name in _needed(code, names)}})
+        code, modules = compile(tests, "tests.py", "exec"), _modules(tests)
+        values = {name: self._value(name, modules) for name in _needed(code, names)}
+        exec(code, {"__name__": "__main__", **values})
 
     def ask(self, operation: str, /, *arguments: Any, **named: Any) -> Any:
         """Send a request to the program's process; return the value that it answers.
@@ -182,8 +184,8 @@ class _Tests:
             raise _exception(str(name))(str(words))
         return _END if kind == "end" else value
 
-    def _value(self, name: str) -> Any:
-        if name in sys.stdlib_module_names:  # a program imports it for the tests; the tests get the real one
+    def _value(self, name: str, modules: set[str]) -> Any:
+        if name in modules:  # a program imports it for the tests; the tests get the real one
             return importlib.import_module(name)
         return self.ask("name", name)
 
@@ -220,6 +222,18 @@ def _needed(code: types.CodeType, names: list[str]) -> set[str]:
         pending += [constant for constant in each.co_consts if isinstance(constant, types.CodeType)]
     used &= set(names)
     return {name for name in used if not hasattr(builtins, name)} or used
+
+
+def _modules(tests: str) -> set[str]:
+    """The names of standard modules that the tests use as modules are used: for their attributes alone.
+
+    A program's function may have such a name, too. The tests decide which it is, since a program could lie.
+    """
+    nodes = list(ast.walk(ast.parse(tests)))
+    owners = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    loads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    others = {node.id for node in loads if id(node) not in owners}
+    return set(sys.stdlib_module_names) - others
 
 
 def _exception(name: str) -> type[Exception]:

@@ -33,11 +33,11 @@ class Comparison:
 
     Attributes:
         key: `task/metric,filter`.
-        documents: how many documents both models were scored on.
+        documents: on how many documents both models have a value.
         delta: gain of the candidate.
         low, high: the 95 % interval of the gain, from a paired bootstrap.
         wins, losses: documents on which the candidate is better, and worse.
-        binary: whether every value is 0 or 1, in one task.
+        binary: whether every value is 0 or 1, in one task of which the metric skips the same documents for both models.
         p: two-sided, of the hypothesis that the models are equally good. McNemar's exact test if every value is 0 or 1,
             else a permutation test that swaps the two models' values (sign flips).
         draws: the resampled gains, sorted.
@@ -69,24 +69,27 @@ class Comparison:
         return float((1 + np.count_nonzero(~(self.draws > -tolerance))) / (1 + len(self.draws)))
 
     def p_superior(self, gain: float) -> float:
-        """One-sided p of the hypothesis that the candidate is better by at least `gain`, which is 0 or more.
+        """One-sided p of the hypothesis that the candidate is better by at least `gain`, or worse by at most `-gain`.
 
         For a `gain` of 0 it is half of the two-sided `p`, or 1 if the candidate is not worse; else as `p_inferior`.
         """
         if not gain:
             return self.p / 2 if self.delta < 0 else 1.0
-        if self.binary and gain < 1:
+        if self.binary and 0 < gain < 1:
             return tango(self.losses, self.wins, self.documents, gain)
+        if self.binary and -1 < gain < 0:
+            return 1 - self.p_inferior(-gain)
         return float((1 + np.count_nonzero(~(self.draws < gain))) / (1 + len(self.draws)))
 
-    def p_unseen(self, tolerance: float) -> float:
-        """The chance that a model which is worse by `tolerance` is not worse on any of these documents.
+    def p_unseen(self, difference: float) -> float:
+        """The chance that a model which is worse by `difference` is not worse on any of these documents.
 
-        It is for scores from 0 to 1 of two models that differ on few documents: the bootstrap sees only losses that a
-        document has. If more documents differ, or all values are 0 or 1, it is 0, and the other tests decide.
+        As likely is it that a model which is better by as much is not better on any. It is for scores from 0 to 1 of
+        two models that differ on few documents: the bootstrap sees only losses and gains that a document has. If more
+        documents differ, or all values are 0 or 1, it is 0, and the other tests decide.
         """
         few = not self.binary and self.wins + self.losses < FEW
-        return max(1 - tolerance, 0.0) ** self.documents if few else 0.0
+        return max(1 - difference, 0.0) ** self.documents if few else 0.0
 
 
 @functools.lru_cache(256)  # the gate, the tables and the reports ask for the same comparisons
@@ -118,11 +121,15 @@ def compare(
         [sum(sign * part.weight * _per_document(part, sums) for part, sums in of) for of in together]
     )
     binary = len(pairs) == 1 and all(
-        part.aggregation == "mean" and bool(np.isin(sums[:, [0, 2]], (0, 1)).all()) for part, sums in pairs
+        part.aggregation == "mean"
+        and bool(np.isin(sums[:, [0, 2]], (0, 1)).all())
+        and bool((sums[:, 1] == sums[:, 3]).all())
+        for part, sums in pairs
     )
+    documents = sum(int(np.any([_of_both(sums) for _, sums in of], axis=0).sum()) for of in together)
     wins, losses = int((better > 0).sum()), int((better < 0).sum())
     p = mcnemar(wins, losses) if binary else _permutation(together, abs(delta))
-    return Comparison(candidate.key, candidate.count, delta, low, high, wins, losses, binary, p, np.sort(draws))
+    return Comparison(candidate.key, documents, delta, low, high, wins, losses, binary, p, np.sort(draws))
 
 
 @functools.lru_cache(256)
@@ -251,7 +258,13 @@ def _interval(draws: Array) -> tuple[float, float]:
 def _per_document(part: Part, sums: Array) -> Array:
     """Candidate minus reference on each document: fp64, shape (documents,); 0 where a model has no value."""
     gain = part.aggregate(sums[:, :2]) - part.aggregate(sums[:, 2:])
-    return np.nan_to_num(np.where((sums[:, 1] > 0) & (sums[:, 3] > 0), gain, 0.0))
+    return np.nan_to_num(np.where(_of_both(sums), gain, 0.0))
+
+
+def _of_both(sums: Array) -> NDArray[np.bool_]:
+    """On which documents both models have a value: shape (documents,)."""
+    both: NDArray[np.bool_] = (sums[:, 1] > 0) & (sums[:, 3] > 0)
+    return both
 
 
 def _permutation(together: Sequence[Sequence[tuple[Part, Array]]], observed: float) -> float:

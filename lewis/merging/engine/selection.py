@@ -191,7 +191,7 @@ class Selector:
             share = (wanted - before_floor) / (up_to_top - before_floor)
             spread = min(8 / math.sqrt(up_to_top - before_floor), 0.25)
             low = floor + int((top - floor) * max(share - spread, 0))
-            high = floor + int((top - floor) * min(share + spread, 1))
+            high = min(floor + int((top - floor) * min(share + spread, 1)), top)  # rounding can lead beyond it
             before, inside, kept = kernels.scan_ties(*pair, np.uint32(score), np.uint64(low), np.uint64(high), found)
             if before >= wanted:
                 top, up_to_top = low - 1, before

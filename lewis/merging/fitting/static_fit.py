@@ -38,7 +38,13 @@ logger = logging.getLogger(__name__)
 _ROOM = 1 << 29  # bytes of memory in which layers are fitted side by side
 
 
-def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int | None = None) -> Fitted:
+def fit(
+    merge: Prepared,
+    folder: Path,
+    progress: Report = silent,
+    threads: int | None = None,
+    unchanged: Callable[[], None] = lambda: None,
+) -> Fitted:
     """Fit all tensors of a merge that can be fitted, block by block.
 
     Args:
@@ -46,6 +52,7 @@ def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int |
         folder: where the tensors are kept; the blocks that a killed process has finished there are not fitted again.
         progress: called with (fit, tensors done, tensors in all).
         threads: by default one per core; any number gives the same bytes.
+        unchanged: called before measured statistics are kept; raises LewisError if a model has changed meanwhile.
 
     Raises:
         InputError: if transformers cannot build the model, or nothing can be fitted.
@@ -60,7 +67,7 @@ def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int |
     sets = [expert.calibration for expert in merge.experts if expert.calibration is not None]
     statistics: list[Statistics] = []
     if any(each.samples for each in sets):
-        statistics += _measured(merge, sets, blocks, threads)
+        statistics += _measured(merge, sets, blocks, threads, unchanged)
     else:
         logger.info("there are no calibration rows: the fit goes by the directions in which the experts' weights moved")
         statistics += [NoRows(_inputs(network, blocks))] * len(merge.experts)
@@ -88,12 +95,16 @@ def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int |
 
 
 def _measured(
-    merge: Prepared, sets: Sequence[Calibration], blocks: Mapping[str, Group], threads: int | None
+    merge: Prepared,
+    sets: Sequence[Calibration],
+    blocks: Mapping[str, Group],
+    threads: int | None,
+    unchanged: Callable[[], None],
 ) -> list[Grams]:
     """Find or measure the statistics of each expert, and warn of projections that few tokens reached."""
+    find = partial(find_or_measure_grams, device=default_device(), threads=threads, unchanged=unchanged)
     statistics = [
-        Grams(find_or_measure_grams(expert.model, calibration, device=default_device(), threads=threads))
-        for expert, calibration in zip(merge.experts, sets, strict=True)
+        Grams(find(expert.model, calibration)) for expert, calibration in zip(merge.experts, sets, strict=True)
     ]
     names = dict.fromkeys(part.projection for each in blocks.values() for _, parts in each for part in parts)
     for expert, grams in zip(merge.experts, statistics, strict=True):

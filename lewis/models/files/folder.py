@@ -18,8 +18,9 @@ GGUF_TABLE = "gguf.json"  # in a folder that `gguf.as_folder` made: the table of
 GGUF_LINK = "model.gguf"  # in such a folder: a link to the GGUF file
 _DONATED = (  # tokenizer, chat template and generation_config
     *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json"),
+    *("special_tokens_map.json", "added_tokens.json", "tekken.json"),
 )
+_PROCESSORS = "*processor_config.json"  # how images, sound and video become a model's input
 _NEEDED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -115,3 +116,14 @@ def copy_tokenizer(donor: Path, folder: Path) -> None:
 def tokenizer_files(donor: Path) -> list[Path]:
     """The files of `donor` that `copy_tokenizer` copies, sorted."""
     return sorted({path for pattern in _DONATED for path in donor.glob(pattern) if path.is_file()})
+
+
+def copy_processors(base: Path, folder: Path) -> None:
+    """Copy the configs of the processors of images, sound and video of `base`, byte by byte."""
+    for path in processor_files(base):
+        shutil.copyfile(path, folder / path.name)
+
+
+def processor_files(base: Path) -> list[Path]:
+    """The files of `base` that `copy_processors` copies, sorted."""
+    return sorted(path for path in base.glob(_PROCESSORS) if path.is_file())

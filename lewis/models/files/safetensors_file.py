@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,7 @@ from lewis.models.dtypes import bits_dtype, bytes_of, name_of
 
 _LONGEST_NAME, _MOST_DIMENSIONS, _LARGEST_SIZE = 1000, 8, 1 << 40  # limits for a tensor of any model
 _PART = 1 << 18  # elements that are compared at a time
+_MOST_OPEN = 10240  # files; macOS allows no higher limit
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype as safetensors names it ("BF16"), shape
 
@@ -53,18 +55,21 @@ class TensorFile:
             rename: name in the file -> what the tensor is called here; by default the same.
 
         Raises:
-            InputError: if it is truncated, or no safetensors file, or two of its tensors get the same name.
+            InputError: if it cannot be opened, is truncated or no safetensors file, or two of its tensors get the same
+                name.
         """
         self.path = path
         check_regular(path)
         try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             with safe_open(path, framework="np") as checked:  # checks offsets, shapes and sizes
                 names = list(checked.keys())
-            self._file = path.open("rb")
-            length = int.from_bytes(self._file.read(8), "little")
-            header = json.loads(self._file.read(length))
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (SafetensorError, OSError, RecursionError, ValueError) as error:
+            length = int.from_bytes(self._map[:8], "little")
+            header = json.loads(self._map[8 : 8 + length])
+        except OSError as error:
+            raise InputError(f"{path}: cannot be opened: {error.strerror or error}") from error
+        except (SafetensorError, RecursionError, ValueError) as error:
             raise InputError(f"{path}: truncated, or no safetensors file ({error}); download it again") from error
         self.places: dict[str, Place] = {}
         for name in names:
@@ -84,7 +89,7 @@ class TensorFile:
         """
         place = self.places[name]
         try:
-            whole = os.fstat(self._file.fileno()).st_size >= place.stop
+            whole = self._map.size() >= place.stop
         except OSError as error:
             raise LewisError(f"{self.path}: cannot read {name!r}: {error.strerror}") from error
         if not whole:
@@ -105,6 +110,13 @@ class TensorFile:
         start = place.start - place.start % mmap.PAGESIZE
         if place.stop > start:
             self._map.madvise(advice, start, place.stop - start)
+
+
+def allow_many_open() -> None:
+    """Let this process have as many files open as the system allows it: a model takes one for each of its shards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < (most := min(hard, _MOST_OPEN)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def write_file(path: Path, tensors: Mapping[str, Sequence[torch.Tensor]], metadata: Mapping[str, str]) -> str:

@@ -17,19 +17,33 @@ from typing import Any
 from lewis.errors import InputError
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_NUMBERS = ("mlp_only_layers", "full_attn_idxs", "cross_attention_layers", "hybrid_layer_ids")  # lists of numbers
+_NUMBERS = (  # lists of numbers
+    *("mlp_only_layers", "full_attn_idxs", "cross_attention_layers", "hybrid_layer_ids"),
+    *("attn_layer_indices", "moe_layers"),
+)
+_NOT_FOLLOWED = ("moe_layers_enum", "full_attn_layers", "kda_layers")  # numbers as text or from 1, in `_NESTED`
+_NESTED = "linear_attn_config"
 _NO_LAYERS = ("architectures", "token_id", "token_ids", "bad_words_ids", "suppress_tokens")  # ends of other lists' keys
 _TEXTS = ("hybrid_override_pattern",)  # a letter for each layer
 _DERIVED = (  # transformers derives a list from these
     *("sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"),
     *("global_attn_every_n_layers", "no_rope_layer_interval"),
 )
+
+
+def _in_sparse_range(block: Mapping[str, Any], i: int) -> bool:
+    """Whether a layer of Ernie 4.5 lies between the first and the last that may be sparse; -1: up to the end."""
+    end = block.get("moe_layer_end_index", -1)
+    return block.get("moe_layer_start_index", 1) <= i and (end == -1 or i <= end)
+
+
 _RULES: dict[str, Callable[[Mapping[str, Any], int], bool]] = {  # key -> whether a layer is of the other kind
     "first_k_dense_replace": lambda block, i: i < block["first_k_dense_replace"],
     "num_dense_layers": lambda block, i: i < block["num_dense_layers"],
     "decoder_sparse_step": lambda block, i: (i + 1) % block["decoder_sparse_step"] == 0,
     "interleave_moe_layer_step": lambda block, i: (i + 1) % block["interleave_moe_layer_step"] == 0,
     "moe_layer_freq": lambda block, i: i % block["moe_layer_freq"] == 0,
+    "moe_layer_interval": lambda block, i: (i + 1) % block["moe_layer_interval"] == 0 and _in_sparse_range(block, i),
     "attn_layer_period": lambda block, i: i % block["attn_layer_period"] == block.get("attn_layer_offset", 0),
     "expert_layer_period": lambda block, i: i % block["expert_layer_period"] == block.get("expert_layer_offset", 0),
 }
@@ -69,7 +83,8 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
 
     Raises:
         InputError: if the config does not say how many layers there are, models that are merged into one layer have
-            layers of different kinds there, a rule would give the new numbers other kinds, or layers share by number.
+            layers of different kinds there, a rule would give the new numbers other kinds, layers share by number, or
+            a config gives kinds in a way that is not followed.
     """
     found: dict[str, Any] = json.loads(json.dumps(config))
     block = _block(found)
@@ -136,6 +151,9 @@ def _block(config: dict[str, Any]) -> dict[str, Any]:
 def _with_derived(origin: Origin) -> dict[str, Any]:
     """The part of a config about layers, with the per-layer lists that transformers derives from its other keys."""
     block = _block(dict(origin.config))
+    _check_followed(block, origin.home)
+    if isinstance(pattern := block.get("block_types"), list):  # of the first layers, and repeated
+        block = {**block, "block_types": (pattern * origin.layers)[: origin.layers]}
     alike = "sliding_window" if block.get("use_sliding_window") is False else ""
     rules = [key for key in _DERIVED if block.get(key) and key != alike]
     whole = "text_config" not in origin.config  # a block in a larger config leaves out default values
@@ -159,6 +177,17 @@ def _with_derived(origin: Origin) -> dict[str, Any]:
             "no list that could follow them; write layer_types into the config, or use models"
         )
     return {**block, **added}
+
+
+def _check_followed(block: Mapping[str, Any], home: Path) -> None:
+    """Raise InputError if a config says of which kind layers are by numbers that are not followed."""
+    given = [key for key in _NOT_FOLLOWED if block.get(key) or (block.get(_NESTED) or {}).get(key)]
+    given += [key for key in ("moe_layer_start_index",) if isinstance(block.get(key), list)]  # for text and for images
+    if given:
+        raise InputError(
+            f"{home / 'config.json'}: slices: {given[0]} says of which kind layers are by number, in a way that is not "
+            "followed; use models"
+        )
 
 
 def _is_list(key: str, value: Any, layers: int) -> bool:
@@ -198,12 +227,15 @@ def _keep_rule(
     block: dict[str, Any],
     own: Sequence[_Merged],
 ) -> None:
-    """Keep a rule if it holds for the new numbers, else raise InputError; a number of first layers is adjusted."""
+    """Keep a rule if it holds for the new numbers, else raise InputError; its first and last layers are adjusted."""
     values = [[_active(each.config.get(key)) and rule(each.config, each.layer) for each in layer] for layer in own]
     _check_alike(key, own, values)
     kinds = [of_layer[0] for of_layer in values]
     if key in ("first_k_dense_replace", "num_dense_layers"):
         block[key] = kinds.index(False) if False in kinds else len(kinds)
+    if key == "moe_layer_interval":
+        sparse = [number for number, kind in enumerate(kinds) if kind] or [len(kinds)]
+        block["moe_layer_start_index"], block["moe_layer_end_index"] = sparse[0], sparse[-1]
     for number, (kind, layer) in enumerate(zip(kinds, own, strict=True)):
         if rule(block, number) != kind:
             first = layer[0]

@@ -19,17 +19,20 @@ def _times_scales(values: np.ndarray, scales: np.ndarray, block: Sequence[int] |
 
     Args:
         values: fp32, shape (..., rows, columns).
-        scales: fp32: one number; one for each row, shape (rows,); or a grid, shape (..., grid rows, grid columns).
+        scales: fp32: one number; for a matrix, one for each row, shape (rows,); or a grid, shape (..., grid rows, grid
+            columns).
         block: rows and columns of a block, of which the last may be cut off; by default, or where the grid has another
             number of blocks, the rows and columns are divided evenly.
 
     Raises:
-        ValueError: if the grid does not divide the weight.
+        ValueError: if the grid does not divide the weight, or one number for each row is given for stacked experts.
     """
     if scales.size == 1:
         values *= scales.reshape(())
         return values
     if scales.ndim == 1:
+        if values.ndim != 2:
+            raise ValueError(f"scales of shape {list(scales.shape)} do not fit a weight of {list(values.shape)}")
         scales = scales[:, None]
     shape, grid = values.shape[-2:], scales.shape[-2:]
     if block is None or any(-(-size // step) != n for size, step, n in zip(shape, block, grid, strict=True)):

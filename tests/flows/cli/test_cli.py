@@ -11,14 +11,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pydantic
 import pytest
 import yaml
 
 from lewis import store
+from lewis.errors import InputError
 from lewis.models.checkpoint import Checkpoint
 from lewis.store import files
+from lewis_flows.cli import run
 from lewis_flows.cli.main import main
 from lewis_flows.cli.terminal import Terminal, output_is_full
 from tests.conftest import Family
@@ -37,6 +40,24 @@ finally:
     assert done.returncode == 0, done.stderr
     for command in ("run", "plan", "merge", "importance", "allocate", "export", "demo", "up"):
         assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "search"])
+def test_a_link_in_the_folder_of_recipes_is_a_recipe_with_the_name_of_the_link(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The run was one of the file that the link leads to: another recipe, whose turn and champion it took."""
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
+    (tmp_path / "base.yaml").write_text(
+        "{merge_method: ties, base_model: org/base, models: [{model: org/math}], evaluate: {tasks: [x]}, "
+        "search: {space: {parameters.lambda: [1, 2]}, metrics: ['x/acc,none']}}"
+    )
+    (tmp_path / "recipes" / "prod.yaml").symlink_to(tmp_path / "base.yaml")
+    flow = Mock(side_effect=InputError("no further"))
+    monkeypatch.setattr(run, "_run_flow", flow)
+    assert main([command, "prod"]) == 2
+    assert flow.call_args.args[1] == str(tmp_path / "recipes" / "prod.yaml")
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
@@ -475,7 +496,7 @@ def test_an_unknown_task_is_told_before_any_work(recipe: Path, home: Path, capsy
     "wrong, expected",
     [
         ("register.gate.metric=words/ac,none", "did you mean 'words/acc,none'"),
-        ("register.gate.tolerance={word: 0.1}", "register.gate.tolerance: there is no score 'word'"),
+        ("register.gate.tolerance={word: 0.1}", "there is no score with a value per document 'word'"),
         ("evaluate.weights={'words/acc': 1}", "did you mean 'words/acc,none'"),
         ("search={space: {seed: [1]}, metrics: [acc]}", "search.metrics: there is no score 'acc'"),
     ],

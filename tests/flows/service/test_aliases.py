@@ -45,6 +45,22 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def test_a_server_with_another_database_is_not_asked(home: Path, tmp_path: Path) -> None:
+    """A trial on a database of its own moved the champion of the service."""
+    with tracking.client("x") as client:
+        client.create_registered_model("tiny")
+        client.create_model_version("tiny", str(tmp_path), await_creation_for=0)
+        asked = Receiver()
+        own = {
+            "mlflow": f"http://127.0.0.1:{asked.server_port}",
+            note.database_of("mlflow"): str(tmp_path / "other.db"),
+        }
+        note.write(own)
+        set_alias(client, "tiny", "champion", "1")
+        asked.shutdown()
+        assert asked.got == [] and client.get_registered_model("tiny").aliases == {"champion": 1}
+
+
 def test_an_alias_is_set_through_the_server_of_the_store(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -62,7 +78,8 @@ def test_an_alias_is_set_through_the_server_of_the_store(
         server, url = mlflow_process(free_port(), f"sqlite:///{home}/mlflow/mlflow.db")
         server.start()
         try:
-            note.write({"mlflow": url, "mlflow_user": credentials.mlflow_user()})
+            served = {"mlflow": url, note.database_of("mlflow"): str(home / "mlflow" / "mlflow.db")}
+            note.write({**served, "mlflow_user": credentials.mlflow_user()})
             set_alias(client, "tiny", "champion", "1")
             assert receiver.aliases(1) == [("champion", "1")] and "no webhook" not in caplog.text
             # `lewis up` was killed: another process may answer there now, which must not get the password.
@@ -70,10 +87,10 @@ def test_an_alias_is_set_through_the_server_of_the_store(
             for writer in ("elsewhere-1", f"{store.writer().rpartition('-')[0]}-{1 << 22}", None):
                 store.write_json(home / "service.json", {**known, "writer": writer})
                 set_alias(client, "tiny", "champion", "2")
-            note.write({"mlflow": url, "mlflow_user": "somebody else"})
+            note.write({**served, "mlflow_user": "somebody else"})
             set_alias(client, "tiny", "previous", "3")
             assert "no webhook fires" in caplog.text
-            note.write({"mlflow": url, "mlflow_user": credentials.mlflow_user()})
+            note.write({**served, "mlflow_user": credentials.mlflow_user()})
             set_alias(client, "tiny", "champion", "3")
             assert receiver.aliases(2) == [("champion", "1"), ("champion", "3")]
             assert client.get_registered_model("tiny").aliases == {"champion": 3, "previous": 3}

@@ -130,6 +130,32 @@ def test_what_happened_is_on_the_page(
     assert name not in {sample.labels["recipe"] for sample in last}
 
 
+def test_a_score_that_was_replaced_is_on_the_next_page(
+    tmp_path: Path, empty_database: Path, family: Family, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one stayed: none before the verdict, or one on a part of the documents."""
+    make_home(tmp_path / "home", empty_database, monkeypatch)
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "scored.yaml").write_text("merge_method: ties\nregister: {name: model}\n")
+    version = registered(family.base, "a", {"org/math": "a" * 40}, "model")
+    (source,) = [each for each in page.default_sources() if each.name == "mlflow"]
+
+    def score() -> list[float]:
+        return [sample.value for of in source._read() if of.name == "lewis_champion_score" for sample in of.samples]
+
+    def log(value: float) -> None:
+        with tracking.client("a score") as mlflow:
+            mlflow.log_metric(version.run_id, "merged/acc", value)
+
+    promotion.promote(version, Verdict(True, (), "base", metric="acc"))
+    assert score() == []
+    log(0.5)
+    assert score() == [0.5]
+    log(0.75)
+    assert score() == [0.75]
+
+
 def test_only_new_tasks_are_asked_for_and_old_ones_forgotten() -> None:
     def step(number: int, end: datetime) -> tuple[UUID, Step]:
         return UUID(int=number), Step(None, "merge", "completed", end, 2)

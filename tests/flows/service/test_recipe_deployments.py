@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from uuid import UUID
 
 import pytest
@@ -19,11 +20,13 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Completed, Pending, Running, Scheduled, Suspended
 from prefect.utilities.callables import parameter_schema
 
+from lewis import input_files
 from lewis.errors import InputError, LewisError
 from lewis.registry import outbox
 from lewis.registry.outbox import Move
 from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.merge import load, merge_flow
+from lewis_flows.release_event import SETTLE
 from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments, recipes_page, webhook
 from lewis_flows.service.automations import SERVICE_TAG
@@ -88,6 +91,50 @@ def test_whatever_happens_to_a_recipe_counts(folder: Path, caplog: pytest.LogCap
     assert len(caplog.messages) == 1 and "local cannot run: ./model" in caplog.text
     (folder / "model").mkdir()  # no file of the folder's top has changed
     assert runnable(seen) == ["good", "local"]
+
+
+def test_a_recipe_counts_again_once_the_config_that_it_names_is_mended(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No file of the folder's top changed, so it stayed paused though `lewis status` found nothing wrong."""
+    seen, config = recipe_deployments.Folder(), folder / "eval" / "lm.yaml"
+    config.parent.mkdir()
+    config.write_text("tasks: [x]\nlimmit: 3\n")
+    (folder / "good.yaml").write_text(f"{GOOD[:-1]}, evaluate: eval/lm.yaml}}")
+    assert runnable(seen) == runnable(seen) == []
+    assert caplog.text.count("recipe good is left out") == 1
+    config.write_text("tasks: [x]\nlimit: 3\n")
+    assert runnable(seen) == ["good"]
+
+
+@pytest.mark.parametrize("wrong", ["two files", "large", "not readable"])
+def test_a_recipe_whose_file_cannot_be_read_is_paused(
+    folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """It lost its deployments, with the operator's pause and schedule, and was not paused once it could be read."""
+    follower, recipe = Follower(print), folder / "good.yaml"
+    recipe.write_text(SEARCH)
+    follower.follow()
+    names = "merge/good", "search/good"
+    made = [client.read_deployment_by_name(name).id for name in names]
+    with monkeypatch.context() as patch:
+        if wrong == "two files":
+            (folder / "good.yml").write_text(SEARCH)
+        elif wrong == "large":
+            recipe.write_text(f"{SEARCH}{'#' * 1_000_000}")
+        else:
+            patch.setattr(input_files, "open_regular", Mock(side_effect=PermissionError))
+            recipe.chmod(0)
+        follower.follow()
+    assert follower.runnable() == [] and [client.read_deployment_by_name(name).id for name in names] == made
+    found = client.read_deployment_by_name("merge/good")
+    assert found.paused and "cannot-run" in found.tags and "It cannot run" in (found.description or "")
+    (folder / "good.yml").unlink(missing_ok=True)
+    recipe.write_text(SEARCH)
+    recipe.chmod(0o600)
+    follower.follow()
+    assert follower.runnable() == ["good"] and not client.read_deployment_by_name("merge/good").paused
+    assert not [run for run in client.read_flow_runs() if run.deployment_id == made[0] and not run.auto_scheduled]
 
 
 @pytest.mark.parametrize("name", ["Good", "good-"])
@@ -361,6 +408,10 @@ def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectC
         client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", **given})
         for given in ({"overrides": []}, {"overrides": []}, {"overrides": ["seed=1"]}, {})  # the last: a Quick Run
     )
+    released, tonight = (  # a run of a release, and one that a person plans for later: a Custom Run
+        client.create_flow_run_from_deployment(deployment, state=Scheduled(scheduled_time=datetime.now(UTC) + ahead))
+        for ahead in (SETTLE, timedelta(hours=1))
+    )
     with pytest.raises(PrefectHTTPStatusError, match="'bogus' was unexpected"):
         client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", "bogus": 1})
     resuming, asks = Scheduled(name="Resuming"), ["awaits:models:/good/1"]
@@ -370,6 +421,7 @@ def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectC
     absorb(client.read_flow_run(begins.id))
     states = [client.read_flow_run(run.id).state_name for run in (begins, waits, other, quick, answered)]
     assert states == ["Scheduled", "Skipped", "Scheduled", "Skipped", "Resuming"]
+    assert [client.read_flow_run(run.id).state_name for run in (released, tonight)] == ["Skipped", "Scheduled"]
     assert "verdict:skipped" in client.read_flow_run(waits.id).tags
     planned = [run for run in client.read_flow_runs() if run.deployment_id == deployment and run.auto_scheduled]
     assert all(run.state_name == "Scheduled" and run.expected_start_time > datetime.now(UTC) for run in planned)

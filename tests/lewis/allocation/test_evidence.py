@@ -1,6 +1,7 @@
 """Metrics of task vectors and the global threshold, against what is written out on whole tensors."""
 
 import math
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lewis.allocation import evidence, global_threshold
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import network_of
 from lewis.models.checkpoint import Checkpoint
+from lewis.models.network.module_tree import Covered, Layer
 from tests.conftest import Family
 from tests.support.measuring import measure
 from tests.support.models import rewrite, write_llama
@@ -125,6 +127,22 @@ class TestThreshold:
         case = Case(family.base, rewrite(family.base, tmp_path / "same", lambda _, t: t))  # no delta: all scores 0
         found = case.shares(target=0.4, low=0.0, high=1.0)
         assert list(found.values()) == pytest.approx([0.4] * len(found), abs=1e-4)
+
+    def test_takes_a_few_bytes_for_each_bin_of_a_layer(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A mixture of experts with 18,624 layers took tens of gigabytes."""
+        generator = torch.Generator().manual_seed(0)
+        deltas = {f"{i}": torch.randn(16, 16, generator=generator) for i in range(100)}
+        covered = [Covered(name, (Layer(name, 0, "up", 256),), (None,), name) for name in deltas]
+        moments = {name: torch.ones(16) for name in deltas}
+        monkeypatch.setattr(global_threshold, "task_vector", lambda base, expert, tensor: deltas[tensor].clone())
+        tracemalloc.start()
+        try:
+            found = global_threshold.shares(case.base, case.expert, covered, moments, target=0.2, low=0.0, high=1.0)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert sum(share or 0 for share in found.values()) == pytest.approx(0.2 * 100)
+        assert peak < 4 * len(covered) * (1 << 16)
 
 
 def test_a_base_that_is_no_ancestor_is_told_with_numbers(family: Family, tmp_path: Path) -> None:

@@ -286,6 +286,80 @@ def test_an_unknown_metric_names_the_nearest_and_other_documents_are_an_error() 
         verdict(gate(), ours, model("base", maths=right(40, of=80)))
 
 
+def partly(label: str, values: list[int], documents: int) -> Scored:
+    """A model whose metric skips all documents but the first ones."""
+    one = model(label, maths=values)
+    names = tuple(map(str, range(documents)))
+    padded = (*map(float, values), *[None] * (documents - len(values)))
+    part = replace(one.samples[0].parts[0], documents=names, values=padded)
+    return replace(one, samples=(replace(one.samples[0], parts=(part,)),))
+
+
+def test_documents_that_a_metric_skips_do_not_narrow_the_margin() -> None:
+    rule = not_worse(tolerance=None)
+    few, many = (
+        verdict(rule, partly("m", right(18, 20), documents), partly("base", right(18, 20), documents)).reasons[0]
+        for documents in (20, 1000)
+    )
+    assert few == many and " by 0.1: " in few
+    look = Look(1000, {"maths": 5000}, 0.5, 0.5)
+    early = verdict(rule, partly("m", right(180, 200), 1000), partly("base", right(180, 200), 1000), look=look)
+    assert " by 0.02926: " in early.reasons[0]  # as for 1,000 documents: a fifth of 5,000
+
+
+def early_look(documents: int, *tasks: str) -> Look:
+    return Look(documents, dict.fromkeys(tasks, 1319), 0.0, 0.2)
+
+
+def test_a_gain_that_no_document_of_an_early_look_shows_may_still_come() -> None:
+    weights = {"maths": 1, "code": 1}
+    ours, base = (model(label, weights=weights, maths=right(16, 32), code=right(16, 32)) for label in ("m", "base"))
+    rule = gate("weighted/mean,none", min_gain=0.005, tolerance=0.1)
+    found = verdict(rule, ours, base, look=early_look(32, "maths", "code"))
+    assert not found.passed and not found.certain
+    clear = model("m", weights=weights, maths=right(2, 32), code=right(2, 32))
+    assert verdict(rule, clear, base, look=early_look(32, "maths", "code")).certain
+
+
+@pytest.mark.parametrize("tasks", [("maths",), ("maths", "code")])
+def test_an_equal_model_is_not_called_worse_at_an_early_look_where_no_loss_is_tolerated(tasks: tuple[str, ...]) -> None:
+    weights = dict.fromkeys(tasks, 1) if len(tasks) > 1 else None
+    values = dict.fromkeys(tasks, right(16, 32))
+    ours, base = (model(label, weights=weights, **values) for label in ("m", "base"))
+    rule = not_worse(metric="weighted/mean,none" if weights else KEY, tolerance=0.0)
+    assert not verdict(rule, ours, base, look=early_look(32, *tasks)).certain
+    lost = model("m", weights=weights, **dict.fromkeys(tasks, right(6, 32)))
+    assert verdict(rule, lost, base, look=early_look(32, *tasks)).certain
+
+
+def with_metric(one: Scored, metric: str, number: int) -> Scored:
+    """The model with another metric of `maths`."""
+    more = model("", maths=right(number))
+    return replace(
+        one,
+        scores=(*one.scores, replace(more.scores[0], metric=metric)),
+        samples=(*one.samples, replace(more.samples[0], metric=metric)),
+    )
+
+
+def test_each_metric_with_a_tolerance_of_its_own_is_judged() -> None:
+    ours, base = (with_metric(model(label, maths=right(50)), "f,none", n) for label, n in (("m", 20), ("base", 50)))
+    found = verdict(not_worse(tolerance={KEY: 0.2, "maths/f,none": 0.2}), ours, base)
+    [reason] = failed(found)
+    assert reason.startswith("maths/f,none must not be worse by 0.2: gain -0.3000") and found.reasons[0].startswith(KEY)
+    assert verdict(not_worse(tolerance={KEY: 0.2}), ours, base).passed
+
+
+@pytest.mark.parametrize("name", ["weighted", "weighted/mean,none"])
+def test_the_weighted_mean_may_have_a_tolerance_of_its_own(name: str) -> None:
+    weights = {"maths": 1, "code": 1}
+    base = model("base", weights=weights, maths=right(80), code=right(80))
+    ours = model("m", weights=weights, maths=right(70), code=right(70))
+    rule = not_worse(tolerance={name: 0.05, "maths": 0.5, "code": 0.5})
+    [reason] = failed(verdict(rule, ours, base))
+    assert reason.startswith("weighted/mean,none must not be worse by 0.05: gain -0.1000")
+
+
 @pytest.fixture
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """They decide nothing where answers are right or wrong, and take most of the time."""

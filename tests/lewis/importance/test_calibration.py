@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 
 from lewis.errors import InputError, LewisError
-from lewis.importance import chats
+from lewis.importance import calibration, chats
 from lewis.importance.calibration import Calibration, calibrate
 from lewis.importance.row_texts import Text
+from lewis.importance.step import CalibrationInput
 from lewis.recipe.schema import CalibrationSet
+from lewis.store.manifest import place_of
 from tests.conftest import Family, full
+from tests.support import pipeline
 from tests.support.local_hub import LocalHub
 from tests.support.models import edit_json, shard, write_tokenizer
 
@@ -269,6 +273,28 @@ class TestSamples:
         before = run(tmp_path / "t", texts=["b"]).samples
         write_tokenizer(tmp_path / "t", ["b", "a"])
         assert (before, run(tmp_path / "t", texts=["b"]).samples) == (((4,),), ((3,),))
+
+
+def test_chats_are_the_same_on_every_day() -> None:
+    """Templates of Llama 3 write the day's date: a recipe had other statistics, and other weights, on each."""
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    assert chats.written(template, {}, [turns]) == [("26 Jul 2024 w5 w6", ((14, 17),))]
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_rows_that_were_written_with_the_date_of_a_day_are_not_found(
+    family: Family, tmp_path: Path, dated: bool
+) -> None:
+    tokenizer = shard(family.base, tmp_path / "chatty", parts=1)
+    edit_json(tokenizer / "tokenizer_config.json", chat_template="{{ strftime_now('%Y') }}" if dated else "{{ 'w1' }}")
+    (tmp_path / "rows.jsonl").write_text('{"chat": []}\n')
+    base = pipeline.download(pipeline.pin(str(tokenizer), tmp_path))
+    spec = CalibrationSet(dataset="json", data_files="rows.jsonl", messages="chat")
+    parts = [calibration.SEMANTICS, [version("datasets"), version("transformers")], base.key]
+    rows = calibration.origin("sums", spec, tmp_path)
+    before = place_of([*parts, spec.model_dump(mode="json", exclude_unset=True), rows])
+    assert (CalibrationInput("sums", spec, tmp_path, base).place() != before) == dated
 
 
 class TestStore:

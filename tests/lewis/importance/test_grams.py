@@ -1,8 +1,10 @@
 """Second-order statistics against hooks of the test's own: fp64, one sample at a time, on real classes."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -14,12 +16,13 @@ from lewis.importance import grams as measuring
 from lewis.importance import step
 from lewis.importance.calibration import Calibration
 from lewis.importance.gram_files import Grams
-from lewis.importance.grams import bytes_of, measure_grams, measured_by
+from lewis.importance.grams import bytes_of, measure_grams, measured_by, memory_of
 from lewis.importance.measure import network_of
 from lewis.importance.step import CalibrationEntry, MeasureInput
 from lewis.methods.arithmetic import regression
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.checkpoint import Checkpoint
+from lewis.models.network.network_class import input_embeddings
 from lewis.models.source import ModelFiles
 from lewis.store import housekeeping
 from tests.conftest import Family
@@ -296,6 +299,24 @@ class TestStore:
         folder = step.find_or_measure_grams(model, CALIBRATION)
         size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         assert size / 2 < bytes_of(network_of(model), CALIBRATION.tokens) < 3 * size
+
+    def test_the_memory_is_known_before(self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It was forecast for one block, but the next one is measured while that is written."""
+        rows, live, sizes = Calibration("many", tuple((3 + i,) * 8 for i in range(50))), WeakSet[Any](), list[int]()
+
+        class Watched(measuring.Collected):
+            def add(self, parts: Sequence[torch.Tensor]) -> list[Callable[[], None]]:
+                jobs = super().add(parts)
+                live.add(self)
+                sizes.append(sum(4 * each._packed.numel() for each in live if each._packed is not None))
+                return jobs
+
+        monkeypatch.setattr(measuring, "Collected", Watched)
+        model = Checkpoint(family.math, "key")
+        measure_grams(model, rows, tmp_path)
+        network = network_of(model)
+        of_hidden_states = 8 * rows.tokens * input_embeddings(network.module).embedding_dim
+        assert max(sizes) <= memory_of(network, rows.tokens, 0) - of_hidden_states
 
 
 def test_activations_that_are_not_finite_are_told_with_their_layer(family: Family, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lewis.errors import InputError
 from lewis.evaluation.harness.builtin_tasks import builtin_task
 from lewis.evaluation.harness.task_metrics import check_names
-from lewis.inspection.draft import GENERAL, TOPICS, Topic, draft, topic_of
+from lewis.inspection.draft import GENERAL, TOPICS, Topic, _end, draft, topic_of
 from lewis.recipe.recipe import Recipe
 from lewis_flows.cli.main import main
 from tests.conftest import Family
@@ -79,6 +80,12 @@ def test_it_writes_a_recipe_that_fits(
     before, odd = file.read_bytes(), write_llama(tmp_path / "odd", hidden=32)
     assert main(["new", str(base), str(odd), "-o", str(file), "--force"]) == 2
     assert str(odd.name) in capsys.readouterr().err and file.read_bytes() == before
+
+
+@pytest.mark.parametrize(("stored", "expected"), [({"content": "<e>"}, "<e>"), ({}, ""), (None, ""), ("<e>", "<e>")])
+def test_an_end_token_without_a_text_is_none(stored: Any, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": stored}))
+    assert _end(tmp_path) == expected
 
 
 def test_the_commands_in_it_name_the_file_that_it_is(family: Family, tmp_path: Path) -> None:

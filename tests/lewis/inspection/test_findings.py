@@ -252,6 +252,20 @@ def test_without_a_base_a_second_copy_of_the_first_is_an_error(models: Path, hom
         lewis.merge(recipe, tmp_path / "merged")
 
 
+def test_without_a_base_the_same_files_as_the_first_stop_a_merge_of_three(
+    models: Path, home: Path, tmp_path: Path
+) -> None:
+    again = shutil.copytree(models / "math", tmp_path / "again")
+    experts = [{"model": str(each)} for each in (models / "math", again, models / "code")]
+    with pytest.raises(InputError, match=f"^error: {again}: expert twice: the same files as "):
+        lewis.merge(parse({"merge_method": "linear", "models": experts}), tmp_path / "merged")
+
+
+def test_one_expert_by_the_same_name_twice_is_found(models: Path) -> None:
+    base, math = (Described._at(name, name, models / name, models / name, {}) for name in ("base", "math"))
+    assert [each.kind for each in config_findings(base, [math, math])] == ["expert twice"]
+
+
 def test_copies_of_one_expert_far_from_the_base_are_an_error(models: Path, home: Path, tmp_path: Path) -> None:
     far = write_expert(models / "base", tmp_path / "far", seed=3, scale=0.04)
     again = shard(far, tmp_path / "again")

@@ -150,6 +150,12 @@ def plain(family: Family, method: str, experts: list[Path], own: list[Any], **pa
     return data if method == "linear" else data | {"base_model": str(family.base)}
 
 
+def test_a_gguf_file_is_not_exported_as_the_folder_that_was_made_for_it(tmp_path: Path) -> None:
+    (tmp_path / "gguf.json").write_text("{}")
+    with pytest.raises(InputError, match=r"org/math@v1: mergekit reads no GGUF file; use the model's safetensors"):
+        exported({}, experts=[source("org/math@v1", str(tmp_path), "sha256:" + "1" * 64)])
+
+
 def test_pruning_by_activation_cannot_be_written(family: Family) -> None:
     lewis = {"calibrations": {"sums": SETS["sums"]}, "prune_by": "activation"}
     recipe = parse(plain(family, "ties", family.experts, [{}, {}]) | {"lewis": lewis})

@@ -386,6 +386,26 @@ class TestRun:
         open_merge("ties", family.base, [family.code, donor], tokenizer_source=str(donor)).run(tmp_path / "out")
         assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 7
 
+    def test_processor_configs_come_from_the_base_and_change_the_digest(self, family: Family, tmp_path: Path) -> None:
+        base = shard(family.base, tmp_path / "base")
+        before = open_merge("linear", base, [family.math], parameters={"weight": 1}).digest
+        names = ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"]
+        for name in names:
+            (base / name).write_text(json.dumps({"of": name}))
+        merge = open_merge("linear", base, [family.math], parameters={"weight": 1})
+        assert merge.digest != before
+        merge.run(tmp_path / "out")
+        assert all((tmp_path / "out" / name).read_bytes() == (base / name).read_bytes() for name in names)
+
+    def test_code_of_the_base_that_is_not_copied_is_named(
+        self, family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        base = shard(family.base, tmp_path / "base")
+        edit_json(base / "config.json", auto_map={"AutoConfig": "theirs.C", "AutoModel": "org/repo--far.M"})
+        open_merge("linear", base, [family.math], parameters={"weight": 1}).run(tmp_path / "out")
+        (warning,) = [record.message for record in caplog.records if "auto_map" in record.message]
+        assert "theirs.py" in warning and "far" not in warning
+
     def test_gradients_run_over_the_layers(self, family: Family) -> None:
         merge = open_merge("task_arithmetic", family.base, [family.math], parameters={"weight": [0, 1]})
         for name in merge.layout:

@@ -292,6 +292,20 @@ KEPT: dict[str, tuple[list[int], dict[str, Any], dict[str, Any]]] = {
     "a rule that holds": ([0, 1, 4, 5], {"decoder_sparse_step": 2}, {"decoder_sparse_step": 2}),
     "other lists": ([0, 1], {"eos_token_id": [1] * 6}, {"eos_token_id": [1] * 6}),
     "one kind": ([3, 4], {"sliding_window": 4096, "use_sliding_window": False}, {"sliding_window": 4096}),
+    "numbers of attention layers": ([0, 1, 2, 1], {"attn_layer_indices": [1]}, {"attn_layer_indices": [1, 3]}),
+    "numbers of sparse layers": ([0, 1, 1], {"moe_layers": [1, 3, 5]}, {"moe_layers": [1, 2]}),
+    "all numbers": ([0, 5], {"moe_layers": [*range(6)]}, {"moe_layers": [0, 1]}),
+    "sparse between": (
+        [0, 1, 4, 4, 5],
+        {"moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 4},
+        {"moe_layer_start_index": 1, "moe_layer_end_index": 3},
+    ),
+    "sparse to the end": (
+        [0, 1, 5, 5],
+        {"moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_layer_end_index": -1},
+        {"moe_layer_start_index": 1, "moe_layer_end_index": 3},
+    ),
+    "a pattern": ([0, 2, 2, 3], {"block_types": list("rra")}, {"block_types": list("raar")}),
 }
 
 
@@ -313,6 +327,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dense after sparse": ({"first_k_dense_replace": 1, "other": {"first_k_dense_replace": 3}}, "different kinds"),
     "two kinds": ({"layer_types": list("ababab"), "other": {"layer_types": list("bababa")}}, "layer 0 of the result"),
     "no list": ({"layer_types": list("ababab"), "other": {"layer_types": None}}, "expected layer_types with 6 items"),
+    "a third sparse": ({"moe_layer_interval": 3, "moe_layer_start_index": 1}, "layer 2 would become layer 1"),
+    "sparse by modality": ({"moe_layer_interval": 1, "moe_layer_start_index": [1, 1]}, "moe_layer_start_index"),
+    "nested numbers": ({"linear_attn_config": {"full_attn_layers": [4], "kda_layers": [1]}}, "full_attn_layers"),
+    "numbers as text": ({"moe_layers_enum": "3,4,5"}, "moe_layers_enum"),
 }
 
 

@@ -1,8 +1,10 @@
 """Opening model folders: whole, sharded, tied; and refusing what is damaged, pickled, quantised or leads outside."""
 
+import gc
 import json
 import math
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lewis.errors import InputError, LewisError
 from lewis.models.checkpoint import Checkpoint, lacks_head
 from lewis.models.compatible import check_compatible
 from lewis.models.files.folder import INDEX
+from lewis.models.files.safetensors_file import TensorFile
 from lewis.models.model import TensorInfo
 from tests.conftest import Family
 from tests.support.models import edit_json, shard, write_llama, write_tensors
@@ -55,6 +58,13 @@ class TestReading:
             n: (i.dtype, i.shape) for n, i in sharded.tensors.items()
         }
         assert all(torch.equal(whole.read(name), sharded.read(name)) for name in whole.tensors)
+
+    def test_a_file_takes_one_descriptor(self, family: Family, tmp_path: Path) -> None:
+        folder = shard(family.base, tmp_path / "s")
+        gc.collect()  # closes files of other tests
+        before = len(os.listdir("/dev/fd"))
+        opened = Checkpoint(folder, "key")
+        assert opened.tensors and len(os.listdir("/dev/fd")) - before == 3  # shards
 
 
 class TestTying:
@@ -176,6 +186,16 @@ class TestDamaged:
     def test_an_index_with_a_file_that_is_no_name(self, family: Family, tmp_path: Path) -> None:
         edit_index(shard(family.base, tmp_path / "s"), 5)  # type: ignore[arg-type]
         refused(tmp_path / "s", "the shard 5 is missing")
+
+    def test_too_many_open_files_are_not_blamed_on_the_file(self, tmp_path: Path) -> None:
+        file, limits = write_tensors(tmp_path, W) / "model.safetensors", resource.getrlimit(resource.RLIMIT_NOFILE)
+        with file.open() as first_free:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (first_free.fileno(), limits[1]))
+        try:
+            with pytest.raises(InputError, match=r"model.safetensors: cannot be opened: Too many open files$"):
+                TensorFile(file)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
     def test_bytes_that_vanish_after_opening(self, tmp_path: Path) -> None:
         opened = Checkpoint(write_tensors(tmp_path, W), "key")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.models import gguf
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.gguf import as_folder
@@ -19,7 +20,7 @@ from lewis.models.hub import repository
 from lewis.store.verification import verify
 from tests.support import pipeline
 from tests.support.gguf_files import write_gguf
-from tests.support.models import bits, parse, write_expert, write_llama
+from tests.support.models import bits, open_merge, parse, write_expert, write_llama
 
 pytestmark = pytest.mark.usefixtures("home")
 HIDDEN = 64  # two heads of 16 for keys, four for queries; blocks of GGUF have 32 numbers
@@ -225,6 +226,21 @@ class TestRefused:
         names: Any = gguf._names
         monkeypatch.setattr(gguf, "_names", lambda *a: names(*a[:3], {**a[3], "blk.9.odd.weight": []}))
         self.refused(tmp_path / "m.gguf", "no place for the tensor 'blk.9.odd.weight'", "LlamaForCausalLM")
+
+    def test_an_adapter_on_it(self, base: Path, tmp_path: Path) -> None:
+        """The adapter's config named a revision that no Hub has."""
+        folder = as_folder("m", write_gguf(base, tmp_path / "m.gguf"))
+        with pytest.raises(
+            InputError, match=r"output.kind: the base .* is a GGUF file, .* use the model's safetensors"
+        ):
+            open_merge("task_arithmetic", folder, [base], output={"kind": "lora", "rank": 2})
+
+    def test_a_file_that_is_cut_short_while_it_is_open(self, base: Path, tmp_path: Path) -> None:
+        """The system killed the process by SIGBUS."""
+        opened = Checkpoint(as_folder("m", write_gguf(base, tmp_path / "m.gguf")), "key")
+        os.truncate(tmp_path / "m.gguf", 4096)
+        with pytest.raises(LewisError, match=r"model.gguf: cannot read 'output_norm.weight': the file was cut short"):
+            opened.read("model.norm.weight")
 
     def test_a_file_that_was_moved(self, base: Path, tmp_path: Path) -> None:
         folder = as_folder("m", write_gguf(base, tmp_path / "m.gguf"))

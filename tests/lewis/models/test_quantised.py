@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from lewis.models.dtypes import EIGHT_BIT_FLOATS, torch_dtype
 from lewis.models.files.safetensors_file import file_headers
 from lewis.models.lora.expert import LoraExpert
 from lewis.models.quantised.headers import dequantised
+from lewis.models.quantised.scaled import decode_scaled
 from lewis.models.quantised.stored import Stored
 from lewis.models.source import ModelFiles
 from tests.conftest import Family
@@ -324,6 +326,13 @@ def test_parts_that_do_not_fit_are_named_when_they_are_read(tmp_path: Path) -> N
     opened = Checkpoint(write_tensors(tmp_path, stored, quantization_config={"quant_method": "gptq"}), "key")
     with pytest.raises(InputError, match=r"the parts of the quantised tensor 'a.weight' do not fit together"):
         opened.read("a.weight")
+
+
+def test_a_scale_for_each_expert_is_not_taken_for_one_of_rows() -> None:
+    weight = Stored("F8_E4M3", (2, 4, 2), np.full(16, 0x38, np.uint8))
+    scale = Stored("F32", (2,), np.array([1, 10], np.float32).view(np.uint32))
+    with pytest.raises(ValueError, match=r"scales of shape \[2\] do not fit a weight of \[2, 4, 2\]"):
+        decode_scaled({"weight": weight, "scale": scale}, None, (2,))
 
 
 def test_a_dtype_in_words_is_that_of_the_config(family: Family, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import re
+import resource
 import shutil
 import weakref
 from collections.abc import Callable
@@ -109,6 +110,16 @@ class TestOpen:
         lora = download(pin(str(family.lora), files.folder, pin(str(family.base), files.folder)))
         adapter = lora.open()
         assert isinstance(adapter, LoraExpert) and adapter.base is base.open() and lora.open() is adapter
+
+    def test_as_many_files_may_be_open_as_the_system_allows(self, files: ModelFiles) -> None:
+        """Four models of 150 shards did not open."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+        try:
+            files.open()
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 10240), hard)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     @pytest.mark.slow
     def test_it_stays_open_as_long_as_one_of_its_references_or_users_exists(self, files: ModelFiles) -> None:

@@ -65,7 +65,7 @@ def test_what_is_allowed_is_read_as_it_is_written() -> None:
 
 @pytest.mark.parametrize("backend", ALLOWED)
 def test_the_readme_lists_the_arguments(backend: str) -> None:
-    table = README.partition("takes these, and nothing else:")[2]
+    table = README.partition("takes these arguments, and no others:")[2]
     [row] = re.findall(rf"^\| `{backend}` \|(.*)\|$", table, re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", row)) == ALLOWED[backend].keys()
 

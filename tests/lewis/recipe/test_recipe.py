@@ -81,6 +81,16 @@ class TestMergekitConfigs:
             {model: {path: org/b}}], parameters: {weight: 1}}"""
         assert [entry.model for entry in parse(text).models] == ["org/a@v1+org/l", "org/b"]
 
+    def test_a_base_that_is_written_as_a_mapping_is_known_among_the_models(self) -> None:
+        text = (
+            "{merge_method: linear, base_model: {path: b}, models: [{model: b}, {model: a}], parameters: {weight: 1}}"
+        )
+        assert [entry.model for entry in parse(text).experts] == ["b", "a"]
+        text = (
+            "{merge_method: ties, base_model: {path: b}, tokenizer_source: a, models: [{model: b}, {model: {path: a}}]}"
+        )
+        assert [entry.model for entry in parse(text).experts] == ["a"]
+
     def test_is_loaded_from_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "nightly.yaml").write_text(GUIDED)
         recipe = Recipe.load(tmp_path / "nightly.yaml")
@@ -125,6 +135,13 @@ class TestMistakes:
             ({"models": "org/math"}, "models: "),
             ({"models": [{"model": "org/base@abc"}]}, "models: only the base is listed; add an expert"),
             ({"models": [{"model": "a"}, {"model": "a"}]}, "models[1].model: 'a' is listed twice"),
+            ({"models": [{"model": "a"}, {"model": {"path": "a"}}]}, "models[1].model: 'a' is listed twice"),
+            ({"models": [{"model": {"path": "a", "lora": "b"}}]}, "models[0].model: expected {model, lora} or {path, "),
+            ({"models": [{"model": {"model": "a", "revision": "v1"}}]}, "models[0].model: expected {model, lora} or "),
+            ({"models": [{"model": {"path": "a", "revision": 1.1}}]}, "models[0].model: revision: expected a text"),
+            ({"models": [{"model": {"path": "a", "revision": 0}}]}, "models[0].model: revision: expected a text"),
+            ({"models": [{"model": {"model": {"path": 7}}}]}, "models[0].model: path: expected a text (a number in "),
+            ({"models": [{"model": {"model": None, "lora": "a"}}]}, "models[0].model: model: expected a text"),
             ({"models": [{"parameters": {}}]}, "models[0].model: missing; it is required"),
             ({"models": [{"model": 5}]}, "models[0].model: "),
             (
@@ -220,6 +237,13 @@ class TestMistakes:
             ({"evaluate": {"tasks": []}}, "evaluate.tasks: list should have at least 1 item"),
             ({"evaluate": {"tasks": ["x"], "batch_size": 0}}, "evaluate.batch_size: "),
             ({"evaluate": {"tasks": ["x"], "baselines": ["bases"]}}, "evaluate.baselines[0]: expected 'base'"),
+            (
+                {
+                    "evaluate": {"tasks": ["x"]},
+                    "register": {"name": "x", "gate": {"metric": "x/acc,none", "approve_hours": 1e8}},
+                },
+                "register.gate.approve_hours: input should be less than or equal to 876000",
+            ),
         ],
     )
     def test_each_names_its_place_and_what_was_expected(self, change: dict[str, Any], expected: str) -> None:

@@ -61,6 +61,13 @@ def test_no_card_and_no_file_of_the_model_names_the_targets() -> None:
             "[{kind: kserve, namespace: m, services: [a, b], uri: 'pvc://x', prometheus: 'http://p'}]",
             "one with {served_as}",
         ),
+        *(
+            (
+                f"[{{kind: kserve, namespace: m, services: a, uri: 's3://{{version}}/{name}', prometheus: 'http://p'}}]",
+                f"serve[0].uri: expected a URI that a version always has, got {name}",
+            )
+            for name in ("{output}", "{previous}")  # what the services have would never count as the version
+        ),
         (
             "[{kind: kserve, namespace: M, services: [a, b], uri: 'pvc://x/{path}', prometheus: 'http://p'}]",
             "namespace: s",

@@ -91,6 +91,23 @@ def test_an_approval_that_died_after_the_move_is_finished(
     assert not promotion.is_waiting("tiny", "2") and told() == ["promoted 1", "waits 2", "approved 2"]
 
 
+def test_the_champion_cannot_be_refused(home: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version in use was tagged as withdrawn, and after the next one nothing could be rolled back to it."""
+    asked(registered(family.base, "a", {}, "tiny", None), "base")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(history, "follow", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        promotion.approve("tiny", "1", "support has read it")
+    with pytest.raises(InputError, match="models:/tiny/1 is the champion: take it back"):
+        promotion.refuse("tiny", "1", "it is rude")
+    assert promotion.withdrawn("tiny", "a" * 64) is None and told() == ["waits 1", "approved 1"]
+
+
+def test_a_version_that_is_promoted_by_hand_no_longer_waits(home: Path, family: Family) -> None:
+    asked(registered(family.base, "a", {}, "tiny", None), "base")
+    promotion.promote_by_hand("tiny", "1", "in a hurry")
+    assert not promotion.is_waiting("tiny", "1") and releases.merged("tiny")[0].verdict == "passed"
+
+
 def test_a_promotion_that_died_leaves_no_verdict(
     home: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,9 +209,8 @@ def test_a_branch_follows_the_champion_also_back_and_main_stays(hub: LocalHub, t
     first, second = merged(tmp_path), merged(tmp_path, "b", **{"model.safetensors": "others " * 100})
     publishing.publish(first, "org/new", True, "version 1")
     publishing.publish(second, "org/new", True, "version 2")
-    moved = [
-        publishing.publish(each, "org/new", True, "v", "champion", "# Card") for each in (first, first, second, first)
-    ]
+    kept = {"README.md": b"# Card"}
+    moved = [publishing.publish(each, "org/new", True, "v", "champion", kept) for each in (first, first, second, first)]
     assert [each.new for each in moved] == [True, False, True, True]
     held = hub.repos["model", "org/new"]
     there = {name: blob.path.read_bytes() for name, blob in held.commits[held.branches["champion"]].items()}

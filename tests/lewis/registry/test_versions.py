@@ -378,6 +378,14 @@ def test_a_team_has_an_experiment_of_its_own(entry: Registration) -> None:
     assert client_.get_model_version("ops.tiny", "1").tags["lewis.team"] == "ops"
 
 
+def test_versions_that_another_team_registered_have_their_scores(entry: Registration, tiny_model: Path) -> None:
+    for digit, team in ("a", ""), ("b", "ops"):
+        own = {"digest": digit * 64, "folder": merged(tiny_model, digit * 64), "metrics": scores(digit)}
+        version = creation.register(replace(entry, name="ops.tiny", team=team, **own))
+        promotion.promote(version, replace(FAILED, metric="addition/acc,none"))
+    assert history.scores("ops.tiny") == {1: 0.9, 2: 0.8}
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "all"])
 def test_a_version_that_lost_its_files_is_registered_anew(entry: Registration, home: Path, damage: str) -> None:
     creation.register(entry)
@@ -549,6 +557,29 @@ def test_names_that_mlflow_refuses_are_cleaned(entry: Registration) -> None:
     made = creation.register(replace(entry, name="org/smol-1.7b:it's"))
     assert made.uri == "models:/org_smol-1.7b_it_s/1"
     assert registered("org_smol-1.7b_it_s") == replace(made, created=False)
+
+
+@pytest.mark.parametrize("label", ["./merged", "../math/final", "../../final", "/merged", "math//final"])
+def test_scores_of_a_folder_have_names_of_their_own(label: str, entry: Registration) -> None:
+    """MLflow refused `../math/final/gsm8k/acc`, and the scores of the folder `./merged` were taken for the merge's."""
+    new = replace(entry, metrics={f"{label}/addition/acc,none": 0.95, "merged/addition/acc,none": 0.9})
+    version = creation.register(replace(new, params={f"mean_density/{label}": "0.5"}))
+    run = client().get_run(version.run_id).data
+    assert run.metrics.pop("merged/addition/acc") == 0.9 and list(run.metrics.values()) == [0.95]
+    assert list(run.params.values()) == ["0.5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("gsm8k/exact_match,strict-match", "gsm8k/exact_match/strict-match"),
+        ("merged/arc/acc,none", "merged/arc/acc"),
+        ("org/math@v1/arc/acc,none", "org/math_v1/arc/acc"),
+        ("mean_density/experts/.math", "mean_density/experts/.math"),
+    ],
+)
+def test_ordinary_names_are_stored_as_they_are(name: str, stored: str) -> None:
+    assert tracking.key(name) == stored
 
 
 def test_the_gate_moves_the_aliases(entry: Registration, tiny_model: Path) -> None:
@@ -731,10 +762,24 @@ def test_the_luck_of_an_early_verdict_is_less_once_all_documents_are_scored(
     entry: Registration, tiny_model: Path
 ) -> None:
     new = replace(entry, digest="a" * 64, folder=merged(tiny_model, "a" * 64))
-    version = creation.register(replace(new, tags={**entry.tags, tracking.PART: "32 of 128"}))
+    data = [replace(each, part="32 of 128") for each in entry.datasets]
+    version = creation.register(replace(new, datasets=data, tags={**entry.tags, tracking.PART: "32 of 128"}))
     promotion.promote(version, replace(PASSED, metric="addition/acc,none", luck=0.02))
     creation.register(new)
     assert tags_of("1")[history.LUCK] == "0.01" and tracking.PART not in tags_of("1")
+
+
+@pytest.mark.parametrize(("part", "luck"), [("32 of 128", "0.01"), ("", "0.02")])
+def test_the_luck_is_scaled_by_the_documents_of_the_gates_own_task(
+    part: str, luck: str, entry: Registration, tiny_model: Path
+) -> None:
+    """It was scaled by the documents of the largest task."""
+    data = [replace(entry.datasets[0], part=part), RunInput("long", "e" * 32, "evaluation", "lm-eval", {}, "32 of 800")]
+    new = replace(entry, digest="a" * 64, folder=merged(tiny_model, "a" * 64), datasets=data)
+    version = creation.register(replace(new, tags={**entry.tags, tracking.PART: "32 of 800"}))
+    promotion.promote(version, replace(PASSED, metric="addition/acc,none", luck=0.02))
+    creation.register(replace(new, datasets=[replace(each, digest="f" * 32, part="") for each in data]))
+    assert tags_of("1")[history.LUCK] == luck and tracking.PART not in tags_of("1")
 
 
 def test_the_plot_has_the_versions_of_the_documents_that_the_champion_was_scored_on(
@@ -941,6 +986,20 @@ def test_the_mark_stays_and_versions_are_counted_until_one_is_better(entry: Regi
     assert promotion.standing("tiny", "e" * 64) == Standing(Incumbent(second.uri, "b" * 64), 1)
     promotion.promote_by_hand("tiny", "5", "it is politer")  # which a gate has passed, and not found better than 1
     assert promotion.standing("tiny", "e" * 64) == Standing(Incumbent("models:/tiny/5", "c" * 64), 1)
+
+
+def test_a_rollback_to_the_mark_goes_on_with_its_count(entry: Registration, tiny_model: Path) -> None:
+    """The next version might spend the error of a first one again."""
+
+    def register(digit: str) -> Version:
+        return creation.register(replace(entry, digest=digit * 64, folder=merged(tiny_model, digit * 64)))
+
+    first, second, third = map(register, "abc")
+    promotion.promote(first, PASSED)
+    promotion.promote(second, FAILED)
+    promotion.promote(third, replace(PASSED, compared_with=first.uri, mark=first.uri))
+    promotion.rollback("tiny", "it was rude")
+    assert promotion.standing("tiny", "d" * 64) == Standing(Incumbent(first.uri, DIGEST), 3)
 
 
 def test_what_was_rolled_back_stays_out_when_it_is_registered_anew(entry: Registration, tiny_model: Path) -> None:

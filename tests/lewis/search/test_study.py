@@ -149,6 +149,21 @@ class TestLog:
         more = Log(parse(**{"  space:": "  trials: 50\n  space:"}), [ACC], INPUTS, "t")
         assert len(more.trials) == 3
 
+    def test_the_recipes_own_values_are_tried_even_if_the_first_trial_died_before_it_had_them(
+        self, recipe: Recipe
+    ) -> None:
+        own = Log(recipe, [ACC], {**INPUTS, "org/a": "9"}, "t").ask().values
+        Log(recipe, [ACC], INPUTS, "t")._study.ask()  # a trial that has begun, and no values yet
+        assert Log(recipe, [ACC], INPUTS, "t").ask().values == own
+
+    @pytest.mark.parametrize("objectives", [[ACC], [ACC, LOSS]])
+    def test_a_search_with_the_largest_seed_can_go_on(self, home: Path, objectives: list[Objective]) -> None:
+        recipe = parse(**{"  space:": f"  seed: {2**32 - 1}\n  space:"})
+        for number in range(2):
+            log = Log(recipe, objectives, INPUTS, "t")
+            log.done(log.ask(), [0.5] * len(objectives))
+            assert len(log.trials) == number + 1
+
     def test_two_searches_that_are_alike_do_not_share_their_log(self, recipe: Recipe) -> None:
         """The second took the trials of the first for cut off."""
         with ExitStack() as held:

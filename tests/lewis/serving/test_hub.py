@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import hf_hub_download
 
 from lewis.recipe.schema import Publish
-from lewis.registry import promotion, versions
+from lewis.registry import promotion, tracking, versions
 from lewis.serving import service
 from lewis.serving.hub import HubTarget
 from lewis.serving.records import served
@@ -46,3 +46,20 @@ def test_a_rollback_reaches_who_pins_the_champion(hub: LocalHub, family: Family,
     assert serve() and pinned() == (family.base / "model.safetensors").read_bytes()
     (record,) = served("tiny")
     assert record.uri == "models:/tiny/1" and record.alias.startswith("org/served@champion (")
+
+
+def test_the_branch_has_the_picture_of_the_version_that_it_has(hub: LocalHub, family: Family, tmp_path: Path) -> None:
+    """The picture of the first version that was published stayed."""
+    target, held = HubTarget(publish=Publish(repo="org/served")), list[bytes | None]()
+    for digit, content in (("a", b"first"), ("b", b"second"), ("c", None)):
+        champion = crowned(family.base, digit)
+        if content:
+            picture = tmp_path / "density.png"
+            picture.write_bytes(content)
+            with tracking.client("adding a picture") as client:
+                client.log_artifact(champion.version.run_id, str(picture))
+        service.serve(target, champion)
+        repo = hub.repos["model", "org/served"]
+        found = repo.commits[repo.branches["champion"]].get("density.png")
+        held.append(found.path.read_bytes() if found else None)
+    assert held == [b"first", b"second", None]

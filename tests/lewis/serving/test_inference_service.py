@@ -1,5 +1,6 @@
 """Traffic moves between the revisions of an InferenceService by its canary percent."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,20 @@ def test_a_process_that_died_is_taken_up_where_it_was(place: Place[Knative]) -> 
     again = serve(place, second, record)
     assert len(cluster.revisions) == made and len(place.asked) == asked, "killed before it was recorded: nothing moves"
     assert again.alias == second.alias and inference_service.holds(place.target, again)
+
+
+def test_a_revision_that_was_still_starting_when_its_process_died_is_waited_for(place: Place[Knative]) -> None:
+    """The next attempt waited for another revision, which never came."""
+    cluster = place.cluster
+    record = serve(place, full(1), FIRST)
+    cluster.starts = 0.7
+    impatient = place.target.model_copy(update={"start_minutes": 0.001})
+    with pytest.raises(LewisError, match="did not become ready with a new revision"):
+        inference_service.offer(impatient, full(2), record)
+    while len(cluster.revisions) < 3:
+        time.sleep(0.01)
+    inference_service.offer(place.target, full(2), record)
+    assert list(cluster.revisions.values()) == ["hf://org/base", uri(full(1)), uri(full(2))]
 
 
 def test_a_version_that_is_worse_loses_its_traffic(place: Place[Knative], family: Family) -> None:

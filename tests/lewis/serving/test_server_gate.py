@@ -107,6 +107,15 @@ def test_a_chat_is_asked_as_a_chat_so_that_the_servers_own_template_answers(home
             assert server_gate.check(f"{sink.url}/v1", "m", kept, Check(documents=1)).passed is passes
 
 
+def test_an_answer_that_goes_on_where_the_scored_one_ended_is_another(home: Path) -> None:
+    """It counted as the same, so a server that does not stop passed."""
+    asked = {"prompt": "6 * 7?", "until": [], "tokens": 9}
+    with HttpSink(lambda _: {"choices": [{"text": "42 and on", "finish_reason": "length"}]}) as sink:
+        for scored, share in (("42", 2 / 9), ("", 0), ("42 and on and on", 1)):
+            kept = {"t": [{**asked, "answer": scored}]}
+            assert server_gate.check(f"{sink.url}/v1", "m", kept, Check(documents=1)).share == pytest.approx(share)
+
+
 def test_a_server_without_likelihoods_cannot_be_checked(home: Path) -> None:
     asked = {"prompt": "a", "choices": [" b"], "likelihoods": [-1.0], "answer": "b", "until": [], "tokens": 1}
     sink = HttpSink(lambda _: {"choices": [{"text": "a b"}]})

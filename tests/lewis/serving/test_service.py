@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.serve import CommandTarget, WebhookTarget
 from lewis.registry import tracking
+from lewis.registry.versions import Champion
 from lewis.serving import command, records, service
 from lewis.serving.records import Served, served
 from lewis.store.kinds import SERVED
@@ -150,6 +152,62 @@ def test_files_are_verified_before_they_are_served_and_kept_while_they_are(
     assert kept == ["a-team.tiny-3-cccccccc", "a-team.tiny-4-dddddddd"]
     service.tidy("a team.tiny", [])
     assert served() == [] and SERVED.entries() == []
+
+
+def test_recipes_of_a_group_leave_each_others_records_and_files_alone(
+    home: Path, family: Family, program: Callable[..., CommandTarget]
+) -> None:
+    """They removed each other's without end, and a new version got all requests without a canary."""
+    targets = {owner: program("", name=f"at-{owner}") for owner in ("one", "two")}
+
+    def serve(owner: str, champion: Champion) -> Served:
+        record, new = service.serve(targets[owner], champion, owner=owner)
+        service.tidy("tiny", [targets[owner]], owner)
+        assert new and not service.is_due(targets[owner], champion, owner)
+        return record
+
+    first = crowned(family.base, "a")
+    assert [serve(owner, first).previous for owner in targets] == ["", ""]
+    assert not service.is_due(targets["one"], first, "one"), "the other recipe has removed its record"
+    second = crowned(family.base, "b")
+    assert serve("one", second).previous == first.version.uri
+    assert len(SERVED.entries()) == 2, "the other target has the version before"
+    assert serve("two", second).previous == first.version.uri
+    service.tidy("tiny", [], "one")
+    assert [each.recipe for each in served("tiny")] == ["two"]
+
+
+def test_targets_of_one_name_in_a_group_are_one_only_if_they_are_the_same(
+    home: Path, family: Family, program: Callable[..., CommandTarget]
+) -> None:
+    champion, here, there = crowned(family.base, "a"), program("", "here"), program("", "there")
+    assert service.serve(here, champion, owner="one")[1] and service.serve(there, champion, owner="two")[1]
+    assert not service.is_due(here, champion, "one") and not service.is_due(there, champion, "two")
+    assert not service.is_due(here, champion, "three") and not service.serve(here, champion, owner="three")[1]
+    assert sorted(each.recipe for each in served("tiny")) == ["one", "two"]
+
+
+def test_a_record_that_was_written_before_its_recipe_had_a_group_goes_on(
+    home: Path, family: Family, program: Callable[..., CommandTarget]
+) -> None:
+    first, target = crowned(family.base, "a"), program("")
+    before, _ = service.serve(target, first)
+    with tracking.client("writing as earlier versions did") as client:
+        content = {key: value for key, value in asdict(before).items() if key != "recipe"}
+        client.set_registered_model_tag("tiny", "lewis.served.command", json.dumps(content))
+    assert not service.is_due(target, first, "one")
+    assert service.serve(target, first, owner="one") == (replace(before, recipe="one"), False)
+    assert served("tiny") == [replace(before, recipe="one")]
+    assert service.serve(target, crowned(family.base, "b"), owner="one")[0].previous == first.version.uri
+
+
+def test_a_machine_that_serves_nothing_leaves_the_record_of_one_that_does(home: Path, family: Family) -> None:
+    version = crowned(family.base, "a").version
+    record = Served("tiny", "local", "local").took(version.uri, "a" * 64, "tiny-1-aaaaaaaa", "")
+    with tracking.client("writing") as client:
+        records.write(client, record)
+    service.tidy("tiny", [])
+    assert served("tiny") == [record]
 
 
 def test_models_whose_names_have_no_letters_of_english_keep_their_files_apart(

@@ -178,6 +178,14 @@ class TestLocal:
             {"name": "download base", "state": "cached"},
         )
 
+    def test_a_merge_that_does_not_fit_on_the_disk_is_counted_once(
+        self, family: Family, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in {"QUOTA": "1KB", "STORE": f"file://{tmp_path}/remote", "STORE_MERGED": "1"}.items():
+            monkeypatch.setenv(f"LEWIS_{name}", value)
+        plan = make_plan(recipe_of(family.base, family.math, dtype="bfloat16"))
+        assert plan.seconds is None and plan.disk == plan.to_push == 2 * plan.parameters
+
     def test_what_configs_tell_of_models_that_do_not_belong_together(self, family: Family, tmp_path: Path) -> None:
         odd = shutil.copytree(family.code, tmp_path / "odd")
         (odd / "chat_template.jinja").write_text("{{ messages }}")

@@ -1,5 +1,7 @@
 """The remote half of the store: entries arrive whole or not at all, and a lease has one holder."""
 
+import errno
+import io
 import multiprocessing
 import os
 import signal
@@ -179,6 +181,32 @@ def test_one_that_does_not_answer_stops_nothing_and_is_not_asked_at_once(
     assert len(asked) == 1 and "the run goes on without" in caplog.text and "secret" not in caplog.text
 
 
+def test_an_entry_that_the_quota_has_no_room_for_is_not_fetched(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    grams("x" * 100_000)
+    machines.use("two")
+    monkeypatch.setenv("LEWIS_QUOTA", "50KB")
+    assert store.read_manifest(kinds.GRAMS.path("9a")) is None
+    assert "100.0 KB to fetch, 50.0 KB free in" in caplog.text
+
+
+def test_a_noted_merged_model_is_not_sent_while_merged_models_are_not_shared(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEWIS_STORE_MERGED", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_push", lambda kind, path: False)
+        with store.publish(kinds.MERGED.path("7d"), {"digest": "d"}) as scratch:
+            (scratch / "model.safetensors").write_text("weights")
+    [note] = (machines.root / "one" / "unpushed").iterdir()
+    os.utime(note, (1, 1))
+    for shared in ("0", "1"):
+        monkeypatch.setenv("LEWIS_STORE_MERGED", shared)
+        store.write_entry(kinds.SCORES.path(shared), {"results": {"a": 1}})
+        assert (machines.remote / "merged" / "7d").exists() == (shared == "1")
+
+
 def test_merged_models_are_a_choice_and_checksums_stay_at_home(
     machines: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -249,6 +277,30 @@ def test_whoever_made_the_object_has_the_lease(machines: Machines, monkeypatch: 
     mine = Lease("x")
     assert mine._try() == lost
     mine.release()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no such bucket"), OSError(errno.ENOSPC, "no space left")])
+def test_a_lease_that_cannot_be_created_is_not_waited_for(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: OSError
+) -> None:
+    def create(system: Any, place: str, data: bytes) -> None:
+        raise error
+
+    monkeypatch.setattr(remote, "create", create)
+    with Lease("x").acquire(timeout=0):
+        assert "no lease of x, the work goes on without" in caplog.text
+
+
+def test_a_write_that_fails_on_a_disk_leaves_no_object(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    system, root = remote.opened()
+    monkeypatch.setattr(remote, "open", Full, raising=False)
+    with pytest.raises(OSError, match="no space left"):
+        remote.create(system, f"{root}/leases/x/1", b"first")
+    assert not system.exists(f"{root}/leases/x/1")
 
 
 def test_numbers_never_go_back_so_that_a_slow_taker_sees_it_came_too_late(

@@ -7,6 +7,7 @@ was seen. The Hub is not asked: polls do that.
 import os
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import NamedTuple
 
 from prefect.client.orchestration import get_client
@@ -32,71 +33,60 @@ class Release(NamedTuple):
     time: datetime
 
 
-class Registry:
-    """The metrics of one registry; the score of each version is asked for only once."""
+def read() -> Iterator[Metric]:
+    """Ask the registry about each recipe that registers a model, and yield its metrics.
 
-    def __init__(self) -> None:
-        self._scores = dict[tuple[str, str], tuple[str, float] | None]()
-
-    def read(self) -> Iterator[Metric]:
-        """Ask the registry about each recipe that registers a model, and yield its metrics.
-
-        Raises:
-            LewisError: if MLflow does not answer.
-        """
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if uri.startswith("http") and not answers(f"{uri.rstrip('/')}/health"):  # MLflow's client retries for minutes
-            raise LewisError("MLflow does not answer")
-        seen = _announced()
-        version, waiting, took = (dict[tuple[str, ...], float]() for _ in range(3))
-        served, failed, since, share = (dict[tuple[str, ...], float]() for _ in range(4))
-        here = slots.now()
-        scores = {"champion": dict[tuple[str, ...], float](), "newest version": dict[tuple[str, ...], float]()}
-        for recipe in recipes_folder.names():
-            if not (model := recipes_folder.registered_name(recipe)):
-                continue
-            held = releases.merged(model) if tracking.exists() else []  # else it would create the database
-            champion = releases.champion(held)
-            for record in records.served(model) if held else ():
-                at = recipe, model, record.target
-                served[at] = float(record.uri.rpartition("/")[2] or 0)
-                failed[at] = float(record.failure is not None)
-                if record.uri:
-                    since[at] = datetime.fromisoformat(record.since).timestamp()
-                if record.kind == "local":
-                    share[at] = (here.share(record.alias) if here else 0) / 100
-            waiting[recipe, model] = float(releases.waiting(held) is not None)
-            for which, each in {"champion": champion, "newest version": held[0] if held else None}.items():
-                if each and (score := self._score(model, each.version)):
-                    scores[which][recipe, model, score[0]] = score[1]
-            if champion is not None:
-                version[recipe, model] = float(champion.version)
-                mine = [release for release in seen if release.recipe == recipe]
-                if (seconds := _took(mine, champion, _promoted(model, champion.version))) is not None:
-                    took[recipe, model] = seconds
-        labels = ["recipe", "model"]
-        yield of_prefect.gauge("lewis_champion_version", "The version in use.", labels, version)
-        about = "The version that a target has in service; 0 if it has none."
-        yield of_prefect.gauge("lewis_served_version", about, [*labels, "target"], served)
-        about = "When a target took the version that it has in service, Unix time."
-        yield of_prefect.gauge("lewis_served_since_seconds", about, [*labels, "target"], since)
-        about = "The share of the requests that this version gets from `lewis up --serve`, 0 to 1."
-        yield of_prefect.gauge("lewis_served_share", about, [*labels, "target"], share)
-        about = "1 if a target did not take the version that it was given last."
-        yield of_prefect.gauge("lewis_serve_failed", about, [*labels, "target"], failed)
-        about = "Versions that passed their gate and wait for a person, `lewis approve`."
-        yield of_prefect.gauge("lewis_versions_waiting", about, labels, waiting)
-        for which, values in scores.items():
-            name = "lewis_champion_score" if which == "champion" else "lewis_last_score"
-            about = f"The score of the {which} that its gate looked at."
-            yield of_prefect.gauge(name, about, [*labels, "metric"], values)
-        about = "From the newest release in the champion to when it became that; left out if that release is not known."
-        yield of_prefect.gauge("lewis_release_to_champion_seconds", about, labels, took)
-
-    def _score(self, model: str, version: str) -> tuple[str, float] | None:
-        if (model, version) not in self._scores:
-            self._scores[model, version] = history.score(model, version)
-        return self._scores[model, version]
+    Raises:
+        LewisError: if MLflow does not answer.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri.startswith("http") and not answers(f"{uri.rstrip('/')}/health"):  # MLflow's client retries for minutes
+        raise LewisError("MLflow does not answer")
+    seen, score_of = _announced(), cache(history.score)  # the newest version may be the champion
+    version, waiting, took = (dict[tuple[str, ...], float]() for _ in range(3))
+    served, failed, since, share = (dict[tuple[str, ...], float]() for _ in range(4))
+    here = slots.now()
+    scores = {"champion": dict[tuple[str, ...], float](), "newest version": dict[tuple[str, ...], float]()}
+    for recipe in recipes_folder.names():
+        if not (model := recipes_folder.registered_name(recipe)):
+            continue
+        held = releases.merged(model) if tracking.exists() else []  # else it would create the database
+        champion = releases.champion(held)
+        for record in records.served(model) if held else ():
+            at = recipe, model, record.target
+            served[at] = float(record.uri.rpartition("/")[2] or 0)
+            failed[at] = float(record.failure is not None)
+            if record.uri:
+                since[at] = datetime.fromisoformat(record.since).timestamp()
+            if record.kind == "local":
+                share[at] = (here.share(record.alias) if here else 0) / 100
+        waiting[recipe, model] = float(releases.waiting(held) is not None)
+        for which, each in {"champion": champion, "newest version": held[0] if held else None}.items():
+            if each and (score := score_of(model, each.version)):
+                scores[which][recipe, model, score[0]] = score[1]
+        if champion is not None:
+            version[recipe, model] = float(champion.version)
+            mine = [release for release in seen if release.recipe == recipe]
+            if (seconds := _took(mine, champion, _promoted(model, champion.version))) is not None:
+                took[recipe, model] = seconds
+    labels = ["recipe", "model"]
+    yield of_prefect.gauge("lewis_champion_version", "The version in use.", labels, version)
+    about = "The version that a target has in service; 0 if it has none."
+    yield of_prefect.gauge("lewis_served_version", about, [*labels, "target"], served)
+    about = "When a target took the version that it has in service, Unix time."
+    yield of_prefect.gauge("lewis_served_since_seconds", about, [*labels, "target"], since)
+    about = "The share of the requests that this version gets from `lewis up --serve`, 0 to 1."
+    yield of_prefect.gauge("lewis_served_share", about, [*labels, "target"], share)
+    about = "1 if a target did not take the version that it was given last."
+    yield of_prefect.gauge("lewis_serve_failed", about, [*labels, "target"], failed)
+    about = "Versions that passed their gate and wait for a person, `lewis approve`."
+    yield of_prefect.gauge("lewis_versions_waiting", about, labels, waiting)
+    for which, values in scores.items():
+        name = "lewis_champion_score" if which == "champion" else "lewis_last_score"
+        about = f"The score of the {which} that its gate looked at."
+        yield of_prefect.gauge(name, about, [*labels, "metric"], values)
+    about = "From the newest release in the champion to when it became that; left out if that release is not known."
+    yield of_prefect.gauge("lewis_release_to_champion_seconds", about, labels, took)
 
 
 def _announced() -> list[Release]:

@@ -84,7 +84,7 @@ def default_sources() -> list[Source]:
     return [
         Source("poll", _polls, 0.0),
         Source("prefect", of_prefect.Prefect().read, 15.0),
-        Source("mlflow", of_registry.Registry().read, 60.0),
+        Source("mlflow", of_registry.read, 60.0),
         Source("store", _store, 300.0),
     ]
 

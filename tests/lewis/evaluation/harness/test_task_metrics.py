@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lewis.errors import InputError
-from lewis.evaluation.harness import builtin_tasks
+from lewis.evaluation.harness import builtin_tasks, task_metrics
 from lewis.evaluation.harness.builtin_tasks import Builtin
 from lewis.evaluation.harness.task_metrics import check_names, known_scores
 from tests.support.models import parse
@@ -93,8 +93,41 @@ def test_a_wrong_name_is_told(root: Path, gate: Any, weights: Any, expected: str
         check(root, ["plain", "listed"], gate, weights=weights)
 
 
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"metric_list": [{"metric": "bleu"}]},
+        {"metric_list": [{"metric": "acc", "aggregation": "median"}]},
+        {"group": "late", "task": ["plain"], "aggregate_metric_list": [{"metric": "f1", "filter_list": "none"}]},
+        {"group": "late", "task": ["plain"]},
+    ],
+)
+@pytest.mark.parametrize("key", ["tolerance", "weights"])
+def test_a_score_without_a_value_per_document_is_refused_where_documents_are_compared(
+    root: Path, task: dict[str, Any], key: str
+) -> None:
+    (root / "late.yaml").write_text(yaml.safe_dump(task if "group" in task else {**CHOICE, "task": "late", **task}))
+    named = {"plain": 0.1, "late": 0.1}
+    gate = {"metric": "plain/acc,none", **({"tolerance": named} if key == "tolerance" else {})}
+    with pytest.raises(InputError, match=f"{key}: there is no score with a value per document 'late'"):
+        check(root, ["plain", "late"], gate, **({"weights": named} if key == "weights" else {}))
+
+
+def test_the_metrics_that_have_no_value_per_document_are_lm_evals() -> None:
+    from lm_eval.api import metrics, registry
+
+    summed = [getattr(metrics, name) for name in task_metrics.SUMMED]
+    metric_names = registry.metric_registry
+    found = {name for name in metric_names if registry.get_metric_aggregation(name) not in summed}
+    assert found == task_metrics.AGGREGATED
+
+
 def test_right_names_pass(root: Path) -> None:
     check(root, ["plain"], {"metric": "plain/acc,none", "tolerance": {"plain": 0.1, "plain/acc_norm,none": 0.2}})
-    check(root, ["plain", "listed"], {"metric": "weighted/mean,none"}, weights={"plain": 1.0, "listed/f1,none": 2.0})
+    check(root, ["plain", "listed"], {"metric": "weighted/mean,none"}, weights={"plain": 1.0, "listed": 2.0})
+    check(root, ["plain"], {"metric": "plain/acc,none", "tolerance": {"weighted": 0.1}}, weights={"plain": 1.0})
+    own = {"metric_list": [{"metric": "acc", "aggregation": "own.mean"}]}
+    (root / "own_mean.yaml").write_text(yaml.safe_dump({**CHOICE, "task": "own_mean", **own}))
+    check(root, ["own_mean"], {"metric": "own_mean/acc,none", "tolerance": {"own_mean": 0.1}})
     check(root, ["code"], {"metric": "code/what it says,none"})
     check(root, ["changed"], {"metric": "plain/f1,none"})

@@ -62,6 +62,9 @@ def verdict(program: str, tests: str) -> str | None:
         ("LIMIT = 3\ndef f(candidate): return candidate + LIMIT",
          "def check(candidate):\n    assert candidate(1) == 4\n    assert LIMIT == 3\ncheck(f)"),
         ("if __name__ == '__main__':\n    x = 1", "assert x == 1"),
+        ("def queue(n): return n + 1", "assert queue(1) == 2"),
+        ("import math\ndef bisect(x): return x / 2",
+         "def check(candidate): assert math.isclose(candidate(1), 0.5)\ncheck(bisect)"),
     ],
 )  # fmt: skip
 def test_honest_programs_pass(program: str, tests: str) -> None:

@@ -26,6 +26,14 @@ def test_wins_losses_and_mcnemar_by_hand():
     assert found.binary and found.documents == 8
 
 
+def test_only_documents_with_a_value_of_both_models_count():
+    ours, theirs = [0] * 10 + [1] * 10, [1] * 20
+    found, alone = (compare(samples(ours + none), samples(theirs + none)) for none in ([None] * 980, []))
+    assert (found.documents, found.wins, found.losses, found.binary) == (20, 0, 10, True)
+    assert found.p_inferior(0.05) == alone.p_inferior(0.05) > 0.99
+    assert compare(samples([*ours, None]), samples([*theirs, 1])).binary is False
+
+
 def test_lower_is_better_turns_the_sign():
     found = compare(samples([1.0, 2.0]), samples([2.0, 2.5]), higher_is_better=False)
     assert found.delta == pytest.approx(0.75) and (found.wins, found.losses) == (2, 0) and not found.binary

@@ -95,6 +95,15 @@ def of(values: np.ndarray, parts: int = 1) -> Samples:
     )
 
 
+def test_models_that_do_not_differ_are_not_shown_to_be_worse_by_more_than_a_tolerance() -> None:
+    equal, few = np.zeros(60), np.zeros(60)
+    few[:8] = 1.0
+    for parts in (1, 2):
+        same, lost = (compare(of(equal, parts), of(theirs, parts)) for theirs in (equal, few))
+        assert same.p_superior(-0.0) == 1 and same.p_superior(-0.01) > 0.3
+        assert lost.p_superior(-0.01) < 0.05 and lost.p_superior(-0.3) > 0.9
+
+
 def test_a_gain_that_is_ruled_out_and_losses_that_no_document_shows() -> None:
     from scipy.stats import binom
 

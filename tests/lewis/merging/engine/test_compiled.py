@@ -181,6 +181,17 @@ def test_exactly_the_k_largest_are_kept(kind: str, share: float, monkeypatch: py
     assert np.array_equal(kept, largest(torch.from_numpy(np.abs(values)), k).numpy())
 
 
+def test_equal_scores_are_cut_where_the_guess_ends_at_the_last_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.9375 + 8 / sqrt(16384) is the float 1.0, and 2^64 - 1 times it is 2^64."""
+    monkeypatch.setattr(selection, "_ROOM", 4096)
+    size, k = 16384, 15360
+    zeros = np.zeros(size, np.float32)
+    address = np.uint64(zeros.ctypes.data)
+    _, cut = Selector().cut(Pair(address, 0, address, 0, size, size, np.uint64(0)), k)
+    order = np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert (order <= cut).sum() == k
+
+
 def test_a_stream_is_splitmix64() -> None:
     first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # of the key 0, as its authors publish it
     assert Stream(0).random(3).tolist() == [(number >> 40) * 2.0**-24 for number in first]
