@@ -11,7 +11,7 @@ from lewis.merging.calibration_rows import check_split
 from lewis.merging.settings import Expert, MergeSettings
 from lewis.methods import Method
 from lewis.methods.registry import AUTO
-from lewis.models.files.folder import GGUF_TABLE
+from lewis.models.files.folder import is_of_gguf
 from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
 
@@ -111,7 +111,7 @@ def check_adapter(settings: MergeSettings, base: Model, *, new_vocabulary: bool)
             f"output.kind: the base {settings.base} is an adapter on a model itself, and PEFT puts one on a full "
             "model; merge the base's adapter into it first, or use full"
         )
-    if (base.home / GGUF_TABLE).is_file():
+    if is_of_gguf(base.home):
         raise InputError(
             f"output.kind: the base {settings.base} is a GGUF file, on which PEFT puts no adapter; use the model's "
             "safetensors as the base, or use full"

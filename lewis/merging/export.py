@@ -9,7 +9,7 @@ import yaml
 from lewis.allocation.densities import Allocation
 from lewis.errors import InputError
 from lewis.methods import find
-from lewis.models.files.folder import GGUF_TABLE
+from lewis.models.files.folder import is_of_gguf
 from lewis.models.source import Source
 from lewis.recipe.block import model_name
 from lewis.recipe.config import MergeConfig
@@ -121,7 +121,7 @@ def _as_filters(setting: Any) -> list[Any]:
 def _pinned_name(source: Source) -> str:
     if source.under:
         raise InputError(f"{source.ref}: mergekit puts one adapter on a model; merge the first ones into it before")
-    if (Path(source.model.source) / GGUF_TABLE).is_file():
+    if is_of_gguf(Path(source.model.source)):
         raise InputError(f"{source.ref}: mergekit reads no GGUF file; use the model's safetensors")
     parts = (source.model, *source.adapters)
     if plus := next((part.source for part in parts if "+" in part.source), None):

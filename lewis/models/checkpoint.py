@@ -14,7 +14,7 @@ from lewis.models.config import read_config
 from lewis.models.config_check import check_config
 from lewis.models.config_class import ties_head
 from lewis.models.dtypes import as_tensor
-from lewis.models.files.folder import GGUF_TABLE, weight_files
+from lewis.models.files.folder import is_of_gguf, weight_files
 from lewis.models.files.safetensors_file import TensorFile, same_bits
 from lewis.models.gguf import open_gguf
 from lewis.models.model import TensorInfo
@@ -74,7 +74,7 @@ class Checkpoint:
 
     def _dequantised(self) -> dict[str, TensorInfo]:
         """Return the model's tensors: the stored ones, with each quantised weight in place of its parts."""
-        if (self.folder / GGUF_TABLE).is_file():
+        if is_of_gguf(self.folder):
             self._packed, dtype = open_gguf(self.folder, self.config)
             return {name: TensorInfo(dtype, packed.shape) for name, packed in self._packed.items()}
         places = {name: file.places[name] for name, file in self._stored.items()}

@@ -25,7 +25,7 @@ from lewis.errors import InputError, LewisError
 from lewis.input_files import check_regular, read_json
 from lewis.models.config import read_config
 from lewis.models.dtypes import DTYPES
-from lewis.models.files.folder import GGUF_LINK, GGUF_TABLE, copy_tokenizer, tokenizer_files
+from lewis.models.files.folder import GGUF_LINK, GGUF_TABLE, copy_tokenizer, is_of_gguf, tokenizer_files
 from lewis.models.files.safetensors_file import Headers
 from lewis.models.quantised.stored import Packed
 from lewis.store import kinds
@@ -52,7 +52,7 @@ def as_folder(ref: str, path: Path) -> Path:
         return _made(ref, path)
     names = [each.name for each in path.iterdir()] if path.is_dir() else []
     found = sorted(name for name in names if name.endswith(".gguf"))
-    if not found or (path / GGUF_TABLE).is_file() or any(".safetensors" in name for name in names):
+    if not found or is_of_gguf(path) or any(".safetensors" in name for name in names):
         return path
     return _made(ref, path / only(ref, found))
 

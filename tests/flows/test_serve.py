@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
@@ -212,15 +213,21 @@ def test_two_recipes_of_a_group_serve_their_targets_once(
         assert [(each.recipe, each.uri) for each in served("tiny")] == [("one", champion), ("two", champion)]
 
 
-def test_a_run_that_a_schedule_plans_for_later_does_not_keep_the_model_from_its_server(
-    folder: Path, home: Path, client: SyncPrefectClient
-) -> None:
+def deployed_alone(folder: Path, client: SyncPrefectClient) -> UUID:
+    """Deploy the recipe `nightly`, and end the runs that this starts; the id of its deployment `serve`."""
     (folder / "nightly.yaml").write_text(RECIPE % ("[x]", "http://127.0.0.1:9"))
     Follower(lambda line: None).deploy()
     made = client.read_deployment_by_name("serve/nightly").id
     for run in client.read_flow_runs():
         if run.deployment_id == made:
             client.set_flow_run_state(run.id, Completed(), force=True)
+    return made
+
+
+def test_a_run_that_a_schedule_plans_for_later_does_not_keep_the_model_from_its_server(
+    folder: Path, home: Path, client: SyncPrefectClient
+) -> None:
+    made = deployed_alone(folder, client)
     client.create_deployment_schedules(made, [(CronSchedule(cron="0 3 * * *"), True)])
     client.request("POST", "/deployments/{id}/schedule", path_params={"id": made}, json={})
     assert any(run.auto_scheduled and run.deployment_id == made for run in client.read_flow_runs())
@@ -230,12 +237,7 @@ def test_a_run_that_a_schedule_plans_for_later_does_not_keep_the_model_from_its_
 def test_a_run_that_a_person_plans_for_later_does_not_keep_the_model_from_its_server(
     folder: Path, home: Path, client: SyncPrefectClient
 ) -> None:
-    (folder / "nightly.yaml").write_text(RECIPE % ("[x]", "http://127.0.0.1:9"))
-    Follower(lambda line: None).deploy()
-    made = client.read_deployment_by_name("serve/nightly").id
-    for run in client.read_flow_runs():
-        if run.deployment_id == made:
-            client.set_flow_run_state(run.id, Completed(), force=True)
+    made = deployed_alone(folder, client)
     later = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(hours=1))
     client.create_flow_run_from_deployment(made, state=later)
     assert keep_served._start(client, "nightly") and not keep_served._start(client, "nightly")

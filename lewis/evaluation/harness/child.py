@@ -32,7 +32,7 @@ from lewis.evaluation.harness import loaded_model
 from lewis.evaluation.harness.answer_texts import texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.evaluation.harness.kept_requests import add_answers, requests_of
-from lewis.evaluation.statistics.scores import HASH, plain_value
+from lewis.evaluation.statistics.scores import HASH, SUMMED, plain_value
 from lewis.models.hub.client import repeated, resume_downloads
 from lewis.quick_imports import quick_imports
 from lewis.store import write_json
@@ -377,7 +377,7 @@ def _aggregation(task: Any, metric: str) -> str | None:
     """lm-eval's name of the aggregation over documents; None if it is not a function of two sums."""
     from lm_eval.api import metrics
 
-    known = {getattr(metrics, name): name for name in ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")}
+    known = {getattr(metrics, name): name for name in SUMMED}
     return known.get(task.aggregation().get(metric, metrics.mean))
 
 

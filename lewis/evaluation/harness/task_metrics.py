@@ -13,7 +13,7 @@ from lewis.errors import InputError, nearest
 from lewis.evaluation.harness.builtin_tasks import builtin_task
 from lewis.evaluation.harness.task_files import FoundTasks, find_tasks, members
 from lewis.evaluation.statistics.scored import WEIGHTED
-from lewis.evaluation.statistics.scores import Score
+from lewis.evaluation.statistics.scores import SUMMED, Score
 from lewis.recipe.schema import Evaluate, Gate
 
 _DEFAULT = {  # lm-eval's metrics of a task that lists none
@@ -24,13 +24,12 @@ _DEFAULT = {  # lm-eval's metrics of a task that lists none
 }
 # With these a group changes its members, and a task gives scores that only its code knows.
 _OVERRIDES = {"metric_list", "filter_list", "process_results", "output_type", "class"}
-SUMMED = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
-"""lm-eval's aggregations of a value per document that are functions of two sums, as `child.evaluate` keeps them."""
 AGGREGATED = {"bleu", "brier_score", "bypass", "chrf", "chrf++", "f1", "mcc", "ter"}
 """lm-eval's metrics that have no value per document: it computes them from all documents together."""
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 Known = Mapping[str, Sequence[str] | None]
+Configs = Mapping[str, tuple[Mapping[str, Any], Sequence[str] | None]]
 """Task or group -> its scores, each `metric,filter`; None where only a run of the task shows them."""
 
 
@@ -47,10 +46,11 @@ def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, search
         InputError: naming the key and the nearest score, if no task gives a score of that name, or a weight or a
             tolerance is for a score without a value per document.
     """
-    known = known_scores(evaluate.tasks, root)
-    valued = known_scores(evaluate.tasks, root, per_document=True)
-    if known is None or valued is None:
+    configs = configs_and_scores(evaluate.tasks, root)
+    if configs is None:
         return
+    known: Known = {name: scores for name, (_, scores) in configs.items()}
+    valued = _with_values(configs)
     _check("evaluate.weights", evaluate.weights, valued, per_document=True)
     if evaluate.weights:
         mean = {WEIGHTED[0]: [WEIGHTED[1]]}
@@ -62,26 +62,35 @@ def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, search
     _check("search.metrics", searched, known)
 
 
-def known_scores(tasks: Sequence[str], root: Path, *, per_document: bool = False) -> Known | None:
-    """The scores that each task will give; None if a group defines or changes members, so that files do not show it.
+def configs_and_scores(tasks: Sequence[str], root: Path) -> Configs | None:
+    """For each task, group and member its config and the scores that it will give; None of these if code names them.
 
-    With `per_document`, these are the scores that have a value per document, without tasks and groups that have none.
+    None at all if a group defines or changes members, so that files do not show their scores.
     """
     found = find_tasks(tasks, root)
-    scores: dict[str, Sequence[str] | None] = {}
+    configs: dict[str, tuple[Mapping[str, Any], Sequence[str] | None]] = {}
     pending = list(found.names)
     for name in pending:
         config, inside = config_and_members(name, found)
-        if inside is not None:
-            if any(isinstance(each, Mapping) for each in inside) or _OVERRIDES & set(config):
-                return None
-            pending += [each for each in inside if each not in pending]
-        own = _of_task(config) if inside is None else _of_group(config)
-        if per_document and own is not None:
-            own = [each for each in own if each.partition(",")[0] not in _without_values(config)]
-        if own != [] or not per_document:
-            scores[name] = own
-    return scores
+        if inside is None:
+            configs[name] = config, _of_task(config)
+            continue
+        if any(isinstance(each, Mapping) for each in inside) or _OVERRIDES & set(config):
+            return None
+        configs[name] = config, _of_group(config)
+        pending += [each for each in inside if each not in pending]
+    return configs
+
+
+def _with_values(configs: Configs) -> Known:
+    """The scores that have a value per document, without tasks and groups that have none."""
+    found: dict[str, Sequence[str] | None] = {}
+    for name, (config, scores) in configs.items():
+        left_out = _without_values(config)
+        own = scores if scores is None else [each for each in scores if each.partition(",")[0] not in left_out]
+        if own != []:
+            found[name] = own
+    return found
 
 
 def config_and_members(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from lewis.errors import LewisError
 
 HASH = 16  # hex digits kept of lm-eval's hash of a document: enough for one data set, in a quarter of the space
+SUMMED = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
+"""lm-eval's names of the aggregations of a value per document that are functions of two sums."""
 Value = float | tuple[float, float] | None
 
 
@@ -21,7 +23,7 @@ class Part:
     Attributes:
         task: its name.
         weight: of the part in the metric's value: 1, or less in a group or a weighted mean.
-        aggregation: `mean`, `perplexity`, `weighted_perplexity` or `bits_per_byte`, as lm-eval names them.
+        aggregation: one of `SUMMED`.
         documents: a hash of each.
         values: one per document: a number, a pair (log-likelihood, weight), or None if the metric skips it.
     """

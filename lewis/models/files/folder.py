@@ -78,7 +78,7 @@ def weight_files(folder: Path, listed: Collection[str] = ()) -> dict[str, set[st
         InputError: if there are none, or only pickled ones, or if the index names a file that is missing or in another
             folder.
     """
-    if (folder / GGUF_TABLE).is_file():
+    if is_of_gguf(folder):
         return {}
     check_regular(folder / SINGLE)
     if SINGLE in listed or (folder / SINGLE).is_file():
@@ -105,6 +105,11 @@ def weight_files(folder: Path, listed: Collection[str] = ()) -> dict[str, set[st
     for name, file in weight_map.items():
         placed[file].add(unwrapped(name))
     return {**placed}
+
+
+def is_of_gguf(folder: Path) -> bool:
+    """Whether `gguf.as_folder` made a folder for a GGUF file."""
+    return (folder / GGUF_TABLE).is_file()
 
 
 def copy_tokenizer(donor: Path, folder: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from lewis import store
 from lewis.errors import InputError, TransientError
 from lewis.models.broken import COMMIT, broken
-from lewis.models.files.folder import ADAPTER, GGUF_TABLE, INDEX, SINGLE, check_weights, needed, weight_files
+from lewis.models.files.folder import ADAPTER, INDEX, SINGLE, check_weights, is_of_gguf, needed, weight_files
 from lewis.models.files.safetensors_file import Headers, file_headers
 from lewis.models.gguf import as_folder, headers, only
 from lewis.models.hub.client import api, ask, cache_folder, check_repo_id, offline, resume_downloads, snapshot
@@ -204,7 +204,7 @@ def tensor_headers(pinned: Pinned) -> Headers:
         TransientError: if the Hub is busy or unreachable.
     """
     folder = folder_of(pinned)
-    if (folder / GGUF_TABLE).is_file():
+    if is_of_gguf(folder):
         return headers(folder)
     listing = {} if pinned.is_local else _listing_of(pinned)
     names = [name for name in needed(listing or os.listdir(folder)) if name.endswith(".safetensors")]

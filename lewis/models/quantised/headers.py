@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lewis.models.config import read_config
-from lewis.models.files.folder import GGUF_TABLE
+from lewis.models.files.folder import is_of_gguf
 from lewis.models.files.safetensors_file import Headers, TensorFile
 from lewis.models.network.network_class import known_network
 from lewis.models.quantised.find import find, not_here
@@ -45,7 +45,7 @@ def dequantised(where: object, folder: Path, headers: Headers, files: Mapping[st
 
 def is_quantised(folder: Path) -> bool:
     """Whether the weights in a model folder are computed from others: its config says so, or it is a GGUF file's."""
-    if (folder / GGUF_TABLE).is_file():
+    if is_of_gguf(folder):
         return True
     return (folder / "config.json").is_file() and settings_of(folder, read_config(folder)) is not None
 

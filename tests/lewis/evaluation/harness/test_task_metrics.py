@@ -9,7 +9,8 @@ import yaml
 from lewis.errors import InputError
 from lewis.evaluation.harness import builtin_tasks, task_metrics
 from lewis.evaluation.harness.builtin_tasks import Builtin
-from lewis.evaluation.harness.task_metrics import check_names, known_scores
+from lewis.evaluation.harness.task_metrics import Known, check_names, configs_and_scores
+from lewis.evaluation.statistics.scores import SUMMED
 from tests.support.models import parse
 
 CHOICE: dict[str, Any] = {"dataset_path": "json", "output_type": "multiple_choice"}
@@ -30,6 +31,11 @@ TASKS: dict[str, dict[str, Any]] = {
     "all": {"group": "all", "task": ["plain"], "aggregate_metric_list": [{"metric": "acc"}]},
     "changed": {"group": "changed", "task": [{"task": "plain", "metric_list": [{"metric": "f1"}]}]},
 }
+
+
+def known_scores(tasks: list[str], root: Path) -> Known | None:
+    found = configs_and_scores(tasks, root)
+    return None if found is None else {name: scores for name, (_, scores) in found.items()}
 
 
 @pytest.fixture
@@ -116,7 +122,7 @@ def test_a_score_without_a_value_per_document_is_refused_where_documents_are_com
 def test_the_metrics_that_have_no_value_per_document_are_lm_evals() -> None:
     from lm_eval.api import metrics, registry
 
-    summed = [getattr(metrics, name) for name in task_metrics.SUMMED]
+    summed = [getattr(metrics, name) for name in SUMMED]
     metric_names = registry.metric_registry
     found = {name for name in metric_names if registry.get_metric_aggregation(name) not in summed}
     assert found == task_metrics.AGGREGATED
