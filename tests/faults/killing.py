@@ -1,7 +1,9 @@
 """What the tests of killed runs and of a killed service share: who is killed, when, and what has to be right after it.
 
-After each point: no process is left, no traceback was printed, and the run is done again. Then digest and bytes are
-those of a run that nobody disturbed, and there is one version, which is the champion.
+Each kind of kill has POINTS points: three in five hit `lewis run`, the others `lewis up`, which takes twice as long. A
+kill that ends the run is followed by a run of the same recipe, which the next kill hits, until a test has no more of
+them; then it may end. After each kill no process is left and no traceback was printed. Digest and bytes of a run that
+ends are those of a run that nobody disturbed, and there is one version, which is the champion.
 """
 
 import os
@@ -29,8 +31,8 @@ OF_A_RUN = {
 }
 OF_THE_SERVICE = {**OF_A_RUN, "the worker, SIGKILL": (WORKER, signal.SIGKILL)}
 """Who is killed, and by what."""
-PARTS = 5
-"""How many tests share the points of each of them: one takes half an hour, and what was stopped goes on by tests."""
+PARTS = 10
+"""How many tests share the points of each of them."""
 
 
 @dataclass
@@ -41,12 +43,15 @@ class Undisturbed:
     digest: str = ""
     files: dict[str, str] = field(default_factory=dict)
     spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+    first_step: float = 0.0  # when that began, in seconds from the start
 
-    def watch(self, parts: Callable[[], dict[int, str]], ended: Callable[[], bool]) -> None:
+    def watch(self, parts: Callable[[], dict[int, str]], step: Callable[[], str], ended: Callable[[], bool]) -> None:
         begun = time.monotonic()
         self.spans[GROUP] = self.spans[ALL] = (0.0, 0.0)
         while not ended():
             now, there = time.monotonic() - begun, list(parts().values())
+            if not self.first_step and step() != "the start":
+                self.first_step = now
             for victim in (GROUP, ALL, SERVER, EVALUATION, WORKER):
                 if victim in (GROUP, ALL) or any(victim in words for words in there):
                     self.spans[victim] = (self.spans.get(victim, (now, now))[0], now)
@@ -72,47 +77,58 @@ def in_parts(kinds: dict[str, tuple[str, int]], of: str) -> list[object]:
         pytest.param(name, part, marks=pytest.mark.xdist_group(f"{of}: {name} {part}"))
         for name in kinds
         for part in range(min(PARTS, POINTS) or 1)
+        if name not in OF_A_RUN or (part % 5 < 3) == (of == "run")
     ]
 
 
-def points(part: int) -> list[tuple[int, float]]:
-    """A part of the points and their numbers; they are between 0 and 1.
+def points(part: int) -> list[float]:
+    """A part of the points; they are between 0 and 1.
 
     As many of all as are used are spread evenly (van der Corput's sequence).
     """
-    every = [(i - 1, int(f"{i:b}"[::-1], 2) / 2 ** i.bit_length()) for i in range(1, POINTS + 1)]
-    return every[part::PARTS]
+    every = [int(f"{i:b}"[::-1], 2) / 2 ** i.bit_length() for i in range(1, POINTS + 1)]
+    parts = min(PARTS, POINTS)
+    return every[part * POINTS // parts : (part + 1) * POINTS // parts]
 
 
-def strike(
-    undisturbed: Undisturbed, victim: str, number: int, point: float, parts: Callable[[], dict[int, str]], leader: int
-) -> dict[int, str]:
-    """Wait for the point of the time in which the victim is there, and kill it.
+@dataclass
+class Striker:
+    """Kills one victim at points of the time in which it is there, in one run of a recipe after the other."""
 
-    Gives the processes that have to end then, by their ids: the victim and all below it. None if it was gone.
-    """
-    first, last = undisturbed.spans[victim]
-    if victim not in (GROUP, ALL):
-        until(lambda: any(victim in words for words in parts().values()), 60 + 3 * last, 0.05)
-    time.sleep((last - first) * point)
-    there = parts()
-    # The evaluation's child is the last that was forked; a guard is older than what it guards.
-    struck = max((pid for pid, words in there.items() if victim in words), default=0)
-    try:
-        if victim == GROUP:
-            os.killpg(leader, number)
-        elif victim == ALL:
-            for pid in (leader, *there):  # the leader first, else it starts again what ended
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
-        elif struck:
-            there = {struck: victim, **children(struck)}
-            os.kill(struck, number)
-        else:
+    undisturbed: Undisturbed
+    victim: str
+    number: int
+    done: float = 0.0  # seconds that the next run is expected to be shorter, for what earlier runs of its recipe did
+
+    def strike(self, point: float, parts: Callable[[], dict[int, str]], leader: int) -> dict[int, str]:
+        """Wait for the point in a run that begins now, and kill the victim.
+
+        Gives the processes that have to end then, by their ids: the victim and all below it. None if it was gone.
+        """
+        begun = time.monotonic()
+        first, last = self.undisturbed.spans[self.victim]
+        if self.victim not in (GROUP, ALL):
+            until(lambda: any(self.victim in words for words in parts().values()), 60 + 3 * last, 0.05)
+        time.sleep(max(0.0, last - first - self.done) * point)
+        self.done = max(self.done, self.done + time.monotonic() - begun - self.undisturbed.first_step)
+        there = parts()
+        # The evaluation's child is the last that was forked; a guard is older than what it guards.
+        struck = max((pid for pid, words in there.items() if self.victim in words), default=0)
+        try:
+            if self.victim == GROUP:
+                os.killpg(leader, self.number)
+            elif self.victim == ALL:
+                for pid in (leader, *there):  # the leader first, else it starts again what ended
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, self.number)
+            elif struck:
+                there = {struck: self.victim, **children(struck)}
+                os.kill(struck, self.number)
+            else:
+                return {}
+        except ProcessLookupError:
             return {}
-    except ProcessLookupError:
-        return {}
-    return there
+        return there
 
 
 def alive(pid: int) -> bool:

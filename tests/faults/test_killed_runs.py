@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family, full
-from tests.faults.killing import ALL, OF_A_RUN, SERVER, Undisturbed, in_parts, points, strike
+from tests.faults.killing import ALL, OF_A_RUN, SERVER, Striker, Undisturbed, in_parts, points
 from tests.faults.running import Run, Tally, half_done, left_over, merged, until, write_recipe
 from tests.support.orphans import adopted
 from tests.support.warm import WarmPython
@@ -30,7 +30,7 @@ def run(
     shutil.copytree(found.store, folder / "first")
     with adopted():
         undisturbed = Run(folder / "first", "run", recipe, "--json", warm=warm)
-        found.watch(undisturbed.parts, undisturbed.ended)
+        found.watch(undisturbed.parts, undisturbed.step, undisturbed.ended)
         report = undisturbed.report()
         assert report, undisturbed.told()
         found.digest, found.files = report["digest"], merged(folder / "first", report["digest"])
@@ -57,38 +57,40 @@ def shared(run: tuple[Undisturbed, Path], prefect_url: str, warm: WarmPython) ->
 def test_is_done_again_with_the_same_result(
     name: str, part: int, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every second run uses a server that is there already, unless servers are killed too."""
-    undisturbed, recipe = shared.undisturbed, shared.recipe
-    victim, number = OF_A_RUN[name]
-    tally = Tally(f"`lewis run`: {name}")
-    for i, point in points(part):
-        home = tmp_path / f"home{i}"
-        shutil.copytree(undisturbed.store, home)
+    """Every second part uses a server that is there already, unless servers are killed too."""
+    undisturbed, (victim, number), left = shared.undisturbed, OF_A_RUN[name], points(part)
+    tally, striker = Tally(f"`lewis run`: {name}"), Striker(undisturbed, victim, number)
+    home: Path | None = None
+    while home or left:
+        if not home:
+            home = tmp_path / f"home{len(left)}"
+            shutil.copytree(undisturbed.store, home)
+            striker.done = 0
         server = {}
-        if i % 2 and victim not in (ALL, SERVER):
+        if part % 2 and victim not in (ALL, SERVER):
             server = {"PREFECT_API_URL": shared.api, "PREFECT_HOME": str(home / "prefect")}
-        killed = Run(home, "run", recipe, "--json", warm=shared.warm, **server)
-        struck = bool(strike(undisturbed, victim, number, point, killed.parts, killed.process.pid))
-        tally.points += struck
-        tally.landed[killed.step()] += struck
-        where = f"at {point:.3f} ({killed.step()})"
-        if not until(killed.ended, 300):
-            tally.note("orphans", True, f"{where}: it does not end")
-            killed.process.kill()
-        left = killed.orphans()
-        tally.note("orphans", bool(left), f"{where}: {left}")
-
-        again = Run(home, "run", recipe, "--json", warm=shared.warm, **server)
-        report = again.report()
-        tally.note("runs that failed again", not report, f"{where}: {again.told()[-2000:]}")
-        left = again.orphans()  # and with them the server, before its database is read
-        undisturbed.compare(tally, home, report.get("digest", ""), where)
-        tally.note("orphans", bool(left), f"{where}, again: {left}")
-        for each in (killed, again):
-            told = each.told()
-            tally.note("tracebacks", "Traceback (most" in told, f"{where}: {told[-3000:]}")
-        left = [*left_over(home, again.temporary), *(home / "outbox").glob("*")]
-        tally.note("left over", bool(report and left), f"{where}: {left}")
-        shutil.rmtree(home)
+        run = Run(home, "run", shared.recipe, "--json", warm=shared.warm, **server)
+        where, struck = "the run after it", False
+        if left:
+            point = left.pop(0)
+            struck = bool(striker.strike(point, run.parts, run.process.pid))
+            where = f"at {point:.3f} ({run.step()})"
+            tally.points += struck
+            tally.landed[run.step()] += struck
+            if not until(run.ended, 300):
+                tally.note("orphans", True, f"{where}: it does not end")
+                run.process.kill()
+        report = run.report()
+        remains = run.orphans()  # and with them the server, before its database is read
+        tally.note("orphans", bool(remains), f"{where}: {remains}")
+        tally.note("tracebacks", "Traceback (most" in run.told(), f"{where}: {run.told()[-3000:]}")
+        tally.note("runs that failed again", not report and not struck, f"{where}: {run.told()[-2000:]}")
+        if report:
+            undisturbed.compare(tally, home, report["digest"], where)
+            half = [*left_over(home, run.temporary), *(home / "outbox").glob("*")]
+            tally.note("left over", bool(half), f"{where}: {half}")
+        if report or not struck:
+            shutil.rmtree(home)
+            home = None
         tally.point(where, capsys)
     tally.end(capsys)

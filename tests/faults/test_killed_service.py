@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Family, full
-from tests.faults.killing import ALL, GROUP, OF_THE_SERVICE, PARTS, Undisturbed, alive, in_parts, points, strike
+from tests.faults.killing import ALL, GROUP, OF_THE_SERVICE, Striker, Undisturbed, alive, in_parts, points
 from tests.faults.running import Tally, below, left_over, merged, until, write_recipe
 from tests.flows import test_run
 from tests.support.local_hub import LocalHub
@@ -65,8 +65,8 @@ def left_by(up: Up) -> list[str]:
     return [each for each in left_over(up.home, up.temporary) if "prefect" not in Path(each).name]
 
 
-def recipe_of(name: str, i: int) -> str:
-    return re.sub(r"\W+", "-", f"{name}-{i}").lower()
+def recipe_of(name: str, part: int, number: int) -> str:
+    return re.sub(r"\W+", "-", f"{name}-{part}-{number}").lower()
 
 
 def by_the_library(recipe: Path, folder: Path) -> tuple[str, dict[str, str]]:
@@ -87,7 +87,7 @@ def service(
     shutil.copytree(empty_store, root / "home")
     with adopted(), LocalHub(root / "hub") as hub, Up(root, hub, family) as up:
         run = up.merge("tiny")
-        found.watch(up.parts, lambda: up.over(run))
+        found.watch(up.parts, lambda: up.step(run), lambda: up.over(run))
         assert up.state(run) == "COMPLETED", up.log.read_text()[-6000:]
         yield found, up
     assert until(lambda: not below().keys() - before, 30), below()
@@ -97,42 +97,47 @@ def service(
 def test_comes_back_and_the_next_run_has_the_same_result(
     name: str, part: int, service: tuple[Undisturbed, Up], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    undisturbed, up = service
-    victim, number = OF_THE_SERVICE[name]
-    tally = Tally(f"`lewis up`: {name}")
-    for i, point in points(part):
-        recipe, where, begun = recipe_of(name, i), f"at {point:.3f}", up.log.stat().st_size
-        up.have(recipe, recipe_of(name, i + PARTS))  # the next is deployed when the service has come back
+    (undisturbed, up), (victim, number), left = service, OF_THE_SERVICE[name], points(part)
+    tally, striker = Tally(f"`lewis up`: {name}"), Striker(undisturbed, victim, number)
+    recipe = ""
+    while recipe or left:
+        begun = up.log.stat().st_size
+        if not recipe:
+            recipe = recipe_of(name, part, len(left))
+            up.have(recipe)
+            striker.done = 0
         run = up.merge(recipe)
-        doomed = strike(undisturbed, victim, number, point, up.parts, up.process.pid)
-        landed = up.step(run)
-        tally.points += bool(doomed)
-        tally.landed[landed] += bool(doomed)
-        where += f" ({landed})"
-        if victim in (GROUP, ALL):
-            up.process.wait(300)
-        until(lambda doomed=doomed: not any(map(alive, doomed)), 30)
-        left = [words for pid, words in doomed.items() if alive(pid)]
-        tally.note("orphans", bool(left), f"{where}: {left}")
-        if victim in (GROUP, ALL):
-            up.start()
-        until(up.answers, 300)
-        ended = until(lambda run=run: up.over(run), 600, 1)
-        tally.note("half versions", not ended, f"{where}: the killed run is {up.state(run)} for ever")
-        again = up.merge(recipe)
-        done = until(lambda again=again: up.over(again), 1200, 1)
-        failed = not done or up.state(again) != "COMPLETED"
-        told = up.log.read_text()[begun:]
-        tally.note("runs that failed again", failed, f"{where}: {up.state(again)} {told[-3000:]}")
-        if not failed:
+        where, doomed = "the run after it", dict[int, str]()
+        if left:
+            point = left.pop(0)
+            doomed = striker.strike(point, up.parts, up.process.pid)
+            landed = up.step(run)
+            tally.points += bool(doomed)
+            tally.landed[landed] += bool(doomed)
+            where = f"at {point:.3f} ({landed})"
+            if victim in (GROUP, ALL):
+                up.process.wait(300)
+            until(lambda doomed=doomed: not any(map(alive, doomed)), 30)
+            remain = [words for pid, words in doomed.items() if alive(pid)]
+            tally.note("orphans", bool(remain), f"{where}: {remain}")
+            if victim in (GROUP, ALL):
+                up.start()
+            until(up.answers, 300)
+        ended = until(lambda run=run: up.over(run), 1200, 1)
+        done, told = up.state(run) == "COMPLETED", up.log.read_text()[begun:]
+        tally.note("half versions", not ended, f"{where}: the run is {up.state(run)} for ever")
+        tally.note("runs that failed again", not done and not doomed, f"{where}: {up.state(run)} {told[-3000:]}")
+        if done:
             expected = Undisturbed()
             expected.digest, expected.files = by_the_library(up.recipes / f"{recipe}.yaml", tmp_path / recipe)
             digests = {str(each.tags["lewis.digest"]) for each in up.versions(recipe)}
             expected.compare(tally, up.home, "".join(digests), where, recipe)
             until(lambda: not left_by(up), 30)  # the run's process ends after the run
             tally.note("left over", bool(left_by(up)), f"{where}: {left_by(up)}")
+            shutil.rmtree(tmp_path / recipe)
         at = told.find("Traceback (most")
         tally.note("tracebacks", at >= 0, f"{where}: {told[max(0, at - 500) : at + 2500]}")
-        shutil.rmtree(tmp_path / recipe, ignore_errors=True)
+        if done or not doomed:
+            recipe = ""
         tally.point(where, capsys)
     tally.end(capsys)
