@@ -17,8 +17,8 @@ from prefect.input import RunInput
 from prefect.states import Completed
 from pydantic import Field
 
-from lewis.errors import InputError
-from lewis.registry import promotion
+from lewis.errors import InputError, LewisError
+from lewis.registry import promotion, releases
 from lewis_flows import prefect_runs
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import moves
@@ -85,19 +85,38 @@ def go_on(run: FlowRun) -> None:
         )
 
 
-def resume(version: str, why: str, *, approve: bool) -> None:
-    """Resume the run that waits for an answer about a version, with the one given elsewhere; a failure is logged."""
+def settle(version: str, why: str, *, approve: bool) -> None:
+    """Let no run wait that needs no answer any more, since a champion was made, or a version refused, elsewhere.
+
+    The run that waits for an answer about the version is resumed with the one given. Those that ask about other
+    versions of the model end, if these can no longer be approved. A failure is logged.
+
+    Args:
+        version: `models:/<name>/<number>`, which became the champion, or was refused.
+        why: the reason that was given.
+        approve: whether it became the champion.
+    """
+    name = version.removeprefix("models:/").rpartition("/")[0]
     try:
+        waiting = (each for each in releases.merged(name) if each.verdict == promotion.WAITING and not each.lapsed)
+        still = {f"models:/{name}/{each.version}" for each in waiting}
         with get_client(sync_client=True) as client:
             for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",)):
-                if asked(run) == version:
+                about = asked(run)
+                if about == version:
                     resume_flow_run(run.id, run_input={"approve": approve, "why": why})
-    except (httpx.HTTPError, RuntimeError) as error:
-        logger.warning("the run that waits for %s stays suspended: %s", version, error)
+                elif about.rpartition("/")[0] == f"models:/{name}" and about not in still:
+                    _lapse(client, run, f"{about} can no longer be approved; see `lewis history {name}`")
+    except (LewisError, httpx.HTTPError, RuntimeError) as error:
+        logger.warning("runs may still wait for an answer about a version of %s: %s", name, error)
 
 
 def lapse(client: SyncPrefectClient, deployment: UUID, why: str) -> None:
     """End the suspended runs of a deployment, whose question is outdated, or is to be answered elsewhere."""
     for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",), deployment_id={"any_": [deployment]}):
-        client.set_flow_run_state(run.id, Completed(name="Lapsed", message=why), force=True)
-        run_tags.tag(run.id, verdict="lapsed")
+        _lapse(client, run, why)
+
+
+def _lapse(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
+    client.set_flow_run_state(run.id, Completed(name="Lapsed", message=why), force=True)
+    run_tags.tag(run.id, verdict="lapsed")

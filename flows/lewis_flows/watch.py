@@ -178,7 +178,9 @@ def _compare(
     plans: dict[str, tuple[Recipe, list[Held]]] = {}
     for name in map(recipes_folder.name_of, recipes or recipes_folder.names()):
         try:
-            loaded[name] = plan = recipes_folder.load(name)
+            plan = recipes_folder.load(name)
+            recipes_folder.check_files(plan)
+            loaded[name] = plan
             if plan.register_as is None:
                 logger.debug("%s has no `register` block: there is nothing to compare releases with", name)
             else:

@@ -24,7 +24,7 @@ from lewis.store.manifest import remembered_sha256
 
 logger = logging.getLogger(__name__)
 SEMANTICS = "3"  # bump when the same rows would give other token ids
-EVERY = 4  # of so many rows, the last is held out to judge a fit to the others
+EVERY = 4  # of so many rows, or prompts that an expert continues, the last is held out to judge a fit to the others
 SAMPLES = "samples"  # key that every intact set in the store has
 WEIGHTS = "weights"
 # One set is loaded at a time: threads that load at the same time collide in tqdm's shared state inside datasets.
@@ -39,11 +39,14 @@ class Calibration:
         name: of the set in the recipe.
         samples: the token ids of each sample.
         weights: for each sample, how much each token counts; None: all alike.
+        prompts: for each sample, its prompt, as token ids or as a number; None: no expert has written the samples, and
+            each is on its own.
     """
 
     name: str
     samples: tuple[tuple[int, ...], ...]
     weights: tuple[tuple[float, ...], ...] | None = None
+    prompts: tuple[tuple[int, ...] | int, ...] | None = None
 
     @property
     def digest(self) -> str:
@@ -81,11 +84,28 @@ class Calibration:
         """Whether a token after the first of its sample, which can be predicted, has a weight other than 0."""
         return any(any(weights[1:]) for weights in self.weights or [[1.0] * len(row) for row in self.samples])
 
+    @property
+    def answered(self) -> bool:
+        """Whether it holds answers or whole texts; else it holds prompts, which an expert has yet to continue."""
+        return self.weights is None or any(1.0 in each for each in self.weights)
+
     def part(self, rows: Iterable[int]) -> "Calibration":
         """Return the set of only the samples with these indices."""
         chosen = list(rows)
         samples = tuple(self.samples[i] for i in chosen)
-        return replace(self, samples=samples, weights=self.weights and tuple(self.weights[i] for i in chosen))
+        weights = self.weights and tuple(self.weights[i] for i in chosen)
+        prompts = self.prompts and tuple(self.prompts[i] for i in chosen)
+        return replace(self, samples=samples, weights=weights, prompts=prompts)
+
+    def continuing(self, count: int) -> "Calibration":
+        """Return the set with its `prompts`: an expert has written its samples, `count` to each prompt.
+
+        Equal prompts are one, unless all tokens count alike: then the samples do not tell where a prompt ends.
+        """
+        if self.weights is None:
+            return replace(self, prompts=tuple(i for *_, i in sorted(turns(len(self.samples) // count, count))))
+        pairs = zip(self.samples, self.weights, strict=True)
+        return replace(self, prompts=tuple(sample[: weights.index(1) + 1] for sample, weights in pairs))
 
     @property
     def tokens(self) -> int:
@@ -112,6 +132,14 @@ class Calibration:
             raise LewisError(f"{path}: the calibration set is damaged, or is gone from the store; run again")
         samples, weights = (_tuples(content[key]) if key in content else None for key in (SAMPLES, WEIGHTS))
         return cls(content["name"], samples or (), weights)
+
+
+def turns(prompts: int, count: int) -> list[tuple[int, int, int]]:
+    """The samples that an expert writes, `count` to each prompt, as (group, turn, prompt); sorted, they are in order.
+
+    Prompts take turns in groups of `EVERY`.
+    """
+    return [(i // EVERY, turn, i) for i in range(prompts) for turn in range(count)]
 
 
 def _tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
@@ -170,14 +198,13 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
     if len(whole) < len(cut):
         logger.warning("%s: %d of %d texts have no tokens and are left out", where, len(cut) - len(whole), len(cut))
     samples, weights = tuple(ids for ids, _ in whole), tuple(each for _, each in whole)
-    if spec.prompt_weight == 1:
-        return Calibration(name, samples)
-    if not spec.continues and not any(1.0 in each for each in weights):
+    found = Calibration(name, samples, None if spec.prompt_weight == 1 else weights)
+    if not spec.continues and not found.answered:
         raise InputError(
             f"{where}: no token of an answer is left: the prompts fill max_tokens ({spec.max_tokens}), or the answers "
             "are empty; raise max_tokens, or set weight: {prompt: 1}"
         )
-    return Calibration(name, samples, weights)
+    return found
 
 
 def _texts(where: str, spec: CalibrationSet, rows: Any, tokenizer: Any) -> list[Text]:

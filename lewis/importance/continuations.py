@@ -16,7 +16,7 @@ from lewis import store
 from lewis.devices import precision
 from lewis.errors import InputError
 from lewis.importance import measure
-from lewis.importance.calibration import EVERY, Calibration
+from lewis.importance.calibration import Calibration, turns
 from lewis.importance.step import CalibrationEntry
 from lewis.input_files import read_json
 from lewis.lazy_torch import torch
@@ -112,9 +112,7 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
         )
     if left := len(prompts.samples) - len(rows):
         logger.warning("%s: %d of %d prompts fill %s and are left out", where, left, len(prompts.samples), limit)
-    # Prompts take turns in groups of EVERY: so a held-out row of a whole group continues a prompt that no row of the
-    # fit continues, unless `calibration_rows.MOST` cuts its continuations in two.
-    places = [(i // EVERY, turn, i) for i in range(len(rows)) for turn in range(given.count)]
+    places = turns(len(rows), given.count)
     places.sort(key=lambda place: len(rows[place[-1]]), reverse=True)
     rows, written, what = [rows[i] for *_, i in places], list[tuple[int, ...]](), f"{given.files.ref} continues"
     report(what, 0, len(rows))

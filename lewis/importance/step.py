@@ -37,12 +37,17 @@ logger = logging.getLogger(__name__)
 
 
 class CalibrationEntry(Reference):
-    """A calibration set in the store."""
+    """A calibration set in the store.
+
+    Attributes:
+        continues: how many of its rows an expert has written to each prompt, in the input of a merge; else None.
+    """
 
     name: str
     digest: str
     tokens: int
     path: Path
+    continues: int | None = None
 
     @model_validator(mode="after")
     def _on_disk(self) -> CalibrationEntry:
@@ -52,7 +57,8 @@ class CalibrationEntry(Reference):
 
     def load(self) -> Calibration:
         """Read the set, under its name in this recipe: another recipe may have stored the same rows first."""
-        return replace(Calibration.load(self.path), name=self.name)
+        rows = replace(Calibration.load(self.path), name=self.name)
+        return rows.continuing(self.continues) if self.continues else rows
 
 
 class ImportanceEntry(JsonReference):

@@ -1,7 +1,8 @@
 """The calibration rows of a fit: which of them are held out to judge it, and warnings about too few of them."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from lewis.errors import InputError
 from lewis.importance.calibration import EVERY, Calibration
@@ -9,26 +10,48 @@ from lewis.importance.calibration import EVERY, Calibration
 logger = logging.getLogger(__name__)
 
 RIDGES = (1.0, 0.1, 0.01, 0.001)  # the values that `ridge: auto` tries
-MOST = 16  # rows of a set that are held back to judge a fit
+MOST = 16  # rows of a set that are held back to judge a fit; more only if they continue the same prompt
+
+
+def by_prompt(calibration: Calibration) -> list[list[int]]:
+    """Indices of the rows that continue the same prompt, for each prompt; else of each row alone.
+
+    A fit that has seen a prompt is not judged by another row of it.
+    """
+    found = dict[object, list[int]]()
+    for row, prompt in enumerate(calibration.prompts or range(len(calibration.samples))):
+        found.setdefault(prompt, []).append(row)
+    return list(found.values())
 
 
 def split(calibration: Calibration) -> tuple[Calibration, Calibration]:
-    """Split a set into rows to fit to and rows that `ridge: auto` holds out: every fourth, or the last of fewer."""
-    rows = calibration.samples
-    held = range(EVERY - 1, len(rows), EVERY) if len(rows) >= EVERY else range(len(rows) - 1, len(rows))
-    return calibration.part(i for i in range(len(rows)) if i not in held), calibration.part(held)
+    """Split a set into rows to fit to and rows that `ridge: auto` holds out: every fourth, or the last of fewer.
+
+    Of rows that an expert has written, it is all rows of every fourth prompt.
+    """
+    prompts = by_prompt(calibration)
+    return _parts(calibration, prompts[EVERY - 1 :: EVERY] or prompts[-1:])
+
+
+def _parts(calibration: Calibration, held: Sequence[Sequence[int]]) -> tuple[Calibration, Calibration]:
+    chosen = {i for rows in held for i in rows}
+    others = (i for i in range(len(calibration.samples)) if i not in chosen)
+    return calibration.part(others), calibration.part(sorted(chosen))
 
 
 def hold_back(calibration: Calibration) -> tuple[Calibration, Calibration | None]:
     """Split a set into rows to fit to and rows that are held back to judge the fit: every fourth, at most `MOST`.
 
+    Of rows that an expert has written, it is all rows of every fourth prompt, until they are `MOST` or more.
+
     Returns:
-        The two parts. The whole set and None if it has fewer than four rows, no token to predict in held-back rows (no
-        token of an answer, where the set marks these), or no token that counts in the others.
+        The two parts. The whole set and None if it has fewer than four rows (or prompts), no token to predict in
+        held-back rows (no token of an answer, where the set marks these), or no token that counts in the others.
     """
-    count = len(calibration.samples)
-    held = list(range(EVERY - 1, count, EVERY))[:MOST]
-    fitted_to, back = calibration.part(i for i in range(count) if i not in held), calibration.part(held)
+    fourth = by_prompt(calibration)[EVERY - 1 :: EVERY]
+    before = accumulate(map(len, fourth), initial=0)
+    held = [rows for rows, count in zip(fourth, before, strict=False) if count < MOST]
+    fitted_to, back = _parts(calibration, held)
     return (fitted_to, back) if fitted_to.counts and back.of_answers.predicts else (calibration, None)
 
 
@@ -40,9 +63,10 @@ def check_split(expert: str, calibration: Calibration) -> None:
     """
     fitted_to, held = split(calibration)
     if not fitted_to.counts or not held.of_answers.predicts:
+        of = f" of {len(by_prompt(calibration))} prompts" if calibration.prompts else ""
         raise InputError(
             f"{expert}: parameters.ridge: auto holds out every fourth row of the calibration set {calibration.name!r}, "
-            f"which has {len(calibration.samples)} rows: expected rows to fit to, and answers to predict in those; "
+            f"which has {len(calibration.samples)} rows{of}: expected rows to fit to, and answers to predict in those; "
             "give it more rows of two tokens or more, with answers, or give a number"
         )
 

@@ -94,7 +94,7 @@ def check_calibrations(
     if lacking := [expert.ref for expert in experts if expert.calibration is None]:
         raise InputError(f"{lacking[0]}: {method.name} needs its calibration set; see lewis.calibrations")
     for expert in experts if tunes else ():
-        if expert.calibration is not None and expert.held_back is None:
+        if expert.calibration and expert.calibration.answered and expert.held_back is None:
             check_split(expert.ref, expert.calibration)
 
 

@@ -301,7 +301,9 @@ class Prepared:
 
     def _fit_digest(self) -> list[Any]:
         sets: list[Any] = [expert.calibration.digest for expert in self.experts if expert.calibration]
-        sets += [[AUTO, JUDGE_SEMANTICS, RIDGES, EVERY]] if self.tunes else []
+        split = [each.calibration for each in self.experts if each.calibration and not each.held_back]
+        by_prompt = ["by prompt"] if any(each.prompts for each in split) else []
+        sets += [[AUTO, JUDGE_SEMANTICS, RIDGES, EVERY, *by_prompt]] if self.tunes else []
         held = [expert.held_back.digest if expert.held_back else "" for expert in self.experts]
         sets += [["held back", JUDGE_SEMANTICS, held]] if any(held) else []
         if self.method.fits == "static":  # to statistics, which depend on the number format of the passes

@@ -38,6 +38,13 @@ _KEYS = (
 )
 
 
+def file_of(data: Mapping[str, Any], root: Path) -> Path | None:
+    """Return the config file that the raw YAML of a recipe in the folder `root` names; None if it names none."""
+    block = data.get("evaluate")
+    name = block.get("config") if isinstance(block, dict) else block
+    return root / name if isinstance(name, str) else None
+
+
 def with_config(data: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Return a recipe's data with the lm-eval config file that `evaluate` names replaced by the file's content.
 

@@ -156,11 +156,14 @@ class Log:
         """Queue the unfinished trials of a killed process again; a new search starts with the recipe's own values."""
         from optuna.trial import TrialState
 
-        for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
+        found = self._study.get_trials()
+        again = {trial.user_attrs.get(_AGAIN) for trial in found}  # the one before may have been killed half-way
+        for trial in (each for each in found if each.state == TrialState.RUNNING):
+            if trial.number not in again:
+                queued = trial.system_attrs.get("fixed_params", {})  # a trial that has just begun has not drawn yet
+                self._study.enqueue_trial({**queued, **trial.params}, user_attrs={_AGAIN: trial.number})
             self._study.tell(trial.number, state=TrialState.FAIL)
-            queued = trial.system_attrs.get("fixed_params", {})  # which a trial that has just begun has not drawn yet
-            self._study.enqueue_trial({**queued, **trial.params}, user_attrs={_AGAIN: trial.number})
-        if not self._study.get_trials():
+        if not found:
             self._study.enqueue_trial(self._own_values())
 
     def _own_values(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scored import MERGED
 from lewis.evaluation.step import furthest_look
 from lewis.importance.continuations import ContinueInput
-from lewis.importance.step import CalibrationInput, MeasureInput
+from lewis.importance.step import CalibrationEntry, CalibrationInput, MeasureInput
 from lewis.inspection.step import InspectionInput, InspectionSettings
 from lewis.merging.calibration_rows import shared_set_warning
 from lewis.merging.settings import stored_dtype
@@ -303,10 +303,7 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
     holds_back = recipe.lewis is not None and recipe.lewis.hold_back and recipe.fits and not recipe.needs_grams
 
     def given(results: Results) -> MergeInput:
-        # Before an expert has continued them, prompts stand for its rows: enough to check a merge, and to time it.
-        found = {
-            ref: results.get(_rows(recipe, name)) or results.get(f"calibrate {name}") for ref, name in sets.items()
-        }
+        found = {ref: _filled(recipe, name, results) for ref, name in sets.items()}
         known = {ref: each for ref, each in found.items() if each is not None}
         return MergeInput(
             config,
@@ -323,6 +320,19 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
         )
 
     return given
+
+
+def _filled(recipe: Recipe, name: str, results: Results) -> CalibrationEntry | None:
+    """The rows of a calibration set for a merge; None if they are not known yet.
+
+    Before an expert has continued them, prompts stand for its rows: enough to check a merge, and to time it.
+    """
+    assert recipe.lewis is not None
+    written: CalibrationEntry | None = results.get(f"continue {name}")
+    if written is None:
+        return results.get(f"calibrate {name}")
+    # The recipe says it, since a result that Prefect keeps of an older version does not.
+    return written.model_copy(update={"continues": recipe.lewis.calibrations[name].continues})
 
 
 def _scores(recipe: Recipe) -> Iterator[Node]:

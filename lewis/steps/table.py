@@ -19,7 +19,6 @@ from lewis.evaluation.harness import server
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.step import ScoresEntry, find_score, score_task, scores_digest
 from lewis.importance import grams, measure
-from lewis.importance.calibration import Calibration
 from lewis.importance.continuations import ContinueInput, continue_prompts, find_continued
 from lewis.importance.step import (
     CalibrationEntry,
@@ -356,7 +355,7 @@ def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passe
 def _passes_for_ridge(given: MergeInput) -> Iterator[int]:
     """Tokens of each pass that `ridge: auto` has yet to do: over the rows of an expert that are not held out."""
     for entry, files in zip(given.config.experts, given.experts, strict=True):
-        fitted_to, _ = split(Calibration.load((given.sets or {})[entry.model].path))
+        fitted_to, _ = split((given.sets or {})[entry.model].load())
         _, folder = grams_place(files.read_as, fitted_to.digest, default_device())
         if store.read_manifest(folder) is None:
             yield fitted_to.tokens

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -41,27 +42,30 @@ def _merge(version: str, recipe: str) -> State[Any]:
     return approval.ask(run, approval.answered(run) or version, "* a rule: pass")
 
 
+def _run(client: SyncPrefectClient, of: UUID) -> State[Any]:
+    """As a worker does."""
+    try:
+        state: State[Any] = run_flow(_merge, flow_run=client.read_flow_run(of), return_type="state")
+    except Pause as pause:
+        state = pause.state
+    return state
+
+
+def _asks(client: SyncPrefectClient, family: Family, name: str, digit: str, champion: str) -> UUID:
+    """A run that waits for an answer about a new version of a model."""
+    deployment = client.create_deployment(client.create_flow(_merge), name, enforce_parameter_schema=False)
+    version = registered(family.base, digit, {}, name, None)
+    promotion.promote(version, Verdict(True, ("a rule: pass",), champion, approve_hours=1.0))
+    given = {"version": version.uri, "recipe": name}
+    of = client.create_flow_run_from_deployment(deployment, parameters=given).id
+    assert _run(client, of).name == "Suspended" and client.read_flow_run(of).name == f"merge {name}"
+    return of
+
+
 def test_a_run_waits_for_a_person_on_its_page_or_on_the_command_line(
     client: SyncPrefectClient, family: Family, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    deployment = client.create_deployment(client.create_flow(_merge), "asked", enforce_parameter_schema=False)
-
-    def run(of: UUID) -> State[Any]:
-        """As a worker does."""
-        try:
-            state: State[Any] = run_flow(_merge, flow_run=client.read_flow_run(of), return_type="state")
-        except Pause as pause:
-            state = pause.state
-        return state
-
-    def asks(digit: str, champion: str) -> UUID:
-        version = registered(family.base, digit, {}, "asked", None)
-        promotion.promote(version, Verdict(True, ("a rule: pass",), champion, approve_hours=1.0))
-        given = {"version": version.uri, "recipe": "asked"}
-        of = client.create_flow_run_from_deployment(deployment, parameters=given).id
-        assert run(of).name == "Suspended" and client.read_flow_run(of).name == "merge asked"
-        return of
-
+    run, asks = partial(_run, client), partial(_asks, client, family, "asked")
     first = asks("a", "base")
     keyset = client.read_flow_run(first).state.state_details.run_input_keyset
     shown = client.read_flow_run_input(first, keyset["description"])
@@ -101,3 +105,32 @@ def test_a_run_waits_for_a_person_on_its_page_or_on_the_command_line(
     ]
     assert history.history("asked")[1].by.startswith("the run http")
     assert {move.version for move in outbox.moves()} <= {"1", "2", "3"}  # told, or to be told soon
+
+
+def test_a_question_ends_when_the_champion_is_moved_by_hand(client: SyncPrefectClient, family: Family) -> None:
+    """Its run waited for ever."""
+    asks = partial(_asks, client, family, "moved")
+
+    def state(of: UUID) -> tuple[str | None, str | None]:
+        found = client.read_flow_run(of).state
+        assert found
+        return found.name, found.message
+
+    other = _asks(client, family, "unmoved", "0", "base")
+    first = asks("a", "base")
+    assert main(["promote", "models:/moved/1", "--why", "in a hurry"]) == 0
+    ended = _run(client, first)
+    assert (ended.name, ended.message) == ("Approved", "models:/moved/1 is the champion: in a hurry")
+
+    second = asks("b", "models:/moved/1")
+    registered(family.base, "c", {}, "moved")
+    assert main(["promote", "moved/3", "--why", "in a hurry"]) == 0
+    assert state(second) == ("Lapsed", "models:/moved/2 can no longer be approved; see `lewis history moved`")
+    assert "verdict:lapsed" in client.read_flow_run(second).tags
+
+    third = asks("d", "models:/moved/3")
+    assert main(["rollback", "moved", "--why", "it was rude"]) == 0
+    assert state(third)[0] == "Lapsed"
+    assert state(other)[0] == "Suspended"
+    assert main(["approve", "unmoved/1", "--refuse", "--why", "it is rude"]) == 0
+    assert _run(client, other).name == "Refused"

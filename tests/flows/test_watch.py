@@ -187,6 +187,7 @@ def test_what_is_broken_does_not_stop_the_others(
         "bad-key": RECIPE.replace("merge_method", "merge_metod") % "bad-key",
         "bad-repo": RECIPE.replace("org/math", "org/none") % "bad-repo",
         "bad-folder": RECIPE.replace("org/math", "./none") % "bad-folder",
+        "bad-task": RECIPE % "bad-task" + "evaluate: {tasks: [tasks/none.yaml]}",
         "busy-hub": RECIPE.replace("org/math", "org/busy") % "busy-hub",
         "folder": RECIPE.replace("org/math", str(tmp_path / "expert")) % "folder",
         "plain": RECIPE.split("register:")[0],
@@ -196,8 +197,9 @@ def test_what_is_broken_does_not_stop_the_others(
     hub.faults.append({"path": "org/busy", "status": 503, "times": 99})
     report = poll()
     assert report.checked == ["folder"] and report.announced == [f"folder: {tmp_path}/expert"]
-    assert report.problems.keys() == {"bad-key", "bad-repo", "bad-folder", "busy-hub"}
-    for name, words in {"bad-key": "merge_metod", "bad-repo": "org/none", "bad-folder": "./none"}.items():
+    told = {"bad-key": "merge_metod", "bad-repo": "org/none", "bad-folder": "./none", "bad-task": "tasks/none.yaml"}
+    assert report.problems.keys() == {*told, "busy-hub"}
+    for name, words in told.items():
         assert words in report.problems[name]
     assert sum("org/none" in request.path for request in hub.log) == 1
 
@@ -341,6 +343,9 @@ def test_a_release_that_is_broken_on_the_hub_waits_for_another_commit(
         monkeypatch.setattr(watch, name, value)
     assert poll().announced == ["broken: org/math"]
     assert (status("broken").recipes or [])[0].attempt(NOW + timedelta(hours=1)) == "at the next poll"
+    (recipes / "broken.yaml").write_text(RECIPE % "broken" + "evaluate: {tasks: [none.yaml]}")
+    assert (status("broken").recipes or [])[0].attempt(NOW) == "after it is corrected"
+    (recipes / "broken.yaml").write_text(RECIPE % "broken")
     tag(run.id, broken=hub.repos["model", "org/code"].branches["main"])
     assert poll().waiting == ["broken: org/math"]
     told = "after another commit of org/code, which is broken on the Hub"

@@ -82,7 +82,7 @@ def approve(options: argparse.Namespace) -> None:
         _report(f"models:/{name}/{number}", options.why, approve=False)
         _say(options, {"refused": f"models:/{name}/{number}"}, f"models:/{name}/{number} is refused")
         return
-    _champion(options, name, number, promotion.approve(name, number, options.why), waited=True)
+    _champion(options, name, number, promotion.approve(name, number, options.why))
 
 
 def promote(options: argparse.Namespace) -> None:
@@ -104,9 +104,9 @@ def _named(version: str) -> tuple[str, str]:
     return name, str(int(number))
 
 
-def _champion(options: argparse.Namespace, name: str, number: str, before: str, *, waited: bool = False) -> None:
+def _champion(options: argparse.Namespace, name: str, number: str, before: str) -> None:
     uri = f"models:/{name}/{number}"
-    reported = _report(uri if waited else "", options.why)
+    reported = _report(uri, options.why)
     text = f"{uri} is the champion" + (f" in place of {before}" if before else "")
     _say(options, {"champion": uri, "before": before or None}, text)
     _warn_of_targets(name, uri, reported)
@@ -121,7 +121,7 @@ def rollback(options: argparse.Namespace) -> None:
     from lewis.registry import promotion
 
     champion = promotion.rollback(options.name, options.why)
-    reported = _report()
+    reported = _report(champion, options.why)
     _say(options, {"champion": champion}, f"{champion} is the champion again")
     _warn_of_targets(options.name, champion, reported)
 
@@ -137,10 +137,10 @@ def _warn_of_targets(name: str, champion: str, reported: bool) -> None:
         say_error(f"{each.target} still has {has}: no service runs here; `lewis serve` of its recipe moves it")
 
 
-def _report(answered: str = "", why: str = "", *, approve: bool = True) -> bool:
+def _report(version: str, why: str, *, approve: bool = True) -> bool:
     """Report the new champion to the Prefect server; return False if none runs: the next one gets the report later.
 
-    The run that waits for an answer about the version `answered` is resumed with this answer.
+    Runs that wait for an answer about a version, and need none any more, go on or end; see `approval.settle`.
     """
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import running
@@ -150,7 +150,6 @@ def _report(answered: str = "", why: str = "", *, approve: bool = True) -> bool:
             from lewis_flows import approval
             from lewis_tasks.support import moves
 
-            if answered:
-                approval.resume(answered, why, approve=approve)
+            approval.settle(version, why, approve=approve)
             moves.report()
     return bool(url)

@@ -123,8 +123,8 @@ class Folder:
             recipes = recipes_folder.load_all()
             read = (_read_file(name, recipes.get(name)) for name in recipes_folder.names())
             self._files, self._seen = [each for each in read if each], now
-        # A folder of a model may come and go while no file of the recipes' folder changes.
-        found = [replace(each, why=missing_folder(each.recipe) or "") if each.recipe else each for each in self._files]
+        # What a recipe names may come and go while no file of the recipes' folder changes.
+        found = [replace(each, why=_why(each.recipe)) if each.recipe else each for each in self._files]
         reasons = {each.name: each.why for each in found if each.recipe and each.why}  # `load_all` logs the others
         for name, why in reasons.items():
             if self._logged.get(name) != why:
@@ -157,6 +157,17 @@ def _is_mended(file: RecipeFile) -> bool:
     return True
 
 
+def _why(recipe: Recipe) -> str:
+    """Say why a recipe whose file is right cannot run: it names a folder or a file that is missing or wrong."""
+    if missing := missing_folder(recipe):
+        return missing
+    try:
+        recipes_folder.check_files(recipe)
+    except Exception as error:  # as `recipes_folder.load_all`
+        return str(error)
+    return ""
+
+
 def time_zone() -> str:
     """The name of this machine's time zone, in which nightly merges are scheduled."""
     return get_localzone_name() or "UTC"
@@ -183,7 +194,8 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
     """
     for flow in (prefect_runs.MERGE, *(flow for flow, block in _further(file).items() if block)):
         before = prefect_runs.deployment(client, f"{flow}/{file.name}")
-        fields = _fields(flow, file, before)
+        # A champion is served even if the models or files that a merge needs are missing.
+        fields = _fields(flow, replace(file, why="") if flow == prefect_runs.SERVE else file, before)
         if flow != prefect_runs.SERVE:
             placed, tag = _place(client, file.recipe, before)
             fields |= {**placed, "tags": [*fields["tags"], *tag]}
@@ -226,7 +238,7 @@ def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, bef
         client.delete_resource_owned_automations(f"prefect.deployment.{made}")  # of an earlier model
         client.create_automation(trigger)
     new = before is None or (before.version != file.version and not before.paused)
-    if new and not file.why:
+    if new:
         prefect_runs.start(client, made, tags=[EDITED])
 
 

@@ -111,6 +111,8 @@ def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Fa
     refs = [each.ref for each in recipe.inputs if each.head and broken & set(commits_of(each.head))]
     if recipe.paused:
         recipe.after = "its deployment is resumed"
+    elif recipe.broken:
+        recipe.after = "it is corrected"
     elif refs:
         recipe.after = f"another commit of {' and '.join(refs)}, which is broken on the Hub"
     elif not broken or any(each.head for each in recipe.inputs):  # else it is unknown what is newest
@@ -136,6 +138,7 @@ def _watched(name: str, mlflow: Part, facts: _Facts, *, hub: bool, scores: bool)
     found = Watched(recipe=name)
     try:
         recipe = recipes_folder.load(name)
+        recipes_folder.check_files(recipe)
     except Exception as error:  # whatever is wrong with one recipe does not stop the others
         found.unknown.append(str(error))
         found.broken, found.registered = True, recipes_folder.registered_name(name)

@@ -69,7 +69,7 @@ class Watched(BaseModel):
         after: what has to happen before a failed merge is tried again; empty if nothing has to.
         scores: number of a version -> the score that its gate looked at, oldest first; only where they were asked for.
         unknown: what could not be found out, and why.
-        broken: whether the recipe's file is wrong; the first text of `unknown` says why.
+        broken: whether the recipe's file, or one that its `evaluate` names, is wrong; `unknown` says why, in one text.
     """
 
     recipe: str

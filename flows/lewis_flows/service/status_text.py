@@ -65,7 +65,7 @@ def _heading(recipe: Watched) -> str:
     champion = f"champion version {recipe.champion}" if recipe.champion else "no champion yet"
     if recipe.waiting:
         champion += f"; version {recipe.waiting} waits for `lewis approve`"
-    state = ("; paused" if recipe.paused else "") + ("; its file is wrong" if recipe.broken else "")
+    state = ("; paused" if recipe.paused else "") + ("; broken" if recipe.broken else "")
     return f"Recipe {recipe.recipe}: {recipe.registered}, {'champion unknown' if unknown else champion}{state}"
 
 

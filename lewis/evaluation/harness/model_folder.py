@@ -10,7 +10,7 @@ from lewis import store
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.config import write_config
 from lewis.models.dtypes import size_of, torch_dtype
-from lewis.models.files.folder import copy_tokenizer
+from lewis.models.files.folder import copy_processors, copy_tokenizer
 from lewis.models.files.writer import CheckpointWriter
 from lewis.models.lora.config import read_settings
 from lewis.models.model import Model
@@ -53,6 +53,7 @@ def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, 
                 writer.write(name, model.read(name).to(torch_dtype(layout[name][0])))
                 writer.finish(name)
         write_config(model.config, model.home, folder, None)
+        copy_processors(model.home, folder)  # without which servers start no model of images or sound
         copy_tokenizer(tokenizer_folder(model), folder)
         yield folder, None
     finally:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.importance.calibration import EVERY, Calibration
+from lewis.merging.calibration_rows import by_prompt
 from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.losses import RowLoss, from_json, mean_loss, predicts_next_token, row_losses, to_json
 from lewis.merging.prepared import Prepared
@@ -121,14 +122,15 @@ def warn_of_unjudged(merge: Prepared) -> None:
     """Warn of each expert without held-back rows, since it has too few usable ones: nothing judges the fit to it."""
     judged = any(expert.held_back for expert in merge.experts)
     found = [(each.ref, each.calibration) for each in merge.experts if each.calibration and not each.held_back]
-    found = [(ref, rows) for ref, rows in found if judged or len(rows.samples) < EVERY]
+    found = [(ref, rows) for ref, rows in found if judged or len(by_prompt(rows)) < EVERY]
     if merge.method.fits != "forward" or not found or not (judged or predicts_next_token(merge.base)):
         return
     for ref, rows in found:
+        what = "prompts" if rows.prompts else "rows"
         logger.warning(
-            "%s: no held-back row judges the fit to it: expected at least %d rows in lewis.calibrations.%s, and that "
-            "every fourth predicts an answer, got %d rows; raise samples, or use `continue`",
-            *(ref, EVERY, rows.name, len(rows.samples)),
+            "%s: no held-back row judges the fit to it: expected at least %d %s in lewis.calibrations.%s, and that "
+            "every fourth predicts an answer, got %d %s; raise samples",
+            *(ref, EVERY, what, rows.name, len(by_prompt(rows)), what),
         )
 
 

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -154,6 +155,35 @@ def test_a_score_that_was_replaced_is_on_the_next_page(
     assert score() == [0.5]
     log(0.75)
     assert score() == [0.75]
+
+
+def test_each_recipe_of_a_group_has_its_own_targets_on_the_page(
+    tmp_path: Path, empty_database: Path, family: Family, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two targets of one name: both recipes had the numbers of one of them, which hid what failed at the other."""
+    make_home(tmp_path / "home", empty_database, monkeypatch)
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
+    (tmp_path / "recipes").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "recipes" / f"{name}.yaml").write_text("register: {name: model, group: g}\n")
+    version = registered(family.base, "a", {"org/math": "a" * 40}, "model")
+
+    def failed() -> dict[tuple[str, str], float]:
+        """(Recipe, target) -> whether it failed."""
+        samples = [sample for of in of_registry.read() if of.name == "lewis_serve_failed" for sample in of.samples]
+        return {(each.labels["recipe"], each.labels["target"]): each.value for each in samples}
+
+    for well, wrong in (("one", "two"), ("two", "one")):
+        with tracking.client("targets") as mlflow:
+            took = Served("model", "vllm", "vllm", recipe=well).took(version.uri, "a" * 64, "model-1", "")
+            records.write(mlflow, took)
+            records.write(mlflow, Served("model", "vllm", "vllm", recipe=wrong).refused(version.uri, "no room"))
+        assert failed() == {(well, "vllm"): 0, (wrong, "vllm"): 1}
+    with tracking.client("a target of one recipe") as mlflow:
+        records.write(mlflow, replace(took, target="web", recipe="one"))
+    assert failed() == {("one", "vllm"): 1, ("one", "web"): 0, ("two", "vllm"): 0}
+    (tmp_path / "recipes" / "one.yaml").unlink()  # what its targets serve is of the model still
+    assert failed() == {("one", "vllm"): 1, ("one", "web"): 0, ("two", "vllm"): 0}
 
 
 def test_only_new_tasks_are_asked_for_and_old_ones_forgotten() -> None:

@@ -47,6 +47,14 @@ register: {name: good, team: ops}
 search: {space: {parameters.lambda: [1, 2]}, metrics: ["x/acc,none"]}
 """
 
+WORDS = """
+task: words
+dataset_path: json
+dataset_kwargs: {data_files: eval/words/words.jsonl}
+process_docs: !function more.rows
+metric_list: [{metric: acc}]
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -105,6 +113,64 @@ def test_a_recipe_counts_again_once_the_config_that_it_names_is_mended(
     assert caplog.text.count("recipe good is left out") == 1
     config.write_text("tasks: [x]\nlimit: 3\n")
     assert runnable(seen) == ["good"]
+
+
+@pytest.mark.parametrize("wrong", ["config", "task", "function", "data"])
+def test_a_recipe_cannot_run_while_a_file_that_it_names_is_wrong(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """Each release, and each night, started a run that failed in `check tasks`."""
+    files = {
+        "config": ("lm.yaml", "tasks: [eval/words/words.yaml]", "evaluate.config: eval/lm.yaml: not valid YAML"),
+        "task": ("words/words.yaml", WORDS, "words.yaml: not a readable lm-eval task"),
+        "function": ("words/more.py", "", "!function more.rows: no file"),
+        "data": ("words/words.jsonl", "{}", "data file 'eval/words/words.jsonl' is missing or empty"),
+    }
+    (folder / "eval" / "words").mkdir(parents=True)
+    for name, text, _ in files.values():
+        (folder / "eval" / name).write_text(text)
+    (folder / "good.yaml").write_text(f"{GOOD[:-1]}, evaluate: eval/lm.yaml}}")
+    seen, (name, _, why) = recipe_deployments.Folder(), files[wrong]
+    assert runnable(seen) == ["good"]
+    with monkeypatch.context() as patch:  # they are read again only if one has changed
+        patch.setattr(recipes_folder, "read_task", Mock(side_effect=AssertionError))
+        assert runnable(seen) == ["good"]
+    kept = (folder / "eval" / name).read_text()
+    if wrong in ("config", "task"):
+        (folder / "eval" / name).write_text("[")
+    else:
+        (folder / "eval" / name).unlink()
+    (file,) = seen.files()
+    assert why in file.why and runnable(seen) == runnable(recipe_deployments.Folder()) == []
+    assert caplog.text.count("good cannot run: ") + caplog.text.count("recipe good is left out: ") == 2, "once for each"
+    (folder / "eval" / name).write_text(kept)
+    assert runnable(seen) == ["good"]
+
+
+def test_a_recipe_is_paused_while_the_data_of_its_task_are_missing_and_its_champion_is_served(
+    folder: Path, client: SyncPrefectClient
+) -> None:
+    follower, recipe, data = Follower(print), folder / "good.yaml", folder / "eval" / "words" / "words.jsonl"
+    data.parent.mkdir(parents=True)
+    (data.parent / "words.yaml").write_text(WORDS)
+    (data.parent / "more.py").touch()
+    recipe.write_text(SEARCH.replace("[x]", "[eval/words/words.yaml]") + "serve: {kind: command, run: [x]}\n")
+    follower.follow()  # a recipe that is new
+    made = {flow: client.read_deployment_by_name(f"{flow}/good") for flow in ("merge", "search", "serve")}
+    assert follower.runnable() == [] and {flow: each.paused for flow, each in made.items()} == {
+        "merge": True,
+        "search": True,
+        "serve": False,
+    }
+    about = made["merge"].description or ""
+    assert "**It cannot run:** " in about and "data file 'eval/words/words.jsonl' is missing or empty" in about
+    assert "It cannot run" not in (made["serve"].description or "")
+    data.write_text("{}")
+    follower.follow()
+    assert follower.runnable() == ["good"]
+    for flow, each in made.items():
+        found = client.read_deployment_by_name(f"{flow}/good")
+        assert (found.id, found.paused, found.tags) == (each.id, False, ["lewis", "recipe:good", "team:ops"])
 
 
 @pytest.mark.parametrize("wrong", ["two files", "large", "not readable"])

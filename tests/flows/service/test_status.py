@@ -115,11 +115,13 @@ def test_champion_and_newer_heads(home: Path, hub: LocalHub, recipes: Path, fami
         RECIPE.replace("ties", "tise") % "tiny",
         RECIPE % "tiny" + "models: [",
         "register: {name: 'tiny'}\n[a",
+        RECIPE % "tiny" + "evaluate: {tasks: [tasks/none.yaml]}",
     ):
         (recipes / "tiny.yaml").write_text(text)
         (broken,) = status().recipes or []
         assert (broken.registered, broken.champion, broken.broken) == ("tiny", "1", True) and broken.unknown
-    assert "Recipe tiny: tiny, champion version 1; its file is wrong" in as_text(status(), datetime.now(UTC))
+    assert "tasks/none.yaml: not a readable lm-eval task" in broken.unknown[0]
+    assert "Recipe tiny: tiny, champion version 1; broken" in as_text(status(), datetime.now(UTC))
 
 
 def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """What an expert writes to prompts: its own words, the same each time, in the form of a calibration set."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from lewis.errors import InputError, RecipeError
 from lewis.importance.calibration import Calibration
 from lewis.importance.continuations import ContinueInput, continue_prompts, find_continued
 from lewis.importance.step import CalibrationEntry
-from lewis.merging.calibration_rows import hold_back
+from lewis.merging.calibration_rows import split
 from lewis.models.source import ModelFiles
 from lewis.store import kinds
 from tests.conftest import Family
@@ -138,13 +139,55 @@ def test_prompts_without_room_are_named(family: Family) -> None:
         continue_prompts(given(family.math, ((5, 6, 7),), max_tokens=3))
 
 
-def test_no_prompt_of_a_held_back_row_is_fitted_to(family: Family) -> None:
-    """They were sorted by the length of the prompts: the longest judged, and the fit saw these prompts too."""
-    prompts = tuple((5 + i, *(4,) * (i % 3)) for i in range(20))
-    rows = Calibration.load(continue_prompts(given(family.math, prompts, count=3, max_tokens=6)).path)
-    fitted_to, held = hold_back(rows)
-    assert held is not None and len(held.samples) == 15
-    assert {row[0] for row in held.samples} == {prompts[i][0] for i in range(3, 20, 4)}
+def parts(prompts: list[str], count: int, weight: float, family: Family, folder: Path) -> tuple[Calibration, ...]:
+    """All rows that an expert writes to prompts, those that a merge is fitted to, and those that are held back."""
+    (folder / "x.jsonl").write_text("".join(json.dumps({"q": each}) + "\n" for each in prompts))
+    block = {**SET, "data_files": str(folder / "x.jsonl"), "samples": len(prompts), "continue": count, "max_tokens": 6}
+    recipe = {
+        "merge_method": "regmean_forward",
+        "base_model": str(family.base),
+        "models": [{"model": str(family.math)}],
+    }
+    recipe = parse(recipe | {"lewis": {"calibrations": {"s": block | {"weight": {"prompt": weight}}}}})
+    base, experts = pipeline.fetch(recipe)
+    [entry] = (pipeline.merge_input(recipe, base, experts).sets or {}).values()
+    [expert] = pipeline.prepare_merge(recipe, base, experts).experts
+    assert expert.calibration is not None
+    return entry.load(), expert.calibration, expert.held_back or Calibration("s", ())
+
+
+@pytest.mark.parametrize("weight", [0.1, 1.0])
+@pytest.mark.parametrize(
+    ("prompts", "count", "expected"),
+    [
+        (16, 4, 16),
+        (24, 3, 18),  # of the last of these prompts, only one row was held back
+        (4, 20, 20),
+        (6, 4, 4),  # of the fifth and the sixth prompt, every second row was held back
+        (3, 4, 0),
+    ],
+)
+def test_no_prompt_of_a_held_back_row_is_fitted_to(
+    prompts: int, count: int, expected: int, weight: float, family: Family, tmp_path: Path
+) -> None:
+    rows, fitted_to, held = parts([f"w{i}" + " w40" * (i % 3) for i in range(prompts)], count, weight, family, tmp_path)
+    assert len(held.samples) == expected and sorted(held.samples + fitted_to.samples) == sorted(rows.samples)
+    assert not {row[0] for row in held.samples} & {row[0] for row in fitted_to.samples}
+    fitted_to, held = split(rows)
+    assert len(held.samples) == max(prompts // 4, 1) * count
+    assert not {row[0] for row in held.samples} & {row[0] for row in fitted_to.samples}
+
+
+def test_what_is_held_back_of_whole_groups_stays_as_it_was(family: Family, tmp_path: Path) -> None:
+    """So that merges in the store are found."""
+    rows, _, held = parts([f"w{i}" for i in range(20)], 4, 0.1, family, tmp_path)
+    assert held.samples == rows.samples[3:64:4]
+    assert split(rows)[1].samples == rows.samples[3::4]
+
+
+def test_equal_prompts_are_one(family: Family, tmp_path: Path) -> None:
+    _, fitted_to, held = parts([f"w{i % 5}" for i in range(15)], 2, 0.1, family, tmp_path)
+    assert len(held.samples) == 6 and len({row[0] for row in held.samples}) == 1
     assert not {row[0] for row in held.samples} & {row[0] for row in fitted_to.samples}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,6 +149,22 @@ class TestLog:
         assert Log(recipe, [ACC], INPUTS, "t").ask().values == cut.values  # cut off twice
         more = Log(parse(**{"  space:": "  trials: 50\n  space:"}), [ACC], INPUTS, "t")
         assert len(more.trials) == 3
+
+    @pytest.mark.parametrize("call", ["tell", "enqueue_trial"])
+    def test_a_kill_while_it_queues_again_loses_no_trial(
+        self, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        cut = Log(recipe, [ACC], INPUTS, "t").ask()
+
+        def killed(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(optuna.Study, call, killed)
+            Log(recipe, [ACC], INPUTS, "t")
+        log = Log(recipe, [ACC], INPUTS, "t")
+        assert log.ask().values == cut.values
+        assert log.ask().values != cut.values  # queued once
 
     def test_the_recipes_own_values_are_tried_even_if_the_first_trial_died_before_it_had_them(
         self, recipe: Recipe

@@ -211,12 +211,15 @@ class TestLocal:
         plan = make_plan(parse({"merge_method": "regmean", "base_model": str(family.base), "models": models}))
         assert len(plan.layers) == 14 and "covered self_attn.q_proj: 2 layers" in plan.to_text()
 
-    def test_prompts_that_are_not_continued_yet_are_named(self, family: Family, home: Path) -> None:
+    @pytest.mark.parametrize("parameters", [{}, {"ridge": "auto"}], ids=str)
+    def test_prompts_that_are_not_continued_yet_are_named(
+        self, family: Family, home: Path, parameters: dict[str, str]
+    ) -> None:
         """Time and memory were those of the prompts, a small part of what the fit goes by, without a word."""
-        prompts = {"texts": ["w1 w2"] * 4, "samples": 4, "continue": 4, "max_tokens": 20}
+        prompts = {"texts": [f"w1 w{i}" for i in range(4)], "samples": 4, "continue": 4, "max_tokens": 20}
         models = [{"model": str(family.math)}]
         recipe = {"merge_method": "regmean_forward", "base_model": str(family.base), "models": models}
-        recipe = parse({**recipe, "lewis": {"calibrations": {"chat": prompts}}})
+        recipe = parse({**recipe, "parameters": parameters, "lewis": {"calibrations": {"chat": prompts}}})
         told = "until continue math is done, time and memory count the prompts alone"
         assert f"warning: {told}" in make_plan(recipe).to_text()
         library.prepare(recipe)

@@ -53,7 +53,7 @@ def read() -> Iterator[Metric]:
         held = releases.merged(model) if tracking.exists() else []  # else it would create the database
         champion = releases.champion(held)
         for record in records.served(model) if held else ():
-            at = recipe, model, record.target
+            at = record.recipe or recipe, model, record.target  # a recipe of a group has targets of its own
             served[at] = float(record.uri.rpartition("/")[2] or 0)
             failed[at] = float(record.failure is not None)
             if record.uri:

@@ -64,6 +64,15 @@ def test_experts_whose_rows_do_not_judge_are_named(hold_back: bool, family: Fami
     assert told.startswith(f"{family.math}: no held-back row judges the fit to it") and "got 3 rows;" in told
 
 
+def test_rows_that_continue_too_few_prompts_do_not_judge(family: Family, caplog: Any) -> None:
+    """Other rows of the same prompts judged the fit to these, without a word."""
+    models = [{"model": str(family.math)}]
+    block = {"calibrations": {"a": {"texts": texts(1, 3), "continue": 4}}, "hold_back": True}
+    held_back.warn_of_unjudged(prepare(recipe_of(family.base, [], models=models, lewis=block)))
+    [told] = [each for each in caplog.messages if "judges the fit" in each]
+    assert "expected at least 4 prompts in lewis.calibrations.a" in told and "got 3 prompts;" in told
+
+
 def held(family: Family, folder: Path | None = None, **parameters: Any) -> Merge:
     """A merge that is judged by rows whose answers are known if they come from a folder."""
     sets = {f"s{path.name}": {"texts": texts(len(path.name), 9), "samples": 9} for path in family.experts}

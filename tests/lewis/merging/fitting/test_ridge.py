@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def test_every_fourth_row_is_held_out() -> None:
     fitted_to, held = split(Calibration("a", rows))
     assert held.samples == (rows[3], rows[7]) and len(fitted_to.samples) == 7
     assert [part.samples for part in split(Calibration("a", rows[:2]))] == [rows[:1], rows[1:2]]
+
+
+def test_what_was_chosen_by_other_rows_has_another_key(family: Family) -> None:
+    """Rows that continue one prompt were on both sides; a merge whose ridge was chosen so must not be found."""
+    merge = prepare(recipe_of(family.base, family.experts, "regmean", parameters={"ridge": "auto"}))
+    rows = [replace(each.calibration, prompts=(0, 1, 2, 3, 3, 3)) for each in merge.experts if each.calibration]
+    pairs = zip(merge.experts, rows, strict=True)
+    written = replace(merge, experts=tuple(replace(expert, calibration=each) for expert, each in pairs))
+    assert written.digest != merge.digest
+    assert with_ridge(written, 0.1).digest == with_ridge(merge, 0.1).digest
 
 
 @pytest.mark.parametrize("tied", [True, False])
