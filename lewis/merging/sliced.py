@@ -21,7 +21,7 @@ from lewis.merging.vocabulary.alignment import Alignment, align
 from lewis.models.chat_template import chosen_template
 from lewis.models.layers.slices import Slice, SliceValues, check_ranges, in_place
 from lewis.models.layers.stack import Layers, Restacked, layers_of, own_head
-from lewis.models.layers.stack_config import Origin, restacked
+from lewis.models.layers.stack_config import origins_of, restacked
 from lewis.models.model import Model, TensorInfo
 from lewis.models.names import PER_TOKEN
 from lewis.models.tokenizer import FIX, clash, tokenizer_folder
@@ -188,14 +188,11 @@ class _Stacked:
         _check_heads(self._donor, self._models, self._settings.slices[-1])
 
     def config(self) -> dict[str, Any]:
-        origins = list[list[Origin]]()
-        for each in self._settings.slices:
-            for i in range(each.count):
-                origins.append([self._origin(ref, each.starts[ref] + i) for ref in each.in_order])
-        return restacked(self._models[self._donor].config, self._models[self._donor].home, origins)
-
-    def _origin(self, ref: str, layer: int) -> Origin:
-        return Origin(ref, self._models[ref].home, self._models[ref].config, layer, self._layers[ref].count)
+        homes = {ref: model.home for ref, model in self._models.items()}
+        configs = {ref: model.config for ref, model in self._models.items()}
+        counts = {ref: layers.count for ref, layers in self._layers.items()}
+        origins = origins_of(self._settings.slices, homes, configs, counts)
+        return restacked(configs[self._donor], homes[self._donor], origins)
 
 
 @dataclass(frozen=True, eq=False)

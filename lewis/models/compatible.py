@@ -13,13 +13,14 @@ from lewis.models.files.folder import INDEX, weight_files
 from lewis.models.files.safetensors_file import Headers
 from lewis.models.hub import repository
 from lewis.models.hub.pin import Pinned
-from lewis.models.layers.slices import check_ranges, in_place, slices_of
-from lewis.models.layers.stack import layers_of, same_tensor
+from lewis.models.layers.slices import Slice, check_ranges, in_place, slices_of
+from lewis.models.layers.stack import Layers, layers_of, same_tensor
+from lewis.models.layers.stack_config import origins_of, restacked, says_kinds
 from lewis.models.lora.config import read_settings
 from lewis.models.lora.modules import CONFIG
 from lewis.models.model import Model
 from lewis.models.names import HEADS, PER_TOKEN, Shapes, in_layers
-from lewis.models.network.check import check_network
+from lewis.models.network.check import check_network, check_stack
 from lewis.models.network.renamed import differ, match
 from lewis.models.source import Source
 from lewis.models.tokenizer import FIX, TOKENIZER, clash, read_vocabulary, tokenizer_folder
@@ -75,7 +76,8 @@ def preflight(
         base: the base; None: the first expert takes its place.
         experts: in the recipe's order.
         network: whether to build each model's network without weights, too, which takes seconds. The network of a model
-            that stores no head, and whose config ties none, is always built.
+            that stores no head, and whose config ties none, is always built, and so is that of a stack of slices whose
+            config says of which kind each layer is.
         needed: whether the run needs the networks; they are then always built.
 
     Returns:
@@ -96,7 +98,8 @@ def preflight(
             read_settings(folder)
         _check_tokenizer(adapter, folder)
     by_ref = {source.ref: shapes[source.model] for source in sources}
-    if config.slices and _preflight_slices(config, first.ref, by_ref):
+    models = {source.ref: source.model for source in sources}
+    if config.slices and _preflight_slices(config, first.ref, by_ref, models, network=network or needed):
         return []
     ours, problems, renamed = shapes[first.model], list[str](), list[str]()
     left_out, by_token = {name for name in ours if config.excludes(name)}, config.vocabulary is not None
@@ -140,14 +143,18 @@ def _check_tokenizer(model: Pinned, folder: Path) -> None:
             read_vocabulary(folder)
 
 
-def _preflight_slices(config: MergeConfig, first: str, shapes: Mapping[str, Shapes]) -> bool:
+def _preflight_slices(
+    config: MergeConfig, first: str, shapes: Mapping[str, Shapes], models: Mapping[str, Pinned], *, network: bool
+) -> bool:
     """Check stacked slices for `preflight`; return False, with only ranges checked, if every layer stays in its place.
 
     Args:
         config: as in `preflight`.
         first: the reference of the base, or of what takes its place.
         shapes: reference of a model -> shapes of its tensors. Models of the slices that are missing here are not
-            checked, and then filters are not either.
+            checked, and then neither filters nor the result are.
+        models: reference of a model -> the full model, of which an adapter's is its base.
+        network: whether to build the result's network even if its layers are all of one kind.
     """
     layers = {ref: layers_of(ref, own) for ref, own in shapes.items()}
     counts = {ref: own.count for ref, own in layers.items()}
@@ -172,7 +179,35 @@ def _preflight_slices(config: MergeConfig, first: str, shapes: Mapping[str, Shap
         raise InputError("\n".join([*problems, "expected layers of the same architecture in each slice"]))
     if shapes.keys() >= {entry.model for entry in config.models}:
         config.check_filters(known)
+        _check_stack(slices, first, layers, shapes, models, network=network)
     return True
+
+
+def _check_stack(
+    slices: Sequence[Slice],
+    first: str,
+    layers: Mapping[str, Layers],
+    shapes: Mapping[str, Shapes],
+    models: Mapping[str, Pinned],
+    *,
+    network: bool,
+) -> None:
+    """Check the config that the result will have, by the network that transformers builds of it; raises InputError.
+
+    Outside of the layers, the tensors have the shapes of the model that gives the config: others are refused, or
+    matched by token, where the models are opened.
+    """
+    homes = {ref: repository.fetch(model, weights=False) for ref, model in models.items()}
+    configs, result = {ref: read_config(home) for ref, home in homes.items()}, layers[first]
+    made = {name: shapes[first][name] for name in (*result.before, *result.after)}
+    for each in slices:
+        own = shapes[each.lead]
+        names = each.names(each.lead, layers, result)
+        made |= {new: own[old] for new, old in names.items() if result.number(new) is not None}
+    origins = origins_of(slices, homes, configs, {ref: each.count for ref, each in layers.items()})
+    stacked = restacked(configs[first], homes[first], origins)
+    if network or says_kinds(configs[first], stacked):
+        check_stack(homes[first], configs[first], shapes[first], stacked, made)
 
 
 def result_headers(config: MergeConfig, base: Source | None, experts: Sequence[Source]) -> Headers:

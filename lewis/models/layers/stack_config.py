@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
+from lewis.models.layers.slices import Slice
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _NUMBERS = (  # lists of numbers
@@ -73,6 +74,27 @@ _Merged = Sequence[Origin]
 """The layers that a layer of the result is merged from; each `config` is the part about layers, by `_with_derived`."""
 
 
+def origins_of(
+    slices: Sequence[Slice],
+    homes: Mapping[str, Path],
+    configs: Mapping[str, Mapping[str, Any]],
+    counts: Mapping[str, int],
+) -> list[list[Origin]]:
+    """Return, for each layer of the result, the layers that it is merged from: that which gives the names first.
+
+    Args:
+        slices: all of a config.
+        homes: model -> the folder with its config.json.
+        configs: model -> its parsed config.json.
+        counts: model -> how many layers it has.
+    """
+    return [
+        [Origin(ref, homes[ref], configs[ref], each.starts[ref] + i, counts[ref]) for ref in each.in_order]
+        for each in slices
+        for i in range(each.count)
+    ]
+
+
 def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[Origin]]) -> dict[str, Any]:
     """Return the config of a result whose layers are stacked.
 
@@ -110,6 +132,17 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
     for key in [*listed, *_NUMBERS, *_RULES, *keys] if block is not found else ():
         found |= {key: block[key]} if key in found and key in block else {}  # Qwen2.5-VL states it twice
     return found
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return the keys that `restacked` has changed in the part of a config that is about layers."""
+    old, new = _block(dict(before)), _block(dict(after))
+    return [key for key in new if new[key] != old.get(key)]
+
+
+def says_kinds(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether `restacked` has changed more than the number of layers."""
+    return not set(changed_keys(before, after)).issubset(_COUNTS)
 
 
 def _counts(block: dict[str, Any], home: Path, *, inner: bool) -> list[str]:

@@ -1,16 +1,22 @@
 """Check that a model's tensors fit the network that transformers builds from its config; no weight is read."""
 
+import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lewis import store
 from lewis.errors import InputError, LewisError
 from lewis.lazy_torch import nn
 from lewis.models.config_class import brings_class
+from lewis.models.layers.stack_config import changed_keys
 from lewis.models.names import Shapes, in_layers
 from lewis.models.network.network_class import NoClassError, built, text_tower
 from lewis.models.network.placing import Placing, only_moves
+
+_DIGITS = re.compile(r"\d+")
 
 
 def check_network(folder: Path, config: Mapping[str, Any], shapes: Shapes, *, needed: bool) -> None:
@@ -33,26 +39,90 @@ def check_network(folder: Path, config: Mapping[str, Any], shapes: Shapes, *, ne
     """
     from transformers import CONFIG_MAPPING, __version__
 
-    if brings_class(config):
-        return
-    if (kind := config.get("model_type")) not in CONFIG_MAPPING:
-        if not needed:
-            return
+    if needed and not brings_class(config) and (kind := config.get("model_type")) not in CONFIG_MAPPING:
         raise LewisError(
             f"{folder}: config.json: model_type: expected one that transformers {__version__} knows, got {kind!r}; "
             "upgrade transformers, or merge the model without a lewis block and without evaluating it"
         )
-    try:
-        network = built(folder, (folder / "config.json").read_bytes())
-    except InputError as error:
-        if isinstance(error.__cause__, ImportError | NoClassError):
-            return
-        raise
-    with_head = needed or type(network).__name__ in (config.get("architectures") or ())
-    placing = Placing(network, shapes)
+    placing = _placing(folder, config, shapes)
+    if placing is None:
+        return
+    with_head = needed or _has_head(placing, config)
     knows_all = needed or not in_layers(placing.unplaced)  # an unplaced tensor may be what is missing
     for wrong in (*_unlike_parameters(placing, shapes), *(_missing(placing, with_head) if knows_all else ())):
         raise InputError(f"{folder}: config.json: {wrong}; take the config.json that came with these weights")
+
+
+def check_stack(
+    home: Path, config: Mapping[str, Any], shapes: Shapes, stacked: Mapping[str, Any], stacked_shapes: Shapes
+) -> None:
+    """Check a result whose layers are stacked as `check_network` checks a model, before anything of it is written.
+
+    Tensors of layers that the network has no place for are an error, too. What the model that gives the config has
+    otherwise than its own network is left to `check_network`.
+
+    Args:
+        home: the folder of the model that gives the config.
+        config: its config, parsed.
+        shapes: of its tensors.
+        stacked: the config of the result.
+        stacked_shapes: of the tensors of the result.
+
+    Raises:
+        InputError: naming the changed keys of the config, and what the network of the result has otherwise.
+    """
+    with store.scratch_folder("config") as folder:
+        (folder / "config.json").write_text(json.dumps(stacked))
+        try:
+            found = _problems(folder, stacked, stacked_shapes)
+        except InputError as error:
+            found = [str(error).removeprefix(f"{folder}: ")]
+    if not found:
+        return
+    try:
+        known = {_DIGITS.sub("", each) for each in _problems(home, config, shapes)}
+    except InputError:
+        return
+    keys = ", ".join(changed_keys(config, stacked)) or "order of layers"
+    for wrong in found:
+        if _DIGITS.sub("", wrong) not in known:
+            raise InputError(
+                f"{home / 'config.json'}: slices: with the result's {keys}: {wrong}; change layer_range, or use models"
+            )
+
+
+def _problems(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> list[str]:
+    """Describe all that the network of a config has otherwise than the tensors; raises as `_placing`."""
+    placing = _placing(folder, config, shapes)
+    if placing is None:
+        return []
+    return [
+        *_unlike_parameters(placing, shapes),
+        *_missing(placing, _has_head(placing, config)),
+        *(f"{each!r} is in the weights, but not in the network of this config" for each in in_layers(placing.unplaced)),
+    ]
+
+
+def _placing(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Placing | None:
+    """Find the tensors in the network of a config; None if there is no class of it here that generates text.
+
+    Raises:
+        InputError: if transformers cannot build the network.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if brings_class(config) or config.get("model_type") not in CONFIG_MAPPING:
+        return None
+    try:
+        return Placing(built(folder, (folder / "config.json").read_bytes()), shapes)
+    except InputError as error:
+        if isinstance(error.__cause__, ImportError | NoClassError):
+            return None
+        raise
+
+
+def _has_head(placing: Placing, config: Mapping[str, Any]) -> bool:
+    return type(placing.module).__name__ in (config.get("architectures") or ())
 
 
 def _unlike_parameters(placing: Placing, shapes: Shapes) -> Iterator[str]:
