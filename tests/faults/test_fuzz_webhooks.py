@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from lewis_flows.service import receiver
-from lewis_flows.service.processes import free_port
 from lewis_flows.service.receiver import Receiver
 from tests.faults.fuzz import ANY, ODD, changed, fuzzed, outcome
 
@@ -42,13 +40,13 @@ RAW = st.sampled_from(
 
 @pytest.fixture(scope="module")
 def taking(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A receiver with a good recipe and a bad one; nothing is announced."""
+    """A receiver with a good recipe and a bad one; Prefect is not asked, and nothing is announced."""
     folder: Path = tmp_path_factory.mktemp("recipes")
     (folder / "good.yaml").write_text("{merge_method: ties, base_model: org/base, models: [{model: org/math}]}")
     (folder / "bad.yaml").write_text("models: [")
-    closed = f"http://127.0.0.1:{free_port()}/api"  # without an address, Prefect's client starts a server
-    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: closed}):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEWIS_RECIPES", str(folder))
+        patch.setattr(receiver, "_ask", lambda *given: (set(), set(), set()))
         patch.setattr(receiver, "announce", lambda *given: "id")
         yield Receiver()
 
