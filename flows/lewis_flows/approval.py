@@ -98,8 +98,7 @@ def settle(version: str, why: str, *, approve: bool) -> None:
     """
     name = version.removeprefix("models:/").rpartition("/")[0]
     try:
-        waiting = (each for each in releases.merged(name) if each.verdict == promotion.WAITING and not each.lapsed)
-        still = {f"models:/{name}/{each.version}" for each in waiting}
+        still = {f"models:/{name}/{each.version}" for each in releases.approvable(releases.merged(name))}
         with get_client(sync_client=True) as client:
             for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",)):
                 about = asked(run)

@@ -8,16 +8,15 @@ import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from lewis import settings, store
 from lewis.errors import InputError, LewisError, nearest
-from lewis.evaluation.harness.task_files import data_files, read_task
 from lewis.input_files import check_regular, read_bytes
-from lewis.recipe import lm_eval_config, yaml_text
+from lewis.recipe import yaml_text
 from lewis.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -28,8 +27,6 @@ SHIPPED = Path(__file__).parent / "shipped"
 EXAMPLE = "example.yaml.txt"  # ends so that it is not taken for a recipe
 Signature = tuple[str, int, int, int, int]  # of a file
 _KEYS = ("name", "team", "group")  # of `register`
-# Folder and name of a recipe -> its text, and the files that `check_files` found well with it.
-_sound: dict[tuple[Path, str], tuple[str, list[Path], list[Signature]]] = {}
 # Of a recipe: it becomes a name in Prefect, whose templates must not find `{{ }}` in it.
 _NAME = re.compile(r"[^\W_][\w .+@-]*")
 
@@ -99,20 +96,23 @@ def version(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def signature(paths: Sequence[Path] | None = None) -> list[Signature]:
-    """Return name, inode, size and times (ns) of each file, which differ once one is added, edited or removed.
-
-    They differ also after a change of a file's mode, by which it can be read, or not any more.
-
-    Args:
-        paths: the files; by default those of all recipes.
+def signature() -> list[Signature]:
+    """Return the signature of each recipe's file, as `signed`.
 
     Raises:
         InputError: if the folder cannot be read.
     """
+    return signed(_yaml_files())
+
+
+def signed(paths: Iterable[Path]) -> list[Signature]:
+    """Return name, inode, size and times (ns) of each file, which differ once one is added, edited or removed.
+
+    They differ also after a change of a file's mode, by which it can be read, or not any more.
+    """
     found = []
-    for path in _yaml_files() if paths is None else paths:
-        with suppress(OSError):  # it was removed
+    for path in paths:
+        with suppress(FileNotFoundError, NotADirectoryError):  # it was removed
             known = path.stat()
             found.append((path.name, known.st_ino, known.st_size, known.st_mtime_ns, known.st_ctime_ns))
     return sorted(found)
@@ -174,32 +174,6 @@ def load(recipe: str) -> Recipe:
     found = Recipe.load(path)
     check_alone(path, found)
     return found
-
-
-def check_files(recipe: Recipe) -> None:
-    """Check the files that a recipe's `evaluate` names by a path: lm-eval's config, task files, and their data.
-
-    They are read only if one of them has changed since they were found well. A task that is given by its name is not
-    looked for, which takes seconds: a run does that.
-
-    Raises:
-        InputError: if one is missing or wrong.
-    """
-    text, paths, before = _sound.get((recipe.root, recipe.name), ("", [], []))
-    if text != recipe.text or signature(paths) != before:
-        paths = list(_evaluation_files(recipe))
-        _sound[recipe.root, recipe.name] = recipe.text, paths, signature(paths)
-
-
-def _evaluation_files(recipe: Recipe) -> Iterator[Path]:
-    """Read the files that `check_files` checks, and yield their paths."""
-    if config := lm_eval_config.file_of(yaml_text.read(recipe.text, recipe.name), recipe.root):
-        yield config
-        recipe = Recipe.parse(recipe.text, root=recipe.root, name=recipe.name)
-    for name in recipe.evaluate.tasks if recipe.evaluate else ():
-        if name.endswith((".yaml", ".yml")):
-            task = read_task(recipe.root / name)
-            yield from (*task.sources, *data_files(task, recipe.root))
 
 
 def registered_name(recipe: str) -> str:

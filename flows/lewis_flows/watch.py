@@ -25,7 +25,15 @@ from lewis.models.source import commits_of, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
-from lewis_flows import earlier_runs, polls, prefect_runs, recipes_folder, release_event, secret_blocks
+from lewis_flows import (
+    earlier_runs,
+    evaluation_files,
+    polls,
+    prefect_runs,
+    recipes_folder,
+    release_event,
+    secret_blocks,
+)
 from lewis_flows.polls import RETRY_AFTER
 from lewis_flows.turn import tag_crashed_runs
 from lewis_tasks.support import events, moves
@@ -179,7 +187,7 @@ def _compare(
     for name in map(recipes_folder.name_of, recipes or recipes_folder.names()):
         try:
             plan = recipes_folder.load(name)
-            recipes_folder.check_files(plan)
+            evaluation_files.check(plan)
             loaded[name] = plan
             if plan.register_as is None:
                 logger.debug("%s has no `register` block: there is nothing to compare releases with", name)

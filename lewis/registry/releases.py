@@ -101,8 +101,12 @@ def champion(held: Sequence[Held]) -> Held | None:
 
 def waiting(held: Sequence[Held]) -> Held | None:
     """Return the version that waits for approval, has the alias `challenger` and may still be approved; else None."""
-    waits = (each for each in held if each.verdict == WAITING and not each.lapsed)
-    return next((each for each in waits if "challenger" in each.aliases), None)
+    return next((each for each in approvable(held) if "challenger" in each.aliases), None)
+
+
+def approvable(held: Sequence[Held]) -> list[Held]:
+    """Return the versions that passed their gate, wait for a person, and may still be approved."""
+    return [each for each in held if each.verdict == WAITING and not each.lapsed]
 
 
 def moved(heads: Mapping[str, str], held: list[Held], *, base: str | None, root: Path) -> list[Moved]:

@@ -37,7 +37,7 @@ from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
 from lewis.serving import hub
-from lewis_flows import approval, earlier_runs, prefect_runs, recipes_folder
+from lewis_flows import approval, earlier_runs, evaluation_files, prefect_runs, recipes_folder
 from lewis_flows.release_event import EVENT, SETTLE
 from lewis_tasks.support import events
 from lewis_tasks.support.flow_run import EDITED, pages
@@ -162,7 +162,7 @@ def _why(recipe: Recipe) -> str:
     if missing := missing_folder(recipe):
         return missing
     try:
-        recipes_folder.check_files(recipe)
+        evaluation_files.check(recipe)
     except Exception as error:  # as `recipes_folder.load_all`
         return str(error)
     return ""

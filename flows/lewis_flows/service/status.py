@@ -22,7 +22,7 @@ from lewis.redact import redacted
 from lewis.registry import history, releases
 from lewis.registry.releases import Held
 from lewis.serving import records, slots
-from lewis_flows import earlier_runs, polls, prefect_runs, recipes_folder, turn, watch
+from lewis_flows import earlier_runs, evaluation_files, polls, prefect_runs, recipes_folder, turn, watch
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, of_flows, recipe_of
 from lewis_flows.service import note, recipe_deployments
 from lewis_flows.service.credentials import connected
@@ -138,7 +138,7 @@ def _watched(name: str, mlflow: Part, facts: _Facts, *, hub: bool, scores: bool)
     found = Watched(recipe=name)
     try:
         recipe = recipes_folder.load(name)
-        recipes_folder.check_files(recipe)
+        evaluation_files.check(recipe)
     except Exception as error:  # whatever is wrong with one recipe does not stop the others
         found.unknown.append(str(error))
         found.broken, found.registered = True, recipes_folder.registered_name(name)

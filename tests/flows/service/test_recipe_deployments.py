@@ -24,7 +24,7 @@ from lewis import input_files
 from lewis.errors import InputError, LewisError
 from lewis.registry import outbox
 from lewis.registry.outbox import Move
-from lewis_flows import prefect_runs, recipes_folder
+from lewis_flows import evaluation_files, prefect_runs, recipes_folder
 from lewis_flows.merge import load, merge_flow
 from lewis_flows.release_event import SETTLE
 from lewis_flows.search import search_flow
@@ -133,7 +133,7 @@ def test_a_recipe_cannot_run_while_a_file_that_it_names_is_wrong(
     seen, (name, _, why) = recipe_deployments.Folder(), files[wrong]
     assert runnable(seen) == ["good"]
     with monkeypatch.context() as patch:  # they are read again only if one has changed
-        patch.setattr(recipes_folder, "read_task", Mock(side_effect=AssertionError))
+        patch.setattr(evaluation_files, "read_task", Mock(side_effect=AssertionError))
         assert runnable(seen) == ["good"]
     kept = (folder / "eval" / name).read_text()
     if wrong in ("config", "task"):
