@@ -2,8 +2,9 @@
 
 Each kind of kill has POINTS points: three in five hit `lewis run`, the others `lewis up`, which takes twice as long. A
 kill that ends the run is followed by a run of the same recipe, which the next kill hits, until a test has no more of
-them; then it may end. After each kill no process is left and no traceback was printed. Digest and bytes of a run that
-ends are those of a run that nobody disturbed, and there is one version, which is the champion.
+them; then it may end. A kill that finds its victim gone is no point, and is tried again in a new run. After each kill
+no process is left and no traceback was printed. Digest and bytes of a run that ends are those of a run that nobody
+disturbed, and there is one version, which is the champion.
 """
 
 import os

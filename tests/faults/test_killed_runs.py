@@ -77,6 +77,8 @@ def test_is_done_again_with_the_same_result(
             where = f"at {point:.3f} ({run.step()})"
             tally.points += struck
             tally.landed[run.step()] += struck
+            if not struck:
+                left.insert(0, 0.9 * point)  # it came too late, and is tried again a little earlier
             if not until(run.ended, 300):
                 tally.note("orphans", True, f"{where}: it does not end")
                 run.process.kill()
