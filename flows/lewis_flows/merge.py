@@ -22,6 +22,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import AWAITS
 from lewis.steps.graph import PREFLIGHT
 from lewis.steps.table import ALLOCATE, CALIBRATE, CONTINUE, DIAGNOSE, DOWNLOAD, EVALUATE, MEASURE, MERGE
+from lewis.store import housekeeping
 from lewis_flows import approval, evaluate_elsewhere, prefect_runs, recipes_folder, release_event, secret_blocks
 from lewis_flows.registration import Ended, MergeReport, register_merge, report_tables
 from lewis_flows.runners import choose
@@ -124,13 +125,13 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
 def begin(recipe: str) -> Path:
     """Prepare a run of a recipe; return the recipe's file, which `find` and `check_deployment` have checked.
 
-    Files that killed runs left half-written in the store's own folder, or among the temporary files, are removed.
+    What killed runs left half-written in the store, or among the temporary files, is removed.
     """
     choose.check()
     deployed = deployment.id is not None
     if deployed:  # a worker started this process for this run alone
         patience.begin()
-    store.sweep(store.home())
+    housekeeping.sweep()
     store.remove_abandoned()
     path = recipes_folder.find(recipe, paths=not deployed)
     recipes_folder.check_deployment(str(deployment.name or ""), path.stem)

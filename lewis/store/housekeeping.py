@@ -132,6 +132,15 @@ def _entries(
                 yield Removable(path, kind.name, sum(map(_size, kind.files_of(path))), used, why)
 
 
+def sweep() -> None:
+    """Remove what dead processes left half-written in the store; `store.sweep` says what is kept for a day."""
+    home = store.home()
+    for folder in (home, *home.glob("*/")):
+        if folder.name not in kinds.FOREIGN:
+            with suppress(OSError):  # a folder of another user
+                store.sweep(folder)
+
+
 def _leftovers(recent: float) -> Iterator[Removable]:
     home = store.home()
     for path in sorted([*home.glob(".*.partial"), *home.glob("*/.*.partial")]):

@@ -385,6 +385,22 @@ class TestLeftovers:
         assert (found.kind, found.bytes, found.path) == ("partial", 1000, half)
         assert remove([found]) == 1000 and list((home / "merged").iterdir()) == [] and ours.exists()
 
+    def test_each_run_removes_those_of_processes_of_this_machine(self, home: Path) -> None:
+        """The page of a run has a name of its own, so no later run writes it again."""
+        code = (
+            "import os; from lewis.store import files, kinds\n"
+            "with files.written_beside(kinds.REPORTS.path('tiny_1')) as page:\n"
+            "    page.write_text('half'); os.kill(os.getpid(), 9)"
+        )
+        assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+        (half,) = (home / "reports").iterdir()
+        ours, theirs = store.beside(home / "reports" / "tiny_2.html"), home / "prefect" / half.name
+        theirs.parent.mkdir()
+        for path in (ours, theirs):
+            path.write_text("being written")
+        housekeeping.sweep()
+        assert not half.exists() and ours.exists() and theirs.exists()
+
 
 def test_logs_of_living_processes_stay(home: Path) -> None:
     (home / "logs").mkdir(parents=True)
