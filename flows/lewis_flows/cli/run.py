@@ -28,6 +28,8 @@ LIMITS = (
     option("--minutes", metavar="M", type=positive(float), help="begin no further trial after this time"),
 )
 AGAIN = flag("--again", "also where the champion is in service already")
+_LIBRARIES = ("mlflow", "transformers.modeling_utils", "matplotlib.figure")
+"""What a run uses at some time. To import these takes about as long as the server takes to start."""
 _NEXT = {  # commands after the demo, and what each shows
     "lewis plan {recipe}": "what a second run would do: every step's result is in the store",
     "lewis report {version} --open": "scores, pictures and answers of this run, on one page",
@@ -157,8 +159,13 @@ def _run_flow(name: str, *arguments: object, as_json: bool) -> Any:
         say_error(f"it failed: {reason}; finished steps are kept, run the same command to go on", as_json=as_json)
         os._exit(1)  # its children end too; the next run marks this one as Crashed
 
+    def load(url: str) -> None:
+        with connected(url), quick_imports():
+            for module in (f"lewis_flows.{name}", *_LIBRARIES):
+                importlib.import_module(module)
+
     alone = not running()
-    with prefect_server(leave) as url, connected(url):
+    with prefect_server(leave, meanwhile=load) as url, connected(url):
         with quick_imports():
             from prefect import tags
             from prefect.logging.handlers import APILogWorker

@@ -41,7 +41,9 @@ _DEFAULTS = {
 
 
 @contextmanager
-def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
+def prefect_server(
+    died: Callable[[str], None] | None = None, *, meanwhile: Callable[[str], object] | None = None
+) -> Iterator[str]:
     """Give the URL of a Prefect API: the user's own, that of `lewis up`, or one of a server started for this block.
 
     `credentials.connected` lets Prefect's client use it. A server that is started keeps its database in the store, so
@@ -50,6 +52,7 @@ def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
     Args:
         died: called from a thread, with a sentence, if the server that was started ends before the block does. It
             must end this process: Prefect's client would go on for minutes, and end in errors of its own.
+        meanwhile: called with the URL while a server that was started is not ready yet.
 
     Raises:
         LewisError: if the server does not come up; names its log.
@@ -58,7 +61,14 @@ def prefect_server(died: Callable[[str], None] | None = None) -> Iterator[str]:
         yield found
         return
     server, url = prefect_process(free_port())
-    server.start()
+    server.begin()
+    try:
+        if meanwhile:
+            meanwhile(url)
+    except BaseException:
+        server.stop()
+        raise
+    server.wait()
     over = threading.Event()
 
     def watch() -> None:

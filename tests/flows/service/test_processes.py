@@ -18,7 +18,7 @@ import pytest
 from lewis import store
 from lewis.errors import InputError
 from lewis.store import kinds
-from lewis_flows.service import up
+from lewis_flows.service import servers, up
 from lewis_flows.service.processes import Process, answers, free_port, usable_port
 from tests.support.service import children
 
@@ -279,3 +279,28 @@ def test_a_port_is_taken_from_when_another_process_starts_a_server_on_it() -> No
 def test_a_port_that_another_server_listens_on_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(InputError, match="is taken"):
         usable_port("MLFLOW_PORT", str(server.getsockname()[1]))
+
+
+def test_what_is_to_be_done_meanwhile_is_done_before_a_server_is_ready(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, done = free_port(), tmp_path / "done"
+    code = f"""
+import http.server, pathlib, time
+while not pathlib.Path({str(done)!r}).exists():
+    time.sleep(0.01)
+http.server.HTTPServer(("127.0.0.1", {port}), http.server.SimpleHTTPRequestHandler).serve_forever()
+"""
+    url, started = f"http://127.0.0.1:{port}", list[Process]()
+
+    def process(port: int) -> tuple[Process, str]:
+        started.append(Process("prefect", ["-c", code], {}, health=url))
+        return started[-1], url
+
+    monkeypatch.setattr(servers, "prefect_process", process)
+    with servers.prefect_server(meanwhile=lambda url: done.write_text(url)) as found:
+        assert found == url == done.read_text() and answers(url)
+    done.unlink()
+    with pytest.raises(ZeroDivisionError), servers.prefect_server(meanwhile=lambda url: 1 / 0):
+        pytest.fail("a server that is never ready")
+    assert [each.ended() is not None for each in started] == [True, True]
