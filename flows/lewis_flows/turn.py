@@ -17,7 +17,7 @@ import httpx
 from filelock import FileLock, Timeout
 from prefect import Flow, State
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.runtime import flow_run
 from prefect.states import Crashed
@@ -183,19 +183,35 @@ def waits(run: str) -> bool:
         return False
 
 
-def crash_dead_runs() -> None:
+def crash_dead_runs(*, alone: bool = False) -> None:
     """Mark as Crashed the runs that Prefect believes running though their process has died.
 
     Only runs on this store's file system have locks; the server learns of others by their missing heartbeats.
+
+    Args:
+        alone: whether only commands of this store use the server's database. Then a run that belongs to no deployment
+            and has no note is dead too, unless a command runs: it was killed in the second in which it began or ended.
     """
     flows = prefect_runs.MERGE, prefect_runs.SEARCH, prefect_runs.SERVE
     with get_client(sync_client=True) as client:
-        for run in prefect_runs.of_flows(client, flows, ("RUNNING",)):
-            if runs.note_of(str(run.id)).exists() and runs.is_dead(str(run.id)):
+        found = prefect_runs.of_flows(client, flows, ("PENDING", "RUNNING"))
+        alone = alone and all(runs.is_dead(note.name) for note in runs.notes() if note.name.startswith(runs.COMMAND))
+        for run in found:
+            if runs.note_of(str(run.id)).exists():
+                dead = run.state_type == StateType.RUNNING and runs.is_dead(str(run.id))
+            else:
+                dead = alone and run.deployment_id is None and not _has_ended(client, run)
+            if dead:
                 mark_crashed(client, run)
     for note in runs.notes():
         if runs.is_dead(note.name):
             runs.forget(note.name)
+
+
+def _has_ended(client: SyncPrefectClient, run: FlowRun) -> bool:
+    """Whether a run has ended by now, and has removed its note then."""
+    state = client.read_flow_run(run.id).state
+    return state is not None and state.is_final()
 
 
 def mark_crashed(client: SyncPrefectClient, run: FlowRun) -> None:

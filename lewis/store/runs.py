@@ -13,15 +13,20 @@ from filelock import FileLock, Timeout
 from lewis.store import files
 
 _LIBRARY = "library-"  # how notes of merges without Prefect begin
+COMMAND = "command-"  # how notes of commands that run a flow begin
 
 
 @contextmanager
-def noted() -> Iterator[None]:
-    """Keep a note while a block of the library works on the store, and remove notes that killed processes left."""
+def noted(kind: str = _LIBRARY) -> Iterator[None]:
+    """Keep a note while a block works on the store, and remove notes of its kind that killed processes left.
+
+    Args:
+        kind: how the note's name begins.
+    """
     for note in notes():
-        if note.name.startswith(_LIBRARY) and is_dead(note.name):
+        if note.name.startswith(kind) and is_dead(note.name):
             forget(note.name)
-    name = f"{_LIBRARY}{uuid.uuid4().hex}"
+    name = f"{kind}{uuid.uuid4().hex}"
     with lock(name):
         with suppress(OSError):  # without a note the work goes on: a full disk may have room for it
             files.write_text(note_of(name), "")

@@ -11,11 +11,11 @@ from uuid import UUID
 
 import pytest
 from filelock import Timeout
-from prefect import flow
+from prefect import State, flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Running
+from prefect.states import Pending, Running
 
 from lewis.errors import InputError
 from lewis.store import runs
@@ -94,15 +94,15 @@ def test_a_run_that_fails_leaves_nothing_once_the_server_knows_it(
 
 
 @contextmanager
-def running(url: str) -> Iterator[tuple[SyncPrefectClient, UUID]]:
-    """A server, and a merge that it believes Running."""
+def running(url: str, state: State[Any] | None = None) -> Iterator[tuple[SyncPrefectClient, UUID]]:
+    """A server, and a merge that it believes Running, or in another state."""
 
     @flow(name=prefect_runs.MERGE)
     def merged() -> None:
         """Stands for a merge."""
 
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
-        yield client, client.create_flow_run(merged, state=Running()).id
+        yield client, client.create_flow_run(merged, state=state or Running()).id
 
 
 def test_a_run_that_ends_with_an_error_leaves_its_note_for_whoever_tells_the_server(
@@ -140,6 +140,29 @@ def test_a_run_that_is_killed_before_its_turn_is_known_to_be_dead(
         turn.crash_dead_runs()
         assert client.read_flow_run(run).state_name == "Crashed"
     assert turn.noted(lambda: runs.notes())() == [runs.note_of(str(run))] and not runs.notes()
+
+
+@pytest.mark.parametrize("state", [Pending(), Running()], ids=str)
+def test_a_run_that_was_killed_before_its_note_is_dead_once_no_command_runs(
+    state: State[Any], prefect_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Prefect server was killed in the moment in which it had stored that the run is Running."""
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+
+    with running(prefect_url, state) as (client, run):
+
+        def found(*, alone: bool) -> str | None:
+            turn.crash_dead_runs(alone=alone)
+            return client.read_flow_run(run).state_name
+
+        with runs.noted(runs.COMMAND):  # it may be the run of this command
+            assert found(alone=True) == state.name
+        assert found(alone=False) == state.name  # it may be the run of another store
+        assert found(alone=True) == "Crashed"
+        made = client.create_deployment(client.read_flow_run(run).flow_id, "tiny")
+        of_a_worker = client.create_flow_run_from_deployment(made, state=state).id
+        turn.crash_dead_runs(alone=True)
+        assert client.read_flow_run(of_a_worker).state_name == state.name
 
 
 @pytest.mark.parametrize(("module", "name"), [(merge, "merge_flow"), (search, "search_flow"), (serve, "serve_flow")])

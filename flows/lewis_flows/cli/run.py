@@ -10,7 +10,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lewis import store
 from lewis.quick_imports import quick_imports
+from lewis.store import runs
 from lewis_flows.cli import arguments, bars
 from lewis_flows.cli.arguments import flag, option, positive
 from lewis_flows.cli.terminal import print_table, say_error
@@ -153,7 +155,7 @@ def _run_flow(name: str, *arguments: object, as_json: bool) -> Any:
     If the started server dies, or the server stays away for too long, this process exits immediately with code 1.
     """
     from lewis_flows.service.credentials import connected
-    from lewis_flows.service.servers import prefect_port, prefect_server, running
+    from lewis_flows.service.servers import prefect_database, prefect_port, prefect_server, running
 
     def leave(reason: str) -> NoReturn:
         say_error(f"it failed: {reason}; finished steps are kept, run the same command to go on", as_json=as_json)
@@ -176,10 +178,11 @@ def _run_flow(name: str, *arguments: object, as_json: bool) -> Any:
             flow = getattr(importlib.import_module(f"lewis_flows.{name}"), f"{name}_flow")
 
         flow_run.later = f"http://127.0.0.1:{prefect_port()}" if alone else ""
-        crash_dead_runs()
+        database = prefect_database()
+        crash_dead_runs(alone=alone and isinstance(database, Path) and store.holds(database))
         signal.signal(signal.SIGINT, _stop_tasks)
         try:
-            with tags("lewis"), patience.patient(leave):  # a wrong address has failed above
+            with runs.noted(runs.COMMAND), tags("lewis"), patience.patient(leave):  # a wrong address has failed above
                 return flow_run.result_of_run(flow(*arguments, return_state=True))
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -196,7 +199,6 @@ def _stop_tasks(number: int, frame: FrameType | None) -> NoReturn:
 
 def demo(options: argparse.Namespace) -> None:
     """Train the family of tiny models in the store, then run its recipe."""
-    from lewis import store
     from lewis.demo.family import make_family
 
     if not options.json:
