@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.conftest import SESSION_HOME, Family
 from tests.flows.conftest import Command
 from tests.support import pipeline
 from tests.support.local_hub import LocalHub
+from tests.support.service import children
 
 SLOW = (
     "import time, lewis.merging.run as m; f = m.Merge._write; n = []\n"
@@ -117,6 +119,30 @@ def test_ctrl_c_leaves_nothing_half_written(lewis: Command, recipe: Path, home: 
     assert code != 0
     assert not leftovers(home)
     assert (home / "merged").is_dir()
+
+
+def test_ctrl_c_in_an_import_ends_the_run_and_the_server_that_it_started(
+    lewis: Command, recipe: Path, tmp_path: Path
+) -> None:
+    """An exception in an import may become another one: libraries catch it, and so do callbacks of the interpreter."""
+    (tmp_path / "slow.py").write_text(
+        "import time\nprint('HERE', flush=True)\ntry:\n    time.sleep(60)\n"
+        "except BaseException:\n    raise RuntimeError('half imported')\n"
+    )
+    patch = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from lewis_flows.cli import run; run._LIBRARIES = ['slow']"
+    )
+    process = lewis("run", recipe, patch=patch, PREFECT_API_URL="")
+    assert process.stdout and process.stdout.readline() == "HERE\n"
+    assert any("prefect_app" in words for words in children(process.pid).values())
+    server = set(children(process.pid))
+    process.send_signal(signal.SIGINT)
+    code, _, err = finished(process, 30)
+    assert (code, err) == (130, "lewis: stopped; finished steps are kept, run the same command to go on\n")
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in server) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in server if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.long

@@ -112,7 +112,6 @@ COMMANDS = (
 )
 """All commands, in the order of the help."""
 # fmt: on
-_STOPPED = "stopped; finished steps are kept, run the same command to go on"
 
 
 def program() -> NoReturn:
@@ -171,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.say_error(f"it failed: {error}", as_json=as_json)
         return 1
     except KeyboardInterrupt as error:
-        terminal.say_error(str(error) or _STOPPED, as_json=as_json)
+        terminal.say_error(str(error) or terminal.STOPPED, as_json=as_json)
         return 130
     except OSError as error:
         if isinstance(error, BrokenPipeError) and terminal.nobody_reads():
@@ -183,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "KeyboardInterrupt" not in str(error):  # all that pydantic leaves of one, in an error of its own
             raise
-        terminal.say_error(_STOPPED, as_json=as_json)
+        terminal.say_error(terminal.STOPPED, as_json=as_json)
         return 130
     return code
 

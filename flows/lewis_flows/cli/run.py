@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,7 +16,7 @@ from lewis.quick_imports import quick_imports
 from lewis.store import runs
 from lewis_flows.cli import arguments, bars
 from lewis_flows.cli.arguments import flag, option, positive
-from lewis_flows.cli.terminal import print_table, say_error
+from lewis_flows.cli.terminal import STOPPED, print_table, say_error
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -161,22 +162,29 @@ def _run_flow(name: str, *arguments: object, as_json: bool) -> Any:
         say_error(f"it failed: {reason}; finished steps are kept, run the same command to go on", as_json=as_json)
         os._exit(1)  # its children end too; the next run marks this one as Crashed
 
-    def load(url: str) -> None:
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        say_error(STOPPED, as_json=as_json)
+        os._exit(130)  # an exception in the middle of an import may end in another one, with a traceback
+
+    def load(url: str, *libraries: str) -> None:
+        signal.signal(signal.SIGINT, stop)
         with connected(url), quick_imports():
-            for module in (f"lewis_flows.{name}", *_LIBRARIES):
+            for module in (f"lewis_flows.{name}", *libraries):
                 importlib.import_module(module)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     alone = not running()
-    with prefect_server(leave, meanwhile=load) as url, connected(url):
-        with quick_imports():
-            from prefect import tags
-            from prefect.logging.handlers import APILogWorker
+    with ExitStack() as stack:
+        url = stack.enter_context(prefect_server(leave, meanwhile=lambda url: load(url, *_LIBRARIES)))
+        load(url)
+        stack.enter_context(connected(url))
+        from prefect import tags
+        from prefect.logging.handlers import APILogWorker
 
-            from lewis_flows.turn import crash_dead_runs
-            from lewis_tasks.support import flow_run, moves, patience
+        from lewis_flows.turn import crash_dead_runs
+        from lewis_tasks.support import flow_run, moves, patience
 
-            flow = getattr(importlib.import_module(f"lewis_flows.{name}"), f"{name}_flow")
-
+        flow = getattr(importlib.import_module(f"lewis_flows.{name}"), f"{name}_flow")
         flow_run.later = f"http://127.0.0.1:{prefect_port()}" if alone else ""
         database = prefect_database()
         crash_dead_runs(alone=alone and isinstance(database, Path) and store.holds(database))

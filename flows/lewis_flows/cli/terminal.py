@@ -15,6 +15,8 @@ from lewis_flows import json_logs
 
 SIGPIPE = 141
 """The exit code if the program that reads the output, such as `head`, has ended: as of a process killed by SIGPIPE."""
+STOPPED = "stopped; finished steps are kept, run the same command to go on"
+"""What a command says when Ctrl-C ends it."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DRAWN = re.compile(r"(\x1b\[[0-9;]*m|\x1b\[2J\x1b\[H)")
