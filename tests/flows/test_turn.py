@@ -159,10 +159,11 @@ def test_a_run_that_was_killed_before_its_note_is_dead_once_no_command_runs(
             assert found(alone=True) == state.name
         assert found(alone=False) == state.name  # it may be the run of another store
         assert found(alone=True) == "Crashed"
-        made = client.create_deployment(client.read_flow_run(run).flow_id, "tiny")
-        of_a_worker = client.create_flow_run_from_deployment(made, state=state).id
-        turn.crash_dead_runs(alone=True)
-        assert client.read_flow_run(of_a_worker).state_name == state.name
+        made = client.create_deployment(client.read_flow_run(run).flow_id, "of a worker")
+        run = client.create_flow_run_from_deployment(made, state=state).id
+        assert found(alone=True) == state.name
+        client.delete_flow_run(run)
+        client.delete_deployment(made)
 
 
 @pytest.mark.parametrize(("module", "name"), [(merge, "merge_flow"), (search, "search_flow"), (serve, "serve_flow")])
