@@ -134,17 +134,20 @@ def _entries(
 
 def sweep() -> None:
     """Remove what dead processes left half-written in the store; `store.sweep` says what is kept for a day."""
+    for folder in _folders():
+        with suppress(OSError):  # a folder of another user
+            store.sweep(folder)
+
+
+def _folders() -> list[Path]:
+    """The store's own folder, and those in it that LEWIS writes to."""
     home = store.home()
-    for folder in (home, *home.glob("*/")):
-        if folder.name not in kinds.FOREIGN:
-            with suppress(OSError):  # a folder of another user
-                store.sweep(folder)
+    return [home, *(folder for folder in home.glob("*/") if folder.name not in kinds.FOREIGN)]
 
 
 def _leftovers(recent: float) -> Iterator[Removable]:
-    home = store.home()
-    for path in sorted([*home.glob(".*.partial"), *home.glob("*/.*.partial")]):
-        if path.parent.name in kinds.FOREIGN or not store.is_abandoned(path):
+    for path in sorted(path for folder in _folders() for path in folder.glob(".*.partial")):
+        if not store.is_abandoned(path):
             continue
         with suppress(FileNotFoundError):
             used = _last_used(_PARTIAL, path)

@@ -134,8 +134,8 @@ def test_ctrl_c_in_an_import_ends_the_run_and_the_server_that_it_started(
     )
     process = lewis("run", recipe, patch=patch, PREFECT_API_URL="")
     assert process.stdout and process.stdout.readline() == "HERE\n"
-    assert any("prefect_app" in words for words in children(process.pid).values())
-    server = set(children(process.pid))
+    server = children(process.pid)
+    assert any("prefect_app" in words for words in server.values())
     process.send_signal(signal.SIGINT)
     code, _, err = finished(process, 30)
     assert (code, err) == (130, "lewis: stopped; finished steps are kept, run the same command to go on\n")

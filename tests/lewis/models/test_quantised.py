@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.harness.model_folder import loadable
 from lewis.models.checkpoint import Checkpoint
@@ -24,6 +23,7 @@ from lewis.models.quantised.headers import dequantised
 from lewis.models.quantised.scaled import decode_scaled
 from lewis.models.quantised.stored import Stored
 from lewis.models.source import ModelFiles
+from lewis.store import housekeeping
 from tests.conftest import Family
 from tests.support.models import bits, edit_json, open_merge, write_lora, write_tensors
 from tests.support.quantised import E2M1, FORMATS, gptq, nibbles, packed, write_quantised
@@ -228,7 +228,7 @@ def test_the_model_that_a_killed_evaluation_left_is_swept(family: Family, tmp_pa
     )
     assert subprocess.run([sys.executable, "-c", killed]).returncode == -9
     assert list(home.rglob("model.safetensors"))
-    store.sweep(home)  # as each run does
+    housekeeping.sweep()  # as each run does
     assert not list(home.rglob("model.safetensors"))
 
 

@@ -385,8 +385,13 @@ class TestLeftovers:
         assert (found.kind, found.bytes, found.path) == ("partial", 1000, half)
         assert remove([found]) == 1000 and list((home / "merged").iterdir()) == [] and ours.exists()
 
-    def test_each_run_removes_those_of_processes_of_this_machine(self, home: Path) -> None:
+    @pytest.mark.parametrize("name", ["home", "mlflow"])
+    def test_each_run_removes_those_of_processes_of_this_machine(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The page of a run has a name of its own, so no later run writes it again."""
+        home = tmp_path / name
+        monkeypatch.setenv("LEWIS_HOME", str(home))
         code = (
             "import os; from lewis.store import files, kinds\n"
             "with files.written_beside(kinds.REPORTS.path('tiny_1')) as page:\n"
@@ -398,8 +403,10 @@ class TestLeftovers:
         theirs.parent.mkdir()
         for path in (ours, theirs):
             path.write_text("being written")
+        above = home / half.name
+        above.write_text("half")
         housekeeping.sweep()
-        assert not half.exists() and ours.exists() and theirs.exists()
+        assert not half.exists() and not above.exists() and ours.exists() and theirs.exists()
 
 
 def test_logs_of_living_processes_stay(home: Path) -> None:
