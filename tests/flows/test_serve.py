@@ -204,8 +204,8 @@ def test_two_recipes_of_a_group_serve_their_targets_once(
             text = (RECIPE % ("[x]", "http://x")).partition("serve:")[0].replace("name: tiny", "name: tiny, group: g")
             (folder / f"{name}.yaml").write_text(f"{text}serve: {{kind: webhook, url: '{sink.url}'}}\n")
         Follower(lambda line: None).deploy()
-        for run in client.read_flow_runs():
-            client.set_flow_run_state(run.id, Completed(), force=True)
+        for name in ("one", "two"):
+            end_runs(client, name)
         champion = crowned(family.base, "a").version.uri
         for name in ("one", "two"):
             assert serve_flow(name, return_state=True).name == "Served"
@@ -213,15 +213,20 @@ def test_two_recipes_of_a_group_serve_their_targets_once(
         assert [(each.recipe, each.uri) for each in served("tiny")] == [("one", champion), ("two", champion)]
 
 
-def deployed_alone(folder: Path, client: SyncPrefectClient) -> UUID:
-    """Deploy the recipe `nightly`, and end the runs that this starts; the id of its deployment `serve`."""
-    (folder / "nightly.yaml").write_text(RECIPE % ("[x]", "http://127.0.0.1:9"))
-    Follower(lambda line: None).deploy()
-    made = client.read_deployment_by_name("serve/nightly").id
+def end_runs(client: SyncPrefectClient, recipe: str) -> UUID:
+    """End the runs of a recipe's deployment `serve`, and no others on the server that tests share; its id."""
+    made = client.read_deployment_by_name(f"serve/{recipe}").id
     for run in client.read_flow_runs():
         if run.deployment_id == made:
             client.set_flow_run_state(run.id, Completed(), force=True)
     return made
+
+
+def deployed_alone(folder: Path, client: SyncPrefectClient) -> UUID:
+    """Deploy the recipe `nightly`, and end the runs that this starts; the id of its deployment `serve`."""
+    (folder / "nightly.yaml").write_text(RECIPE % ("[x]", "http://127.0.0.1:9"))
+    Follower(lambda line: None).deploy()
+    return end_runs(client, "nightly")
 
 
 def test_a_run_that_a_schedule_plans_for_later_does_not_keep_the_model_from_its_server(
