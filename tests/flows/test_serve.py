@@ -153,6 +153,15 @@ def test_a_promotion_starts_the_deployment_and_is_sent_until_it_has(
     assert not [each for each in client.read_automations() if each.name.startswith("service of ")]
 
 
+def end_runs(client: SyncPrefectClient, recipe: str) -> UUID:
+    """End the runs of a recipe's deployment `serve`, and no others on the server that tests share; its id."""
+    made = client.read_deployment_by_name(f"serve/{recipe}").id
+    for run in client.read_flow_runs():
+        if run.deployment_id == made and not run.state.is_final():
+            client.set_flow_run_state(run.id, Completed(), force=True)
+    return made
+
+
 def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_left_alone(
     folder: Path, home: Path, family: Family, client: SyncPrefectClient, tmp_path: Path
 ) -> None:
@@ -164,8 +173,7 @@ def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_le
     def looks() -> bool:
         started = keep_served.look() == ["nightly"]
         assert len(runs()) == started and not keep_served.look(), "one is enough"
-        for run in runs():
-            client.set_flow_run_state(run.id, Completed(), force=True)
+        end_runs(client, "nightly")
         return started
 
     assert keep_served.look() == []
@@ -175,8 +183,7 @@ def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_le
         text += f"output: {{kind: lora, rank: 4}}\nserve: {{kind: vllm, url: '{server.url}'}}\n"
         (folder / "nightly.yaml").write_text(text)
         Follower(lambda line: None).deploy()
-        for run in runs():
-            client.set_flow_run_state(run.id, Completed(), force=True)
+        end_runs(client, "nightly")
         assert not looks(), "there is no champion"
         crowned(adapter, "a", base=family.base)
         assert looks(), "a move that nobody was told of"
@@ -211,15 +218,6 @@ def test_two_recipes_of_a_group_serve_their_targets_once(
             assert serve_flow(name, return_state=True).name == "Served"
         assert keep_served.look() == [] and len(first.received) == len(second.received) == 1
         assert [(each.recipe, each.uri) for each in served("tiny")] == [("one", champion), ("two", champion)]
-
-
-def end_runs(client: SyncPrefectClient, recipe: str) -> UUID:
-    """End the runs of a recipe's deployment `serve`, and no others on the server that tests share; its id."""
-    made = client.read_deployment_by_name(f"serve/{recipe}").id
-    for run in client.read_flow_runs():
-        if run.deployment_id == made:
-            client.set_flow_run_state(run.id, Completed(), force=True)
-    return made
 
 
 def deployed_alone(folder: Path, client: SyncPrefectClient) -> UUID:
