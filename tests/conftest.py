@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +52,7 @@ SHORT = ("test_fuzz_webhooks.py", "test_quota.py")  # a process takes its next f
 WAITS = ("test_patience.py", "test_device_slot.py")  # they sleep, and others compute meanwhile
 LONGEST = (
     *(*KILLS, "test_fuzz_configs.py", "test_fuzz_adapters.py", "test_up.py", *SHORT, "test_demo.py", "test_run.py"),
-    *("test_search.py", "test_champion.py", "test_report.py", *WAITS),
+    *("test_search.py", "test_champion.py", "test_report.py", "test_versions.py", "test_lm_eval.py", *WAITS),
 )
 
 
@@ -74,6 +74,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """With `-m unit`, leave out the folders that have no unit test: their tests import Prefect and MLflow."""
     aside = collection_path.parent == Path(__file__).parent and collection_path.name != "lewis"
     return True if aside and config.option.markexpr == "unit" else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import what the tests import, all at once, without looking for garbage in between or later."""
+    from lewis.quick_imports import quick_imports
+
+    with quick_imports():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -102,6 +111,12 @@ def _is_unit(item: pytest.Item) -> bool:
         return False
     names = item.function.__code__.co_names if isinstance(item, pytest.Function) else ()
     return SERVERS.isdisjoint({*names, *getattr(item, "fixturenames", ())})
+
+
+@pytest.fixture
+def remembers_small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checksums of small files are remembered as those of large ones are."""
+    monkeypatch.setattr("lewis.store.manifest._SMALL", 0)
 
 
 @pytest.fixture(autouse=True)

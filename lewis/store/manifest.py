@@ -15,6 +15,7 @@ from lewis.store.files import MANIFEST
 from lewis.store.sealed_json import DamagedError
 from lewis.threads import ContextPool
 
+_SMALL = 1 << 20  # to read a file below this size takes less time than to remember its checksum
 _LARGE = 1 << 28  # files above this size take longer to hash than a clock tick
 _TIMESTAMP_TICK = 100_000_000  # ns; a file that changes twice within a tick of the file system's clock keeps its stamp
 
@@ -105,14 +106,19 @@ def place_of(facts: Any) -> Path:
 
 
 def remembered_sha256(path: Path, *, again: bool = False) -> str:
-    """SHA-256 (64 hex digits) of a file, which is read again only if its path, size, times or inode changed.
+    """SHA-256 (64 hex digits) of a file.
+
+    A file of 1 MiB or more is read again only if its path, size, times or inode changed, a smaller one at each call.
 
     Args:
         path: path of the file.
         again: whether to read the file in any case, and replace the remembered checksum.
     """
     path = path.resolve()
-    entry, stamp, start = place_of(str(path)), _stamp(path), time.time_ns()
+    stamp, start = _stamp(path), time.time_ns()
+    if stamp[0] < _SMALL:
+        return files.file_sha256(path)
+    entry = place_of(str(path))
     known = None if again else read_entry(entry)
     if known and known.get("stamp") == stamp:
         return str(known["sha256"])

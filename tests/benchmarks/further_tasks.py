@@ -7,7 +7,7 @@
 `rows` writes `TASK-train.jsonl` and `TASK-test.jsonl`, 3,000 and 400 different rows of `prompt` and `answer`, next to
 those of `remedies rows`: numbers in English words, dates in five languages, numbers in German words, ISO codes of
 languages, countries and subdivisions, and sentences of people as JSON. `train` trains an expert like those of the
-shared folder: LoRA of rank 16, alpha 32, all linear layers, 140 steps of 4 rows, lr 4e-4, bf16 autocast.
+shared folder: LoRA of rank 16, alpha 32, all linear layers, 140 steps of 4 rows, lr 4e-4, fp32.
 """
 
 import argparse
@@ -131,8 +131,7 @@ def train(task: str, rows: Path, base: Path, output: Path) -> None:
         wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=batch, labels=wanted, use_cache=False).loss
+        loss = model(input_ids=batch, labels=wanted, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

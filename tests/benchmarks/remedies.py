@@ -16,8 +16,7 @@ does; the recipe is the recommended one, with `prompt` and `answer` and 64 calib
 is the mean over the tasks of the loss, in nats per answer token and mean over the rows, minus that of the expert on
 its own task, with the 95 % bootstrap interval over all rows; next to it that of each task, and of its worst row.
 
-`others` does so for every other method, at the values of `OTHERS` that are best on test rows 1 to `--tune`. Models are
-scored in bf16, which adds noise of a hundredth of their distances.
+`others` does so for every other method, at the values of `OTHERS` that are best on test rows 1 to `--tune`.
 """
 
 import argparse
@@ -161,8 +160,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def others(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Merge with each other method, at its best values."""
     experts = dict(each.split("=", 1) for each in options.expert)
-    tuning = Scorer(options.base, test_rows(options, experts, 0, options.tune))
-    judging = Scorer(options.base, test_rows(options, experts, options.skip, options.count))
+    tuning = Scorer(options.base, test_rows(options, experts, 0, options.tune), torch.float32)
+    judging = Scorer(options.base, test_rows(options, experts, options.skip, options.count), torch.float32)
     own = of_experts(experts, recipe_of(options, experts, []), judging)
     for method, tried in OTHERS.items():
         recipes = [other_recipe(options, experts, method, values) for values in tried]

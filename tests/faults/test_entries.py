@@ -119,6 +119,7 @@ def test_every_kind_of_entry_is_made_again(made: Store, home: Path, caplog: pyte
     assert made.use() == first and len(list((home / "quarantine").iterdir())) == len(quarantined)
 
 
+@pytest.mark.usefixtures("remembers_small_files")
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_remembered_fact_is_found_out_again(made: Store, how: str, caplog: pytest.LogCaptureFixture) -> None:
     first = made.use()
@@ -193,6 +194,7 @@ def _is_believed(check: Callable[[bytes], Any], data: bytes) -> bool:
     return True
 
 
+@pytest.mark.usefixtures("remembers_small_files")
 def test_a_flip_that_leaves_size_and_times_is_found_by_verify(made: Store, home: Path) -> None:
     """What a disk does by itself: no stamp tells of it."""
     from lewis.store.verification import verify

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WAITING = "lewis.run.waiting"
+SHORT = timedelta(seconds=10)  # a wait that is over sooner is not logged
 LONG = timedelta(minutes=15)  # a run that waits longer than this is reported
 _AGREES = timedelta(seconds=5)
 _PATIENCE = 10.0  # seconds for one request; the caller tries again, so the client does not
@@ -91,28 +92,28 @@ def post(
 
 
 class Wait:
-    """A wait that is logged when it begins, and reported as an event once, when it has lasted `LONG`."""
+    """A wait that is logged once it has lasted `SHORT`, and reported as an event once it has lasted `LONG`."""
 
     def __init__(self) -> None:
         self._began, self._logged, self._told = datetime.now(UTC), False, False
 
     def look(self, name: str, what: str) -> None:
-        """Log the wait, if it is not logged yet, and report it if it has become long. A failure is logged, not raised.
+        """Log the wait or report it if it has become so long. A failure is logged, not raised.
 
         Args:
             name: of the task or run that waits.
             what: what it waits for, and what holds that.
         """
-        if not self._logged:
+        lasted = datetime.now(UTC) - self._began
+        if not self._logged and lasted >= SHORT:
             logger.info("waiting for %s", what)
             self._logged = True
-        if self._told or datetime.now(UTC) - self._began < LONG:
+        if self._told or lasted < LONG:
             return
         self._told = True
         from prefect.runtime import flow_run  # a worker asks only for the clock, before it becomes Prefect's
 
-        minutes = (datetime.now(UTC) - self._began).total_seconds() / 60
-        message = f"{name} has waited {minutes:.0f} min for {what}"
+        message = f"{name} has waited {lasted.total_seconds() / 60:.0f} min for {what}"
         logger.warning("%s", message)
         run = str(flow_run.id or "")
         try:

@@ -275,6 +275,7 @@ def test_plan_tells_inputs_steps_and_layers(
     assert "cached  allocate" in text and "self_attn.q_proj: 2 layers (0 to 1)" in text
 
 
+@pytest.mark.usefixtures("remembers_small_files")
 @pytest.mark.parametrize("adapter", [False, True])
 def test_merge_reads_what_it_wrote_at_most_once(
     adapter: bool, recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch

@@ -632,6 +632,7 @@ def test_local_change_after_pinning_is_an_error(home: Path, tmp_path: Path) -> N
         fetch(pinned)
 
 
+@pytest.mark.usefixtures("remembers_small_files")
 def test_file_is_hashed_again_only_when_it_changed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
     real = files.file_sha256

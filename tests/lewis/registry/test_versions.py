@@ -327,6 +327,7 @@ def test_a_damaged_version_is_not_pulled(file: str, entry: Registration, home: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("remembers_small_files")
 def test_a_file_that_the_disk_changed_without_a_stamp_is_not_pulled(
     entry: Registration, home: Path, tmp_path: Path
 ) -> None:

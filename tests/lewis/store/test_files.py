@@ -217,6 +217,7 @@ class TestUse:
             store.mark_used(old)
             assert (old.stat().st_mtime > then + 1) == marked
 
+    @pytest.mark.usefixtures("remembers_small_files")
     def test_a_manifest_is_marked_and_nothing_else_of_the_folder(self, home: Path, tmp_path: Path) -> None:
         with store.publish(tmp_path / "out", {}) as scratch:
             (scratch / "a.txt").write_text("hello")
@@ -274,6 +275,7 @@ class TestLock:
             pass
 
 
+@pytest.mark.usefixtures("remembers_small_files")
 class TestRememberedSha256:
     def test_sees_a_change(self, home: Path, tmp_path: Path) -> None:
         path = tmp_path / "file"
@@ -304,6 +306,17 @@ class TestRememberedSha256:
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         store.write_entry(entry, {"stamp": stamp, "sha256": "remembered"})
         assert remembered_sha256(path) == "remembered"
+
+    def test_of_a_small_file_is_read_each_time_and_not_kept(
+        self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lewis.store.manifest._SMALL", 4)
+        monkeypatch.setattr("lewis.store.manifest._TIMESTAMP_TICK", -1)
+        path = tmp_path / "file"
+        for text, kept in (("one", 0), ("four", 1)):
+            path.write_text(text)
+            assert remembered_sha256(path) == store.file_sha256(path)
+            assert len([*(home / "digests").glob("*")]) == kept
 
     def test_takes_what_a_writer_knows_if_the_file_stays_as_it_was(
         self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

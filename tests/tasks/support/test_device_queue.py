@@ -74,6 +74,7 @@ def test_a_long_wait_is_told_once_and_names_the_holder(
 ) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(events, "post", lambda kind, _, payload, run: sent.append((kind, payload)))
+    monkeypatch.setattr(events, "SHORT", timedelta(seconds=0.2))
     monkeypatch.setattr(events, "LONG", timedelta(seconds=0.3))
     with device_slot.device_slot(), caplog.at_level(logging.INFO):
         waits = threading.Thread(target=lambda: device_slot.device_slot().__enter__())
@@ -84,4 +85,14 @@ def test_a_long_wait_is_told_once_and_names_the_holder(
     ((kind, payload),) = sent
     held = f"which process {os.getpid()} holds since"
     assert kind == events.WAITING and "has waited 0 min for a device slot, " + held in payload["message"]
-    assert f"waiting for a device slot, {held}" in caplog.text
+    assert caplog.text.count(f"waiting for a device slot, {held}") == 1
+
+
+def test_a_short_wait_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with device_slot.device_slot(), caplog.at_level(logging.INFO):
+        waits = threading.Thread(target=lambda: device_slot.device_slot().__enter__())
+        waits.start()
+        until(device_queue.somebody_waits)
+        time.sleep(0.3)
+    waits.join()
+    assert "waiting" not in caplog.text

@@ -232,4 +232,4 @@ def test_no_model_that_judged_stays_in_memory(tmp_path: Path) -> None:
     before = anonymous_bytes()
     with PeakMemory() as memory:
         assert merge.run(tmp_path / "out").fit
-    assert memory.peak - before < 6 * weight
+    assert memory.peak - before < 8 * weight  # usually 3.5; each of four models would keep two more
