@@ -4,10 +4,14 @@ They also wait while the server's database is away: then the server answers 500,
 
 By itself, Prefect's client retries for a minute, at ever longer intervals; a new client, such as that of an artifact,
 does not retry at all. Its events, from which the server knows the states of tasks, are lost after ten seconds.
+
+On SQLite, a request that writes next to another one is answered 503 at once. Prefect's client asks again after two
+seconds, which a run of many short tasks spends most of its time on; here it asks again at once.
 """
 
 import asyncio
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +28,7 @@ from lewis_tasks.support.caching import REMIND, STOPPING
 logger = logging.getLogger(__name__)
 _AWAY = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout, httpx.ReadTimeout, httpx.WriteTimeout)
 _PAUSE = 1.0  # seconds between two attempts
+_BRIEFLY = 3.0  # seconds for which a request that is answered 503 is sent again at once
 _BROKEN = httpx.codes.INTERNAL_SERVER_ERROR
 
 
@@ -146,6 +151,7 @@ class _Outage:
         def send_and_wait(request: httpx.Request, *arguments: Any, **named: Any) -> Any:
             began, again = time.monotonic(), True
             while True:
+                pause = _PAUSE
                 try:
                     answer = send(request, *arguments, **named)
                     if answer.status_code == _BROKEN:
@@ -154,11 +160,14 @@ class _Outage:
                     self.look(request, error, began)
                     again = True
                 else:
-                    if answer.status_code != _BROKEN or not again:
+                    if _is_busy(answer) and time.monotonic() - began < _BRIEFLY:
+                        pause = random.uniform(0.02, 0.2)
+                    elif answer.status_code == _BROKEN and again:
+                        again = False  # the server may have just become ready
+                    else:
                         self.end()
                         return answer
-                    again = False  # the server may have just become ready
-                time.sleep(_PAUSE)
+                time.sleep(pause)
 
         return send_and_wait
 
@@ -168,6 +177,7 @@ class _Outage:
         async def send_and_wait(request: httpx.Request, *arguments: Any, **named: Any) -> Any:
             began, again = time.monotonic(), True
             while True:
+                pause = _PAUSE
                 try:
                     answer = await send(request, *arguments, **named)
                     if answer.status_code == _BROKEN:
@@ -176,13 +186,21 @@ class _Outage:
                     self.look(request, error, began)
                     again = True
                 else:
-                    if answer.status_code != _BROKEN or not again:
+                    if _is_busy(answer) and time.monotonic() - began < _BRIEFLY:
+                        pause = random.uniform(0.02, 0.2)
+                    elif answer.status_code == _BROKEN and again:
+                        again = False  # the server may have just become ready
+                    else:
                         self.end()
                         return answer
-                    again = False  # the server may have just become ready
-                await asyncio.sleep(_PAUSE)
+                await asyncio.sleep(pause)
 
         return send_and_wait
+
+
+def _is_busy(answer: httpx.Response) -> bool:
+    """Whether a server could not write, and did not say when to ask again."""
+    return answer.status_code == httpx.codes.SERVICE_UNAVAILABLE and "Retry-After" not in answer.headers
 
 
 def _whether_ready(request: httpx.Request) -> httpx.Request:

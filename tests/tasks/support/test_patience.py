@@ -7,15 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 
 import httpx
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from lewis.registry.tracking import AwayError
-from lewis_tasks.support import caching
+from lewis_tasks.support import caching, patience
 from lewis_tasks.support.patience import patient
 from tests.support.service import free_port
 
@@ -109,6 +110,47 @@ def test_a_database_that_is_away_is_waited_for_and_another_error_500_is_not(
             with pytest.raises(httpx.HTTPStatusError, match="500"):
                 ask()
             assert asked == ["/api/hello", "/api/ready"] * 2
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("header", ["", "1"])
+def test_a_server_that_is_busy_is_asked_again_at_once_unless_it_says_when(
+    port: int, asynchronous: bool, header: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[float]()
+
+    def answer(self: Server) -> None:
+        asked.append(time.monotonic())
+        self.send_response(503 if len(asked) < 4 else 200)
+        self.send_header("content-length", "0")
+        if header:
+            self.send_header("Retry-After", header)
+        self.end_headers()
+
+    monkeypatch.setattr(Server, "do_GET", answer)
+    ask = (lambda: asyncio.run(hello_async())) if asynchronous else hello
+    with later(port, 0), patient():
+        assert ask() == 200 and len(asked) == 4
+    between = [after - before for before, after in pairwise(asked)]
+    assert min(between) >= 1 if header else max(between) < 1
+
+
+def test_a_server_that_stays_busy_is_asked_at_once_for_a_while_only(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[float]()
+
+    def answer(self: Server) -> None:
+        asked.append(time.monotonic())
+        self.send_response(503)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    monkeypatch.setattr(Server, "do_GET", answer)
+    monkeypatch.setattr(patience, "_BRIEFLY", 0.5)
+    few = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1})
+    with few, later(port, 0), patient(), pytest.raises(httpx.HTTPStatusError, match="503"):
+        hello()
+    pauses = [after - before for before, after in pairwise(asked) if after - before > 0.5]
+    assert len(pauses) == 1, "Prefect's own, between two attempts"
 
 
 def test_it_gives_up_with_a_sentence(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
