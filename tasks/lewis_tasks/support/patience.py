@@ -28,7 +28,7 @@ from lewis_tasks.support.caching import REMIND, STOPPING
 logger = logging.getLogger(__name__)
 _AWAY = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout, httpx.ReadTimeout, httpx.WriteTimeout)
 _PAUSE = 1.0  # seconds between two attempts
-_BRIEFLY = 3.0  # seconds for which a request that is answered 503 is sent again at once
+_BRIEFLY = 3.0  # seconds for which a request that is answered 503 is sent again without Prefect's long pauses
 _BROKEN = httpx.codes.INTERNAL_SERVER_ERROR
 
 
@@ -160,8 +160,9 @@ class _Outage:
                     self.look(request, error, began)
                     again = True
                 else:
-                    if _is_busy(answer) and time.monotonic() - began < _BRIEFLY:
-                        pause = random.uniform(0.02, 0.2)
+                    waited = time.monotonic() - began
+                    if _is_busy(answer) and waited < _BRIEFLY:
+                        pause = random.uniform(0.5, 1) * max(waited, 0.05)  # ever longer
                     elif answer.status_code == _BROKEN and again:
                         again = False  # the server may have just become ready
                     else:
@@ -186,8 +187,9 @@ class _Outage:
                     self.look(request, error, began)
                     again = True
                 else:
-                    if _is_busy(answer) and time.monotonic() - began < _BRIEFLY:
-                        pause = random.uniform(0.02, 0.2)
+                    waited = time.monotonic() - began
+                    if _is_busy(answer) and waited < _BRIEFLY:
+                        pause = random.uniform(0.5, 1) * max(waited, 0.05)  # ever longer
                     elif answer.status_code == _BROKEN and again:
                         again = False  # the server may have just become ready
                     else:
