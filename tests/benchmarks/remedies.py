@@ -16,7 +16,8 @@ does; the recipe is the recommended one, with `prompt` and `answer` and 64 calib
 is the mean over the tasks of the loss, in nats per answer token and mean over the rows, minus that of the expert on
 its own task, with the 95 % bootstrap interval over all rows; next to it that of each task, and of its worst row.
 
-`others` does so for every other method, at the values of `OTHERS` that are best on test rows 1 to `--tune`.
+`others` does so for every other method, or for `--methods`, at the values of `OTHERS` that are best on test rows 1 to
+`--tune`.
 """
 
 import argparse
@@ -42,7 +43,7 @@ Pair = tuple[str, str]
 _SCALES = (1.0, 0.7, 0.5, 0.35, 0.25)
 OTHERS: dict[str, list[dict[str, float]]] = {  # method -> the values that are tried
     "task_arithmetic": [{"lambda": scale} for scale in _SCALES],
-    "ties": [{"density": share, "lambda": scale} for share in (0.6, 0.3) for scale in _SCALES],
+    "ties": [{"density": share, "lambda": scale} for share in (0.6, 0.3, 0.1) for scale in (2.0, 1.4, *_SCALES[:3])],
     **{method: [{"density": 0.6, "lambda": scale} for scale in _SCALES[:4]] for method in ("dare_ties", "della")},
     "dare_linear": [{"density": 0.6, "lambda": scale} for scale in _SCALES],
     "della_linear": [{"density": 0.6, "lambda": scale} for scale in _SCALES],
@@ -163,7 +164,8 @@ def others(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     tuning = Scorer(options.base, test_rows(options, experts, 0, options.tune), torch.float32)
     judging = Scorer(options.base, test_rows(options, experts, options.skip, options.count), torch.float32)
     own = of_experts(experts, recipe_of(options, experts, []), judging)
-    for method, tried in OTHERS.items():
+    for method in options.methods:
+        tried = OTHERS[method]
         recipes = [other_recipe(options, experts, method, values) for values in tried]
         losses = [merge(each, tuning)["losses"] if len(recipes) > 1 else {"": [0.0]} for each in recipes]
         means = [np.mean([np.mean(rows) for rows in each.values()]) for each in losses]
@@ -206,6 +208,7 @@ def main() -> None:
         each.add_argument("name")
         add_options(each)
     one.add_argument("--set", action="append", help="a key of the recipe, as of lewis merge")
+    all_others.add_argument("--methods", nargs="+", choices=OTHERS, default=[*OTHERS])
     all_others.add_argument("--tune", type=int, default=20, help="test rows of each task that values are chosen on")
     options = parser.parse_args()
     if options.command == "rows":
