@@ -43,11 +43,16 @@ register: {name: tiny, gate: {metric: "words/acc,none", tolerance: 1}}
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flow that runs in the tests' own process does not make that wait for servers for good, as a worker's does."""
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A flow in the tests' own process asks a busy server again at once, as a worker's does, but waits for none."""
     from lewis_tasks.support import patience
 
     monkeypatch.setattr(patience, "begin", lambda **_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(patience, "_AWAY", ())
+        undo = patience._put(patience._Outage(None), events=False)
+        yield
+        undo()
 
 
 def write_words(folder: Path, count: int = 40) -> None:
