@@ -44,7 +44,10 @@ _SCALES = (1.0, 0.7, 0.5, 0.35, 0.25)
 OTHERS: dict[str, list[dict[str, float]]] = {  # method -> the values that are tried
     "task_arithmetic": [{"lambda": scale} for scale in _SCALES],
     "ties": [{"density": share, "lambda": scale} for share in (0.6, 0.3, 0.1) for scale in (2.0, 1.4, *_SCALES[:3])],
-    **{method: [{"density": 0.6, "lambda": scale} for scale in (1.4, *_SCALES[:4])] for method in ("dare_ties", "della")},
+    **{
+        method: [{"density": 0.6, "lambda": scale} for scale in (1.4, *_SCALES[:4])]
+        for method in ("dare_ties", "della")
+    },
     "dare_linear": [{"density": 0.6, "lambda": scale} for scale in _SCALES],
     "della_linear": [{"density": 0.6, "lambda": scale} for scale in _SCALES],
     "breadcrumbs": [{"density": 0.9, "lambda": scale} for scale in _SCALES],
