@@ -160,12 +160,9 @@ class _Outage:
                     self.look(request, error, began)
                     again = True
                 else:
-                    waited = time.monotonic() - began
-                    if _is_busy(answer) and waited < _BRIEFLY:
-                        pause = random.uniform(0.5, 1) * max(waited, 0.05)  # ever longer
-                    elif answer.status_code == _BROKEN and again:
-                        again = False  # the server may have just become ready
-                    else:
+                    pause = _pause_after(answer, time.monotonic() - began, again=again)
+                    again = again and answer.status_code != _BROKEN
+                    if not pause:
                         self.end()
                         return answer
                 time.sleep(pause)
@@ -187,12 +184,9 @@ class _Outage:
                     self.look(request, error, began)
                     again = True
                 else:
-                    waited = time.monotonic() - began
-                    if _is_busy(answer) and waited < _BRIEFLY:
-                        pause = random.uniform(0.5, 1) * max(waited, 0.05)  # ever longer
-                    elif answer.status_code == _BROKEN and again:
-                        again = False  # the server may have just become ready
-                    else:
+                    pause = _pause_after(answer, time.monotonic() - began, again=again)
+                    again = again and answer.status_code != _BROKEN
+                    if not pause:
                         self.end()
                         return answer
                 await asyncio.sleep(pause)
@@ -200,9 +194,18 @@ class _Outage:
         return send_and_wait
 
 
-def _is_busy(answer: httpx.Response) -> bool:
-    """Whether a server could not write, and did not say when to ask again."""
-    return answer.status_code == httpx.codes.SERVICE_UNAVAILABLE and "Retry-After" not in answer.headers
+def _pause_after(answer: httpx.Response, waited: float, *, again: bool) -> float:
+    """Return after how many seconds a request is to be sent again; 0 if this answer to it counts.
+
+    Args:
+        answer: what the server answered.
+        waited: seconds since the request was sent for the first time.
+        again: whether an error 500 may be of a server that has just become ready.
+    """
+    busy = answer.status_code == httpx.codes.SERVICE_UNAVAILABLE and "Retry-After" not in answer.headers
+    if busy and waited < _BRIEFLY:
+        return random.uniform(0.5, 1) * max(waited, 0.05)  # ever longer
+    return _PAUSE if again and answer.status_code == _BROKEN else 0.0
 
 
 def _whether_ready(request: httpx.Request) -> httpx.Request:
