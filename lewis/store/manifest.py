@@ -147,12 +147,12 @@ def remember(written: Mapping[Path, str]) -> None:
         written: file -> SHA-256 of its bytes. No other process may write to the file meanwhile.
     """
     with suppress(OSError):  # the store is full or read-only: the checksum is computed again next time
-        stamps = {path.resolve(): _stamp(path) for path in written}
+        stamps = {path: stamp for path in written if (stamp := _stamp(path))[0] >= _SMALL}
         if sum(stamp[0] for stamp in stamps.values()) < _LARGE:
             return
         unchanged = time.time_ns() - max(stamp[2] for stamp in stamps.values())
         if 0 <= unchanged <= _TIMESTAMP_TICK:
             time.sleep((_TIMESTAMP_TICK - unchanged) / 1e9)
-        for path, sha256 in written.items():
-            if stamps[path.resolve()] == _stamp(path):
-                write_entry(place_of(str(path.resolve())), {"stamp": _stamp(path), "sha256": sha256})
+        for path, stamp in stamps.items():
+            if stamp == _stamp(path):
+                write_entry(place_of(str(path.resolve())), {"stamp": stamp, "sha256": written[path]})

@@ -6,7 +6,7 @@ By itself, Prefect's client retries for a minute, at ever longer intervals; a ne
 does not retry at all. Its events, from which the server knows the states of tasks, are lost after ten seconds.
 
 On SQLite, a request that writes next to another one is answered 503 at once. Prefect's client asks again after two
-seconds, which a run of many short tasks spends most of its time on; here it asks again at once.
+seconds, which cost a run of many short tasks a quarter of its time and more; here it asks again at once.
 """
 
 import asyncio
