@@ -213,12 +213,13 @@ def held(lock: Path) -> bool:
 
 
 def servers() -> set[int]:
-    """The Pythons of fork servers, their keepers and children."""
-    found = set()
+    """The Pythons of fork servers of this process, their keepers and children; other workers of pytest have theirs."""
+    found, ours = set(), f"TMPDIR={process._seen(os.getpid())}".encode()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().split(b"\0")
-            if b"lewis.evaluation.harness.child" in words and words[1] == b"-P":
+            variables = path.with_name("environ").read_bytes().split(b"\0")
+            if b"lewis.evaluation.harness.child" in words and words[1] == b"-P" and ours in variables:
                 found.add(int(path.parent.name))
     return found
 
