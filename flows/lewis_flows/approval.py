@@ -4,26 +4,26 @@ It occupies no worker while it waits. Prefect's page shows the verdict and a for
 then moves the champion, or refuses the version. Whether that still may be done is checked then, as for `lewis approve`.
 """
 
-import logging
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect import State
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import NotPausedError
 from prefect.flow_runs import resume_flow_run, suspend_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed
 from pydantic import Field
 
-from lewis.errors import InputError, LewisError
+from lewis.errors import InputError
 from lewis.registry import promotion, releases
+from lewis.registry.releases import Held
 from lewis_flows import prefect_runs
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support import moves
 
-logger = logging.getLogger(__name__)
 APPROVED = "Approved"  # the state of a run whose version a person has approved
 
 
@@ -85,29 +85,39 @@ def go_on(run: FlowRun) -> None:
         )
 
 
-def settle(version: str, why: str, *, approve: bool) -> None:
-    """Let no run wait that needs no answer any more, since a champion was made, or a version refused, elsewhere.
+def settle(version: str = "", why: str = "") -> None:
+    """Let no run wait that needs no answer any more.
 
-    The run that waits for an answer about the version is resumed with the one given. Those that ask about other
-    versions of the model end, if these can no longer be approved. A failure is logged.
+    If the version that a run asks about is the champion by now, or was refused, the run is resumed with that answer. If
+    it can no longer be approved, since its time is up or another champion was made, the run ends as `Lapsed`.
 
     Args:
-        version: `models:/<name>/<number>`, which became the champion, or was refused.
-        why: the reason that was given.
-        approve: whether it became the champion.
+        version: `models:/<name>/<number>`, which a person has just made the champion, or refused; empty for none.
+        why: the reason that was given for it.
+
+    Raises:
+        TransientError: MLflow does not answer.
+        LewisError: MLflow refuses.
+        httpx.HTTPError: Prefect's server does not answer, or refuses.
     """
-    name = version.removeprefix("models:/").rpartition("/")[0]
-    try:
-        still = {f"models:/{name}/{each.version}" for each in releases.approvable(releases.merged(name))}
-        with get_client(sync_client=True) as client:
-            for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",)):
-                about = asked(run)
-                if about == version:
-                    resume_flow_run(run.id, run_input={"approve": approve, "why": why})
-                elif about.rpartition("/")[0] == f"models:/{name}" and about not in still:
-                    _lapse(client, run, f"{about} can no longer be approved; see `lewis history {name}`")
-    except (LewisError, httpx.HTTPError, RuntimeError) as error:
-        logger.warning("runs may still wait for an answer about a version of %s: %s", name, error)
+    models = dict[str, list[Held]]()
+    with get_client(sync_client=True) as client:
+        for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",)):
+            if not (about := asked(run)):
+                continue
+            name, _, number = about.removeprefix("models:/").rpartition("/")
+            if name not in models:
+                models[name] = releases.merged(name)
+            held = next((each for each in models[name] if each.version == number), None)
+            is_champion = held is not None and "champion" in held.aliases
+            if held and held in releases.approvable(models[name]):
+                continue
+            if held and (is_champion or held.verdict == "failed"):
+                reason = why if about == version else f"decided elsewhere; see `lewis history {name}`"
+                with suppress(NotPausedError, RuntimeError):  # somebody answered just now
+                    resume_flow_run(run.id, run_input={"approve": is_champion, "why": reason})
+            else:
+                _lapse(client, run, f"{about} can no longer be approved; see `lewis history {name}`")
 
 
 def lapse(client: SyncPrefectClient, deployment: UUID, why: str) -> None:

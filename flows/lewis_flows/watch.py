@@ -1,6 +1,7 @@
 """The poll: look up the newest commit of every model of every recipe, and announce those that no merge holds yet.
 
-It also reports new champions that Prefect may not know: see `lewis_tasks.support.moves`.
+It also reports new champions that Prefect may not know (`lewis_tasks.support.moves`), and ends what waits for an answer
+that is needed no more (`lewis_flows.approval`).
 
 The registry knows what was merged; Prefect knows what was announced, and how the runs ended. So the next poll finds an
 event that was lost, or a run that died. What the last poll found is kept in the store, for `lewis status`.
@@ -26,6 +27,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry import releases
 from lewis.registry.releases import Held, Moved
 from lewis_flows import (
+    approval,
     earlier_runs,
     evaluation_files,
     polls,
@@ -113,6 +115,8 @@ def poll(recipes: list[str] | None = None) -> WatchReport:
     secret_blocks.load_for_run(None)
     moves.report()
     tag_crashed_runs()
+    with _prefect():
+        approval.settle()
     found, problems, loaded = _compare(recipes)
     transient = [str(problem) for problem in problems.values() if isinstance(problem, TransientError)]
     if transient and not found:

@@ -17,8 +17,8 @@ from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
 from prefect.states import AwaitingRetry
 
 from lewis.evaluation.gate import Verdict
-from lewis.registry import history, outbox, promotion
-from lewis_flows import approval, merge, prefect_runs
+from lewis.registry import history, outbox, promotion, tracking
+from lewis_flows import approval, merge, prefect_runs, watch
 from lewis_flows.cli.main import main
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.failures import says_why
@@ -134,3 +134,22 @@ def test_a_question_ends_when_the_champion_is_moved_by_hand(client: SyncPrefectC
     assert state(other)[0] == "Suspended"
     assert main(["approve", "unmoved/1", "--refuse", "--why", "it is rude"]) == 0
     assert _run(client, other).name == "Refused"
+
+
+def test_a_poll_ends_what_waits_for_an_answer_that_was_given_while_no_service_ran(
+    client: SyncPrefectClient, family: Family
+) -> None:
+    asks = partial(_asks, client, family)
+    approved, refused = asks("given", "a", "base"), asks("refused", "b", "base")
+    late, open_ = asks("late", "c", "base"), asks("open", "d", "base")
+    promotion.approve("given", "1", "it is good")
+    promotion.refuse("refused", "1", "it is rude")
+    with tracking.client("a test") as registry:
+        registry.set_model_version_tag("late", "1", "lewis.approve_until", "2026-01-01T00:00:00+00:00")
+    watch.poll([])
+    assert client.read_flow_run(late).state_name == "Lapsed"
+    state = _run(client, approved)
+    assert state.name == "Approved" and str(state.message).endswith("decided elsewhere; see `lewis history given`")
+    assert _run(client, refused).name == "Refused"
+    watch.poll([])
+    assert client.read_flow_run(open_).state_name == "Suspended"

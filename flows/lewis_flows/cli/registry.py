@@ -4,10 +4,11 @@ import argparse
 import json
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.settings import size_text
 from lewis_flows.cli import completion
 from lewis_flows.cli.arguments import flag, option
@@ -79,7 +80,7 @@ def approve(options: argparse.Namespace) -> None:
     name, number = _named(options.version)
     if options.refuse:
         promotion.refuse(name, number, options.why)
-        _report(f"models:/{name}/{number}", options.why, approve=False)
+        _report(f"models:/{name}/{number}", options.why)
         _say(options, {"refused": f"models:/{name}/{number}"}, f"models:/{name}/{number} is refused")
         return
     _champion(options, name, number, promotion.approve(name, number, options.why))
@@ -137,11 +138,14 @@ def _warn_of_targets(name: str, champion: str, reported: bool) -> None:
         say_error(f"{each.target} still has {has}: no service runs here; `lewis serve` of its recipe moves it")
 
 
-def _report(version: str, why: str, *, approve: bool = True) -> bool:
+def _report(version: str, why: str) -> bool:
     """Report the new champion to the Prefect server; return False if none runs: the next one gets the report later.
 
-    Runs that wait for an answer about a version, and need none any more, go on or end; see `approval.settle`.
+    Runs that wait for an answer about a version, and need none any more, go on or end; see `approval.settle`. If that
+    fails, the next poll of the service does it.
     """
+    import httpx
+
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import running
 
@@ -150,6 +154,7 @@ def _report(version: str, why: str, *, approve: bool = True) -> bool:
             from lewis_flows import approval
             from lewis_tasks.support import moves
 
-            approval.settle(version, why, approve=approve)
+            with suppress(LewisError, httpx.HTTPError):
+                approval.settle(version, why)
             moves.report()
     return bool(url)
