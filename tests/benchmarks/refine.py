@@ -66,7 +66,7 @@ def held_back(experts: list[nn.Module], merged: nn.Module, rows: list[list[Row]]
 
 def train(options: argparse.Namespace, experts: list[nn.Module], merged: nn.Module, rows: list[list[Row]]) -> None:
     draw, steps = random.Random(0), options.epochs * max(map(len, rows)) // EACH
-    optimizer = torch.optim.AdamW(merged.parameters(), lr=options.rate, weight_decay=0.0, betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(merged.parameters(), lr=options.rate, weight_decay=0.0, betas=(0.9, 0.95))
     waiting: list[list[Row]] = [[] for _ in experts]
     for step in range(steps):
         share = min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
