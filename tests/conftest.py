@@ -211,7 +211,5 @@ def installed(common: Path) -> Path:
     return wheel.install(common / "wheel")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _remove_session_home() -> Iterator[None]:
-    yield
-    shutil.rmtree(SESSION_HOME, ignore_errors=True)
+def pytest_unconfigure() -> None:
+    shutil.rmtree(SESSION_HOME, ignore_errors=True)  # also of the process that only shares out the tests
