@@ -93,10 +93,7 @@ def refine(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     scorer = Scorer(options.base, remedies.test_rows(options, paths, options.skip, options.count), torch.float32)
     recipe = remedies.recipe_of(options, paths, options.set or [])
     own = remedies.of_experts(paths, recipe, scorer)
-    base, sources = pipeline.pin_all(recipe)
-    prepared = pipeline.prepare_merge(
-        recipe, base and pipeline.download(base), [pipeline.download(each) for each in sources]
-    )
+    prepared = pipeline.prepare_merge(recipe, *pipeline.fetch(recipe))
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         fit = prepared.run(Path(folder) / "merged").fit

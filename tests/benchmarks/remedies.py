@@ -128,10 +128,9 @@ def test_rows(options: argparse.Namespace, tasks: Iterable[str], skip: int, coun
 
 def merge(recipe: Recipe, scorer: Scorer) -> dict[str, Any]:
     """Merge, and score the merged model."""
-    base, sources = pipeline.pin_all(recipe)
-    files, of_base = [pipeline.download(source) for source in sources], base and pipeline.download(base)
+    files = pipeline.fetch(recipe)
     begun = time.perf_counter()
-    prepared = pipeline.prepare_merge(recipe, of_base, files)
+    prepared = pipeline.prepare_merge(recipe, *files)
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         written = prepared.run(Path(folder) / "merged")
         seconds = round(time.perf_counter() - begun)
@@ -144,7 +143,7 @@ Losses = dict[str, list[float]]
 
 def of_experts(experts: dict[str, str], recipe: Recipe, scorer: Scorer) -> Losses:
     """The loss of each expert on the rows of its task."""
-    files = [pipeline.download(source) for source in pipeline.pin_all(recipe)[1]]
+    _, files = pipeline.fetch(recipe)
     return {task: scorer.losses(model.open(), task)[task] for task, model in zip(experts, files, strict=True)}
 
 

@@ -4,7 +4,6 @@ import argparse
 import json
 import shutil
 import sys
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -146,6 +145,7 @@ def _report(version: str, why: str) -> bool:
     """
     import httpx
 
+    from lewis_flows.cli.terminal import say_error
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import running
 
@@ -154,7 +154,9 @@ def _report(version: str, why: str) -> bool:
             from lewis_flows import approval
             from lewis_tasks.support import moves
 
-            with suppress(LewisError, httpx.HTTPError):
+            try:
                 approval.settle(version, why)
+            except (LewisError, httpx.HTTPError) as error:
+                say_error(f"runs may still wait for an answer that they need no more: {error}")
             moves.report()
     return bool(url)
