@@ -16,7 +16,7 @@ from lewis.registry.lineage import lineage_of, source_tag
 from lewis.registry.registration import write_card
 from lewis.steps.plan import make_plan
 from lewis_flows import release_event
-from lewis_flows.service.recipe_deployments import Folder
+from lewis_flows.service.recipe_files import Folder
 from tests.conftest import Family
 from tests.support import pipeline
 

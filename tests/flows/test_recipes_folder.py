@@ -19,7 +19,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.registry.registration import flat_parameters
 from lewis_flows import recipes_folder
 from lewis_flows.service import receiver
-from lewis_flows.service.recipe_deployments import Folder
+from lewis_flows.service.recipe_files import Folder
 from lewis_tasks.support.assets import artifact_key
 
 REPO = Path(__file__).resolve().parents[2]

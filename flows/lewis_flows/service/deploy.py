@@ -25,7 +25,7 @@ from lewis_flows import environment, prefect_runs, recipes_folder
 from lewis_flows.service import orphaned_runs, recipe_deployments, worker
 from lewis_flows.service.automations import put_automations
 from lewis_flows.service.credentials import connected
-from lewis_flows.service.recipe_deployments import Folder, RecipeFile
+from lewis_flows.service.recipe_files import Folder, RecipeFile
 from lewis_flows.turn import crash_dead_runs
 from lewis_tasks.support import moves
 from lewis_tasks.support.device_slot import LIMIT, slots

@@ -24,13 +24,14 @@ from lewis import input_files
 from lewis.errors import InputError, LewisError
 from lewis.registry import outbox
 from lewis.registry.outbox import Move
-from lewis_flows import evaluation_files, prefect_runs, recipes_folder
+from lewis_flows import prefect_runs, recipes_folder
 from lewis_flows.merge import load, merge_flow
 from lewis_flows.release_event import SETTLE
 from lewis_flows.search import search_flow
 from lewis_flows.service import deploy, recipe_deployments, recipes_page, webhook
 from lewis_flows.service.automations import SERVICE_TAG
 from lewis_flows.service.deploy import Follower
+from lewis_flows.service.recipe_files import Folder
 from lewis_flows.service.status_data import Status, Watched
 from lewis_flows.turn import absorb, absorb_waiting
 from tests.support.deployed import deploying
@@ -72,79 +73,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
     with deploying(prefect_url) as client:
         yield client
-
-
-def runnable(seen: recipe_deployments.Folder) -> list[str]:
-    return [each.name for each in seen.files() if not each.why]
-
-
-def test_whatever_happens_to_a_recipe_counts(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    seen = recipe_deployments.Folder()
-    other, local = folder / "other.yaml", folder / "local.yaml"
-    assert runnable(seen) == ["good"]
-    other.write_text("models: [")  # broken when it is first seen
-    assert runnable(seen) == ["good"]
-    other.write_text(GOOD)  # mended
-    assert runnable(seen) == ["good", "other"]
-    other.write_text("models: [")  # broken
-    assert runnable(seen) == ["good"]
-    other.write_text(GOOD)
-    other.rename(folder / "renamed.yaml")
-    assert runnable(seen) == ["good", "renamed"]
-    (folder / "renamed.yaml").unlink()
-    local.write_text(GOOD.replace("org/math", "./model"))
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        assert runnable(seen) == runnable(seen) == ["good"]
-    assert len(caplog.messages) == 1 and "local cannot run: ./model" in caplog.text
-    (folder / "model").mkdir()  # no file of the folder's top has changed
-    assert runnable(seen) == ["good", "local"]
-
-
-def test_a_recipe_counts_again_once_the_config_that_it_names_is_mended(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """No file of the folder's top changed, so it stayed paused though `lewis status` found nothing wrong."""
-    seen, config = recipe_deployments.Folder(), folder / "eval" / "lm.yaml"
-    config.parent.mkdir()
-    config.write_text("tasks: [x]\nlimmit: 3\n")
-    (folder / "good.yaml").write_text(f"{GOOD[:-1]}, evaluate: eval/lm.yaml}}")
-    assert runnable(seen) == runnable(seen) == []
-    assert caplog.text.count("recipe good is left out") == 1
-    config.write_text("tasks: [x]\nlimit: 3\n")
-    assert runnable(seen) == ["good"]
-
-
-@pytest.mark.parametrize("wrong", ["config", "task", "function", "data"])
-def test_a_recipe_cannot_run_while_a_file_that_it_names_is_wrong(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, wrong: str
-) -> None:
-    """Each release, and each night, started a run that failed in `check tasks`."""
-    files = {
-        "config": ("lm.yaml", "tasks: [eval/words/words.yaml]", "evaluate.config: eval/lm.yaml: not valid YAML"),
-        "task": ("words/words.yaml", WORDS, "words.yaml: not a readable lm-eval task"),
-        "function": ("words/more.py", "", "!function more.rows: no file"),
-        "data": ("words/words.jsonl", "{}", "data file 'eval/words/words.jsonl' is missing or empty"),
-    }
-    (folder / "eval" / "words").mkdir(parents=True)
-    for name, text, _ in files.values():
-        (folder / "eval" / name).write_text(text)
-    (folder / "good.yaml").write_text(f"{GOOD[:-1]}, evaluate: eval/lm.yaml}}")
-    seen, (name, _, why) = recipe_deployments.Folder(), files[wrong]
-    assert runnable(seen) == ["good"]
-    with monkeypatch.context() as patch:  # they are read again only if one has changed
-        patch.setattr(evaluation_files, "read_task", Mock(side_effect=AssertionError))
-        assert runnable(seen) == ["good"]
-    kept = (folder / "eval" / name).read_text()
-    if wrong in ("config", "task"):
-        (folder / "eval" / name).write_text("[")
-    else:
-        (folder / "eval" / name).unlink()
-    (file,) = seen.files()
-    assert why in file.why and runnable(seen) == runnable(recipe_deployments.Folder()) == []
-    assert caplog.text.count("good cannot run: ") + caplog.text.count("recipe good is left out: ") == 2, "once for each"
-    (folder / "eval" / name).write_text(kept)
-    assert runnable(seen) == ["good"]
 
 
 def test_a_recipe_is_paused_while_the_data_of_its_task_are_missing_and_its_champion_is_served(
@@ -461,7 +389,7 @@ def test_a_run_that_is_about_to_begin_is_cancelled_before_its_deployment_goes(
 
 
 def test_the_form_of_a_deployment_asks_for_what_the_flow_takes(folder: Path) -> None:
-    (file,) = recipe_deployments.Folder().files()
+    (file,) = Folder().files()
     for name, flow in (("merge", merge_flow), ("search", search_flow)):
         form = recipe_deployments._fields(name, file, None)["parameter_openapi_schema"]
         assert form["properties"].keys() == parameter_schema(flow).properties.keys()
