@@ -90,6 +90,7 @@ def forecast(merge: Merge) -> Forecast:
         else:
             reading = _seconds_to_read(merge, network)
             parts = [*[_of_fit(merge, network, reading)] * merge.fits, _of_judging(merge, network, reading)]
+            parts += [_of_refining(merge, network, reading)] if merge.refine else []
         seconds += sum(each.seconds for each in parts)
         peak, disk = max(peak, *(each.memory for each in parts)), max(each.disk for each in parts)
     if merge.as_adapter:
@@ -163,6 +164,32 @@ def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     vocabulary = input_embeddings(network.module).num_embeddings
     logits = max(LOGITS, vocabulary * max(len(row) for rows in sets for row in rows.samples))
     return Forecast(seconds, LOADED + held + 8 * merge.threads * logits)
+
+
+def _of_refining(merge: Merge, network: Network, reading: float) -> Forecast:
+    """Forecast the training after a fit: the experts' passes, one forward and backward a row, and the judging.
+
+    In memory are the weights in fp32, the updates, their moments and gradients, and what a backward pass needs of one
+    row for each thread: about 16 hidden states and 4 states of the widest projection in each block, and the logits.
+    """
+    from lewis.merging.fitting.fit import in_order
+    from lewis.merging.fitting.refine import EACH
+
+    assert merge.refine is not None
+    sets = [rows for expert in merge.experts for rows in (expert.calibration, expert.held_back) if rows]
+    own = sum(expert.calibration.tokens for expert in merge.experts if expert.calibration)
+    back = sum(rows.tokens for rows in sets) - own
+    weights = sum(info.elements for info in merge.base.tensors.values())
+    shapes = [network.empty(each.parameter).shape for each in in_order(network)]
+    updates = merge.refine.rank * sum(map(sum, shapes))
+    embedding = input_embeddings(network.module)
+    each_token = len(network.blocks) * (16 * embedding.embedding_dim + 4 * max(map(max, shapes)))
+    each_token += 4 * embedding.num_embeddings
+    longest = max(len(row) for rows in sets for row in rows.samples)
+    held = weights + updates * (5 + EACH * len(merge.experts)) + merge.threads * longest * each_token
+    operations = weights * (2 * (own + back) + (5 * own + 2 * back) * merge.refine.epochs + 4 * back)
+    seconds = operations / (operations_per_second() * merge.threads) + (len(merge.experts) + 2) * reading
+    return Forecast(seconds, LOADED + 4 * held)
 
 
 def _of_static_fit(merge: Merge, network: Network) -> Forecast:

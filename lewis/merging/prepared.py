@@ -37,12 +37,14 @@ from lewis.models.files.folder import processor_files, tokenizer_files
 from lewis.models.model import Model
 from lewis.models.names import NUMBER
 from lewis.models.tokenizer import tokenizer_folder
+from lewis.recipe.schema import Refine
 from lewis.threads import cores
 
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 FIT_SEMANTICS = "3"  # bump when a method that fits in forward order would give other bytes
 STACKED_SEMANTICS = "2"  # bump when a method that fits in forward order would give other stacked experts
 JUDGE_SEMANTICS = "2"  # bump when held-back rows would lead to another fit
+REFINE_SEMANTICS = "1"  # bump when training after the fit would give other bytes
 STATIC_SEMANTICS = "3"  # bump when a method that fits statically would give other bytes
 
 
@@ -62,6 +64,7 @@ class Prepared:
         device: where the methods compute.
         chat_template: the tokenizer's new one, as Jinja text; None: it keeps its own.
         anchor: of a method that fits, the merge that the fit is pulled towards; None without one.
+        refine: of a method that fits in forward order, how the fit is trained further; None: it is not.
     """
 
     settings: MergeSettings
@@ -75,6 +78,7 @@ class Prepared:
     device: str = "cpu"
     chat_template: str | None = None
     anchor: Prepared | None = None
+    refine: Refine | None = None
 
     @classmethod
     def of(
@@ -306,6 +310,8 @@ class Prepared:
         sets += [[AUTO, JUDGE_SEMANTICS, RIDGES, EVERY, *by_prompt]] if self.tunes else []
         held = [expert.held_back.digest if expert.held_back else "" for expert in self.experts]
         sets += [["held back", JUDGE_SEMANTICS, held]] if any(held) else []
+        if self.refine:
+            sets.append(["refine", REFINE_SEMANTICS, default_device(), self.refine.model_dump()])
         if self.method.fits == "static":  # to statistics, which depend on the number format of the passes
             return [STATIC_SEMANTICS, GRAMS_SEMANTICS, precision(default_device()), *sets]
         stacked = any(

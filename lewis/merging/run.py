@@ -233,6 +233,11 @@ class Merge(Prepared):
 
         from lewis.merging.fitting.held_back import fit_and_judge, warn_of_unjudged
 
+        if self.refine and not any(expert.held_back for expert in self.experts):
+            raise InputError(
+                "lewis.refine: held-back rows decide when it ends, and no set has any; raise samples to 4 or more, or "
+                "leave refine out"
+            )
         warn_of_unjudged(self)
         merge: Prepared = self
         facts = dict[str, Any]()

@@ -29,6 +29,7 @@ from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, tokenizer_folder
 from lewis.progress import Report, silent
 from lewis.recipe.config import MergeConfig
+from lewis.recipe.schema import Refine
 from lewis.store import kinds, manifest
 from lewis.store.reference import Reference
 
@@ -103,6 +104,7 @@ class MergeInput:
         holds_back: whether a part of the rows is held back to judge the fit.
         omega: `lewis.aim.omega`; None: the merged delta is not held back.
         measured: whether models are measured on the base's token ids, which must then mean the same to all of them.
+        refine: how a fit is trained further; None: it is not.
         uncovered: the policy `density.uncovered`, if densities are to be allocated; None if they are not.
     """
 
@@ -117,6 +119,7 @@ class MergeInput:
     measured: bool = False
     uncovered: str | None = None
     holds_back: bool = False
+    refine: Refine | None = None
 
     @property
     def models(self) -> list[ModelFiles]:
@@ -175,6 +178,8 @@ def _prepare(given: MergeInput, device: str) -> Merge:
         from lewis.merging.fitting.losses import predicts_next_token  # brings torch with it
 
         holds_back = predicts_next_token(base)
+        if given.refine and not holds_back:
+            raise InputError(f"lewis.refine: {given.config.base_model} does not predict the next token; leave it out")
     parts = {path: hold_back(each) if holds_back else (each, None) for path, each in sets.items()}
     rows = {ref: parts[each.path] for ref, each in (given.sets or {}).items()}
     if given.sets is None:
@@ -189,7 +194,7 @@ def _prepare(given: MergeInput, device: str) -> Merge:
         opened.append(expert)
     if another_vocabulary and base is not None:
         _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
-    return prepare(config, base, opened, factors, device)
+    return replace(prepare(config, base, opened, factors, device), refine=given.refine)
 
 
 def check_output(given: MergeInput, prepared: Merge) -> None:

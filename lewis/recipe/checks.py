@@ -374,6 +374,11 @@ def _check_calibrations(data: dict[str, Any]) -> list[str]:
     runs_none = blind and own.get("aim") is None and not _prunes_by_activation(data) and not fits
     if own.get("hold_back") is not None and (method is None or method.fits != "forward"):
         problems.append("lewis.hold_back: only a fit in forward order is judged by it; leave it out")
+    if own.get("refine") is not None:
+        if method is None or method.fits != "forward":
+            problems.append("lewis.refine: only a fit in forward order is trained further; use regmean_forward")
+        elif own.get("hold_back") is False:
+            problems.append("lewis.refine: held-back rows decide when it ends; leave hold_back: false out")
     if block is not None and not names and not runs_none and not fits:
         problems.append("lewis.calibrations: LEWIS runs models on calibration rows and needs at least one set of them")
     for i, entry in enumerate(_models(data)):

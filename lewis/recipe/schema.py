@@ -196,6 +196,20 @@ class Aim(Block):
     omega: float = Field(default=0.4, ge=0, le=1)
 
 
+class Refine(Block):
+    """Training after a fit in forward order (`lewis.merging.fitting.refine`).
+
+    Attributes:
+        epochs: passes over the calibration rows; the first that brings nothing on held-back rows is the last.
+        rank: of the update of each projection.
+        rate: the highest learning rate.
+    """
+
+    epochs: int = Field(default=3, ge=1, le=100)
+    rank: int = Field(default=32, ge=1, le=1024)
+    rate: float = Field(default=4e-5, gt=0, le=1)
+
+
 class Lewis(Block):
     """The LEWIS block: calibration sets, importance, densities.
 
@@ -203,6 +217,7 @@ class Lewis(Block):
         preset: `lewis_official` sets what the authors' code does (`PRESETS`).
         calibrations: name -> calibration set.
         hold_back: whether a part of the calibration rows is held back to judge a fit in forward order.
+        refine: training after a fit in forward order.
         prune_by: which elements of a task vector a trimming method keeps: those with the largest |delta|
             (`magnitude`), or the largest |delta| * sqrt(s) (`activation`), s from the expert's own calibration set.
         aim: the AIM step after the merge, for the covered tensors; it measures the base on the sets of all experts.
@@ -211,6 +226,7 @@ class Lewis(Block):
     preset: Literal["lewis_official"] | None = None
     calibrations: dict[str, CalibrationSet] = Field(default_factory=dict)
     hold_back: bool = True
+    refine: Refine | None = None
     importance: Importance = Importance()
     prune_by: Literal["magnitude", "activation"] = "magnitude"
     density: Density = Density()

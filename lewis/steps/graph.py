@@ -317,6 +317,7 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
             measured,
             uncovered,
             holds_back,
+            recipe.lewis.refine if recipe.lewis else None,
         )
 
     return given

@@ -6,11 +6,13 @@ A process that continues the fit of a killed one finds its fitted tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 
 from lewis import store
+from lewis.devices import one_thread
 from lewis.errors import LewisError
 from lewis.importance.gram_files import Written
 from lewis.lazy_torch import torch
@@ -27,6 +29,7 @@ class Fitted:
         self.folder, self._files = store.make_folder(folder), Written(folder)
         found = [folder / name for name in self._files.checksums]
         self._places = {tensor: path for path in found for tensor in TensorFile(path).places}
+        self._updated: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, value: value
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -37,7 +40,26 @@ class Fitted:
 
         with safe_open(self._places[name], framework="pt") as file:
             found: torch.Tensor = file.get_tensor(name)
-        return found.clone()  # in the file its address may be unaligned, which changes the last bits of products
+        # In the file its address may be unaligned, which changes the last bits of products.
+        return self._updated(name, found.clone())
+
+    def with_updates(self, merge: Prepared, updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Fitted:
+        """The same tensors, each with the product of two fp32 matrices added to it when it is read, and rounded.
+
+        Args:
+            merge: whose output has their dtypes.
+            updates: tensor -> the matrices; the others stay as they are.
+        """
+
+        def updated(name: str, value: torch.Tensor) -> torch.Tensor:
+            if name not in updates:
+                return value
+            with one_thread():
+                return rounded(merge, name, torch.addmm(value.float(), *updates[name]))
+
+        made = copy(self)
+        made._updated = updated
+        return made
 
     def add(self, block: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write the fitted tensors of a block to a file."""

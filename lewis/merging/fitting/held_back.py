@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lewis.importance.calibration import EVERY, Calibration
 from lewis.merging.calibration_rows import by_prompt
 from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.losses import RowLoss, from_json, mean_loss, predicts_next_token, row_losses, to_json
+from lewis.merging.fitting.refine import Refined, refine
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
 from lewis.progress import Report, silent
@@ -32,6 +34,7 @@ from lewis.progress import Report, silent
 logger = logging.getLogger(__name__)
 BROKEN = 1.0  # nats per token that a row may lose
 FIT = 8  # a fit takes about this many times as long as a pass over the held-back rows: its share of the progress
+REFINE = 16  # and so does each epoch of the training after it
 LARGER = {"ridge": (10.0, 0.1), "prior": (3.0, 3.0)}  # parameter of a second fit -> (factor, least value)
 
 Fit = Callable[[Prepared, Path, Report, int | None], Fitted]
@@ -76,6 +79,7 @@ class Verdict:
         of_answers: whether it is known which tokens are answers.
         gains: reference of each expert -> nats per token that it is below the base on its rows; in JSON without those
             that are not finite, and empty for a merge of an older version.
+        refined: what training after the fit brought; None: there was none.
     """
 
     rows: int
@@ -84,18 +88,21 @@ class Verdict:
     taken: int | None
     of_answers: bool = True
     gains: dict[str, float] = field(default_factory=dict)
+    refined: Refined | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as plain JSON data, for the manifest of the merged model."""
         gains = {ref: gain for ref, gain in self.gains.items() if math.isfinite(gain)}
         fits = [each.to_json() for each in self.fits]
-        return asdict(self) | {"anchor": self.anchor.to_json(), "fits": fits, "gains": gains}
+        refined = self.refined.to_json() if self.refined else None
+        return asdict(self) | {"anchor": self.anchor.to_json(), "fits": fits, "gains": gains, "refined": refined}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Verdict:
         """Read the data that `to_json` returned."""
         anchor, fits = Distance.from_json(data["anchor"]), tuple(map(Distance.from_json, data["fits"]))
-        return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"], data.get("gains") or {})
+        refined = Refined.from_json(data["refined"]) if data.get("refined") else None
+        return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"], data.get("gains") or {}, refined)
 
     def to_text(self) -> str:
         """The verdict in a sentence."""
@@ -111,6 +118,7 @@ class Verdict:
         ]
         about = " (in brackets: by how much it beats the base)" * bool(self.gains)
         text += f"; by expert{about}: {', '.join(each)}" if each else ""
+        text += f"; {self.refined.to_text()}" if self.refined else ""
         first = f"{self.fits[0].mean:+.4f}, the worst row {self.fits[0].worst:+.2f}"
         if self.taken is None:
             return f"the fit did not hold and is left out, the anchor is taken ({first}); {text}"
@@ -137,7 +145,7 @@ def warn_of_unjudged(merge: Prepared) -> None:
 def fit_and_judge(
     merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, threads: int | None = None
 ) -> tuple[Fitted, Verdict]:
-    """Fit a merge, and take the fit only if it holds on the rows that were held back.
+    """Fit a merge, and take the fit only if it holds on the rows that were held back; train it further if asked to.
 
     Args:
         merge: a merge in which at least one expert has held-back rows.
@@ -150,14 +158,16 @@ def fit_and_judge(
         The fitted tensors, none if the anchor is taken, and the verdict.
 
     Raises:
-        LewisError: as `fit` and `row_losses`.
+        LewisError: as `fit`, `row_losses` and `refine`.
     """
     sets = {expert.ref: expert.held_back.of_answers for expert in merge.experts if expert.held_back}
     of_answers = all(each.weights is not None for each in sets.values())
     models = {expert.ref: expert.model for expert in merge.experts}
+    further = REFINE * merge.refine.epochs + 1 if merge.refine else 0
+    part = partial(_part, progress, 5 + FIT + further)
 
     def losses(model: Any, own: list[Calibration], begin: float, width: float = 1.0) -> list[list[RowLoss]]:
-        return row_losses(model, own, threads, _part(progress, begin, width))
+        return row_losses(model, own, threads, part(begin, width))
 
     width, whole = 1 / len(sets), list(sets.values())
     experts = {ref: losses(models[ref], [rows], i * width, width)[0] for i, (ref, rows) in enumerate(sets.items())}
@@ -176,27 +186,38 @@ def fit_and_judge(
         return found.worst <= BROKEN and (found.mean <= anchor.mean or not of_answers)
 
     anchor, fits, fitted = distance(Unwritten(merge), 2), list[Distance](), list[Fitted]()
-    for number, candidate in enumerate((merge, merge.with_parameters(_larger))):
+    candidates = (merge, merge.with_parameters(_larger))
+    for number, candidate in enumerate(candidates):
         begin, unit = (4 + FIT, 1 / (FIT + 1)) if number else (3, 1)  # a second fit, which is rare, has little room
-        fitted.append(fit(candidate, folder / f"fit-{number}", _part(progress, begin, unit * FIT), threads))
+        fitted.append(fit(candidate, folder / f"fit-{number}", part(begin, unit * FIT), threads))
         fits.append(distance(Unwritten(candidate, fitted[-1]), begin + unit * FIT, unit))
         if holds(fits[-1]):
             break
     better = [i for i, each in enumerate(fits) if each.mean <= anchor.mean and each.worst <= anchor.worst]
     taken = len(fits) - 1 if holds(fits[-1]) else min(better, key=lambda i: fits[i].mean, default=None)
-    verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken, of_answers, gains)
+    refined = None
+    if merge.refine and taken is not None:
+        trained, refined = refine(candidates[taken], fitted[taken], part(5 + FIT, further - 1), threads)
+        if refined.taken:
+            after = distance(Unwritten(candidates[taken], trained), 4 + FIT + further)
+            if holds(after) or not holds(fits[taken]):
+                fitted[taken], fits[taken] = trained, after
+            else:
+                refined = replace(refined, taken=0)
+    verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken, of_answers, gains, refined)
     logger.log(logging.INFO if holds(fits[-1]) else logging.WARNING, "%s", verdict.to_text())
     return Fitted(folder / "anchor") if taken is None else fitted[taken], verdict
 
 
-def _part(progress: Report, begin: float, width: float) -> Report:
-    """Make the report of one part of the work, which reports its progress as a share of all parts.
+def _part(progress: Report, whole: float, begin: float, width: float) -> Report:
+    """Make the report of one part of the work, which reports its progress as a share of the `whole`.
 
-    The parts: experts, base, anchor, the fit (`FIT` times as long as each other part), its result, a second fit.
+    The parts: experts, base, anchor, the fit (`FIT` times as long as each other part), its result, a second fit, the
+    training after it (`REFINE` times for each epoch) and its result.
     """
 
     def report(_: str, done: int, total: int) -> None:
-        progress("fit", round(1000 * (begin + width * done / max(total, 1))), 1000 * (5 + FIT))
+        progress("fit", round(1000 * (begin + width * done / max(total, 1))), round(1000 * whole))
 
     return report
 

@@ -1,13 +1,13 @@
-"""The loss of a model on calibration rows, row by row; the model need not be written for it, nor fit in memory."""
+"""What a model predicts on calibration rows, row by row; it need not be written for it, nor fit in memory."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lewis.devices import one_thread
 from lewis.importance.calibration import Calibration
@@ -16,6 +16,8 @@ from lewis.lazy_torch import torch
 from lewis.merging.fitting.passes import Pass, advance, stop
 from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report, silent
+
+Found = TypeVar("Found")
 
 LOGITS = 1 << 24  # logits of a batch at most: 64 MiB in fp32, unless one row alone has more
 
@@ -42,13 +44,37 @@ def predicts_next_token(model: Any) -> bool:
 def row_losses(
     model: Any, sets: Sequence[Calibration], threads: int | None = None, progress: Report = silent
 ) -> list[list[RowLoss]]:
-    """Compute the loss of each row of each set. The rows of a set come longest first, in the same order for all models.
+    """Compute the loss of each row of each set, as `each_row`; rows without a predicted token that counts give none."""
+
+    def loss(ids: torch.Tensor, logits: torch.Tensor, counts: torch.Tensor | None) -> RowLoss | None:
+        wanted = ids[1:]
+        if counts is None:
+            nats = float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+            return RowLoss(nats, len(wanted)) if len(wanted) else None
+        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        found = RowLoss(float((losses * counts).sum()), float(counts.sum()))
+        return found if found.weight else None
+
+    return each_row(model, sets, loss, threads, progress)
+
+
+def each_row(
+    model: Any,
+    sets: Sequence[Calibration],
+    of_row: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Found | None],
+    threads: int | None = None,
+    progress: Report = silent,
+) -> list[list[Found]]:
+    """Run a model on the rows of each set. Those of a set come longest first, in the same order for all models.
 
     At any time there are in memory: what lies outside of the blocks, one block, and the hidden states of all rows.
 
     Args:
         model: a model that reads like a checkpoint.
-        sets: the rows; those without a predicted token that counts, such as rows of one token, give no loss.
+        sets: the rows.
+        of_row: what is wanted of a row, by its token ids, int64 (tokens,), the logits for all tokens after the first,
+            fp32 (tokens - 1, vocabulary), and how much each of these tokens counts, fp32 (tokens - 1,), None if all
+            count alike. It is called in inference mode; for None the row is left out.
         threads: by default one per core; any number gives the same bits.
         progress: called with (losses, blocks done, blocks in all).
 
@@ -64,25 +90,22 @@ def row_losses(
     for each in sets:
         check_lengths(model, network, each)
     weights = Weights(network, model, "cpu", torch.float32)
-    found: dict[Batch, list[RowLoss]] = {}
+    found: dict[Batch, list[Found | None]] = {}
 
-    def score(batch: Batch) -> None:
+    def run(batch: Batch) -> None:
         logits = network.module(input_ids=batch.ids, use_cache=False).logits
-        rows = []
-        for row, length in enumerate(batch.lengths):
-            predicted, wanted = logits[row, : length - 1].float(), batch.ids[row, 1:length]
-            if batch.weights is None:
-                loss = float(torch.nn.functional.cross_entropy(predicted, wanted, reduction="sum"))
-                rows.append(RowLoss(loss, length - 1))
-            else:
-                counts = batch.weights[row, 1:length]
-                losses = torch.nn.functional.cross_entropy(predicted, wanted, reduction="none")
-                rows.append(RowLoss(float((losses * counts).sum()), float(counts.sum())))
-        found[batch] = rows
+        found[batch] = [
+            of_row(
+                batch.ids[row, :length],
+                logits[row, : length - 1].float(),
+                None if batch.weights is None else batch.weights[row, 1:length],
+            )
+            for row, length in enumerate(batch.lengths)
+        ]
 
     at_most = max(1, LOGITS // input_embeddings(network.module).num_embeddings)
     made = batches(sets, network, tokens=at_most)
-    passes = [Pass(batch, partial(score, batch)) for batch in made]
+    passes = [Pass(batch, partial(run, batch)) for batch in made]
     with ExitStack() as contexts:
         contexts.enter_context(one_thread())
         workers = contexts.enter_context(Workers(threads))
@@ -102,7 +125,8 @@ def row_losses(
             loaded = list(network.parameters_in(place))
             workers([partial(weights.load, [name]) for name in loaded])
     return [
-        [row for batch in made if batch.of == of for row in found[batch] if row.weight] for of, _ in enumerate(sets)
+        [row for batch in made if batch.of == of for row in found[batch] if row is not None]
+        for of, _ in enumerate(sets)
     ]
 
 

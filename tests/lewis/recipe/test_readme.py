@@ -27,6 +27,7 @@ SECTIONS = {  # of a block, and what its keys begin with there
     "TokenWeights": ("calibrations", "weight."),
     "Importance": ("importance", ""),
     "Density": ("density", ""),
+    "Refine": ("refine", ""),
     "Aim": ("aim", ""),
     "Output": ("output", ""),
     "Inspect": ("Whether models belong together", ""),

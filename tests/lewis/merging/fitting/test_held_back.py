@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
+from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import network_of
 from lewis.memory import PeakMemory, anonymous_bytes
@@ -50,8 +51,11 @@ def test_a_model_that_no_row_can_judge_is_fitted_to_all(tmp_path: Path) -> None:
     BertForMaskedLM(config).save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")
     experts = [write_expert(tmp_path / "base", tmp_path / name, seed=1) for name in ("a", "bb")]
-    for own in held(Family(tmp_path / "base", *experts, lora=tmp_path)).experts:
+    family = Family(tmp_path / "base", *experts, lora=tmp_path)
+    for own in held(family).experts:
         assert own.held_back is None and own.calibration is not None and len(own.calibration.samples) == 9
+    with pytest.raises(InputError, match=r"lewis\.refine: .*base does not predict the next token; leave it out"):
+        held(family, refine={})
 
 
 @pytest.mark.parametrize("hold_back", [True, False])
@@ -73,14 +77,14 @@ def test_rows_that_continue_too_few_prompts_do_not_judge(family: Family, caplog:
     assert "expected at least 4 prompts in lewis.calibrations.a" in told and "got 3 prompts;" in told
 
 
-def held(family: Family, folder: Path | None = None, **parameters: Any) -> Merge:
+def held(family: Family, folder: Path | None = None, refine: Any = None, **parameters: Any) -> Merge:
     """A merge that is judged by rows whose answers are known if they come from a folder."""
     sets = {f"s{path.name}": {"texts": texts(len(path.name), 9), "samples": 9} for path in family.experts}
     for name, each in sets.items() if folder else ():
         rows = [{"text": text} for text in each.pop("texts")]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         each |= {"dataset": "json", "data_files": str(folder / f"{name}.jsonl"), "prompt": "w1 w2 ", "answer": "{text}"}
-    block = {"calibrations": sets, "hold_back": True}
+    block = {"calibrations": sets, "hold_back": True, "refine": refine}
     return prepare(recipe_of(family.base, family.experts, lewis=block, parameters={"ridge": 0.1, **parameters}))
 
 

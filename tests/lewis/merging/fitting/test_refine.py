@@ -1,0 +1,146 @@
+"""Training after a fit: what it brings, that it is judged, and that any number of threads gives the same bytes."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from lewis.errors import InputError, RecipeError
+from lewis.importance.calibration import Calibration
+from lewis.importance.measure import network_of
+from lewis.merging import forecast
+from lewis.merging.fitting import held_back, refine
+from lewis.merging.fitting.held_back import Distance, Verdict
+from lewis.merging.forecast import Forecast
+from lewis.merging.run import Merge, text_of_fit
+from lewis.recipe.recipe import Recipe
+from tests.conftest import Family
+from tests.lewis.merging.fitting.test_held_back import held
+from tests.support.models import write_expert, write_llama, write_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def apart(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
+    """Experts that moved so far that a fit leaves something; the weights of GPT-2 are transposed."""
+    monkeypatch.setattr(held_back, "_distance", lambda *_: Distance(0.1, 0.2))  # a fit to noise may not hold
+    base = tmp_path / "base"
+    if request.param == "llama":
+        write_llama(base)
+    else:
+        config = GPT2Config(vocab_size=64, n_positions=128, n_embd=32, n_layer=2, n_head=2)
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(base)
+        write_tokenizer(base)
+    return Family(base, *(write_expert(base, tmp_path / n, seed=i, scale=0.2) for i, n in enumerate(("a", "bb"))), base)
+
+
+def trained(family: Family, folder: Path | None = None, **keys: Any) -> Merge:
+    return held(family, folder, {"epochs": 2, "rank": 4, "rate": 0.01, **keys})
+
+
+def divergence(expert: Path, merged: Path, rows: Calibration) -> float:
+    """KL divergence of whole distributions, the mean over the predicted tokens of a row, then over the rows."""
+    models = [AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (expert, merged)]
+    found = []
+    for ids, weights in zip(
+        rows.samples, rows.of_answers.weights or [[1.0] * len(r) for r in rows.samples], strict=True
+    ):
+        with torch.no_grad():
+            wanted, own = (model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for model in models)
+        found.append((wanted.exp() * (wanted - own)).sum(-1)[torch.tensor(weights[1:]) > 0].mean())
+    return float(torch.stack(found).mean())
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_the_written_model_is_closer_to_the_experts(apart: Family, tmp_path: Path, answers: bool) -> None:
+    merge = trained(apart, tmp_path if answers else None)
+    written = merge.run(tmp_path / "trained")
+    replace(merge, refine=None).run(tmp_path / "fit")
+    verdict = Verdict.from_json(json.loads((tmp_path / "trained" / "lewis.json").read_text())["held_back"])
+    assert verdict.refined and written.fit == verdict.to_text()
+    assert verdict.taken == 0, "the fit without training is that of the first ridge"
+    for name, told in (("fit", verdict.refined.divergence[0]), ("trained", min(verdict.refined.divergence))):
+        pairs = [(each.model.folder, each.held_back) for each in merge.experts]
+        found = [divergence(expert, tmp_path / name, rows) for expert, rows in pairs if rows]
+        assert told == pytest.approx(sum(found) / 2, rel=1e-3)
+    assert verdict.refined.taken and min(verdict.refined.divergence) < 0.97 * verdict.refined.divergence[0]
+    text = f"trained for {verdict.refined.taken} passes over the rows: divergence from the experts "
+    assert text in text_of_fit(written.manifest)
+
+
+def test_threads_change_no_byte_and_settings_change_the_digest(apart: Family, tmp_path: Path) -> None:
+    merge = trained(apart)
+    for threads in (1, 3):
+        merge.run(tmp_path / f"out{threads}", threads=threads)
+    first, second = (load_file(tmp_path / f"out{threads}" / "model.safetensors") for threads in (1, 3))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    others = [replace(merge, refine=None), *(trained(apart, **{key: 3}) for key in ("epochs", "rank"))]
+    assert len({each.digest for each in (merge, *others, trained(apart, rate=0.02))}) == 5
+
+
+def test_what_does_not_help_is_left_out(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge, told = trained(apart), iter([0.1, math.inf])
+    monkeypatch.setattr(refine.Student, "divergence", lambda *_: next(told))
+    written = merge.run(tmp_path / "trained")
+    assert "training after the fit is left out, since it did not help: divergence 0.1000, then inf" in written.fit
+    assert Verdict.from_json(json.loads((tmp_path / "trained" / "lewis.json").read_text())["held_back"]).refined
+    replace(merge, refine=None).run(tmp_path / "fit")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("trained", "fit"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_training_that_breaks_a_row_is_left_out(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter([Distance(0.2, 0.5), Distance(0.1, 0.5), Distance(0.1, 1.5)])  # anchor, fit, trained
+    monkeypatch.setattr(held_back, "_distance", lambda *_: next(told))
+    verdict = Verdict.from_json(trained(apart).run(tmp_path / "out").manifest["held_back"])
+    assert verdict.refined and verdict.refined.taken == 0 and verdict.fits == (Distance(0.1, 0.5),)
+
+
+def test_a_pass_that_brings_nothing_is_the_last(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter([0.3, 0.2, 0.1, 0.15])
+    monkeypatch.setattr(refine.Student, "divergence", lambda *_: next(told))
+    verdict = Verdict.from_json(trained(apart, epochs=9).run(tmp_path / "out").manifest["held_back"])
+    assert verdict.refined and verdict.refined.divergence == (0.3, 0.2, 0.1, 0.15) and verdict.refined.taken == 2
+
+
+def test_a_merge_without_held_back_rows_is_refused(apart: Family, tmp_path: Path) -> None:
+    merge = trained(apart)
+    merge = replace(merge, experts=tuple(replace(each, held_back=None) for each in merge.experts))
+    with pytest.raises(InputError, match=r"lewis\.refine: held-back rows decide.*raise samples to 4 or more"):
+        merge.run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_forecast_counts_it(apart: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = trained(apart)
+    network = network_of(merge.base)
+    short, long = (forecast._of_refining(trained(apart, epochs=n), network, 0.0).seconds for n in (1, 9))
+    assert 0 < 2 * short < long
+    monkeypatch.setattr(forecast, "_of_refining", lambda *_: Forecast(1e6, 10**12))
+    found, without = forecast.forecast(merge), forecast.forecast(replace(merge, refine=None))
+    assert found.seconds > 1e6 > without.seconds and found.memory == 10**12 > without.memory
+
+
+@pytest.mark.parametrize(
+    "method, block, problem",
+    [
+        ("ties", "refine: {}", "lewis.refine: only a fit in forward order is trained further; use regmean_forward"),
+        ("regmean_forward", "refine: {}, hold_back: false", "lewis.refine: held-back rows decide when it ends"),
+        ("regmean_forward", "refine: {rank: 0}", "lewis.refine.rank"),
+        ("regmean_forward", "refine: {steps: 3}", "lewis.refine.steps"),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_is_refused(method: str, block: str, problem: str, tmp_path: Path) -> None:
+    recipe = {"merge_method": method, "base_model": "org/base", "models": [{"model": "org/a"}]}
+    recipe["lewis"] = {"calibrations": {"c": {"texts": ["a b"]}}, **yaml.safe_load(f"{{{block}}}")}
+    with pytest.raises(RecipeError, match=problem.replace(".", r"\.")):
+        Recipe.parse(yaml.safe_dump(recipe), root=tmp_path)
