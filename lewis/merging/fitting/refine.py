@@ -83,7 +83,8 @@ class Refined:
         """What training brought, in a clause."""
         before, *after = (f"{each:.4f}" for each in self.divergence)
         if not self.taken:
-            return f"training after the fit is left out, since it did not help: divergence {before}, then {after[0]}"
+            why = "hold on the held-back rows" if min(self.divergence) < self.divergence[0] else "help"
+            return f"training after the fit is left out, since it did not {why}: divergence {before}, then {after[0]}"
         passes = "1 pass" if self.taken == 1 else f"{self.taken} passes"
         return f"trained for {passes} over the rows: divergence from the experts {before}, then {after[self.taken - 1]}"
 

@@ -101,8 +101,10 @@ def test_what_does_not_help_is_left_out(apart: Family, tmp_path: Path, monkeypat
 def test_training_that_breaks_a_row_is_left_out(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = iter([Distance(0.2, 0.5), Distance(0.1, 0.5), Distance(0.1, 1.5)])  # anchor, fit, trained
     monkeypatch.setattr(held_back, "_distance", lambda *_: next(told))
-    verdict = Verdict.from_json(trained(apart).run(tmp_path / "out").manifest["held_back"])
+    written = trained(apart).run(tmp_path / "out")
+    verdict = Verdict.from_json(written.manifest["held_back"])
     assert verdict.refined and verdict.refined.taken == 0 and verdict.fits == (Distance(0.1, 0.5),)
+    assert "since it did not hold on the held-back rows: divergence " in written.fit
 
 
 def test_a_pass_that_brings_nothing_is_the_last(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
