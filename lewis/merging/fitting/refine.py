@@ -1,8 +1,8 @@
 """Train what a fit leaves: the merged model learns what each expert predicts on that expert's own calibration rows.
 
 A fit makes each projection alone give what the experts give. What it leaves, above all where task vectors are large,
-is in how projections act together. So low-rank updates of all fitted projections are trained at once (LoRA, Hu et al.
-2021, arXiv 2106.09685, section 4.1): on a row, the merged model is to predict each answer token as the row's expert
+is in how projections act together. So low-rank updates of the fitted projections are trained, all at once (LoRA, Hu et
+al. 2021, arXiv 2106.09685, section 4.1): on a row, the merged model is to predict each answer token as the row's expert
 does. The loss is the KL divergence from the expert's distribution to the merged model's (Hinton et al. 2015, arXiv
 1503.02531, section 2, at temperature 1); labels are not used. Of each expert's distribution, the `TOP` most likely
 tokens are kept, and the others count as one.
@@ -188,8 +188,9 @@ class Student:
         self._weights = Weights(
             self._network, Unwritten(merge, fitted), self._device, torch.float32, partial(_normal, self._device)
         )
-        self._places = {each.parameter.rpartition(".")[0]: each for each in in_order(self._network)}
-        self._places = {path: each for path, each in self._places.items() if each.tensor in fitted}
+        places = {each.parameter.rpartition(".")[0]: each for each in in_order(self._network) if each.tensor in fitted}
+        module = self._network.module.get_submodule
+        self._places = {path: each for path, each in places.items() if _multiplies(module(path))}
         draw = torch.Generator().manual_seed(0)
         self.parameters: list[torch.Tensor] = []
         for each in self._places.values():
@@ -260,6 +261,13 @@ class Student:
                 job()
 
         self._workers([partial(in_mode, job) for job in jobs])
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module does no more than multiply, and add a bias; some routers also choose among their outputs."""
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def _normal(device: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
