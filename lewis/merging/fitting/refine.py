@@ -119,7 +119,7 @@ def refine(
         steps = -(-max(map(len, own)) // EACH)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_share, max(1, settings.epochs * steps)))
         draw, waiting = random.Random(0), [list[Row]() for _ in own]
-        found, best = [student.divergence(back)], student.updates()
+        found, best = [student.divergence(back)], dict[str, tuple[torch.Tensor, torch.Tensor]]()
         for epoch in range(settings.epochs):
             for step in range(steps):
                 student.learn([row for rows, left in zip(own, waiting, strict=True) for row in _next(rows, left, draw)])

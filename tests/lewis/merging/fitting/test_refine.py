@@ -74,10 +74,10 @@ def test_the_written_model_is_closer_to_the_experts(apart: Family, tmp_path: Pat
     verdict = Verdict.from_json(json.loads((tmp_path / "trained" / "lewis.json").read_text())["held_back"])
     assert verdict.refined and written.fit == verdict.to_text()
     assert verdict.taken == 0, "the fit without training is that of the first ridge"
-    for name, told in (("fit", verdict.refined.divergence[0]), ("trained", min(verdict.refined.divergence))):
+    for name, stated in (("fit", verdict.refined.divergence[0]), ("trained", min(verdict.refined.divergence))):
         pairs = [(each.model.folder, each.held_back) for each in merge.experts]
         found = [divergence(expert, tmp_path / name, rows) for expert, rows in pairs if rows]
-        assert told == pytest.approx(sum(found) / 2, rel=1e-3)
+        assert stated == pytest.approx(sum(found) / 2, rel=1e-3)
     assert verdict.refined.taken and min(verdict.refined.divergence) < 0.97 * verdict.refined.divergence[0]
     text = f"trained for {verdict.refined.taken} passes over the rows: divergence from the experts "
     assert text in text_of_fit(written.manifest)
@@ -94,8 +94,8 @@ def test_threads_change_no_byte_and_settings_change_the_digest(apart: Family, tm
 
 
 def test_what_does_not_help_is_left_out(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    merge, told = trained(apart), iter([0.1, math.inf])
-    monkeypatch.setattr(refine.Student, "divergence", lambda *_: next(told))
+    merge, values = trained(apart), iter([0.1, math.inf])
+    monkeypatch.setattr(refine.Student, "divergence", lambda *_: next(values))
     written = merge.run(tmp_path / "trained")
     assert "training after the fit is left out, since it did not help: divergence 0.1000, then inf" in written.fit
     assert Verdict.from_json(json.loads((tmp_path / "trained" / "lewis.json").read_text())["held_back"]).refined
@@ -105,8 +105,8 @@ def test_what_does_not_help_is_left_out(apart: Family, tmp_path: Path, monkeypat
 
 
 def test_training_that_breaks_a_row_is_left_out(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = iter([Distance(0.2, 0.5), Distance(0.1, 0.5), Distance(0.1, 1.5)])  # anchor, fit, trained
-    monkeypatch.setattr(held_back, "_distance", lambda *_: next(told))
+    values = iter([Distance(0.2, 0.5), Distance(0.1, 0.5), Distance(0.1, 1.5)])  # anchor, fit, trained
+    monkeypatch.setattr(held_back, "_distance", lambda *_: next(values))
     written = trained(apart).run(tmp_path / "out")
     verdict = Verdict.from_json(written.manifest["held_back"])
     assert verdict.refined and verdict.refined.taken == 0 and verdict.fits == (Distance(0.1, 0.5),)
@@ -114,8 +114,8 @@ def test_training_that_breaks_a_row_is_left_out(apart: Family, tmp_path: Path, m
 
 
 def test_a_pass_that_brings_nothing_is_the_last(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = iter([0.3, 0.2, 0.1, 0.15])
-    monkeypatch.setattr(refine.Student, "divergence", lambda *_: next(told))
+    values = iter([0.3, 0.2, 0.1, 0.15])
+    monkeypatch.setattr(refine.Student, "divergence", lambda *_: next(values))
     verdict = Verdict.from_json(trained(apart, epochs=9).run(tmp_path / "out").manifest["held_back"])
     assert verdict.refined and verdict.refined.divergence == (0.3, 0.2, 0.1, 0.15) and verdict.refined.taken == 2
 
