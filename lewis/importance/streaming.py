@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from greenlet import greenlet
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from lewis.errors import InputError, LewisError
 from lewis.importance.passes import wait_at
@@ -19,6 +20,37 @@ from lewis.models.model import Model, read_as
 from lewis.models.network.module_tree import Network
 
 _ROOM = 64 << 20  # bytes; on its way through a block of a small model, a micro-batch takes more in any case
+
+
+class NotLoaded(LewisError):
+    """A pass computed with a parameter that is not in memory.
+
+    Attributes:
+        parameter: its full name.
+    """
+
+    def __init__(self, parameter: str) -> None:
+        super().__init__(f"{parameter}: used before it was loaded, since the model's code does not call its module")
+        self.parameter = parameter
+
+
+class _Empty(torch.Tensor):
+    """A parameter without values, which raises `NotLoaded` in a computation: torch would take what lies in memory."""
+
+    parameter: str
+    _is_param = True  # to torch, it is a parameter
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.__name__ in _ASKING:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise NotLoaded(next(each.parameter for each in tree_leaves([args, kwargs]) if isinstance(each, cls)))
+
+
+_ASKING = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "element_size"}  # reads no value
 
 
 class Weights:
@@ -114,9 +146,12 @@ class Weights:
         return value
 
     def drop(self, names: Iterable[str]) -> None:
-        """Drop the values of these parameters: they are on the meta device again."""
+        """Drop the values of these parameters: they are on the meta device again, and a pass cannot use them."""
         for name in filter(self.network.is_parameter, names):
-            _put(self.network.module, name, self.network.empty(name))
+            path, _, leaf = name.rpartition(".")
+            empty = self.network.empty(name).detach().as_subclass(_Empty)
+            empty.parameter = name
+            setattr(self.network.module.get_submodule(path), leaf, empty)
 
     def put(self, name: str, value: torch.Tensor) -> None:
         """Give one parameter a value that is not the model's own."""

@@ -42,10 +42,13 @@ from lewis.threads import cores
 
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 FIT_SEMANTICS = "3"  # bump when a method that fits in forward order would give other bytes
+UNCALLED_SEMANTICS = "1"  # bump when it would where a model uses weights without calling their modules
 STACKED_SEMANTICS = "2"  # bump when a method that fits in forward order would give other stacked experts
 JUDGE_SEMANTICS = "2"  # bump when held-back rows would lead to another fit
-REFINE_SEMANTICS = "1"  # bump when training after the fit would give other bytes
+REFINE_SEMANTICS = "2"  # bump when training after the fit would give other bytes
 STATIC_SEMANTICS = "3"  # bump when a method that fits statically would give other bytes
+# In names of such weights (Mamba, Switch Transformers), and of blocks that are one weight (Gemma 3n).
+_UNCALLED = (".dt_proj.", ".router.classifier.", ".altup_")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +67,9 @@ class Prepared:
         device: where the methods compute.
         chat_template: the tokenizer's new one, as Jinja text; None: it keeps its own.
         anchor: of a method that fits, the merge that the fit is pulled towards; None without one.
+        holds_back: whether rows were to be held back; an expert with too few usable ones has none.
         refine: of a method that fits in forward order, how the fit is trained further; None: it is not.
+        gpu: the GPU that measures statistics and trains, by torch's name, where there is one.
     """
 
     settings: MergeSettings
@@ -78,7 +83,9 @@ class Prepared:
     device: str = "cpu"
     chat_template: str | None = None
     anchor: Prepared | None = None
+    holds_back: bool = False
     refine: Refine | None = None
+    gpu: str = "cuda"
 
     @classmethod
     def of(
@@ -141,6 +148,11 @@ class Prepared:
     def method(self) -> Method:
         """The merge method."""
         return self.settings.method
+
+    @property
+    def pass_device(self) -> str:
+        """Where statistics are measured and training computes: `gpu` if this machine has one, else `cpu`."""
+        return self.gpu if default_device() != "cpu" else "cpu"
 
     @cached_property
     def layout(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
@@ -317,7 +329,13 @@ class Prepared:
         stacked = any(
             ".experts." in n or (len(t.shape) == 3 and min(t.shape) > 1) for n, t in self.base.tensors.items()
         )
-        return [FIT_SEMANTICS, *(["stacked", STACKED_SEMANTICS] if stacked else []), *sets]
+        uncalled = any(part in n for n in self.base.tensors for part in _UNCALLED)
+        return [
+            FIT_SEMANTICS,
+            *(["stacked", STACKED_SEMANTICS] if stacked else []),
+            *(["uncalled", UNCALLED_SEMANTICS] if uncalled else []),
+            *sets,
+        ]
 
     def nothing_to_fit(self) -> InputError:
         """The error to raise if a fit finds no projection to fit."""

@@ -56,6 +56,9 @@ TOKENS_PER_PASS = 1024  # small, since many passes divide better among threads, 
 def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int | None = None) -> Fitted:
     """Fit all tensors of a merge that can be fitted, block by block.
 
+    A model's code may use a weight without calling its module (Mamba's `dt_proj`). Such projections show in the first
+    block that has one; then the fit begins again without them, and they are merged like all other tensors.
+
     Args:
         merge: a merge whose method fits.
         folder: where the tensors are kept, and what the passes hold between two projections if that is large
@@ -68,14 +71,38 @@ def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int |
             there is no space.
         LewisError: if activations or weights are not finite, naming the projection.
     """
+    from lewis.importance.streaming import NotLoaded
+
+    aside = set[str]()
+    while True:
+        try:
+            return _fit(merge, folder, progress, threads, aside)
+        except NotLoaded as error:
+            logger.info("%s; projections like it are not fitted", error)
+            aside.add(_kind(error.parameter))
+
+
+def _kind(parameter: str) -> str:
+    """What a parameter is, in whatever block: its name without numbers."""
+    return ".".join(part for part in parameter.split(".") if not part.isdigit())
+
+
+def _fit(merge: Prepared, folder: Path, progress: Report, threads: int | None, aside: Collection[str]) -> Fitted:
+    """`fit`, without the projections whose `_kind` is in `aside`."""
     from lewis.importance.batches import batches
     from lewis.importance.measure import network_of
     from lewis.importance.streaming import Weights
 
     network = network_of(merge.base)
     check_rows(merge, network)
-    places = {each.parameter.rpartition(".")[0]: each for each in in_order(network) if merge.merges(each.tensor)}
-    stacks = stacks_of(network, merge)
+    covered = [e for e in in_order(network) if merge.merges(e.tensor) and _kind(e.parameter) not in aside]
+    places = {each.parameter.rpartition(".")[0]: each for each in covered}
+    # One whose module calls fitted projections, too (Zamba's mixer), cannot run on its own, as its fit asks for.
+    stacks = {
+        path: names
+        for path, names in stacks_of(network, merge).items()
+        if not any(place.startswith(f"{path}.") for place in places)
+    }
     if not places and not stacks:
         raise merge.nothing_to_fit()
     names = [*(each.tensor for each in places.values()), *tensors_in(stacks)]
@@ -192,16 +219,19 @@ def _warn_of_few_tokens(merge: Prepared, covered: Collection[Covered]) -> None:
 
 
 def check_rows(merge: Prepared, network: Network) -> None:
-    """Raise InputError if a row of the experts' calibration sets is longer than the model takes."""
-    from lewis.importance.measure import check_lengths
+    """Raise InputError if the model does not take a row of a calibration set: its length, or one of its tokens."""
+    from lewis.importance.measure import check_samples
 
     for expert in merge.experts:
         for rows in filter(None, (expert.calibration, expert.held_back)):
-            check_lengths(merge.base, network, rows)
+            check_samples(merge.base, network, rows)
 
 
 def in_order(network: Network) -> list[Covered]:
-    """The covered tensors whose modules every forward pass calls in the same order: no experts of a mixture."""
+    """The covered tensors whose modules every forward pass calls in the same order, inside of a block.
+
+    Without the experts of a mixture.
+    """
     whole = network.unconverted
     return [
         each
@@ -209,6 +239,7 @@ def in_order(network: Network) -> list[Covered]:
         if whole.get(each.tensor) == each.parameter
         and len(network.same(each.parameter)) == 1
         and ".experts." not in each.parameter
+        and each.parameter.rpartition(".")[0] not in network.blocks
         and not each.stack
         and network.empty(each.parameter).dim() == 2
     ]

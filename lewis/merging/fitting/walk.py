@@ -77,9 +77,11 @@ class Walk:
 
     def _enter(self, block: str) -> None:
         of_places = {each.parameter for each in self._places.values()}
-        self._in_block = [name for name in self._shared.merged.network.parameters_in(block) if name not in of_places]
+        names = self._shared.merged.network.parameters_in(block)
+        self._in_block = [name for name in names if name not in of_places]
         for weights in self._weights:
             weights.load(self._in_block)
+            weights.drop(of_places.intersection(names))
         for each in self._passes:  # drop the inputs recorded in earlier blocks
             each.streams = {path: stream for path, stream in each.streams.items() if path == block}
 

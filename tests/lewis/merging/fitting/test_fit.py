@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from tests.conftest import Family
 from tests.lewis.models.test_module_tree import DENSE, SAMPLES, SIZES, T5, write
 from tests.support import pipeline
 from tests.support.models import WORDS, parse, rewrite, write_expert, write_llama, write_tensors, write_tokenizer
+from tests.support.tiny_architectures import tiny
 from tests.support.warm import WarmPython
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -256,6 +258,35 @@ def test_every_architecture_is_fitted(kind: str, tmp_path: Path) -> None:
         key for key, module in network.named_modules() if isinstance(module, torch.nn.Linear) and "head" not in key
     ]
     assert len(fitted) >= (len(dense) or 8) and all(bool(found.read(key).isfinite().all()) for key in found.tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mamba", "gemma3n_text", "zamba"])
+def test_what_no_module_is_called_for_is_merged_as_it_is(kind: str, tmp_path: Path) -> None:
+    """The passes of Mamba and Gemma 3n took what lay in memory for such a weight; Zamba ended in a traceback."""
+    torch.manual_seed(0)
+    model, opened = tiny(kind), []
+    for name in ("base", "a", "bb"):
+        model.save_pretrained(tmp_path / name)
+        opened.append(Checkpoint(tmp_path / name, name))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    models = [{"model": str(each.folder)} for each in opened[1:]]
+    block = {"calibrations": {"a": {"texts": ["x"], "samples": 1}}}
+    settings = resolve(recipe_of(tmp_path / "base", [], models=models, lewis=block))
+    rows = Calibration("a", SAMPLES)
+    experts = [Expert(str(each.folder), each, calibration=rows) for each in opened[1:]]
+    found = []
+    for name in ("one", "again"):
+        merge = Merge.of(settings, opened[0], experts)
+        merge.run(tmp_path / name)
+        found.append(load_file(tmp_path / name / "model.safetensors"))
+    one, again = found
+    assert all(torch.equal(value, again[key]) for key, value in one.items())
+    fitted = {key for key, value in one.items() if not torch.equal(value, merge.tensor(key))}
+    uncalled = {key for key in one if "dt_proj.weight" in key or ("altup_" in key and "proj" in key)}
+    assert len(fitted) >= 2 and not fitted & uncalled and (uncalled or kind == "zamba")
 
 
 KILLED = """
@@ -492,6 +523,13 @@ class TestRefused:
             run(recipe, tmp_path / "out")
         with pytest.raises(InputError, match=told):
             forecast(prepare(recipe))
+
+    def test_tokens_that_have_no_embedding(self, family: Family, tmp_path: Path) -> None:
+        """A tokenizer of the base that has more tokens than its embedding has rows was a traceback."""
+        merge = prepare(recipe_of(family.base, family.experts))
+        odd = tuple(replace(each, calibration=Calibration("s", ((3, 64),))) for each in merge.experts)
+        with pytest.raises(InputError, match=r"token 64 of set 's' is outside its 64 embeddings: the tokenizer of the"):
+            replace(merge, experts=odd).run(tmp_path / "out")
 
     def test_no_space(self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lewis.store.files._free", lambda _: (1000, False))
