@@ -55,10 +55,10 @@ class Calibration:
 
     @property
     def factors(self) -> list[list[float]] | None:
-        """The weights, scaled so that their mean over all tokens is 1; None: all tokens count alike."""
+        """The weights, scaled to a mean of 1 over all tokens, unless all are 0; None: all tokens count alike."""
         if self.weights is None:
             return None
-        scale = self.tokens / sum(map(sum, self.weights))
+        scale = self.tokens / (sum(map(sum, self.weights)) or 1)
         return [[weight * scale for weight in sample] for sample in self.weights]
 
     @property
@@ -199,10 +199,16 @@ def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -
         logger.warning("%s: %d of %d texts have no tokens and are left out", where, len(cut) - len(whole), len(cut))
     samples, weights = tuple(ids for ids, _ in whole), tuple(each for _, each in whole)
     found = Calibration(name, samples, None if spec.prompt_weight == 1 else weights)
-    if not spec.continues and not found.answered:
+    marked = () if spec.continues or found.weights is None else found.of_answers.weights or ()
+    lost = sum(not any(each) for each in marked)
+    why = f"the prompts fill max_tokens ({spec.max_tokens}), or the answers are empty"
+    if lost == len(samples):
         raise InputError(
-            f"{where}: no token of an answer is left: the prompts fill max_tokens ({spec.max_tokens}), or the answers "
-            "are empty; raise max_tokens, or set weight: {prompt: 1}"
+            f"{where}: no token of an answer is left: {why}; raise max_tokens, or set weight: {{prompt: 1}}"
+        )
+    if lost:
+        logger.warning(
+            "%s: %d of %d rows have no token of an answer left: %s; raise max_tokens", where, lost, len(samples), why
         )
     return found
 

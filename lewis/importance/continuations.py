@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -21,7 +22,7 @@ from lewis.importance.step import CalibrationEntry
 from lewis.input_files import read_json
 from lewis.lazy_torch import torch
 from lewis.models.source import ModelFiles
-from lewis.models.tokenizer import clash, tokenizer_folder
+from lewis.models.tokenizer import clash, read_vocabulary, tokenizer_folder
 from lewis.progress import Report, silent
 from lewis.store import kinds
 
@@ -59,7 +60,9 @@ class ContinueInput:
         from importlib.metadata import version
 
         how = [self.count, self.max_tokens, self.seed, self.weight, precision(device), version("transformers")]
-        return store.digest(["continue", SEMANTICS, self.prompts.digest, self.files.read_as, *how])
+        more = sorted(set(_ends(self.files)) - _ends_in(self.files.folder))  # which the folder's own configs lack
+        ends = [["ends", more]] if more else []
+        return store.digest(["continue", SEMANTICS, self.prompts.digest, self.files.read_as, *how, *ends])
 
 
 def find_continued(given: ContinueInput, device: str) -> CalibrationEntry | None:
@@ -99,7 +102,7 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
             f"{given.files.ref}: another vocabulary: {other}; the prompts of lewis.calibrations.{prompts.name} become "
             "the base's token ids, so this expert cannot continue them: give it rows with answers"
         )
-    network, ends = _loaded(given.files, device), _ends(given.files)
+    network, ends = _loaded(given.files, prompts, device), _ends(given.files)
     takes = measure.positions(network)
     given = replace(given, max_tokens=int(min(given.max_tokens, takes)))
     rows = [row for row in prompts.samples if len(row) < given.max_tokens]
@@ -132,11 +135,11 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
     return Calibration(prompts.name, tuple(samples), None if given.weight == 1 else tuple(weights))
 
 
-def _loaded(files: ModelFiles, device: str) -> Any:
+def _loaded(files: ModelFiles, prompts: Calibration, device: str) -> Any:
     """The expert's network with all its weights.
 
     Raises:
-        InputError: if it does not predict the next token.
+        InputError: if it does not predict the next token, or has no embedding for a token of the prompts.
     """
     from lewis.importance.streaming import Weights
 
@@ -145,6 +148,7 @@ def _loaded(files: ModelFiles, device: str) -> Any:
     network = measure.network_of(model, dtype)
     if not network.predicts_next_token:
         raise InputError(f"{files.ref}: this model does not write text token by token; leave `continue` out")
+    measure.check_tokens(model, network, prompts)
     weights = Weights(network, model, device, dtype)
     weights.check()
     weights.load_outside(with_head=True)
@@ -155,14 +159,25 @@ def _loaded(files: ModelFiles, device: str) -> Any:
 
 
 def _ends(files: ModelFiles) -> list[int]:
+    """The ids of the tokens that end a text: by the configs of the expert and its adapters, and by its tokenizer."""
+    found = set().union(*map(_ends_in, files.folders))
+    path = files.tokenizer / "tokenizer_config.json"
+    content = read_json(path) if path.is_file() else None
+    end = content.get("eos_token") if isinstance(content, dict) else None
+    end = end.get("content") if isinstance(end, dict) else end
+    known = (read_vocabulary(files.tokenizer) or {}).get(end) if isinstance(end, str) else None
+    return sorted(found if known is None else {*found, known})
+
+
+def _ends_in(folder: Path) -> set[int]:
     """The ids of the tokens that end a text, by `generation_config.json` and `config.json` together."""
     found = set[int]()
     for name in ("generation_config.json", "config.json"):
-        path = files.folder / name
+        path = folder / name
         content = read_json(path) if path.is_file() else None
         ends = content.get("eos_token_id") if isinstance(content, dict) else None
         found |= set(ends) if isinstance(ends, list) else {ends} if isinstance(ends, int) else set()
-    return sorted(found)
+    return found
 
 
 def _continued(

@@ -281,13 +281,19 @@ def stored_dtype(model: Model) -> torch.dtype:
 
 def check_samples(model: Model, network: Network, calibration: Calibration) -> None:
     """Raise InputError unless the model takes all tokens and samples of a set."""
+    check_tokens(model, network, calibration)
+    check_lengths(model, network, calibration)
+
+
+def check_tokens(model: Model, network: Network, calibration: Calibration) -> None:
+    """Raise InputError if a token of a set has no embedding in the model."""
     vocabulary = input_embeddings(network.module).num_embeddings
-    largest = max(max(sample) for sample in calibration.samples)
+    largest = max(map(max, calibration.samples), default=0)
     if largest >= vocabulary:
         raise InputError(
-            f"{model.folder}: token {largest} of set {calibration.name!r} is outside its {vocabulary} embeddings"
+            f"{model.folder}: token {largest} of set {calibration.name!r} is outside its {vocabulary} embeddings: the "
+            "tokenizer of the base has more tokens than this model; resize its embeddings, or give texts without them"
         )
-    check_lengths(model, network, calibration)
 
 
 def check_lengths(model: Model, network: Network, calibration: Calibration) -> None:

@@ -29,15 +29,14 @@ def row_findings(given: MergeInput) -> list[Finding]:
 
     if not predicts_next_token(given.base.open()):
         return []
-    rows = {ref: _few(entry.load()) for ref, entry in given.sets.items()}
-    experts = [each for each in given.experts if rows.get(each.ref) and each.key != given.base.key]
+    chosen = {ref: _few(entry.load()) for ref, entry in given.sets.items()}
+    rows = {ref: few for ref, few in chosen.items() if few.samples}
+    experts = [each for each in given.experts if each.ref in rows and each.key != given.base.key]
     found = list[Finding]()
     with suppress(LewisError):  # a model does not run its blocks in one order; the fit reports it
         base = dict(zip(rows, _losses(given.base, list(rows.values())), strict=True))
         for expert in experts:
             its = rows[expert.ref]
-            if not its.predicts:
-                continue
             [own] = _losses(expert, [its])
             if own >= base[expert.ref]:
                 per = "token" if its.weights is None else "answer token"
@@ -47,7 +46,9 @@ def row_findings(given: MergeInput) -> list[Finding]:
 
 
 def _few(rows: Calibration) -> Calibration:
-    return rows.part(range(min(FEW, len(rows.samples)))).of_answers
+    """The first rows that predict something."""
+    answers = rows.of_answers
+    return answers.part([i for i in range(len(rows.samples)) if answers.part([i]).predicts][:FEW])
 
 
 def _losses(files: ModelFiles, sets: list[Calibration]) -> list[float]:

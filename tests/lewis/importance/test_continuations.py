@@ -1,6 +1,7 @@
 """What an expert writes to prompts: its own words, the same each time, in the form of a calibration set."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from lewis.importance.continuations import ContinueInput, continue_prompts, find
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.calibration_rows import split
 from lewis.models.source import ModelFiles
+from lewis.models.tokenizer import read_vocabulary
 from lewis.store import kinds
 from tests.conftest import Family
 from tests.support import pipeline
@@ -78,6 +80,26 @@ def test_they_end_with_the_model_or_at_max_tokens(family: Family) -> None:
     assert {len(row) for row in rows} > {20} and len(rows) == 600
     assert all(len(row) == 20 or row[-1] == 1 for row in rows)
     assert all(1 not in row[:-1] for row in rows)
+
+
+def test_they_end_where_the_tokenizer_of_an_adapter_ends_a_text(family: Family, tmp_path: Path) -> None:
+    """A chat's `<|im_end|>` that only the adapter names was passed, and what came after it counted as the answer."""
+    adapter = tmp_path / "lora"
+    shutil.copytree(family.lora, adapter)
+    write_tokenizer(adapter)
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "w5"}}))
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 8]}))
+    model, plain = (files(Path(f"{family.base}+{each}")) for each in (adapter, family.lora))
+    end = read_vocabulary(adapter)
+    assert end is not None
+    asked = given(family.base, count=100, files=model)
+    rows = Calibration.load(continue_prompts(asked).path).samples
+    prompts = {prompt: len(prompt) for prompt in PROMPTS}
+    written = [row[next(n for p, n in prompts.items() if row[:n] == p) :] for row in rows]
+    assert {row[-1] for row in written} >= {1, 8, end["w5"]}
+    assert all(not {1, 8, end["w5"]} & set(row[:-1]) for row in written)
+    ends = {each.digest("cpu") for each in (asked, replace(asked, files=plain))}
+    assert len(ends) == 2
 
 
 def test_the_same_is_found_and_written_again(family: Family) -> None:

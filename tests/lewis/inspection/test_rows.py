@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -79,6 +80,21 @@ def test_rows_that_predict_nothing_say_nothing(given: Path) -> None:
     sets["own"], sets["odd"] = {"texts": ["w1"] * 6}, {**sets["odd"], "continue": 1}
     given.write_text(yaml.safe_dump(data))
     assert "calibration" not in {each.kind for each in lewis.inspect(given).findings}
+
+
+def test_rows_whose_prompts_fill_max_tokens_are_passed_over(given: Path) -> None:
+    """A division by zero, where these were the first."""
+    data = yaml.safe_load(given.read_text())
+    long, short = {"question": "w1 " * 20, "answer": "w2"}, {"question": "w31", "answer": "w32"}
+    rows = [long] * 8
+    for place in np.random.default_rng(42).permutation(8)[4:]:  # those that are drawn last
+        rows[place] = short
+    (given.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = {"dataset": "json", "data_files": "rows.jsonl", "prompt": "{question} ", "answer": "{answer}"}
+    data["lewis"]["calibrations"]["odd"] = {**pairs, "max_tokens": 8}
+    given.write_text(yaml.safe_dump(data))
+    [found] = [each for each in lewis.inspect(given).findings if each.kind == "calibration"]
+    assert "on 4 rows of `odd` its loss is" in found.what and "nats per answer token" in found.what
 
 
 def test_rows_are_not_read_in_another_vocabulary(given: Path) -> None:
