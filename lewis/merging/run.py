@@ -75,7 +75,10 @@ def text_of_fit(manifest: Mapping[str, Any]) -> str:
     found: list[Choice | Verdict] = []
     found += [Choice.from_json(manifest["ridge"])] if manifest.get("ridge") else []
     found += [Verdict.from_json(manifest["held_back"])] if manifest.get("held_back") else []
-    return ". ".join(each.to_text() for each in found)
+    texts = [each.to_text() for each in found]
+    if manifest.get("adapter"):
+        texts.append("These numbers are of the fit itself, before it is reduced to the rank of the adapter")
+    return ". ".join(texts)
 
 
 class Merge(Prepared):
@@ -233,11 +236,6 @@ class Merge(Prepared):
 
         from lewis.merging.fitting.held_back import fit_and_judge, warn_of_unjudged
 
-        if self.refine and not any(expert.held_back for expert in self.experts):
-            raise InputError(
-                "lewis.refine: held-back rows decide when it ends, and no set has any; raise samples to 4 or more, or "
-                "leave refine out"
-            )
         warn_of_unjudged(self)
         merge: Prepared = self
         facts = dict[str, Any]()

@@ -182,6 +182,11 @@ def _prepare(given: MergeInput, device: str) -> Merge:
             raise InputError(f"lewis.refine: {given.config.base_model} does not predict the next token; leave it out")
     parts = {path: hold_back(each) if holds_back else (each, None) for path, each in sets.items()}
     rows = {ref: parts[each.path] for ref, each in (given.sets or {}).items()}
+    if given.refine and rows and not any(back for _, back in rows.values()):
+        raise InputError(
+            "lewis.refine: held-back rows decide when it ends, and no set has any that can be used (every fourth row, "
+            "with an answer); raise samples to 4 or more, or leave refine out"
+        )
     if given.sets is None:
         rows = {entry.model: (Calibration("none", ()), None) for entry in config.experts}
     opened = []
@@ -194,7 +199,7 @@ def _prepare(given: MergeInput, device: str) -> Merge:
         opened.append(expert)
     if another_vocabulary and base is not None:
         _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
-    return replace(prepare(config, base, opened, factors, device), refine=given.refine)
+    return replace(prepare(config, base, opened, factors, device), holds_back=holds_back, refine=given.refine)
 
 
 def check_output(given: MergeInput, prepared: Merge) -> None:
@@ -241,6 +246,8 @@ def merge(given: MergeInput, report: Report = silent, gpu: str = "cuda") -> Merg
         if (found := find_merged(prepared.digest, on)) is not None:
             return found
         manifest.set_damaged_aside(folder)
+        if prepared.method.fits:
+            prepared = replace(prepared, gpu=gpu)
         written = prepared.run(folder, manifest=given.lineage(), progress=report, unchanged=given.check_unchanged)
         return MergedModel.of(written, on)
 

@@ -130,7 +130,7 @@ def warn_of_unjudged(merge: Prepared) -> None:
     """Warn of each expert without held-back rows, since it has too few usable ones: nothing judges the fit to it."""
     judged = any(expert.held_back for expert in merge.experts)
     found = [(each.ref, each.calibration) for each in merge.experts if each.calibration and not each.held_back]
-    found = [(ref, rows) for ref, rows in found if judged or len(by_prompt(rows)) < EVERY]
+    found = [(ref, rows) for ref, rows in found if merge.holds_back or len(by_prompt(rows)) < EVERY]
     if merge.method.fits != "forward" or not found or not (judged or predicts_next_token(merge.base)):
         return
     for ref, rows in found:
@@ -200,7 +200,8 @@ def fit_and_judge(
         trained, refined = refine(candidates[taken], fitted[taken], part(5 + FIT, further - 1), threads)
         if refined.taken:
             after = distance(Unwritten(candidates[taken], trained), 4 + FIT + further)
-            if holds(after) or not holds(fits[taken]):
+            no_worse = after.mean <= anchor.mean and after.worst <= anchor.worst
+            if holds(after) or (no_worse and not holds(fits[taken])):
                 fitted[taken], fits[taken] = trained, after
             else:
                 refined = replace(refined, taken=0)

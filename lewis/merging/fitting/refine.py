@@ -20,9 +20,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
-from lewis.devices import default_device, one_thread
+from lewis.devices import one_thread
 from lewis.importance.calibration import Calibration
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import nn, torch
@@ -49,12 +50,18 @@ class Row(NamedTuple):
         positions: the positions whose next token is predicted, int64 (predicted,).
         logs: logarithms of the probabilities of the `TOP` most likely tokens there, fp32 (predicted, TOP).
         tokens: the ids of these tokens, int64 (predicted, TOP).
+        weight: how much the row counts, as its expert does.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     logs: torch.Tensor
     tokens: torch.Tensor
+    weight: float
+
+    def copy(self) -> Row:
+        """The same row in tensors of its own."""
+        return Row(self.ids.clone(), self.positions.clone(), self.logs.clone(), self.tokens.clone(), self.weight)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Refined:
 
     Attributes:
         divergence: on the held-back rows, nats per predicted token, the mean over the rows of each expert and then over
-            the experts: that of the fit, then that after each pass over the rows.
+            the experts by their weights: that of the fit, then that after each pass over the rows.
         taken: how many passes the result has had; 0: the fit is kept as it was.
     """
 
@@ -112,7 +119,9 @@ def refine(
     settings = merge.refine
     assert settings is not None
     passes = 1 + 3 * settings.epochs  # the experts' passes count 1, and each pass of the training 3
-    own, back = zip(*(_rows(expert, threads) for expert in merge.experts), strict=True)
+    weights = _weights(merge, fitted)
+    rows = [_rows(*each, threads) for each in zip(merge.experts, weights, strict=True)]
+    own, back = zip(*rows, strict=True)
     progress("refine", 1, passes)
     with Student(merge, fitted, settings.rank, threads) as student:
         optimizer = torch.optim.AdamW(student.parameters, lr=settings.rate, weight_decay=0.0)
@@ -150,7 +159,15 @@ def _next(rows: Sequence[Row], left: list[Row], draw: random.Random) -> list[Row
     return taken
 
 
-def _rows(expert: Expert, threads: int | None) -> list[list[Row]]:
+def _weights(merge: Prepared, fitted: Fitted) -> list[float]:
+    """How much each expert counts: its `weight`, the mean over the fitted tensors, as a share of the experts' mean."""
+    each = [merge.parameters(name)["weight"] for name in merge.base.tensors if name in fitted]
+    sums = [math.fsum(map(float, weights)) for weights in zip(*each, strict=True)]
+    mean = math.fsum(sums) / len(sums)
+    return [found / mean for found in sums]
+
+
+def _rows(expert: Expert, weight: float, threads: int | None) -> list[list[Row]]:
     """Run an expert on the rows that it was fitted on, and on those held back, for what it predicts there.
 
     What counts are the answers, or all tokens where answers are not marked.
@@ -159,17 +176,14 @@ def _rows(expert: Expert, threads: int | None) -> list[list[Row]]:
     def predicted(ids: torch.Tensor, logits: torch.Tensor, counts: torch.Tensor | None) -> Row | None:
         positions = torch.arange(len(logits)) if counts is None else counts.nonzero()[:, 0]
         logs, tokens = logits[positions].log_softmax(-1).topk(min(TOP, logits.shape[-1]))
-        return Row(ids, positions, logs, tokens) if len(positions) else None
+        return Row(ids, positions, logs, tokens, weight) if len(positions) else None
 
-    empty = Calibration("none", ())
-    found = each_row(
-        expert.model,
-        [(rows or empty).of_answers for rows in (expert.calibration, expert.held_back)],
-        predicted,
-        threads,
-    )
+    if not weight:
+        return [[], []]
+    given = [(rows or Calibration("none", ())).of_answers for rows in (expert.calibration, expert.held_back)]
+    found = each_row(expert.model, given, predicted, threads)
     with torch.inference_mode(False):  # what the passes made cannot take part in a backward pass
-        return [[Row(*(each.clone() for each in row)) for row in rows] for rows in found]
+        return [[row.copy() for row in rows] for rows in found]
 
 
 class Student:
@@ -183,8 +197,9 @@ class Student:
         from lewis.importance.measure import network_of
         from lewis.importance.streaming import Weights
 
-        self._device, self._threads, self._contexts = default_device(), threads, ExitStack()
+        self._device, self._threads, self._contexts = merge.pass_device, threads, ExitStack()
         self._network = network_of(merge.base)
+        self._of_positions = "logits_to_keep" in signature(self._network.module.forward).parameters
         self._weights = Weights(
             self._network, Unwritten(merge, fitted), self._device, torch.float32, partial(_normal, self._device)
         )
@@ -217,11 +232,11 @@ class Student:
         self._contexts.close()
 
     def learn(self, rows: Sequence[Row]) -> None:
-        """Set the gradients of `parameters`: those of the mean divergence of the rows."""
+        """Set the gradients of `parameters`: those of the mean divergence of the rows, each by its weight."""
         found: list[tuple[torch.Tensor, ...]] = [()] * len(rows)
 
         def gradients(i: int) -> None:
-            found[i] = torch.autograd.grad(self._divergence(rows[i]) / len(rows), self.parameters)
+            found[i] = torch.autograd.grad(rows[i].weight * self._divergence(rows[i]) / len(rows), self.parameters)
 
         self._run([partial(gradients, i) for i in range(len(rows))], grad=True)
         for parameter, *each in zip(self.parameters, *found, strict=True):
@@ -230,7 +245,7 @@ class Student:
     def divergence(self, sets: Sequence[Sequence[Row]]) -> float:
         """The mean divergence from the experts, nats per predicted token: over the rows of a set, then over the sets.
 
-        Infinite if the model's numbers overflow.
+        A set counts by the weight of its rows. Infinite if the model's numbers overflow.
         """
         found = [[0.0] * len(rows) for rows in sets]
 
@@ -238,8 +253,8 @@ class Student:
             found[i][j] = float(self._divergence(sets[i][j]))
 
         self._run([partial(judge, i, j) for i, rows in enumerate(sets) for j in range(len(rows))], grad=False)
-        means = [sum(each) / len(each) for each in found if each]
-        mean = sum(means) / len(means)
+        means = [(sum(each) / len(each), rows[0].weight) for each, rows in zip(found, sets, strict=True) if each]
+        mean = sum(mean * weight for mean, weight in means) / sum(weight for _, weight in means)
         return math.inf if math.isnan(mean) else mean
 
     def updates(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -249,9 +264,12 @@ class Student:
         return {each.tensor: (down.T, up.T) if each.transposed else (up, down) for each, down, up in found}
 
     def _divergence(self, row: Row) -> torch.Tensor:
-        ids, positions, logs, tokens = (each.to(self._device) for each in row)
-        logits = self._network.module(input_ids=ids[None], use_cache=False).logits[0]
-        own = logits[positions].float().log_softmax(-1).gather(-1, tokens)
+        ids, positions, logs, tokens = (each.to(self._device) for each in row[:-1])
+        if self._of_positions:
+            logits = self._network.module(input_ids=ids[None], use_cache=False, logits_to_keep=positions).logits[0]
+        else:
+            logits = self._network.module(input_ids=ids[None], use_cache=False).logits[0, positions]
+        own = logits.float().log_softmax(-1).gather(-1, tokens)
         others, own_others = ((1 - each.exp().sum(-1)).clamp_min(_LEAST) for each in (logs, own))
         return ((logs.exp() * (logs - own)).sum(-1) + others * (others.log() - own_others.log())).mean()
 

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lewis.devices import default_device, one_thread
+from lewis.devices import one_thread
 from lewis.importance.calibration import Calibration
 from lewis.importance.gram_files import Grams
 from lewis.importance.step import find_or_measure_grams
@@ -102,7 +102,7 @@ def _measured(
     unchanged: Callable[[], None],
 ) -> list[Grams]:
     """Find or measure the statistics of each expert, and warn of projections that few tokens reached."""
-    find = partial(find_or_measure_grams, device=default_device(), threads=threads, unchanged=unchanged)
+    find = partial(find_or_measure_grams, device=merge.pass_device, threads=threads, unchanged=unchanged)
     statistics = [
         Grams(find(expert.model, calibration)) for expert, calibration in zip(merge.experts, sets, strict=True)
     ]

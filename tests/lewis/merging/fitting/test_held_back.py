@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -66,6 +67,28 @@ def test_experts_whose_rows_do_not_judge_are_named(hold_back: bool, family: Fami
     held_back.warn_of_unjudged(prepare(recipe_of(family.base, [], models=models, lewis=block)))
     [told] = [each for each in caplog.messages if "judges the fit" in each]
     assert told.startswith(f"{family.math}: no held-back row judges the fit to it") and "got 3 rows;" in told
+
+
+def test_a_set_whose_held_back_rows_have_no_answer_is_named(family: Family, tmp_path: Path, caplog: Any) -> None:
+    """It was fitted to, unjudged, without a word."""
+    rows = [{"text": "" if i == int(np.random.default_rng(42).permutation(4)[3]) else "w3"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"dataset": "json", "data_files": str(tmp_path / "rows.jsonl"), "prompt": "w1 w2 ", "answer": "{text}"}
+    block = {"calibrations": {"a": given}, "hold_back": True}
+    merge = prepare(recipe_of(family.base, [], models=[{"model": str(family.math)}], lewis=block))
+    held_back.warn_of_unjudged(merge)
+    assert any("judges the fit" in each and "got 4 rows" in each for each in caplog.messages)
+    assert any("1 of 4 rows have no token of an answer left" in each for each in caplog.messages)
+
+
+def test_the_numbers_of_an_adapter_are_said_to_be_of_the_fit(family: Family, tmp_path: Path) -> None:
+    block = {"calibrations": {"a": {"texts": texts(1, 8), "samples": 8}}, "hold_back": True}
+    models = [{"model": str(each), "calibration": "a"} for each in family.experts]
+    output = {"kind": "lora", "rank": 2}
+    written = prepare(recipe_of(family.base, [], models=models, lewis=block, output=output, exclude=["norm"])).run(
+        tmp_path / "out"
+    )
+    assert written.fit.endswith("These numbers are of the fit itself, before it is reduced to the rank of the adapter")
 
 
 def test_rows_that_continue_too_few_prompts_do_not_judge(family: Family, caplog: Any) -> None:

@@ -25,7 +25,7 @@ from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Refine
 from tests.conftest import Family
-from tests.lewis.merging.fitting.test_fit import recipe_of
+from tests.lewis.merging.fitting.test_fit import prepare, recipe_of
 from tests.lewis.merging.fitting.test_held_back import held
 from tests.lewis.models.test_module_tree import SAMPLES
 from tests.support.models import write_expert, write_llama, write_tokenizer
@@ -120,12 +120,56 @@ def test_a_pass_that_brings_nothing_is_the_last(apart: Family, tmp_path: Path, m
     assert verdict.refined and verdict.refined.divergence == (0.3, 0.2, 0.1, 0.15) and verdict.refined.taken == 2
 
 
-def test_a_merge_without_held_back_rows_is_refused(apart: Family, tmp_path: Path) -> None:
-    merge = trained(apart)
-    merge = replace(merge, experts=tuple(replace(each, held_back=None) for each in merge.experts))
+def test_a_merge_without_held_back_rows_is_refused_before_it_runs(apart: Family) -> None:
+    sets = {"a": {"texts": ["w1 w2", "w3 w4", "w5 w6"], "samples": 3}}
+    models = [{"model": str(each), "calibration": "a"} for each in apart.experts]
+    block = {"calibrations": sets, "hold_back": True, "refine": {}}
     with pytest.raises(InputError, match=r"lewis\.refine: held-back rows decide.*raise samples to 4 or more"):
-        merge.run(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        prepare(recipe_of(apart.base, [], models=models, lewis=block))
+
+
+def test_training_is_not_taken_that_is_worse_than_the_anchor(
+    apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fit that breaks a row, as the anchor does, gave way to any training."""
+    values = iter([Distance(0.2, 2.0), Distance(0.1, 1.5), Distance(0.1, 1.5), Distance(0.3, 1.2)])
+    monkeypatch.setattr(held_back, "_distance", lambda *_: next(values))
+    verdict = Verdict.from_json(trained(apart, tmp_path).run(tmp_path / "out").manifest["held_back"])
+    assert verdict.refined and verdict.refined.taken == 0 and verdict.taken == 0
+
+
+def test_rows_count_as_their_expert_does(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert of weight 0, which a fit ignores, was learned from."""
+    seen, learn = set[tuple[float, int]](), refine.Student.learn
+    monkeypatch.setattr(
+        refine.Student,
+        "learn",
+        lambda self, rows: [seen.update((r.weight, len(r.ids)) for r in rows), learn(self, rows)],
+    )
+    merge = trained(apart)
+
+    def with_weights(*weights: float) -> Merge:
+        chosen = dict(zip([each.ref for each in merge.experts], weights, strict=True))
+        value = merge.settings.value
+        settings = replace(
+            merge.settings,
+            value=lambda p, ref, *where: chosen[ref] if p.name == "weight" else value(p, ref, *where),
+        )
+        return replace(merge, settings=settings)
+
+    with_weights(3.0, 1.0).run(tmp_path / "both", threads=1)
+    assert {weight for weight, _ in seen} == {1.5, 0.5}
+    seen.clear()
+    with_weights(1.0, 0.0).run(tmp_path / "one", threads=1)
+    lengths = {len(row) for row in merge.experts[0].calibration.samples} if merge.experts[0].calibration else set()
+    assert {weight for weight, _ in seen} == {2.0} and {length for _, length in seen} <= lengths
+
+
+def test_it_computes_on_the_gpu_that_the_step_was_given(apart: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lewis.devices.devices", lambda: ["cuda:0", "cuda:1"])
+    merge = trained(apart)
+    assert replace(merge, gpu="cuda:1").pass_device == "cuda:1"
+    assert replace(merge, gpu="cuda:1").digest == merge.digest
 
 
 def test_a_forecast_counts_it(apart: Family, monkeypatch: pytest.MonkeyPatch) -> None:
