@@ -27,12 +27,14 @@ class ServeReport(BaseModel):
         version: the champion, `models:/<name>/<number>`; None if there is none.
         served: what each target has now, as `lewis.serving.records.Served`.
         changed: the targets that did not have the champion before.
+        outdated: whether the version was not the champion any more before all targets had it.
     """
 
     recipe: str
     version: str | None = None
     served: list[dict[str, Any]] = []
     changed: list[str] = []
+    outdated: bool = False
 
 
 @flow(name=prefect_runs.SERVE, flow_run_name=run_name, **HOOKS)
@@ -43,7 +45,9 @@ def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeRep
 
     The targets are the Hub's branch `champion`, if the recipe publishes, and those of the block `serve`.
 
-    The run ends as `Served`; as `Cached` if all targets have the champion; as `Completed` if there is no champion.
+    The run ends as `Served`; as `Cached` if all targets have the champion; as `Completed` if there is no champion; as
+    `Outdated` if the champion moved meanwhile: the target in turn and those after it keep what they have, and a canary
+    gives the old server all traffic again. The move has started another run, which waits for the end of this one.
 
     Args:
         recipe: the name of a recipe in the recipes folder. From the command line, a YAML file's path too.
@@ -64,11 +68,17 @@ def serve_flow(recipe: str, again: bool = False) -> ServeReport | State[ServeRep
         if champion is None:
             report, name, line = ServeReport(recipe=path.stem), "Completed", "there is no champion to serve yet"
         else:
-            done = [result_of(submit(serve, quote(plan), each.label, quote(champion), again)) for each in targets]
+            report = ServeReport(recipe=path.stem, version=champion.version.uri)
+            for each in targets:
+                done = result_of(submit(serve, quote(plan), each.label, quote(champion), again))
+                if done is None:
+                    report.outdated = True
+                    break
+                report.served.append(asdict(done[0]))
+                report.changed += [each.label] if done[1] else []
             service.tidy(champion.version.name, targets, service.owner_of(plan))
-            served, uri = [asdict(each) for each, _ in done], champion.version.uri
-            report = ServeReport(recipe=path.stem, version=uri, served=served)
-            report.changed = [each.target for each, new in done if new]
-            name = "Served" if report.changed else "Cached"
-            line = f"{uri} is in service: {', '.join(each.target for each, _ in done)}"
+            name = "Outdated" if report.outdated else "Served" if report.changed else "Cached"
+            line = f"{report.version} is in service: {', '.join(each['target'] for each in report.served)}"
+            if report.outdated:
+                line = f"{report.version} is not the champion any more; the next run serves the new one"
     return run_tags.ending(name, line, report)

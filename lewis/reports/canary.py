@@ -96,8 +96,8 @@ class Canary:
         """Return the result of the canary as a text of one or two sentences."""
         if not self.why:
             return f"All {len(self.steps)} steps held: the new version has all traffic."
-        judged = bool(self.steps and self.steps[-1].rules)
-        at = f"Failed at {self.steps[-1].share} %" if judged else "Given up"
+        failed = bool(self.steps and self.steps[-1].rules and not self.steps[-1].passed)
+        at = f"Failed at {self.steps[-1].share} %" if failed else "Given up"
         return f"{at}: the old version has all traffic again. {self.why}"
 
 

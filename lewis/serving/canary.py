@@ -2,12 +2,13 @@
 
 A step lasts for some minutes, and until the new version has had enough requests to be judged. Then queries of
 Prometheus compare the new server with the old one in the same time. If a step fails, the old one gets all traffic
-again. How a share is set is up to the kind of the target.
+again; also if another version becomes the champion meanwhile. How a share is set is up to the kind of the target.
 """
 
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from lewis.errors import LewisError, TransientError
 from lewis.recipe.serve import CanaryTarget, Rule
@@ -47,6 +48,7 @@ def run(
 
     Raises:
         WorseError: if the new version is worse than the old one. Then the old one gets all traffic again.
+        OutdatedError: if the new version is not the champion any more. Then the old one gets all traffic again, too.
         TransientError, LewisError: if the router, the new server or Prometheus does not answer, or there are too few
             requests. Then the old one gets all traffic again, too.
     """
@@ -56,6 +58,7 @@ def run(
             _shift(target, {new: share, old: 100 - share}, give)
             model.steps.append(_bake(target, model, new, old, share, has))
             _judge(model.steps[-1])
+            model.check_champion()
     except BaseException:
         _shift(target, {old: 100, new: 0}, give)
         raise
@@ -83,6 +86,8 @@ def _bake(target: CanaryTarget, model: Model, new: str, old: str, share: int, ha
         sleep(_PAUSE)
         if not has():
             raise TransientError(f"{new} was given {share} % and has lost the new version; see that it stays up")
+        with suppress(TransientError):  # MLflow may restart in the hours of a step
+            model.check_champion()
         seen = query(target, target.count, new, time.monotonic() - began) or 0.0
         logger.info("%s: at %d %% for %.0f s; %.0f of %d requests", target.label, share, lasted, seen, target.requests)
     lasted = time.monotonic() - began

@@ -3,7 +3,7 @@
 import re
 import shutil
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +16,10 @@ from lewis.reports.canary import Step
 from lewis.serving.records import Served
 from lewis.store import manifest
 from lewis.store.kinds import SERVED
+
+
+class OutdatedError(LewisError):
+    """The version is not the champion any more; the target has what it had before."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Model:
         previous: `uri` of the version that the target had before; None if it had none.
         delivery: a UUID, the same in every repeated attempt to put this version into service.
         steps: the steps of its canary, which targets with a canary append.
+        check_champion: raises OutdatedError if the version is not the champion any more, AwayError if MLflow does not
+            answer. Called before clients get the version, and again and again while only some of them have it.
     """
 
     name: str
@@ -41,6 +47,7 @@ class Model:
     previous: str | None = None
     delivery: str = ""
     steps: list[Step] = field(default_factory=list, compare=False)
+    check_champion: Callable[[], None] = field(default=lambda: None, compare=False)
 
     @property
     def uri(self) -> str:

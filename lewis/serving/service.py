@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from lewis import store
@@ -11,9 +12,9 @@ from lewis.errors import InputError, LewisError, TransientError
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.serve import Target
-from lewis.registry import tracking, versions
+from lewis.registry import promotion, tracking, versions
 from lewis.registry.tracking import AwayError
-from lewis.registry.versions import Champion
+from lewis.registry.versions import Champion, Version
 from lewis.serving import (
     canary,
     command,
@@ -29,6 +30,7 @@ from lewis.serving import (
     vllm,
     webhook,
 )
+from lewis.serving.model import OutdatedError
 from lewis.serving.records import Served
 
 logger = logging.getLogger(__name__)
@@ -102,6 +104,8 @@ def serve(
         What the target has now, and whether this call put it there.
 
     Raises:
+        OutdatedError: if the version is not the champion, or another one becomes it before all clients have this one;
+            what the target had stays in service.
         InputError, TransientError, LewisError: as the functions of the kind; what the target had stays in service, and
             the record has the reason.
     """
@@ -117,12 +121,15 @@ def serve(
             logger.warning("%s: %s is not there any more; putting it there again", target.label, uri)
         previous, ready = before.previous if before.uri == uri else before.uri, None
         try:
+            _check_champion(champion.version)
             ready = model.prepare(champion, previous or None, before.since)
+            ready = replace(ready, check_champion=partial(_check_champion, champion.version))
             checked, alias = _bring(kind, target, ready, before, settings)
         except AwayError:  # MLflow, not the target
             raise
         except LewisError as error:
-            _write(before.refused(uri, str(error), passes=isinstance(error, TransientError)))
+            if not isinstance(error, OutdatedError):  # which is no failure of the target
+                _write(before.refused(uri, str(error), passes=isinstance(error, TransientError)))
             if ready and ready.steps:
                 records.write_canary(champion.version, target.label, ready.steps, str(error))
             stays = f"{before.uri} stays in service" if before.uri else "nothing is in service there"
@@ -154,6 +161,11 @@ def is_due(target: Target, champion: Champion, owner: str = "") -> bool:
         return False
 
 
+def _check_champion(version: Version) -> None:
+    if not promotion.is_champion(version.name, version.version):
+        raise OutdatedError(f"{version.uri} is not the champion any more")
+
+
 def _digest(target: Target) -> str:
     return store.digest(target.model_dump(mode="json"))
 
@@ -173,6 +185,7 @@ def _bring(
         try:
             kind.offer(target, ready, before)
             checked = _check(kind, target, ready, before, settings)
+            ready.check_champion()
         except LewisError:
             if kind.withdraw:
                 kind.withdraw(target, ready, before)
@@ -206,9 +219,8 @@ def _alike(error: LewisError, message: str) -> LewisError:
     """An error of the same kind, with another message."""
     if isinstance(error, server_gate.RefusedError):
         return server_gate.RefusedError(message, error.differing)
-    return next(
-        each for each in (canary.WorseError, InputError, TransientError, LewisError) if isinstance(error, each)
-    )(message)
+    kinds = canary.WorseError, OutdatedError, InputError, TransientError, LewisError
+    return next(each for each in kinds if isinstance(error, each))(message)
 
 
 def record_of(name: str, target: Target, owner: str = "") -> Served:

@@ -18,6 +18,7 @@ from lewis.reports import canary as picture
 from lewis.reports.markdown import code, markdown_table
 from lewis.serving import hub, records, service
 from lewis.serving.canary import WorseError
+from lewis.serving.model import OutdatedError
 from lewis.serving.records import Served
 from lewis.serving.server_gate import Answer, RefusedError
 from lewis.store import kinds
@@ -30,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 # Not cached: the target's record says which version it has. No timeout: the recipe sets those of canary and program.
 @task(name="serve", task_run_name="serve {label}", cache_policy=NO_CACHE, **RETRIES)
-def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[Served, bool]:
+def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[Served, bool] | None:
     """Bring the target `label` of a recipe to the champion; result and errors are those of `service.serve`.
+
+    The result is None if the version is not the champion any more: the target has what it had.
 
     Artifacts show the picture of a canary, or the answers that differ if the target's server is refused. If a canary
     finds the champion worse than the version before, the previous champion is put back.
@@ -39,6 +42,7 @@ def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[
     [target] = [each for each in hub.targets(recipe) if each.label == label]
     settings = EvalSettings.of(recipe.evaluate, recipe.root) if recipe.evaluate else None
     began = datetime.now(UTC).isoformat(timespec="seconds")
+    done = None
     try:
         done = service.serve(target, champion, settings, owner=service.owner_of(recipe), again=again)
     except RefusedError as error:
@@ -49,6 +53,8 @@ def serve(recipe: Recipe, label: str, champion: Champion, again: bool) -> tuple[
     except WorseError as error:
         _roll_back(champion, str(error))
         raise
+    except OutdatedError as error:
+        logger.warning("%s", error)
     finally:
         if isinstance(target, CanaryTarget):
             _show(recipe, target, champion.version, began)

@@ -20,7 +20,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.states import Completed, Scheduled
 
 from lewis.errors import LewisError
-from lewis.registry import history, outbox, versions
+from lewis.registry import history, outbox, promotion, versions
 from lewis.serving import canary, haproxy, records
 from lewis.serving.records import served
 from lewis_flows import prefect_runs, run_page, secret_blocks
@@ -112,6 +112,34 @@ def test_the_targets_get_the_champion_in_their_order(
         assert main(["served", "--json"]) == 0
         (_, hook) = json.loads(capsys.readouterr().out)
         assert (hook["uri"], hook["previous"], hook["failure"]) == (first, second, None)
+
+
+def test_a_run_whose_version_is_rolled_back_meanwhile_ends_and_leaves_the_rest_to_the_next(
+    folder: Path, home: Path, family: Family, client: SyncPrefectClient
+) -> None:
+    """The targets after the rollback got the version that was rolled back, and so did those with a canary."""
+    with HttpSink() as first, HttpSink() as second:
+        text = (RECIPE % ("[x]", "http://x")).partition("serve:")[0]
+        targets = [{"kind": "webhook", "name": name, "url": sink.url} for name, sink in (("a", first), ("b", second))]
+        (folder / "nightly.yaml").write_text(f"{text}serve: {json.dumps(targets)}")
+        crowned(family.base, "a")
+        assert serve_flow("nightly", return_state=True).name == "Served"
+        crowned(family.base, "b")
+
+        def roll_back(request: Any) -> object:
+            promotion.rollback("tiny", "it was rude")
+            return {}
+
+        answers, first.answer = first.answer, roll_back
+        state = serve_flow("nightly", return_state=True)
+        first.answer = answers
+        report = result_of_run(state)
+        assert (state.name, report.outdated, report.changed) == ("Outdated", True, ["a"])
+        assert state.message == "models:/tiny/2 is not the champion any more; the next run serves the new one"
+        assert [each.failure for each in served("tiny")] == [None, None]
+        report = result_of_run(serve_flow("nightly", return_state=True))
+        assert (report.version, report.changed) == ("models:/tiny/1", ["a"])
+        assert [len(each.received) for each in (first, second)] == [3, 1]
 
 
 def test_a_promotion_starts_the_deployment_and_is_sent_until_it_has(

@@ -123,6 +123,8 @@ def serve(options: argparse.Namespace) -> None:
     for each in report.served:
         what = "is in service now" if each["target"] in report.changed else "was in service already"
         print(f"{each['target']}: {each['uri']} {what}, as {each['alias']}")
+    if report.outdated:
+        print(f"{report.version} is not the champion any more: run the command again, which serves the new one")
     if not report.version:
         print("there is no champion to serve yet")
 

@@ -138,12 +138,13 @@ def test_a_server_that_answers_wrongly_gets_the_model_back_that_it_had(
         )
 
     with serving(family.base) as (url, _), HttpSink(call) as sink:
-        first, second = (crowned(folder, digit) for folder, digit in ((family.base, "a"), (family.math, "b")))
+        first = crowned(family.base, "a")
         service.serve(lists(url), first, settings)
         assert served()[0].checked == "not checked: its evaluation has kept no answers"
         for digit, folder in (("a", family.base), ("b", family.math)):
             score(ModelFiles.at("merged", digit * 64, folder), settings)
         assert service.serve(lists(url), first, settings, again=True)[0].checked.startswith("16 of 16 answers")
+        second = crowned(family.math, "b")
         with pytest.raises(RefusedError, match="tiny/1 stays in service: only"):
             service.serve(lists(url), second, settings)  # the server answers as the first
         assert [path[-10:] for path in calls] == ["1-aaaaaaaa", "1-aaaaaaaa", "2-bbbbbbbb", "1-aaaaaaaa"]
