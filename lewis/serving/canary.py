@@ -39,7 +39,7 @@ def run(
     """Move the traffic to a version that a server has loaded; return the name that it is served under.
 
     Args:
-        model: the version, whose `steps` are filled in.
+        model: the version, whose `steps` are filled in; if it is `at_once`, all traffic moves without steps.
         before: what the target has; without a version, or with this one, all traffic moves without steps.
         new: the server that has the version, as the queries name it.
         old: the server that has the traffic.
@@ -52,7 +52,7 @@ def run(
         TransientError, LewisError: if the router, the new server or Prometheus does not answer, or there are too few
             requests. Then the old one gets all traffic again, too.
     """
-    steps = target.steps if before.alias not in ("", model.alias) else ()
+    steps = target.steps if before.alias not in ("", model.alias) and not model.at_once else ()
     try:
         for share in steps:
             _shift(target, {new: share, old: 100 - share}, give)

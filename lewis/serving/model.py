@@ -37,6 +37,7 @@ class Model:
         steps: the steps of its canary, which targets with a canary append.
         check_champion: raises OutdatedError if the version is not the champion any more, AwayError if MLflow does not
             answer. Called before clients get the version, and again and again while only some of them have it.
+        at_once: whether all clients get it without a canary, because the version that they have was rolled back.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Model:
     delivery: str = ""
     steps: list[Step] = field(default_factory=list, compare=False)
     check_champion: Callable[[], None] = field(default=lambda: None, compare=False)
+    at_once: bool = False
 
     @property
     def uri(self) -> str:

@@ -93,6 +93,9 @@ def serve(
 ) -> tuple[Served, bool]:
     """Put the champion into service at a target, unless the target has it already.
 
+    If the version that the target has was rolled back, the champion takes its place without a canary, which could
+    refuse it: a server that answers at length is slower than one that answers nothing.
+
     Args:
         target: of the recipe.
         champion: the version.
@@ -123,7 +126,8 @@ def serve(
         try:
             _check_champion(champion.version)
             ready = model.prepare(champion, previous or None, before.since)
-            ready = replace(ready, check_champion=partial(_check_champion, champion.version))
+            check = partial(_check_champion, champion.version)
+            ready = replace(ready, check_champion=check, at_once=before.uri != uri and _is_withdrawn(before))
             checked, alias = _bring(kind, target, ready, before, settings)
         except AwayError:  # MLflow, not the target
             raise
@@ -145,13 +149,14 @@ def serve(
 def is_due(target: Target, champion: Champion, owner: str = "") -> bool:
     """Whether a target lacks the champion and may be given it now; `owner` is as `owner_of` returns it.
 
-    Not if it has refused that version, if an attempt failed less than `AGAIN` ago, or if it does not say what it has.
+    Not if it has refused that version, unless the one that it has was rolled back; if an attempt failed less than
+    `AGAIN` ago; or if it does not say what it has.
     """
     record = record_of(champion.version.name, target, owner)
     failure = record.failure
     if failure and failure.uri == champion.version.uri:
         age = datetime.now(UTC) - datetime.fromisoformat(failure.time)
-        return failure.passes and age > AGAIN
+        return age > AGAIN and (failure.passes or (record.uri != failure.uri and _is_withdrawn(record)))
     if (record.uri, record.block) != (champion.version.uri, _digest(target)):
         return True
     holds = KINDS[target.form].holds
@@ -159,6 +164,11 @@ def is_due(target: Target, champion: Champion, owner: str = "") -> bool:
         return holds is not None and not holds(target, record)
     except LewisError:  # the server does not answer now; it is asked again later
         return False
+
+
+def _is_withdrawn(record: Served) -> bool:
+    """Whether the version that a target has in service was rolled back."""
+    return bool(record.uri) and promotion.withdrawn(record.name, record.digest) is not None
 
 
 def _check_champion(version: Version) -> None:

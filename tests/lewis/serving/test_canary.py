@@ -73,3 +73,9 @@ def test_a_step_outlasts_a_restart_of_mlflow(router: Router) -> None:
     new = replace(model(2), check_champion=check)
     router.run(new)
     assert router.shares[-2:] == [("blue", 100), ("green", 0)] and {0, 1, 2} <= set(asked)
+
+
+def test_all_traffic_moves_without_steps_to_the_champion_before_one_that_was_rolled_back(router: Router) -> None:
+    new = replace(model(2), at_once=True)
+    router.run(new)
+    assert router.shares == [("blue", 100), ("green", 0)] and new.steps == []

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.recipe.serve import CommandTarget, VllmTarget, WebhookTarget
-from lewis.registry import promotion, tracking
+from lewis.recipe.serve import CommandTarget, WebhookTarget
+from lewis.registry import tracking
 from lewis.registry.versions import Champion
 from lewis.serving import command, records, service
-from lewis.serving.model import OutdatedError
 from lewis.serving.records import Served, served
 from lewis.store.kinds import SERVED
 from lewis.store.secrets import SERVE_SECRET
@@ -25,7 +24,6 @@ from tests.conftest import Family
 from tests.support.damage import damage
 from tests.support.http_sink import HttpSink
 from tests.support.lineage import crowned, make_home, with_tokenizer
-from tests.support.lora_server import LoraServer
 from tests.support.warm import WarmPython
 
 WRITES = "import json, os, sys; json.dump({k: v for k, v in os.environ.items()}, open(sys.argv[1], 'w')); print('done')"
@@ -154,42 +152,6 @@ def test_files_are_verified_before_they_are_served_and_kept_while_they_are(
     assert kept == ["a-team.tiny-3-cccccccc", "a-team.tiny-4-dddddddd"]
     service.tidy("a team.tiny", [])
     assert served() == [] and SERVED.entries() == []
-
-
-def test_only_the_champion_goes_into_service(
-    home: Path, family: Family, program: Callable[..., CommandTarget], tmp_path: Path
-) -> None:
-    """A version that was rolled back before its turn went into service, and was recorded as being there."""
-    target, facts = program(WRITES, str(tmp_path / "facts")), tmp_path / "facts"
-    first = crowned(family.base, "a")
-    record, _ = service.serve(target, first)
-    second = crowned(family.base, "b")
-    promotion.rollback("tiny", "it was rude")
-    facts.unlink()
-    with pytest.raises(OutdatedError, match=r"tiny/1 stays in service: models:/tiny/2 is not the champion any more"):
-        service.serve(target, second)
-    assert not facts.exists() and served("tiny") == [record], "the target has not failed"
-    assert service.serve(target, first) == (record, False)
-
-
-def test_a_version_that_is_rolled_back_while_it_is_offered_does_not_get_the_clients(
-    home: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adapter, prepare = with_tokenizer(family.lora, tmp_path / "adapter"), service.model.prepare
-
-    def late(*given: Any) -> Any:
-        ready = prepare(*given)
-        promotion.rollback("tiny", "it was rude")
-        return ready
-
-    with LoraServer("tiny") as server:
-        target = VllmTarget(kind="vllm", url=server.url)
-        record, _ = service.serve(target, crowned(adapter, "a", base=family.base))
-        second = crowned(adapter, "b", base=family.base)
-        monkeypatch.setattr(service.model, "prepare", late)
-        with pytest.raises(OutdatedError):
-            service.serve(target, second)
-        assert server.seen[-1] == str(SERVED.path(record.alias)) and served("tiny") == [record]
 
 
 def test_recipes_of_a_group_leave_each_others_records_and_files_alone(
