@@ -169,9 +169,18 @@ def _number(compared: str) -> str:
 
 def is_champion(name: str, version: str) -> bool:
     """Whether a version is the champion."""
+    return champion_number(name) == version
+
+
+def champion_number(name: str) -> str | None:
+    """Return the number of the champion's version; None if there is no champion.
+
+    Raises:
+        InputError: if there is no such model.
+    """
     name = tracking.model_name(name)
     with tracking.client(f"reading the champion of {name}") as client:
-        return _aliases(client, name).get("champion") == version
+        return _aliases(client, name).get("champion")
 
 
 def refuse(name: str, version: str, why: str, by: str = "") -> None:
@@ -195,16 +204,26 @@ def refuse(name: str, version: str, why: str, by: str = "") -> None:
         history.follow(client, name)
 
 
-def rollback(name: str, why: str) -> str:
+def rollback(name: str, why: str, expected: str | None = None) -> str:
     """Make the previous champion the champion again; return its `uri`. No gate promotes the withdrawn version again.
 
+    Args:
+        expected: the number of the version to withdraw; None: the champion, whichever that is.
+
     Raises:
-        InputError: if there is no previous champion, it was withdrawn itself, or its files are gone or damaged.
+        InputError: if the version to withdraw is not the champion; if there is no previous champion, it was withdrawn
+            itself, or its files are gone or damaged.
     """
     name = tracking.model_name(name)
     with store.SharedLock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
         aliases = _aliases(client, name)
         current, previous = aliases.get("champion"), aliases.get("previous")
+        if expected not in (None, current):
+            now = f"models:/{name}/{current}" if current else "none"
+            raise InputError(
+                f"models:/{name}/{expected} is not rolled back, since the champion is {now} by now; roll that back, or "
+                f"see `lewis history {name}`"
+            )
         if current is not None and current == previous:  # a process died between the two aliases
             moves = [each for each in history.read(client, name) if each.what not in history.REFUSED]
             to_current = [each.champion or "" for each in moves if each.version == f"models:/{name}/{current}"]

@@ -82,14 +82,13 @@ def _show(recipe: Recipe, target: CanaryTarget, version: Version, began: str) ->
 
 
 def _roll_back(champion: Champion, why: str) -> None:
-    """Make the previous champion the champion again, unless another was promoted meanwhile; logs if there is none."""
+    """Roll a version back, unless another was promoted meanwhile or there is none before it, which is logged."""
     version = champion.version
     try:
-        if promotion.is_champion(version.name, version.version):
-            promotion.rollback(version.name, why)
-            moves.report()
+        promotion.rollback(version.name, why, expected=version.version)
+        moves.report()
     except InputError as error:
-        logger.warning("%s stays the champion: %s", version.uri, error)
+        logger.warning("%s is not rolled back: %s", version.uri, error)
 
 
 def _row(answer: Answer) -> dict[str, str]:

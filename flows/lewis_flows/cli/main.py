@@ -105,7 +105,7 @@ COMMANDS = (
             "let a version that passed its gate, and waits for a person, become the champion"),
     Command("promote", registry.promote, (registry.VERSION, WHY, JSON),
             "make a version the champion by hand"),
-    Command("rollback", registry.rollback, (NAME, WHY, JSON),
+    Command("rollback", registry.rollback, (registry.BAD, WHY, JSON),
             "put the previous champion of a model back"),
     Command("deploy", service.deploy, (PREFECT_FILE, JSON),
             "put pool, limit, deployments and automations on a Prefect server"),

@@ -22,6 +22,12 @@ PULL = (
     option("-o", "--output", metavar="DIR", type=Path, required=True, help="folder to write"),
 )
 VERSION = option("version", metavar="NAME/VERSION", offer=completion.versions)
+BAD = option(
+    "what",
+    metavar="NAME[/VERSION]",
+    help="registered model, and the version to take back: it must be the champion",
+    offer=completion.models,
+)
 REFUSE = flag("--refuse", "it does not become the champion, and is not asked for again")
 
 
@@ -117,13 +123,21 @@ def _say(options: argparse.Namespace, facts: dict[str, str | None], text: str) -
 
 
 def rollback(options: argparse.Namespace) -> None:
-    """Make the previous champion of a model the champion again."""
+    """Make the previous champion of a model the champion again.
+
+    The version that is taken back is the given one, else that which is the champion when the command begins.
+    """
     from lewis.registry import promotion
 
-    champion = promotion.rollback(options.name, options.why)
+    what = options.what.removeprefix("models:/")
+    name, _, number = what.rpartition("/")
+    if not (name and number.isdecimal()):
+        name, number = what, promotion.champion_number(what) or ""
+    champion = promotion.rollback(name, options.why, str(int(number)) if number else None)
     reported = _report(champion, options.why)
-    _say(options, {"champion": champion}, f"{champion} is the champion again")
-    _warn_of_targets(options.name, champion, reported)
+    before = f"{champion.rpartition('/')[0]}/{int(number)}"
+    _say(options, {"champion": champion, "before": before}, f"{champion} is the champion again in place of {before}")
+    _warn_of_targets(name, champion, reported)
 
 
 def _warn_of_targets(name: str, champion: str, reported: bool) -> None:

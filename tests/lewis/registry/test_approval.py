@@ -1,5 +1,6 @@
 """A version that passed its gate waits for a person; what the person says counts only while the numbers do."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -137,6 +138,35 @@ def test_a_rollback_that_died_is_done_by_the_next(home: Path, family: Family) ->
         promotion.rollback("tiny", "it is rude")
     assert promotion.rollback("tiny", "it is rude") == first.uri
     assert promotion.is_champion("tiny", "1") and told() == ["promoted 1", "promoted 2", "rolled back 1"]
+
+
+def test_only_the_version_that_is_meant_is_rolled_back(
+    home: Path, family: Family, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run promoted another version before the command had the lock, and that was withdrawn in its place."""
+    first, second, third = (registered(family.base, digit, {"x": digit}, "tiny", None) for digit in "abc")
+    asked(first, "base", None)
+    asked(second, first.uri, None)
+    find = promotion.champion_number
+
+    def late(name: str) -> str | None:
+        found = find(name)
+        asked(third, second.uri, None)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(promotion, "champion_number", late)
+        assert main(["rollback", "tiny", "--why", "it was rude"]) == 2
+    assert "models:/tiny/2 is not rolled back, since the champion is models:/tiny/3 by now" in capsys.readouterr().err
+    assert main(["rollback", "tiny/2", "--why", "it was rude"]) == 2
+    assert promotion.is_champion("tiny", "3") and promotion.withdrawn("tiny", "c" * 64) is None
+    capsys.readouterr()
+    assert main(["rollback", "models:/tiny/03", "--why", "it was rude"]) == 0
+    assert "models:/tiny/2 is the champion again in place of models:/tiny/3\n" in capsys.readouterr().out
+    assert promotion.withdrawn("tiny", "b" * 64) is None and promotion.withdrawn("tiny", "c" * 64) == "it was rude"
+    promotion.promote_by_hand("tiny", "1", "x")
+    assert main(["rollback", "tiny", "--why", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"champion": second.uri, "before": first.uri}
 
 
 def test_a_number_with_a_zero_before_it_is_the_same_number(
