@@ -162,6 +162,8 @@ def test_an_adapter_goes_into_the_server_that_runs(here: Here, family: Family, t
     with clients(here) as seen:
         second, _ = service.serve(LOCAL, adapter("b"))
         assert (before, here.ask(), here.pid()) == (first.alias, second.alias, pid)
+        while second.alias not in seen:
+            time.sleep(0.05)
         assert here.ask(model=first.alias) == first.alias, "the version before stays loaded"
     assert set(seen) == {first.alias, second.alias}
     os.kill(pid, 9)
