@@ -13,9 +13,9 @@ from lewis import store
 from lewis.devices import default_device, precision
 from lewis.errors import InputError, LewisError
 from lewis.evaluation import work_queue
-from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness import backends, lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
-from lewis.evaluation.harness.model_folder import loadable
+from lewis.evaluation.harness.model_folder import check_tokenizer, loadable
 from lewis.evaluation.statistics import looks
 from lewis.evaluation.statistics.scored import MERGED, Scored
 from lewis.evaluation.statistics.scores import Evaluated, Score
@@ -121,6 +121,7 @@ def score_task(
         progress: called with the kind of requests that is running, how many are done, and how many there are.
 
     Raises:
+        InputError: as `check_tokenizer`.
         LewisError: if the model is a merged one that is damaged, a file of the model or of a task changed meanwhile, or
             as `lm_eval.evaluate`.
     """
@@ -134,6 +135,7 @@ def score_task(
             store.make_folder(answers.parent)
             try:
                 with loadable(files, whole=settings.backend != "hf") as (folder, adapter):
+                    check_tokenizer(files.ref, [backends.tokenizer_of(folder, adapter)], settings)
                     found = lm_eval.evaluate(
                         folder,
                         settings,

@@ -48,7 +48,7 @@ from lewis.steps.graph import (
     look_to_show,
     warning_of_shared_set,
 )
-from lewis.steps.run import check_tasks, pinned
+from lewis.steps.run import check_scored, check_tasks, pinned
 from lewis.steps.step import Cost, Step
 from lewis.steps.table import CALIBRATE, CHECK, CONTINUE, DOWNLOAD, EVALUATE, MEASURE, MERGE, ScoreInput, by_task
 from lewis.store import remote
@@ -223,6 +223,7 @@ def make_plan(recipe: Recipe) -> Plan:
     check_tasks(recipe)
     base, experts = pin_all(recipe)
     renamed = preflight(recipe, base, experts, network=recipe.register_as is not None, needed=recipe.needs_network)
+    check_scored(recipe, base, experts)
     plan = Plan(recipe.name, recipe.merge_method + (f", anchor {recipe.anchor.merge_method}" if recipe.anchor else ""))
     plan.renamed = renamed
     plan.gate = outlook(recipe.gate, recipe.evaluate, recipe.root) if recipe.gate and recipe.evaluate else []

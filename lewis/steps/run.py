@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.harness.model_folder import check_tokenizer
 from lewis.evaluation.harness.task_metrics import check_names
+from lewis.evaluation.statistics.scored import MERGED
 from lewis.models.compatible import preflight
+from lewis.models.hub import repository
 from lewis.models.source import Source, pin_all
 from lewis.progress import Report, silent
 from lewis.recipe.recipe import Recipe
-from lewis.steps.graph import Graph, resolved
+from lewis.steps.graph import Graph, labels, resolved
+from lewis.steps.table import DOWNLOAD
 
 
 def begin(recipe: Recipe) -> dict[str, Any]:
@@ -45,6 +50,36 @@ def check_tasks(recipe: Recipe) -> EvalSettings | None:
     lm_eval.check_tasks(settings)
     check_names(recipe.evaluate, recipe.root, recipe.gate, recipe.search.metrics if recipe.search else ())
     return settings
+
+
+def check_scored(recipe: Recipe, base: Source | None, experts: Sequence[Source]) -> None:
+    """Check that every model that a recipe scores has the tokenizer that this needs; only configs are downloaded.
+
+    Args:
+        recipe: whose models were pinned.
+        base: the base, if it has one.
+        experts: in the recipe's order.
+
+    Raises:
+        InputError: as `check_tokenizer`.
+        TransientError: if the Hub cannot be asked right now; trying again can help.
+    """
+    if recipe.evaluate is None:
+        return
+    settings, scored = EvalSettings.of(recipe.evaluate, recipe.root), set(labels(recipe).values())
+    sources = {source.ref: source for source in [*([base] if base else []), *experts]}
+    folders = {
+        ref: [repository.fetch(each, weights=False) for each in (source.model, *source.adapters)]
+        for ref, source in sources.items()
+    }
+    for ref, places in folders.items():
+        if f"{DOWNLOAD.name} {ref}" in scored:
+            check_tokenizer(ref, places, settings)
+    donor = recipe.vocabulary.source if recipe.vocabulary else ""
+    of_merged = folders.get(donor, next(iter(folders.values())))
+    if recipe.chat_template is not None:  # the result's own
+        settings = replace(settings, apply_chat_template=False)
+    check_tokenizer(MERGED, of_merged, settings)
 
 
 def pinned(base: Source | None, experts: list[Source]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lewis.models.source import Source
 from lewis.recipe.recipe import Recipe
 from lewis.reports import markdown
 from lewis.steps.graph import inspection_settings
+from lewis.steps.run import check_scored
 from lewis_tasks.support.caching import RETRIES
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,10 @@ def resolve_at(
 
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
 def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
-    """Check before the download that the models fit together, and log what an inspection of their configs finds."""
+    """Check before the download that models fit and can be scored; log what an inspection of their configs finds."""
     for renamed in compatible.preflight(recipe, base, experts, network=True, needed=recipe.needs_network):
         logger.info(renamed)
+    check_scored(recipe, base, experts)
     settings = inspection_settings(recipe)
     findings = before_download(base, experts, settings) if recipe.inspect.on != "off" else []
     for finding in findings:

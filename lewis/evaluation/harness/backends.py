@@ -132,16 +132,19 @@ def _transformers(path: str, adapter: Path | None, names: list[str], model_args:
         **model_args,
     }
     if adapter is not None:
-        arguments["peft"] = str(adapter)
-        if _has_own_tokenizer(adapter, Path(path)):
-            arguments["tokenizer"] = arguments["peft"]
+        arguments |= {"peft": str(adapter), "tokenizer": str(tokenizer_of(Path(path), adapter))}
     return Asked("hf", arguments, "cuda" if several else names[0], environment=visible(names) if several else {})
 
 
-def _has_own_tokenizer(adapter: Path, base: Path) -> bool:
-    """Whether an adapter has other tokens than its base, for which lm-eval resizes embeddings, or a chat template."""
-    own, template = read_vocabulary(adapter), template_in(adapter)
-    return own is not None and (own != read_vocabulary(base) or template not in (None, template_in(base)))
+def tokenizer_of(model: Path, adapter: Path | None) -> Path:
+    """The folder whose tokenizer is used: an adapter's, if it has other tokens or a chat template of its own.
+
+    For other tokens, lm-eval resizes the embeddings.
+    """
+    if adapter is None or (own := read_vocabulary(adapter)) is None:
+        return model
+    changes = own != read_vocabulary(model) or template_in(adapter) not in (None, template_in(model))
+    return adapter if changes else model
 
 
 def _client(path: str, served: server.Served, model_args: Mapping[str, Any], code: bool) -> Asked:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from lewis import store
+from lewis.errors import InputError
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.statistics.scored import MERGED
+from lewis.models.chat_template import template_in
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.config import write_config
 from lewis.models.dtypes import size_of, torch_dtype
-from lewis.models.files.folder import copy_processors, copy_tokenizer
+from lewis.models.files.folder import copy_processors, copy_tokenizer, tokenizer_files
 from lewis.models.files.writer import CheckpointWriter
 from lewis.models.lora.config import read_settings
 from lewis.models.model import Model
@@ -19,6 +24,8 @@ from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import tokenizer_folder
 
 _SHARD = 5 * 10**9  # bytes
+_NO_TOKENIZER = {"generation_config.json", "chat_template.json", "special_tokens_map.json", "added_tokens.json"}
+_TEKKEN = "tekken.json"  # a tokenizer of Mistral's, which formats chats without a template
 
 
 @contextmanager
@@ -58,6 +65,35 @@ def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, 
         yield folder, None
     finally:
         store.discard(folder)
+
+
+def check_tokenizer(ref: str, folders: Collection[Path], settings: EvalSettings) -> None:
+    """Check that a model that is to be scored has a tokenizer and, if chats are asked for, a chat template.
+
+    Args:
+        ref: names the model in the error.
+        folders: where its tokenizer can be: its own folder, and those of adapters on it.
+        settings: of the evaluation. Nothing is checked if code of the model may bring the tokenizer.
+
+    Raises:
+        InputError: saying which of the two is missing, and what to do.
+    """
+    if settings.model_args.get("trust_remote_code"):
+        return
+    names = {path.name for folder in folders for path in tokenizer_files(folder) if not fnmatch(path.name, "*.jinja")}
+    if not names - _NO_TOKENIZER:
+        raise InputError(
+            f"{ref}: expected a tokenizer, without which it cannot be scored, but its folder has no tokenizer files; "
+            "copy those of its base (tokenizer.json, tokenizer_config.json) into the folder"
+        )
+    of_server = settings.model_args.get("chat")  # which may have a template for models without one
+    if not settings.apply_chat_template or of_server or _TEKKEN in names or any(map(template_in, folders)):
+        return
+    fix = "set `chat_template` in the recipe" if ref == MERGED else "put a chat_template.jinja into its folder"
+    raise InputError(
+        f"{ref}: expected a chat template, since evaluate.apply_chat_template is true, but its tokenizer has none, or "
+        f"none that is the default; {fix}, or leave apply_chat_template out: it holds for all models that are scored"
+    )
 
 
 def _saves_tied(folder: Path, adapter: Path) -> bool:
