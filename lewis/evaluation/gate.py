@@ -143,7 +143,7 @@ def judge(
         notes.append(f"{NOTE}no gain in {gate.metric} over {compared_with} is shown")
     if behind and not known:
         notes.append(f"{NOTE}{behind.uri} has no scores on these documents; losses are counted from here on")
-    notes += _note_of(look)
+    notes += [*_unjudged(gate, ours, reference), *_note_of(look)]
     stays = champion and not leads and (known or not behind)
     reasons = (*found.reasons, *filter(None, notes))
     # A first version differs from its base on more documents than from the next version.
@@ -315,6 +315,18 @@ def _judged(gate: Gate, candidate: Scored) -> dict[str, Samples]:
         )
     own = chosen.pop(gate.metric, by_key(candidate.samples).get(gate.metric))
     return {gate.metric: own, **chosen} if own and gate.policy == "not_worse" else chosen
+
+
+def _unjudged(gate: Gate, candidate: Scored, reference: Scored) -> Iterator[str]:
+    """A note for each task that no rule compares, since no score of it has a value per document, with its scores."""
+    judged = {each.task for each in candidate.samples} | {candidate.by_name[gate.metric].task}
+    numbers, theirs = defaultdict[str, list[str]](list), reference.by_name
+    for key, score in candidate.by_name.items():
+        if score.task not in judged:
+            other = f" vs {theirs[key].value:.4g}" if key in theirs else ""
+            numbers[score.task].append(f"{score.metric} {score.value:.4g}{other}")
+    for task, found in numbers.items():
+        yield f"{NOTE}{task} is not judged, since {NO_DOCUMENTS}: {'; '.join(found)}"
 
 
 def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int, look: Look) -> float:

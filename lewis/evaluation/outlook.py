@@ -8,7 +8,7 @@ from typing import Any
 
 from lewis import settings
 from lewis.evaluation.harness.task_files import FoundTasks, find_tasks
-from lewis.evaluation.harness.task_metrics import config_and_members
+from lewis.evaluation.harness.task_metrics import config_and_members, without_values
 from lewis.evaluation.statistics import looks, power
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY
 from lewis.recipe.schema import Evaluate, Gate
@@ -21,7 +21,7 @@ LATER = 10  # with policy `better`, the detectable gain is stated for the first 
 
 
 def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
-    """Lines for a person about what the gate can detect.
+    """Lines for a person about what the gate can detect, and which tasks it does not judge.
 
     Tasks whose number of documents is not known before the run, or whose score is not a share of right answers, are
     left out.
@@ -37,7 +37,9 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     if evaluate.limit is not None and evaluate.documents != "by_release" and not gate.allow_limit:
         lines.append(f"evaluate.limit is {evaluate.limit:g}: no run can promote; set register.gate.allow_limit: true")
     tasks = find_tasks(evaluate.tasks, root)
-    counted = {name: count for name in tasks.names if (count := _documents_of(name, tasks, root, evaluate))}
+    unjudged = without_values(evaluate.tasks, root)
+    judged = [name for name in tasks.names if name not in unjudged]
+    counted = {name: count for name in judged if (count := _documents_of(name, tasks, root, evaluate))}
     last = looks.look_at(evaluate.stop, None, counted)
     spreads = {task: power.spread([(1.0, count)]) for task, count in counted.items()}
     whole = sum(evaluate.weights.values())
@@ -46,7 +48,7 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
         spreads[WEIGHTED_KEY] = power.spread([(weight, counted[task]) for task, weight in parts.items()])
     own = gate.metric if gate.metric == WEIGHTED_KEY else gate.metric.partition("/")[0]
     gains = {own} if gate.policy == "better" else set[str]()
-    tests = len({*tasks.names, own} - gains)
+    tests = len({*judged, own} - gains)
     for name, spread in spreads.items():
         about = f"{name}: {counted[name]} documents" if name in counted else name
         if name in gains:
@@ -61,6 +63,7 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
         loss = power.loss_seen(margin, spread)
         seen = f"a loss of {loss:.2g} is refused 8 times in 10" if loss else "it needs a larger register.gate.tolerance"
         lines.append(f"{about}, margin {margin:.2g}: an equal version passes {equal:.0%}, {seen}")
+    lines += [f"{name} is not judged: none of its scores has a value per document" for name in unjudged]
     if evaluate.stop != "never" and (sizes := looks.sizes(last.of)):
         what = "is certain" if evaluate.stop == "known" else "is certain to be no"
         lines.append(f"scoring ends after {', '.join(map(str, sizes))} documents of each task, if the verdict {what}")

@@ -93,6 +93,29 @@ def _with_values(configs: Configs) -> Known:
     return found
 
 
+def without_values(tasks: Sequence[str], root: Path) -> list[str]:
+    """The tasks, members of groups included, none of whose scores has a value per document, as far as files show it.
+
+    Args:
+        tasks: of the recipe.
+        root: the recipe's folder.
+
+    Raises:
+        InputError: as `find_tasks`.
+    """
+    found = []
+    for name, (config, _) in (configs_and_scores(tasks, root) or {}).items():
+        listed = config.get("metric_list") if "class" not in config else None
+        metrics = [each for each in (listed if isinstance(listed, list) else [listed]) if isinstance(each, Mapping)]
+        own = "process_results" in config  # the task's code makes the values, whatever lm-eval's metric of a name does
+        if metrics and all(
+            (not own and each.get("metric") in AGGREGATED) or str(each.get("aggregation") or SUMMED[0]) not in SUMMED
+            for each in metrics
+        ):
+            found.append(name)
+    return found
+
+
 def config_and_members(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
     """The config of a task or group of the recipe or of lm-eval, and the members of a group or tag; None for a task."""
     if name not in found.files:

@@ -269,6 +269,19 @@ def test_nan_and_perplexity_of_a_task() -> None:
     assert reason.startswith("wiki/word_perplexity,none must be at most 1.1 times the base's: 11.5 vs 10")
 
 
+def test_a_task_that_cannot_be_judged_is_noted_with_its_scores() -> None:
+    """Its score fell from 0.6 to -0.1, and the verdict was a pass that did not name it."""
+    base, ours = (model(label, maths=right(50)) for label in ("base", "m"))
+    cola = [Score("cola", "mcc,none", value, None, True, 200) for value in (0.6, -0.1)]
+    base, ours = (replace(m, scores=(*m.scores, score)) for m, score in zip((base, ours), cola, strict=True))
+    note = "note: cola is not judged, since it has no value per document: mcc,none -0.1 vs 0.6"
+    assert note in judge(not_worse(), [base, ours], "b" * 64).reasons
+    named = judge(not_worse(metric="cola/mcc,none"), [base, ours], "b" * 64)
+    assert note not in named.reasons and not named.passed  # the rule of the metric says so
+    grouped = [model(label, maths=right(50), code=right(50), group="both") for label in ("base", "m")]
+    assert not any("judged" in reason for reason in judge(not_worse(), grouped, "b" * 64).reasons)
+
+
 def test_a_limit_is_for_trying_out() -> None:
     base, ours = model("base", maths=right(50)), model("m", maths=right(80))
     [reason] = failed(verdict(gate(), ours, base, limit=100))

@@ -65,6 +65,25 @@ def test_where_the_number_is_not_known_nothing_is_said_but_by_the_limit(root: Pa
     assert line.startswith("sums: 20 documents")
 
 
+def test_a_task_that_cannot_be_judged_is_named_and_counts_as_no_test(root: Path) -> None:
+    lists = {
+        "cola": [{"metric": "mcc"}],
+        "own": [{"metric": "exact_match", "aggregation": "utils.median"}],
+        "some": [{"metric": "bleu"}, {"metric": "exact_match"}],
+        "code": [{"metric": "f1", "aggregation": "mean"}],
+    }
+    for name, metrics in lists.items():
+        code = {"process_results": "utils.f1"} if name == "code" else {}
+        (root / f"{name}.yaml").write_text(yaml.safe_dump({**TASK, "task": name, "metric_list": metrics, **code}))
+    lines = said(root, {"metric": "sums/acc,none"}, "sums", *lists)
+    assert [line for line in lines if "judged" in line] == [
+        f"{name} is not judged: none of its scores has a value per document" for name in ("cola", "own")
+    ]
+    three = said(root, {"metric": "sums/acc,none"}, "sums", "some", "code")
+    assert lines[1] == three[1] and "margin" in lines[1]
+    assert not any(line.startswith("own: 200 documents") for line in lines)
+
+
 def test_where_scoring_may_end_early_and_which_documents_are_drawn(root: Path) -> None:
     _, line, ends, after = said(root, {"metric": "sums/acc,none"}, "sums", stop="known")
     assert after == "what passes early is scored on all documents after its promotion"
