@@ -1,5 +1,6 @@
 """The space of a search: which values of a recipe it varies, and within which ranges or choices."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,17 +17,70 @@ ALLOWED = (
     *("lewis.prune_by", "seed"),
 )
 Values = Mapping[str, bool | int | float | str]  # YAML path -> value
+DIGITS = 4  # of a value that a search tries
+_FEWEST = 10  # values of so many digits in a range; with fewer, more digits are taken
+
+
+class Numbers(SearchRange):
+    """A range with what follows from the recipe.
+
+    Attributes:
+        whole: whether the key takes only whole numbers.
+        digits: how many digits of a value are kept, if it is not whole.
+    """
+
+    whole: bool = False
+    digits: int = DIGITS
+
+
+def of(recipe: Recipe) -> dict[str, Any]:
+    """The space of a recipe's search: YAML path -> `Numbers`, or a tuple of choices."""
+    space = recipe.search.space if recipe.search else {}
+    return {
+        path: Numbers(**wanted.model_dump(), whole=_is_whole(recipe, path, wanted), digits=_digits(wanted))
+        if isinstance(wanted, SearchRange)
+        else wanted
+        for path, wanted in space.items()
+    }
+
+
+def _is_whole(recipe: Recipe, path: str, wanted: SearchRange) -> bool:
+    """Whether a range without a step has whole ends, and the recipe is not valid with a number between two of them."""
+    if wanted.step or not (wanted.min.is_integer() and wanted.max.is_integer()):
+        return False
+    try:
+        with_values(recipe, {path: wanted.min + 0.5})
+    except InputError:
+        return True
+    return False
+
+
+def _digits(wanted: SearchRange) -> int:
+    largest, width = max(abs(wanted.min), abs(wanted.max)), wanted.max - wanted.min
+    before = math.floor(math.log10(largest)) + 1
+    if width >= _FEWEST * 10.0 ** (before - DIGITS):
+        return DIGITS
+    return min(before + math.ceil(round(-math.log10(width / 1000), 6)), 15)
+
+
+def identity(space: Mapping[str, Any]) -> list[list[Any]]:
+    """What the digest of a search needs of its space in addition to the recipe: ranges that are sampled in other steps.
+
+    It is empty if no key takes only whole numbers, and four digits are enough.
+    """
+    numbers = [(path, wanted) for path, wanted in space.items() if isinstance(wanted, Numbers)]
+    return [[path, each.whole, each.digits] for path, each in numbers if each.whole or each.digits != DIGITS]
 
 
 def check(recipe: Recipe) -> None:
-    """Check that the recipe is valid with every choice and with both ends of every range of its space.
+    """Check that the recipe is valid with every choice, and with both ends and the first step of every range.
 
     Raises:
         RecipeError: with every problem, at its YAML path.
     """
     assert recipe.search is not None
     problems = []
-    for path, wanted in recipe.search.space.items():
+    for path, wanted in of(recipe).items():
         where = f"search.space.{path}"
         if path.endswith(("].model", ".base_model")):
             problems.append(f"{where}: a search keeps its models, since they are measured once; vary their weights")
@@ -35,6 +89,8 @@ def check(recipe: Recipe) -> None:
             problems.append(f"{where}: expected a value that the merge depends on: {', '.join(ALLOWED)}")
             continue
         ends = [wanted.min, wanted.max] if isinstance(wanted, SearchRange) else list(wanted)
+        if isinstance(wanted, SearchRange) and wanted.step and wanted.min + wanted.step < wanted.max:
+            ends.append(wanted.min + wanted.step)  # a key of whole numbers takes the ends, but not a step of 0.5
         if not ends:
             problems.append(f"{where}: expected at least one choice, got an empty list")
         for value in ends:
@@ -62,21 +118,23 @@ def overrides(values: Values) -> list[str]:
 
 
 def distribution(wanted: Any) -> Any:
-    """Optuna's distribution for a range or a list of choices."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    """Optuna's distribution for `Numbers` or a tuple of choices."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    if isinstance(wanted, SearchRange):
+    if isinstance(wanted, Numbers) and wanted.whole:
+        return IntDistribution(int(wanted.min), int(wanted.max), log=wanted.log)
+    if isinstance(wanted, Numbers):
         return FloatDistribution(wanted.min, wanted.max, log=wanted.log, step=wanted.step)
     return CategoricalDistribution(wanted)
 
 
 def rounded(wanted: Any, value: Any) -> Any:
-    """A value of a range, rounded to four digits, or to a whole number in a range of those; a choice unchanged."""
-    if not isinstance(wanted, SearchRange):
+    """A value of `Numbers`, rounded to its digits, or to a whole number in a range of those; a choice unchanged."""
+    if not isinstance(wanted, Numbers):
         return value
-    if wanted.step and wanted.step.is_integer() and wanted.min.is_integer():
+    if wanted.whole or (wanted.step and wanted.step.is_integer() and wanted.min.is_integer()):
         return round(value)
-    return min(wanted.max, max(wanted.min, float(f"{value:.4g}")))
+    return min(wanted.max, max(wanted.min, float(f"{value:.{wanted.digits}g}")))
 
 
 def holds(wanted: Any, value: Any) -> bool:

@@ -121,10 +121,12 @@ class Log:
         assert recipe.search is not None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.recipe, self.search, self.objectives = recipe, recipe.search, tuple(objectives)
+        self.space = space.of(recipe)
         searched = recipe.search.model_dump(mode="json", include={"space", "seed"})
         names = [o.metric for o in objectives]
         weights = [dict(recipe.score_weights)] if WEIGHTED_KEY in names else []  # with others the scores differ
-        others = [numbers] if numbers != "fp32" else []  # a GPU's scores are not those of the CPU
+        others: list[Any] = [numbers] if numbers != "fp32" else []  # a GPU's scores are not those of the CPU
+        others += space.identity(self.space)
         self.digest = store.digest([SEMANTICS, recipe.blocks, searched, names, dict(inputs), tasks, *weights, *others])
         self.path = kinds.SEARCHES.path(self.digest)
         if held:
@@ -168,14 +170,14 @@ class Log:
 
     def _own_values(self) -> dict[str, Any]:
         """The recipe's own values that are in the space, for trial 0: so the best trial is no worse than the recipe."""
-        own = {path: space.value_of(self.recipe, path) for path in self.search.space}
-        return {path: v for path, v in own.items() if v is not None and space.holds(self.search.space[path], v)}
+        own = {path: space.value_of(self.recipe, path) for path in self.space}
+        return {path: v for path, v in own.items() if v is not None and space.holds(self.space[path], v)}
 
     def ask(self) -> Trial:
         """Start the next trial."""
-        trial = self._study.ask({path: space.distribution(wanted) for path, wanted in self.search.space.items()})
+        trial = self._study.ask({path: space.distribution(wanted) for path, wanted in self.space.items()})
         self._live[trial.number] = trial
-        values = {path: space.rounded(self.search.space[path], value) for path, value in trial.params.items()}
+        values = {path: space.rounded(self.space[path], value) for path, value in trial.params.items()}
         return Trial(trial.number, values, "running")
 
     def behind(self, trial: Trial, score: float, documents: int, p: float) -> bool:
@@ -221,7 +223,7 @@ class Log:
         states = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed"}
         return Trial(
             number=trial.number,
-            values={path: space.rounded(self.search.space[path], value) for path, value in trial.params.items()},
+            values={path: space.rounded(self.space[path], value) for path, value in trial.params.items()},
             state=states.get(trial.state.name, "running"),
             scores=tuple(trial.values or ()) if trial.state.name == "COMPLETE" else (),
             reason=str(trial.user_attrs.get(_REASON, "")),

@@ -46,6 +46,10 @@ def recipe(home: Path) -> Recipe:
     return parse()
 
 
+def log_of(recipe: Recipe) -> Log:
+    return Log(recipe, [ACC], INPUTS, "t")
+
+
 def run(log: Log, count: int, score: Callable[[Trial], float]) -> None:
     for _ in range(count):
         trial = log.ask()
@@ -79,6 +83,10 @@ class TestSpace:
                 "parameters.lambda: {min: 0, mx: 1}",
                 "search.space.parameters.lambda.mx: unknown key; did you mean 'max'?",
             ),
+            (
+                "seed: {min: 0, max: 9, step: 1.5}",
+                "search.space.seed: seed: input should be a valid integer, got a number with a fractional part",
+            ),
             ("parameters.lambda: 5", "search.space.parameters.lambda: input should be a valid list, got 5"),
         ],
     )
@@ -89,6 +97,33 @@ class TestSpace:
 
     def test_what_is_right(self, recipe: Recipe) -> None:
         space.check(recipe)
+
+    @pytest.mark.parametrize("scale", ["", ", log: true"])
+    def test_a_key_of_whole_numbers_gets_whole_numbers(self, scale: str, home: Path) -> None:
+        """A range over the seed passed the check, and then nearly every trial failed."""
+        recipe = parse(f"seed: {{min: 1, max: 900{scale}}}, parameters.lambda: {{min: 1, max: 3}}")
+        space.check(recipe)
+        log = log_of(recipe)
+        trials = [log.ask().values for _ in range(6)]
+        for values in trials:
+            space.with_values(recipe, values)
+        assert {type(values["seed"]) for values in trials} == {int} and len({values["seed"] for values in trials}) > 2
+        assert any(values["parameters.lambda"] % 1 for values in trials)
+
+    @pytest.mark.parametrize(
+        ("ends", "value", "kept"),
+        [
+            ((0.5, 2.0), 1.23456, 1.235),
+            ((1e-6, 1e-3), 0.000123456, 0.0001235),
+            ((10000.1, 10000.9), 10000.43217, 10000.4322),
+        ],
+    )
+    def test_values_are_rounded_unless_the_range_is_too_narrow(
+        self, ends: tuple[float, float], value: float, kept: float
+    ) -> None:
+        """Of the last range, four digits left one value."""
+        wanted = space.of(parse(f"parameters.lambda: {{min: {ends[0]:f}, max: {ends[1]:f}}}"))
+        assert space.rounded(wanted["parameters.lambda"], value) == kept
 
     def test_the_metrics(self, recipe: Recipe) -> None:
         with pytest.raises(RecipeError, match=r"search\.metrics: missing"):
@@ -222,6 +257,12 @@ class TestLog:
         mean = Objective("weighted/mean,none", True)
         assert digest(mean, "x: 1, y: 2") != digest(mean, "x: 2, y: 1")
         assert digest(ACC, "x: 1, y: 2") == Log(recipe, [ACC], INPUTS, "t").digest
+
+    def test_only_ranges_that_were_sampled_wrongly_are_another_search(self, home: Path) -> None:
+        """The digests of all other searches are those of before: their logs are found again."""
+        assert space.identity(log_of(parse()).space) == []
+        narrow = parse("seed: {min: 0, max: 9}, parameters.lambda: {min: 100.01, max: 100.02}")
+        assert space.identity(log_of(narrow).space) == [["seed", True, 4], ["parameters.lambda", False, 8]]
 
     def test_another_precision_is_another_search(self, recipe: Recipe) -> None:
         digests = [Log(recipe, [ACC], INPUTS, "t", numbers=precision(each)).digest for each in ("cpu", "cuda:1")]
