@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -21,7 +22,8 @@ from lewis.evaluation.statistics.scored import MERGED, Scored
 from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
-from lewis.store import kinds
+from lewis.store import kinds, outdated, remote
+from lewis.store.outdated import Outdated
 from lewis.store.reference import JsonReference, Reference
 
 
@@ -190,6 +192,29 @@ def find_score(ref: str, key: str, settings: EvalSettings, device: str = "cpu") 
     digest = scores_digest(key, settings, device)
     path = kinds.SCORES.path(digest)
     return None if store.entry(path, "results") is None else ScoresEntry(ref=ref, digest=digest, path=path)
+
+
+def on_other_documents(of_task: Sequence[ScoresEntry]) -> bool:
+    """Whether the scores of models on one task are not all of the same documents.
+
+    The key of scores holds no documents from the Hub or another URL, so scores from before these changed are found.
+    """
+    contents = [each.content("documents") for each in of_task]
+    known = [{task: sorted(hashes) for task, hashes in documents.items()} for documents in contents]
+    return any(documents != known[0] for documents in known[1:])
+
+
+def forget(entries: Sequence[ScoresEntry]) -> None:
+    """Remove scores from both halves of the store, so that they are computed again.
+
+    Raises:
+        TransientError: if the remote half does not answer.
+    """
+    for entry in entries:
+        if remote.shares(entry.path):
+            key = f"{kinds.SCORES.name}/{entry.digest}"
+            outdated.remove(Outdated("remote store", key[:24], key, math.inf))
+        store.discard(entry.path)
 
 
 def scoring_devices() -> tuple[str, ...]:
