@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.statistics.comparison import Comparison, PairingError, compare, holm, table_cells
-from lewis.evaluation.statistics.scores import Evaluated, Samples, Score, by_key, places_of
+from lewis.evaluation.statistics.scores import HASH, Evaluated, Samples, Score, by_key, places_of
 from lewis.store import kinds, sealed_json
 
 
@@ -191,7 +191,7 @@ def _other_prompts(first: Mapping[str, Any], second: Mapping[str, Any], task: st
     if None in asked:
         return 0
     ours, theirs = (
-        dict(zip(places_of(each["documents"][task]), prompts, strict=True))
+        dict(zip(places_of(each["documents"][task]), (prompt[:HASH] for prompt in prompts), strict=True))
         for each, prompts in zip((first, second), asked, strict=True)
     )
     return sum(prompt != theirs[document] for document, prompt in ours.items())

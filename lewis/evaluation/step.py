@@ -289,7 +289,8 @@ def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return dict(contents[0])
     _check_repeated(contents)
     found: dict[str, Any] = {"samples": [], "results": {}}
-    for key in ("higher_is_better", "n-shot", "documents", "groups", "sources", "texts", "requests", "pools"):
+    kept = ("n-shot", "versions", "documents", "prompts", "groups", "sources", "texts", "requests", "pools")
+    for key in ("higher_is_better", *kept):
         found[key] = _first([each.get(key, {}) for each in contents])
     results, groups = _first([each["results"] for each in contents]), found["groups"]
     for last in (False, True):  # lm-eval has tasks first, then groups

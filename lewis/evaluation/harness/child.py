@@ -29,7 +29,7 @@ from jinja2.utils import Cycler, Joiner, Namespace
 
 from lewis import guard, private_names
 from lewis.evaluation.harness import loaded_model
-from lewis.evaluation.harness.answer_texts import texts_of
+from lewis.evaluation.harness.answer_texts import of_first_filter, texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.evaluation.harness.kept_requests import add_answers, requests_of
 from lewis.evaluation.statistics.scores import HASH, SUMMED, plain_value
@@ -233,8 +233,9 @@ def evaluate(
         options: further arguments of `simple_evaluate`.
 
     Returns:
-        plain data: lm-eval's `results`, `higher_is_better` and `n-shot`; `documents`, `samples` and `groups` as
-        `read_samples` in `lewis.evaluation.statistics.scores` takes them; `ends` as `Ends` there;
+        plain data: lm-eval's `results`, `higher_is_better`, `n-shot` and `versions`; `documents`, `samples` and
+        `groups` as `read_samples` in `lewis.evaluation.statistics.scores` takes them; `ends` as `Ends` there;
+        `prompts`, task -> a hash of the prompt of each document;
         `texts` as `texts_of`; `requests`, of a model to serve, as `requests_of`;
         `sources`, task -> repo (`path`), `config_name`, `split` and `revision` of documents from the Hub; with a look,
         `pools`, task -> how many documents it would have without.
@@ -265,10 +266,11 @@ def evaluate(
         for name, indices in drawn.items():
             rows[name] = _as_drawn(rows[name], indices)
         ends = loaded_model.ends(lm, rows, loaded["tasks"], kept_answers)
-    kept = {key: value for key, value in found.items() if key in ("results", "higher_is_better", "n-shot")}
+    kept = {key: value for key, value in found.items() if key in ("results", "higher_is_better", "n-shot", "versions")}
     sampled = [_samples(name, rows[name], task) for name, task in loaded["tasks"].items()]
     kept["documents"] = {name: documents for name, documents, _ in sampled}
     kept["samples"] = [metric for _, _, metrics in sampled for metric in metrics]
+    kept["prompts"] = {name: [row["prompt_hash"][:HASH] for row in of_first_filter(own)] for name, own in rows.items()}
     kept["texts"] = texts_of(rows, loaded["tasks"])
     sources = {name: _source(task) for name, task in loaded["tasks"].items()}
     kept["sources"] = {name: source for name, source in sources.items() if source}

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from lewis import store
+from lewis.errors import InputError
+from lewis.evaluation.paired import Side, paired
 from lewis.evaluation.statistics.comparison import holm, mcnemar
+from lewis.evaluation.statistics.scores import Evaluated
 from lewis.models.source import pin
 from lewis.registry import tracking
 from lewis.store import kinds
@@ -166,6 +169,24 @@ def test_models_that_were_scored_here(compared: Told, family: Family, home: Path
     # What lm-eval wrote elsewhere, against a model of the store.
     code, out, _ = compared(results(tmp_path / "out", RIGHT["better"]), family.math, "--json")
     assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.9, 0.2]
+
+
+def test_prompts_and_versions_of_models_that_were_scored_here(compared: Told, family: Family, tmp_path: Path) -> None:
+    """The entries kept neither, so that models with other prompts were compared without a word."""
+    store.write_entry(kinds.SCORES.path("old"), content(RIGHT["better"], model=pin(str(family.code), tmp_path).key))
+    key, asked = pin(str(family.math), tmp_path).key, [f"{n:016x}" for n in range(10)]
+    for number, (prompts, version) in enumerate(((asked, 1), ([*asked[:7], *"abc"], 1), (asked, 2))):
+        more = {"prompts": {"sums": prompts}, "versions": {"sums": version}}
+        models = {"model": f"{number}", "scored_as": f"{number}"} if number else {"model": key}
+        store.write_entry(kinds.SCORES.path(f"{number}"), content(RIGHT["worse"], **models, **more))
+    sides = [Side.of_store("m", {each}) for each in (key, "1", "2")]
+    assert [pair.prompts for pair in paired(*sides[:2])] == [3]
+    with pytest.raises(InputError, match="sums: m was scored by version 1 of the task, and m by version 2"):
+        paired(sides[0], sides[2])
+    code, out, _ = compared(*family.experts)  # scores of before this was kept
+    assert code == 0 and "prompts" not in out
+    whole = Evaluated.of("x", content(RIGHT["worse"], prompts={"sums": [each + "ff" for each in asked]}))
+    assert [pair.prompts for pair in paired(sides[0], Side("x", [("", whole)]))] == [0]  # lm-eval's own, of 64 digits
 
 
 def test_a_comparison_is_no_use_of_scores_so_that_the_last_used_ones_stay_these(

@@ -393,6 +393,9 @@ class TestScores:
         assert {each.key: (each.value, each.higher_is_better, each.samples) for each in theirs.scores} == scores
         samples = {each.key: each for each in ours.samples}
         assert {each.key: each for each in theirs.samples} == samples and len(samples) == 4
+        prompts = {task: [prompt[:16] for prompt in of] for task, of in theirs.content["prompts"].items()}
+        assert ours.content["prompts"] == prompts and set(map(len, prompts.values())) == {len(ROWS)}
+        assert ours.content["versions"] == theirs.content["versions"] != {}
 
     def test_nan_is_no_score(self, model, root, tmp_path):
         llama, tokenizer = load(model)
