@@ -48,6 +48,15 @@ def needs_code(folder: Path, what: str, file: str) -> InputError:
     )
 
 
+def own_code(config: Mapping[str, Any]) -> list[str]:
+    """The files next to a config that its `auto_map` names as the model's code, sorted; not those of another repo."""
+    named = config["auto_map"].values() if isinstance(config.get("auto_map"), dict) else ()
+    texts = [
+        text for each in named for text in (each if isinstance(each, list) else [each])
+    ]  # a tokenizer's: [slow, fast]
+    return sorted({f"{each.partition('.')[0]}.py" for each in texts if isinstance(each, str) and "--" not in each})
+
+
 def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: str | None) -> None:
     """Write config.json with the dtype of the weights, and warn of code that it names and that is not copied.
 
@@ -58,8 +67,7 @@ def write_config(config: Mapping[str, Any], donor: Path, folder: Path, dtype: st
         dtype: of all floating tensors, as safetensors names it; None if they differ: the config's dtypes then stay.
     """
     changed: dict[str, Any] = json.loads(json.dumps(config))
-    named = changed["auto_map"].values() if isinstance(changed.get("auto_map"), dict) else ()
-    if own := sorted({f"{each.partition('.')[0]}.py" for each in named if isinstance(each, str) and "--" not in each}):
+    if own := own_code(changed):
         logger.warning(
             "%s: config.json names code that comes with the model (auto_map: %s), which is not copied: to load the "
             "result with trust_remote_code, copy the model's *.py files into its folder",

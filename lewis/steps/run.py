@@ -8,7 +8,7 @@ from typing import Any
 
 from lewis.evaluation.harness import lm_eval
 from lewis.evaluation.harness.lm_eval import EvalSettings
-from lewis.evaluation.harness.model_folder import check_tokenizer
+from lewis.evaluation.harness.model_folder import check_code, check_tokenizer
 from lewis.evaluation.harness.task_metrics import check_names
 from lewis.evaluation.statistics.scored import MERGED
 from lewis.models.compatible import preflight
@@ -79,6 +79,8 @@ def check_scored(recipe: Recipe, base: Source | None, experts: Sequence[Source])
     of_merged = folders.get(donor, next(iter(folders.values())))
     if recipe.chat_template is not None:  # the result's own
         settings = replace(settings, apply_chat_template=False)
+    if recipe.evaluate.runs_model_code and recipe.output.kind == "full":
+        check_code(MERGED, next(iter(folders.values()))[0], copied=False)
     check_tokenizer(MERGED, of_merged, settings)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scored import MERGED
+from lewis.input_files import read_json
 from lewis.models.chat_template import template_in
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.config import write_config
+from lewis.models.config import own_code, write_config
 from lewis.models.dtypes import size_of, torch_dtype
 from lewis.models.files.folder import copy_processors, copy_tokenizer, tokenizer_files
 from lewis.models.files.writer import CheckpointWriter
@@ -73,12 +74,14 @@ def check_tokenizer(ref: str, folders: Collection[Path], settings: EvalSettings)
     Args:
         ref: names the model in the error.
         folders: where its tokenizer can be: its own folder, and those of adapters on it.
-        settings: of the evaluation. Nothing is checked if code of the model may bring the tokenizer.
+        settings: of the evaluation. If it runs code of the model, which may bring the tokenizer, that is looked for.
 
     Raises:
-        InputError: saying which of the two is missing, and what to do.
+        InputError: saying what is missing, and what to do.
     """
     if settings.model_args.get("trust_remote_code"):
+        for folder in folders:
+            check_code(ref, folder)
         return
     names = {path.name for folder in folders for path in tokenizer_files(folder) if not fnmatch(path.name, "*.jinja")}
     if not names - _NO_TOKENIZER:
@@ -94,6 +97,29 @@ def check_tokenizer(ref: str, folders: Collection[Path], settings: EvalSettings)
         f"{ref}: expected a chat template, since evaluate.apply_chat_template is true, but its tokenizer has none, or "
         f"none that is the default; {fix}, or leave apply_chat_template out: it holds for all models that are scored"
     )
+
+
+def check_code(ref: str, folder: Path, *, copied: bool = True) -> None:
+    """Check that the code that a model's configs name (`auto_map`) is in its folder, for `trust_remote_code`.
+
+    Args:
+        ref: names the model in the error.
+        folder: with the configs.
+        copied: False if the model will have these configs in another folder: a merge copies no code.
+
+    Raises:
+        InputError: naming the files.
+    """
+    named = set[str]()
+    for name in ("config.json", "tokenizer_config.json"):
+        with suppress(OSError, InputError):
+            named |= set(own_code(read_json(folder / name)))
+    if missing := sorted(name for name in named if not (copied and (folder / name).is_file())):
+        raise InputError(
+            f"{ref}: evaluate.model_args.trust_remote_code runs the code that its config names (auto_map), so expected "
+            f"{', '.join(missing)} in its folder: LEWIS downloads no code from the Hub, and copies none into a merged "
+            "model; leave trust_remote_code out if transformers knows the architecture, or leave the evaluate block out"
+        )
 
 
 def _saves_tied(folder: Path, adapter: Path) -> bool:

@@ -15,7 +15,7 @@ from lewis.recipe.recipe import Recipe
 from lewis.steps.plan import make_plan
 from lewis.steps.run import check_scored
 from tests.conftest import Family
-from tests.support.models import parse
+from tests.support.models import edit_json, parse
 
 CHATS = {"tasks": ["arc_easy"], "apply_chat_template": True, "baselines": []}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -79,3 +79,19 @@ def test_a_model_that_was_not_checked_before_is_refused_when_it_is_scored(
     with pytest.raises(InputError, match="champion: expected a chat template"):
         chats = replace(settings, apply_chat_template=True)
         step.score_task(ModelFiles.at("champion", "math", family.math), chats)
+
+
+def test_code_of_a_model_that_is_not_where_the_evaluation_would_run_it(family: Family, tmp_path: Path) -> None:
+    """It was found out after the merge, in transformers."""
+    base = shutil.copytree(family.base, tmp_path / "own")
+    edit_json(base / "config.json", auto_map={"AutoConfig": "own.Config", "AutoModel": "org/other--far.Model"})
+    runs = {"allow_code_execution": True, "model_args": {"trust_remote_code": True}}
+    tasks = {"tasks": ["arc_easy"], "baselines": ["base"], **runs}
+    adapter = {"output": {"kind": "lora", "rank": 2}}
+    with pytest.raises(InputError, match=rf"{base}: .*trust_remote_code.* expected own.py in its folder"):
+        make_plan(recipe_of(base, family.math, evaluate=tasks, **adapter))
+    (base / "own.py").write_text("")
+    check(recipe_of(base, family.math, evaluate=tasks, **adapter))
+    with pytest.raises(InputError, match=r"merged: .* copies none into a merged model"):
+        check(recipe_of(base, family.math, evaluate=tasks))
+    check(recipe_of(family.base, family.math, evaluate=tasks))  # no config names code
