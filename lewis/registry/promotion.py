@@ -113,6 +113,7 @@ def promote_by_hand(name: str, version: str, why: str) -> str:
             is given.
     """
     name = tracking.model_name(name)
+    tracking.check_exists(name)
     with store.SharedLock(f"registry-{name}"), tracking.client(f"promoting {name}/{version}") as client:
         before = _move(client, name, version, "promoted by hand", why, becomes_mark=True)
         if client.get_model_version(name, version).tags.get("lewis.verdict") == WAITING:
@@ -131,6 +132,7 @@ def approve(name: str, version: str, why: str, by: str = "") -> str:
             not the one that the gate compared it with; if its files are gone or damaged; or if no reason is given.
     """
     name = tracking.model_name(name)
+    tracking.check_exists(name)
     with store.SharedLock(f"registry-{name}"), tracking.client(f"approving {name}/{version}") as client:
         aliases = _aliases(client, name)
         if aliases.get("champion") == version:  # a process that approved it died after it had moved the alias
@@ -192,6 +194,7 @@ def refuse(name: str, version: str, why: str, by: str = "") -> None:
     name = tracking.model_name(name)
     if not why.strip():
         raise InputError("--why: expected a reason, which `lewis history` will show")
+    tracking.check_exists(name)
     with store.SharedLock(f"registry-{name}"), tracking.client(f"refusing {name}/{version}") as client:
         _tags_of_waiting(client, name, version)
         champion = _aliases(client, name).get("champion")
@@ -215,6 +218,7 @@ def rollback(name: str, why: str, expected: str | None = None) -> str:
             itself, or its files are gone or damaged.
     """
     name = tracking.model_name(name)
+    tracking.check_exists(name)
     with store.SharedLock(f"registry-{name}"), tracking.client(f"rolling back {name}") as client:
         aliases = _aliases(client, name)
         current, previous = aliases.get("champion"), aliases.get("previous")

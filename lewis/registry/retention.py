@@ -29,6 +29,7 @@ def by_versions() -> dict[str, Needed]:
     """Return which entries the registered versions need, by the name of their kind, for `housekeeping.survey`.
 
     Raises:
+        InputError: if the versions are in an MLflow that the environment does not name.
         TransientError: if MLflow does not answer.
         LewisError: if MLflow refuses.
     """
@@ -129,6 +130,7 @@ def _registered() -> tuple[set[str], set[str], list[dict[str, float]]]:
         merge that has densities, expert -> mean density.
     """
     tags: list[dict[str, str]] = []
+    tracking.check_not_elsewhere()
     if tracking.exists():  # without a database nothing was registered, and a search should not create one
         with tracking.client("listing the registered versions") as client:
             tags = [version.tags for version in tracking.every(client.search_model_versions)]
@@ -151,7 +153,7 @@ def make_room(needed: int) -> int:
     hour, or since the start of a run that is going on or died, stay. Without a quota nothing is removed.
 
     Raises:
-        InputError: if `LEWIS_QUOTA` is no size.
+        InputError: if `LEWIS_QUOTA` is no size, or the versions are in an MLflow that the environment does not name.
         LewisError: if MLflow does not answer, or something cannot be removed.
     """
     quota = settings.QUOTA.get()

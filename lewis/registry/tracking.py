@@ -151,6 +151,22 @@ def check_exists(what: str) -> None:
         raise InputError(f"{what}: nothing is registered in {store.home()}; set LEWIS_HOME or MLFLOW_TRACKING_URI")
 
 
+def check_not_elsewhere() -> None:
+    """Check that an empty registry means that nothing was registered, not that the versions are in another MLflow.
+
+    Each connection creates the folder of artifacts. So where there is one, and no database, MLflow was elsewhere.
+
+    Raises:
+        InputError: if `MLFLOW_TRACKING_URI` is not set, and there is that folder and no database.
+    """
+    if not exists() and artifacts_folder().exists():
+        raise InputError(
+            f"{store.home()}: expected the MLflow that this store was used with; MLFLOW_TRACKING_URI is not set, and "
+            f"there is no {_folder() / 'mlflow.db'}; set MLFLOW_TRACKING_URI, or put back that file. If nothing is "
+            f"registered, remove {artifacts_folder()}"
+        )
+
+
 def experiment_name(team: str = "") -> str:
     """Return the experiment's name, `MLFLOW_EXPERIMENT_NAME` or `lewis`; for a team with a suffix: `lewis/research`."""
     return "/".join(filter(None, (os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lewis", team)))

@@ -20,12 +20,18 @@ COPY = option("folder", metavar="DIR", type=Path, help="the copy, a folder outsi
 
 
 def gc(options: argparse.Namespace) -> None:
-    """Show the entries of the store that are no longer needed, and with `--yes` remove them."""
+    """Show the entries of the store that are no longer needed, and with `--yes` remove them.
+
+    Raises:
+        InputError: if the service of this store has another MLflow than this environment names.
+    """
     from lewis.registry.retention import by_versions
     from lewis.store import housekeeping, runs
+    from lewis_flows.service.servers import check_mlflow_as_served
     from lewis_tasks.support import caching  # noqa: F401  adds Prefect's records to the kinds of entries
 
     show_log()
+    check_mlflow_as_served()
     active_since = runs.active_since()  # asked first: what is used after this is kept, also if its run ends meanwhile
     found = housekeeping.survey(options.days, needed=by_versions(), active_since=active_since)
     freed, total = housekeeping.remove(found) if options.yes else 0, sum(item.bytes for item in found)
@@ -40,11 +46,16 @@ def gc(options: argparse.Namespace) -> None:
 
 
 def retention(options: argparse.Namespace) -> None:
-    """Show old data that nothing needs in Prefect, MLflow and the store's remote half; with `--yes` remove it."""
+    """Show old data that nothing needs in Prefect, MLflow and the store's remote half; with `--yes` remove it.
+
+    Raises:
+        InputError: if the service of this store has another MLflow than this environment names.
+    """
     from lewis_flows.service.credentials import connected
-    from lewis_flows.service.servers import prefect_server
+    from lewis_flows.service.servers import check_mlflow_as_served, prefect_server
 
     show_log()
+    check_mlflow_as_served()
     with prefect_server() as url, connected(url):
         from lewis_flows import retention
 

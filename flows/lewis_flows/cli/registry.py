@@ -78,10 +78,12 @@ def approve(options: argparse.Namespace) -> None:
     """Approve a version that waits for a person, which makes it the champion, or with `--refuse` refuse it.
 
     Raises:
-        InputError: if what was given is not `NAME/VERSION`.
+        InputError: if what was given is not `NAME/VERSION`, or the service of this store has another MLflow.
     """
     from lewis.registry import promotion
+    from lewis_flows.service.servers import check_mlflow_as_served
 
+    check_mlflow_as_served()
     name, number = _named(options.version)
     if options.refuse:
         promotion.refuse(name, number, options.why)
@@ -95,10 +97,12 @@ def promote(options: argparse.Namespace) -> None:
     """Make a version the champion of its model by hand.
 
     Raises:
-        InputError: if what was given is not `NAME/VERSION`.
+        InputError: if what was given is not `NAME/VERSION`, or the service of this store has another MLflow.
     """
     from lewis.registry import promotion
+    from lewis_flows.service.servers import check_mlflow_as_served
 
+    check_mlflow_as_served()
     name, number = _named(options.version)
     _champion(options, name, number, promotion.promote_by_hand(name, number, options.why))
 
@@ -126,9 +130,14 @@ def rollback(options: argparse.Namespace) -> None:
     """Make the previous champion of a model the champion again.
 
     The version that is taken back is the given one, else that which is the champion when the command begins.
+
+    Raises:
+        InputError: if the service of this store has another MLflow than this environment names.
     """
     from lewis.registry import promotion
+    from lewis_flows.service.servers import check_mlflow_as_served
 
+    check_mlflow_as_served()
     what = options.what.removeprefix("models:/")
     name, _, number = what.rpartition("/")
     if not (name and number.isdecimal()):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lewis import settings, store
+from lewis.errors import InputError
 from lewis.registry import tracking
 from lewis.store.secrets import PREFECT_KEY, UP_SERVE_KEY
 from lewis_flows.service import credentials, mlflow_app, note
@@ -135,6 +136,21 @@ def prefect_database() -> Path | str:
 def mlflow_database() -> Path | str:
     """The database of MLflow: its file, or the URL of a server, without a password."""
     return tracking.place_of(os.environ.get("MLFLOW_TRACKING_URI") or tracking.database())
+
+
+def check_mlflow_as_served() -> None:
+    """Check that commands of this shell have the MLflow of the `lewis up` that runs on this store, if one does.
+
+    Raises:
+        InputError: if this environment names another one.
+    """
+    known, here = note.read(), mlflow_database()
+    served = [tracking.place_of(known[key]) for key in (note.database_of("mlflow"), "mlflow") if known.get(key)]
+    if served and os.path.realpath(here) not in map(os.path.realpath, served):
+        raise InputError(
+            f"MLflow: `lewis up` on {store.home()} has {' or '.join(map(str, served))}, and by this environment it is "
+            f"{here}; set MLFLOW_TRACKING_URI as `lewis up` has it"
+        )
 
 
 def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tuple[Process, str]:

@@ -30,7 +30,7 @@ from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
 from lewis_flows.cli.main import main
 from lewis_flows.service import note
 from lewis_flows.service.recipe_deployments import TAG
-from lewis_flows.service.servers import RECIPES
+from lewis_flows.service.servers import RECIPES, check_mlflow_as_served
 from lewis_flows.service.sign_in import SignIn, make_code
 from tests.conftest import Family
 from tests.support.lineage import registered
@@ -57,7 +57,16 @@ def _merge(recipe: str) -> State:
     return Completed(name="Promoted", message="v2: acc 0.9 vs 0.8; in place of v1")
 
 
-@pytest.mark.parametrize("command", ["report nope", "pull nope -o out", "history nope", "history nope --plot x.png"])
+_LOOKS = ("report nope", "pull nope -o out", "history nope", "history nope --plot x.png")
+_MOVES = (
+    "promote nope/1 --why x",
+    "approve nope/1 --why x",
+    "approve nope/1 --refuse --why x",
+    "rollback nope --why x",
+)
+
+
+@pytest.mark.parametrize("command", _LOOKS + _MOVES)
 def test_a_look_at_an_empty_store_creates_no_database(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +76,24 @@ def test_a_look_at_an_empty_store_creates_no_database(
     message = capsys.readouterr().err
     assert message.startswith("lewis: nope: ") and "expected one of" not in message
     assert not (tmp_path / "store" / "mlflow").exists()
+
+
+@pytest.mark.parametrize("command", ["gc --yes", "retention --yes", *_MOVES])
+def test_a_shell_with_another_mlflow_than_the_service_is_refused(
+    command: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`gc --yes` over ssh, where only the service's unit had MLFLOW_TRACKING_URI, removed what the champion needs."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # to which MLflow has set it
+    note.write({"mlflow": "http://me:secret@mlflow:5000"})
+    assert main(command.split()) == 2
+    message = capsys.readouterr().err
+    assert "has http://***@mlflow:5000, and by this environment it is" in message
+    assert "set MLFLOW_TRACKING_URI" in message
+    own = {"mlflow": "http://127.0.0.1:5000", note.database_of("mlflow"): str(home / "mlflow" / "mlflow.db")}
+    for uri in ("", "http://127.0.0.1:5000/"):
+        note.write(own)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        check_mlflow_as_served()
 
 
 @pytest.mark.parametrize("command", ["report nope", "deploy", "cancel nope"])

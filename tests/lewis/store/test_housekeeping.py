@@ -182,6 +182,20 @@ def test_without_mlflow_nothing_is_removed(home: Path, monkeypatch: pytest.Monke
     assert pipeline.find_merged(folder.name) is not None
 
 
+def test_versions_in_an_mlflow_that_is_not_named_are_not_taken_for_none(mlflow_home: Path) -> None:
+    """Where only the service's unit has MLFLOW_TRACKING_URI, `gc --yes` removed the champion's merge."""
+    with tracking.client("making the folder of artifacts"):
+        pass
+    folder = merged("a")
+    (mlflow_home / "mlflow" / "mlflow.db").rename(mlflow_home / "elsewhere.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # to which MLflow has set it
+        with pytest.raises(InputError, match=r"MLFLOW_TRACKING_URI is not set, and there is no .*mlflow\.db; set"):
+            survey()
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_home}/elsewhere.db")
+        assert names(survey()) == {f"merged/{folder.name}"}
+
+
 def test_a_look_makes_no_database_and_marks_nothing(home: Path) -> None:
     folder, entry = merged("a"), json_entry("importance", "i", {"norms": {"x": 1.0}})
     first = survey()
