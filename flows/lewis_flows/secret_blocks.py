@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from prefect.client.orchestration import get_client
 
 from lewis import settings
+from lewis_tasks.support.caching import beyond_latin, slug
 
 HUB_TOKEN, MLFLOW_PASSWORD, WEBHOOK_SECRET = "lewis-hub-token", "lewis-mlflow-password", "lewis-webhook-secret"
 _OF_RUNS = {
@@ -37,10 +38,16 @@ def load_for_run(recipe: str | None) -> None:
         recipe: its name. A token that was made for this recipe is used in place of `HF_TOKEN`. None for a run that
             looks at all recipes.
     """
-    own = f"{HUB_TOKEN}-{re.sub('[^a-z0-9]', '-', recipe.lower())}" if recipe else ""  # as names of blocks may be
+    own = _own_block(recipe) if recipe else ""
     found = _load(_OF_RUNS, own)
     if own in found:
         os.environ["HF_TOKEN"] = found[own]
+
+
+def _own_block(recipe: str) -> str:
+    """Return the name of the block with a recipe's own token, of lower-case letters, digits and dashes."""
+    name = slug(recipe) if beyond_latin(recipe) else re.sub("[^a-z0-9]", "-", recipe.lower())
+    return f"{HUB_TOKEN}-{name}"
 
 
 def load_for_serving() -> None:

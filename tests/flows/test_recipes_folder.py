@@ -89,6 +89,13 @@ def test_two_recipes_of_one_name_are_refused_or_meant(
     assert sorted(recipes_folder.load_all()) == ["one"]
 
 
+def test_names_in_another_script_do_not_refuse_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    for number, name in enumerate(("数学", "代码")):
+        (tmp_path / f"{name}.yaml").write_text(ONE.replace("tiny", f"tiny{number}") % "")
+    assert sorted(recipes_folder.load_all()) == sorted(("数学", "代码"))
+
+
 def test_a_recipe_that_could_not_be_read_still_refuses_another_of_its_name_once_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,11 @@ def test_what_the_environment_has_not_is_taken_from_prefect(blocks: None, monkey
     assert os.environ["HF_TOKEN"] == "hf_mine"
 
 
+def test_a_token_of_a_recipe_in_another_script_is_not_that_of_another() -> None:
+    names = [secret_blocks._own_block(recipe) for recipe in ("数学", "代码", "My_Recipe", "Zürich")]
+    assert names[0] != names[1] and names[2:] == ["lewis-hub-token-my-recipe", "lewis-hub-token-z-rich"]
+
+
 def test_a_secret_that_was_changed_in_prefect_is_taken_by_a_process_that_runs_on(blocks: None) -> None:
     """The receiver had the first one until it ended: it took that for a variable that is set."""
     secret_blocks.load_for_run(None)

@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from prefect.serializers import JSONSerializer
 from prefect.tasks import exponential_backoff
 from pydantic import Field
 
-from lewis import settings
+from lewis import settings, store
 from lewis.errors import LewisError
 from lewis.models.hub.errors import retryable
 from lewis.redact import redact_logs, redacted
@@ -148,9 +149,18 @@ class Progress:
 
 
 def slug(text: str) -> str:
-    """Reduce a text to lower-case letters, digits and dashes, the characters allowed in the keys of artifacts."""
+    """Reduce a text to lower-case letters, digits and dashes, the characters allowed in the keys of artifacts.
+
+    A text in another script than Latin gets a short digest, by which it differs from others.
+    """
     words = "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower()).split("-")
-    return "-".join(word for word in words if word) or "x"
+    plain = "-".join(word for word in words if word) or "x"
+    return f"{plain}-{store.digest(text.lower())[:6]}" if beyond_latin(text) else plain
+
+
+def beyond_latin(text: str) -> bool:
+    """Whether a text has letters or digits of another script than Latin, of which no key keeps anything."""
+    return any(c.isalnum() and not unicodedata.name(c, "").startswith(("LATIN", "DIGIT")) for c in text)
 
 
 def quieten() -> None:

@@ -1,6 +1,7 @@
 """What the tasks share: keys by content, progress that can be stopped."""
 
 import logging
+import re
 import threading
 
 import pytest
@@ -42,6 +43,14 @@ def test_an_error_of_ours_is_logged_as_its_message() -> None:
 
 def test_slugs_are_artifact_keys() -> None:
     assert slug("My Recipe_v1.5") == "my-recipe-v1-5" and slug("...") == "x"
+    assert (slug("Zürich"), slug("x_1")) == ("z-rich", "x-1")  # Latin, as it always was
+
+
+def test_slugs_of_other_scripts_differ() -> None:
+    """数学 and 代码 were both `x`."""
+    found = [slug(name) for name in ("数学", "代码", "数学 7b", "代码 7b", "Жук")]
+    assert len({*found}) == 5 and all(re.fullmatch("[a-z0-9-]+", each) for each in found)
+    assert found[2].startswith("7b-") and slug("жук") == found[4]  # case alone makes no other key
 
 
 @pytest.mark.parametrize("name", ["lewis.merging.run", "lewis_tasks.report", "lewis_flows.search"])
