@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lewis.errors import LewisError
 from lewis_flows.cli import completion
 
 if TYPE_CHECKING:
@@ -64,8 +65,19 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 
 def is_name(given: str) -> bool:
-    """Whether a recipe is given by its name in the folder of recipes, not as a file."""
-    return "/" not in given and not given.endswith((".yaml", ".yml")) and not Path(given).exists()
+    """Whether a recipe is given by its name in the folder of recipes, not as a file.
+
+    A folder of this name, such as one that `lewis pull` wrote, does not hide the recipe.
+    """
+    if "/" in given or given.endswith((".yaml", ".yml")):
+        return False
+    if not Path(given).is_dir():
+        return not Path(given).exists()
+    from lewis_flows import recipes_folder
+
+    with suppress(LewisError):
+        return given in recipes_folder.names()
+    return False
 
 
 def recipe_file(options: argparse.Namespace) -> str:

@@ -1,5 +1,6 @@
 """The command line: what each command prints and writes, and the exit code and message of wrong input."""
 
+import argparse
 import io
 import json
 import logging
@@ -22,6 +23,7 @@ from lewis.errors import InputError
 from lewis.models.checkpoint import Checkpoint
 from lewis.store import files
 from lewis_flows.cli import run
+from lewis_flows.cli.arguments import is_name, recipe_file
 from lewis_flows.cli.main import main
 from lewis_flows.cli.terminal import Terminal, output_is_full
 from tests.conftest import Family
@@ -58,6 +60,21 @@ def test_a_link_in_the_folder_of_recipes_is_a_recipe_with_the_name_of_the_link(
     monkeypatch.setattr(run, "_run_flow", flow)
     assert main([command, "prod"]) == 2
     assert flow.call_args.args[1] == str(tmp_path / "recipes" / "prod.yaml")
+
+
+def test_a_folder_of_a_recipes_name_does_not_hide_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `lewis pull my-merge -o my-merge`, `lewis run my-merge` said that this is a folder."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").touch()
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+    options = argparse.Namespace(recipe="mine")
+    assert is_name("mine") and recipe_file(options) == str(tmp_path / "recipes" / "mine.yaml")
+    assert not is_name("other") and not is_name("./mine")
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "none"))
+    assert not is_name("mine")
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
