@@ -52,6 +52,11 @@ def test_every_command_is_one(page: Path) -> None:
     assert set(named) - {"COMMAND"} <= {command.name for command in COMMANDS}
 
 
+def test_the_runbook_names_recipes_as_they_are_in_their_folder() -> None:
+    """`lewis run tiny.yaml` is a file of the working directory, where an operator has none."""
+    assert not re.findall(r"lewis [^`\n]*\.ya?ml\b", (ROOT / "deployments" / "RUNBOOK.md").read_text())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_file_and_module_is_there(page: Path) -> None:
     text = (ROOT / page).read_text()
