@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from itertools import takewhile
 from typing import Any
 
 import httpx
@@ -230,15 +231,18 @@ def _is_broken(recipe: Recipe, heads: Mapping[str, str]) -> bool:
 
 
 def _is_news(recipe: str, move: Moved) -> bool:
-    """Whether to announce a release: it was not announced yet, or its run did not merge it; and nobody paused it."""
+    """Whether to announce a release: it was not announced yet, or its run did not merge it; and nobody paused it.
+
+    An announcement before that of another commit does not count: the author took the other commit back since.
+    """
     with _prefect() as client:
         if prefect_runs.is_paused(client, recipe):
             return False
         now = events.now(client)  # the server says when runs ended
         found = release_event.announced(client, now - REMEMBER, recipe, move.repo)
         commits = {move.new, *commits_of(move.new)}  # of `base+adapter`, a webhook knows only the part that moved
-        found = [each for each in found if each.payload.get("ref") == move.ref and each.payload.get("new") in commits]
-        times = [each.occurred for each in found]
+        of_ref = (each for each in found if each.payload.get("ref") == move.ref)
+        times = [each.occurred for each in takewhile(lambda each: each.payload.get("new") in commits, of_ref)]
         if not times:
             return True
         _report_if_stuck(client, recipe, move, min(times))

@@ -33,6 +33,7 @@ _SHOWN = "lewis.registry.history."  # the prefix in earlier releases; MLflow's p
 TEAM = "lewis.team"  # tag of a registered model, and of its versions: `register.team`
 REFUSED = ("rejected", "refused", "waits", "lapsed")
 """Values of `Record.what` for events that did not change the champion."""
+_JUDGED = ("promoted", "rejected", "waits")  # values of `Record.what` for the verdicts of a gate
 METRIC = "lewis.metric"  # tag of a version: the score that its gate looked at
 LUCK = "lewis.luck"  # tag of a version: the standard error of that score, below 0 if lower is better
 MARK = "lewis.mark"  # tag of a version that passed: the number of the mark (`lewis.evaluation.gate`), perhaps its own
@@ -105,6 +106,11 @@ def _user() -> str:
         return f"user {os.getuid()}"
 
 
+def last_judged(records: Sequence[Record]) -> dict[str, str]:
+    """Return the versions that a gate judged, or that took the place of a damaged champion -> when last (`time`)."""
+    return {each.version: each.time for each in records if each.what in (*_JUDGED, "repaired")}
+
+
 def judged(records: Sequence[Record], mark: str | None) -> list[str]:
     """The versions that a gate judged since the mark became the champion, each once, in their order.
 
@@ -117,7 +123,7 @@ def judged(records: Sequence[Record], mark: str | None) -> list[str]:
     moves = set(MOVES) - {"rolled back"}
     starts = [place for place, each in enumerate(records, 1) if each.what in moves and each.version == mark]
     since = records[starts[-1] if starts else 0 :]
-    return list(dict.fromkeys(each.version for each in since if each.what in ("promoted", "rejected", "waits")))
+    return list(dict.fromkeys(each.version for each in since if each.what in _JUDGED))
 
 
 def lines(records: Sequence[Record], *, verbose: bool = False) -> list[str]:
@@ -148,7 +154,11 @@ def _beside(record: Record) -> str:
 
 def read(client: "MlflowClient", name: str) -> list[Record]:
     """Return all records of a registered model, oldest first, with a client that is open already."""
-    tags = registered_model(client, name).tags
+    return in_tags(registered_model(client, name).tags)
+
+
+def in_tags(tags: Mapping[str, str]) -> list[Record]:
+    """Return all records that the tags of a registered model hold, oldest first."""
     texts = {key.removeprefix(TAG).removeprefix(_SHOWN): tags[key] for key in tags if key.startswith((TAG, _SHOWN))}
     return [Record(**json.loads(texts[time])) for time in sorted(texts)]
 

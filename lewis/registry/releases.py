@@ -12,8 +12,9 @@ from lewis.models.hub.pin import find_folder
 from lewis.models.source import Source, commits_of
 from lewis.recipe.block import parts_of
 from lewis.registry import lineage, tracking
-from lewis.registry.history import registered_model
+from lewis.registry.history import in_tags, last_judged, registered_model
 from lewis.registry.promotion import WAITING, has_lapsed
+from lewis.registry.repair import WITHDRAWN
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Held:
         sources: tag -> commit key of an input; see `commit_of`.
         published: `org/name@commit` on the Hub; empty if it is not there.
         lapsed: whether it waited for a person's approval, and can no longer be approved.
+        judged: when a gate judged it last (UTC, ISO 8601); empty if the history does not say.
+        withdrawn: whether it was rolled back or refused by hand.
     """
 
     version: str
@@ -37,6 +40,8 @@ class Held:
     sources: Mapping[str, str]
     published: str = ""
     lapsed: bool = False
+    judged: str = ""
+    withdrawn: bool = False
 
     def commit_of(self, ref: str) -> str | None:
         """The commit key of an input, by its reference in the recipe; None if the version has no such input."""
@@ -75,10 +80,11 @@ def merged(name: str) -> list[Held]:
     name = tracking.model_name(name)
     with tracking.client(f"reading the versions of {name}") as client:
         try:
-            aliases = registered_model(client, name).aliases
+            model = registered_model(client, name)
         except InputError:  # before the first registration
             return []
         versions = [v for v in client.search_model_versions(f"name='{name}'") if v.tags.get("lewis.digest")]
+    aliases, judged = model.aliases, last_judged(in_tags(model.tags))
     number = str(aliases.get("champion", ""))
     return [
         Held(
@@ -89,6 +95,8 @@ def merged(name: str) -> list[Held]:
             sources=lineage.sources(version.tags),
             published=version.tags.get("lewis.published", ""),
             lapsed=version.tags.get("lewis.verdict") == WAITING and has_lapsed(version.tags, number),
+            judged=judged.get(f"models:/{name}/{version.version}", ""),
+            withdrawn=WITHDRAWN in version.tags,
         )
         for version in sorted(versions, key=lambda version: int(version.version), reverse=True)
     ]
@@ -110,14 +118,18 @@ def approvable(held: Sequence[Held]) -> list[Held]:
 
 
 def moved(heads: Mapping[str, str], held: list[Held], *, base: str | None, root: Path) -> list[Moved]:
-    """Return the models whose current commit is not in the newest merge; empty if a judged version has all of them.
+    """Return the models whose current commit is not in the newest merge; empty if that was judged.
+
+    If an author takes a release back, the current commits are those of an earlier merge that was judged. Then the
+    models are returned whose commits differ from those of the version that a gate judged last, so that this one does
+    not stay the champion. It is judged once more for that, unless it is the champion or was withdrawn by hand.
 
     Only the first expert is returned, as one release is enough to start a merge, if the recipe was never merged, or if
     the run that merged the current commits died before the gate's verdict.
 
     Args:
         heads: what `heads` returned.
-        held: what `merged` returned; the heads are compared with the first.
+        held: what `merged` returned; the heads are compared with the first, or the one that was judged last.
         base: the recipe's reference of the base.
         root: the folder that relative paths start from.
     """
@@ -125,11 +137,18 @@ def moved(heads: Mapping[str, str], held: list[Held], *, base: str | None, root:
     if not held:
         return [Moved(first, _repo(first, None, heads[first], root), None, heads[first])]
     current = [version for version in held if all(version.commit_of(ref) == head for ref, head in heads.items())]
+    last = held[0]
     if any(version.verdict for version in current):
-        return []
-    if current:  # its run died before the gate's verdict
+        if any("champion" in version.aliases or version.withdrawn for version in current):
+            return []
+        # Of a `register.group`, only the versions of recipes with these models: theirs alone follow the same releases.
+        same = [version for version in held if None not in map(version.commit_of, heads)]
+        last = max(same, key=lambda version: (version.judged, int(version.version)))
+        if last in current or any(version.verdict and not version.judged for version in current):
+            return []
+    elif current:  # its run died before the gate's verdict
         return [Moved(first, _repo(first, None, heads[first], root), heads[first], heads[first])]
-    pairs = {ref: (held[0].commit_of(ref), head) for ref, head in heads.items()}
+    pairs = {ref: (last.commit_of(ref), head) for ref, head in heads.items()}
     found = [Moved(ref, _repo(ref, old, new, root), old, new) for ref, (old, new) in pairs.items() if old != new]
     base_moved = any(each.ref == base for each in found)
     # The commit key of an adapter without its own base contains the recipe's base, which may have moved alone.

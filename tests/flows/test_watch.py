@@ -464,6 +464,16 @@ def test_a_run_by_path_counts_and_that_of_another_recipe_does_not(
     assert watch._is_news("of another", move)
 
 
+def test_a_commit_that_is_the_newest_again_is_news(client: SyncPrefectClient, recipes: Path) -> None:
+    """The author took a later release back within the day; the announcement of before was taken for that of now."""
+    for number, commit in enumerate((OLD_RELEASE, RELEASE), 1):
+        release_event.announce("back", "org/math", "org/math", None, commit)
+        until(lambda number=number: len(events(client, "back")) == number)
+    started(client, "back", Running(), Completed())
+    assert watch._is_news("back", Moved("org/math", "org/math", RELEASE, OLD_RELEASE))
+    assert not watch._is_news("back", Moved("org/math", "org/math", OLD_RELEASE, RELEASE))
+
+
 def test_a_webhook_that_knew_the_adapters_commit_only_announced_it(client: SyncPrefectClient, recipes: Path) -> None:
     release_event.announce("adapter", "org/lora", "org/lora", None, RELEASE)
     until(lambda: bool(events(client, "adapter")))

@@ -97,7 +97,8 @@ class _Facts:
 def _add_times(recipe: Watched, found: Status, seen: datetime | None, facts: _Facts) -> None:
     """Add since when a recipe's champion is behind, by the polls, its pause, and when a failed merge is tried again.
 
-    Commits that a version with a verdict holds are not merged again, unless the recipe was edited.
+    Commits that a version with a verdict holds are not merged again, unless the recipe was edited, or an author took a
+    later release back.
     """
     recipe.behind_since = seen if recipe.settled is None or recipe.is_behind else None
     recipe.paused = recipe.recipe in facts.paused
@@ -158,7 +159,8 @@ def _watched(name: str, mlflow: Part, facts: _Facts, *, hub: bool, scores: bool)
         found.inputs.append(Input(ref=ref, held=champion.commit_of(ref) if champion else None, head=heads.get(ref)))
     if heads and found.registered and not found.unknown:
         judged = [version for version in held if version.verdict and not version.lapsed]
-        found.settled = any(all(each.commit_of(ref) == head for ref, head in heads.items()) for each in judged)
+        holding = [each for each in judged if all(each.commit_of(ref) == head for ref, head in heads.items())]
+        found.settled = bool(holding) and not releases.moved(heads, held, base=recipe.base_model, root=recipe.root)
     return found
 
 

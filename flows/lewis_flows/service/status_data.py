@@ -61,7 +61,8 @@ class Watched(BaseModel):
         waiting: version that passed its gate and waits for a person; None if there is none.
         inputs: base and experts.
         served: what its targets have in service, a line each, as `lewis served` prints them.
-        settled: whether a version with a verdict holds the newest commits of all `inputs`; None if unknown.
+        settled: whether a version with a verdict holds the newest commits of all `inputs`, and no author took a later
+            release back since that verdict; None if unknown.
         behind_since: when a poll first saw a commit that the champion misses; None if there is none, or no poll saw it.
         paused: whether its deployment is paused, so that neither a schedule nor a release starts a merge.
         unmerged: whether no run has merged what its file says now; False if Prefect does not answer.

@@ -162,8 +162,39 @@ def test_from_the_first_merge_over_a_release_to_nothing_new(hub: LocalHub, tmp_p
 
     registered(family.base, "b", now, NAME)
     assert moved_of(recipe, now, releases.merged(NAME)) == []
-    # Going back to what version 1 holds is no release.
+    # The history does not say which of the two was judged last.
     assert moved_of(recipe, heads, releases.merged(NAME)) == []
+
+
+def test_a_release_that_was_taken_back_is_judged_once_more(home: Path, family: Family) -> None:
+    """The champion kept the weights that the author had taken back, as a version with the earlier ones was judged."""
+    before, after = ({"org/base": OLD, "org/math": commit} for commit in (OLD, NEW))
+
+    def moved(heads: dict[str, str]) -> list[Moved]:
+        return releases.moved(heads, releases.merged(NAME), base="org/base", root=home)
+
+    first, second = (registered(family.base, each, heads, NAME, None) for each, heads in (("a", before), ("b", after)))
+    promotion.promote(first, Verdict(True, (), "base"))
+    promotion.promote(second, Verdict(True, (), first.uri))
+    assert moved(after) == []
+    assert moved(before) == [Moved("org/math", "org/math", NEW, OLD)]
+    promotion.promote(first, Verdict(False, ("worse: fail",), second.uri))
+    assert moved(before) == []  # rejected: not at each poll
+    assert moved(after) == []  # the champion has these
+    promotion.rollback(NAME, "rude")
+    assert moved(before) == moved(after) == []  # the champion again; withdrawn
+    third = registered(family.base, "c", {**before, "org/math": "3" * 40}, NAME, None)
+    promotion.promote(third, Verdict(False, (), first.uri))
+    assert moved(before) == moved(after) == []
+
+
+def test_a_version_of_another_recipe_of_the_group_is_no_later_release(home: Path) -> None:
+    mine, other = ({lineage.source_tag(ref): OLD} for ref in ("org/math", "org/code"))
+    held = [
+        releases.Held("2", "b" * 64, "passed", ("champion",), other, judged="2026-01-02"),
+        releases.Held("1", "a" * 64, "failed", (), mine, judged="2026-01-01"),
+    ]
+    assert releases.moved({"org/math": OLD}, held, base=None, root=home) == []
 
 
 def test_a_version_whose_run_died_before_its_verdict_is_given(home: Path, tmp_path: Path, family: Family) -> None:
