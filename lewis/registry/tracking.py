@@ -16,6 +16,7 @@ from lewis.errors import InputError, LewisError, TransientError
 from lewis.quick_imports import quick_imports
 from lewis.redact import redacted
 from lewis.store.manifest import DamagedError
+from lewis.store.verification import PUT_BACK
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -81,7 +82,7 @@ def client(doing: str) -> Iterator["MlflowClient"]:
         AwayError: if the server, or the bucket of its artifacts, does not answer.
         TransientError: if the server is busy.
         InputError: if the server wants a user and a password, or others than it is given.
-        LewisError: if MLflow or the disk refuses.
+        LewisError: if MLflow or the disk refuses, or the database is damaged.
     """
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")  # read when MLflow is first imported
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print a password in the URL
@@ -116,6 +117,12 @@ def client(doing: str) -> Iterator["MlflowClient"]:
     except OSError as error:
         raise LewisError(f"MLflow at {uri}: {doing}: {error}") from error
     except Exception as error:
+        # Of a database that is opened; later MLflow makes it an error of its own. Not imported where a server has it.
+        sql = sys.modules.get("sqlalchemy.exc")
+        if sql and isinstance(error, sql.DatabaseError):
+            if isinstance(error, sql.OperationalError):  # the database is locked, or its server does not answer
+                raise TransientError(f"MLflow at {uri}: {doing}: {error.orig}") from error
+            raise LewisError(f"MLflow at {uri}: {doing}: {error.orig}; {PUT_BACK}") from error
         bucket = getattr(error, "kwargs", {}).get("endpoint_url")  # of botocore's errors; the package is an extra
         if bucket is None:
             raise

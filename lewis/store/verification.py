@@ -15,6 +15,8 @@ from lewis.store.folders import home
 from lewis.store.kinds import Kind
 
 DATABASE = "database"
+PUT_BACK = "stop `lewis up`, and put back a backup's"
+"""What to do about a damaged database."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def verify() -> Verified:
     for path in (path for folder in kinds.FOREIGN for path in sorted((home() / folder).glob("*.db"))):
         count += 1
         if problem := problem_of_database(path):
-            damaged.append(Damage(DATABASE, str(path), f"{problem}; stop `lewis up`, and put back a backup's"))
+            damaged.append(Damage(DATABASE, str(path), f"{problem}; {PUT_BACK}"))
     for kind in kinds.TABLE.values():
         for path in kind.entries() if kind.check else ():
             why = _problem(kind, path)

@@ -1187,6 +1187,13 @@ def test_a_version_whose_request_was_taken_to_have_failed_is_complete_after_the_
     assert [model.status for model in client().search_logged_models([experiment])] == ["READY"]
 
 
+def test_a_damaged_database_is_no_traceback(home: Path) -> None:
+    """MLflow passes on what SQLAlchemy raises while the database is opened."""
+    (home / "mlflow" / "mlflow.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(LewisError, match=r"mlflow\.db: reading .*: file is not a database; stop `lewis up`, and put"):
+        history.history("tiny")
+
+
 def test_a_server_that_does_not_answer_is_transient(entry: Registration, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
