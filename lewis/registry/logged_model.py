@@ -14,13 +14,12 @@ from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 from lewis import private_names, store
 from lewis.errors import TransientError
 from lewis.models.chat_template import template_in
 from lewis.models.lora.config import read_settings
+from lewis.registry import tracking
 from lewis.store import kinds, manifest
 from lewis.store.manifest import DamagedError, remembered_sha256
 
@@ -120,7 +119,10 @@ def check(client: "MlflowClient", model: "LoggedModel", *, again: bool = False) 
 
     Raises:
         DamagedError: naming the file that is missing or damaged.
+        InputError: if the store was moved, so that no file is where MLflow has it.
     """
+    if (place := local_folder(model)) is not None and len(place.parents) > 2:
+        tracking.check_not_moved(place.parents[2])  # of EXPERIMENT/models/ID/artifacts
     try:
         files = {name: (int(size), str(sha256)) for name, (size, sha256) in facts(client, model)["files"].items()}
     except (TypeError, ValueError) as error:
@@ -140,8 +142,7 @@ def check(client: "MlflowClient", model: "LoggedModel", *, again: bool = False) 
 
 def local_folder(model: "LoggedModel") -> Path | None:
     """The folder of the model's artifacts; None if they are not on a file system of this machine."""
-    location = urlparse(model.artifact_location)
-    return Path(url2pathname(location.path)) if location.scheme in ("", "file") else None
+    return tracking.local_path(model.artifact_location)
 
 
 def download(client: "MlflowClient", model: "LoggedModel", folder: Path) -> None:

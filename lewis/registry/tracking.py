@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from lewis import private_names, store
 from lewis.errors import InputError, LewisError, TransientError
@@ -81,7 +83,7 @@ def client(doing: str) -> Iterator["MlflowClient"]:
     Raises:
         AwayError: if the server, or the bucket of its artifacts, does not answer.
         TransientError: if the server is busy.
-        InputError: if the server wants a user and a password, or others than it is given.
+        InputError: if the server wants a user and a password, or others than it is given; or the store was moved.
         LewisError: if MLflow or the disk refuses, or the database is damaged.
     """
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")  # read when MLflow is first imported
@@ -184,11 +186,36 @@ def artifacts_folder() -> Path:
     return _folder() / "artifacts"
 
 
+def local_path(location: str) -> Path | None:
+    """Return the folder of artifacts at a location that MLflow names; None if it is not on this machine's disks."""
+    parts = urlparse(location)
+    return Path(url2pathname(parts.path)) if parts.scheme in ("", "file") else None
+
+
+def check_not_moved(artifacts: Path) -> None:
+    """Check that the store was not moved: MLflow names files by their whole path.
+
+    Args:
+        artifacts: the folder of an experiment's artifacts, as MLflow names it.
+
+    Raises:
+        InputError: if that is `artifacts_folder` of another store, and is not there.
+    """
+    own = artifacts_folder()
+    if artifacts.parts[-2:] != own.parts[-2:] or store.holds(artifacts) or artifacts.exists():
+        return
+    old, new = artifacts.parents[1], store.home()
+    raise InputError(
+        f"{old}: MLflow names the files of versions by this folder, which is not there. If the store was moved to "
+        f"{new}, move it back and set LEWIS_HOME, or make a link: ln -s {new} {old}"
+    )
+
+
 def experiment(client: "MlflowClient", team: str = "") -> str:
     """The id of the experiment `experiment_name`; created if it does not exist.
 
     Raises:
-        InputError: if it has been deleted.
+        InputError: if it has been deleted, or the store was moved, so that new files would go to its old folder.
     """
     from mlflow.exceptions import MlflowException
 
@@ -210,6 +237,9 @@ def experiment(client: "MlflowClient", team: str = "") -> str:
     if found.lifecycle_stage != "active":
         restore = f"mlflow experiments restore -x {found.experiment_id}"
         raise InputError(f"MLflow's experiment {name!r} is deleted: run `{restore}`, or set MLFLOW_EXPERIMENT_NAME")
+    # A server's clients on other machines may lack its folder, and ask only about what is in its database.
+    if not client.tracking_uri.startswith("http") and (folder := local_path(found.artifact_location)):
+        check_not_moved(folder)
     return str(found.experiment_id)
 
 

@@ -264,6 +264,7 @@ def check_model(client: "MlflowClient", version: "ModelVersion", *, again: bool 
 
     Raises:
         DamagedError: naming a file that is missing or damaged.
+        InputError: if the store was moved.
     """
     from mlflow.exceptions import MlflowException
 

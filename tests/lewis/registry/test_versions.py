@@ -20,7 +20,9 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -963,6 +965,25 @@ def test_a_version_whose_files_are_back_is_no_longer_tagged(entry: Registration,
     config.write_bytes(before)
     assert creation.register(entry).version == "1" and "lewis.damaged" not in tags_of("1")
     assert verify().damaged == []
+
+
+def test_a_store_that_was_moved_damages_no_version(
+    entry: Registration, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All versions were damaged: MLflow names their files by the old path of the store."""
+    creation.register(entry)
+    moved = home.rename(tmp_path / "moved")
+    monkeypatch.setenv("LEWIS_HOME", str(moved))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # to which MLflow has set it
+    told = f"^{home}: MLflow names .* by this folder, which is not there.*: ln -s {moved} {home}$"
+    for act in (lambda: pull("tiny/1", tmp_path / "out"), lambda: promotion.rollback("tiny", "x"), repair.verify):
+        with pytest.raises(InputError, match=told):
+            act()
+    model = SimpleNamespace(artifact_location=(home / "mlflow" / "artifacts" / "models" / "m-1" / "artifacts").as_uri())
+    with pytest.raises(InputError, match=told):  # as MLflow's server gives it, which has the database
+        logged_model.check(Mock(), model)  # type: ignore[arg-type]
+    home.symlink_to(moved)
+    assert repair.verify().damaged == [] and "lewis.damaged" not in tags_of("1")
 
 
 def test_the_mark_stays_and_versions_are_counted_until_one_is_better(entry: Registration, tiny_model: Path) -> None:
