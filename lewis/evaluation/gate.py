@@ -26,7 +26,7 @@ from lewis.evaluation.statistics import power
 from lewis.evaluation.statistics.comparison import Comparison
 from lewis.evaluation.statistics.looks import Look
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored, gain, grouped_tasks
-from lewis.evaluation.statistics.scores import Part, Samples, by_key, places_of
+from lewis.evaluation.statistics.scores import Part, Samples, Score, by_key, places_of
 from lewis.recipe.schema import Gate
 
 CHANCE = 0.05  # the largest p at which a test of one version counts as passed
@@ -283,7 +283,8 @@ def _not_worse(gate: Gate, candidate: Scored, reference: Scored, look: Look, tha
             margin = _margin(gate, samples, reference, len(judged), look)
             p = found.p_inferior(margin)
             lost = found.p_superior(-margin) < CHANCE * look.failing
-            p = p if look.documents is None else max(p, found.p_unseen(margin))
+            if look.documents is not None or _is_share(score):
+                p = max(p, found.p_unseen(margin))
             numbers = f"gain {found.delta:+.4f}, from {found.low:+.4f}, p {p:.3g}"
             text = f"{key} must not be worse{than} by {margin:.4g}: {numbers}"
             yield RuleResult(text, p <= CHANCE * look.passing, lost)
@@ -332,7 +333,7 @@ def _unjudged(gate: Gate, candidate: Scored, reference: Scored) -> Iterator[str]
 def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int, look: Look) -> float:
     """The margin in the metric's unit: absolute for a score from 0 to 1 where higher is better, else relative."""
     score, given = reference.by_name[samples.key], gate.tolerance
-    share = score.higher_is_better and 0 <= score.value <= 1
+    share = _is_share(score)
     if isinstance(given, Mapping):
         given = given.get(samples.key, given.get(samples.task))
     if given is None and share:
@@ -340,6 +341,10 @@ def _margin(gate: Gate, samples: Samples, reference: Scored, tests: int, look: L
         errors = power.sums_by_task((part.task, part.weight / math.sqrt(_count(part, look))) for part in theirs.parts)
         return power.margin(power.spread((error, 1) for error in errors.values()), tests)
     return (TOLERANCE if given is None else given) * (1.0 if share else abs(score.value))
+
+
+def _is_share(score: Score) -> bool:
+    return score.higher_is_better and 0 <= score.value <= 1
 
 
 def _count(part: Part, look: Look) -> float:
