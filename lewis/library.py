@@ -91,6 +91,8 @@ def merge(
         InputError: naming what is wrong with the recipe, the models, the folder or the size.
         LewisError: if the work fails.
     """
+    if not isinstance(folder, str | PathLike):
+        raise InputError(f"folder: expected the path of the output, got {folder!r}; give one, such as 'merged'")
     recipe, folder, shard = load(recipe), check_output_folder(Path(folder)), parse_size(str(max_shard_size))
     given, prepared = prepare(recipe, report)
     written = prepared.run(
@@ -212,6 +214,9 @@ def inspect(
         InputError: if a model does not exist, or the base is broken.
         TransientError: if the Hub cannot be asked right now; trying again can help.
     """
+    if isinstance(candidates, str | PathLike):
+        one = str(candidates)
+        raise InputError(f"candidates: expected a list of references, got {one!r}; give [{one!r}]")
     recipe = load(recipe)
     base, experts = pin_all(recipe)
     others = [pin(str(ref), recipe.root) for ref in candidates]

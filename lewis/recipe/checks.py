@@ -280,10 +280,10 @@ def _check_density(data: dict[str, Any]) -> list[str]:
         return []  # the schema reports it
     if low is None or high is None:
         return []
+    if budget is not None and not _allocator(data.get("lewis")).guides:  # the default bounds do not apply to it
+        low, high = (low if "min" in own else 0.0), (high if "max" in own else 1.0)
     if low > high:
         return [f"lewis.density.min: expected 0 < min <= max <= 1, got min={low}, max={high}"]
-    if not _allocator(data.get("lewis")).guides:  # the default bounds do not apply to one density for all
-        low, high = (low if "min" in own else 0.0), (high if "max" in own else 1.0)
     if budget is not None and not low <= budget <= high:
         return [f"lewis.density.budget: expected min <= budget <= max, got min={low}, budget={budget}, max={high}"]
     return []

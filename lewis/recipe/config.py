@@ -168,4 +168,5 @@ def excluded(patterns: Sequence[str], names: Iterable[str], tied: Mapping[str, s
 
 
 def _matches(patterns: Sequence[str], tensor: str) -> bool:
-    return any(fnmatch.fnmatchcase(tensor, f"*{pattern}*") for pattern in patterns)
+    plain = (pattern.replace("[", "[[]").replace("?", "[?]") for pattern in patterns)  # only * stands for other text
+    return any(fnmatch.fnmatchcase(tensor, f"*{pattern}*") for pattern in plain)

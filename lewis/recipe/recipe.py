@@ -82,7 +82,7 @@ class Recipe(MergeConfig):
         return cls.parse(text, root=path.resolve().parent, name=path.stem, overrides=overrides)
 
     @classmethod
-    def parse(cls, text: str, *, root: Path, name: str = "recipe", overrides: Sequence[str] = ()) -> "Recipe":
+    def parse(cls, text: str, *, root: str | Path, name: str = "recipe", overrides: Sequence[str] = ()) -> "Recipe":
         """Read and check a recipe from its text.
 
         Args:
@@ -94,7 +94,7 @@ class Recipe(MergeConfig):
         Raises:
             RecipeError: with every problem found, each beginning with its YAML path.
         """
-        data = yaml_text.read(text, name)
+        root, data = Path(root), yaml_text.read(text, name)
         for setting in overrides:
             yaml_text.override(data, setting)
         for table in (METHODS, ALLOCATORS):

@@ -101,6 +101,16 @@ def test_a_recipe_that_is_neither_a_file_nor_a_recipe_is_refused(recipe: Path) -
             lewis.plan(given)  # type: ignore[arg-type]
 
 
+def test_arguments_of_another_kind_are_told(recipe: Path, tmp_path: Path) -> None:
+    """A folder as text gave a recipe that no merge took; the others were tracebacks, or read text letter by letter."""
+    parsed = lewis.Recipe.parse(recipe.read_text(), root=str(recipe.parent))
+    assert lewis.merge(parsed, tmp_path / "out").digest
+    with pytest.raises(InputError, match="folder: expected the path of the output, got None"):
+        lewis.merge(recipe, None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"candidates: expected a list of references, got 'a/b'; give \['a/b'\]"):
+        lewis.inspect(recipe, candidates="a/b")
+
+
 def test_the_size_of_a_file_is_checked_before_the_work(recipe: Path, tmp_path: Path) -> None:
     """`5GB`, as transformers takes it, was a TypeError once all was measured and fitted."""
     seen: list[str] = []

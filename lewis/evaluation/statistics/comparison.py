@@ -123,7 +123,7 @@ def compare(
     together = _together(pairs)
     draws = sign * _resampled(together, _gain) + 0.0
     low, high = _interval(draws)
-    gains = [sum(sign * part.weight * _per_document(part, sums) for part, sums in of) for of in together]
+    gains = [sum((sign * part.weight * _per_document(part, sums) for part, sums in of), np.zeros(1)) for of in together]
     better = np.concatenate(gains)
     binary = len(pairs) == 1 and all(
         part.aggregation == "mean"

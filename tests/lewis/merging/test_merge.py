@@ -602,6 +602,8 @@ class TestRefused:
     def test_a_pattern_of_exclude_that_matches_nothing(self, family: Family) -> None:
         with pytest.raises(RecipeError, match=r"exclude\[1\]: 'mlp.up_prj' matches no tensor; did you mean 'mlp.up"):
             open_merge("ties", family.base, [family.math], exclude=["mlp", "mlp.up_prj"])
+        with pytest.raises(RecipeError, match=r"exclude\[0\]: 'layers.\?.mlp' matches no tensor"):
+            open_merge("ties", family.base, [family.math], exclude=["layers.?.mlp"])  # only * stands for other text
         with pytest.raises(RecipeError, match="exclude: what is excluded is copied from the base; set base_model"):
             open_merge("linear", None, family.experts, parameters={"weight": 1}, exclude=["mlp"])
         with pytest.raises(InputError, match="nothing is left to merge"):

@@ -391,6 +391,11 @@ class TestMistakes:
             f"{{base_model: b, merge_method: {text}}}"
         )
 
+    @pytest.mark.parametrize("density", ["min: 0.9, budget: 0.95", "max: 0.2, budget: 0.1"])
+    def test_the_default_bounds_do_not_apply_to_one_density_for_all(self, density: str) -> None:
+        block = f"lewis: {{density: {{strategy: uniform, {density}}}}}"
+        assert parse(f"{{base_model: b, merge_method: ties, models: [{{model: a}}], {block}}}").lewis
+
     @pytest.mark.parametrize(
         "text",
         [
