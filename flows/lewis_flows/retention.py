@@ -17,7 +17,9 @@ from prefect.exceptions import ObjectNotFound
 
 from lewis.errors import InputError
 from lewis.registry import retention as in_mlflow
+from lewis.registry import tracking
 from lewis.store import outdated as in_remote
+from lewis.store import remote
 from lewis.store.outdated import Outdated
 from lewis_flows import prefect_runs
 from lewis_tasks.support import events
@@ -67,11 +69,17 @@ def survey(days: float) -> list[Outdated]:
     What is old must be so by the clock of this machine and by that of Prefect's server.
 
     Raises:
-        InputError: if `days` is not at least 1, or more than there is of time.
+        InputError: if `days` is not at least 1, or more than there is of time; or if there is a remote half, which
+            other machines use too, and no MLflow that says what their versions need.
         TransientError, LewisError: if MLflow or the remote half does not answer.
     """
     if not 1 <= days <= _MOST:
         raise InputError(f"days: expected a number from 1 to {_MOST}, got {days}")
+    if remote.url() and not tracking.exists():
+        raise InputError(
+            "MLFLOW_TRACKING_URI: expected the MLflow of the machines that share LEWIS_STORE, got none: what their "
+            "registered versions need would be removed; set it as the service has it"
+        )
     with get_client(sync_client=True) as client:
         before = _now(client) - days * _DAY
         runs, made_versions = in_mlflow.runs(before)

@@ -156,6 +156,16 @@ def test_remote_entries_go_when_nothing_needs_them(home: Path, tmp_path: Path, m
     in_remote.remove(found[0])  # it is gone already
 
 
+def test_a_shell_that_has_the_remote_half_and_no_registry_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the service's versions need was listed, and would have been removed."""
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "fresh"))
+    monkeypatch.setenv("LEWIS_STORE", str(tmp_path / "bucket"))
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI: expected the MLflow of the machines that share"):
+        retention.survey(90)
+
+
 def test_a_remote_half_that_does_not_answer_is_named(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
