@@ -41,8 +41,8 @@ class Comparison:
         p: two-sided, of the hypothesis that the models are equally good. McNemar's exact test if every value is 0 or 1,
             else a permutation test that swaps the two models' values (sign flips).
         draws: the resampled gains, sorted.
-        cautious: the same with one more document in each task, on which the candidate loses as much as the two models
-            differ at most; empty if `binary`.
+        cautious: computes the same with one more document in each task, on which the candidate loses as much as the two
+            models differ at most.
     """
 
     key: str
@@ -55,7 +55,7 @@ class Comparison:
     binary: bool
     p: float
     draws: Array = field(repr=False, compare=False)
-    cautious: Array = field(repr=False, compare=False)
+    cautious: Callable[[], Array] = field(repr=False, compare=False)
 
     @property
     def spread(self) -> float:
@@ -71,7 +71,7 @@ class Comparison:
         """
         if self.binary and 0 < tolerance < 1:
             return tango(self.wins, self.losses, self.documents, tolerance)
-        draws = self.draws if self.binary else self.cautious
+        draws = self.draws if self.binary else self.cautious()
         return float((1 + np.count_nonzero(~(draws > -tolerance))) / (1 + len(draws)))
 
     def p_superior(self, gain: float) -> float:
@@ -134,11 +134,8 @@ def compare(
     documents = sum(int(np.any([_of_both(sums) for _, sums in of], axis=0).sum()) for of in together)
     wins, losses = int((better > 0).sum()), int((better < 0).sum())
     p = mcnemar(wins, losses) if binary else _permutation(together, abs(delta))
-    cautious = np.zeros(0)
-    if not binary:
-        cautious = sign * _resampled(list(map(_with_a_loss, together, gains)), _gain)
-    draws, cautious = np.sort(draws), np.sort(cautious)
-    return Comparison(candidate.key, documents, delta, low, high, wins, losses, binary, p, draws, cautious)
+    cautious = functools.cache(lambda: np.sort(sign * _resampled(list(map(_with_a_loss, together, gains)), _gain)))
+    return Comparison(candidate.key, documents, delta, low, high, wins, losses, binary, p, np.sort(draws), cautious)
 
 
 @functools.lru_cache(256)

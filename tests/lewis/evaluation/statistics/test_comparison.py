@@ -206,15 +206,15 @@ def test_a_model_that_is_worse_by_the_margin_passes_in_at_most_one_case_of_twent
 
 def test_a_model_that_is_worse_by_the_margin_on_scores_of_any_size_passes_as_rarely(monkeypatch):
     """A bootstrap of rare losses passed eight of a hundred."""
-    monkeypatch.setattr(comparison, "RESAMPLES", 400)
+    monkeypatch.setattr(comparison, "RESAMPLES", 300)
     rng, margin, found = np.random.default_rng(5), 0.0926, []
-    for _ in range(800):
+    for _ in range(500):
         theirs = rng.choice([1.0, 0.75], size=100)
         ours = np.where(rng.random(100) < margin / theirs.mean(), 0.0, theirs)
         found.append(compare(samples(ours), samples(theirs)).p_inferior(margin))
     assert 0 < np.mean(np.array(found) <= 0.05) <= 0.06
     equal = compare(samples(theirs), samples(theirs))
-    assert equal.p_inferior(margin) < 0.05 and not compare(samples([1]), samples([0])).cautious.size
+    assert equal.p_inferior(margin) < 0.05 < compare(samples([0.5]), samples([0.5])).p_inferior(margin) == 1
 
 
 def test_a_gain_that_no_draw_of_swaps_reaches_has_a_bound_far_below_their_number():

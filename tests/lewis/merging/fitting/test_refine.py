@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lewis.merging.fitting.held_back import Distance, Verdict
 from lewis.merging.forecast import Forecast
 from lewis.merging.run import Merge, text_of_fit
 from lewis.merging.settings import Expert, resolve
+from lewis.methods import Parameter
 from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Refine
@@ -138,31 +140,32 @@ def test_training_is_not_taken_that_is_worse_than_the_anchor(
     assert verdict.refined and verdict.refined.taken == 0 and verdict.taken == 0
 
 
-def test_rows_count_as_their_expert_does(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("weights", "counts"), [((3.0, 1.0), {1.5, 0.5}), ((1.0, 0.0), {2.0})])
+def test_rows_count_as_their_expert_does(
+    weights: tuple[float, float],
+    counts: set[float],
+    family: Family,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """An expert of weight 0, which a fit ignores, was learned from."""
-    seen, learn = set[tuple[float, int]](), refine.Student.learn
-    monkeypatch.setattr(
-        refine.Student,
-        "learn",
-        lambda self, rows: [seen.update((r.weight, len(r.ids)) for r in rows), learn(self, rows)],
-    )
-    merge = trained(apart)
+    monkeypatch.setattr(held_back, "_distance", lambda *_: Distance(0.1, 0.2))
+    seen, learn, merge = list[refine.Row](), refine.Student.learn, trained(family, epochs=1)
 
-    def with_weights(*weights: float) -> Merge:
-        chosen = dict(zip([each.ref for each in merge.experts], weights, strict=True))
-        value = merge.settings.value
-        settings = replace(
-            merge.settings,
-            value=lambda p, ref, *where: chosen[ref] if p.name == "weight" else value(p, ref, *where),
-        )
-        return replace(merge, settings=settings)
+    def noted(student: refine.Student, rows: Sequence[refine.Row]) -> None:
+        seen.extend(rows)
+        learn(student, rows)
 
-    with_weights(3.0, 1.0).run(tmp_path / "both", threads=1)
-    assert {weight for weight, _ in seen} == {1.5, 0.5}
-    seen.clear()
-    with_weights(1.0, 0.0).run(tmp_path / "one", threads=1)
-    lengths = {len(row) for row in merge.experts[0].calibration.samples} if merge.experts[0].calibration else set()
-    assert {weight for weight, _ in seen} == {2.0} and {length for _, length in seen} <= lengths
+    monkeypatch.setattr(refine.Student, "learn", noted)
+    chosen, value = dict(zip([each.ref for each in merge.experts], weights, strict=True)), merge.settings.value
+
+    def with_weights(parameter: Parameter, ref: str, *where: Any) -> Any:
+        return chosen[ref] if parameter.name == "weight" else value(parameter, ref, *where)
+
+    replace(merge, settings=replace(merge.settings, value=with_weights)).run(tmp_path / "out")
+    assert {row.weight for row in seen} == counts
+    known = [rows.samples for each in merge.experts[: len(counts)] if (rows := each.calibration)]
+    assert {tuple(row.ids.tolist()) for row in seen} == {row for rows in known for row in rows}
 
 
 def test_it_computes_on_the_gpu_that_the_step_was_given(apart: Family, monkeypatch: pytest.MonkeyPatch) -> None:
