@@ -24,7 +24,14 @@ from lewis_flows.service.sign_in import SignIn
 DEAD_RUNS, DEAD_AFTER = "lewis-dead-runs", timedelta(seconds=75)
 """Name of the automation that marks runs as Crashed, and after how long without a heartbeat; one is sent every 30 s."""
 
+LEASES = ("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "prefect.server.concurrency.lease_storage.filesystem")
+"""Variable and default of where the server keeps leases: in its `PREFECT_HOME`; Prefect's own default is in memory.
+
+A server that is started again still knows which tasks hold a device, and which runs have their recipe's turn.
+"""
+
 _AT_ONCE = 500  # events that one query asks for
+_ALL = 1 << 20  # leases; without a number, the storage lists 100
 _LONGEST = 1 << 20  # bytes of a query's body, which is read before the application has checked the key
 
 
@@ -98,27 +105,58 @@ def free_leases_of_the_dead() -> None:
     private_names.PREFECT_LEASE_INDEX.put(guarded)
 
 
-async def wait_again_for_heartbeats() -> None:
+async def recover() -> None:
+    """Correct what the database says of the time while the server was down, before the server reads it."""
+    import sqlalchemy as sa
+    from prefect.server.database import provide_database_interface
+
+    db = provide_database_interface()
+    for correct in (_wait_again_for_heartbeats, _free_slots_without_lease):
+        with suppress(
+            sa.exc.DBAPIError, OSError
+        ):  # before the first start there are no tables; the server reports any other error
+            async with db.session_context(begin_transaction=True) as session:
+                await correct(db, session)
+    await (await db.engine()).dispose()  # of this event loop, which ends now
+
+
+async def _wait_again_for_heartbeats(db: Any, session: Any) -> None:
     """Restart the deadline of each run's next heartbeat, as if the last one had come now.
 
     While the server was down, no heartbeat could reach it: it would mark runs that wait for its return as Crashed.
     """
     import sqlalchemy as sa
-    from prefect.server.database import provide_database_interface
 
-    db, now = provide_database_interface(), datetime.now(UTC)
     ours = sa.select(db.Automation.id).where(db.Automation.name == DEAD_RUNS)
     waits = sa.update(db.AutomationBucket).where(db.AutomationBucket.automation_id.in_(ours))
-    with suppress(
-        sa.exc.DBAPIError, OSError
-    ):  # before the first start there are no tables; the server reports any other error
-        async with db.session_context(begin_transaction=True) as session:
-            await session.execute(waits.values(end=now + DEAD_AFTER))
-    await (await db.engine()).dispose()  # of this event loop, which ends now
+    await session.execute(waits.values(end=datetime.now(UTC) + DEAD_AFTER))
+
+
+async def _free_slots_without_lease(db: Any, session: Any) -> None:
+    """Free the slots of `lewis-device` that have no lease: nothing else would, and tasks would wait for them for ever.
+
+    A server that kept its leases in memory, or lost its `PREFECT_HOME`, has forgotten them; one that was killed while
+    it gave a slot may have noted no lease.
+    """
+    import sqlalchemy as sa
+    from prefect.server.concurrency.lease_storage import get_concurrency_lease_storage
+
+    from lewis_tasks.support.device_slot import LIMIT
+
+    of_device = db.ConcurrencyLimitV2.name == LIMIT
+    if limit := await session.scalar(sa.select(db.ConcurrencyLimitV2.id).where(of_device)):
+        leases = get_concurrency_lease_storage()
+        # An expired lease still has its slots until the server takes them back, which it does for each such lease.
+        ids = [*await leases.read_active_lease_ids(_ALL), *await leases.read_expired_lease_ids(_ALL)]
+        known = [lease for each in ids if (lease := await leases.read_lease(each)) and limit in lease.resource_ids]
+        held = sum(lease.metadata.slots for lease in known if lease.metadata)
+        more = sa.update(db.ConcurrencyLimitV2).where(of_device, db.ConcurrencyLimitV2.active_slots > held)
+        await session.execute(more.values(active_slots=held))
 
 
 def main() -> None:
-    """Serve as `prefect server start` does, with Prefect's own settings."""
+    """Serve as `prefect server start` does, with Prefect's own settings, but with leases on disk by default."""
+    os.environ.setdefault(*LEASES)  # before Prefect is imported, which reads its settings
     with quick_imports():
         import uvicorn
         from prefect.logging.configuration import setup_logging
@@ -134,7 +172,7 @@ def main() -> None:
     if private_names.PREFECT_WRITE_EVENTS.applies() and url and url.get_secret_value().startswith("sqlite"):
         write_each_event_once()
     free_leases_of_the_dead()
-    asyncio.run(wait_again_for_heartbeats())
+    asyncio.run(recover())
     key = server.api.auth_string.get_secret_value() if server.api.auth_string else ""
     origins = split_origins(server.api.cors_allowed_origins)
     uvicorn.run(

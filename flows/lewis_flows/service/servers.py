@@ -164,8 +164,6 @@ def prefect_process(port: int, echo: Callable[[str], None] | None = None) -> tup
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS": "lewis_flows.service.prefect_log.Console",
-        # On disk: a restarted server still knows which tasks hold a device, and which runs have their recipe's turn.
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
     defaults = {**_DEFAULTS, "PREFECT_UI_URL": f"http://127.0.0.1:{port}"}  # else notifications link to None
     environment |= {name: os.environ.get(name, value) for name, value in defaults.items()}

@@ -157,11 +157,70 @@ def test_a_server_that_was_away_waits_again_for_heartbeats(common: Path, tmp_pat
     database, began = next(tmp_path.rglob("prefect.db")), datetime.now(UTC)
     with temporary_database_config(AioSqliteConfiguration(f"sqlite+aiosqlite:///{database}")):
         assert set(asyncio.run(away()).values()) == {before}
-        asyncio.run(prefect_app.wait_again_for_heartbeats())
+        asyncio.run(prefect_app.recover())
         live, release = asyncio.run(ends()).values()
         assert live >= began + prefect_app.DEAD_AFTER and release == before
     with temporary_database_config(AioSqliteConfiguration(f"sqlite+aiosqlite:///{tmp_path}/new.db")):  # has no tables
-        asyncio.run(prefect_app.wait_again_for_heartbeats())
+        asyncio.run(prefect_app.recover())
+
+
+def test_leases_are_on_disk_however_the_server_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Prefect's memory they were lost at each restart of a container, and their device slots stayed taken."""
+    variable, on_disk = prefect_app.LEASES
+
+    def imports() -> None:
+        raise InterruptedError(os.environ[variable])
+
+    monkeypatch.setattr(prefect_app, "quick_imports", imports)  # what comes next imports Prefect
+    monkeypatch.setenv(variable, "")
+    monkeypatch.delenv(variable)
+    with pytest.raises(InterruptedError, match=f"^{on_disk}$"):
+        prefect_app.main()
+    monkeypatch.setenv(variable, "prefect_redis")
+    with pytest.raises(InterruptedError, match="prefect_redis"):
+        prefect_app.main()
+
+
+def test_a_device_slot_without_a_lease_is_free_when_the_server_starts(
+    common: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of live and of expired leases stay taken, and those of other limits."""
+    from prefect.server.concurrency import lease_storage
+    from prefect.server.concurrency.lease_storage.filesystem import ConcurrencyLeaseStorage
+    from prefect.server.database.configurations import AioSqliteConfiguration
+    from prefect.server.database.dependencies import temporary_database_config
+
+    leases = ConcurrencyLeaseStorage(tmp_path / "leases")
+    monkeypatch.setattr(lease_storage, "get_concurrency_lease_storage", lambda: leases)
+
+    async def takes(*seconds: int) -> list[UUID]:
+        """Take three slots of each limit, and make leases of one slot that end after so many seconds."""
+        db = provide_database_interface()
+        async with db.session_context(begin_transaction=True) as session:
+            made = [db.ConcurrencyLimitV2(name=name, limit=3, active_slots=3) for name in ("lewis-device", "other")]
+            session.add_all(made)
+            await session.flush()
+        of = lease_storage.ConcurrencyLimitLeaseMetadata(slots=1)
+        limits = [made[0].id, made[0].id, made[1].id]
+        return [
+            (await leases.create_lease([limit], timedelta(seconds=each), of)).id
+            for limit, each in zip(limits, seconds, strict=True)
+        ]
+
+    async def taken() -> list[int]:
+        db = provide_database_interface()
+        async with db.session_context() as session:
+            column = db.ConcurrencyLimitV2.active_slots
+            return list(await session.scalars(sa.select(column).order_by(db.ConcurrencyLimitV2.name)))
+
+    put_prefect(common, tmp_path)
+    with temporary_database_config(AioSqliteConfiguration(f"sqlite+aiosqlite:///{tmp_path}/prefect/prefect.db")):
+        live, expired, _ = asyncio.run(takes(60, -60, 60))
+        for lost, left in ((None, 2), (expired, 1), (live, 0)):
+            if lost:
+                asyncio.run(leases.revoke_lease(lost))
+            asyncio.run(prefect_app.recover())
+            assert asyncio.run(taken()) == [left, 3]
 
 
 def test_the_lock_of_a_killed_server_on_the_index_of_leases_holds_no_other_up(

@@ -146,6 +146,20 @@ def test_the_manifests_are_of_one_piece() -> None:
     assert resources == {path.name for path in (FOLDER / "kubernetes").glob("*.yaml")} - apart
 
 
+def test_the_leases_of_the_prefect_server_outlive_its_container() -> None:
+    """Else it forgets at an update which tasks hold a device."""
+    service = SERVICES["prefect"]
+    volume, _, folder = service["volumes"][0].partition(":")
+    assert volume in COMPOSE["volumes"] and folder == service["environment"]["PREFECT_HOME"]
+    assert any(folder in line.split() for line in lines("RUN") if "-o lewis" in line)  # a new volume has its owner
+    named = {(each["kind"], each["metadata"]["name"]): each for each in MANIFESTS if "metadata" in each}
+    pod = named["Deployment", "prefect"]["spec"]["template"]["spec"]
+    (mount,), (kept,) = pod["containers"][0]["volumeMounts"], pod["volumes"]
+    assert ("PersistentVolumeClaim", kept["persistentVolumeClaim"]["claimName"]) in named
+    home = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}["PREFECT_HOME"]
+    assert mount == {"name": kept["name"], "mountPath": home}
+
+
 def test_the_receiver_is_probed_where_it_answers() -> None:
     from lewis_flows.service.webhook import create_app
 
