@@ -2,8 +2,9 @@
 
     PREFECT_API_AUTH_STRING_FILE=/run/secrets/prefect-api-key python -m lewis_flows.service.from_files lewis deploy
 
-For each secret variable `NAME`, if `NAME_FILE` is set, `NAME` is set to the content of that file. The command replaces
-this process, so that it gets the signals of the container.
+For each secret variable `NAME`, if `NAME_FILE` is set, `NAME` is set to the content of that file. White space at the
+ends is no part of a secret, in a file or a variable: a secret of Kubernetes that was made from a file ends with the
+file's newline. The command replaces this process, so that it gets the signals of the container.
 """
 
 import os
@@ -24,16 +25,19 @@ NAMES = (
 
 
 def secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables whose values are in files; white space at the ends of a file is no part of a secret.
+    """Return the variables whose values are in files or have white space at their ends, with their secrets.
 
     Raises:
         InputError: if a file cannot be read or is empty, or a variable is given twice.
     """
     found = {}
     for name in NAMES:
+        value = environment.get(name, "")
         if not (file := environment.get(f"{name}_FILE")):
+            if value != value.strip():
+                found[name] = value.strip()
             continue
-        if environment.get(name):
+        if value:
             raise InputError(f"{name}: expected a value or a file, got both; unset {name} or {name}_FILE")
         try:
             found[name] = Path(file).read_text().strip()

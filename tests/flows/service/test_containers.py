@@ -39,6 +39,8 @@ def test_a_secret_comes_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("the key\n")
     given = {"HF_TOKEN_FILE": str(tmp_path / "key"), "SSL_CERT_FILE": "/etc/none", "PGPASSWORD": "x"}
     assert from_files.secrets(given) == {"HF_TOKEN": "the key"}
+    of_kubernetes = {"PGPASSWORD": "the password\n", "HF_TOKEN": "x", "OTHER": "x\n"}
+    assert from_files.secrets(of_kubernetes) == {"PGPASSWORD": "the password"}
     with pytest.raises(InputError, match="HF_TOKEN: expected a value or a file, got both"):
         from_files.secrets({**given, "HF_TOKEN": "x"})
     with pytest.raises(InputError, match=r"HF_TOKEN_FILE: .*none cannot be read"):
