@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -290,6 +291,35 @@ UP_SERVE_KEY = Setting("LEWIS_UP_SERVE_KEY", _matching("letters, digits, - and _
 
 ALL: tuple[Setting[Any], ...] = tuple(each for each in list(vars().values()) if isinstance(each, Setting))
 """Every setting, in the order of this file."""
+
+
+FOLDERS = (HOME, RECIPES, SERVE_PROGRAMS)
+"""The settings that name a folder of this machine."""
+
+
+def make_absolute() -> None:
+    """Make relative paths of folders in the environment absolute: the processes that inherit it work in other folders.
+
+    A value that is no path is left as it is.
+    """
+    for each in FOLDERS:
+        if given := each.given():
+            with suppress(ValueError, OSError):
+                os.environ[each.name] = str(_path(given))
+
+
+def check_absolute() -> None:
+    """Check that no folder has a relative path, where the working folder is one that the user does not know.
+
+    Raises:
+        InputError: naming the first that has.
+    """
+    for each in FOLDERS:
+        if (given := each.given()) and not given.startswith(("/", "~")):
+            raise InputError(
+                f"{each.name}: expected an absolute path, got {given!r}, which would be a folder in {Path.cwd()}; set "
+                "it to the whole path where the worker or the program is started"
+            )
 
 
 def check() -> None:

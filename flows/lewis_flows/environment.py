@@ -3,9 +3,10 @@
 import os
 from contextlib import suppress
 
-from lewis import store
+from lewis import settings, store
 from lewis.errors import InputError
 from lewis.redact import redact_logs
+from lewis.registry import tracking
 from lewis_flows import json_logs
 
 DEFAULTS = {
@@ -31,7 +32,8 @@ DEFAULTS = {
 def prepare() -> None:
     """Turn telemetry off and keep Prefect's files in the store, unless the user's environment says otherwise.
 
-    From here on, passwords are taken out of what this process logs.
+    From here on, passwords are taken out of what this process logs, and the paths in its environment are absolute: of
+    the settings that are folders, and of a database of MLflow.
 
     Raises:
         InputError: if `LEWIS_LOG_FORMAT` is wrong.
@@ -45,6 +47,9 @@ def prepare() -> None:
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (known, "127.0.0.1", "localhost")))
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    settings.make_absolute()
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ["MLFLOW_TRACKING_URI"] = tracking.absolute(uri)
     if not os.environ.get("PREFECT_API_URL"):
         with suppress(OSError, InputError):  # the command that needs the store reports what is wrong with it
             store.make_folder(store.home())  # before Prefect makes it, open to others

@@ -145,6 +145,14 @@ def place_of(uri: str) -> Path | str:
     return Path(os.path.abspath(found["path"])) if (found := _SQLITE.match(uri)) else redacted(uri)
 
 
+def absolute(uri: str) -> str:
+    """Return the URI of a tracking store with the absolute path, if it is a file of sqlite."""
+    found = _SQLITE.match(uri)
+    if not found or found["path"] == ":memory:":
+        return uri
+    return uri[: found.start("path")] + os.path.abspath(found["path"]) + uri[found.end("path") :]
+
+
 def exists() -> bool:
     """Whether there is a tracking store: one that `MLFLOW_TRACKING_URI` names, or a database in the store."""
     return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (_folder() / "mlflow.db").exists()

@@ -43,10 +43,13 @@ def task_runner() -> TaskRunner[Any]:
 def check() -> None:
     """Check all settings before a run begins to work, including those that it will need late.
 
+    Prefect's worker starts each run in a temporary folder: there a relative path would be a store that is lost.
+
     Raises:
         InputError: naming the variable that is wrong, or the extra that is not installed.
     """
     settings.check()
+    settings.check_absolute()
     _chosen()
 
 

@@ -35,6 +35,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ({"LEWIS_TASK_RUNNER": "spark"}, "LEWIS_TASK_RUNNER: expected thread, process, dask, ray, got 'spark'"),
         ({"LEWIS_MAX_WORKERS": "0"}, "LEWIS_MAX_WORKERS: expected a whole number from 1 up, got '0'"),
         ({"LEWIS_TASK_RUNNER": "process", "LEWIS_DEVICE_SLOTS": "x"}, "LEWIS_DEVICE_SLOTS: expected .* got 'x'"),
+        ({"LEWIS_HOME": "./store"}, "LEWIS_HOME: expected an absolute path, got './store', which would be a folder in"),
     ],
 )
 def test_a_wrong_setting_is_told_in_the_flow_and_not_while_it_is_loaded(
