@@ -107,6 +107,12 @@ def behind_since() -> dict[str, datetime | None]:
     return {name: min((seen[0][1] for seen in refs.values()), default=None) for name, refs in commits.items()}
 
 
+def newest_missed() -> dict[str, datetime | None]:
+    """Recipe -> when the last commit was seen that its champion misses, as `behind_since` gives the first."""
+    commits = _seen().commits
+    return {name: max((seen[-1][1] for seen in refs.values()), default=None) for name, refs in commits.items()}
+
+
 def _seen() -> _Seen:
     try:
         return _Seen.model_validate(store.read_json(_seen_file()) or {})

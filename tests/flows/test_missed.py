@@ -37,6 +37,8 @@ def test_the_first_commit_that_the_champion_misses_counts(home: Path, monkeypatc
         polls.note_missed({"tiny": {"org/math": head}}, {"tiny": champion(held) if held else []}, ["tiny", "other"])
         expected = None if since is None else START + timedelta(hours=since)
         assert polls.behind_since() == {"tiny": expected}
+        newest = {3: START + timedelta(hours=3)}.get(hour, expected)  # only then it misses two
+        assert polls.newest_missed() == {"tiny": newest}
     polls.note_missed({}, {}, ["tiny"])  # it could not be checked
     assert polls.behind_since()["tiny"] is not None
     for number in range(60):

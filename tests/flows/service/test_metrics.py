@@ -84,10 +84,11 @@ def test_what_happened_is_on_the_page(
     with tracking.client("a score") as mlflow:
         mlflow.log_metric(version.run_id, "merged/acc", 0.5)
     promotion.promote(version, Verdict(True, (), "base", metric="acc"))
-    ago = datetime.now(UTC) - timedelta(minutes=1)
-    seen = {"commits": {name: {"org/math": [["b" * 40, ago.isoformat()]]}}}
+    now = datetime.now(UTC)
+    ago = now - timedelta(minutes=5)
+    seen = {"commits": {name: {"org/math": [["b" * 40, ago.isoformat()], ["c" * 40, now.isoformat()]]}}}
     (home / "behind.json").write_text(json.dumps(seen))
-    poll = {"time": (ago + timedelta(seconds=30)).isoformat(), "problems": {"broken": "models: missing"}}
+    poll = {"time": (now - timedelta(seconds=30)).isoformat(), "problems": {"broken": "models: missing"}}
     (home / "last-poll.json").write_text(json.dumps(poll))
     (home / "scores").mkdir()
     (home / "scores" / "x.json").write_bytes(b"x" * 5000)
@@ -119,7 +120,8 @@ def test_what_happened_is_on_the_page(
     assert time.time() - 200 < found[f"lewis_served_since_seconds{{model,{name},local}}"] < time.time()
     assert found[f"lewis_versions_waiting{{model,{name}}}"] == 0
     assert found[f"lewis_champion_score{{acc,model,{name}}}"] == found[f"lewis_last_score{{acc,model,{name}}}"] == 0.5
-    assert 50 < found[f"lewis_champion_behind_seconds{{{name}}}"] < 300
+    behind, newest = (found[f"lewis_{what}_seconds{{{name}}}"] for what in ("champion_behind", "newest_missed"))
+    assert 299 < behind < 600 and 0 <= newest < behind - 299
     assert found["lewis_poll_problem{broken}"] == 1 and 20 < found["lewis_last_poll_age_seconds{}"] < 300
     assert 0 < found[lag] < 600
     assert found["lewis_store_bytes{scores}"] == 512 * (home / "scores" / "x.json").stat().st_blocks > 0

@@ -126,10 +126,13 @@ def _polls() -> Iterator[Metric]:
         wrong = {(name,): 1.0 for name in last.problems}
         about = "1 for a recipe that the last poll could not check; with an empty name, if it could check none."
         yield gauge("lewis_poll_problem", about, ["recipe"], wrong)
-    since = polls.behind_since()
-    lag = {(name,): (now - when).total_seconds() if when else 0.0 for name, when in since.items()}
-    about = "Seconds since a model moved that the champion was not merged from; 0 if it holds the newest of all."
-    yield gauge("lewis_champion_behind_seconds", about, ["recipe"], lag)
+    for metric, which, times in (
+        ("lewis_champion_behind_seconds", "first", polls.behind_since()),
+        ("lewis_newest_missed_seconds", "last", polls.newest_missed()),
+    ):
+        lag = {(name,): (now - when).total_seconds() if when else 0.0 for name, when in times.items()}
+        about = f"Seconds since the {which} commit was seen that the champion was not merged from; 0 if there is none."
+        yield gauge(metric, about, ["recipe"], lag)
 
 
 def _store() -> Iterator[Metric]:
