@@ -8,6 +8,7 @@
 """
 
 import os
+import re
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 from filelock import Timeout
 
-from lewis import store
+from lewis import settings, store
 from lewis.errors import InputError, LewisError
 from lewis.redact import redacted
 from lewis.store import kinds, manifest, secrets
@@ -30,6 +31,10 @@ from lewis_flows.service.servers import mlflow_database, prefect_database
 
 _DATABASES = ("mlflow/*.db", "prefect/prefect.db")
 _FOLDERS = ("mlflow/artifacts", *(kind.name for kind in kinds.TABLE.values() if kind.backed_up))
+_NEVER_NONE = {  # files of which a copy has some if the earlier one had some -> what may be wrong
+    re.compile(r"recipes/[^/]+\.ya?ml"): "set LEWIS_RECIPES as `lewis up` has it.",
+    re.compile(r"store/mlflow/artifacts/.+"): "is the disk of mlflow/artifacts mounted?",
+}
 _JOURNALS = ("-journal", "-wal")  # of SQLite, next to a database whose process died
 
 
@@ -59,7 +64,8 @@ def backup(folder: Path) -> Copied:
 
     Raises:
         InputError: if the folder is in the store or holds anything but an earlier copy of this store, if that copy has
-            a database that is gone by now, or if `lewis up` has a database elsewhere than the environment says.
+            a database, or recipes or model files, and there are none by now, if LEWIS_RECIPES names no folder, or if
+            `lewis up` has a database elsewhere than the environment says.
         LewisError: if a database cannot be read or is damaged, or the folder cannot be written.
     """
     folder = folder.absolute()
@@ -73,7 +79,7 @@ def backup(folder: Path) -> Copied:
             scratch.chmod(0o700)  # there are secrets in it
             copied = _copy_databases(places, scratch)
             _copy_store(scratch / "store")
-            with suppress(InputError):  # there is none
+            if settings.RECIPES.given() or recipes_folder.location().is_dir():
                 # A link that leads nowhere is no recipe: an editor's mark of an open file is one.
                 shutil.copytree(recipes_folder.folder(), scratch / "recipes", ignore_dangling_symlinks=True)
             _check_complete(folder, scratch)
@@ -163,14 +169,19 @@ def _free_slots(copy: sqlite3.Connection) -> None:
 
 
 def _check_complete(earlier: Path, made: Path) -> None:
-    """Raise InputError if an earlier copy has a database that a new one lacks: the store's disk may not be mounted."""
+    """Raise InputError if a new copy lacks a database of the earlier one, or has none of its recipes or model files."""
     known = (store.read_json(earlier / store.MANIFEST) or {}).get("files") or {}
-    for name in known:
-        if name.endswith(".db") and not (made / name).exists():
-            raise InputError(
-                f"{earlier}: the copy that is there has {name}, and the store {store.home()} has none any more: is its "
-                "disk mounted? To copy it as it is, choose another folder"
-            )
+    names = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
+    lost = [(name, "is its disk mounted?") for name in known if name.endswith(".db") and name not in names]
+    for part, fix in _NEVER_NONE.items():
+        before = next(filter(part.fullmatch, known), None)
+        if before and not any(map(part.fullmatch, names)):
+            lost.append((f"{before} and the like", fix))
+    for name, fix in lost:
+        raise InputError(
+            f"{earlier}: the copy that is there has {name}, and the store {store.home()}, with the recipes in "
+            f"{recipes_folder.location()}, has none any more: {fix} To copy it as it is, choose another folder"
+        )
 
 
 def _check_as_served(places: dict[str, Path | str]) -> None:

@@ -277,6 +277,36 @@ def test_a_copy_gives_way_to_no_worse_one(home: Path, tmp_path: Path, monkeypatc
     assert backup(copy).files
 
 
+def test_a_copy_does_not_give_way_to_one_without_recipes_or_model_files(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only copy of both was replaced by one without them, where cron lacked LEWIS_RECIPES or a disk was away."""
+    copy, recipes, artifacts = tmp_path / "copy", tmp_path / "recipes", home / "mlflow" / "artifacts"
+    (recipes / "mine.yaml").write_text("merge_method: ties")
+    files = backup(copy).files
+    right = store.file_sha256(copy / "lewis.json")
+    with monkeypatch.context() as patch:
+        patch.delenv("LEWIS_RECIPES")  # then it is the folder that comes with the project, which has tasks alone
+        with pytest.raises(InputError, match=r"has recipes/mine\.yaml .* none any more: set LEWIS_RECIPES as"):
+            backup(copy)
+        patch.setenv("LEWIS_RECIPES", str(tmp_path / "none"))
+        for folder in (copy, tmp_path / "other"):
+            with pytest.raises(InputError, match=f"{tmp_path}/none: LEWIS_RECIPES names no folder"):
+                backup(folder)
+    artifacts.rename(tmp_path / "away")
+    for mounted in (False, True):  # no folder, or an empty one
+        if mounted:
+            artifacts.mkdir()
+        with pytest.raises(InputError, match="none any more: is the disk of mlflow/artifacts mounted"):
+            backup(copy)
+    assert store.file_sha256(copy / "lewis.json") == right and not (tmp_path / "other").exists()
+    assert backup(tmp_path / "other").files < files  # as it is, somewhere else
+    artifacts.rmdir()
+    (tmp_path / "away").rename(artifacts)
+    (recipes / "mine.yaml").rename(recipes / "renamed.yaml")
+    assert backup(copy).files == files
+
+
 def test_what_servers_have_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
     monkeypatch.setenv("PREFECT_API_URL", "http://prefect:4200/api")
