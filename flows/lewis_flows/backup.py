@@ -102,6 +102,9 @@ def restore(folder: Path) -> Copied:
             store, or a file is there already with another content.
         LewisError: if the disk fails.
     """
+    if not folder.exists():
+        with suppress(OSError):  # the disk may be read-only
+            store.sweep(folder.absolute().parent)  # a `backup` that was killed may have set it aside
     try:
         found = manifest.check(folder, again=True)
     except manifest.DamagedError as error:

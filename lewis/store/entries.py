@@ -85,8 +85,13 @@ def publish(
 
 
 def _put(scratch: Path, folder: Path) -> None:
-    """Replace a folder as a whole: a part of the earlier one, left after a kill, would be taken for someone else's."""
-    earlier = beside(folder)
+    """Replace a folder as a whole: a part of the earlier one, left after a kill, would be taken for someone else's.
+
+    The earlier one goes only once the new one is on the disk. After a kill before that, `sweep` puts it back.
+    """
+    if folder.exists():
+        files.wait_for_disk(*(path for path in (scratch, *scratch.rglob("*")) if not path.is_symlink()))
+    earlier = beside(folder, earlier=True)
     with suppress(FileNotFoundError):
         os.rename(folder, earlier)
     try:
@@ -95,7 +100,11 @@ def _put(scratch: Path, folder: Path) -> None:
         with suppress(FileNotFoundError):
             os.rename(earlier, folder)
         raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    if earlier.exists():
+        files.wait_for_disk(folder.parent)
+        with suppress(OSError):
+            (earlier / MANIFEST).unlink()  # first, so that no part of it is put back
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _make_scratch(scratch: Path) -> None:

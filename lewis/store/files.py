@@ -26,12 +26,13 @@ from lewis.input_files import open_regular
 from lewis.settings import QUOTA, size_text
 from lewis.store import size
 from lewis.store.folders import holds, home, make_folder, make_shared_file, restrict, umask
-from lewis.store.scratch import beside, is_dead, writer_of
+from lewis.store.scratch import beside, is_dead, place_of, writer_of
 
 MANIFEST = "lewis.json"
 CARD = ("README.md", "density.png", ".eval_results/lewis.yaml")
 """Names of a model card, its picture and its scores; manifests do not list them, since they may change."""
 RESUMABLE = ".resumable.partial"
+_NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.EACCES)  # of file systems that cannot wait for a folder, such as CIFS
 _KEPT = 86400.0  # seconds for which a half-written folder is kept, so that it can be continued
 
 
@@ -153,16 +154,20 @@ def bytes_on_disk(folder: Path) -> int:
 def sweep(folder: Path, target: str | None = None) -> None:
     """Remove what dead processes (kill -9, power failure) left half-written in `folder`.
 
-    A half-written folder that the same command could continue is kept for a day, unless it was to become `target`: the
-    caller is about to write something else there.
+    A folder that a dead process was about to replace is put back if nothing took its place. A half-written folder that
+    the same command could continue is kept for a day, unless it was to become `target`: the caller is about to write
+    something else there.
     """
     for leftover in folder.glob(".*.partial"):
-        if is_abandoned(leftover) and not (_can_resume(leftover) and _target(leftover) != target):
+        if (place := _missing(leftover)) and _writer_is_dead(leftover):
+            with suppress(OSError):  # another process was faster, or the folder is read-only
+                os.rename(leftover, place)
+        elif is_abandoned(leftover) and not (_can_resume(leftover) and _target(leftover) != target):
             discard(leftover)
 
 
 def is_abandoned(leftover: Path) -> bool:
-    """Whether `leftover` is a scratch path of LEWIS whose process is dead (`scratch.is_dead`).
+    """Whether `leftover` is a scratch path of LEWIS whose process is dead (`scratch.is_dead`), and of no more use.
 
     Hidden files of other programs may end in `.partial` too, such as downloads in the folder of an output.
     """
@@ -172,8 +177,18 @@ def is_abandoned(leftover: Path) -> bool:
                 return True
         except Timeout:
             return False
+    return _writer_is_dead(leftover) and not _missing(leftover)
+
+
+def _writer_is_dead(leftover: Path) -> bool:
     writer = writer_of(leftover)
     return writer is not None and is_dead(writer, leftover)
+
+
+def _missing(leftover: Path) -> Path | None:
+    """Return the place of an earlier output that was set aside whole, if nothing is there; else None."""
+    place = place_of(leftover)
+    return place if place and not os.path.lexists(place) and (leftover / MANIFEST).is_file() else None
 
 
 def _can_resume(leftover: Path) -> bool:
@@ -187,6 +202,24 @@ def _can_resume(leftover: Path) -> bool:
 def _target(leftover: Path) -> str:
     """Return the name of the folder that a resumable scratch folder was to become."""
     return leftover.name.removesuffix(RESUMABLE).rpartition(".")[0].removeprefix(".")
+
+
+def wait_for_disk(*paths: Path) -> None:
+    """Return once files, and the names in folders, are on the disk, where they survive a power failure.
+
+    Raises:
+        OSError: if the disk fails.
+    """
+    for path in paths:
+        try:
+            held = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(held)
+            finally:
+                os.close(held)
+        except OSError as error:
+            if not (path.is_dir() and error.errno in _NO_FOLDERS):
+                raise
 
 
 def discard(path: Path) -> None:

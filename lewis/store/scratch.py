@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 AGE = 86400.0  # seconds without a change after which the path of a writer that cannot be checked is abandoned
-_BESIDE = re.compile(r"\..+\.((?:[0-9a-f]{12}|unknown)-\d+)\.\w+\.partial")  # the group is the writer
+_BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<writer>(?:[0-9a-f]{12}|unknown)-\d+)\.(?P<earlier>earlier_)?\w+\.partial")
 _FOLDER = "lewis-tmp-"  # how the names of temporary folders begin
 _MADE, _NEW = f"{_FOLDER}new-", 60.0  # how names begin until folders are locked; seconds that this takes at most
 
@@ -33,15 +33,27 @@ def writer() -> str:
     return f"{_place() or 'unknown'}-{os.getpid()}"
 
 
-def beside(path: Path) -> Path:
-    """A scratch path in the same folder. Readers ignore it, and `sweep` removes it once this process is dead."""
-    return path.with_name(f".{path.name}.{writer()}.{uuid.uuid4().hex[:8]}.partial")
+def beside(path: Path, *, earlier: bool = False) -> Path:
+    """A scratch path in the same folder. Readers ignore it, and `sweep` removes it once this process is dead.
+
+    Args:
+        path: what is written, or replaced.
+        earlier: whether what is at `path` is set aside there while it is replaced, so that `sweep` may put it back.
+    """
+    mark = "earlier_" if earlier else ""
+    return path.with_name(f".{path.name}.{writer()}.{mark}{uuid.uuid4().hex[:8]}.partial")
 
 
 def writer_of(path: Path) -> str | None:
     """The writer of a scratch path; None if another program has named the path."""
     found = _BESIDE.fullmatch(path.name)
-    return found[1] if found else None
+    return found["writer"] if found else None
+
+
+def place_of(path: Path) -> Path | None:
+    """The path where `path` was before it was set aside, to be replaced; None if it is another scratch path."""
+    found = _BESIDE.fullmatch(path.name)
+    return path.with_name(found["name"]) if found and found["earlier"] else None
 
 
 def is_dead(name: str, left: Path) -> bool:

@@ -84,6 +84,14 @@ def test_all_is_back(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert backup(copy).files == facts["files"]  # the earlier copy is replaced
 
 
+def test_a_copy_that_a_killed_backup_had_set_aside_is_found(home: Path, tmp_path: Path) -> None:
+    copy = backup(tmp_path / "copy").folder
+    place = store.writer().rpartition("-")[0]
+    copy.rename(tmp_path / f".copy.{place}-999999999.earlier_abc.partial")
+    lose(home)
+    assert restore(copy).files == len((store.read_manifest(copy) or {})["files"])
+
+
 def test_a_device_slot_that_was_taken_is_free_in_the_copy(home: Path, tmp_path: Path) -> None:
     """The lease of its holder is a file of Prefect that is not copied: the slot stayed taken, and no task ran."""
     slots = f"select active_slots from {ConcurrencyLimitV2.__tablename__}"

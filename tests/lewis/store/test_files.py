@@ -37,6 +37,20 @@ with store.publish(Path(sys.argv[1]), {"made": "new"}) as scratch:
     sys.addaudithook(look)
 """
 
+KILLED_WHILE_IT_REPLACES = """
+import os, signal, sys
+from pathlib import Path
+from lewis import store
+
+def look(event, arguments):
+    if event == "os.rename" and Path(arguments[1]) == Path(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with store.publish(Path(sys.argv[1]), {"made": "new"}) as scratch:
+    (scratch / "b.txt").write_text("new")
+    sys.addaudithook(look)
+"""
+
 
 def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
@@ -119,6 +133,41 @@ class TestPublish:
         with store.publish(out, {}):
             pass
         assert leftovers(tmp_path) == []
+
+    @pytest.mark.parametrize("gone", [False, True])
+    def test_a_kill_between_the_two_renames_loses_no_output(self, home: Path, tmp_path: Path, gone: bool) -> None:
+        """Both were swept before anything else was made: `lewis backup` lost its only copy."""
+        out = tmp_path / "out"
+        with store.publish(out, {"made": "old"}) as scratch:
+            (scratch / "a.txt").write_text("old")
+        assert subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_REPLACES, str(out)]).returncode == -signal.SIGKILL
+        assert not out.exists() and len(leftovers(tmp_path)) == 2
+        (earlier,) = (path for path in tmp_path.iterdir() if ".earlier_" in path.name)
+        assert not store.is_abandoned(earlier)  # `lewis gc` would remove it
+        if gone:
+            (earlier / "lewis.json").unlink()  # it was being removed, and the new one was moved away since
+        with pytest.raises(KeyboardInterrupt), store.publish(out, {"made": "next"}):
+            raise KeyboardInterrupt
+        assert out.exists() is not gone and leftovers(tmp_path) == []
+        assert gone or ((store.read_manifest(out) or {}).get("made") == "old" and (out / "a.txt").read_text() == "old")
+
+    def test_an_earlier_output_goes_once_the_new_one_is_on_the_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A power failure left a new backup of empty files, and no earlier one."""
+        flushed, fsync = set[str](), os.fsync
+
+        def look(descriptor: int) -> None:
+            fsync(descriptor)
+            if any(tmp_path.rglob("old")):
+                flushed.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+        monkeypatch.setattr(os, "fsync", look)
+        for text in ("old", "new"):
+            with store.publish(tmp_path / "out", {}) as scratch:
+                (scratch / "in").mkdir()
+                (scratch / "in" / text).write_text(text)
+        assert {"new", "in", tmp_path.name} <= flushed and not any(tmp_path.rglob("old"))
 
     def test_what_came_into_it_meanwhile_is_kept(self, home: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
