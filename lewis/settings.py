@@ -292,6 +292,14 @@ UP_SERVE_KEY = Setting("LEWIS_UP_SERVE_KEY", _matching("letters, digits, - and _
 ALL: tuple[Setting[Any], ...] = tuple(each for each in list(vars().values()) if isinstance(each, Setting))
 """Every setting, in the order of this file."""
 
+IN_FILES = (
+    *("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_DATABASE_PASSWORD"),
+    *("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PGPASSWORD", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_AUTH_ADMIN_PASSWORD"),
+    *("MLFLOW_FLASK_SERVER_SECRET_KEY", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    *("HF_TOKEN", *(each.name for each in ALL if each.secret)),
+)
+"""The variables, also of other programs, whose values may be in a file that the variable `NAME_FILE` names."""
+
 
 FOLDERS = (HOME, RECIPES, SERVE_PROGRAMS)
 """The settings that name a folder of this machine."""

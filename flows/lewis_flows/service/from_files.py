@@ -2,9 +2,9 @@
 
     PREFECT_API_AUTH_STRING_FILE=/run/secrets/prefect-api-key python -m lewis_flows.service.from_files lewis deploy
 
-For each secret variable `NAME`, if `NAME_FILE` is set, `NAME` is set to the content of that file. White space at the
-ends is no part of a secret, in a file or a variable: a secret of Kubernetes that was made from a file ends with the
-file's newline. The command replaces this process, so that it gets the signals of the container.
+For each variable `NAME` of `settings.IN_FILES`, if `NAME_FILE` is set, `NAME` is set to the content of that file. White
+space at the ends is no part of a secret, in a file or a variable: a secret of Kubernetes that was made from a file ends
+with the file's newline. The command replaces this process, so that it gets the signals of the container.
 """
 
 import os
@@ -15,14 +15,6 @@ from pathlib import Path
 from lewis import settings
 from lewis.errors import InputError
 
-NAMES = (
-    *("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_DATABASE_PASSWORD"),
-    *("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PGPASSWORD", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_AUTH_ADMIN_PASSWORD"),
-    *("MLFLOW_FLASK_SERVER_SECRET_KEY", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
-    *("HF_TOKEN", *(each.name for each in settings.ALL if each.secret)),
-)
-"""The environment variables whose values may be in a file."""
-
 
 def secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables whose values are in files or have white space at their ends, with their secrets.
@@ -31,7 +23,7 @@ def secrets(environment: Mapping[str, str]) -> dict[str, str]:
         InputError: if a file cannot be read or is empty, or a variable is given twice.
     """
     found = {}
-    for name in NAMES:
+    for name in settings.IN_FILES:
         value = environment.get(name, "")
         if not (file := environment.get(f"{name}_FILE")):
             if value != value.strip():

@@ -59,6 +59,7 @@ _NAMED = (
     *("PREFECT_HOME", "MLFLOW_AUTH_CONFIG_PATH", "SSH_AUTH_SOCK", "KUBECONFIG", "DOCKER_CONFIG", "PGPASSFILE"),
 )
 
+_INSTALLED = ("/etc/lewis/secrets", "/etc/lewis/environment")  # as deployments/INSTALL.md and deployments/systemd say
 _SOCKETS = ("/run/user", "/run/secrets", "/run/docker.sock", "/run/containerd", "/run/podman")
 _TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -189,11 +190,16 @@ def _sockets() -> Iterator[Path]:
 
 
 def _usual_secrets(environment: Mapping[str, str]) -> Iterator[Path]:
+    from huggingface_hub import constants
+
     for name in _IN_HOME:
         yield Path.home() / name
-    for name in ("token", "stored_tokens"):
-        yield Path(environment.get("HF_HOME", "~/.cache/huggingface")).expanduser() / name
-    for name in _NAMED:
+    for folder in (constants.HF_HOME, os.path.dirname(constants.HF_TOKEN_PATH)):  # HF_HOME may be in XDG_CACHE_HOME
+        yield from (Path(folder).absolute() / name for name in ("token", "stored_tokens"))
+    yield from map(Path, _INSTALLED)
+    in_files = [f"{name}_FILE" for name in settings.IN_FILES]
+    in_files += [name for name in environment if name.endswith(tuple(f"{each}_FILE" for each in _SECRET))]
+    for name in (*_NAMED, *in_files):
         given = environment.get(name, "")
         for path in dict.fromkeys((given, *given.split(os.pathsep))):  # KUBECONFIG may name several
             if path not in ("", os.devnull):

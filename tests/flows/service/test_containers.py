@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from lewis.errors import InputError
+from lewis.settings import IN_FILES
 from lewis_flows.service import deploy, from_files
 
 REPO = Path(__file__).resolve().parents[3]
@@ -91,7 +92,7 @@ def test_the_parts_of_the_compose_file_find_each_other() -> None:
         environment = service.get("environment", {})
         for variable, value in environment.items():
             if variable.endswith("_FILE") and name in OURS:
-                assert variable.removesuffix("_FILE") in from_files.NAMES
+                assert variable.removesuffix("_FILE") in IN_FILES
             if str(value).startswith("/run/secrets/"):
                 assert Path(value).name in service["secrets"], f"{name}: {value}"
             for host in re.findall(r"(?:://|@)([a-z0-9]+)(?=[:/])", str(value)):
@@ -134,7 +135,7 @@ def test_the_manifests_are_of_one_piece() -> None:
                 "capabilities": {"drop": ["ALL"]},
             }
             for each in container["env"]:
-                secret = each["name"] in from_files.NAMES and "://" not in each.get("value", "")
+                secret = each["name"] in IN_FILES and "://" not in each.get("value", "")
                 assert secret == ("valueFrom" in each), each
     settings = next(each for each in GENERATED["configMapGenerator"] if each["name"] == "settings")["literals"]
     for setting in settings:
