@@ -82,12 +82,14 @@ class Now:
         url: where clients send requests, without /v1.
         program: `vllm` or `transformers`.
         slots: name -> slot.
+        system: where that process runs, as `store.system`.
     """
 
     writer: str
     url: str
     program: str
     slots: Mapping[str, Running]
+    system: str = field(default_factory=store.system)
 
     def share(self, alias: str) -> int:
         """Percent of the requests that a version gets."""
@@ -111,7 +113,7 @@ def want(what: Wanted | None) -> None:
 def now() -> Now | None:
     """Read the current state of the slots; None if `lewis up --serve` does not run."""
     found = store.read_json(_now())
-    if not found or store.is_dead(found["writer"], _now()):
+    if not found or store.has_restarted(found.get("system", "")) or store.is_dead(found["writer"], _now()):
         return None
     return Now(**{**found, "slots": _each(Running, found)})
 

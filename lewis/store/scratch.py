@@ -33,6 +33,25 @@ def writer() -> str:
     return f"{_place() or 'unknown'}-{os.getpid()}"
 
 
+def system() -> str:
+    """Name the running system: a digest of this host, a dash, and the boot id; empty where there is no boot id."""
+    boot = _read("/proc/sys/kernel/random/boot_id")
+    host = hashlib.sha256(f"{os.uname().nodename}\n{_read('/etc/machine-id')}".encode()).hexdigest()[:12]
+    return f"{host}-{boot}" if boot else ""
+
+
+def has_restarted(name: str) -> bool:
+    """Whether this host was started again since one of its processes, now dead, was given `name` by `system`."""
+    (host, _, boot), (our_host, _, our_boot) = name.partition("-"), system().partition("-")
+    return host == our_host and boot != our_boot
+
+
+def _read(path: str) -> str:
+    with suppress(OSError):
+        return Path(path).read_text().strip()
+    return ""
+
+
 def beside(path: Path, *, earlier: bool = False) -> Path:
     """A scratch path in the same folder. Readers ignore it, and `sweep` removes it once this process is dead.
 

@@ -19,6 +19,7 @@ import pytest
 from lewis import settings, store
 from lewis.errors import InputError, LewisError
 from lewis.registry import tracking
+from lewis.serving import slots
 from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
 from lewis_flows.service import credentials, mlflow_app, note, servers, worker
 from lewis_flows.service.servers import mlflow_process
@@ -154,6 +155,26 @@ def test_what_answers_at_the_address_of_a_killed_service_does_not_get_its_key(
     store.write_json(home / "service.json", {**note.read(), "writer": f"{place}-{1 << 22}"})
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert not {"PREFECT_API_URL", credentials.PREFECT_SENT} & servers.client_environment().keys()
+
+
+def test_a_service_of_before_a_restart_of_this_host_is_dead(home: Path) -> None:
+    """Its boot differs, so it was taken for one elsewhere that lives: its key went to what had its port since."""
+    running = {"blue": slots.Running("a", "http://127.0.0.1:2")}
+    slots.note(slots.Now("0123456789ab-1", "http://127.0.0.1:1", "vllm", running))
+    note.write({"prefect": "http://127.0.0.1:3/api"})
+    files = [home / "service.json", home / "champion-now.json"]
+    known = [store.read_json(path) for path in files]
+    host, _, boot = store.system().partition("-")
+    for system, alive in (
+        (f"{host}-{boot}", True),  # such as in a container
+        (f"{host}-0", False),
+        (f"0123456789ab-{boot}", True),
+        ("0123456789ab-0", True),
+        ("", True),  # it knows no boot
+    ):
+        for path, content in zip(files, known, strict=True):
+            store.write_json(path, {**content, "writer": "0123456789ab-1", "system": system})
+        assert bool(note.read()) is slots.is_ours("http://127.0.0.1:2/v1") is alive, system
 
 
 @pytest.mark.parametrize("made", ["", "CREATE TABLE users (id)"], ids=["empty", "no user yet"])
