@@ -66,6 +66,9 @@ class Checkpoint:
         embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
         for head in self.tied.keys() & tensors.keys():
             if not any(self._same(head, embedding) for embedding in embeddings):
+                if _says_tied(self.config) is None:
+                    self.tied = {}  # the class's default is not the model's (Mistral Small 3.1): transformers unties it
+                    break
                 raise InputError(
                     f"{folder}: {head!r} is tied to {self.tied[head]!r}, but both are stored and differ; set "
                     "tie_word_embeddings in config.json to false if the head is a weight of its own, else remove it"
@@ -157,11 +160,17 @@ def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fol
         return {}
     if head is None:
         return {} if lacks_head(config, tensors) else {"lm_head.weight": embedding}
-    said = _said(config)
-    tied = said[0] if "tie_word_embeddings" in config else said[1]
+    tied = _says_tied(config)
     if tied is None:
         tied = _class_default(folder)
     return {head: embedding} if tied else {}
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether a config ties the head: its own value, or else that of its language model; None if neither is set."""
+    said = _said(config)
+    tied = said[0] if "tie_word_embeddings" in config else said[1]
+    return None if tied is None else bool(tied)
 
 
 def lacks_head(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:

@@ -27,7 +27,7 @@ from lewis.models.network.layouts import (
     weights,
 )
 from lewis.models.network.network_class import build, input_embeddings, lists_of_blocks, text_tower
-from lewis.models.network.placing import Placing, operations_of
+from lewis.models.network.placing import Placing, operations_of, untie
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Network:
 
         Args:
             folder: of the model, with its config.json.
-            tensors: name -> shape in the checkpoint; None: as the network names them.
+            tensors: name -> shape in the checkpoint, without tied names; None: as the network names them.
             dtype: that a forward pass computes in.
 
         Raises:
@@ -104,6 +104,8 @@ class Network:
         """
         self.folder = folder
         self.module = build(folder, dtype)
+        if tensors is not None:
+            untie(self.module, tensors)
         self.tower = text_tower(self.module)
         inside = {id(module) for module in self.tower.modules()}
         self._lists = lists_of_blocks(self.module)

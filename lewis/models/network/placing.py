@@ -8,7 +8,7 @@ from typing import Any
 
 from lewis import private_names
 from lewis.lazy_torch import torch
-from lewis.models.names import Shapes
+from lewis.models.names import HEADS, Shapes
 
 Read = Callable[[str], "torch.Tensor"]
 _MOVES = frozenset(  # operations of conversions that move values, and never round, pad or drop some
@@ -73,6 +73,20 @@ class Placing:
         rename, prefix = private_names.RENAME_KEY.get(), self.module.base_model_prefix
         found: tuple[str, str | None] = rename(tensor, renamings, converters, prefix, self.state)
         return found if found[0] in self.state else rename(tensor, [], [], prefix, self.state)
+
+
+def untie(module: Any, tensors: Shapes) -> None:
+    """Give the head of a network a weight of its own if the class ties it by default, and the model does not.
+
+    Args:
+        module: the network, on the meta device; it is changed.
+        tensors: name -> shape in the checkpoint, without tied names.
+    """
+    head, used = module.get_output_embeddings(), Placing(module, tensors).sources
+    weight: Any = getattr(head, "weight", None)
+    names = [name for name, value in module.state_dict(keep_vars=True).items() if value is weight and name in used]
+    if len(names) > 1 and any(name.endswith(HEADS) for name in names):
+        head.weight = torch.nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

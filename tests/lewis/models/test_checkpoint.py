@@ -96,6 +96,14 @@ class TestTying:
         assert Checkpoint(write_tensors(tmp_path / "gemma", heads, model_type="gemma"), "key").tied != {}
         refused(write_tensors(tmp_path / "new", heads, model_type="brand-new"), "no tie_word_embeddings", "brand-new")
 
+    def test_where_the_config_is_silent_a_head_that_differs_is_not_tied(self, tmp_path: Path) -> None:
+        """As in transformers 5: the class of Mistral Small 3.1 ties the head by default, the model has its own."""
+        tensors = {"model.embed_tokens.weight": torch.ones(2, 2), "lm_head.weight": torch.zeros(2, 2)}
+        for kind, text in (("mistral3", "mistral"), ("internvl", "qwen2")):
+            config = {"model_type": kind, "text_config": {"model_type": text}}
+            opened = Checkpoint(write_tensors(tmp_path / kind, tensors, **config), "key")
+            assert opened.tied == {} and "lm_head.weight" in opened.tensors
+
     @pytest.mark.parametrize(
         ("config", "lacks"),
         [

@@ -1,5 +1,6 @@
 """Tiny random checkpoints of real classes, against hooks of the test's own: fp64, one sample at a time, no batching."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lewis.models.network.network_class import build
 from tests.conftest import Family
 from tests.support.measuring import covered_layers, measure
 from tests.support.models import write_tensors
+from tests.support.tiny_architectures import tiny
 
 SAMPLES = ((3, 4, 5, 6, 7, 8, 9), (10, 11), (11, 12, 13), (3, 3, 3), (20, 21, 22, 23, 24))
 CALIBRATION = Calibration("sums", SAMPLES)
@@ -352,3 +354,17 @@ def test_other_threads_keep_their_weights_while_a_network_is_built(family: Famil
             seen.add(nn.Linear(2, 2).weight.device.type)
     assert seen | {nn.Linear(2, 2).weight.device.type} == {"cpu"}
     assert {value.device.type for each in built for value in each.result().parameters()} == {"meta"}
+
+
+def test_a_head_of_its_own_is_no_embedding_where_the_class_ties_both(tmp_path: Path) -> None:
+    """Mistral Small 3.1 has a head of its own, its config says nothing, and its class ties the head by default."""
+    model: Any = tiny("mistral3")
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    config.pop("tie_word_embeddings")
+    config["text_config"].pop("tie_word_embeddings", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    head, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
+    assert Network(tmp_path, shapes, torch.float32).same(head) == [head]
+    del shapes[head]
+    assert set(Network(tmp_path, shapes, torch.float32).same(head)) == {head, embedding}
