@@ -132,7 +132,11 @@ class Targets:
                 f"{self._where}: {CONFIG} names none of its tensors; the config belongs to another adapter"
             )
         whole = {tensor for tensor, parts in self.parts.items() if any(isinstance(p.change, Replaced) for p in parts)}
-        whole |= set(map(unwrapped, self._file.places))
+        replaced, whole = whole, whole | set(map(unwrapped, self._file.places))
+        for head, embedding in self._base.tied.items():
+            if embedding in replaced and head not in whole:  # perhaps the network calls it otherwise, as Whisper's does
+                names = self._tied_names(embedding)
+                whole |= {head} if names and head not in names and names <= whole else set()
         check_whole(self._base, self._settings, self._where, whole, self._keys.rows, self._parameters.values())
         check_tied(self._base, self._settings, self._where, whole)
 
@@ -141,16 +145,26 @@ class Targets:
         return place.dtype, self._file.bits(key).reshape(place.shape)
 
     def _is_copy(self, key: str) -> bool:
-        """Whether a key is a tied head that equals the embedding, which the file has too: PEFT saves both."""
-        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if (embedding := self._base.tied.get(name)) is None:
+        """Whether a key is a tied weight that equals the base's tensor, which the file has too: PEFT saves both."""
+        name, places = _in_model(key), self._file.places
+        if name in self._base.tensors or ".lora_" in key or name.endswith("trainable_tokens_delta"):
             return False
-        other = next((k for k in self._file.places if k.endswith(f".{embedding}")), None)
-        if other is None:
+        if (embedding := self._base.tied.get(name)) is not None:
+            others = [each for each in places if each.endswith(f".{embedding}")]
+        else:
+            names = self._tied_names(name)
+            others = [each for each in places if _in_model(each) in names and self._called(_in_model(each))]
+        if not others:
             return False
-        place, embedded = self._file.places[key], self._file.places[other]
-        alike = (place.dtype, place.shape) == (embedded.dtype, embedded.shape)
-        return alike and same_bits(self._file.bits(key), self._file.bits(other))
+        place, other = places[key], places[others[0]]
+        alike = (place.dtype, place.shape) == (other.dtype, other.shape)
+        return alike and same_bits(self._file.bits(key), self._file.bits(others[0]))
+
+    def _tied_names(self, name: str) -> set[str]:
+        """The other names of a parameter that the base's network ties; empty if transformers cannot build it."""
+        network = known_network(self._base.home)
+        state = {} if network is None else network.state_dict(keep_vars=True)
+        return {each for each, value in state.items() if each != name and value is state.get(name)}
 
     def _replaced(self) -> Iterator[_Target]:
         for name, key in self._keys.whole.items():
@@ -381,3 +395,8 @@ class Targets:
             f"{self._where}: the key {key!r} matches nothing in the base {self._base.folder}; "
             "expected an adapter of this base model"
         )
+
+
+def _in_model(key: str) -> str:
+    """The name of a whole weight in PEFT's model, by its key in an adapter's file."""
+    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")

@@ -26,6 +26,7 @@ from tests.conftest import Family
 from tests.lewis.models.test_module_tree import MOES, write
 from tests.support import pipeline
 from tests.support.models import open_merge, parse, rewrite, write_expert, write_llama, write_lora, write_tokenizer
+from tests.support.tiny_architectures import tiny
 
 LORA = {"kind": "lora", "rank": 4}
 NORMS = ["norm"]
@@ -86,6 +87,18 @@ def test_two_lora_experts_are_merged_exactly_at_the_sum_of_their_ranks(
     by_tolerance = adapter_of(*parts, folder=tmp_path / "by", output={"kind": "lora", "tolerance": 1e-4})
     ranks = {module.rpartition(".")[2]: rank for module, rank in by_tolerance["ranks"].items()}
     assert ranks == {"q_proj": 8, "up_proj": 4, "down_proj": 4}
+
+
+@pytest.mark.parametrize("kind", ["t5", "ctrl", "whisper"])
+def test_an_embedding_is_read_back_whatever_the_network_ties_to_it(kind: str, tmp_path: Path) -> None:
+    """T5 ties two more embeddings to it, CTRL has a name of its own for it, and Whisper one for the head."""
+    tiny(kind).save_pretrained(tmp_path / "base")
+    expert = rewrite(tmp_path / "base", tmp_path / "expert", lambda _, t: t * 1.1 if t.dim() == 2 else t)
+    parts = ("task_arithmetic", tmp_path / "base", [expert])
+    merged = truth(*parts, folder=tmp_path / "full")
+    adapter_of(*parts, folder=tmp_path / "out", output={"kind": "lora", "tolerance": 1e-6})
+    found = read_by_lewis(tmp_path / "base", tmp_path / "out")
+    assert all(torch.allclose(tensor, merged[name], atol=1e-5) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("output", [LORA, {"kind": "lora", "tolerance": 0.3}], ids=["rank", "tolerance"])
