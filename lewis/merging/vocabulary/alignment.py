@@ -100,7 +100,7 @@ def align(
     plain = Alignment(tokenizer_folder(source), source)
     models = list({id(model): model for model in (base, *(model for _, model in experts))}.values())
     found = any(name.endswith(EMBEDDINGS) for name in base.tensors)  # a head alone must not be moved
-    names = [name for name in base.tensors if found and name.endswith(PER_TOKEN)]
+    names = [name for name in (*base.tensors, *base.tied) if found and name.endswith(PER_TOKEN)]
     sizes = [embedding_rows(model, names) for model in models]
     known = _vocabulary_to_match(policy, plain.donor, models, sizes)
     if known is None:

@@ -274,6 +274,23 @@ def test_what_cannot_be_matched_is_refused(models: list[Path], tmp_path: Path) -
         open_merge("ties", base, [expert], tokenizer_source="union")
 
 
+@pytest.mark.parametrize("policy", ["base", "union"])
+def test_an_untied_head_that_equals_the_embedding_is_matched_with_it(
+    family: Family, tmp_path: Path, policy: str
+) -> None:
+    base = with_vocabulary(family.base, tmp_path / "base", WORDS, [])
+    expert = with_vocabulary(family.base, tmp_path / "expert", WORDS[::-1], ["<a>"])
+    tensors = load_file(expert / "model.safetensors")
+    save_file({**tensors, HEAD: tensors[EMBED].clone()}, expert / "model.safetensors", metadata={"format": "pt"})
+    edit_json(expert / "config.json", tie_word_embeddings=False)
+    half: dict[str, Any] = {"parameters": {"weight": 0.5}, "tokenizer_source": policy}
+    found = rows(open_merge("task_arithmetic", base, [expert], **half), tmp_path / "out")
+    assert found["w5"] == pytest.approx((value("w5", base) + value("w5", expert)) / 2)
+    save_file({**tensors, HEAD: tensors[EMBED] + 1}, expert / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"'{HEAD}' is a weight of its own, in the base it is tied"):
+        open_merge("task_arithmetic", base, [expert], **half)
+
+
 @pytest.mark.parametrize("head", [False, True])
 def test_rows_that_are_not_known_by_name_are_not_taken_for_matched(tmp_path: Path, head: bool) -> None:
     """An embedding as Mamba names it: rows of other tokens were averaged; and the head alone was moved."""
