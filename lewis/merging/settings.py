@@ -63,7 +63,7 @@ class MergeSettings:
         output: what is written: the full model, or an adapter.
         chat_template: of the result: a format's name, `auto` or a Jinja template; None: the tokenizer's own.
         slices: the layers that the result's layers are merged from; empty: those of the same number.
-        check_filters: raises RecipeError for filters that match none of the given names of tensors.
+        check_filters: raises RecipeError for filters that match no tensor, by the stored and the tied tensors.
         anchor: of a method that fits, the settings of the merge that the fit is pulled towards and that makes the
             tensors that are not fitted; None: the method's own function does.
         anchor_weight: with an anchor, the factor of its merged delta, by (tensor name, depth).
@@ -81,7 +81,7 @@ class MergeSettings:
     output: Output
     chat_template: str | None
     slices: tuple[Slice, ...]
-    check_filters: Callable[[Iterable[str]], None]
+    check_filters: Callable[[Iterable[str], Mapping[str, str]], None]
     anchor: MergeSettings | None = None
     anchor_weight: Callable[[str, float], float] = field(default=lambda name, depth: 1.0)
 

@@ -182,7 +182,7 @@ class _Stacked:
 
     def check(self) -> None:
         """Check what concerns all slices, once each is prepared: filters, vocabularies, the head."""
-        self._settings.check_filters([*self._names, *self._models[self._donor].tied])
+        self._settings.check_filters(self._names, self._models[self._donor].tied)
         if not self._settings.vocabulary:
             _check_vocabularies(self._donor, self._models)
         _check_heads(self._donor, self._models, self._settings.slices[-1])

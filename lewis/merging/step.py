@@ -287,7 +287,7 @@ def prepare(
         named = {settings.base: base} if settings.base and base else {}
         settings = placed(settings, named | {expert.ref: expert.model for expert in experts})
     if not settings.slices:
-        settings.check_filters([*first.tensors, *first.tied])
+        settings.check_filters(first.tensors, first.tied)
     kind = Stack if settings.slices else Merge
     made = kind.of(settings, base, experts, factors, device)
     logger.debug("prepared the merge %s", made.digest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Checkpoint:
         if not tensors:
             raise InputError(f"{folder}: its weight files hold no tensor; download it again")
         check_config(folder, self.config, {name: info.shape for name, info in tensors.items()})
-        self.tied = _tied_head(self.config, tensors, folder)
+        self.tied = tied_head(self.config, tensors, lambda: _class_default(folder))
         embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
         for head in self.tied.keys() & tensors.keys():
             if not any(self._same(head, embedding) for embedding in embeddings):
@@ -152,8 +152,17 @@ class Checkpoint:
             self._stored[part].done_with(part)
 
 
-def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folder: Path) -> dict[str, str]:
-    """Return `{head: embedding}` if the config ties them, else empty. Tied tensors are merged once and stay tied."""
+def tied_head(
+    config: Mapping[str, Any], tensors: Iterable[str], default: Callable[[], bool] = lambda: False
+) -> dict[str, str]:
+    """Return `{head: embedding}` if the config ties them, else empty. Tied tensors are merged once and stay tied.
+
+    Args:
+        config: parsed.
+        tensors: the names of the stored tensors.
+        default: whether a head that is stored is tied; only asked if the config does not say.
+    """
+    tensors = list(tensors)
     embedding = next((name for name in tensors if name.endswith(EMBEDDINGS)), None)
     head = next((name for name in tensors if name.endswith(HEADS)), None)
     if embedding is None:
@@ -161,9 +170,7 @@ def _tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fol
     if head is None:
         return {} if lacks_head(config, tensors) else {"lm_head.weight": embedding}
     tied = _says_tied(config)
-    if tied is None:
-        tied = _class_default(folder)
-    return {head: embedding} if tied else {}
+    return {head: embedding} if (default() if tied is None else tied) else {}
 
 
 def _says_tied(config: Mapping[str, Any]) -> bool | None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.models.checkpoint import lacks_head
+from lewis.models.checkpoint import lacks_head, tied_head
 from lewis.models.config import read_config
 from lewis.models.config_check import check_config
 from lewis.models.files.folder import INDEX, weight_files
@@ -116,8 +116,13 @@ def preflight(
         problems += [f"{source.ref}: {problem}" for problem in found]
     if problems:
         raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
-    config.check_filters(ours)
+    config.check_filters(ours, _ties(first.model, ours))
     return renamed
+
+
+def _ties(model: Pinned, shapes: Shapes) -> dict[str, str]:
+    """The head that the config of a model ties to its embedding, as `Checkpoint.tied`; not by its class's default."""
+    return tied_head(read_config(repository.fetch(model, weights=False)), shapes)
 
 
 def _check_model(model: Pinned, network: bool, needed: bool) -> Shapes:
@@ -178,7 +183,7 @@ def _preflight_slices(
     if problems:
         raise InputError("\n".join([*problems, "expected layers of the same architecture in each slice"]))
     if shapes.keys() >= {entry.model for entry in config.models}:
-        config.check_filters(known)
+        config.check_filters(known, _ties(models[first], shapes[first]))
         _check_stack(slices, first, layers, shapes, models, network=network)
     return True
 

@@ -107,26 +107,34 @@ class MergeConfig(Block):
         """Whether a tensor is copied from the base instead of merged."""
         return _matches(self.exclude, tensor)
 
-    def check_filters(self, tensors: Iterable[str]) -> None:
+    def check_filters(self, tensors: Iterable[str], tied: Mapping[str, str]) -> None:
         """Check that every filter, and every pattern of `exclude`, matches a tensor.
+
+        Args:
+            tensors: the names of the base's tensors.
+            tied: name -> the tensor that it is tied to. `exclude` may name it, and then means that tensor; a filter
+                may not, since the two are merged once, with that tensor's values.
 
         Raises:
             RecipeError: naming each that matches none, and the module with the most similar name.
         """
-        names = list(tensors)
+        names = [name for name in tensors if name not in tied]
         modules = {name.rsplit(".", 1)[0] for name in names} | {re.sub(r"^.*\.\d+\.", "", n) for n in names}
         problems = [
             f"exclude[{i}]: {pattern!r} matches no tensor{nearest(pattern, modules)}"
             for i, pattern in enumerate(self.exclude)
-            if not any(_matches([pattern], name) for name in names)
+            if not any(_matches([pattern], name) for name in [*names, *tied])
         ]
         for where, parameters in self._parameter_blocks():
             for key, rules in parameters.items():
                 for i, rule in enumerate(rules):
                     pattern = rule.filter
                     if pattern not in (None, "*") and not any(pattern in name for name in names):
-                        path = f"{where}.{key}[{i}].filter"
-                        problems.append(f"{path}: {pattern!r} matches no tensor{nearest(pattern, modules)}")
+                        why = f"no tensor{nearest(pattern, modules)}"
+                        for head in (head for head in tied if pattern in head):
+                            path = tied[head].removesuffix(".weight")
+                            why = f"only {head!r}, which the base ties to {tied[head]!r}: filter {path!r}, for both"
+                        problems.append(f"{where}.{key}[{i}].filter: {pattern!r} matches {why}")
         if problems:
             raise RecipeError(problems)
 

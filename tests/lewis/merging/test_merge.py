@@ -594,11 +594,6 @@ class TestRefused:
         with pytest.raises(RecipeError, match=r"parameters.weight\[0\].filter: 'self_atn' matches no tensor"):
             open_merge("ties", family.base, [family.math], parameters={"weight": [{"filter": "self_atn", "value": 1}]})
 
-    def test_a_filter_may_match_the_tied_head(self, family: Family) -> None:
-        assert open_merge(
-            "ties", family.base, [family.math], parameters={"weight": [{"filter": "lm_head", "value": 1}]}
-        )
-
     def test_a_pattern_of_exclude_that_matches_nothing(self, family: Family) -> None:
         with pytest.raises(RecipeError, match=r"exclude\[1\]: 'mlp.up_prj' matches no tensor; did you mean 'mlp.up"):
             open_merge("ties", family.base, [family.math], exclude=["mlp", "mlp.up_prj"])

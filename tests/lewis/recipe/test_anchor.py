@@ -122,7 +122,7 @@ def test_bad_ones_are_refused(changes: dict[str, Any], expected: str) -> None:
 def test_a_filter_that_matches_nothing_is_refused() -> None:
     recipe = parse(anchor={"merge_method": "ties", "weight": [{"filter": "mlq", "value": 2}, {"value": 1}]})
     with pytest.raises(RecipeError, match=r"anchor\.weight\[0\]\.filter: 'mlq' matches no tensor"):
-        recipe.check_filters(["model.layers.0.mlp.up_proj.weight"])
+        recipe.check_filters(["model.layers.0.mlp.up_proj.weight"], {})
 
 
 def test_a_search_varies_alpha_ridge_the_anchors_weight_and_lambda_by_depth() -> None:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lewis.errors import RecipeError
 from lewis_flows.cli.main import main
 from tests.conftest import Family
-from tests.support.models import bits, open_merge, rewrite
+from tests.support import pipeline
+from tests.support.models import bits, open_merge, parse, rewrite
 
 
 def without_up(model: Path, folder: Path) -> Path:
@@ -45,6 +47,25 @@ def test_excluded_tensors_are_the_bases_own_and_the_rest_is_as_ever(
 def test_a_tied_head_stands_for_the_embedding(family: Family) -> None:
     merge = open_merge("ties", family.base, [family.math], exclude=["lm_head"])
     assert merge.excluded == {"model.embed_tokens.weight"}
+
+
+def test_a_tied_head_may_be_excluded_and_not_have_values_of_its_own(family: Family) -> None:
+    """Checked by the headers alone, where only the config says that the head is tied."""
+    data = {
+        "merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(family.math)}],
+        "exclude": ["lm_head"],
+    }  # fmt: skip
+    stack = [{"sources": [{"model": str(family.math), "layer_range": [i, 1]}]} for i in (0, 0)]
+    filtered = [{"filter": "lm_head", "value": 0.1}, {"value": 1}]
+    sliced = {"merge_method": "linear", "slices": stack}
+    for each in (data, {key: value for key, value in data.items() if key != "models"} | sliced):
+        recipe = parse(each | {"parameters": {"weight": 1}})
+        pipeline.preflight(recipe, *pipeline.pin_all(recipe))
+        recipe = parse(each | {"parameters": {"weight": filtered}})
+        with pytest.raises(RecipeError, match=r"matches only 'lm_head\.weight', .*: filter 'model\.embed_tokens', for"):
+            pipeline.preflight(recipe, *pipeline.pin_all(recipe))
+    with pytest.raises(RecipeError, match=r"matches only 'lm_head\.weight', which the base ties to"):
+        open_merge("ties", family.base, [family.math], parameters={"weight": filtered})
 
 
 def test_the_digest_tells_what_is_excluded_not_how_it_was_said(family: Family) -> None:

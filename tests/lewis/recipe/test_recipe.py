@@ -471,14 +471,14 @@ class TestFilters:
     )
 
     def test_those_that_match_pass(self) -> None:
-        parse(PLAIN).check_filters(self.TENSORS)
+        parse(PLAIN).check_filters(self.TENSORS, {})
 
     def test_each_that_matches_nothing_is_named(self) -> None:
         text = PLAIN.replace("filter: self_attn", "filter: self_atn.q_proj").replace(
             "weight: 3", "weight: [{filter: up_prj, value: 1}]"
         )
         with pytest.raises(RecipeError) as caught:
-            parse(text).check_filters(self.TENSORS)
+            parse(text).check_filters(self.TENSORS, {})
         first, second = caught.value.problems
         assert first.startswith(
             "models[2].parameters.weight[0].filter: 'self_atn.q_proj' matches no tensor; did you mean 'self_attn.q_proj"
