@@ -82,6 +82,8 @@ def untie(module: Any, tensors: Shapes) -> None:
         module: the network, on the meta device; it is changed.
         tensors: name -> shape in the checkpoint, without tied names.
     """
+    if not any(name.endswith(HEADS) for name in tensors):
+        return
     head, used = module.get_output_embeddings(), Placing(module, tensors).sources
     weight: Any = getattr(head, "weight", None)
     names = [name for name, value in module.state_dict(keep_vars=True).items() if value is weight and name in used]

@@ -497,6 +497,7 @@ def race(processes: Any, home: Path, entry: Registration, server: str = "") -> V
     return next(version for version in answers if version.created)
 
 
+@pytest.mark.long
 def test_processes_at_once_on_a_fresh_database_get_one_version(entry: Registration, home: Path, processes: Any) -> None:
     (home / "mlflow" / "mlflow.db").unlink()
     race(processes, home, entry)
@@ -524,6 +525,7 @@ def test_kill_9_then_again_ends_with_one_version(entry: Registration, home: Path
     assert [model.status.value for model in client().search_logged_models([experiment])] == ["READY"]
 
 
+@pytest.mark.long
 def test_a_process_killed_while_it_makes_the_database_leaves_none(home: Path, warm: WarmPython) -> None:
     (home / "mlflow" / "mlflow.db").unlink()
     dies = (
