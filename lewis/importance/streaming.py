@@ -4,13 +4,13 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import chain
 from math import prod
 from typing import Any
 
 import torch
 from greenlet import greenlet
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from lewis.errors import InputError, LewisError
 from lewis.importance.passes import wait_at
@@ -45,9 +45,10 @@ class _Empty(torch.Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func.__name__ in _ASKING:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        raise NotLoaded(next(each.parameter for each in tree_leaves([args, kwargs]) if isinstance(each, cls)))
+            return super().__torch_function__(func, types, args, kwargs or {})
+        given = [*args, *(kwargs or {}).values()]
+        flat = chain(given, *(each for each in given if isinstance(each, list | tuple)))
+        raise NotLoaded(next(each.parameter for each in flat if isinstance(each, cls)))
 
 
 _ASKING = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "element_size"}  # reads no value

@@ -181,6 +181,7 @@ def champion_number(name: str) -> str | None:
         InputError: if there is no such model.
     """
     name = tracking.model_name(name)
+    tracking.check_exists(name)
     with tracking.client(f"reading the champion of {name}") as client:
         return _aliases(client, name).get("champion")
 
