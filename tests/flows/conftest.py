@@ -100,7 +100,7 @@ Command = Callable[..., subprocess.Popen[str]]
 def lewis(home: Path, prefect_url: str, warm: WarmPython) -> Iterator[Command]:
     """Start `lewis ARGUMENTS` as a process of its own.
 
-    `patch` is Python that runs before it; `program` another `lewis` to start; `folder` where to start it.
+    `patch` is Python that runs before it; `program` the `lewis` of another environment; `folder` where to start it.
     """
     started: list[subprocess.Popen[str]] = []
 
@@ -119,8 +119,9 @@ def lewis(home: Path, prefect_url: str, warm: WarmPython) -> Iterator[Command]:
         if program is None and warm.fits(environment):
             process: subprocess.Popen[str] = warm.run(code, words, folder=folder, environment=environment)
         else:
+            python = program.with_name("python") if program else sys.executable
             process = subprocess.Popen(
-                [*([program] if program else [sys.executable, "-c", code]), *words],
+                [*([program] if program and not patch else [python, "-c", code]), *words],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
