@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,8 +154,15 @@ def absolute(uri: str) -> str:
 
 
 def exists() -> bool:
-    """Whether there is a tracking store: one that `MLFLOW_TRACKING_URI` names, or a database in the store."""
-    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (_folder() / "mlflow.db").exists()
+    """Whether there is a tracking store: one that `MLFLOW_TRACKING_URI` names, or a database in the store.
+
+    An empty file is none: a full disk or a damaged one may leave it.
+    """
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return True
+    with suppress(FileNotFoundError):
+        return (_folder() / "mlflow.db").stat().st_size > 0
+    return False
 
 
 def check_exists(what: str) -> None:
@@ -179,8 +186,8 @@ def check_not_elsewhere() -> None:
     if not exists() and artifacts_folder().exists():
         raise InputError(
             f"{store.home()}: expected the MLflow that this store was used with; MLFLOW_TRACKING_URI is not set, and "
-            f"there is no {_folder() / 'mlflow.db'}; set MLFLOW_TRACKING_URI, or put back that file. If nothing is "
-            f"registered, remove {artifacts_folder()}"
+            f"{_folder() / 'mlflow.db'} is missing or empty; set MLFLOW_TRACKING_URI, or put back that file. If "
+            f"nothing is registered, remove {artifacts_folder()}"
         )
 
 

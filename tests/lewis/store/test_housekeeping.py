@@ -190,8 +190,11 @@ def test_versions_in_an_mlflow_that_is_not_named_are_not_taken_for_none(mlflow_h
     (mlflow_home / "mlflow" / "mlflow.db").rename(mlflow_home / "elsewhere.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # to which MLflow has set it
-        with pytest.raises(InputError, match=r"MLFLOW_TRACKING_URI is not set, and there is no .*mlflow\.db; set"):
-            survey()
+        for left in ("nothing", "an empty file"):
+            if left != "nothing":
+                (mlflow_home / "mlflow" / "mlflow.db").touch()
+            with pytest.raises(InputError, match=r"URI is not set, and .*mlflow\.db is missing or empty; set"):
+                survey()
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_home}/elsewhere.db")
         assert names(survey()) == {f"merged/{folder.name}"}
 
