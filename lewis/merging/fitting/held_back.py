@@ -185,6 +185,9 @@ def fit_and_judge(
     def holds(found: Distance) -> bool:
         return found.worst <= BROKEN and (found.mean <= anchor.mean or not of_answers)
 
+    def is_no_worse(found: Distance) -> bool:
+        return found.mean <= anchor.mean and found.worst <= anchor.worst
+
     anchor, fits, fitted = distance(Unwritten(merge), 2), list[Distance](), list[Fitted]()
     candidates = (merge, merge.with_parameters(_larger))
     for number, candidate in enumerate(candidates):
@@ -193,15 +196,14 @@ def fit_and_judge(
         fits.append(distance(Unwritten(candidate, fitted[-1]), begin + unit * FIT, unit))
         if holds(fits[-1]):
             break
-    better = [i for i, each in enumerate(fits) if each.mean <= anchor.mean and each.worst <= anchor.worst]
+    better = [i for i, each in enumerate(fits) if is_no_worse(each)]
     taken = len(fits) - 1 if holds(fits[-1]) else min(better, key=lambda i: fits[i].mean, default=None)
     refined = None
     if merge.refine and taken is not None:
         trained, refined = refine(candidates[taken], fitted[taken], part(5 + FIT, further - 1), threads)
         if refined.taken:
             after = distance(Unwritten(candidates[taken], trained), 4 + FIT + further)
-            no_worse = after.mean <= anchor.mean and after.worst <= anchor.worst
-            if holds(after) or (no_worse and not holds(fits[taken])):
+            if holds(after) or (is_no_worse(after) and not holds(fits[taken])):
                 fitted[taken], fits[taken] = trained, after
             else:
                 refined = replace(refined, taken=0)

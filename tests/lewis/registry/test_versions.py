@@ -977,12 +977,12 @@ def test_a_store_that_was_moved_damages_no_version(
     moved = home.rename(tmp_path / "moved")
     monkeypatch.setenv("LEWIS_HOME", str(moved))
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # to which MLflow has set it
-    told = f"^{home}: MLflow names .* by this folder, which is not there.*: ln -s {moved} {home}$"
+    message = f"^{home}: MLflow names .* by this folder, which is not there.*: ln -s {moved} {home}$"
     for act in (lambda: pull("tiny/1", tmp_path / "out"), lambda: promotion.rollback("tiny", "x"), repair.verify):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             act()
     model = SimpleNamespace(artifact_location=(home / "mlflow" / "artifacts" / "models" / "m-1" / "artifacts").as_uri())
-    with pytest.raises(InputError, match=told):  # as MLflow's server gives it, which has the database
+    with pytest.raises(InputError, match=message):  # as MLflow's server gives it, which has the database
         logged_model.check(Mock(), model)  # type: ignore[arg-type]
     home.symlink_to(moved)
     assert repair.verify().damaged == [] and "lewis.damaged" not in tags_of("1")

@@ -260,26 +260,30 @@ def test_every_architecture_is_fitted(kind: str, tmp_path: Path) -> None:
     assert len(fitted) >= (len(dense) or 8) and all(bool(found.read(key).isfinite().all()) for key in found.tensors)
 
 
+def merge_of(kind: str, folder: Path, scale: float, held_back: Calibration | None = None) -> Merge:
+    """A merge of two experts of a model type; noise of `scale` is added from the base to one, and to the other."""
+    torch.manual_seed(0)
+    model, opened = tiny(kind), []
+    for name in ("base", "a", "bb"):
+        model.save_pretrained(folder / name)
+        opened.append(Checkpoint(folder / name, name))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(scale * torch.randn_like(parameter))
+    models = [{"model": str(each.folder)} for each in opened[1:]]
+    block = {"calibrations": {"a": {"texts": ["x"], "samples": 1}}}
+    rows = Calibration("a", SAMPLES)
+    experts = [Expert(str(each.folder), each, calibration=rows, held_back=held_back) for each in opened[1:]]
+    return Merge.of(resolve(recipe_of(opened[0].folder, [], models=models, lewis=block)), opened[0], experts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mamba", "gemma3n_text", "zamba"])
 def test_what_no_module_is_called_for_is_merged_as_it_is(kind: str, tmp_path: Path) -> None:
     """The passes of Mamba and Gemma 3n took what lay in memory for such a weight; Zamba ended in a traceback."""
-    torch.manual_seed(0)
-    model, opened = tiny(kind), []
-    for name in ("base", "a", "bb"):
-        model.save_pretrained(tmp_path / name)
-        opened.append(Checkpoint(tmp_path / name, name))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
-    models = [{"model": str(each.folder)} for each in opened[1:]]
-    block = {"calibrations": {"a": {"texts": ["x"], "samples": 1}}}
-    settings = resolve(recipe_of(tmp_path / "base", [], models=models, lewis=block))
-    rows = Calibration("a", SAMPLES)
-    experts = [Expert(str(each.folder), each, calibration=rows) for each in opened[1:]]
+    merge = merge_of(kind, tmp_path, 0.02)
     found = []
     for name in ("one", "again"):
-        merge = Merge.of(settings, opened[0], experts)
         merge.run(tmp_path / name)
         found.append(load_file(tmp_path / name / "model.safetensors"))
     one, again = found

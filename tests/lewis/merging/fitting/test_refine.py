@@ -21,17 +21,15 @@ from lewis.merging.fitting import held_back, refine
 from lewis.merging.fitting.held_back import Distance, Verdict
 from lewis.merging.forecast import Forecast
 from lewis.merging.run import Merge, text_of_fit
-from lewis.merging.settings import Expert, resolve
 from lewis.methods import Parameter
 from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Refine
 from tests.conftest import Family
-from tests.lewis.merging.fitting.test_fit import prepare, recipe_of
+from tests.lewis.merging.fitting.test_fit import merge_of, prepare, recipe_of
 from tests.lewis.merging.fitting.test_held_back import held
 from tests.lewis.models.test_module_tree import SAMPLES
 from tests.support.models import write_expert, write_llama, write_tokenizer
-from tests.support.tiny_architectures import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
@@ -206,20 +204,7 @@ def test_a_router_that_chooses_among_its_outputs_is_left_as_it_is(
 ) -> None:
     """Llama 4's gives a pair: it ended in a TypeError."""
     monkeypatch.setattr(held_back, "_distance", lambda *_: Distance(0.1, 0.2))
-    torch.manual_seed(0)
-    model, opened = tiny("llama4_text"), []
-    for name in ("base", "one", "two"):
-        model.save_pretrained(tmp_path / name)
-        opened.append(Checkpoint(tmp_path / name, name))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    base, *experts = (each.folder for each in opened)
-    models = [{"model": str(folder)} for folder in experts]
-    block = {"calibrations": {"a": {"texts": ["x"], "samples": 1}}}
-    rows = Calibration("a", SAMPLES)
-    known = [Expert(str(each.folder), each, calibration=rows, held_back=rows) for each in opened[1:]]
-    merge = Merge.of(resolve(recipe_of(base, experts, lewis=block, models=models)), opened[0], known)
+    merge = merge_of("llama4_text", tmp_path, 0.1, Calibration("a", SAMPLES))
     merge = replace(merge, refine=Refine(epochs=2, rank=2, rate=0.001))
     assert "trained for " in merge.run(tmp_path / "trained").fit
     replace(merge, refine=None).run(tmp_path / "fit")
