@@ -201,7 +201,7 @@ def fit_and_judge(
     refined = None
     if merge.refine and taken is not None:
         trained, refined = refine(candidates[taken], fitted[taken], part(5 + FIT, further - 1), threads)
-        if refined.taken:
+        if refined and refined.taken:
             after = distance(Unwritten(candidates[taken], trained), 4 + FIT + further)
             if holds(after) or (is_no_worse(after) and not holds(fits[taken])):
                 fitted[taken], fits[taken] = trained, after

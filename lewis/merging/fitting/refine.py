@@ -98,7 +98,7 @@ class Refined:
 
 def refine(
     merge: Prepared, fitted: Fitted, progress: Report = silent, threads: int | None = None
-) -> tuple[Fitted, Refined]:
+) -> tuple[Fitted, Refined | None]:
     """Train low-rank updates of the fitted tensors, as `merge.refine` says.
 
     In memory are the merged model in fp32, the updates with two moments each, and the activations of one row for each
@@ -111,7 +111,8 @@ def refine(
         threads: by default one per core; any number gives the same bytes.
 
     Returns:
-        The fitted tensors with the updates, or `fitted` itself if they bring nothing; and what training brought.
+        The fitted tensors with the updates, or `fitted` itself if they bring nothing; and what training brought, None
+        if there is nothing to learn, since no expert counts.
 
     Raises:
         LewisError: as `each_row`.
@@ -120,6 +121,8 @@ def refine(
     assert settings is not None
     passes = 1 + 3 * settings.epochs  # the experts' passes count 1, and each pass of the training 3
     weights = _weights(merge, fitted)
+    if not any(weights):
+        return fitted, None
     rows = [_rows(*each, threads) for each in zip(merge.experts, weights, strict=True)]
     own, back = zip(*rows, strict=True)
     progress("refine", 1, passes)
@@ -164,7 +167,7 @@ def _weights(merge: Prepared, fitted: Fitted) -> list[float]:
     each = [merge.parameters(name)["weight"] for name in merge.base.tensors if name in fitted]
     sums = [math.fsum(map(float, weights)) for weights in zip(*each, strict=True)]
     mean = math.fsum(sums) / len(sums)
-    return [found / mean for found in sums]
+    return [found / mean for found in sums] if mean else sums
 
 
 def _rows(expert: Expert, weight: float, threads: int | None) -> list[list[Row]]:

@@ -138,7 +138,7 @@ def test_training_is_not_taken_that_is_worse_than_the_anchor(
     assert verdict.refined and verdict.refined.taken == 0 and verdict.taken == 0
 
 
-@pytest.mark.parametrize(("weights", "counts"), [((3.0, 1.0), {1.5, 0.5}), ((1.0, 0.0), {2.0})])
+@pytest.mark.parametrize(("weights", "counts"), [((3.0, 1.0), {1.5, 0.5}), ((1.0, 0.0), {2.0}), ((0.0, 0.0), set())])
 def test_rows_count_as_their_expert_does(
     weights: tuple[float, float],
     counts: set[float],
@@ -146,7 +146,7 @@ def test_rows_count_as_their_expert_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An expert of weight 0, which a fit ignores, was learned from."""
+    """An expert of weight 0, which a fit ignores, was learned from; later, all of weight 0 were a division by zero."""
     monkeypatch.setattr(held_back, "_distance", lambda *_: Distance(0.1, 0.2))
     seen, learn, merge = list[refine.Row](), refine.Student.learn, trained(family, epochs=1)
 
