@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.context import SettingsContext, get_settings_context
 
 from lewis import private_names, settings
 from lewis_tasks.support.caching import REMIND, STOPPING
@@ -72,8 +72,13 @@ def impatient(seconds: float, retries: int = 0) -> Iterator[SyncPrefectClient]:
         seconds: time limit of one request.
         retries: how often the client asks again.
     """
-    few = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries})
-    with few, get_client(sync_client=True, httpx_settings={"timeout": seconds}) as client:
+    context = get_settings_context()
+    client_settings = context.settings.client.model_copy(update={"max_retries": retries})
+    few = context.settings.model_copy(update={"client": client_settings})  # `temporary_settings` takes 50 ms
+    with (
+        SettingsContext(profile=context.profile, settings=few),
+        get_client(sync_client=True, httpx_settings={"timeout": seconds}) as client,
+    ):
         yield client
 
 

@@ -503,9 +503,9 @@ def forwarding(port: int, target: str) -> Iterator[None]:
     listening = socket.create_server(("127.0.0.1", port))
 
     def copy(source: socket.socket, sink: socket.socket) -> None:
-        while part := source.recv(65536):
-            sink.sendall(part)
-        sink.close()
+        with suppress(ConnectionError), sink:  # the server may end first
+            while part := source.recv(65536):
+                sink.sendall(part)
 
     def accept() -> None:
         while True:
