@@ -50,10 +50,11 @@ FIXED = {
 }
 
 _IN_HOME = (
-    *(".ssh", ".aws", ".azure", ".gnupg", ".kube", ".docker", ".prefect", ".config/gh", ".config/gcloud", ".netrc"),
-    *(".git-credentials", ".pgpass", ".pypirc", ".npmrc", ".bash_history", ".cache/huggingface/token"),
-    ".cache/huggingface/stored_tokens",
+    *(".ssh", ".aws", ".azure", ".gnupg", ".kube", ".docker", ".prefect", ".mlflow", ".netrc", ".git-credentials"),
+    *(".pgpass", ".pypirc", ".npmrc", ".bash_history", ".databrickscfg", ".boto", ".s3cfg", ".vault-token"),
+    *(".cache/huggingface/token", ".cache/huggingface/stored_tokens"),
 )
+_IN_CONFIG = ("gh", "gcloud", "git", "rclone", "containers")  # of ~/.config, or XDG_CONFIG_HOME
 _NAMED = (
     *("HF_TOKEN_PATH", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "NETRC", "GOOGLE_APPLICATION_CREDENTIALS"),
     *("PREFECT_HOME", "MLFLOW_AUTH_CONFIG_PATH", "SSH_AUTH_SOCK", "KUBECONFIG", "DOCKER_CONFIG", "PGPASSFILE"),
@@ -194,6 +195,8 @@ def _usual_secrets(environment: Mapping[str, str]) -> Iterator[Path]:
 
     for name in _IN_HOME:
         yield Path.home() / name
+    for config in {Path.home() / ".config", Path(environment.get("XDG_CONFIG_HOME") or Path.home() / ".config")}:
+        yield from (config.absolute() / name for name in _IN_CONFIG)
     for folder in (constants.HF_HOME, os.path.dirname(constants.HF_TOKEN_PATH)):  # HF_HOME may be in XDG_CACHE_HOME
         yield from (Path(folder).absolute() / name for name in ("token", "stored_tokens"))
     yield from map(Path, _INSTALLED)

@@ -82,21 +82,23 @@ os.execvp("unshare", [*isolation.namespaces(network=False), "cat", *sys.argv[2:]
 
 
 def test_secrets_are_hidden_where_the_documented_layouts_have_them() -> None:
-    """The Hub's token under XDG_CACHE_HOME, as systemd has it, and files of `from_files` were readable."""
+    """The Hub's token under XDG_CACHE_HOME, as systemd has it, keys of programs, and files of `from_files`."""
     with tempfile.TemporaryDirectory(dir="/usr/local") as name:
         hub, key, installed = (Path(name, each) for each in ("cache/huggingface/token", "key", "secrets/forms-key"))
-        stored, kept = hub.with_name("stored_tokens"), Path(name, "kept")
-        for path in (hub, stored, key, installed, kept):
+        stored, kept, login = hub.with_name("stored_tokens"), Path(name, "kept"), Path(name, "config/gh/hosts.yml")
+        for path in (hub, stored, key, installed, kept, login):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("s3cret" if path != kept else "kept")
         without = {each: value for each, value in os.environ.items() if each not in ("HF_HOME", "HF_TOKEN_PATH")}
-        environment = {"XDG_CACHE_HOME": f"{name}/cache", "PREFECT_API_AUTH_STRING_FILE": str(key)}
+        environment = {"XDG_CACHE_HOME": f"{name}/cache", "XDG_CONFIG_HOME": f"{name}/config"}
+        environment["PREFECT_API_AUTH_STRING_FILE"] = str(key)
         found = subprocess.run(
-            [sys.executable, "-c", CAT, str(installed.parent), *map(str, (hub, stored, key, installed, kept))],
+            [sys.executable, "-c", CAT, str(installed.parent), *map(str, (hub, stored, key, installed, kept, login))],
             capture_output=True, text=True, env=without | environment, timeout=60,
         )  # fmt: skip
         assert found.stdout == "kept", found
-        assert f"{installed}: No such file" in found.stderr and found.stderr.count("\n") == 1, found
+        in_folders = [f"{path}: No such file" in found.stderr for path in (installed, login)]
+        assert all(in_folders) and found.stderr.count("\n") == 2, found
 
 
 def test_each_file_that_a_variable_names_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
