@@ -41,11 +41,7 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     judged = [name for name in tasks.names if name not in unjudged]
     counted = {name: count for name in judged if (count := _documents_of(name, tasks, root, evaluate))}
     last = looks.look_at(evaluate.stop, None, counted)
-    spreads = {task: power.spread([(1.0, count)]) for task, count in counted.items()}
-    whole = sum(evaluate.weights.values())
-    parts = power.sums_by_task((name.partition("/")[0], weight / whole) for name, weight in evaluate.weights.items())
-    if parts and gate.metric == WEIGHTED_KEY and parts.keys() <= counted.keys():
-        spreads[WEIGHTED_KEY] = power.spread([(weight, counted[task]) for task, weight in parts.items()])
+    spreads = _spreads(gate, evaluate, counted)
     own = gate.metric if gate.metric == WEIGHTED_KEY else gate.metric.partition("/")[0]
     gains = {own} if gate.policy == "better" else set[str]()
     tests = len({*judged, own} - gains)
@@ -70,6 +66,16 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
         if evaluate.completes:
             lines.append("what passes early is scored on all documents after its promotion")
     return [*lines, *_of_answers(gate)]
+
+
+def _spreads(gate: Gate, evaluate: Evaluate, counted: Mapping[str, int]) -> dict[str, float]:
+    """Task -> how far a score of so many documents differs by chance; the weighted score too, if it is judged."""
+    spreads = {task: power.spread([(1.0, count)]) for task, count in counted.items()}
+    whole = sum(evaluate.weights.values())
+    parts = power.sums_by_task((name.partition("/")[0], weight / whole) for name, weight in evaluate.weights.items())
+    if parts and gate.metric == WEIGHTED_KEY and parts.keys() <= counted.keys():
+        spreads[WEIGHTED_KEY] = power.spread([(weight, counted[task]) for task, weight in parts.items()])
+    return spreads
 
 
 def _of_answers(gate: Gate) -> Iterator[str]:

@@ -171,24 +171,9 @@ def _prepare(given: MergeInput, device: str) -> Merge:
     guided = allocated.experts(given.which) if allocated else {}
     scales = allocated.scales() if allocated else {}
     factors = allocated.held_back(given.omega) if allocated and given.omega is not None else None
-    sets = {each.path: each.load() for each in (given.sets or {}).values()}
     base = given.base.open() if given.base else None
-    holds_back = given.holds_back and base is not None
-    if holds_back:
-        from lewis.merging.fitting.losses import predicts_next_token  # brings torch with it
-
-        holds_back = predicts_next_token(base)
-        if given.refine and not holds_back:
-            raise InputError(f"lewis.refine: {given.config.base_model} does not predict the next token; leave it out")
-    parts = {path: hold_back(each) if holds_back else (each, None) for path, each in sets.items()}
-    rows = {ref: parts[each.path] for ref, each in (given.sets or {}).items()}
-    if given.refine and rows and not any(back for _, back in rows.values()):
-        raise InputError(
-            "lewis.refine: held-back rows decide when it ends, and no set has any that can be used (every fourth row, "
-            "with an answer); raise samples to 4 or more, or leave refine out"
-        )
-    if given.sets is None:
-        rows = {entry.model: (Calibration("none", ()), None) for entry in config.experts}
+    holds_back = _holds_back(given, base)
+    rows = _rows(given, holds_back)
     opened = []
     for entry, files in zip(config.experts, given.experts, strict=True):
         fitted_to, back = rows.get(entry.model, (None, None))
@@ -200,6 +185,34 @@ def _prepare(given: MergeInput, device: str) -> Merge:
     if another_vocabulary and base is not None:
         _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
     return replace(prepare(config, base, opened, factors, device), holds_back=holds_back, refine=given.refine)
+
+
+def _holds_back(given: MergeInput, base: Model | None) -> bool:
+    """Whether every fourth row is held back from the fit."""
+    if not given.holds_back or base is None:
+        return False
+    from lewis.merging.fitting.losses import predicts_next_token  # brings torch with it
+
+    if predicts_next_token(base):
+        return True
+    if given.refine:
+        raise InputError(f"lewis.refine: {given.config.base_model} does not predict the next token; leave it out")
+    return False
+
+
+def _rows(given: MergeInput, holds_back: bool) -> dict[str, tuple[Calibration, Calibration | None]]:
+    """Expert -> the rows that it is fitted to, and those that are held back, if any."""
+    if given.sets is None:
+        return {entry.model: (Calibration("none", ()), None) for entry in given.config.experts}
+    sets = {each.path: each.load() for each in given.sets.values()}
+    parts = {path: hold_back(each) if holds_back else (each, None) for path, each in sets.items()}
+    rows = {ref: parts[each.path] for ref, each in given.sets.items()}
+    if given.refine and rows and not any(back for _, back in rows.values()):
+        raise InputError(
+            "lewis.refine: held-back rows decide when it ends, and no set has any that can be used (every fourth row, "
+            "with an answer); raise samples to 4 or more, or leave refine out"
+        )
+    return rows
 
 
 def check_output(given: MergeInput, prepared: Merge) -> None:

@@ -137,23 +137,27 @@ def moved(heads: Mapping[str, str], held: list[Held], *, base: str | None, root:
     if not held:
         return [Moved(first, _repo(first, None, heads[first], root), None, heads[first])]
     current = [version for version in held if all(version.commit_of(ref) == head for ref, head in heads.items())]
-    last = held[0]
-    if any(version.verdict for version in current):
-        if any("champion" in version.aliases or version.withdrawn for version in current):
-            return []
-        # Of a `register.group`, only the versions of recipes with these models: theirs alone follow the same releases.
-        same = [version for version in held if None not in map(version.commit_of, heads)]
-        last = max(same, key=lambda version: (version.judged, int(version.version)))
-        if last in current or any(version.verdict and not version.judged for version in current):
-            return []
-    elif current:  # its run died before the gate's verdict
+    if current and not any(version.verdict for version in current):  # its run died before the gate's verdict
         return [Moved(first, _repo(first, None, heads[first], root), heads[first], heads[first])]
+    last = _judged_since(current, held, heads) if current else held[0]
+    if last is None:
+        return []
     pairs = {ref: (last.commit_of(ref), head) for ref, head in heads.items()}
     found = [Moved(ref, _repo(ref, old, new, root), old, new) for ref, (old, new) in pairs.items() if old != new]
     base_moved = any(each.ref == base for each in found)
     # The commit key of an adapter without its own base contains the recipe's base, which may have moved alone.
     alone = {each.ref for each in found if len(parts_of(each.ref, root)) == 1}
     return [x for x in found if not (base_moved and x.ref in alone and _same_adapter(x.old, x.new))]
+
+
+def _judged_since(current: list[Held], held: list[Held], heads: Mapping[str, str]) -> Held | None:
+    """The version that a gate judged after those of the current commits; None if these need not be judged again."""
+    if any("champion" in version.aliases or version.withdrawn for version in current):
+        return None
+    # Of a `register.group`, only the versions of recipes with these models: theirs alone follow the same releases.
+    same = [version for version in held if None not in map(version.commit_of, heads)]
+    last = max(same, key=lambda version: (version.judged, int(version.version)))
+    return None if last in current or any(version.verdict and not version.judged for version in current) else last
 
 
 def _same_adapter(old: str | None, new: str) -> bool:

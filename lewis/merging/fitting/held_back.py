@@ -172,12 +172,8 @@ def fit_and_judge(
     width, whole = 1 / len(sets), list(sets.values())
     experts = {ref: losses(models[ref], [rows], i * width, width)[0] for i, (ref, rows) in enumerate(sets.items())}
     gains = _gains(losses(merge.base, whole, 1), experts)
-    for ref in (ref for ref, gain in gains.items() if gain <= 0 and of_answers):
-        logger.warning(
-            "%s: on its held-back rows it is no better than the base (%+.4f nats per token); expected rows of what it "
-            "was trained for: give it another calibration set, or leave it out",
-            *(ref, gains[ref]),
-        )
+    if of_answers:
+        _warn_of_no_gain(gains)
 
     def distance(model: Unwritten, begin: float, width: float = 1.0) -> Distance:
         return _distance(dict(zip(sets, losses(model, whole, begin, width), strict=True)), experts)
@@ -240,6 +236,15 @@ def _number(loss: float) -> float:
 def _gains(base: Sequence[Sequence[RowLoss]], experts: Mapping[str, Sequence[RowLoss]]) -> dict[str, float]:
     pairs = zip(experts.items(), base, strict=True)
     return {ref: mean_loss([of_base]) - mean_loss([own]) for (ref, own), of_base in pairs}
+
+
+def _warn_of_no_gain(gains: Mapping[str, float]) -> None:
+    for ref in (ref for ref, gain in gains.items() if gain <= 0):
+        logger.warning(
+            "%s: on its held-back rows it is no better than the base (%+.4f nats per token); expected rows of what it "
+            "was trained for: give it another calibration set, or leave it out",
+            *(ref, gains[ref]),
+        )
 
 
 def _larger(parameter: Parameter, value: Any) -> Any:
