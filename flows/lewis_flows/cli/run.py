@@ -156,9 +156,20 @@ def _run_flow(name: str, *arguments: object, as_json: bool) -> Any:
     """Run the flow `name` on the running Prefect server, or on one that is started for it; return the flow's result.
 
     If the started server dies, or the server stays away for too long, this process exits immediately with code 1.
+
+    Raises:
+        InputError: if the `lewis up` of this store has another MLflow than this environment.
     """
     from lewis_flows.service.credentials import connected
-    from lewis_flows.service.servers import prefect_database, prefect_port, prefect_server, running
+    from lewis_flows.service.servers import (
+        check_mlflow_as_served,
+        prefect_database,
+        prefect_port,
+        prefect_server,
+        running,
+    )
+
+    check_mlflow_as_served()
 
     def leave(reason: str) -> NoReturn:
         say_error(f"it failed: {reason}; finished steps are kept, run the same command to go on", as_json=as_json)

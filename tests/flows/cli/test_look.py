@@ -78,11 +78,16 @@ def test_a_look_at_an_empty_store_creates_no_database(
     assert not (tmp_path / "store" / "mlflow").exists()
 
 
-@pytest.mark.parametrize("command", ["gc --yes", "retention --yes", *_MOVES])
+@pytest.mark.parametrize("command", ["gc --yes", "retention --yes", *_MOVES, "run ours.yaml"])
 def test_a_shell_with_another_mlflow_than_the_service_is_refused(
-    command: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`gc --yes` over ssh, where only the service's unit had MLFLOW_TRACKING_URI, removed what the champion needs."""
+    """`gc --yes` over ssh, where only the service's unit had MLFLOW_TRACKING_URI, removed what the champion needs.
+
+    `run` would have registered where the service never looks.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("ours.yaml").write_text("{merge_method: linear, models: [{model: org/math, parameters: {weight: 1}}]}")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # to which MLflow has set it
     note.write({"mlflow": "http://me:secret@mlflow:5000"})
     assert main(command.split()) == 2
