@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _NO_XET = re.compile(r"\b404\b.*/xet-write-token/")
 
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|gguf)$|\.index\.json$")
-# Removed from the repo if the new model lacks them: they would belong to an earlier one.
+# Removed from the repo if the new model lacks them, as is what the manifest there lists: they belong to an earlier one.
 KINDS = ("config.json", "adapter_config.json", EVAL_RESULTS, HEAT_MAP)
 
 
@@ -54,7 +54,13 @@ class Published:
 class _Remote:
     head: str
     files: frozenset[str]
-    digest: str | None
+    manifest: dict[str, Any]  # of the merged model there; empty if there is none
+
+    @property
+    def ours(self) -> set[str]:
+        """The files that LEWIS wrote there."""
+        listed = self.manifest.get("files")
+        return {*(listed if isinstance(listed, dict) else ()), *KINDS} | set(filter(WEIGHTS.search, self.files))
 
 
 def check(repo: str, private: bool) -> None:
@@ -92,7 +98,9 @@ def check_base(base: str | None, root: Path, *, adapter: bool) -> None:
 def publish(
     folder: Path, repo: str, private: bool, title: str, branch: str = "main", card: Mapping[str, bytes] | None = None
 ) -> Published:
-    """Push a merged folder, unless the repo has it already. Other files in the repo stay, except weights and configs.
+    """Push a merged folder, unless the repo has it already. What an earlier merge wrote and this one lacks is removed.
+
+    Files that others added stay, except weights.
 
     Args:
         folder: as `store.publish` wrote it, with its model card.
@@ -125,10 +133,10 @@ def publish(
         assert there is not None
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         # Weights that the repo has are left out: the client would hash gigabytes to find that out.
-        known = there.files if there.digest == manifest["digest"] else ()
+        known = there.files if there.manifest.get("digest") == manifest["digest"] else ()
         wanted = [name for name in names if name not in known or not WEIGHTS.search(name)]
         given = card or {}
-        stale = [name for name in sorted(there.files - {*names, *given}) if WEIGHTS.search(name) or name in KINDS]
+        stale = sorted((there.files & there.ours) - {*names, *given})
         added = [CommitOperationAdd(name, str(folder / name)) for name in wanted if name not in given]
         added += [CommitOperationAdd(name, content) for name, content in given.items()]
         removed = [CommitOperationDelete(name) for name in stale]
@@ -140,7 +148,7 @@ def publish(
 
 
 def _look(repo: str, private: bool, branch: str = "main") -> _Remote | None:
-    """Return the head commit, the files and the merge digest of a branch of a repo; None if there is no such repo."""
+    """Return the head commit, the files and the manifest of a branch of a repo; None if there is no such repo."""
     if client.offline():
         raise InputError("publish: HF_HUB_OFFLINE is set; unset it, or leave the publish block out")
     if not get_token():
@@ -156,14 +164,14 @@ def _look(repo: str, private: bool, branch: str = "main") -> _Remote | None:
         if private and not info.private:
             raise InputError(f"publish.private: {repo} is public; make it private, or write private: false")
         files = frozenset(file.rfilename for file in info.siblings or ())
-        digest = None
+        manifest: dict[str, Any] = {}
         if store.MANIFEST in files:
             download = partial(client.api().hf_hub_download, repo, store.MANIFEST, cache_dir=client.cache_folder())
             place = client.repeated(repo, lambda: download(revision=info.sha))
-            digest = (store.read_json(Path(place)) or {}).get("digest")
-    if digest is None and any(WEIGHTS.search(name) for name in files):
+            manifest = store.read_json(Path(place)) or {}
+    if manifest.get("digest") is None and any(WEIGHTS.search(name) for name in files):
         raise InputError(f"publish.repo: {repo} holds a model that LEWIS did not publish; choose another repo")
-    return _Remote(str(info.sha), files, digest)
+    return _Remote(str(info.sha), files, manifest)
 
 
 def _commit(

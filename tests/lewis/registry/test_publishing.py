@@ -77,9 +77,10 @@ def test_a_hub_without_xet_gets_the_weights_by_lfs(
     assert constants.HF_HUB_DISABLE_XET is False
 
 
-def test_the_next_version_replaces_weights_and_leaves_the_owners_files(hub: LocalHub, tmp_path: Path) -> None:
+def test_the_next_version_replaces_the_model_and_leaves_the_owners_files(hub: LocalHub, tmp_path: Path) -> None:
+    """The chat template of a version before would have been that of the new weights."""
     shards = {"model-00001-of-00002.safetensors": "x", "model.safetensors.index.json": "{}"}
-    publishing.publish(merged(tmp_path, **shards), "org/new", True, "version 1")
+    publishing.publish(merged(tmp_path, **shards, **{"chat_template.jinja": "old"}), "org/new", True, "version 1")
     owners = tree(hub) | {"logo.txt": b"owner's"}
     hub.commit("org/new", owners)
     folder = merged(tmp_path, "b", **{"model.safetensors": "other weights"})
