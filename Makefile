@@ -2,10 +2,11 @@
 # make test   sets everything up and runs ruff, the contract of the imports, mypy and the tests
 # make coverage   runs the tests of lewis/ and checks that they go through at least 90 % of its lines: to count takes a quarter
 #             of the time that they take
-# make faults is tests/faults in full: ten thousand inputs for each fuzzer, where make test has a few hundred; runs and the
+# make faults is tests/faults in full: ten thousand inputs for each fuzzer, where make test has some tens; runs and the
 #             service killed at fifty points, races, full disks, servers that are away: hours. LEWIS_FAULTS_POINTS=12 is fewer;
 #             what was stopped goes on, at the same commit
-# make test-long  runs the tests of the service, the search, the demo and the pages in a browser that take minutes each
+# make test-long  runs what takes longest: the service, the search, the demo and the pages in a browser; and all cases, such as
+#             architectures and places of a kill, where make test has one of each kind
 # make real   runs the DAG on the real SmolLM2-135M, its experts and data, where they are in ../shared: minutes
 # make test-production  runs the service on real servers: PostgreSQL, S3, Prefect and MLflow with passwords, workers without
 #             a shared disk; and kills them. Minutes; PostgreSQL is Debian's: apt install postgresql
