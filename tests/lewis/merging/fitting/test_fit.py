@@ -116,8 +116,15 @@ def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("method", ["regmean", "regmean_forward"])
+@pytest.mark.parametrize(
+    ("method", "weighted"),
+    [
+        ("regmean", False),
+        pytest.param("regmean", True, marks=pytest.mark.long),
+        pytest.param("regmean_forward", False, marks=pytest.mark.long),
+        ("regmean_forward", True),
+    ],
+)
 def test_equals_a_plain_implementation(method: str, weighted: bool, family: Family, tmp_path: Path) -> None:
     blocks = {}
     if weighted:
@@ -216,11 +223,15 @@ def test_fitted_in_half_precision_is_written_so(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in found.values()} == {torch.float16}
 
 
+ODDEST = ("gemma2", "gpt2", "neox", "mixtral", "t5")
 SOME_MOES = {"mixtral": ("Mixtral", SIZES | {"num_local_experts": 4}), "t5": ("T5", T5)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*DENSE, *SOME_MOES])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[] if k in ODDEST else pytest.mark.long) for k in (*DENSE, *SOME_MOES)],
+)
 def test_every_architecture_is_fitted(kind: str, tmp_path: Path) -> None:
     """Biases, Conv1D, parallel blocks, norms after the projections, an encoder with a decoder, experts of a mixture."""
     name, sizes = (DENSE | SOME_MOES)[kind][:2]
@@ -278,7 +289,9 @@ def merge_of(kind: str, folder: Path, scale: float, held_back: Calibration | Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mamba", "gemma3n_text", "zamba"])
+@pytest.mark.parametrize(
+    "kind", ["mamba", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("gemma3n_text", "zamba"))]
+)
 def test_what_no_module_is_called_for_is_merged_as_it_is(kind: str, tmp_path: Path) -> None:
     """The passes of Mamba and Gemma 3n took what lay in memory for such a weight; Zamba ended in a traceback."""
     merge = merge_of(kind, tmp_path, 0.02)

@@ -162,10 +162,11 @@ def test_an_expert_that_answers_no_better_than_the_base_is_named(
     [
         ([(0.2, 0.9), (0.1, 0.5)], 0),
         ([(0.2, 0.9), (0.1, 1.5), (0.15, 0.8)], 1),  # a row is broken
-        ([(0.2, 0.9), (0.3, 0.5), (0.1, 0.5)], 1),  # worse than the anchor
+        pytest.param([(0.2, 0.9), (0.3, 0.5), (0.1, 0.5)], 1, marks=pytest.mark.long),  # worse than the anchor
         ([(0.2, 0.9), (0.3, 0.5), (0.1, 1.5)], None),
-        ([(0.2, 2.0), (0.1, 1.5), (0.15, 1.4)], 0),  # broken, but the anchor is more so
-        ([(0.2, 0.9), (float("inf"), float("inf")), (0.1, 0.5)], 1),
+        # Broken, but the anchor is more so.
+        pytest.param([(0.2, 2.0), (0.1, 1.5), (0.15, 1.4)], 0, marks=pytest.mark.long),
+        pytest.param([(0.2, 0.9), (float("inf"), float("inf")), (0.1, 0.5)], 1, marks=pytest.mark.long),
     ],
 )
 def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
@@ -241,6 +242,7 @@ def test_nothing_is_judged_where_nothing_can_be(
     assert not any(expert.held_back for expert in held(family).experts)
 
 
+@pytest.mark.long
 def test_no_model_that_judged_stays_in_memory(tmp_path: Path) -> None:
     """Each kept its embedding and its head, in fp32: 17 GB for two adapters on a vocabulary of 128,256."""
     small, padded = (

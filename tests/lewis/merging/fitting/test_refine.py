@@ -34,14 +34,14 @@ from tests.support.models import write_expert, write_llama, write_tokenizer
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture
 def apart(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
-    """Experts that moved so far that a fit leaves something; the weights of GPT-2 are transposed."""
+    """Experts that moved so far that a fit leaves something; of a Llama unless a test names another architecture."""
     monkeypatch.setattr(held_back, "_distance", lambda *_: Distance(0.1, 0.2))  # a fit to noise may not hold
     base = tmp_path / "base"
-    if request.param == "llama":
+    if getattr(request, "param", "llama") == "llama":
         write_llama(base)
-    else:
+    else:  # whose weights are transposed
         config = GPT2Config(vocab_size=64, n_positions=128, n_embd=32, n_layer=2, n_head=2)
         torch.manual_seed(0)
         GPT2LMHeadModel(config).save_pretrained(base)
@@ -66,7 +66,16 @@ def divergence(expert: Path, merged: Path, rows: Calibration) -> float:
     return float(torch.stack(found).mean())
 
 
-@pytest.mark.parametrize("answers", [False, True])
+@pytest.mark.parametrize(
+    ("apart", "answers"),
+    [
+        ("gpt2", True),
+        pytest.param("gpt2", False, marks=pytest.mark.long),
+        pytest.param("llama", True, marks=pytest.mark.long),
+        ("llama", False),
+    ],
+    indirect=["apart"],
+)
 def test_the_written_model_is_closer_to_the_experts(apart: Family, tmp_path: Path, answers: bool) -> None:
     merge = trained(apart, tmp_path if answers else None)
     written = merge.run(tmp_path / "trained")
@@ -83,6 +92,7 @@ def test_the_written_model_is_closer_to_the_experts(apart: Family, tmp_path: Pat
     assert text in text_of_fit(written.manifest)
 
 
+@pytest.mark.parametrize("apart", ["llama", pytest.param("gpt2", marks=pytest.mark.long)], indirect=True)
 def test_threads_change_no_byte_and_settings_change_the_digest(apart: Family, tmp_path: Path) -> None:
     merge = trained(apart)
     for threads in (1, 3):
@@ -116,7 +126,7 @@ def test_training_that_breaks_a_row_is_left_out(apart: Family, tmp_path: Path, m
 def test_a_pass_that_brings_nothing_is_the_last(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.3, 0.2, 0.1, 0.15])
     monkeypatch.setattr(refine.Student, "divergence", lambda *_: next(values))
-    verdict = Verdict.from_json(trained(apart, epochs=9).run(tmp_path / "out").manifest["held_back"])
+    verdict = Verdict.from_json(trained(apart, epochs=5).run(tmp_path / "out").manifest["held_back"])
     assert verdict.refined and verdict.refined.divergence == (0.3, 0.2, 0.1, 0.15) and verdict.refined.taken == 2
 
 
@@ -199,6 +209,7 @@ def test_a_recipe_that_cannot_be_trained_is_refused(method: str, block: str, pro
         Recipe.parse(yaml.safe_dump(recipe), root=tmp_path)
 
 
+@pytest.mark.long
 def test_a_router_that_chooses_among_its_outputs_is_left_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

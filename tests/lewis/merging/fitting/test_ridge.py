@@ -48,7 +48,7 @@ def test_what_was_chosen_by_other_rows_has_another_key(family: Family) -> None:
     assert with_ridge(written, 0.1).digest == with_ridge(merge, 0.1).digest
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_the_loss_is_that_of_the_written_model(tied: bool, tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base", tied=tied)
     experts = [write_expert(base, tmp_path / name, seed=i, scale=0.1) for i, name in enumerate(("a", "bb"))]
@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_the_written_model(tied: bool, tmp_path: Path) -> No
     assert found[0] == pytest.approx(sum(means) / len(means), rel=1e-5) and found[0] == found[1]
 
 
-@pytest.mark.parametrize("method", ["regmean", "regmean_forward"])
+@pytest.mark.parametrize("method", [pytest.param("regmean", marks=pytest.mark.long), "regmean_forward"])
 def test_gives_the_bytes_of_the_number_that_it_chose_for_any_number_of_threads(
     method: str, family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

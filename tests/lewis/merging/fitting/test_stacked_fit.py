@@ -97,8 +97,22 @@ def test_goes_on_where_it_stopped_with_the_same_bytes_for_any_threads_and_in_fil
     assert all(torch.equal(whole.read(name), again.read(name)) for name in names)
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text", "granitemoe"])
-@pytest.mark.parametrize("method", ["regmean", "regmean_forward"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("gpt_oss", "regmean_forward"),
+        ("granitemoe", "regmean_forward"),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in [
+                ("gpt_oss", "regmean"),
+                ("granitemoe", "regmean"),
+                ("llama4_text", "regmean"),
+                ("llama4_text", "regmean_forward"),
+            ]
+        ),
+    ],
+)
 def test_experts_of_other_layouts_are_fitted(kind: str, method: str, tmp_path: Path) -> None:
     """Stored (in, out) with biases; run all at once in batched products; a module for each of two stacks."""
     torch.manual_seed(0)
