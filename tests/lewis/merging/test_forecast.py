@@ -78,11 +78,11 @@ print(found.memory - before, memory.peak - before)
 @pytest.mark.slow
 def test_memory_of_whole_tensors_grows_with_the_largest(merge_of: Any, tmp_path: Path, warm: WarmPython) -> None:
     """In a process of its own, since the memory that earlier tests gave back is taken again unseen."""
-    merge_of("ties", 3 << 21, *[1 << 20] * 3)
+    merge_of("ties", 3 << 20, *[1 << 19] * 3)
     folders = [str(tmp_path / name) for name in ("0", "1", "2", "out")]
     process = warm.run(WHOLE, folders, folder=Path.cwd(), environment=os.environ)
     said, needed = map(int, process.communicate()[0].split())
-    assert needed > 60e6 and needed / 2 < said < needed * 2
+    assert needed > 30e6 and needed / 2 < said < needed * 2
     whole = replace(METHODS["pcb"], by_rows=None)
     assert without_models(whole, 1 << 22, 3) - without_models(whole, 1 << 20, 3) > 3 << 22
 
@@ -109,7 +109,7 @@ def test_memory_of_a_lora_expert_grows_with_the_largest_tensor_that_it_changes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ties", "ram"])
+@pytest.mark.parametrize("method", ["ties", pytest.param("ram", marks=pytest.mark.long)])
 def test_memory_of_what_goes_by_chunks_or_rows_does_not(
     method: str, merge_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """Whatever a recipe says, `lewis merge` ends with a whole, finite model, or with a reason and nothing written.
 
-LEWIS_RECIPE_DRAWS says how many recipes are drawn (100, always the same ones; other numbers: others each time).
+LEWIS_RECIPE_DRAWS says how many recipes are drawn (60, always the same ones; other numbers: others each time).
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from tests.conftest import Family
 from tests.lewis.merging.vocabulary.test_alignment import WORDS, with_vocabulary
 from tests.support.models import rewrite
 
-DRAWS = int(os.environ.get("LEWIS_RECIPE_DRAWS", "100"))
+DRAWS = int(os.environ.get("LEWIS_RECIPE_DRAWS", "60"))
 SHARES = st.floats(0.05, 1)
 ODD = st.sampled_from(
     [
@@ -175,7 +175,7 @@ def test_it_merges_or_says_why(models: dict[str, Path], home: Path, tmp_path: Pa
     shapes = {name: tensor.shape for name, tensor in load_file(models["base"] / "model.safetensors").items()}
 
     @settings(
-        max_examples=DRAWS, derandomize=DRAWS == 100, deadline=None, database=None,
+        max_examples=DRAWS, derandomize=DRAWS == 60, deadline=None, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(recipes())
