@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lewis.allocation.densities import Allocation, allocate, distance_to_uniform, uniform_like, weighted_mean
@@ -181,6 +181,7 @@ class TestOtherAllocators:
 
     @pytest.mark.parametrize("strategy", ["lewis", "owl", "dlp", "depth_gradient"])
     @pytest.mark.parametrize("budget", [0.03, 0.1, 0.3, 0.5])
+    @settings(max_examples=25)
     @given(values=st.lists(st.floats(0, 1e3), min_size=6, max_size=6))
     def test_each_meets_the_budget_within_the_bounds(self, strategy: str, budget: float, values: list[float]) -> None:
         evidence = None if strategy == "depth_gradient" else {x.key: v for x, v in zip(BLOCKS, values, strict=True)}

@@ -381,8 +381,15 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_resamples")
-@pytest.mark.parametrize("documents", [30, 200])
-@pytest.mark.parametrize("agreement", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("documents", "agreement"),
+    [
+        (30, 0.0),
+        (200, 0.8),
+        pytest.param(30, 0.8, marks=pytest.mark.long),
+        pytest.param(200, 0.0, marks=pytest.mark.long),
+    ],
+)
 def test_two_copies_of_one_model_are_promoted_in_at_most_five_of_a_hundred_cases(
     documents: int, agreement: float
 ) -> None:

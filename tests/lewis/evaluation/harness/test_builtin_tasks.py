@@ -122,8 +122,10 @@ def test_one_is_scored_with_its_file_alone(family: Family, tmp_path: Path, monke
     rows = "".join(json.dumps({key: f"w{n + i}" for i, key in enumerate(keys)}) + "\n" for n in range(4))
     files = {f"{split}.jsonl": rows for split in ("train", "validation", "test")}
     with LocalHub(tmp_path / "server") as hub:
-        hub.commit("allenai/sciq", files, repo_type="dataset")
+        commit = hub.commit("allenai/sciq", files, repo_type="dataset")
         for name, value in hub.environment(tmp_path / "caches").items():
             monkeypatch.setenv(name, value)
         found = evaluate(family.base, EvalSettings(("sciq",), tmp_path))
     assert [(score.task, score.metric) for score in found.scores] == [("sciq", "acc,none"), ("sciq", "acc_norm,none")]
+    source = {"path": "allenai/sciq", "config_name": None, "split": "test", "revision": commit}
+    assert found.content["sources"] == {"sciq": source}

@@ -109,12 +109,10 @@ def test_a_server_is_asked_again_for_one_batch_at_most(
         whole = lm_eval.evaluate(family.math, settings, answers=tmp_path / "whole.jsonl")
         once = asked(answers.asked)
         answers.asked.clear()
-        points = [35 * (n + 1) // (KILLS + 1) for n in range(KILLS)]
-        for point in points:
-            with killed_at(path, root, point), pytest.raises(LewisError, match="killed by SIGKILL"):
-                lm_eval.evaluate(family.math, settings, answers=path)
+        with killed_at(path, root, 17), pytest.raises(LewisError, match="killed by SIGKILL"):
+            lm_eval.evaluate(family.math, settings, answers=path)
         again = lm_eval.evaluate(family.math, settings, answers=path)
-        assert once <= asked(answers.asked) <= once + len(points) * concurrent * BATCH
+        assert once <= asked(answers.asked) <= once + concurrent * BATCH
         assert again.content == whole.content
 
 

@@ -618,6 +618,7 @@ class TestBadEnds:
 class TestOtherSurroundings:
     """Each needs a fork server of its own, which takes four seconds: last, so that none is started once more."""
 
+    @pytest.mark.long
     def test_documents_of_a_hub_that_may_be_busy_have_their_commit(self, model, root, tmp_path, monkeypatch):
         config = {key: value for key, value in CHOICE.items() if key not in DATA}
         write_task(root / "hub.yaml", {**config, "task": "hub", "dataset_path": "org/rows", "test_split": "test"})
@@ -663,6 +664,7 @@ class TestOtherSurroundings:
         seen, found, interfaces = ast.literal_eval(told.read_text())
         assert seen > 10 and not found and interfaces == [(1, "lo")]
 
+    @pytest.mark.long
     def test_a_recipe_that_lies_among_the_temporary_files_has_its_data(self, model, root, monkeypatch):
         monkeypatch.setattr(tempfile, "tempdir", str(root))
         assert evaluate(model, EvalSettings(("pets",), root, limit=1)).scores

@@ -36,12 +36,12 @@ def test_the_looks_double_and_their_parts_of_the_error_add_up_to_all_of_it() -> 
     ("policy", "gain"), [("not_worse", -MARGIN), ("better", 0.0)], ids=["worse by the margin", "equal"]
 )
 def test_what_is_no_better_passes_in_no_more_than_the_stated_share(policy: str, gain: float) -> None:
-    gate, passed = Gate(metric=KEY, policy=policy), 0
-    for seed in range(400):
+    gate, passed, rows = Gate(metric=KEY, policy=policy), 0, 150
+    for seed in range(rows):
         found, _ = judged(gate, "known", drawn(np.random.default_rng(seed), gain, DOCUMENTS))
         passed += found.passed
     allowed = 0.05 if policy == "not_worse" else power.spent(1)
-    assert 0 < passed <= 400 * allowed + 2 * (400 * allowed * (1 - allowed)) ** 0.5
+    assert 0 < passed <= rows * allowed + 2 * (rows * allowed * (1 - allowed)) ** 0.5
 
 
 def test_scoring_ends_for_a_gain_only_if_it_is_shown_to_be_as_large_as_is_asked_for() -> None:
