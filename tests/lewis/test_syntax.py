@@ -50,7 +50,7 @@ def test_a_tree_is_made_while_other_threads_make_theirs() -> None:
     with ThreadPoolExecutor(5) as pool:
         pool.submit(library)
         try:
-            counts = set(pool.map(ours, range(60)))
+            counts = set(pool.map(ours, range(20)))
         finally:
             done.set()
     assert counts == {len(ast.parse(source).body)}

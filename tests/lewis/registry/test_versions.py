@@ -1,24 +1,20 @@
 """The registry against a real MLflow: sqlite and files, several processes, kill -9, and a server over HTTP."""
 
 import json
-import multiprocessing
 import os
+import pickle
 import pwd
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,9 +39,11 @@ from lewis.registry.versions import Version
 from lewis.store import manifest
 from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
+from lewis_flows.service import mlflow_app
 from tests.conftest import full
 from tests.support.damage import damage
 from tests.support.lineage import make_home
+from tests.support.service import free_port
 from tests.support.warm import WarmPython
 
 DIGEST, OTHER = "a" * 64, "b" * 64
@@ -389,7 +387,7 @@ def test_versions_that_another_team_registered_have_their_scores(entry: Registra
     assert history.scores("ops.tiny") == {1: 0.9, 2: 0.8}
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "all"])
+@pytest.mark.parametrize("damage", ["cut", pytest.param("missing", marks=pytest.mark.long), "all"])
 def test_a_version_that_lost_its_files_is_registered_anew(entry: Registration, home: Path, damage: str) -> None:
     creation.register(entry)
     (model,) = artifacts(home).glob("models/*")
@@ -451,45 +449,39 @@ def test_threads_get_one_version(entry: Registration) -> None:
     assert {v.version for v in made} == {"1"} and sum(v.created for v in made) == 1
 
 
-@pytest.fixture(scope="session")
-def processes() -> BaseContext:
-    """Fresh processes that need not import torch and MLflow one after another."""
-    context = multiprocessing.get_context("forkserver")
-    stores = [f"mlflow.store.{kind}.sqlalchemy_store" for kind in ("tracking", "model_registry")]
-    context.set_forkserver_preload([*stores, "mlflow.transformers", "transformers.pipelines", "pandas", __name__])
-    return context
+CHILD = """
+import json, pickle, sys, time
+from dataclasses import astuple
+from pathlib import Path
+from mlflow import MlflowClient
+from lewis.registry import creation, logged_model, promotion
+
+def stop(*_, **__):
+    print("stopped", flush=True)
+    time.sleep(600)
+
+entry, verdict, stop_at = pickle.loads(Path(sys.argv[1]).read_bytes())
+if stop_at:
+    setattr(logged_model if stop_at == "link" else MlflowClient, stop_at, stop)
+version = creation.register(entry)
+promotion.promote(version, verdict)
+print(json.dumps(astuple(version)))
+"""
 
 
-def in_child(home: Path, entry: Registration, send: Connection, stop_at: str | None = None, server: str = "") -> None:
-    """Register in a process of its own. At `stop_at` say so, and stay there until killed."""
-    from mlflow import MlflowClient
-
-    os.environ.update(LEWIS_HOME=str(home), MLFLOW_TRACKING_URI=server)
-
-    def stop(*_: object, **__: object) -> None:
-        send.send("stopped")
-        time.sleep(600)
-
-    if stop_at is not None:
-        owner: Any = logged_model if stop_at == "link" else MlflowClient
-        setattr(owner, stop_at, stop)
-    version = creation.register(entry)
-    promotion.promote(version, PASSED)
-    send.send(version)
+def register_in(warm: WarmPython, home: Path, entry: Registration, stop_at: str = "") -> subprocess.Popen[str]:
+    """Register and promote in a process of its own. At `stop_at` it says so, and stays there until killed."""
+    given = home.with_name(f"{home.name}-given.pickle")
+    given.write_bytes(pickle.dumps((entry, PASSED, stop_at)))
+    return warm.run(CHILD, [str(given)], folder=home.parent, environment=os.environ)
 
 
-def race(processes: Any, home: Path, entry: Registration, server: str = "") -> Version:
+def race(warm: WarmPython, home: Path, entry: Registration, at_once: int) -> Version:
     """Let processes register and promote at once; there must be one version, which is the champion."""
-    children = []
-    for _ in range(AT_ONCE):
-        receive, send = processes.Pipe(duplex=False)
-        children.append((processes.Process(target=in_child, args=(home, entry, send, None, server)), receive))
-    for child, _ in children:
-        child.start()
-    for child, _ in children:
-        child.join()
-    assert [child.exitcode for child, _ in children] == [0] * AT_ONCE
-    answers = [receive.recv() for _, receive in children]
+    children = [register_in(warm, home, entry) for _ in range(at_once)]
+    said = [child.communicate() for child in children]
+    assert [child.returncode for child in children] == [0] * at_once, said
+    answers = [Version(*json.loads(out)) for out, _ in said]
     assert {version.version for version in answers} == {"1"} and sum(version.created for version in answers) == 1
     registry.configure()
     assert len(versions()) == 1 and runs() == ["FINISHED"]
@@ -498,19 +490,28 @@ def race(processes: Any, home: Path, entry: Registration, server: str = "") -> V
 
 
 @pytest.mark.long
-def test_processes_at_once_on_a_fresh_database_get_one_version(entry: Registration, home: Path, processes: Any) -> None:
+def test_processes_at_once_on_a_fresh_database_get_one_version(
+    entry: Registration, home: Path, warm: WarmPython
+) -> None:
     (home / "mlflow" / "mlflow.db").unlink()
-    race(processes, home, entry)
+    race(warm, home, entry, AT_ONCE)
 
 
-@pytest.mark.parametrize("where", ["link", "log_batch", "create_model_version", "set_terminated"])
-def test_kill_9_then_again_ends_with_one_version(entry: Registration, home: Path, processes: Any, where: str) -> None:
-    receive, send = processes.Pipe(duplex=False)
-    child = processes.Process(target=in_child, args=(home, entry, send, where))
-    child.start()
-    assert receive.recv() == "stopped"
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("link", marks=pytest.mark.long),
+        pytest.param("log_batch", marks=pytest.mark.long),
+        "create_model_version",
+        "set_terminated",
+    ],
+)
+def test_kill_9_then_again_ends_with_one_version(entry: Registration, home: Path, warm: WarmPython, where: str) -> None:
+    child = register_in(warm, home, entry, where)
+    assert child.stdout and child.stdout.readline() == "stopped\n"
+    child.kill()
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
     registry.configure()
     assert runs() == ["RUNNING"]
     survived = where == "set_terminated"  # the only step after the version exists
@@ -564,7 +565,14 @@ def test_names_that_mlflow_refuses_are_cleaned(entry: Registration) -> None:
     assert registered("org_smol-1.7b_it_s") == replace(made, created=False)
 
 
-@pytest.mark.parametrize("label", ["./merged", "../math/final", "../../final", "/merged", "math//final"])
+@pytest.mark.parametrize(
+    "label",
+    [
+        "./merged",
+        "../math/final",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("../../final", "/merged", "math//final")),
+    ],
+)
 def test_scores_of_a_folder_have_names_of_their_own(label: str, entry: Registration) -> None:
     """MLflow refused `../math/final/gsm8k/acc`, and the scores of the folder `./merged` were taken for the merge's."""
     new = replace(entry, metrics={f"{label}/addition/acc,none": 0.95, "merged/addition/acc,none": 0.9})
@@ -875,7 +883,13 @@ def test_a_flipped_bit_in_store_and_registry_is_repaired(
 
 
 @pytest.mark.parametrize(
-    "file", ["model/config.json", "version.json", "components/tokenizer/tokenizer.json", "MLmodel"]
+    "file",
+    [
+        "model/config.json",
+        pytest.param("version.json", marks=pytest.mark.long),
+        pytest.param("components/tokenizer/tokenizer.json", marks=pytest.mark.long),
+        "MLmodel",
+    ],
 )
 def test_each_file_of_a_version_is_checked(entry: Registration, home: Path, file: str) -> None:
     promotion.promote(creation.register(entry), PASSED)
@@ -885,12 +899,12 @@ def test_each_file_of_a_version_is_checked(entry: Registration, home: Path, file
     assert creation.register(entry).version == "2" and aliases() == {"champion": "2"}
 
 
-@pytest.mark.parametrize("how", ["flipped", "gone"])
+@pytest.mark.parametrize("how", ["flipped", pytest.param("gone", marks=pytest.mark.long)])
 def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, how: str) -> None:
     version = creation.register(entry)
     promotion.promote(version, PASSED)
+    assert repair.verify().damaged == []
     for file in ("scores.json", "verdict.json", "recipe.yaml", "density.png"):
-        assert repair.verify().damaged == []
         path = next(artifacts(home).glob(f"{version.run_id}/artifacts/{file}"))
         whole = path.read_bytes()
         damage(path, "flipped") if how == "flipped" else path.unlink()
@@ -899,6 +913,7 @@ def test_verify_reads_the_files_of_a_run(entry: Registration, home: Path, how: s
         assert registered() is not None  # the model is whole
         path.unlink(missing_ok=True)
         path.write_bytes(whole)
+    assert repair.verify().damaged == []
 
 
 def test_verify_says_of_which_runs_it_has_no_checksums(
@@ -1068,39 +1083,44 @@ def test_a_deleted_experiment_is_explained(entry: Registration) -> None:
 
 
 @pytest.fixture
-def server(home: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`mlflow server` that serves the artifacts too, so the client has no folder to link into."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+def server(
+    home: Path, empty_database: Path, tmp_path: Path, warm: WarmPython, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """MLflow's server, which serves the artifacts too, so the client has no folder to link into."""
+    uri = f"http://127.0.0.1:{(port := free_port())}"
     shutil.copy(empty_database, tmp_path / "server.db")
-    where = [f"--backend-store-uri=sqlite:///{tmp_path}/server.db", f"--artifacts-destination={tmp_path}/remote"]
-    command = [sys.executable, "-m", "mlflow", "server", f"--port={uri.rsplit(':', 1)[1]}", "--workers=1", *where]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    process = subprocess.Popen(
-        command, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
-    )
+    environment = {
+        **os.environ,
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/server.db",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        mlflow_app.FILES: f"{tmp_path}/remote",
+        mlflow_app.ORIGINS: uri,
+    }
+    code = f"from {mlflow_app.__name__} import main; main()"
+    arguments = [mlflow_app.PREPARE, f"--port={port}", "--workers=1", "--uvicorn-opts=--log-level warning"]
+    process = warm.run(code, arguments, folder=tmp_path, environment=environment)
     try:
         for _ in range(1200):
             try:
                 urllib.request.urlopen(f"{uri}/health", timeout=1).close()
                 break
             except OSError:
+                assert process.poll() is None, process.communicate()
                 time.sleep(0.25)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         yield uri
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.communicate()
 
 
 def test_over_http_with_remote_artifacts(
-    server: str, entry: Registration, home: Path, tmp_path: Path, processes: Any
+    server: str, entry: Registration, home: Path, tmp_path: Path, warm: WarmPython
 ) -> None:
     import mlflow
 
     (entry.folder / "README.md").write_text("a card, which changes with the scores")
-    made = race(processes, home, entry, server)
+    made = race(warm, home, entry, 2)
     assert creation.register(entry) == replace(made, created=False)
     current = registry.champion("tiny")
     assert current is not None and current.folder is None and current.metrics["addition/acc,none"] == 0.9
@@ -1128,7 +1148,7 @@ def test_over_http_with_remote_artifacts(
     assert registry.fetch(current).folder is None
 
 
-@pytest.mark.parametrize("shared", ["1", "0"])
+@pytest.mark.parametrize("shared", ["1", pytest.param("0", marks=pytest.mark.long)])
 def test_a_champion_whose_files_are_gone_comes_from_the_remote_half_of_the_store(
     home: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str
 ) -> None:
