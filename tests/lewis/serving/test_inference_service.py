@@ -98,8 +98,8 @@ def test_a_version_that_is_worse_loses_its_traffic(place: Place[Knative], family
     assert cluster.shares[-1] == {"tiny-predictor-00003": 0, good: 100}
     assert service.serve(target, first)[1] is False, "it is in service all the time"
     cluster.starts = None
-    with pytest.raises(LewisError, match=r"did not become ready with a new revision within 0.05 min.* False Revision"):
-        service.serve(target, crowned(family.base, "c"))
+    with pytest.raises(LewisError, match=r"did not become ready with a new revision within 0.01 min.* False Revision"):
+        service.serve(target.model_copy(update={"start_minutes": 0.01}), crowned(family.base, "c"))
     assert cluster.shares[-1][good] == 100, "neither the one that was refused nor the one that does not start has any"
     cluster.starts = 0.02
     assert service.serve(target, crowned(family.base, "d"))[1]

@@ -81,8 +81,8 @@ def test_a_version_that_is_worse_loses_its_traffic_and_the_numbers_are_kept(
     assert [rule.limit for rule in kept.steps[0].rules] == pytest.approx([0.011, 0.5, 0.3])
     assert service.serve(target, first)[1] is False, "it is in service all the time"
     cluster.starts = None
-    with pytest.raises(LewisError, match=r"blue did not become ready within 0.05 minutes; .* is False Starting"):
-        service.serve(target, crowned(family.base, "c"))
+    with pytest.raises(LewisError, match=r"blue did not become ready within 0.01 minutes; .* is False Starting"):
+        service.serve(target.model_copy(update={"start_minutes": 0.01}), crowned(family.base, "c"))
     assert cluster.shares() == {"blue": 0, "green": 100}
 
 
