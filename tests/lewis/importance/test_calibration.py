@@ -253,7 +253,7 @@ class TestSamples:
             ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "for more than 2 s for"),
             ("{{ 'a' * 10 ** 10 }}", "MemoryError"),
             ("{{ 'a' * 10 ** 5 }}", "more than 50,000 characters"),
-            ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+            pytest.param("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion", marks=pytest.mark.long),
         ],
     )
     def test_a_template_that_takes_all_time_or_memory_is_stopped(

@@ -176,8 +176,18 @@ class TestMeasure:
 class TestSets:
     OTHER = Calibration("other", ((30, 31), (40, 41, 42, 43), (5,)))
 
-    @pytest.mark.parametrize("tokens", [1, 8, 10**6])
-    @pytest.mark.parametrize("room", [0, 1200, 10**9])
+    @pytest.mark.parametrize(
+        ("tokens", "room"),
+        [
+            (1, 0),
+            (8, 1200),
+            (10**6, 10**9),
+            *(
+                pytest.param(*each, marks=pytest.mark.long)
+                for each in [(1, 1200), (1, 10**9), (8, 0), (8, 10**9), (10**6, 0), (10**6, 1200)]
+            ),
+        ],
+    )
     @pytest.mark.parametrize(
         "settings", [Importance(), Importance(prune_ratio=0.5, reduce="sum")], ids=["", "official"]
     )

@@ -53,7 +53,7 @@ BY_ROWS: dict[str, list[dict[str, Any]]] = {
 NAME = "model.layers.0.a.weight"
 FORMATS = {torch.float32: (torch.int32, 32, 0x7F800000), torch.float16: (torch.int16, 16, 0x7C00)}
 FORMATS[torch.bfloat16] = (torch.int16, 16, 0x7F80)
-many = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite

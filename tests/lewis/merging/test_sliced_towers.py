@@ -34,7 +34,9 @@ def loaded(kind: str, folder: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "mllama"])
+@pytest.mark.parametrize(
+    "kind", ["llava", "qwen3_vl", *(pytest.param(k, marks=pytest.mark.long) for k in ("qwen2_vl", "gemma3", "mllama"))]
+)
 def test_the_language_model_is_stacked_and_the_towers_come_from_the_first_slice(kind: str, tmp_path: Path) -> None:
     one, other = two(kind, tmp_path)
     found = merged(sliced("passthrough", [source(one, 0, 2)], [source(other, 1, 2)]), tmp_path / "out")

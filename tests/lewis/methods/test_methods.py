@@ -464,7 +464,7 @@ class TestEveryMethod:
     stacks = st.lists(numbers, min_size=2, max_size=4)
     shapes = st.sampled_from([(12,), (3, 4), (12, 1), (2, 3, 2)])
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=15, deadline=None)
     @given(values=stacks, shape=shapes)
     @pytest.mark.parametrize("name", METHODS)
     def test_is_finite_fp32_and_the_same_twice(
@@ -494,7 +494,7 @@ class TestEveryMethod:
         finally:
             torch.set_num_threads(threads)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=20, deadline=None)
     @given(values=stacks, power=st.integers(-30, 30))
     @pytest.mark.parametrize(
         "name", ["ties", "breadcrumbs_ties", "sce", "model_stock", "consensus", "slerp", "linear", "della"]
@@ -504,7 +504,7 @@ class TestEveryMethod:
         scaled = call(name, stack * 2.0**power, base * 2.0**power)
         torch.testing.assert_close(scaled, call(name, stack, base) * 2.0**power, rtol=1e-6, atol=0)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=15, deadline=None)
     @given(seed=st.integers(0, 2**32), order=st.permutations(range(4)), scale=st.sampled_from([1e-4, 1.0]))
     @pytest.mark.parametrize("name", [name for name, m in METHODS.items() if m.experts[1] is None and not m.random])
     def test_the_order_of_experts_is_of_no_account(self, name: str, seed: int, order: list[int], scale: float) -> None:

@@ -111,7 +111,13 @@ def check_values(file: Path, model: Any) -> Checkpoint:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted({*OTHERS} - {"mistral"}))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("gemma2", "gpt2", "qwen2", "qwen3_moe"),
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("gemma3_text", "phi3", "qwen2_moe")),
+    ],
+)
 def test_other_architectures_are_read_as_transformers_loads_them(kind: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -125,7 +131,9 @@ def test_other_architectures_are_read_as_transformers_loads_them(kind: str, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mistral", "qwen2_moe"])  # its name, and gates of shared experts that are matrices
+@pytest.mark.parametrize(  # its name, and gates of shared experts that are matrices
+    "kind", ["mistral", pytest.param("qwen2_moe", marks=pytest.mark.long)]
+)
 def test_what_transformers_does_not_load_is_read(kind: str, tmp_path: Path) -> None:
     model = saved(kind, tmp_path / "model")
     (tmp_path / "gguf").mkdir()

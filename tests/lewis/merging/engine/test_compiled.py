@@ -26,7 +26,7 @@ from tests.support.models import bits, open_merge, write_tensors
 NAME = "model.layers.0.a.weight"
 # A method that fits needs calibration rows; `test_fit` merges with it.
 COMPILED = [name for name, method in ALL.items() if (method.compiled or method.coefficients) and not method.fits]
-DRAWS = int(os.environ.get("LEWIS_COMPILED_DRAWS", "6"))  # of each method
+DRAWS = int(os.environ.get("LEWIS_COMPILED_DRAWS", "3"))  # of each method
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1,), (7,), (2048,), (2049,), (3, 5), (64, 33), (3, 4, 5), (70, 100), (1, 4097), (5000, 1), (), (5, 70, 33)]
 
