@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +92,18 @@ def recipe(tmp_path: Path, family: Family) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE % {"base": family.base, "math": family.math, "code": family.code})
     return path
+
+
+@pytest.fixture
+def scores_here(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations in this process, which spares the imports of another one, and in the folder of the recipe."""
+    from lewis.evaluation.harness import child, process
+
+    def evaluate(request: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return child.evaluate(**json.loads(json.dumps(request)))
+
+    monkeypatch.setattr(process, "run", evaluate)
+    monkeypatch.chdir(recipe.parent)
 
 
 Command = Callable[..., subprocess.Popen[str]]

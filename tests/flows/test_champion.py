@@ -14,7 +14,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 
 from lewis.errors import LewisError
 from lewis.evaluation.gate import Incumbent, Standing
-from lewis.evaluation.harness import child, process
+from lewis.evaluation.harness import process
 from lewis.recipe.recipe import Recipe
 from lewis.registry import promotion
 from lewis.registry.history import picture
@@ -23,7 +23,7 @@ from lewis.steps.plan import make_plan
 from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
 from lewis_flows.cli.run import print_merge
-from tests.flows.conftest import TASK, Command, write_words
+from tests.flows.conftest import TASK, write_words
 from tests.support.damage import damage
 from tests.support.judge_server import by_reference, judging
 from tests.support.models import WORDS, rewrite, write_expert, write_llama
@@ -38,7 +38,6 @@ evaluate: {tasks: [words.yaml], baselines: []}
 register: {name: tiny, gate: {policy: better, metric: "words/acc,none"}}
 inspect: {on: warn}
 """
-DIES = "import time, lewis.registry.promotion as m\nm.promote = lambda *a: (print('HERE', flush=True), time.sleep(60))"
 
 
 @pytest.fixture
@@ -74,18 +73,12 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def run(recipe: Path, home: Path, prefect_url: str, scores_here: None) -> Callable[..., Any]:
     """Merge an expert in this process, which spares the imports of another one."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from lewis_flows.merge import merge_flow
     from lewis_tasks.support.flow_run import result_of_run
-
-    def evaluate_here(request: dict[str, Any], **_: Any) -> dict[str, Any]:
-        return child.evaluate(**json.loads(json.dumps(request)))
-
-    monkeypatch.setattr(process, "run", evaluate_here)
-    monkeypatch.chdir(recipe.parent)
 
     def start(expert: str, *overrides: str) -> Any:
         with temporary_settings({PREFECT_API_URL: prefect_url}):
@@ -146,12 +139,16 @@ def newest_ended(prefect_url: str, flow: str = "") -> dict[str, Any]:
         return dict(json.load(answer)[0])
 
 
+def dead(*_: Any) -> None:
+    """What is called as the process dies."""
+    raise KeyboardInterrupt
+
+
 def test_only_a_better_model_becomes_champion(
     run: Callable[[str], Any],
-    lewis: Command,
-    recipe: Path,
     home: Path,
     prefect_url: str,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     first = run("half")
@@ -178,10 +175,9 @@ def test_only_a_better_model_becomes_champion(
     assert states(prefect_url, "evaluate champion words") == {"Cached"}  # it was the merged model of the first run
     _check_why_it_is_worse(home, worse)
 
-    better = lewis("run", recipe, "--set", "models[0].model=good", patch=DIES)
-    assert better.stdout is not None and better.stdout.readline() == "HERE\n"
-    better.kill()  # registered, and not yet promoted
-    better.wait()
+    with monkeypatch.context() as dies, pytest.raises(KeyboardInterrupt):
+        dies.setattr(promotion, "promote", dead)  # once it is registered
+        run("good")
     assert versions(home) == {"1": "passed", "2": "failed", "3": ""} and aliases(home)["champion"] == "1"
 
     healed = run("good")
@@ -295,25 +291,32 @@ def test_what_passes_is_shown_to_a_judge_and_without_its_answer_nothing_is_promo
         with pytest.raises(LewisError, match="refuses the model wise: it answers 401"):
             run("good", asks)
         assert versions(home) == {"1": "passed"} and aliases(home)["champion"] == "1"
+
+
+@pytest.mark.long
+def test_what_a_judge_does_not_prefer_stays_out(
+    run: Callable[..., Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("half").promoted
     with judging(lambda text: "[[B]]" if "answer of A\nw1\n" in text else "[[A]]") as (url, _):  # it is perverse
         monkeypatch.setenv("LEWIS_JUDGE", url)
-        worse = run("good", asks)
+        worse = run("good", "register.gate.judge={model: wise, documents: 12}")
         assert not worse.promoted and worse.verdict[0].endswith(": fail") and aliases(home)["champion"] == "1"
 
 
+@pytest.mark.long
 def test_a_run_that_changes_only_the_verdict_says_so(
     run: Callable[..., Any], recipe: Path, home: Path, prefect_url: str
 ) -> None:
     """It was Cached, with "nothing has changed", while a version began to wait for a person."""
-    rewrite(recipe.parent / "half", recipe.parent / "equal", lambda _, tensor: tensor * 1.01)
-    run("half")
+    rewrite(recipe.parent / "base", recipe.parent / "equal", lambda _, tensor: tensor * 1.01)
     run("equal")
     assert newest_run(prefect_url) == "Rejected"
     looser = ("register.gate.policy=not_worse", "register.gate.tolerance=1", "register.gate.approve=true")
-    assert run("equal", *looser).waits and versions(home)["2"] == "waiting"
+    assert run("equal", *looser).waits and versions(home) == {"1": "waiting"}
     assert newest_run(prefect_url) == "AwaitingApproval"
     run("equal")
-    assert newest_run(prefect_url) == "Rejected" and versions(home)["2"] == "failed"
+    assert newest_run(prefect_url) == "Rejected" and versions(home) == {"1": "failed"}
 
 
 @pytest.mark.long
@@ -393,10 +396,20 @@ def test_what_is_promoted_early_is_scored_on_all_documents_afterwards(
     rows = json.loads(Path(client.download_artifacts(version.run_id, "comparison.json")).read_text())
     assert {row[rows["columns"].index("documents")] for row in rows["data"]} == {"60"}
 
-    better = run("good", "evaluate.stop=known")
-    assert better.promoted and {row["documents"] for row in better.comparison} == {"60"}
-    assert " on 32 of 60 documents" in newest_ended(prefect_url)["state"]["message"]
-    assert "lewis.documents" not in client.get_model_version("tiny", "2").tags
+
+@pytest.mark.long
+def test_the_run_that_promotes_early_scores_on_all_documents_itself(
+    run: Callable[..., Any], recipe: Path, home: Path, prefect_url: str
+) -> None:
+    from mlflow import MlflowClient
+
+    write_words(recipe.parent, 60)
+    client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+    for version, expert in (("1", "half"), ("2", "good")):
+        better = run(expert, "evaluate.stop=known")
+        assert better.promoted and {row["documents"] for row in better.comparison} == {"60"}
+        assert " on 32 of 60 documents" in newest_ended(prefect_url)["state"]["message"]
+        assert "lewis.documents" not in client.get_model_version("tiny", version).tags
     check_png(picture("tiny"))
 
 
@@ -447,9 +460,6 @@ def test_what_waits_after_an_early_end_is_scored_on_all_documents_only_once_a_pe
             report = MergeReport.saved(str(of))  # for the `lewis run` that may have started it
             assert report and report.waits and report.version
             return of
-
-        def dead(*_: Any) -> None:
-            raise KeyboardInterrupt
 
         def waiting() -> list[Any]:
             of_deployment = {"deployment_id": {"any_": [deployment]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
@@ -622,6 +632,11 @@ def test_an_adapter_is_scored_registered_and_served_on_its_base(
     alone = AutoModelForCausalLM.from_pretrained(stored)  # the adapter's config names the base
     assert torch.equal(alone.lm_head.weight, wanted["lm_head.weight"])
 
+
+@pytest.mark.long
+def test_an_adapter_whose_base_is_gone_must_be_scored_again(run: Callable[..., Any], recipe: Path) -> None:
+    lora = "output={kind: lora, rank: 2}"
+    assert run("good", lora).promoted
     rewrite(recipe.parent / "base", recipe.parent / "moved", lambda name, tensor: tensor * 1.5)
     (recipe.parent / "base").rename(recipe.parent / "old")
     (recipe.parent / "moved").rename(recipe.parent / "base")
