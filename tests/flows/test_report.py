@@ -5,28 +5,28 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from prefect.states import Completed
 
 from lewis import library as lewis_library
 from lewis.merging.step import MergedModel
+from lewis_flows.cli.main import main
 from lewis_flows.cli.run import _run_flow, print_merge
 from lewis_flows.merge import MergeReport
 from lewis_flows.service import note
 from lewis_tasks.support import flow_run
 from tests.conftest import Family
-from tests.flows.conftest import Command
-from tests.flows.test_run import NO_SCORES, finished, report
+from tests.flows.test_run import NO_SCORES
 from tests.support.models import parse, rewrite
 
-SCORES = (
-    "--set",
-    "evaluate.baselines=[experts]",
-)  # the base is scored all the same: the first champion is compared with it
+SCORES = "evaluate.baselines=[experts]"
+"""The base is scored all the same: the first champion is compared with it."""
 
 
 @pytest.fixture
@@ -84,8 +84,17 @@ def artifact(client: Any, recipe: Path, kind: str) -> str:
     return str(found[0].data)
 
 
+def merged(recipe: Path, *overrides: str) -> dict[str, Any]:
+    """The report of a run in this process, as `lewis run --json` prints it."""
+    from lewis_flows.merge import merge_flow
+
+    state = merge_flow(str(recipe), list(overrides), return_state=True)
+    return dict(json.loads(flow_run.result_of_run(state).model_dump_json()))
+
+
+@pytest.mark.usefixtures("scores_here")
 def test_the_story_of_two_runs(
-    lewis: Command, own: Path, home: Path, family: Family, client: Any, capsys: pytest.CaptureFixture[str]
+    own: Path, home: Path, family: Family, client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     math, code = home.parent / "math", home.parent / "code"  # which no other test has measured on this server
     shutil.copytree(family.math, math)
@@ -94,7 +103,7 @@ def test_the_story_of_two_runs(
     own.write_text(text.replace("name: tiny", f"name: {own.stem}"))
     words = own.with_name("words.yaml")
     words.write_text(words.read_text().replace("doc_to_target: 0", "doc_to_target: 2"))  # there `math` beats the base
-    first = report(lewis("run", own, "--json", *NO_SCORES))
+    first = merged(own, "evaluate=null", "register.gate=null")
     assert first["kept"] == []
     text = artifact(client, own, "run-report")
     assert f"**models:/{own.stem}/1 is the new champion.**" in text and "Started by hand." in text
@@ -105,7 +114,7 @@ def test_the_story_of_two_runs(
 
     moved = rewrite(family.math, home.parent / "moved", lambda _, tensor: tensor * 1.25)
     shutil.copyfile(moved / "model.safetensors", math / "model.safetensors")
-    second = report(lewis("run", own, "--json", *SCORES))
+    second = merged(own, SCORES)
     text = artifact(client, own, "run-report")
     assert f"What changed since the champion `models:/{own.stem}/1`" in text
     assert text.count("unchanged") == 3 and text.count("**moved**") == 1
@@ -229,16 +238,24 @@ def _check_assets(client: Any, name: str, base: Path, math: Path, code: Path, se
     assert len(events(client, done, assets.asset("importance", str(code)).key)) == 1
 
 
-def test_a_failed_run_says_which_task_and_why(lewis: Command, own: Path, client: Any, family: Family) -> None:
-    full_disk = (
-        "import lewis.importance.measure as m\n"
-        "def full(*_, **__): raise OSError(28, 'No space left')\nm.measure_sets = full"
-    )
-    code, _, err = finished(lewis("run", own, *NO_SCORES, patch=full_disk))
+def test_a_failed_run_says_which_task_and_why(
+    own: Path,
+    client: Any,
+    home: Path,
+    prefect_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    monkeypatch.setattr("lewis.importance.measure.measure_sets", Mock(side_effect=OSError(28, "No space left")))
+    # A set that no other test measures, which Prefect would remember.
+    given = "--set", "lewis.calibrations.words.samples=11"
+    assert main(["run", str(own), *NO_SCORES, *given]) == 1
     [run] = runs(client, own)
     told = "measure base: OSError: [Errno 28] No space left; free space where the store "
     assert run.state.name == "Failed" and run.state.message.startswith(told)
-    assert code == 1 and f"lewis: it failed: {told}" in err and "raceback" not in err
+    err = capsys.readouterr().err
+    assert f"lewis: it failed: {told}" in err and "raceback" not in err
 
 
 def test_a_model_is_measured_in_one_task_and_on_what_the_store_does_not_have(
@@ -293,6 +310,7 @@ def test_a_model_is_measured_in_one_task_and_on_what_the_store_does_not_have(
     assert both == states[3].result() == [*states[0].result(), *states[1].result()]
 
 
+@pytest.mark.long
 def test_a_fit_measures_only_the_expert_that_has_moved(client: Any, home: Path, family: Family) -> None:
     """Second-order statistics of each expert come from a task of its own, and the merge waits for them."""
     from prefect.client.schemas.filters import FlowRunFilter
@@ -466,6 +484,11 @@ def _whys(client: Any, deployment: Any, why: Callable[[Any], str]) -> set[str]:
 def test_the_link_of_a_run_whose_server_ends_with_it_leads_to_the_server_of_the_service(
     home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    @contextmanager
+    def started(*_: object, meanwhile: Callable[[str], object]) -> Iterator[str]:
+        meanwhile(prefect_url)
+        yield prefect_url
+
     def seen() -> tuple[str, str]:
         def link(**_: object) -> Any:
             return Completed(data=(flow_run.url_text(), flow_run.url()))
@@ -479,7 +502,9 @@ def test_the_link_of_a_run_whose_server_ends_with_it_leads_to_the_server_of_the_
     monkeypatch.setenv("PREFECT_API_URL", prefect_url)
     assert seen()[0] == "Prefect run"
     monkeypatch.delenv("PREFECT_API_URL")
-    text, url = seen()
+    with monkeypatch.context() as alone:
+        alone.setattr("lewis_flows.service.servers.prefect_server", started)
+        text, url = seen()
     assert text == "Prefect run, while `lewis up` runs" and url.startswith("http://127.0.0.1:4999/runs/flow-run/")
     note.write({"prefect": prefect_url})
     assert seen()[0] == "Prefect run"
