@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lewis.recipe.recipe import Recipe
+from lewis_flows.cli.main import main
 from tests.conftest import SESSION_HOME, Family
 from tests.flows.conftest import Command
 from tests.support import pipeline
@@ -64,8 +65,17 @@ def versions(home: Path, name: str = "tiny") -> list:
     return list(MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db").search_model_versions(f"name='{name}'"))
 
 
-def test_a_run_scores_registers_and_promotes_and_the_next_is_cached(lewis: Command, recipe: Path, home: Path) -> None:
+def test_a_killed_run_is_resumed_scores_registers_and_promotes_and_the_next_is_cached(
+    lewis: Command, recipe: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the merge; tests/faults/test_crashes.py kills the library in many other places."""
+    killed = lewis("run", recipe, *NO_SCORES, patch=SLOW)
+    assert killed.stdout is not None and killed.stdout.readline() == "HERE\n"
+    killed.kill()
+    killed.wait()
+
     first = report(lewis("run", recipe, "--json"))
+    assert len(versions(home)) == 1 and not leftovers(home)
     assert first["version"] == "models:/tiny/1" and first["created"] and first["promoted"]
     assert [row["model"] for row in first["scores"]] == ["base", "math", "code", "uniform", "merged"]
     assert first["mean_density"].keys() == {entry["ref"] for entry in _inputs(home, first)}
@@ -81,7 +91,16 @@ def test_a_run_scores_registers_and_promotes_and_the_next_is_cached(lewis: Comma
     assert len(expensive) == 3 + 3 + 2 + 5 and {done[name] for name in expensive} == {"Cached"}
     assert len(versions(home)) == 1
 
-    shutil.rmtree(first["folder"])  # a cache that believes in deleted output would now lie
+    found = (first["digest"], (Path(first["folder"]) / "model.safetensors").read_bytes())
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "undisturbed"))
+    assert found == by_the_library(recipe, tmp_path / "merged")
+
+
+@pytest.mark.long
+def test_a_merge_that_was_deleted_is_made_again(lewis: Command, recipe: Path, home: Path) -> None:
+    """A cache that believes in deleted output would lie."""
+    first = report(lewis("run", recipe, "--json", *NO_SCORES))
+    shutil.rmtree(first["folder"])
     code, out, err = finished(lewis("run", recipe, "--json", *NO_SCORES))
     assert code == 0 and states(err)["merge experts"] == "Completed"
     assert json.loads(out)["digest"] == first["digest"]
@@ -91,22 +110,6 @@ def _inputs(home: Path, found: dict) -> list[dict]:
     manifest = json.loads((Path(found["folder"]) / "lewis.json").read_text())
     _, *experts = manifest["inputs"]
     return [{"ref": ref} for ref in experts]
-
-
-def test_a_killed_run_is_resumed_with_the_same_result(
-    lewis: Command, recipe: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the merge; tests/faults/test_crashes.py kills the library in many other places."""
-    killed = lewis("run", recipe, *NO_SCORES, patch=SLOW)
-    assert killed.stdout is not None and killed.stdout.readline() == "HERE\n"
-    killed.kill()
-    killed.wait()
-
-    resumed = report(lewis("run", recipe, "--json", *NO_SCORES))
-    assert len(versions(home)) == 1 and not leftovers(home)
-    found = (resumed["digest"], (Path(resumed["folder"]) / "model.safetensors").read_bytes())
-    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "undisturbed"))
-    assert found == by_the_library(recipe, tmp_path / "merged")
 
 
 @pytest.mark.long
@@ -203,14 +206,21 @@ def test_models_from_a_hub_that_stumbles_and_back_to_it(
 
 
 def test_a_wrong_model_fails_early_and_registers_nothing(
-    lewis: Command, recipe: Path, home: Path, family: Family
+    recipe: Path,
+    home: Path,
+    family: Family,
+    prefect_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
     odd = home.parent / "odd"
     shutil.copytree(family.math, odd)
     data = bytearray((odd / "model.safetensors").read_bytes())
     (odd / "model.safetensors").write_bytes(data[:-100])
-    code, _, err = finished(lewis("run", recipe, "--set", f"models[0].model={odd}"))
-    assert code == 2 and "safetensors" in err and str(odd) in err
+    assert main(["run", str(recipe), "--set", f"models[0].model={odd}"]) == 2
+    err = capsys.readouterr().err
+    assert "safetensors" in err and str(odd) in err
     assert not (home / "merged").exists() and not versions(home)
 
 
