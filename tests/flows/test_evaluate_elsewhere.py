@@ -250,6 +250,7 @@ def test_the_furthest_look_is_found_where_tasks_were_scored_on_different_devices
     assert step.furthest_look("merged", "key", settings) is None
 
 
+@pytest.mark.usefixtures("scores_here")
 @pytest.mark.parametrize("output", [pytest.param([], id="full"), pytest.param(LORA, id="lora", marks=pytest.mark.long)])
 def test_the_run_scores_what_the_merge_names_and_only_then(
     output: list[str], recipe: Path, home: Path, family: Family, prefect_url: str, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from lewis.errors import LewisError
+from lewis.errors import InputError, LewisError
 from lewis.evaluation.statistics.scored import WEIGHTED, Scored
 from lewis.evaluation.statistics.scores import Ends, Part, Samples, combined
 from lewis.models.source import pin
@@ -211,10 +211,12 @@ def test_the_best_values_are_merged_with_the_models_that_were_searched(
     assert rename.call_args.args[1] == heads != {ref: pin(ref, recipe.parent).key for ref in heads}
 
 
-def test_a_metric_that_nothing_scores_is_named(lewis: Command, recipe: Path, home: Path) -> None:
+@pytest.mark.usefixtures("flow_here", "scores_here")
+def test_a_metric_that_nothing_scores_is_named(recipe: Path, home: Path) -> None:
     searching(recipe, **{"trials: 4": "trials: 4\n  metrics: ['words/ac,none']"})
-    code, _, err = finished(lewis("search", recipe))
-    assert code == 2 and "there is no score 'words/ac,none'; did you mean 'words/acc,none'" in err
+    state = search.search_flow(str(recipe), return_state=True)
+    with pytest.raises(InputError, match="there is no score 'words/ac,none'; did you mean 'words/acc,none'"):
+        run_tags.result_of_run(state)
     assert not versions(home)
 
 
