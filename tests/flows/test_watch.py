@@ -308,9 +308,13 @@ def test_an_announcement_is_repeated_if_nothing_came_of_it(
     for name, value in patience.items():
         monkeypatch.setattr(watch, name, value)
     assert watch._is_news(case, Moved("org/math", "org/math", OLD_RELEASE, RELEASE)) is repeated
-    # Another commit, reference or recipe was never announced.
-    assert watch._is_news(case, Moved("org/math", "org/math", OLD_RELEASE, "2" * 40))
-    assert watch._is_news(case, Moved("org/math@main", "org/math", OLD_RELEASE, RELEASE))
+
+
+def test_another_commit_reference_or_recipe_was_never_announced(announced: None, recipes: Path) -> None:
+    for case in ("nothing yet", "completed"):
+        assert not watch._is_news(case, Moved("org/math", "org/math", OLD_RELEASE, RELEASE))
+        assert watch._is_news(case, Moved("org/math", "org/math", OLD_RELEASE, "2" * 40))
+        assert watch._is_news(case, Moved("org/math@main", "org/math", OLD_RELEASE, RELEASE))
     assert watch._is_news("unheard of", Moved("org/math", "org/math", OLD_RELEASE, RELEASE))
 
 
@@ -356,6 +360,7 @@ def test_a_release_that_is_broken_on_the_hub_waits_for_another_commit(
     assert poll().announced == ["broken: org/math"]
 
 
+@pytest.mark.long
 def test_a_commit_is_broken_until_the_recipe_is_edited_or_a_later_run_merges_it(
     hub: LocalHub,
     client: SyncPrefectClient,
