@@ -107,6 +107,7 @@ def test_a_run_waits_for_a_person_on_its_page_or_on_the_command_line(
     assert {move.version for move in outbox.moves()} <= {"1", "2", "3"}  # told, or to be told soon
 
 
+@pytest.mark.long
 def test_a_question_ends_when_the_champion_is_moved_by_hand(client: SyncPrefectClient, family: Family) -> None:
     """Its run waited for ever."""
     asks = partial(_asks, client, family, "moved")

@@ -230,6 +230,7 @@ def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_le
     assert not keep_served.look(), "the server is away"
 
 
+@pytest.mark.long
 def test_two_recipes_of_a_group_serve_their_targets_once(
     folder: Path, home: Path, family: Family, client: SyncPrefectClient
 ) -> None:
