@@ -6,8 +6,6 @@ import os
 import pty
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,31 +14,44 @@ from lewis.inspection.draft import GENERAL
 from lewis.recipe.recipe import Recipe
 from lewis_flows.cli.ask import rows_of
 from tests.conftest import Family
+from tests.support.warm import WarmPython
+
+PROGRAM = """
+import os, sys
+terminal = os.open(sys.argv.pop(1), os.O_RDWR)
+print(flush=True)
+for stream in range(3):
+    os.dup2(terminal, stream)
+os.close(terminal)
+from lewis_flows.cli.main import program
+program()
+"""
 
 
-def typed(command: list[str], asked: list[tuple[str, str]], folder: Path) -> tuple[int, str]:
-    """Run a command in a terminal of its own, and answer each question by its end; gives what it shows."""
+def typed(warm: WarmPython, arguments: list[str], asked: list[tuple[str, str]], folder: Path) -> tuple[int, str]:
+    """Run `lewis` in a terminal of its own, and answer each question by its end; gives what it shows."""
     ours, its = pty.openpty()
     environment = {**os.environ, "COLUMNS": "200", "TERM": "dumb"}
-    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, cwd=folder, env=environment)
-    os.close(its)
-    shown, left = "", list(asked)
-    while True:
-        try:
-            part = os.read(ours, 4096).decode(errors="replace")
-        except OSError:  # the other end is closed
-            break
-        shown += part
-        if left and shown.rstrip().endswith(left[0][0]):
-            os.write(ours, left.pop(0)[1].encode() + b"\n")
-    os.close(ours)
-    assert not left, shown
-    return process.wait(60), shown
+    with warm.run(PROGRAM, [os.ttyname(its), *arguments], folder=folder, environment=environment) as process:
+        assert process.stdout and process.stdout.readline()  # it has opened the terminal
+        os.close(its)
+        shown, left = "", list(asked)
+        while True:
+            try:
+                part = os.read(ours, 4096).decode(errors="replace")
+            except OSError:  # the other end is closed
+                break
+            shown += part
+            if left and shown.rstrip().endswith(left[0][0]):
+                os.write(ours, left.pop(0)[1].encode() + b"\n")
+        os.close(ours)
+        assert not left, shown
+        return process.wait(60), shown
 
 
 @pytest.mark.slow
 def test_it_asks_for_rows_and_shows_what_it_found(
-    home: Path, lm_eval_tasks: Path, family: Family, tmp_path: Path
+    home: Path, lm_eval_tasks: Path, family: Family, tmp_path: Path, warm: WarmPython
 ) -> None:
     shutil.copy(lm_eval_tasks, home)
     rows = [{"question": f"w{i} w{i + 1}", "answer": f"w{i + 2}", "level": "1"} for i in range(20)]
@@ -58,8 +69,8 @@ def test_it_asks_for_rows_and_shows_what_it_found(
         ("[{answer}]:", ""),
         ("run it now? [y/N]", "n"),
     ]
-    program = [sys.executable, "-m", "lewis_flows.cli.main", "new"]
-    code, shown = typed([*program, str(family.base), *map(str, family.experts), "-o", "r.yaml"], asked, tmp_path)
+    arguments = ["new", str(family.base), *map(str, family.experts), "-o", "r.yaml"]
+    code, shown = typed(warm, arguments, asked, tmp_path)
     assert code == 0, shown
     recipe = Recipe.load(tmp_path / "r.yaml")
     assert recipe.lewis

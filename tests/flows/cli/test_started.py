@@ -4,8 +4,6 @@ import contextvars
 import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from lewis_flows.registration import MergeReport
 from lewis_flows.service.deploy import POOL, Follower
 from lewis_flows.turn import absorb
 from tests.support.deployed import deploying
+from tests.support.warm import WarmPython
 
 RECIPE = """
 merge_method: ties
@@ -164,10 +163,11 @@ def test_a_run_that_another_one_replaces_is_followed_by_that_one(
     assert f"skipped: the run {first.name} merges the newest state" in err
 
 
-def test_old_reports_are_removed_by_a_process_that_runs_no_flow(home: Path) -> None:
+def test_old_reports_are_removed_by_a_process_that_runs_no_flow(home: Path, warm: WarmPython) -> None:
     for name, age in (("old", 30 * 86400), ("new", 0)):
         REPORT.save(name)
         os.utime(kinds.RUN_REPORTS.path(name), (time.time() - age,) * 2)
-    command = [sys.executable, "-m", "lewis_flows.cli.main", "gc", "--json"]
-    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["found"]
+    program = "from lewis_flows.cli.main import program; program()"
+    out, _ = warm.run(program, ["gc", "--json"], folder=home, environment=os.environ).communicate()
+    found = json.loads(out)["found"]
     assert [each["path"] for each in found] == [str(kinds.RUN_REPORTS.path("old"))]

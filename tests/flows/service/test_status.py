@@ -1,9 +1,8 @@
 """What `lewis status` tells, of real servers and of ones that are not there."""
 
 import json
+import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -29,6 +28,7 @@ from lewis_flows.service.status_text import as_text, moment
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered
 from tests.support.local_hub import LocalHub
+from tests.support.warm import WarmPython
 
 RECIPE = """
 merge_method: ties
@@ -73,12 +73,13 @@ def part(found: Status, name: str) -> Part:
     return one
 
 
-def test_the_check_writes_no_news_to_stderr(home: Path, hub: LocalHub, recipes: Path) -> None:
+def test_the_check_writes_no_news_to_stderr(home: Path, hub: LocalHub, recipes: Path, warm: WarmPython) -> None:
     """Which commit each model is: a mail from cron every minute."""
     (recipes / "tiny.yaml").write_text(RECIPE % "tiny")
-    command = [sys.executable, "-m", "lewis_flows.cli.main", "status", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (10, "") and "Prefect: is not running" in done.stdout
+    program = "from lewis_flows.cli.main import program; program()"
+    checks = warm.run(program, ["status", "--check"], folder=recipes, environment=os.environ)
+    out, err = checks.communicate()
+    assert (checks.returncode, err) == (10, "") and "Prefect: is not running" in out
 
 
 def test_champion_and_newer_heads(home: Path, hub: LocalHub, recipes: Path, family: Family) -> None:
@@ -332,7 +333,7 @@ def test_the_work_pool_and_its_worker(home: Path, recipes: Path, client: SyncPre
         deadline = time.monotonic() + 240
         while not part(status(), "work queue gpu").up:
             assert time.monotonic() < deadline
-            time.sleep(0.3)
+            time.sleep(1)
         assert part(status(), "work queue gpu").state == "has a worker" and not part(status(), "work queue default").up
         client.update_work_queue(client.read_work_queue_by_name("gpu", "lewis").id, is_paused=True)
         assert "prefect work-queue resume gpu --pool lewis" in part(status(), "work queue gpu").state

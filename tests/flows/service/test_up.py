@@ -197,6 +197,10 @@ def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service:
     assert urllib.request.urlopen(signed_in, timeout=30).read(4) == b"\x89PNG"
     service.until(lambda: any("models:/scored/1 is the champion" in each["body"] for each in service.sink.received), 30)
 
+
+@pytest.mark.long
+def test_a_run_by_hand_finds_that_nothing_has_changed(service: Service) -> None:
+    """The run of the release is the one before."""
     service.start_run("merge/scored")
     again = service.finished("scored", 2)[-1]
     assert again["state_name"] == "Cached" and again["total_run_time"] < 60
