@@ -1,6 +1,6 @@
 """What all fuzzers share: how many inputs, what may come of one, and values that nobody expects.
 
-`make test` draws 150 inputs, always the same ones; `make faults` sets LEWIS_FAULTS_DRAWS to 10,000 others.
+`make test` draws 60 inputs, always the same ones; `make faults` sets LEWIS_FAULTS_DRAWS to 10,000 others.
 """
 
 import os
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lewis.errors import LewisError
 
-DRAWS = int(os.environ.get("LEWIS_FAULTS_DRAWS", "150"))
+DRAWS = int(os.environ.get("LEWIS_FAULTS_DRAWS", "60"))
 LIMIT = 500 << 20  # bytes of memory that one input may take
 PATIENCE = 10.0  # seconds of the processor, which a busy machine does not stretch
 

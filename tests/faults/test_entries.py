@@ -22,7 +22,7 @@ from lewis.search.study import Log, Objective
 from lewis.store import kinds, sealed_json
 from lewis.store.manifest import remembered_sha256
 from lewis_tasks.support.caching import RESULTS
-from tests.conftest import Family
+from tests.conftest import Family, full
 from tests.support import pipeline
 from tests.support.damage import DAMAGES, damage
 from tests.support.models import parse
@@ -101,7 +101,10 @@ ENTRIES: dict[str, Callable[[], Path]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+ONE = [how if how == "flipped" else pytest.param(how, marks=full) for how in DAMAGES]
+
+
+@pytest.mark.parametrize("how", ONE)
 def test_every_kind_of_entry_is_made_again(made: Store, home: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
     first = made.use()
     for name, find in ENTRIES.items():
@@ -120,7 +123,7 @@ def test_every_kind_of_entry_is_made_again(made: Store, home: Path, caplog: pyte
 
 
 @pytest.mark.usefixtures("remembers_small_files")
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("how", ONE)
 def test_a_remembered_fact_is_found_out_again(made: Store, how: str, caplog: pytest.LogCaptureFixture) -> None:
     first = made.use()
     for path in (entries := kinds.DIGESTS.entries()):
@@ -129,7 +132,7 @@ def test_a_remembered_fact_is_found_out_again(made: Store, how: str, caplog: pyt
     assert caplog.text.count("is damaged and made again") == len(entries)
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("how", ONE)
 def test_prefect_does_not_believe_a_damaged_record_or_one_of_a_damaged_entry(made: Store, how: str) -> None:
     from prefect.filesystems import LocalFileSystem
     from prefect.results import ResultStore

@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ from tests.support import pipeline
 from tests.support.models import parse
 from tests.support.odd_bucket import OddBucket
 from tests.support.shared_entries import ENTRIES
+from tests.support.warm import WarmPython
 
 
 def flipped(data: bytes, bit: int) -> bytes:
@@ -135,7 +134,7 @@ def test_of_a_searchs_journal(home: Path) -> None:
     right = log.trials
     (path,) = kinds.SEARCHES.entries()
     data = path.read_bytes()
-    for bit in range(8 * len(data)):
+    for bit in bits(data, 20 * DRAWS):
         with pytest.raises(ValueError):
             sealed_json.check_lines(flipped(data, bit))
     for bit in bits(data, DRAWS // 10):
@@ -146,11 +145,10 @@ def test_of_a_searchs_journal(home: Path) -> None:
         assert opened().trials == right
 
 
-def test_of_a_killed_merges_journal(family: Family, tmp_path: Path) -> None:
+def test_of_a_killed_merges_journal(family: Family, tmp_path: Path, warm: WarmPython) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe_of(family))
     place = tmp_path / "dead"
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(place / "out"), str(LIMIT)]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert warm.exit_code(KILLED, tmp_path / "recipe.yaml", place / "out", LIMIT) == -signal.SIGKILL
     (partial,) = place.iterdir()
     data = (partial / "journal.jsonl").read_bytes()
     assert data.count(b"\n") > 2

@@ -126,7 +126,7 @@ VALUES = ["x", 1, 10**6, -1, 0, 1.5, True, None, [], [1], ["a"], {}, {"a": 1}, {
 
 
 class TestValues:
-    @pytest.mark.parametrize("kind", architectures() if DRAWS > 1000 else FEW)
+    @pytest.mark.parametrize("kind", architectures() if DRAWS > 1000 else FEW[:6])
     def test_values_as_the_class_of_the_config_takes_them(self, kind: str) -> None:
         """Refused is what transformers refuses, by the types of its class or when it builds the network; no more."""
         model, config = tiny_or_skip(kind)
@@ -253,6 +253,7 @@ def test_three_times_the_width_is_no_width() -> None:
         check_config(Path("model"), config | {"n_embd": 96, "n_inner": 128}, shapes)
 
 
+@pytest.mark.usefixtures("lm_eval_tasks")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -25,6 +25,7 @@ from lewis.search.study import Log, Objective
 from lewis.store import housekeeping, kinds, manifest, remote, secrets, verification, writable
 from tests.conftest import Family, full
 from tests.support.damage import damage
+from tests.support.lineage import make_home as make_warm
 from tests.support.models import parse
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can become two users")
@@ -148,7 +149,7 @@ def use() -> None:
         assert path.stat().st_mtime > 2
 
 
-@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+@pytest.mark.parametrize("umask", UMASKS)
 def test_each_reads_and_replaces_what_the_other_made(place: Path, umask: int) -> None:
     home = place / "home"
     for _ in range(2):
@@ -278,7 +279,7 @@ def test_what_the_other_is_writing_is_left_alone(place: Path, key: str | None) -
     assert store.read_manifest(folder) is not None and list(folder.parent.iterdir()) == [folder]
 
 
-@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+@pytest.mark.parametrize("umask", UMASKS)
 @pytest.mark.parametrize("method", ["ties", pytest.param("regmean", marks=full)])
 def test_a_merge_of_the_other_that_was_killed_is_done_anew(
     place: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, umask: int, method: str
@@ -324,13 +325,13 @@ def test_one_that_is_killed_before_a_mode_is_right_shuts_nobody_out(
     assert as_user(BOB, fill) == ""
 
 
-def test_each_writes_to_the_database(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_writes_to_the_database(place: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def track(name: str) -> None:
         with tracking.client("trying") as client:
             client.create_registered_model(name)
 
     with pytest.MonkeyPatch.context() as patch:  # what is imported late is imported now
-        patch.setenv("LEWIS_HOME", str(place / "warm"))
+        make_warm(place / "warm", empty_database, patch)
         track("warm")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # to which MLflow has set it
     for user in (ADA, BOB, ADA):
