@@ -168,7 +168,7 @@ def write_qwen2_5(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("home")
-@pytest.mark.parametrize("method", ["regmean_forward", "ties"])
+@pytest.mark.parametrize("method", ["regmean_forward", pytest.param("ties", marks=pytest.mark.long)])
 def test_its_program_merges(method: str, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = {

@@ -95,8 +95,14 @@ def merged(recipe: Recipe) -> bytes:
     return (pipeline.merge(recipe, base, experts, allocated).folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["base", "math", "lora"])
-@pytest.mark.parametrize("step", ["merge", "importance"])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        *(("base", "merge"), ("lora", "merge"), ("math", "importance")),
+        *(pytest.param(name, "importance", marks=full) for name in ("base", "lora")),
+        pytest.param("math", "merge", marks=full),
+    ],
+)
 def test_a_model_that_changes_while_it_is_read(
     models: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: str
 ) -> None:
@@ -345,6 +351,7 @@ def test_a_task_that_is_edited_while_it_is_scored(
     assert pipeline.score(files, settings).scores
 
 
+@full
 def test_the_answers_of_a_model_that_changes_while_it_is_scored_are_not_kept(
     models: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

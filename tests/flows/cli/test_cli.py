@@ -77,7 +77,7 @@ def test_a_folder_of_a_recipes_name_does_not_hide_the_recipe(tmp_path: Path, mon
     assert not is_name("mine")
 
 
-@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize("form", [[], pytest.param(["--json"], marks=pytest.mark.long)])
 def test_a_reader_that_has_enough_is_no_failure(form: list[str]) -> None:
     """`lewis history X | head` said: it failed: Broken pipe."""
     record = "history.Record('2026-01-01T00:00:00', 'promoted', 'models:/m/1', None, 'why ' * 2000, 'me')"
@@ -95,7 +95,7 @@ sys.exit(main(["history", "m", *sys.argv[1:]]))
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("closed", [">&- 2>&-", "2>&-"])
+@pytest.mark.parametrize("closed", [">&- 2>&-", pytest.param("2>&-", marks=pytest.mark.long)])
 def test_streams_that_the_caller_has_closed_are_the_null_device(recipe: Path, home: Path, closed: str) -> None:
     program = "import lewis_flows.cli.main as m; m.program()"
     command = ["sh", "-c", f'exec "$@" {closed}', "-", sys.executable, "-c", program]
@@ -293,7 +293,7 @@ def test_plan_tells_inputs_steps_and_layers(
 
 
 @pytest.mark.usefixtures("remembers_small_files")
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("adapter", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_merge_reads_what_it_wrote_at_most_once(
     adapter: bool, recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

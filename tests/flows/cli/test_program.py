@@ -51,7 +51,9 @@ def start(folder: Path, how: str, seconds: float) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("seconds", [0.03, 0.1, 0.2, 0.4, 0.8])
+@pytest.mark.parametrize(
+    "seconds", [0.03, 0.2, 0.8, *(pytest.param(seconds, marks=pytest.mark.long) for seconds in (0.1, 0.4))]
+)
 def test_while_the_commands_are_loaded(tmp_path: Path, seconds: float) -> None:
     """It was a traceback."""
     with start(tmp_path, "pass", 60) as process:

@@ -101,7 +101,9 @@ def test_a_recipe_is_paused_while_the_data_of_its_task_are_missing_and_its_champ
         assert (found.id, found.paused, found.tags) == (each.id, False, ["lewis", "recipe:good", "team:ops"])
 
 
-@pytest.mark.parametrize("wrong", ["two files", "large", "not readable"])
+@pytest.mark.parametrize(
+    "wrong", ["two files", *(pytest.param(wrong, marks=pytest.mark.long) for wrong in ("large", "not readable"))]
+)
 def test_a_recipe_whose_file_cannot_be_read_is_paused(
     folder: Path, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
@@ -131,7 +133,7 @@ def test_a_recipe_whose_file_cannot_be_read_is_paused(
     assert not [run for run in client.read_flow_runs() if run.deployment_id == made[0] and not run.auto_scheduled]
 
 
-@pytest.mark.parametrize("name", ["Good", "good-"])
+@pytest.mark.parametrize("name", ["Good", pytest.param("good-", marks=pytest.mark.long)])
 def test_of_two_names_that_differ_in_case_or_signs_neither_runs(
     folder: Path, client: SyncPrefectClient, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
@@ -259,7 +261,7 @@ def test_the_page_of_a_recipe_links_its_champion(
     recipe.write_text(SEARCH.replace("Keeps", "Still keeps"))
     follower.deploy()
     assert links() == linked("3")  # MLflow is not asked for it
-    assert keep("4") == links("search/good") == linked("4")
+    assert keep("4") == linked("4")
 
     now = datetime.now(UTC)
     nights = {"start_time": now.isoformat(), "end_time": (now + timedelta(days=3)).isoformat(), "min_runs": 2}
@@ -314,12 +316,12 @@ def test_a_recipe_that_needs_several_gpus_is_in_their_queue_unless_an_operator_c
 
     assert queues(several) == ["default", "default"]  # there is no such queue
     client.create_work_queue("cuda", work_pool_name="lewis")
-    assert queues(several) == queues(several) == ["cuda", "cuda"]
+    assert queues(several) == ["cuda", "cuda"]
     assert "queue:cuda" in client.read_deployment_by_name("merge/good").tags
     assert queues("models: [")[0] == "cuda"
     assert queues(SEARCH) == ["default", "default"] and queues(several) == ["cuda", "cuda"]
     move("night")
-    assert queues(several) == ["night", "cuda"] and queues(SEARCH) == ["night", "default"]
+    assert queues(SEARCH) == ["night", "default"]
     move("default")
     assert queues(several) == ["default", "cuda"]
     monkeypatch.setenv("LEWIS_EVALUATE_QUEUE", "gpu")  # other workers score

@@ -522,6 +522,19 @@ def forwarding(port: int, target: str) -> Iterator[None]:
     listening.close()
 
 
+def test_a_release_that_prefect_does_not_take_is_to_be_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    (tmp_path / "alpha.yaml").write_text(ALPHA)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        status, answer = receiver_module.Receiver().take(json.dumps(payload("org/code", "5" * 40)).encode())
+    assert (status, answer["status"]) == (503, "failed")
+
+
+@pytest.mark.long
 def test_a_release_is_not_lost_while_prefect_is_down(prefect_url: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
