@@ -30,6 +30,7 @@ from lewis.store.lease import Lease, SharedLock
 from lewis_flows import prefect_runs, release_event, retention, turn, watch
 from lewis_flows.service import cancel, keep_served, receiver, worker
 from lewis_tasks.support import moves
+from tests.conftest import full
 from tests.faults.running import until
 from tests.support.lineage import make_home
 
@@ -194,7 +195,7 @@ def _merge(recipe: str) -> None:
     """Stands for the merge in the server's records."""
 
 
-@pytest.mark.parametrize("ahead", [HOUR, -HOUR])
+@pytest.mark.parametrize("ahead", [HOUR, pytest.param(-HOUR, marks=full)])
 def test_a_receiver_whose_clock_is_wrong(
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, ahead: timedelta
 ) -> None:
@@ -273,7 +274,7 @@ def planned(client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.Monke
     client.delete_deployment(made)  # other tests have this server too
 
 
-@pytest.mark.parametrize("ahead", [HOUR, -HOUR])
+@pytest.mark.parametrize("ahead", [HOUR, pytest.param(-HOUR, marks=full)])
 def test_a_run_that_a_schedule_plans(
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, planned: list[FlowRun], ahead: timedelta
 ) -> None:
@@ -293,7 +294,7 @@ def test_a_run_that_a_schedule_plans(
     assert keep_served._start(client, prefect_runs.recipe_of(due))
 
 
-@pytest.mark.parametrize("ahead", [HOUR, -HOUR])
+@pytest.mark.parametrize("ahead", [pytest.param(HOUR, marks=full), -HOUR])
 def test_a_burst_is_waited_for_by_the_clock_of_the_server(
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, ahead: timedelta
 ) -> None:

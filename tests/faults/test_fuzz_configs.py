@@ -15,7 +15,7 @@ from lewis.models.config_check import check_config
 from lewis.models.config_class import _declared, check_values
 from lewis.models.source import pin_all
 from lewis_tasks import models as tasks
-from tests.conftest import Family
+from tests.conftest import Family, full
 from tests.faults.fuzz import DRAWS
 from tests.support.lineage import hub_of
 from tests.support.models import edit_json, parse, rewrite
@@ -155,33 +155,39 @@ class TestValues:
         assert len(missed) <= refused / 20 or not _declared(kind)[1], missed
 
 
+CHANGES: list[dict[str, Any]] = [
+    {"hidden_size": "16"},
+    {"num_attention_heads": 0},
+    {"num_hidden_layers": -1},
+    {"vocab_size": 1e9},
+    {"hidden_size": 17},
+    {"rms_norm_eps": "x"},
+    {"hidden_act": "os.system"},
+    {"tie_word_embeddings": "no"},
+    {"rope_parameters": {"rope_type": "unheard", "rope_theta": 1e4}},
+    {"rope_parameters": 4.0},
+    {"pad_token_id": "0"},
+    {"model_type": 3},
+    {"layer_types": ["unheard", "unheard"]},
+    {"pad_token_id": 9999},
+    {"initializer_range": 1.5},
+    {"num_key_value_heads": 1},
+    {"head_dim": 0},
+    {"attention_bias": True},
+    {"intermediate_size": 100},
+    {"num_attention_heads": 8},
+    {"hidden_act": "os.system", "auto_map": {}},
+]
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("which", "change"),
     [
-        {"hidden_size": "16"},
-        {"num_attention_heads": 0},
-        {"num_hidden_layers": -1},
-        {"vocab_size": 1e9},
-        {"hidden_size": 17},
-        {"rms_norm_eps": "x"},
-        {"hidden_act": "os.system"},
-        {"tie_word_embeddings": "no"},
-        {"rope_parameters": {"rope_type": "unheard", "rope_theta": 1e4}},
-        {"rope_parameters": 4.0},
-        {"pad_token_id": "0"},
-        {"model_type": 3},
-        {"layer_types": ["unheard", "unheard"]},
-        {"pad_token_id": 9999},
-        {"initializer_range": 1.5},
-        {"num_key_value_heads": 1},
-        {"head_dim": 0},
-        {"attention_bias": True},
-        {"intermediate_size": 100},
-        {"num_attention_heads": 8},
-        {"hidden_act": "os.system", "auto_map": {}},
+        *(("base", change) for change in CHANGES),
+        *(("expert", change) for change in CHANGES[:3]),
+        *(pytest.param("expert", change, marks=full) for change in CHANGES[3:]),
     ],
 )
-@pytest.mark.parametrize("which", ["base", "expert"])
 def test_before_any_work(family: Family, home: Path, tmp_path: Path, change: dict[str, Any], which: str) -> None:
     odd = rewrite({"base": family.base, "expert": family.math}[which], tmp_path / "odd", lambda name, tensor: tensor)
     edit_json(odd / "config.json", **change)

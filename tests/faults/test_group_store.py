@@ -213,6 +213,7 @@ def check_alike(place: Path) -> None:
     assert len(kinds.IMPORTANCE.entries()) == 3 and not list((place / "home").rglob("*.partial"))
 
 
+@full
 def test_each_finds_what_the_other_has_measured(place: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     assert as_user(ADA, lambda: library.merge(recipe, place / str(ADA)), 0o022) == ""
     monkeypatch.setattr(measure, "measure_sets", lambda *_, **__: pytest.fail("it is measured again"))

@@ -124,6 +124,7 @@ def test_a_server_that_hangs_is_started_again(
                 process.wait(30)
 
 
+@pytest.mark.long
 def test_what_does_not_start_or_is_refused_leaves_the_old_one(
     here: Here, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,7 +133,7 @@ def test_a_run_whose_process_died_is_crashed_and_its_note_removed(client: SyncPr
     assert [note.name for note in runs.notes()] == [str(alive)]
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_process_that_loads_its_program_is_not_dead(
     known: bool, client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.client.schemas.objects import WorkQueueStatus
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed, Running, Scheduled, State
 
@@ -331,9 +332,9 @@ def test_the_work_pool_and_its_worker(home: Path, recipes: Path, client: SyncPre
         assert "--work-queue gpu`" in part(status(), "work queue gpu").state and not part(status(), "work queue gpu").up
         client.get_scheduled_flow_runs_for_work_pool("lewis", ["gpu"])  # as a worker of this queue does
         deadline = time.monotonic() + 240
-        while not part(status(), "work queue gpu").up:
+        while client.read_work_queue_by_name("gpu", "lewis").status != WorkQueueStatus.READY:
             assert time.monotonic() < deadline
-            time.sleep(1)
+            time.sleep(2)
         assert part(status(), "work queue gpu").state == "has a worker" and not part(status(), "work queue default").up
         client.update_work_queue(client.read_work_queue_by_name("gpu", "lewis").id, is_paused=True)
         assert "prefect work-queue resume gpu --pool lewis" in part(status(), "work queue gpu").state
