@@ -3,8 +3,6 @@
 import contextvars
 import logging
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,6 +19,7 @@ from lewis_tasks.support import caching
 from lewis_tasks.support import device_slot as device
 from lewis_tasks.support.device_slot import LIMIT, device_slot, slots
 from tests.support.prefect_key import KEY, credentials
+from tests.support.warm import WarmPython
 
 
 @pytest.fixture(autouse=True)
@@ -111,14 +110,14 @@ def test_a_wrong_number_of_slots_is_refused(given: str, monkeypatch: pytest.Monk
         slots()
 
 
-def test_the_slot_of_a_killed_holder_is_free_at_once(machine: Path) -> None:
+def test_the_slot_of_a_killed_holder_is_free_at_once(machine: Path, warm: WarmPython) -> None:
     code = (
         "import time, lewis_tasks.support.device_slot as d\n"
         "with d.device_slot(): print('HELD', flush=True), time.sleep(60)"
     )
     environment = {**os.environ, "TMPDIR": str(machine), "LEWIS_DEVICE_SLOTS": "1"}
     environment.pop("PREFECT_API_URL", None)
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    holder = warm.run(code, [], folder=machine, environment=environment)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "HELD\n"
         taken = threading.Event()
