@@ -324,18 +324,22 @@ def test_the_work_pool_and_its_worker(home: Path, recipes: Path, client: SyncPre
     assert "does not exist" in part(status(), pool).state
     client.create_work_pool(WorkPoolCreate(name="lewis", type="process"))
     try:
-        assert "has no worker" in part(status(), pool).state and not part(status(), pool).up
+        found = part(status(), pool)
+        assert "has no worker" in found.state and not found.up
         client.send_worker_heartbeat("lewis", "one")
-        assert part(status(), pool).state == "1 worker" and part(status(), pool).up
-        assert not [each for each in status().parts if "queue" in each.name]
+        now = status()
+        assert part(now, pool).state == "1 worker" and part(now, pool).up
+        assert not [each for each in now.parts if "queue" in each.name]
         client.create_work_queue("gpu", work_pool_name="lewis")
-        assert "--work-queue gpu`" in part(status(), "work queue gpu").state and not part(status(), "work queue gpu").up
+        found = part(status(), "work queue gpu")
+        assert "--work-queue gpu`" in found.state and not found.up
         client.get_scheduled_flow_runs_for_work_pool("lewis", ["gpu"])  # as a worker of this queue does
         deadline = time.monotonic() + 240
         while client.read_work_queue_by_name("gpu", "lewis").status != WorkQueueStatus.READY:
             assert time.monotonic() < deadline
             time.sleep(2)
-        assert part(status(), "work queue gpu").state == "has a worker" and not part(status(), "work queue default").up
+        now = status()
+        assert part(now, "work queue gpu").state == "has a worker" and not part(now, "work queue default").up
         client.update_work_queue(client.read_work_queue_by_name("gpu", "lewis").id, is_paused=True)
         assert "prefect work-queue resume gpu --pool lewis" in part(status(), "work queue gpu").state
         client.create_work_pool(WorkPoolCreate(name="scoring", type="kubernetes"))
