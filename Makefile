@@ -2,7 +2,7 @@
 # make test   sets everything up and runs ruff, the contract of the imports, mypy and the tests
 # make coverage   runs the tests of lewis/ and checks that they go through at least 90 % of its lines: to count takes a quarter
 #             of the time that they take
-# make faults is tests/faults in full: ten thousand inputs for each fuzzer, where make test has some tens; runs and the
+# make faults is tests/faults in full: ten thousand inputs for each fuzzer, where make test has 60; runs and the
 #             service killed at fifty points, races, full disks, servers that are away: hours. LEWIS_FAULTS_POINTS=12 is fewer;
 #             what was stopped goes on, at the same commit
 # make test-long  runs what takes longest: the service, the search, the demo and the pages in a browser; and all cases, such as
