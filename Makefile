@@ -54,7 +54,7 @@ types: setup
 	nice $(BIN)/mypy
 
 suite: setup
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=30
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=30
 
 real: setup
 	LEWIS_REAL=1 $(BIN)/pytest tests/flows/test_real.py

@@ -231,7 +231,8 @@ def test_a_recipe_that_is_edited_while_it_is_run(models: dict[str, Path], home: 
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
-@pytest.mark.parametrize("when", ["works", *(pytest.param(when, marks=full) for when in ("waits", "deployed"))])
+@full
+@pytest.mark.parametrize("when", ["works", "waits", "deployed"])
 def test_a_recipe_that_is_edited_while_its_flow_run(
     models: dict[str, Path],
     empty_database: Path,

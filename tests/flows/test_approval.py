@@ -137,6 +137,7 @@ def test_a_question_ends_when_the_champion_is_moved_by_hand(client: SyncPrefectC
     assert _run(client, other).name == "Refused"
 
 
+@pytest.mark.long
 def test_a_poll_ends_what_waits_for_an_answer_that_was_given_while_no_service_ran(
     client: SyncPrefectClient, family: Family
 ) -> None:

@@ -208,7 +208,13 @@ def test_a_store_that_a_process_uses_is_not_put_back(home: Path, tmp_path: Path)
     restore(copy)
 
 
-@pytest.mark.parametrize("wrong", ["damaged", "not one", "another place", "not empty", "running", "in the store"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("damaged", "another place", "running"),
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("not one", "not empty", "in the store")),
+    ],
+)
 def test_what_cannot_be_put_back_is_refused_and_changes_nothing(
     home: Path, tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

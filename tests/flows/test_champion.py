@@ -354,6 +354,7 @@ def test_scoring_ends_once_the_verdict_is_known(
     assert newest_run(prefect_url) == "Rejected"  # by another champion
 
 
+@pytest.mark.long
 def test_what_is_promoted_early_is_scored_on_all_documents_afterwards(
     run: Callable[..., Any], recipe: Path, home: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -596,6 +597,7 @@ def test_a_move_by_hand_needs_a_reason(command: list[str], capsys: pytest.Captur
     assert ended.value.code == 2 and "--why" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_an_adapter_is_scored_registered_and_served_on_its_base(
     run: Callable[..., Any], recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from lewis_flows import merge, search
 from lewis_flows.cli.main import main
 from lewis_flows.search import _quarter, _Trials
 from lewis_tasks.support import flow_run as run_tags
-from tests.conftest import Family, full
+from tests.conftest import Family
 from tests.flows.conftest import Command
 from tests.flows.test_champion import newest_ended
 from tests.flows.test_run import finished, versions
@@ -157,7 +157,7 @@ search: {metrics: ["words/acc,none"], space: {parameters.lambda: [0.5, 1.0]}}
 
 
 @pytest.mark.usefixtures("flow_here", "home")
-@pytest.mark.parametrize("on", ["error", pytest.param("warn", marks=full)])
+@pytest.mark.parametrize("on", ["error", pytest.param("warn", marks=pytest.mark.long)])
 def test_a_search_of_models_that_do_not_belong_together_stops_before_its_first_trial(
     recipe: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: str
 ) -> None:

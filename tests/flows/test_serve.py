@@ -190,6 +190,7 @@ def end_runs(client: SyncPrefectClient, recipe: str) -> UUID:
     return made
 
 
+@pytest.mark.long
 def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_left_alone(
     folder: Path, home: Path, family: Family, client: SyncPrefectClient, tmp_path: Path
 ) -> None:
@@ -282,6 +283,7 @@ def artifact(client: SyncPrefectClient, key: str) -> str:
 
 
 @pytest.mark.skipif(not shutil.which("haproxy"), reason="there is no haproxy; Debian has it in the package haproxy")
+@pytest.mark.long
 def test_a_version_that_fails_a_canary_is_rolled_back_with_its_numbers(
     folder: Path, home: Path, family: Family, client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -329,6 +329,7 @@ def test_a_release_is_repeated_though_an_older_version_waits_for_a_person(
     assert watch._is_news("asks", Moved("org/math", "org/math", OLD_RELEASE, RELEASE))
 
 
+@pytest.mark.long
 def test_a_release_that_is_broken_on_the_hub_waits_for_another_commit(
     hub: LocalHub,
     client: SyncPrefectClient,
@@ -404,6 +405,7 @@ def test_a_commit_is_broken_until_the_recipe_is_edited_or_a_later_run_merges_it(
     assert poll(["mended"]).waiting == ["mended: org/math"] and attempt().startswith("after another commit of org/code")
 
 
+@pytest.mark.long
 def test_a_run_that_finds_a_broken_tokenizer_is_not_repeated_until_another_commit_comes(
     hub: LocalHub,
     client: SyncPrefectClient,

@@ -61,6 +61,7 @@ def test_a_server_with_another_database_is_not_asked(home: Path, tmp_path: Path)
         assert asked.got == [] and client.get_registered_model("tiny").aliases == {"champion": 1}
 
 
+@pytest.mark.long
 def test_an_alias_is_set_through_the_server_of_the_store(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,7 +21,7 @@ from lewis.importance.row_texts import Text
 from lewis.importance.step import CalibrationInput
 from lewis.recipe.schema import CalibrationSet
 from lewis.store.manifest import place_of
-from tests.conftest import Family, full
+from tests.conftest import Family
 from tests.support import pipeline
 from tests.support.local_hub import LocalHub
 from tests.support.models import edit_json, shard, write_tokenizer
@@ -112,7 +112,7 @@ class TestSamples:
         "    print(*calibrate('sums', spec, tokenizer=Path(sys.argv[1]), root=Path('/')).samples)"
     )  # for a process of its own: `datasets` reads the environment once, at import
 
-    @full
+    @pytest.mark.long
     def test_of_a_hub_that_is_busy_and_cuts_come_in_one_run(self, family: Family, data: Path) -> None:
         """What models had been given was not given to them: a wait that is asked for, and what arrived is kept."""
         with LocalHub(data / "server") as hub:

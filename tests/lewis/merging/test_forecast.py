@@ -76,6 +76,7 @@ print(found.memory - before, memory.peak - before)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_of_whole_tensors_grows_with_the_largest(merge_of: Any, tmp_path: Path, warm: WarmPython) -> None:
     """In a process of its own, since the memory that earlier tests gave back is taken again unseen."""
     merge_of("ties", 3 << 20, *[1 << 19] * 3)

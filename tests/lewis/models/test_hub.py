@@ -37,7 +37,6 @@ from lewis.models.source import download, pin, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import CalibrationSet
 from lewis.store import files
-from tests.conftest import full
 from tests.support import pipeline
 from tests.support.gguf_files import write_gguf
 from tests.support.local_hub import LocalHub
@@ -143,7 +142,7 @@ def test_a_hub_that_asks_to_wait_for_no_time_is_not_asked_without_end(
     assert slept == [1.0] * 300
 
 
-@full
+@pytest.mark.long
 def test_what_the_hub_asks_to_wait_is_waited_though_a_part_is_in_the_cache(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

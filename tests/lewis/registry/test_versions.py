@@ -40,7 +40,6 @@ from lewis.store import manifest
 from lewis.store.kinds import check_png
 from lewis_flows.cli.main import main
 from lewis_flows.service import mlflow_app
-from tests.conftest import full
 from tests.support.damage import damage
 from tests.support.lineage import make_home
 from tests.support.service import free_port
@@ -503,7 +502,7 @@ def test_processes_at_once_on_a_fresh_database_get_one_version(
         pytest.param("link", marks=pytest.mark.long),
         pytest.param("log_batch", marks=pytest.mark.long),
         "create_model_version",
-        "set_terminated",
+        pytest.param("set_terminated", marks=pytest.mark.long),
     ],
 )
 def test_kill_9_then_again_ends_with_one_version(entry: Registration, home: Path, warm: WarmPython, where: str) -> None:
@@ -701,9 +700,10 @@ def test_a_task_that_is_scored_later_is_added_to_the_version(entry: Registration
         assert found() == (both, {"addition", "sums"})
 
 
-@pytest.mark.parametrize("in_part", [False, pytest.param(True, marks=full)])
+@pytest.mark.parametrize("in_part", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
-    "requests", [("log_artifacts",), pytest.param(("log_", "set_", "update_", "delete_", "get_"), marks=full)]
+    "requests",
+    [("log_artifacts",), pytest.param(("log_", "set_", "update_", "delete_", "get_"), marks=pytest.mark.long)],
 )
 def test_scores_that_a_failure_kept_from_being_completed_are_completed_by_the_next_run(
     requests: tuple[str, ...], in_part: bool, entry: Registration, monkeypatch: pytest.MonkeyPatch
@@ -1114,6 +1114,7 @@ def server(
         process.communicate()
 
 
+@pytest.mark.long
 def test_over_http_with_remote_artifacts(
     server: str, entry: Registration, home: Path, tmp_path: Path, warm: WarmPython
 ) -> None:

@@ -48,6 +48,7 @@ def test_a_rollback_reaches_who_pins_the_champion(hub: LocalHub, family: Family,
     assert record.uri == "models:/tiny/1" and record.alias.startswith("org/served@champion (")
 
 
+@pytest.mark.long
 def test_the_branch_has_the_picture_of_the_version_that_it_has(hub: LocalHub, family: Family, tmp_path: Path) -> None:
     """The picture of the first version that was published stayed."""
     target, held = HubTarget(publish=Publish(repo="org/served")), list[bytes | None]()

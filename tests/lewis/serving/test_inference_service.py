@@ -86,6 +86,7 @@ def test_a_revision_that_was_still_starting_when_its_process_died_is_waited_for(
     assert list(cluster.revisions.values()) == ["hf://org/base", uri(full(1)), uri(full(2))]
 
 
+@pytest.mark.long
 def test_a_version_that_is_worse_loses_its_traffic(place: Place[Knative], family: Family) -> None:
     cluster, target = place.cluster, place.target.model_copy(update={"check": None})
     first = crowned(family.base, "a")

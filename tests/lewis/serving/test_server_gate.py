@@ -123,6 +123,7 @@ def test_a_server_without_likelihoods_cannot_be_checked(home: Path) -> None:
         server_gate.check(sink.url, "m", {"t": [asked]}, Check(likelihoods=True))
 
 
+@pytest.mark.long
 def test_a_server_that_answers_wrongly_gets_the_model_back_that_it_had(
     home: Path, family: Family, settings: EvalSettings
 ) -> None:

@@ -45,6 +45,7 @@ def check(recipe: Recipe) -> None:
     check_scored(recipe, *pin_all(recipe))
 
 
+@pytest.mark.long
 def test_a_base_without_a_chat_template_that_the_gate_compares_with(family: Family, chatty: Path) -> None:
     """Most pretrained bases have none: the scores failed after the merge, in transformers."""
     gate = {"register": {"name": "x", "gate": {"metric": "arc_easy/acc,none"}}, "chat_template": "chatml"}

@@ -97,6 +97,7 @@ def scores(settings: EvalSettings, model: Path) -> dict[str, Any]:
     return {each.key: each.parts[0].values for each in found.samples} | {"ends": found.ends}
 
 
+@pytest.mark.long
 def test_an_adapter_with_a_chat_template_of_its_own_is_asked_in_it(model: Path, root: Path, tmp_path: Path) -> None:
     """Of `hf` it was the base's, while the other backends and whoever loads the adapter's tokenizer take its own."""
     adapter = write_lora(model, tmp_path / "adapter")

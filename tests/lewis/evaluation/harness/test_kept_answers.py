@@ -180,6 +180,7 @@ def test_equal_prompts_with_other_settings_and_drawn_answers(tmp_path: Path) -> 
             assert answered(path, lambda lm, ask=ask: lm.generate_until(ask)) == (["D1"], ["d"])
 
 
+@pytest.mark.long
 def test_a_larger_look_has_the_documents_of_the_smaller_one_and_asks_for_the_others_only(
     root: Path, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:

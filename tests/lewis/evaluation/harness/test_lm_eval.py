@@ -358,6 +358,7 @@ class TestScores:
         assert found["exact_match,first-word"].value == pytest.approx(0.6)
         assert found["acc,none"].stderr == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / (len(ROWS) - 1)))
 
+    @pytest.mark.long
     def test_the_reference_answers_of_the_recipes(self, model, root):
         """The tasks that deployments/recipes ships: bits per byte of the answer, averaged over the documents."""
         shutil.copytree(RECIPES / "tasks", root / "shipped")

@@ -67,6 +67,7 @@ def test_the_loss_is_that_of_the_written_model(tied: bool, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("method", [pytest.param("regmean", marks=pytest.mark.long), "regmean_forward"])
+@pytest.mark.long
 def test_gives_the_bytes_of_the_number_that_it_chose_for_any_number_of_threads(
     method: str, family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
