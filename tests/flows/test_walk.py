@@ -27,10 +27,7 @@ from tests.lewis.steps.test_keys import recipes
 from tests.support import pipeline
 from tests.support.models import parse
 
-NAMES = (
-    *("guided", "forward", "continued", "anchored", "sliced", "champion"),
-    *(pytest.param(name, marks=pytest.mark.long) for name in ("activation", "static", "plain", "scored")),
-)
+NAMES = ("guided", "activation", "forward", "static", "continued", "anchored", "sliced", "plain", "scored", "champion")
 
 
 class Ended:
