@@ -23,7 +23,8 @@ def test_the_merge_keeps_each_experts_skill_and_the_second_demo_is_cached(
 ) -> None:
     """In an empty folder; the whole from the wheel, and the short one from a Python that has the libraries.
 
-    The whole training takes two minutes of a core; after a short one, there is no skill to keep, and no second demo.
+    The whole training takes two minutes of a core. After a short one, it is left to chance what the merge keeps and
+    whether it is promoted, and no second demo follows.
     """
     folder, short = tmp_path / "empty", training == "short"
     folder.mkdir()
@@ -42,9 +43,9 @@ def test_the_merge_keeps_each_experts_skill_and_the_second_demo_is_cached(
         assert score["base"] < 0.5 and score[skill] >= 0.9
         assert score["merged"] >= 0.97 * score[skill]
         assert all(score[other] < 0.8 * score[skill] for other in SKILLS if other != skill)
-    assert [row["expert"] for row in first["kept"]] == ([] if short else list(SKILLS))
+    assert short or [row["expert"] for row in first["kept"]] == list(SKILLS)
     assert all(row["task"] == f"{row['expert']}/exact_match,none ↑" for row in first["kept"])
-    assert first["version"] == "models:/lewis-demo/1" and first["promoted"]
+    assert first["version"] == "models:/lewis-demo/1" and (short or first["promoted"])
     if short:
         return
     code, out, err = finished(lewis("demo", folder=folder))
