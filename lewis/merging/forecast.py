@@ -85,12 +85,10 @@ def forecast(merge: Merge) -> Forecast:
     if merge.method.fits:
         network = network_of(merge.base)
         check_rows(merge, network)
-        if merge.method.fits == "static":
-            parts = [_of_static_fit(merge, network)] * merge.fits
-        else:
-            reading = _seconds_to_read(merge, network)
-            parts = [*[_of_fit(merge, network, reading)] * merge.fits, _of_judging(merge, network, reading)]
-            parts += [_of_refining(merge, network, reading)] if merge.refine else []
+        static, reading = merge.method.fits == "static", _seconds_to_read(merge, network)
+        of_fit = _of_static_fit(merge, network) if static else _of_fit(merge, network, reading)
+        parts = [*[of_fit] * merge.fits, _of_judging(merge, network, reading)]
+        parts += [_of_refining(merge, network, reading)] if merge.refine else []
         seconds += sum(each.seconds for each in parts)
         peak, disk = max(peak, *(each.memory for each in parts)), max(each.disk for each in parts)
     if merge.as_adapter:

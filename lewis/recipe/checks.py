@@ -372,8 +372,10 @@ def _check_calibrations(data: dict[str, Any]) -> list[str]:
     blind = _allocator(data.get("lewis")).evidence == "nothing"
     fits = method is not None and method.fits is not None  # `_check_fit` reports that
     runs_none = blind and own.get("aim") is None and not _prunes_by_activation(data) and not fits
-    if own.get("hold_back") is not None and (method is None or method.fits != "forward"):
-        problems.append("lewis.hold_back: only a fit in forward order is judged by it; leave it out")
+    if own.get("hold_back") is not None and not fits:
+        problems.append("lewis.hold_back: it judges a fit, and this method fits nothing; leave it out")
+    elif own.get("hold_back") and not names:
+        problems.append("lewis.hold_back: there are no calibration rows to hold back; give lewis.calibrations")
     if own.get("refine") is not None:
         if method is None or method.fits != "forward":
             problems.append("lewis.refine: only a fit in forward order is trained further; use regmean_forward")

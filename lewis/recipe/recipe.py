@@ -10,7 +10,7 @@ from pydantic_core import to_json
 
 from lewis.allocators import ALLOCATORS
 from lewis.errors import RecipeError, nearest
-from lewis.methods import METHODS
+from lewis.methods import METHODS, find
 from lewis.recipe import dialect, lm_eval_config, yaml_text
 from lewis.recipe.checks import cross_check, other_spellings
 from lewis.recipe.config import MergeConfig
@@ -128,8 +128,19 @@ class Recipe(MergeConfig):
 
     @property
     def needs_grams(self) -> bool:
-        """As `MergeConfig.needs_grams`, but False without calibration sets: there are no inputs to measure then."""
-        return super().needs_grams and bool(self.lewis and self.lewis.calibrations)
+        """As `MergeConfig.needs_grams`, but False where the importance pass does not measure the rows of the fit.
+
+        There are none without calibration sets; and where some are held back, the merge measures the others.
+        """
+        return super().needs_grams and bool(self.lewis and self.lewis.calibrations) and not self.holds_back
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether a part of the calibration rows is held back to judge the fit."""
+        if self.lewis is None or not self.fits:
+            return False
+        asked = self.lewis.hold_back
+        return find(self.merge_method).fits == "forward" if asked is None else asked
 
     @property
     def allocator(self) -> Lewis | None:

@@ -216,7 +216,7 @@ class Lewis(Block):
     Attributes:
         preset: `lewis_official` sets what the authors' code does (`PRESETS`).
         calibrations: name -> calibration set.
-        hold_back: whether a part of the calibration rows is held back to judge a fit in forward order.
+        hold_back: whether a part of the calibration rows is held back to judge a fit; None: only one in forward order.
         refine: training after a fit in forward order.
         prune_by: which elements of a task vector a trimming method keeps: those with the largest |delta|
             (`magnitude`), or the largest |delta| * sqrt(s) (`activation`), s from the expert's own calibration set.
@@ -225,7 +225,7 @@ class Lewis(Block):
 
     preset: Literal["lewis_official"] | None = None
     calibrations: dict[str, CalibrationSet] = Field(default_factory=dict)
-    hold_back: bool = True
+    hold_back: bool | None = None
     refine: Refine | None = None
     importance: Importance = Importance()
     prune_by: Literal["magnitude", "activation"] = "magnitude"

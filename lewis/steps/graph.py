@@ -300,7 +300,6 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
     aim = recipe.lewis.aim if recipe.lewis else None
     measured, uncovered = recipe.measures, block.density.uncovered if block else None
     without_rows = recipe.fits and recipe.lewis is None
-    holds_back = recipe.lewis is not None and recipe.lewis.hold_back and recipe.fits and not recipe.needs_grams
 
     def given(results: Results) -> MergeInput:
         found = {ref: _filled(recipe, name, results) for ref, name in sets.items()}
@@ -316,7 +315,7 @@ def _merging(recipe: Recipe, which: str = "experts") -> Callable[[Results], Merg
             aim.omega if aim else None,
             measured,
             uncovered,
-            holds_back,
+            recipe.holds_back,
             recipe.lewis.refine if recipe.lewis else None,
         )
 

@@ -40,6 +40,7 @@ from lewis.merging import step as merging
 from lewis.merging.adapter import factor_bytes
 from lewis.merging.calibration_rows import split
 from lewis.merging.forecast import forecast
+from lewis.merging.prepared import Prepared
 from lewis.merging.step import MergedModel, MergeInput, check_output, find_merged, prepare_merge
 from lewis.models import source as models
 from lewis.models.hub import repository
@@ -262,8 +263,8 @@ class Merge(Step[MergeInput, MergedModel]):
         if written >= store.free_space(store.home()):  # too little space for a forecast, which writes a sample
             return Cost(written=written, seconds=None)
         found, more = forecast(prepared), Cost()
-        if prepared.tunes and given.config.needs_grams and given.base and given.sets:
-            more = _cost_of_statistics(*given.base.outline(), list(_passes_for_ridge(given)), 0)
+        if prepared.method.fits == "static" and given.base and given.sets:
+            more = _cost_of_statistics(*given.base.outline(), list(_passes_of_merge(prepared, given)), 0)
         seconds = found.seconds + more.passes
         return Cost(written + more.written, found.disk, seconds, more.passes, max(found.memory, more.memory))
 
@@ -352,13 +353,17 @@ def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passe
     )
 
 
-def _passes_for_ridge(given: MergeInput) -> Iterator[int]:
-    """Tokens of each pass that `ridge: auto` has yet to do: over the rows of an expert that are not held out."""
-    for entry, files in zip(given.config.experts, given.experts, strict=True):
-        fitted_to, _ = split((given.sets or {})[entry.model].load())
-        _, folder = grams_place(files.read_as, fitted_to.digest, default_device())
-        if store.read_manifest(folder) is None:
-            yield fitted_to.tokens
+def _passes_of_merge(merge: Prepared, given: MergeInput) -> Iterator[int]:
+    """Tokens of each pass for statistics that a merge has yet to do itself: where rows are held back or held out."""
+    for expert, files in zip(merge.experts, given.experts, strict=True):
+        if expert.calibration is None:
+            continue
+        parts = [expert.calibration] if merge.holds_back else []
+        parts += [split(expert.calibration)[0]] if merge.tunes and not expert.held_back else []
+        for rows in parts:
+            _, folder = grams_place(files.read_as, rows.digest, default_device())
+            if store.read_manifest(folder) is None:
+                yield rows.tokens
 
 
 DOWNLOAD, CHECK, DIAGNOSE, CALIBRATE, CONTINUE = Download(), Check(), Diagnose(), Calibrate(), Continue()

@@ -131,7 +131,8 @@ def warn_of_unjudged(merge: Prepared) -> None:
     judged = any(expert.held_back for expert in merge.experts)
     found = [(each.ref, each.calibration) for each in merge.experts if each.calibration and not each.held_back]
     found = [(ref, rows) for ref, rows in found if merge.holds_back or len(by_prompt(rows)) < EVERY]
-    if merge.method.fits != "forward" or not found or not (judged or predicts_next_token(merge.base)):
+    expected = merge.holds_back or merge.method.fits == "forward"
+    if not expected or not found or not (judged or predicts_next_token(merge.base)):
         return
     for ref, rows in found:
         what = "prompts" if rows.prompts else "rows"

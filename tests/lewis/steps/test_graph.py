@@ -59,6 +59,7 @@ class TestGraph:
         assert [name for name in static if name.startswith(("measure", "allocate"))] == [
             "measure org/math on sums", "measure org/code on code",
         ]  # fmt: skip
+        assert names(recipe_of(merge_method="regmean", lewis={"calibrations": SETS, "hold_back": True})) == fitted
         models = [{"model": name, "parameters": {"weight": 1}} for name in ("org/math", "org/code")]
         linear = names(parse({"merge_method": "linear", "models": models}))
         assert linear == ["download org/math", "download org/code", "inspect", "diagnose", "merge experts"]

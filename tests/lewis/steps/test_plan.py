@@ -121,6 +121,10 @@ class TestLocal:
         assert written / 3 < before.disk - after.disk < 3 * written and after.measuring == 0
         auto = make_plan(recipe_of(family.base, *family.experts, **(blocks | {"parameters": {"ridge": "auto"}})))
         assert auto.measuring > 0 and after.disk < auto.disk < before.disk  # passes over three of four rows
+        sets = {name: {"texts": [f"w{i} w3" for i in range(8)]} for name in SETS}
+        lewis = {"calibrations": sets, "hold_back": True}
+        judged = make_plan(recipe_of(family.base, *family.experts, **blocks | {"lewis": lewis}))
+        assert judged.measuring > 0 and not [name for name in states(judged) if name.startswith("measure")]
         carry_out(recipe, merge=True)
         for entry in (home / "grams").iterdir():
             store.discard(entry)

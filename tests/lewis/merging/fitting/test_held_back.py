@@ -100,7 +100,9 @@ def test_rows_that_continue_too_few_prompts_do_not_judge(family: Family, caplog:
     assert "expected at least 4 prompts in lewis.calibrations.a" in told and "got 3 prompts;" in told
 
 
-def held(family: Family, folder: Path | None = None, refine: Any = None, **parameters: Any) -> Merge:
+def held(
+    family: Family, folder: Path | None = None, refine: Any = None, method: str = "regmean_forward", **parameters: Any
+) -> Merge:
     """A merge that is judged by rows whose answers are known if they come from a folder."""
     sets = {f"s{path.name}": {"texts": texts(len(path.name), 9), "samples": 9} for path in family.experts}
     for name, each in sets.items() if folder else ():
@@ -108,7 +110,7 @@ def held(family: Family, folder: Path | None = None, refine: Any = None, **param
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         each |= {"dataset": "json", "data_files": str(folder / f"{name}.jsonl"), "prompt": "w1 w2 ", "answer": "{text}"}
     block = {"calibrations": sets, "hold_back": True, "refine": refine}
-    return prepare(recipe_of(family.base, family.experts, lewis=block, parameters={"ridge": 0.1, **parameters}))
+    return prepare(recipe_of(family.base, family.experts, method, lewis=block, parameters={"ridge": 0.1, **parameters}))
 
 
 def test_the_numbers_are_those_of_the_written_model_and_the_experts(tmp_path: Path) -> None:
@@ -198,6 +200,23 @@ def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
         replace(again, experts=experts).run(plain)
         expected = load_file(plain / "model.safetensors")
     found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("seen, taken", [([(0.2, 0.9), (0.1, 0.5)], 0), ([(0.2, 0.9), (0.3, 0.5), (0.1, 1.5)], None)])
+def test_a_fit_to_statistics_is_judged_if_the_recipe_asks_for_it(
+    seen: list[tuple[float, float]], taken: int | None, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge, distances = held(family, tmp_path, method="regmean"), [Distance(*each) for each in seen]
+    monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
+    written = merge.run(tmp_path / "out")
+    assert Verdict.from_json(written.manifest["held_back"]).taken == taken and not distances
+    plain = prepare(recipe_of(family.base, family.experts, "regmean", parameters={"ridge": 0.1}))
+    experts = [replace(e, calibration=own.calibration) for e, own in zip(plain.experts, merge.experts, strict=True)]
+    assert all(own.held_back and not each.held_back for own, each in zip(merge.experts, plain.experts, strict=True))
+    replace(plain, experts=tuple(experts)).run(tmp_path / "plain")
+    found, fitted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+    expected = fitted if taken == 0 else {name: merge.tensor(name) for name in merge.layout}
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
