@@ -109,10 +109,8 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
         if trigger == "release":
             release_event.settle(path.stem)
         absorb(run)
-        plan, searched = load(path, overrides or []), SEARCHED.get()
-        if searched:
-            searched.check(load(path, searched.overrides))
-        report, changed, (name, line) = _merge(plan, path, overrides or [], searched.keys if searched else None)
+        plan, keys = _load(path, overrides or [])
+        report, changed, (name, line) = _merge(plan, path, overrides or [], keys)
     if run.deployment_id:
         report.save(str(run.id))
     if name == AWAITS and run.deployment_id and report.version:
@@ -147,6 +145,17 @@ def load(path: Path, overrides: list[str]) -> Recipe:
     if plan.register_as and plan.register_as.team:
         run_tags.tag(team=plan.register_as.team)
     return plan
+
+
+def _load(path: Path, overrides: list[str]) -> tuple[Recipe, Mapping[str, str] | None]:
+    """Read the recipe of this run, as `load`; within a search also the keys of the models that it found its values for.
+
+    The flow cannot look at `SEARCHED` itself: it is sent to other processes with what its function names.
+    """
+    plan, searched = load(path, overrides), SEARCHED.get()
+    if searched:
+        searched.check(load(path, searched.overrides))
+    return plan, searched.keys if searched else None
 
 
 def _answered(run: FlowRun, version: str, path: Path, overrides: list[str]) -> State[MergeReport]:

@@ -1,5 +1,6 @@
 """The same flow in threads, in processes, on Dask and on Ray: the same merge, and the work on several processes."""
 
+import importlib
 import importlib.util
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from prefect.utilities.callables import cloudpickle_wrapped_call
 
 from lewis.errors import InputError
 from lewis_flows.runners import choose
@@ -63,6 +65,12 @@ def test_as_many_workers_as_can_compute_and_one_more(environment: pytest.MonkeyP
     assert choose.task_runner()._max_workers == 4
     environment.setenv("LEWIS_MAX_WORKERS", "2")
     assert choose.task_runner()._max_workers == 2
+
+
+@pytest.mark.parametrize("name", ["merge", "search", "evaluate", "serve", "verify", "retention"])
+def test_a_flow_can_be_sent_to_another_process(name: str) -> None:
+    """With every task goes its flow, with what its function names: a context variable there ended all runs."""
+    cloudpickle_wrapped_call(getattr(importlib.import_module(f"lewis_flows.{name}"), f"{name}_flow"))
 
 
 def in_worker(step: str, code: str) -> str:
