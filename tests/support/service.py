@@ -243,6 +243,7 @@ class Service:
         given = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
         own = {"PREFECT_API_URL": self.api, PREFECT_SENT: self.key(), "MLFLOW_TRACKING_URI": self.mlflow}
         own |= {"MLFLOW_TRACKING_USERNAME": "lewis", "MLFLOW_TRACKING_PASSWORD": self.password()}
+        own |= {"LEWIS_RECIPES": str(self.recipes)}  # not those of the checkout, in which this process is
         code = f"from lewis_flows import watch; watch.poll([{recipe!r}])"
         subprocess.run([sys.executable, "-c", code], env={**given, **self.environment, **own}, check=True, timeout=120)
 

@@ -200,9 +200,10 @@ def test_a_release_is_merged_within_seconds_and_the_champion_is_decided(service:
 
 @pytest.mark.long
 def test_a_run_by_hand_finds_that_nothing_has_changed(service: Service) -> None:
-    """The run of the release is the one before."""
-    service.start_run("merge/scored")
-    again = service.finished("scored", 2)[-1]
+    before = len(service.runs("scored"))  # that of the release, if its test came first
+    for count in range(before + 1, 3):
+        service.start_run("merge/scored")
+        again = service.finished("scored", count)[-1]
     assert again["state_name"] == "Cached" and again["total_run_time"] < 60
     assert len(service.versions("scored")) == 1
 
