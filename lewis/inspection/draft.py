@@ -218,7 +218,7 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], fil
         lines += [
             f"  - model: {_quoted(ref)}",
             "    parameters: {weight: 1.0}   # how much this expert counts",
-            f"    calibration: {topic.name}",
+            f"    calibration: {_quoted(topic.name)}",
         ]
     lines += [
         f"dtype: {dtype}                  # of the result; the arithmetic is float32",
@@ -234,7 +234,7 @@ def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], fil
         answer = {"messages": topic.messages} if topic.messages else answer
         source |= {**({"prompt": topic.prompt} if topic.prompt else {}), **answer, "samples": topic.samples}
         lines += [f"    # {topic.note}"] if topic.note else []
-        lines += [f"    {topic.name}: {json.dumps(source, ensure_ascii=False)}"]
+        lines += [f"    {_quoted(topic.name)}: {json.dumps(source, ensure_ascii=False)}"]
     scores = {each.task: each.score for each in (*topics.values(), GENERAL)}
     metric = "weighted/mean,none" if len(tasks) > 1 else f"{tasks[0]}/{scores[tasks[0]]}"
     lines += ["", "evaluate:", f"  tasks: [{', '.join(tasks)}]   # of lm-eval, or YAML files next to this one"]

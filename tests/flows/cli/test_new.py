@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lewis.inspection.draft import GENERAL
+from lewis.inspection.draft import GENERAL, draft
 from lewis.recipe.recipe import Recipe
 from lewis_flows.cli.ask import rows_of
 from tests.conftest import Family
@@ -89,3 +89,15 @@ def test_a_file_of_texts_is_no_prompt_that_is_its_own_answer(
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path / 'rows.jsonl'}\n\n"))
     rows = rows_of("math", GENERAL)
     assert rows.prompt == "" and rows.answer == f"{{{next(iter(row))}}}"  # a `text` of the recipe
+
+
+@pytest.mark.parametrize("name", ["2026_12_01", "no"])
+def test_a_file_of_rows_may_have_a_name_that_yaml_takes_for_a_number_or_a_truth_value(
+    name: str, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After all questions, it ended with: models[0].calibration: input should be a valid string, got 20261201."""
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "w1", "answer": "w2"}))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path / name}.jsonl\n\n\n"))
+    made = draft(str(family.base), [str(family.math)], tmp_path / "r.yaml", rows_of)
+    recipe = Recipe.parse(made.text, root=tmp_path)
+    assert recipe.lewis and list(recipe.lewis.calibrations) == [name] == [recipe.models[0].calibration]
