@@ -28,7 +28,7 @@ def rows_of(ref: str, found: Topic) -> Topic:
             print(f"  {given}: expected a file that exists ({_KNOWN}), or one of these names")
             continue
         columns, count = _rows(path)
-        if columns:
+        if columns and count:
             return _of_file(path, columns, count, found)
         print(f"  {given}: it has no rows with columns")
 
@@ -76,10 +76,10 @@ def _rows(path: Path) -> tuple[list[str], int]:
 
             found = ParquetFile(path)
             return list(found.schema_arrow.names), int(found.metadata.num_rows)
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin a CSV with a BOM
             if path.suffix == ".csv":
-                first, *others = csv.reader(file)
-                return first, len(others)
+                first, *others = filter(None, csv.reader(file))
+                return list(dict.fromkeys(first)), len(others)
             row, rest = json.loads(file.readline()), sum(1 for line in file if line.strip())
     except (OSError, ValueError, csv.Error):
         return [], 0

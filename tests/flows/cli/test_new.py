@@ -101,3 +101,24 @@ def test_a_file_of_rows_may_have_a_name_that_yaml_takes_for_a_number_or_a_truth_
     made = draft(str(family.base), [str(family.math)], tmp_path / "r.yaml", rows_of)
     recipe = Recipe.parse(made.text, root=tmp_path)
     assert recipe.lewis and list(recipe.lewis.calibrations) == [name] == [recipe.models[0].calibration]
+
+
+def test_a_csv_of_a_spreadsheet_begins_with_a_mark_that_is_no_part_of_a_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe was refused by its first run: there is no column '\\ufeffquestion'."""
+    (tmp_path / "rows.csv").write_text("question,answer\nw1,w2\n", encoding="utf-8-sig")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path / 'rows.csv'}\n\n\n"))
+    assert rows_of("math", GENERAL).prompt == "{question}"
+
+
+@pytest.mark.parametrize("text", ["question,answer\n\n", "w1,w1\nw2,w2\n"])
+def test_a_csv_of_a_header_alone_is_asked_for_again_and_one_name_is_one_column(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one made a recipe of no samples, which was refused after all questions; the other, a traceback."""
+    (tmp_path / "rows.csv").write_text(text)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path / 'rows.csv'}\n\n"))
+    expected = GENERAL.answer if "question" in text else "{w1}"
+    assert rows_of("math", GENERAL).answer == expected
+    assert ("it has no rows with columns" in capsys.readouterr().out) == ("question" in text)
