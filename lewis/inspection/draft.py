@@ -23,6 +23,7 @@ from lewis.models.config import read_config
 from lewis.models.hub import repository
 from lewis.models.hub.pin import find_folder
 from lewis.models.source import Source, pin, short_name
+from lewis.recipe.block import parts_of
 from lewis.recipe.recipe import Recipe
 from lewis.reports.card import front_matter
 
@@ -174,6 +175,9 @@ def draft(
 
 def _placed(ref: str, root: Path) -> str:
     """Return a model's reference as a recipe in `root` writes it: folders below `root` by their relative paths."""
+    parts = parts_of(ref, root)
+    if len(parts) > 1:
+        return "+".join(part and _placed(part, root) for part in parts)
     folder = find_folder(ref, root)
     if folder is None:
         return ref

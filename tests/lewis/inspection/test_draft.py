@@ -96,3 +96,15 @@ def test_the_commands_in_it_name_the_file_that_it_is(family: Family, tmp_path: P
 def test_an_expert_that_is_given_twice_is_refused_as_a_recipe_refuses_it(family: Family, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="math: given twice"):
         draft(str(family.base), [str(family.math), str(family.code), f"{family.math}/"], tmp_path / "r.yaml")
+
+
+def test_an_adapter_on_a_model_is_two_folders(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`./base+./lora` was refused as no such folder, and `base+lora` was written as names, lost elsewhere."""
+    for name, folder in (("base", family.base), ("lora+1", family.lora)):
+        shutil.copytree(folder, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    expected = f"{tmp_path / 'base'}+{tmp_path / 'lora+1'}"
+    for given in ("./base+./lora+1", "base+lora+1"):
+        assert list(draft("base", [given], tmp_path / "recipes" / "r.yaml").topics) == [expected]
+    with pytest.raises(InputError, match="got a '\\+' with nothing before or after it"):
+        draft(str(family.base), ["base+"], tmp_path / "r.yaml")
