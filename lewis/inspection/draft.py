@@ -174,14 +174,19 @@ def draft(
 
 
 def _placed(ref: str, root: Path) -> str:
-    """Return a model's reference as a recipe in `root` writes it: folders below `root` by their relative paths."""
+    """Return a model's reference as a recipe in `root` writes it: folders below `root` by their relative paths.
+
+    A path starts in the working directory, as all of a command line do. If it is a link, the recipe has the link, which
+    may lead elsewhere later, or, in the cache of the Hub, to a name without `.gguf`.
+    """
     parts = parts_of(ref, root)
     if len(parts) > 1:
         return "+".join(part and _placed(part, root) for part in parts)
-    folder = find_folder(ref, root)
-    if folder is None:
+    if find_folder(ref, Path.cwd()) is None:
         return ref
-    return f"./{folder.relative_to(root)}" if folder.is_relative_to(root) else str(folder)
+    given = Path(ref).expanduser().absolute()
+    place = given.parent.resolve() / given.name
+    return f"./{place.relative_to(root)}" if place.is_relative_to(root) else str(place)
 
 
 def _descriptions(source: Source, root: Path) -> list[str]:

@@ -14,6 +14,7 @@ from lewis.inspection.draft import GENERAL, TOPICS, Topic, _end, draft, topic_of
 from lewis.recipe.recipe import Recipe
 from lewis_flows.cli.main import main
 from tests.conftest import Family
+from tests.support.gguf_files import write_gguf
 from tests.support.models import edit_json, write_llama
 
 
@@ -108,3 +109,27 @@ def test_an_adapter_on_a_model_is_two_folders(family: Family, tmp_path: Path, mo
         assert list(draft("base", [given], tmp_path / "recipes" / "r.yaml").topics) == [expected]
     with pytest.raises(InputError, match="got a '\\+' with nothing before or after it"):
         draft(str(family.base), ["base+"], tmp_path / "r.yaml")
+
+
+def test_a_path_starts_where_the_command_does(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two folders of one name it took the one next to the recipe, and told `./math`, as it was given."""
+    for place in (tmp_path / "math", tmp_path / "recipes" / "math"):
+        shutil.copytree(family.math, place)
+    monkeypatch.chdir(tmp_path)
+    for given in ("./math", "math"):
+        made = draft(str(family.base), [given], tmp_path / "recipes" / "r.yaml")
+        assert list(made.topics) == [str(tmp_path / "math")]
+
+
+def test_a_link_is_written_as_the_link(tmp_path: Path, family: Family) -> None:
+    """A recipe of `newest` kept what it led to that day; a GGUF file in the cache of the Hub was no such folder."""
+    (tmp_path / "newest").symlink_to(family.math)
+    assert list(draft(str(family.base), [str(tmp_path / "newest")], tmp_path / "r.yaml").topics) == ["./newest"]
+    base = write_llama(tmp_path / "base", hidden=32)
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / "math.gguf").symlink_to(
+        write_gguf(base, tmp_path / "math.gguf").rename(tmp_path / "4a5b")
+    )
+    assert list(draft(str(base), [str(tmp_path / "snapshots" / "math.gguf")], tmp_path / "r.yaml").topics) == [
+        "./snapshots/math.gguf"
+    ]
