@@ -64,7 +64,8 @@ def weight_findings(
         if among and not measures.gram[i, i] and not apart(0, i):
             found.append(Finding("expert twice", refs[i], f"its weights are those of {refs[0]}"))
             continue
-        found += _amount(refs[i], sizes[i], others, dtypes[i], dtypes[0])
+        if not sizes[i] < NOTHING <= measures.size(i):  # else all that moved are tensors with findings of their own
+            found += _amount(refs[i], sizes[i], others, dtypes[i], dtypes[0])
     for i, j in combinations(experts, 2):
         pair = _pair(refs, i, j, measures, apart)
         found += [each for each in pair if each.kind == "expert twice" or {i, j} <= {*related}]

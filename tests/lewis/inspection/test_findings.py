@@ -420,6 +420,15 @@ def test_a_third_expert_that_barely_moved_is_told(models: Path, home: Path, tmp_
     assert told(models / "base", models / "math", models / "code", weak) == {("undertrained", "weak")}
 
 
+def test_an_expert_of_which_only_odd_tensors_moved_is_not_undertrained(
+    models: Path, home: Path, tmp_path: Path
+) -> None:
+    """Of an adapter that moves two projections far, it was said that its weights are the base's."""
+    moves = "model.layers.2.mlp.up_proj.weight"
+    odd = rewrite(models / "base", tmp_path / "odd", lambda name, t: torch.randn_like(t) if name == moves else t)
+    assert told(models / "base", models / "math", models / "code", odd) == {("norms", "odd")}
+
+
 ROOT = next((each for each in Path(__file__).parents if (each / "shared" / "real").is_dir()), None)
 REAL = {
     "three adapters": [f"shared/real/lora-{name}" for name in ("math", "code", "sql")],
