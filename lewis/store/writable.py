@@ -109,8 +109,8 @@ def check_output_folder(folder: Path) -> Path:
     return place
 
 
-def check_output_file(file: Path) -> Path:
-    """Check that a file can be written at a place that the user gives.
+def check_output_file(file: Path, option: str = "-o") -> Path:
+    """Check that a file can be written at a place that the user gives by an option.
 
     Returns:
         Its absolute path.
@@ -118,10 +118,12 @@ def check_output_file(file: Path) -> Path:
     Raises:
         InputError: if it cannot, or the path is that of a folder or a device.
     """
-    with _named(file):
+    with _named(file, option):
         place = file.expanduser().resolve()
         if place.exists() and not place.is_file():
-            raise InputError(f"-o {file}: expected the name of a file, got a folder or a device; choose another path")
+            raise InputError(
+                f"{option} {file}: expected the name of a file, got a folder or a device; choose another path"
+            )
         _try(place)
     return place
 
@@ -140,7 +142,7 @@ def _try(place: Path) -> None:
 
 
 @contextmanager
-def _named(given: Path) -> Iterator[None]:
+def _named(given: Path, option: str = "-o") -> Iterator[None]:
     """Turn errors in a block into an InputError that names the path which the user gave."""
     try:
         yield
@@ -148,4 +150,4 @@ def _named(given: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle, or ~nobody
         why = getattr(error, "strerror", None) or error
-        raise InputError(f"-o {given}: cannot be written: {why}; choose another path") from error
+        raise InputError(f"{option} {given}: cannot be written: {why}; choose another path") from error

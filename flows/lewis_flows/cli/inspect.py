@@ -88,7 +88,7 @@ def inspect(options: argparse.Namespace) -> None:
     from lewis.store.writable import check_output_file
 
     recipe = arguments.load(options)
-    plot = check_output_file(options.plot) if options.plot else None
+    plot = check_output_file(options.plot, "--plot") if options.plot else None
     show_log()
     with bars.progress() as report:
         found = library.inspect(recipe, candidates=options.bases, report=report)

@@ -37,7 +37,7 @@ def history(options: argparse.Namespace) -> None:
     from lewis.registry import history
     from lewis.store.writable import check_output_file
 
-    plot = check_output_file(options.plot) if options.plot else None
+    plot = check_output_file(options.plot, "--plot") if options.plot else None
     records = history.history(options.name)
     if plot:
         store.write_bytes(plot, history.picture(options.name))

@@ -116,7 +116,7 @@ def status(options: argparse.Namespace) -> int:
     only = recipes_folder.name_of(str(recipes_folder.find(options.recipe))) if options.recipe else ""
     if options.watch:
         return _watch(lambda: as_text(status(only, scores=bool(only)), datetime.now(UTC), _width()))
-    file = check_output_file(options.html) if options.html else None
+    file = check_output_file(options.html, "--html") if options.html else None
     found = status(only, scores=bool(only or file))
     if file:
         from lewis_flows.service.recipes_page import as_html

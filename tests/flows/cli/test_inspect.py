@@ -34,3 +34,12 @@ def test_an_error_is_told_with_what_it_means_and_what_to_do(
     )
     assert "\n  do: convert or download the model again" in told.out
     assert "lewis: 1 error: zeroed tensor; do not merge these models as they are" in told.err
+
+
+@pytest.mark.parametrize("command", [["inspect", "{}"], ["history", "m"]])
+def test_a_picture_that_cannot_be_written_is_told_by_its_option(
+    command: list[str], recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was called -o, which these commands do not have."""
+    assert main([*(each.format(recipe) for each in command), "--plot", str(home)]) == 2
+    assert f"--plot {home}: expected the name of a file, got a folder" in capsys.readouterr().err
