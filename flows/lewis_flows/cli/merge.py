@@ -112,12 +112,13 @@ def allocate(options: argparse.Namespace) -> None:
     """Write the densities as JSON and as a picture, and print them."""
     from lewis import store
     from lewis.reports import charts
+    from lewis.store.writable import check_output_file
 
     file = _json_file(options.output)
+    picture = check_output_file(file.with_suffix(".png"))
     found = _allocate(options)
     experts = {ref: each.to_json() for ref, each in found.allocated.experts().items()}
     store.write_json(file, {"experts": experts})
-    picture = file.with_suffix(".png")
     store.write_bytes(picture, charts.densities(found.allocated))
     if options.json:
         facts = {"file": str(file), "picture": str(picture), "mean_density": dict(found.allocated.means)}

@@ -418,6 +418,16 @@ def test_what_is_no_place_for_a_file_is_told_before_any_work(
     assert not (home / "importance").exists()
 
 
+def test_the_picture_next_to_the_densities_has_a_place_too(
+    recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the passes, with half of the output written, it failed: Is a directory: .../.a.png.f0a1.partial."""
+    (home / "a.png").mkdir()
+    assert main(["allocate", str(recipe), "-o", str(home / "a.json")]) == 2
+    assert f"-o {home / 'a.png'}: expected the name of a file, got a folder" in capsys.readouterr().err
+    assert not (home / "a.json").exists() and not (home / "importance").exists()
+
+
 def _edited(change: Callable[[Path], None]) -> Callable[[Family, Path], Path]:
     def make(family: Family, folder: Path) -> Path:
         shutil.copytree(family.math, folder)
