@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis.errors import LewisError
+from lewis.errors import InputError, LewisError
 from lewis_flows.cli import completion
 
 if TYPE_CHECKING:
@@ -92,6 +92,20 @@ def recipe_file(options: argparse.Namespace) -> str:
 
         options.recipe = str(recipes_folder.find(given))
     return str(options.recipe)
+
+
+def output_file(options: argparse.Namespace, given: Path, option: str = "-o") -> Path:
+    """Check that a command on a recipe can write a file, and return its absolute path.
+
+    Raises:
+        InputError: if it cannot, or the file is the recipe.
+    """
+    from lewis.store.writable import check_output_file
+
+    file = check_output_file(given, option)
+    if file == Path(recipe_file(options)).expanduser().resolve():
+        raise InputError(f"{option} {given}: is the recipe, which would be lost; choose another path")
+    return file
 
 
 def load(options: argparse.Namespace) -> "Recipe":

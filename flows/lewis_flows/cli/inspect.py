@@ -85,10 +85,9 @@ def inspect(options: argparse.Namespace) -> None:
     """
     from lewis import library, store
     from lewis.inspection import result
-    from lewis.store.writable import check_output_file
 
     recipe = arguments.load(options)
-    plot = check_output_file(options.plot, "--plot") if options.plot else None
+    plot = arguments.output_file(options, options.plot, "--plot") if options.plot else None
     show_log()
     with bars.progress() as report:
         found = library.inspect(recipe, candidates=options.bases, report=report)

@@ -95,7 +95,7 @@ def importance(options: argparse.Namespace) -> None:
     from lewis import store
     from lewis.reports import tables
 
-    file = _json_file(options.output)
+    file = _json_file(options)
     found = _allocate(options)
     rows = [{"model": each.ref, "calibration": each.calibration, "norms": each.norms} for each in found.measured]
     store.write_json(file, {"importance": rows})
@@ -114,7 +114,7 @@ def allocate(options: argparse.Namespace) -> None:
     from lewis.reports import charts
     from lewis.store.writable import check_output_file
 
-    file = _json_file(options.output)
+    file = _json_file(options)
     picture = check_output_file(file.with_suffix(".png"))
     found = _allocate(options)
     experts = {ref: each.to_json() for ref, each in found.allocated.experts().items()}
@@ -132,10 +132,9 @@ def export(options: argparse.Namespace) -> None:
     import yaml
 
     from lewis import store
-    from lewis.store.writable import check_output_file
 
     try:
-        file = check_output_file(options.output) if options.output else None
+        file = arguments.output_file(options, options.output) if options.output else None
         made = _exported(options)
     except InputError as error:
         if options.output is None and output_is_file():  # the shell made the file before this program began
@@ -225,11 +224,10 @@ def _print_densities(found: _Allocated) -> None:
         print(tables.allocation_text(ref, found.result, each, found.parameters), end="\n\n")
 
 
-def _json_file(path: Path) -> Path:
+def _json_file(options: argparse.Namespace) -> Path:
     """Return the absolute path of a JSON output file; InputError, before the long work, if it cannot be written."""
-    from lewis.store.writable import check_output_file
-
+    path: Path = options.output
     above = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if os.path.isdir(path) or not above.is_dir() or path.suffix == ".png":
         raise InputError(f"-o {path}: expected the name of a JSON file in a folder")
-    return check_output_file(path)
+    return arguments.output_file(options, path)

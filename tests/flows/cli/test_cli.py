@@ -418,6 +418,18 @@ def test_what_is_no_place_for_a_file_is_told_before_any_work(
     assert not (home / "importance").exists()
 
 
+@pytest.mark.parametrize("command", ["export -o", "importance -o", "allocate -o", "inspect --plot"])
+def test_the_recipe_is_not_the_place_of_an_output(
+    command: str, recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`lewis export mine.yaml -o mine.yaml` replaced the recipe, and its evaluate and register blocks were lost."""
+    monkeypatch.chdir(recipe.parent)
+    before, (name, option) = recipe.read_bytes(), command.split()
+    assert main([name, str(recipe), option, recipe.name]) == 2
+    assert f"{option} {recipe.name}: is the recipe, which would be lost" in capsys.readouterr().err
+    assert recipe.read_bytes() == before and not (home / "importance").exists()
+
+
 def test_the_picture_next_to_the_densities_has_a_place_too(
     recipe: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
