@@ -187,6 +187,8 @@ def score(recipe: Recipe | str | Path, folder: str | Path, *, report: Report = s
         RecipeError: if the recipe has no such block.
         InputError, LewisError: as `merge`.
     """
+    if not isinstance(folder, str | PathLike):
+        raise InputError(f"folder: expected the path of a model, got {folder!r}; give one, such as 'merged'")
     recipe, folder = load(recipe), Path(folder).expanduser().absolute()
     if recipe.evaluate is None:
         raise RecipeError("evaluate: missing; it says what is scored")

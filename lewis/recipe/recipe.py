@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 from pydantic_core import to_json
 
 from lewis.allocators import ALLOCATORS
-from lewis.errors import RecipeError, nearest
+from lewis.errors import InputError, RecipeError, nearest
 from lewis.methods import METHODS, find
 from lewis.recipe import dialect, lm_eval_config, yaml_text
 from lewis.recipe.checks import cross_check, other_spellings
@@ -92,8 +92,15 @@ class Recipe(MergeConfig):
             overrides: as for `load`.
 
         Raises:
+            InputError: if an argument is of another type, such as a dict.
             RecipeError: with every problem found, each beginning with its YAML path.
         """
+        if not isinstance(text, str):
+            raise InputError(
+                f"text: expected YAML or JSON text, got {type(text).__name__}; json.dumps makes it of a dict"
+            )
+        if isinstance(overrides, str):
+            raise InputError(f"overrides: expected a list of settings, got {overrides!r}; give [{overrides!r}]")
         root, data = Path(root), yaml_text.read(text, name)
         for setting in overrides:
             yaml_text.override(data, setting)

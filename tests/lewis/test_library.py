@@ -109,6 +109,12 @@ def test_arguments_of_another_kind_are_told(recipe: Path, tmp_path: Path) -> Non
         lewis.merge(recipe, None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"candidates: expected a list of references, got 'a/b'; give \['a/b'\]"):
         lewis.inspect(recipe, candidates="a/b")
+    with pytest.raises(InputError, match="folder: expected the path of a model, got None"):
+        lewis.score(recipe, None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="text: expected YAML or JSON text, got dict; json"):
+        lewis.Recipe.parse({"merge_method": "ties"}, root=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"overrides: expected a list of settings, got 'dtype=float32'; give \['dtyp"):
+        lewis.Recipe.load(recipe, "dtype=float32")
 
 
 def test_the_size_of_a_file_is_checked_before_the_work(recipe: Path, tmp_path: Path) -> None:
