@@ -16,7 +16,9 @@ from lewis.recipe.checks import cross_check, other_spellings
 from lewis.recipe.config import MergeConfig
 from lewis.recipe.schema import (
     GUIDES,
+    NAME,
     RECOMMENDED,
+    REPO,
     Evaluate,
     Gate,
     Inspect,
@@ -26,7 +28,7 @@ from lewis.recipe.schema import (
     Register,
     Search,
 )
-from lewis.recipe.serve import TARGETS, Serve
+from lewis.recipe.serve import TARGETS, URL, Serve
 from lewis.recipe.slices import listed_models, of_listed
 
 MAX_PROBLEMS = 50  # problems of one recipe that an error lists
@@ -237,6 +239,11 @@ class Recipe(MergeConfig):
 
 UNSUPPORTED = {"trust_remote_code": "running code that a model brings along"}
 MAX_GIVEN = 300  # characters of a wrong value that an error shows
+_PATTERNS = {  # what texts of these patterns are, for people
+    NAME: "a name, not of dots alone, without / and :",
+    REPO: "org/name",
+    URL: "http://host/path or https://host/path, without user, password and query",
+}
 # In a problem's location pydantic includes the type that it tried to validate; these names are no keys of the recipe.
 _KIND = re.compile(
     r"bool|int|float|str|a range|a list|TokenRow|ModelName|constrained-\w+|(dict|list|tuple|union|literal)\[.*\]"
@@ -278,6 +285,10 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
             lines.append(f"{where}: missing; it is required")
         elif kind == "value_error":
             lines.append(f"{where}: {str(problem['msg']).removeprefix('Value error, ')}")
+        elif kind == "string_pattern_mismatch" and (
+            words := _PATTERNS.get(problem["ctx"]["pattern"].removeprefix("^$|"))
+        ):
+            lines.append(f"{where}: expected {words}, got {_short(given)}")
         elif kind == "literal_error":
             lines.append(f"{where}: expected {problem.get('ctx', {})['expected']}, got {_short(given)}")
         else:

@@ -12,6 +12,8 @@ from lewis.recipe.block import Block, ModelName, Parameters
 Dtype = Literal["float32", "float16", "bfloat16"]
 Backend = Literal["hf", "vllm", "sglang", "openai"]
 
+NAME = r"^[^/:\x00-\x1f\x7f]*[^/:.\s\x00-\x1f\x7f][^/:\x00-\x1f\x7f]*$"  # of a registered model
+REPO = r"^[\w.-]+/[\w.-]+$"
 RECOMMENDED = "regmean_forward"  # what `merge_method: recommended` stands for: see tests/benchmarks/methods.md
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # name -> settings that `lewis.preset` puts in place of defaults
     "lewis_official": {  # what the authors' code does (arXiv 2503.03874)
@@ -425,7 +427,7 @@ class Register(Block):
     """
 
     # MLflow allows 256 characters, team included
-    name: str = Field(pattern=r"^[^/:\x00-\x1f\x7f]*[^/:.\s\x00-\x1f\x7f][^/:\x00-\x1f\x7f]*$", max_length=200)
+    name: str = Field(pattern=NAME, max_length=200)
     team: str = Field(default="", pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$", max_length=50)
     group: str = ""
     gate: Gate | None = None
@@ -444,7 +446,7 @@ class Publish(Block):
         private: whether it is created as private; with True, an existing public repo is refused.
     """
 
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    repo: str = Field(pattern=REPO)
     private: bool = True
 
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, fiel
 from lewis.recipe.block import Block
 
 _NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
-_URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"  # no user, password or query: recipes are no place for secrets
+URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"  # no user, password or query: recipes are no place for secrets
 
 
 class Target(Block):
@@ -60,7 +60,7 @@ class WebhookTarget(Target):
     """
 
     kind: Literal["webhook"]
-    url: str = Field(pattern=_URL)
+    url: str = Field(pattern=URL)
     timeout_seconds: float = Field(default=30, gt=0, le=600)
 
 
@@ -95,7 +95,7 @@ class VllmTarget(Target):
     """
 
     kind: Literal["vllm"]
-    url: str = Field(pattern=_URL)
+    url: str = Field(pattern=URL)
     alias: str = Field(default="", pattern=r"^[^/\s]*$", max_length=200)
     timeout_seconds: float = Field(default=300, gt=0)
     check: Check | None = Check()
@@ -117,12 +117,12 @@ class OpenaiTarget(Target):
     """
 
     kind: Literal["openai"]
-    url: str = Field(pattern=_URL)
+    url: str = Field(pattern=URL)
     method: Literal["post", "put", "patch"] = "post"
     body: dict[str, Any] = Field(min_length=1)
     content_type: str = Field(default="application/json", pattern=r"^[\w.+-]+/[\w.+-]+$")
     expect: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    api: str = Field(default="", pattern=rf"^$|{_URL}")
+    api: str = Field(default="", pattern=rf"^$|{URL}")
     model: str = Field(default="{served_as}", min_length=1)
     timeout_seconds: float = Field(default=600, gt=0)
     check: Check | None = Check()
@@ -178,7 +178,7 @@ class CanaryTarget(Target):
         rules: the limits that must hold at the end of each step.
     """
 
-    prometheus: str = Field(pattern=_URL)
+    prometheus: str = Field(pattern=URL)
     check: Check | None = Check()
     steps: tuple[Annotated[int, Field(ge=1, le=99)], ...] = (10, 50)
     minutes: float = Field(default=5, gt=0)
@@ -206,7 +206,7 @@ class HaproxyTarget(CanaryTarget):
     kind: Literal["haproxy"]
     socket: str = Field(pattern=r"^/")
     backend: str = Field(pattern=r"^[\w.:-]+$")
-    servers: dict[Annotated[str, Field(pattern=r"^[\w.:-]+$")], Annotated[str, Field(pattern=_URL)]] = Field(
+    servers: dict[Annotated[str, Field(pattern=r"^[\w.:-]+$")], Annotated[str, Field(pattern=URL)]] = Field(
         min_length=2, max_length=2
     )
     alias: str = Field(default="", pattern=r"^[^/\s]*$", max_length=200)
@@ -260,12 +260,12 @@ class KserveTarget(CanaryTarget):
     """
 
     kind: Literal["kserve"]
-    api: str = Field(default="https://kubernetes.default.svc", pattern=_URL)
+    api: str = Field(default="https://kubernetes.default.svc", pattern=URL)
     namespace: _KUBERNETES_NAME
     services: tuple[_KUBERNETES_NAME, ...] = Field(min_length=1, max_length=2)
     uri: str = Field(pattern=r"^[a-z0-9]+://\S+$")
     alias: str = Field(default="", pattern=r"^[^/\s]*$", max_length=200)
-    gateway: str = Field(default="", pattern=rf"^$|{_URL}")
+    gateway: str = Field(default="", pattern=rf"^$|{URL}")
     path: str = Field(default="/openai/v1", pattern=r"^/\S+$")
     start_minutes: float = Field(default=60, gt=0)
     count: str = Field(default=_ANSWERS, min_length=1)

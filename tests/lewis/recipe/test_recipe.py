@@ -203,6 +203,11 @@ class TestMistakes:
             ({"layer_slices": []}, "layer_slices: this is a config of bakllama"),
             ({"parameters": {"lambda": "auto"}}, "parameters.lambda: expected a number, got 'auto': what"),
             ({"parameters": {"weight": [1, "auto"]}}, "parameters.weight: expected a number, got 'auto': what"),
+            (
+                {"register": {"name": "org/m"}},
+                "register.name: expected a name, not of dots alone, without / and :, got",
+            ),
+            ({"register": {"name": "m"}, "publish": {"repo": "m"}}, "publish.repo: expected org/name, got 'm'"),
             *(
                 ({"register": {"name": name}}, "register.name: ")
                 for name in ("a/b", "..", " ", " . ", "a\nb", "a\x1b[8m", "x" * 10_000)

@@ -50,8 +50,8 @@ def test_no_card_and_no_file_of_the_model_names_the_targets() -> None:
     [
         ("{kind: sagemaker}", "serve[0].kind: expected one of webhook, command, vllm, openai, haproxy, kserve"),
         ("[{url: x}]", "serve[0].kind: expected one of webhook, command, vllm, openai, haproxy, kserve"),
-        ("[{kind: webhook, url: ftp://x}]", "serve[0].url: string should match pattern"),
-        ("[{kind: webhook, url: 'https://user:word@x/'}]", "serve[0].url: string should match pattern"),
+        ("[{kind: webhook, url: ftp://x}]", "serve[0].url: expected http://host/path or https://host"),
+        ("[{kind: webhook, url: 'https://user:word@x/'}]", "serve[0].url: expected http://host/path or https://host"),
         ("[{kind: vllm, url: 'http://x'}]", "serve[0].kind: vLLM loads adapters; set output.kind to lora"),
         (
             "[{kind: kserve, namespace: m, services: [a, a], uri: 'pvc://x/{served_as}', prometheus: 'http://p'}]",
