@@ -196,7 +196,7 @@ def _descriptions(source: Source, root: Path) -> list[str]:
         stated = front_matter(repository.fetch(pinned, weights=False))
     except (OSError, InputError):
         stated = {}
-    return [short_name(source.ref, root), json.dumps(stated.get("datasets")), json.dumps(stated.get("tags"))]
+    return [short_name(source.ref, root), *(json.dumps(stated.get(key), default=str) for key in ("datasets", "tags"))]
 
 
 def _end(folder: Path) -> str:

@@ -133,3 +133,10 @@ def test_a_link_is_written_as_the_link(tmp_path: Path, family: Family) -> None:
     assert list(draft(str(base), [str(tmp_path / "snapshots" / "math.gguf")], tmp_path / "r.yaml").topics) == [
         "./snapshots/math.gguf"
     ]
+
+
+def test_a_date_in_a_model_card_is_no_traceback(family: Family, tmp_path: Path) -> None:
+    """YAML reads the tag 2026-01-01 as a date, of which JSON has none."""
+    expert = shutil.copytree(family.math, tmp_path / "v3")
+    (expert / "README.md").write_text("---\ndatasets: [openai/gsm8k]\ntags: [2026-01-01]\n---\n")
+    assert draft(str(family.base), [str(expert)], tmp_path / "r.yaml").topics == {"./v3": "gsm8k"}
