@@ -36,6 +36,24 @@ def test_the_page_has_all_recipes() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*NAMES, WHOLE, "qwen2.5", "smollm2"}
 
 
+def test_what_the_page_shows_of_a_recipe_is_in_it() -> None:
+    """`output: {kind: lora}`, as it was there, is refused: it needs a rank or a tolerance."""
+
+    def holds(data: Any, wanted: dict[str, Any]) -> bool:
+        if isinstance(data, dict) and all(
+            holds(data.get(key), value) if isinstance(value, dict) else data.get(key) == value
+            for key, value in wanted.items()
+        ):
+            return True
+        inner = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+        return any(holds(each, wanted) for each in inner)
+
+    assert "{kind: lora, rank: 32}" in PAGE
+    for name, row in re.findall(r"^\| .*?\(examples/([\w-]+)\.yaml\)(.*)", PAGE, re.MULTILINE):
+        recipe = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+        assert [each for each in re.findall(r"`(\w+: [^`]+)`", row) if not holds(recipe, yaml.safe_load(each))] == []
+
+
 def test_the_reference_begins_with_a_whole_recipe() -> None:
     reference = (ROOT / "lewis" / "recipe" / "README.md").read_text()
     assert reference.partition("```yaml\n")[2].partition("```")[0] == (EXAMPLES / f"{WHOLE}.yaml").read_text()
