@@ -175,7 +175,7 @@ def _settings(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config's settings of rotary positions, in one form for all versions of transformers."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}  # as in transformers, if it has both
     found = dict(given) if isinstance(given, Mapping) else {"rope_scaling": given}
     kind = found.pop("rope_type", found.pop("type", "default"))
     found.pop("type", None)

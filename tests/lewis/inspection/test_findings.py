@@ -130,6 +130,10 @@ FAULTS: dict[str, tuple[Make, set[str]]] = {
         files(lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
         {"rope"},
     ),
+    "rope stretched by the older key": (
+        files(lambda f: edit_json(f / "config.json", rope_scaling={"rope_type": "yarn", "factor": 4.0})),
+        {"rope"},
+    ),
     "missing special token": (files(_lose_a_token), {"special tokens"}),
     "other chat template": (files(lambda f: (f / "chat_template.jinja").write_text("hi")), {"chat template"}),
     "zeroed tensor": (
