@@ -198,6 +198,12 @@ FAULTS: dict[str, tuple[Make, set[str]]] = {
         tensors(lambda name, t: t * (-1e6 if "layers.0.mlp.up_proj" in name else 1)),
         {"rescaled"},
     ),
+    "one matrix alone moved, and far": (  # as by an adapter with a large lora_alpha
+        lambda expert, folder: rewrite(
+            expert.parent / "base", folder, lambda name, t: t * (-3 if "layers.0.mlp.up_proj" in name else 1)
+        ),
+        {"norms"},
+    ),
     "outsized": (
         lambda expert, folder: write_expert(expert.parent / "base", folder, seed=3, scale=0.011),
         {"outsized"},
