@@ -210,7 +210,8 @@ def _unlike_attention(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tup
     if count * size not in given and count * (width // heads) in given and ignores_head_dim(config):
         size = width // heads
     if given and count * size not in given:
-        yield key, f"keys of {_listed(given)} numbers, which the tensors k_proj give"
+        found = f"{_listed(given)} numbers in all"
+        yield key, f"keys of {found}, which the tensors k_proj give and {count} heads of {size} do not"
     latent = _sizes(shapes, ".self_attn.kv_b_proj.weight", 2, 0)
     before, of_value = config.get("qk_nope_head_dim"), config.get("v_head_dim")
     if latent and _is_size(before) and _is_size(of_value) and heads * (before + of_value) not in latent:
