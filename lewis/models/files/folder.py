@@ -76,7 +76,7 @@ def weight_files(folder: Path, listed: Collection[str] = ()) -> dict[str, set[st
 
     Raises:
         InputError: if there are none, or only pickled ones, or if the index names a file that is missing or in another
-            folder.
+            folder, or one tensor in two files.
     """
     if is_of_gguf(folder):
         return {}
@@ -102,8 +102,11 @@ def weight_files(folder: Path, listed: Collection[str] = ()) -> dict[str, set[st
         check_regular(folder / file)
         if file not in listed and not os.path.isfile(folder / file):  # also False for a name that is too long
             raise InputError(f"{folder}: the shard {file} is missing, which {INDEX} names; download it again")
+    places: dict[str, str] = {}
     for name, file in weight_map.items():
-        placed[file].add(unwrapped(name))
+        placed[file].add(called := unwrapped(name))
+        if places.setdefault(called, file) != file:
+            raise InputError(f"{index}: two of its tensors are {called!r}, one with a wrapper's prefix; keep one")
     return {**placed}
 
 

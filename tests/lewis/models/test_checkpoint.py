@@ -180,6 +180,16 @@ class TestDamaged:
         edit_index(shard(family.base, tmp_path / "s"), "model-00003-of-00003.safetensors")
         refused(tmp_path / "s", "the index places", "no such tensor")
 
+    def test_a_tensor_in_two_shards_once_with_a_wrappers_prefix(self, family: Family, tmp_path: Path) -> None:
+        folder = shard(family.base, tmp_path / "s")
+        index = json.loads((folder / INDEX).read_text())
+        name, file = next(iter(index["weight_map"].items()))
+        other = next(each for each in index["weight_map"].values() if each != file)
+        index["weight_map"][f"module.{name}"] = other
+        (folder / INDEX).write_text(json.dumps(index))
+        save_file(load_file(folder / other) | {f"module.{name}": torch.zeros(3)}, folder / other)
+        refused(folder, f"{INDEX}: two of its tensors are {name!r}", "keep one")
+
     @pytest.mark.parametrize("file", ["../other.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ""])
     def test_an_index_that_leads_outside(self, family: Family, tmp_path: Path, file: str) -> None:
         save_file(W, tmp_path / "other.safetensors")
