@@ -41,6 +41,8 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
             vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
         added = {token["content"]: int(token["id"]) for token in content.get("added_tokens") or []}
         found = {**vocabulary, **added}
+        if not found:
+            raise ValueError("it holds no token")
         if odd := next((t for t, number in found.items() if not 0 <= number < _MOST), None):
             raise ValueError(f"the token {odd!r} has the id {found[odd]}")
         return found

@@ -328,6 +328,14 @@ def test_an_id_that_no_embedding_has(tmp_path: Path, number: int) -> None:
         read_vocabulary(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{}", '{"model": {"vocab": {}}, "added_tokens": []}'])
+def test_a_tokenizer_without_a_token(text: str, tmp_path: Path) -> None:
+    """With `union`, the rows of an expert that has it were all taken for lacking, and the base's merged instead."""
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError, match=r"no tokenizer: .*it holds no token.*download it again"):
+        read_vocabulary(tmp_path)
+
+
 class TestAdapters:
     """LoRA experts that brought tokens of their own: PEFT saves their embeddings whole, the tied head too."""
 
