@@ -143,9 +143,11 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _head_size(model: Model) -> int:
-    """Return the rows of one attention head in a projection; 0 if the config does not give them."""
+    """Return the rows of one attention head in a projection; 0 if the config gives none, or one for each layer."""
     config = model.config.get("text_config") or model.config
     heads = config.get("num_attention_heads") or config.get("n_head") or 0
     width = config.get("hidden_size") or config.get("n_embd") or 0
-    size = config.get("head_dim") or (width // heads if heads else 0)
-    return size if isinstance(size, int) else 0
+    size = config.get("head_dim") or 0
+    if not all(isinstance(each, int) for each in (heads, width, size)):
+        return 0
+    return size or (width // heads if heads else 0)

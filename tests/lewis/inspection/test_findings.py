@@ -235,6 +235,17 @@ def test_an_error_stops_a_merge_unless_the_recipe_says_otherwise(
     assert len(digests) == 1 and recipe.blocks == forced[0].blocks
 
 
+def test_permuted_heads_are_rows_where_layers_have_other_numbers_of_heads(
+    models: Path, home: Path, tmp_path: Path
+) -> None:
+    """The config of OpenELM, whose code is its own, lists the heads of each layer: there was a TypeError."""
+    base, math = (shutil.copytree(models / name, tmp_path / name) for name in ("base", "math"))
+    for folder in (base, math):
+        edit_json(folder / "config.json", model_type="openelm", num_attention_heads=[4] * 4, head_dim=None)
+    odd = FAULTS["permuted heads"][0](math, tmp_path / "odd")
+    assert told(base, math, odd) == {("permuted rows", "odd")}
+
+
 @pytest.mark.parametrize("factor", [1e6, 1e-6])
 def test_a_head_of_another_scale_is_an_error(factor: float, home: Path, tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base", layers=4, hidden=64, tied=False)
