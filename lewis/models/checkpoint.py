@@ -130,9 +130,11 @@ class Checkpoint:
         try:
             with np.errstate(all="ignore"):  # a scale that is not finite is reported later, by the tensor's name
                 values = packed.values(self._part)
-        except (ValueError, IndexError) as error:
+            if values.shape != packed.shape:  # compiled loops would read on behind the values
+                raise ValueError(f"they give the shape {list(values.shape)}, expected {list(packed.shape)}")
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise InputError(
-                f"{self.folder}: the parts of the quantised tensor {name!r} do not fit together ({error}); "
+                f"{self.folder}: the parts of the quantised tensor {name!r} do not fit together ({error!r}); "
                 "download the model again"
             ) from error
         return "F32", values.reshape(-1).view(np.uint32)

@@ -318,14 +318,33 @@ def test_what_cannot_be_read_is_told_by_config_and_headers(what: str, tmp_path: 
     assert message in str(opened.value) and str(opened.value) == str(planned.value)
 
 
-def test_parts_that_do_not_fit_are_named_when_they_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("a.g_idx", torch.full((16,), 7, dtype=torch.int32)),
+        ("a.g_idx", torch.zeros(8, dtype=torch.int32)),  # compiled loops read on behind the weight that this gives
+        ("a.g_idx", torch.tensor(0, dtype=torch.int32)),
+    ],
+)
+def test_parts_that_do_not_fit_are_named_when_they_are_read(part: str, value: torch.Tensor, tmp_path: Path) -> None:
     stored = {
         "a.qweight": torch.ones(2, 8, dtype=torch.int32), "a.scales": torch.ones(2, 8).half(),
-        "a.qzeros": torch.ones(2, 1, dtype=torch.int32), "a.g_idx": torch.full((16,), 7, dtype=torch.int32),
+        "a.qzeros": torch.ones(2, 1, dtype=torch.int32), part: value,
     }  # fmt: skip
     opened = Checkpoint(write_tensors(tmp_path, stored, quantization_config={"quant_method": "gptq"}), "key")
     with pytest.raises(InputError, match=r"the parts of the quantised tensor 'a.weight' do not fit together"):
-        opened.read("a.weight")
+        opened.raw("a.weight")
+
+
+@pytest.mark.parametrize(("kind", "part"), [("nvfp4", "weight_scale"), ("awq", "scales")])
+def test_a_part_without_a_number_is_told(kind: str, part: str, family: Family, tmp_path: Path) -> None:
+    folder, name = tmp_path / "q", "model.layers.0.mlp.up_proj"
+    write_quantised(family.base, folder, kind)
+    stored = load_file(folder / "model.safetensors")
+    stored[f"{name}.{part}"] = stored[f"{name}.{part}"][:0]
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(InputError, match="do not fit together"):
+        Checkpoint(folder, "key").raw(f"{name}.weight")
 
 
 def test_a_scale_for_each_expert_is_not_taken_for_one_of_rows() -> None:
