@@ -106,5 +106,5 @@ def _send(target: KserveTarget, method: str, resource: Resource, name: str, body
     )
     try:
         return dict(answer.json())
-    except ValueError as error:
-        raise LewisError(f"{target.api}: its answer is no JSON; is this the API of Kubernetes?") from error
+    except (ValueError, TypeError) as error:
+        raise LewisError(f"{target.api}: its answer is no JSON object; is this the API of Kubernetes?") from error

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from lewis import settings
 from lewis.errors import LewisError, TransientError
@@ -40,11 +39,11 @@ def send(
 
     Raises:
         TransientError: if the server does not answer, or is busy.
-        LewisError: if it refuses.
+        LewisError: if it refuses, or cannot be asked: the URL or the key is malformed, or its answer is no HTTP.
     """
     import requests
 
-    server = "{0.scheme}://{0.netloc}".format(urlsplit(url))  # in messages; the path of a webhook may be its secret
+    server = "/".join(url.split("/")[:3])  # in messages; the path of a webhook may be its secret
     try:
         answer = requests.request(
             method,
@@ -56,6 +55,9 @@ def send(
             allow_redirects=False,
             verify=ca or True,
         )
+    except ValueError as error:
+        fix = "see that its URL is right, that it speaks HTTP, and that LEWIS_SERVE_KEY has letters of ISO 8859-1 alone"
+        raise LewisError(f"{server} cannot be asked ({type(error).__name__}); {fix}") from None
     except requests.RequestException as error:
         why = f"does not answer ({type(error).__name__}); see that it is up"
         raise TransientError(f"{server} {why}") from None

@@ -196,7 +196,8 @@ def _text(api: str, model: str, task: str, kept: Mapping[str, Any]) -> Answer:
     body = {"model": model, "max_tokens": tokens, "temperature": 0}
     if kept.get("messages"):
         found = _post(f"{api}/chat/completions", {**body, "messages": kept["messages"]})
-        text = str((found.get("message") or {}).get("content") or "")
+        message = found.get("message")
+        text = str((isinstance(message, dict) and message.get("content")) or "")
     else:
         found = _post(f"{api}/completions", {**body, "prompt": kept["prompt"]})
         text = str(found.get("text") or "")

@@ -107,6 +107,12 @@ def test_a_chat_is_asked_as_a_chat_so_that_the_servers_own_template_answers(home
             assert server_gate.check(f"{sink.url}/v1", "m", kept, Check(documents=1)).passed is passes
 
 
+def test_a_message_that_is_none_is_another_answer(home: Path) -> None:
+    asked = {"prompt": "6 * 7?", "messages": [{"role": "user", "content": "6 * 7?"}], "until": [], "tokens": 9}
+    with HttpSink(lambda _: {"choices": [{"message": "42"}]}) as sink:
+        assert not server_gate.check(f"{sink.url}/v1", "m", {"t": [{**asked, "answer": "42"}]}, Check()).passed
+
+
 def test_an_answer_that_goes_on_where_the_scored_one_ended_is_another(home: Path) -> None:
     """It counted as the same, so a server that does not stop passed."""
     asked = {"prompt": "6 * 7?", "until": [], "tokens": 9}

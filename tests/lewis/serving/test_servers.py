@@ -76,6 +76,20 @@ def test_what_vllm_does_not_take_leaves_what_clients_have(home: Path, family: Fa
     assert [each.uri for each in served()] == [first.uri]
 
 
+@pytest.mark.parametrize(("url", "key"), [("http://[::1", ""), ("http://a..b", ""), ("http://127.0.0.1:9", "ключ")])
+def test_a_server_that_cannot_be_asked_is_told_with_the_reason(
+    url: str, key: str, home: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was a traceback, which no record had; and the service looked after no other target any more."""
+    monkeypatch.setenv("LEWIS_SERVE_KEY", key)
+    champion = crowned(with_tokenizer(family.lora, tmp_path / "adapter"), "a", base=family.base)
+    with pytest.raises(LewisError, match=r"cannot be asked \(\w+\); see that its URL is right") as error:
+        service.serve(VllmTarget(kind="vllm", url=url), champion)
+    [record] = served()
+    assert record.failure and record.failure.why in str(error.value) and not record.failure.passes
+    assert url in record.failure.why and (not key or key not in record.failure.why)
+
+
 def test_any_server_takes_a_model_by_a_call_of_the_recipe(home: Path, family: Family) -> None:
     has = list[str]()
 
