@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from prefect.states import Completed, Scheduled
 
 from lewis.errors import LewisError
 from lewis.registry import history, outbox, promotion, versions
-from lewis.serving import canary, haproxy, records
+from lewis.serving import canary, haproxy, records, service
 from lewis.serving.records import served
-from lewis_flows import prefect_runs, run_page, secret_blocks
+from lewis_flows import prefect_runs, recipes_folder, run_page, secret_blocks
 from lewis_flows.cli.main import main
 from lewis_flows.serve import serve_flow
 from lewis_flows.service import keep_served
@@ -229,6 +230,28 @@ def test_a_server_that_lost_its_model_gets_it_back_and_one_that_refused_it_is_le
         crowned(adapter, "c", base=family.base)
         assert not looks()
     assert not keep_served.look(), "the server is away"
+
+
+def test_a_recipe_that_cannot_be_looked_at_does_not_stop_the_others(
+    folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No target of any recipe got its model back, as long as there was such a recipe."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("what no one expects")
+
+    text = RECIPE % ("[x]", "http://x")
+    for name in ("bad", "good", "plugin"):
+        (folder / f"{name}.yaml").write_text(text.replace("tiny", name))
+    load, put = recipes_folder.load, monkeypatch.setattr
+    put(recipes_folder, "load", lambda name: fails() if name == "plugin" else load(name))
+    put(secret_blocks, "load_for_serving", lambda: None)
+    put(service, "champion_of", lambda plan: plan.register_as.model)
+    put(service, "is_due", lambda target, champion, owner: fails() if champion == "bad" else True)
+    put(keep_served, "get_client", lambda **_: nullcontext())
+    put(keep_served, "_start", lambda client, name: True)
+    assert keep_served.look() == ["good"]
+    assert "bad: its targets are left out: RuntimeError: what no one expects" in caplog.text
 
 
 @pytest.mark.long

@@ -4,7 +4,7 @@ import logging
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 
-from lewis.errors import LewisError
+from lewis.errors import TransientError
 from lewis.recipe.recipe import Recipe
 from lewis.serving import hub, service
 from lewis_flows import prefect_runs, recipes_folder, secret_blocks
@@ -27,12 +27,7 @@ def look() -> list[str]:
     if not plans:
         return []
     secret_blocks.load_for_serving()
-    due = [
-        name
-        for name, plan in plans.items()
-        if (champion := service.champion_of(plan))
-        and any(service.is_due(target, champion, service.owner_of(plan)) for target in hub.targets(plan))
-    ]
+    due = [name for name, plan in plans.items() if _lacks(name, plan)]
     with get_client(sync_client=True) as client:
         return [name for name in due if _start(client, name)]
 
@@ -41,9 +36,22 @@ def _plan(name: str) -> Recipe | None:
     """Return a recipe that has targets; None if it has none, or if its file is wrong, which is reported elsewhere."""
     try:
         plan = recipes_folder.load(name)
-    except LewisError:
+    except Exception:  # of any kind, as in `recipes_folder.load_all`
         return None
     return plan if hub.targets(plan) else None
+
+
+def _lacks(name: str, plan: Recipe) -> bool:
+    """Whether a target of a recipe lacks the champion; False, with a warning, if that cannot be found out."""
+    try:
+        if (champion := service.champion_of(plan)) is None:
+            return False
+        return any(service.is_due(target, champion, service.owner_of(plan)) for target in hub.targets(plan))
+    except TransientError:  # MLflow does not answer
+        raise
+    except Exception as error:  # whatever is wrong with one recipe's targets does not stop the others
+        logger.warning("%s: its targets are left out: %s: %s", name, type(error).__name__, error)
+        return False
 
 
 def _start(client: SyncPrefectClient, name: str) -> bool:
