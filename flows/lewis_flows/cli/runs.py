@@ -52,7 +52,7 @@ def open_links(options: argparse.Namespace) -> None:
 
     found = links(options.recipe) if options.recipe else pages()
     if options.json:
-        print(found.model_dump_json(indent=2))
+        print(redacted(found.model_dump_json(indent=2)))
         return
     rows = list(_rows(found)) if isinstance(found, Links) else list(found.pages.items())
     asked = [f"{name} asks for {what}" for name, what in found.sign_in.items()]

@@ -164,6 +164,10 @@ def test_the_pages_and_the_log_of_the_last_run(
     note.write({"prefect": prefect_url, "mlflow": "http://127.0.0.1:5001", "mlflow_user": "lewis"})
     assert main(["open", "looked at"]) == 0
     told = capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://lewis:sesame@127.0.0.1:5001")
+        assert main(["open", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pages"]["models"].startswith("http://***@127.0.0.1:5001/#/models")
     assert (
         "http://127.0.0.1:5001/#/models/looked/versions/2?workflowType=machine_learning\n" in told
         and password not in told
