@@ -24,6 +24,7 @@ from lewis.registry.publishing import Published
 from lewis.registry.registration import registration_of
 from lewis.registry.versions import Champion, Version
 from lewis.reports import card
+from lewis.reports.markdown import plain
 from lewis_tasks.support import flow_run, moves
 from lewis_tasks.support.assets import artifact_key
 from lewis_tasks.support.caching import RETRIES
@@ -159,8 +160,8 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     moves.report()  # also the moves that an earlier run could not report
     lines = [
         f"# {version.uri}: {word}",
-        f"Compared with {verdict.compared_with}.",
-        *(f"* {r}" for r in verdict.reasons),
+        f"Compared with {plain(verdict.compared_with)}.",
+        *(f"* {plain(reason)}" for reason in verdict.reasons),
     ]
     page, text = versions.page(version.name, version.version), f"{version.uri} (run {version.run_id})"
     create_link_artifact(page, text, key=artifact_key(recipe, "mlflow"), description="Model version")

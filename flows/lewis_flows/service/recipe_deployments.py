@@ -30,6 +30,7 @@ from lewis.evaluation import work_queue
 from lewis.evaluation.work_queue import MERGES as POOL
 from lewis.recipe.recipe import Recipe
 from lewis.registry import versions
+from lewis.reports.markdown import plain
 from lewis.serving import hub
 from lewis_flows import approval, earlier_runs, prefect_runs
 from lewis_flows.release_event import EVENT, SETTLE
@@ -343,7 +344,7 @@ def _description(file: RecipeFile, before: DeploymentResponse | None) -> str:
         named = _REGISTERS.search((before.description if before else None) or "")
         known = named["champion"] if named and named["model"] == block.model else None
         links = _registers(block.model, known or "")
-    why = f"**It cannot run:** {file.why}" if file.why else ""
+    why = f"**It cannot run:** {plain(file.why)}" if file.why else ""
     return "\n\n".join(filter(None, (file.comment, why, links)))
 
 

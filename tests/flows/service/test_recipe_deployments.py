@@ -101,6 +101,14 @@ def test_a_recipe_is_paused_while_the_data_of_its_task_are_missing_and_its_champ
         assert (found.id, found.paused, found.tags) == (each.id, False, ["lewis", "recipe:good", "team:ops"])
 
 
+def test_a_reason_that_a_recipe_cannot_run_is_shown_as_it_is(folder: Path) -> None:
+    """Prefect's page took a part of a model's name for HTML."""
+    (folder / "good.yaml").write_text(GOOD.replace("org/base", "./<img src=x>__y__"))
+    [file] = Folder().files()
+    assert "/<img src=x>__y__" in file.why
+    assert r"/\<img src=x\>\_\_y\_\_" in recipe_deployments._description(file, None)
+
+
 @pytest.mark.parametrize(
     "wrong", ["two files", *(pytest.param(wrong, marks=pytest.mark.long) for wrong in ("large", "not readable"))]
 )
