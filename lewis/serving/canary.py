@@ -115,7 +115,7 @@ def query(target: CanaryTarget, text: str, server: str, seconds: float) -> float
     """Return the value of a Prometheus query about a server over the last `seconds`; None if there is none.
 
     Raises:
-        TransientError, LewisError: as `send`.
+        TransientError, LewisError: as `send`, or if the query gives more than one number.
     """
     places = {"server": server, "window": f"{max(1, round(seconds))}s", **target.places}
     for name, given in places.items():
@@ -126,4 +126,6 @@ def query(target: CanaryTarget, text: str, server: str, seconds: float) -> float
         value = float(found[0]["value"][1]) if found else None
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise LewisError(f"Prometheus: no number for {text!r}: {answer.text[:200]}") from error
+    if len(found) > 1:
+        raise LewisError(f"Prometheus: expected one number for {text!r}, got {len(found)}; put `sum(...)` around it")
     return value if value is not None and value == value else None  # NaN: there were no requests

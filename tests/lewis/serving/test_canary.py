@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from lewis.errors import TransientError
+from lewis.errors import LewisError, TransientError
 from lewis.recipe.serve import HaproxyTarget, Rule
 from lewis.reports.canary import Canary
 from lewis.serving import canary
 from lewis.serving.model import Model, OutdatedError
 from lewis.serving.records import Served
+from tests.support.http_sink import HttpSink
 from tests.support.routed import model
 
 TARGET = HaproxyTarget(
@@ -79,3 +80,14 @@ def test_all_traffic_moves_without_steps_to_the_champion_before_one_that_was_rol
     new = replace(model(2), at_once=True)
     router.run(new)
     assert router.shares == [("blue", 100), ("green", 0)] and new.steps == []
+
+
+def test_a_query_that_gives_several_numbers_is_refused() -> None:
+    """The first one counted, such as the share of one kind of errors, and the others were not looked at."""
+    found = [{"metric": {"code": code}, "value": [0, value]} for code, value in (("500", "0"), ("503", "0.9"))]
+    with HttpSink(lambda _: {"status": "success", "data": {"result": found}}) as prometheus:
+        target = TARGET.model_copy(update={"prometheus": prometheus.url})
+        with pytest.raises(LewisError, match=r"expected one number for 'errors of blue', got 2; put `sum\(\.\.\.\)`"):
+            canary.query(target, "errors of {server}", "blue", 5)
+        del found[1]
+        assert canary.query(target, "errors of {server}", "blue", 5) == 0
