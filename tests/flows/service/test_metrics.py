@@ -239,7 +239,9 @@ def test_a_source_that_fails_or_hangs_takes_no_other_with_it(monkeypatch: pytest
     assert [first.get(up % name) for name in ("well", "hangs", "breaks")] == [1, None, 1]
     assert second["of_breaks{}"] == 1 and [second[up % name] for name in ("well", "breaks")] == [1, 0]
     monkeypatch.setattr(page, "FORGET", 0.0)
-    assert "of_breaks{}" not in numbers(one.text())  # it is too old
+    last = numbers(one.text())
+    assert "of_breaks{}" not in last, "it is too old"
+    assert last[up % "hangs"] == 0, "no alert was ever sent"
     hangs.set()
 
 

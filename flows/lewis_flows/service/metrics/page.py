@@ -47,7 +47,9 @@ class Source:
 
     @property
     def up(self) -> bool | None:
-        """Whether the last question was answered; None before the first answer or failure."""
+        """Whether the last question was answered; False if one is open for long; None before the first answer."""
+        if self._running and time.monotonic() > self._tried + self._forgotten:
+            return False
         return not self._wrong if self._wrong or self._time > float("-inf") else None
 
     def ask(self) -> None:
@@ -62,7 +64,11 @@ class Source:
         """Return the newest numbers, after at most `patience` seconds; none older than `FORGET` and twice `kept`."""
         if running := self._running:
             running.join(patience)
-        return self._found if time.monotonic() < self._time + max(FORGET, 2 * self._kept) else []
+        return self._found if time.monotonic() < self._time + self._forgotten else []
+
+    @property
+    def _forgotten(self) -> float:
+        return max(FORGET, 2 * self._kept)
 
     def _refresh(self) -> None:
         wrong = ""
