@@ -134,13 +134,14 @@ def lines(records: Sequence[Record], *, verbose: bool = False) -> list[str]:
     numbered = [(each, f"v{each.version.rpartition('/')[2]}") for each in reversed(records)]
     return [
         f"{each.time[:16].replace('T', ' ')}  {each.what:<16} {version:<5} {_beside(each):<16} "
-        f"{_reason(each.why, verbose)}({each.by})"
+        f"{_reason(each, verbose)}({each.by})"
         for each, version in numbered
     ]
 
 
-def _reason(why: str, verbose: bool) -> str:
-    rules = [rule for rule in " ".join(why.split()).split("; ") if verbose or not rule.endswith(": pass")]
+def _reason(record: Record, verbose: bool) -> str:
+    every = verbose or record.what not in _JUDGED  # a person's reason may end like a rule
+    rules = [rule for rule in " ".join(record.why.split()).split("; ") if every or not rule.endswith(": pass")]
     return f"{'; '.join(rules)} " if rules else ""
 
 

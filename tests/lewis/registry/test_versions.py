@@ -658,6 +658,8 @@ def test_the_history_tells_who_replaced_whom_and_why(entry: Registration, tiny_m
     assert re.search(r" the first +addition/acc.*: pass \(the run x\)$", history.lines(told, verbose=True)[-1])
     assert "v1 stays" in history.lines(told)[3] and ": fail (" in history.lines(told)[3]
     assert all("\n" not in line for line in history.lines(told))
+    by_hand = replace(told[0], what="rolled back", why="rude; its own tests: pass")
+    assert "rude; its own tests: pass (" in history.lines([by_hand])[0], "a person's reason is no list of rules"
     assert champion_over_versions("tiny") == [(1, 0.9), (2, 0.9), (2, 0.9), (3, 0.7), (3, 0.8), (3, 0.7)]
     check_png(history.picture("tiny"))
     assert promotion.withdrawn("tiny", "b" * 64) == "it was rude" and promotion.withdrawn("tiny", "c" * 64) is None
