@@ -12,6 +12,7 @@ import json
 import math
 import os
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -248,7 +249,10 @@ def score(name: str, version: str) -> tuple[str, float] | None:
 
 
 def scores(name: str, most: int = 20) -> dict[int, float]:
-    """Return number -> score of the last `most` versions, oldest first, in the metric of the newest gate."""
+    """Return number -> score of the last `most` versions, oldest first, in the metric of the newest gate.
+
+    A version without a finite score is left out; for an infinite one, MLflow gives the largest float.
+    """
     from mlflow.entities import ViewType
 
     name = tracking.model_name(name)
@@ -262,7 +266,7 @@ def scores(name: str, most: int = 20) -> dict[int, float]:
         runs = client.search_runs(experiments, f"attributes.run_id IN ({ids})", ViewType.ALL, most)
     values = {run.info.run_id: run.data.metrics.get(f"merged/{metric}") for run in runs}
     found = {int(each.version): values.get(each.run_id) for each in reversed(versions)}
-    return {number: value for number, value in found.items() if value is not None}
+    return {number: value for number, value in found.items() if value is not None and abs(value) < sys.float_info.max}
 
 
 def picture(name: str) -> bytes:

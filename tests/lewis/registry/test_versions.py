@@ -1,6 +1,7 @@
 """The registry against a real MLflow: sqlite and files, several processes, kill -9, and a server over HTTP."""
 
 import json
+import math
 import os
 import pickle
 import pwd
@@ -384,6 +385,15 @@ def test_versions_that_another_team_registered_have_their_scores(entry: Registra
         version = creation.register(replace(entry, name="ops.tiny", team=team, **own))
         promotion.promote(version, replace(FAILED, metric="addition/acc,none"))
     assert history.scores("ops.tiny") == {1: 0.9, 2: 0.8}
+
+
+def test_a_score_that_is_not_finite_is_not_drawn(entry: Registration, tiny_model: Path) -> None:
+    """The status of a recipe with such a version ended in a traceback, and the page of all recipes stayed as it was."""
+    for digit, value in (("a", 0.9), ("b", math.nan), ("c", math.inf)):
+        folder, metrics = merged(tiny_model, digit * 64), {"merged/addition/acc,none": value}
+        version = creation.register(replace(entry, digest=digit * 64, folder=folder, metrics=metrics))
+        promotion.promote(version, replace(FAILED, metric="addition/acc,none"))
+    assert history.scores("tiny") == {1: 0.9}
 
 
 @pytest.mark.parametrize("damage", ["cut", pytest.param("missing", marks=pytest.mark.long), "all"])
