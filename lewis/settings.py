@@ -257,7 +257,7 @@ NOTIFY = Setting("LEWIS_NOTIFY",
 NOTIFY_URL = Setting("LEWIS_NOTIFY_URL", _URL, "",
     "Where notifications are sent without such a block: it gets a POST of `subject` and `body` as JSON.", secret=True)
 WEBHOOK_HOST = Setting("LEWIS_WEBHOOK_HOST", _matching("a host, such as 0.0.0.0", r"\S+"), "127.0.0.1",
-    "The address that the webhook receiver listens on.")
+    "The address that the webhook receiver listens on; that of `lewis up` listens on 127.0.0.1 alone.")
 WEBHOOK_PORT = Setting("LEWIS_WEBHOOK_PORT", Kind("a port, 0 to 65535", lambda text: _whole(text, 0, 65535)), "4300",
     "The port that the webhook receiver listens on; 0, which `lewis up` does not take, is a free one.")
 WEBHOOK_URL = Setting("LEWIS_WEBHOOK_URL", _URL, "",
