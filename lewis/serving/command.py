@@ -33,7 +33,8 @@ _SHOWN = 2000  # characters at the end of its output that an error message shows
 _OURS = {
     *(each.name for each in settings.ALL if each.secret),
     *(each.variable.name for each in (PREFECT_KEY, MLFLOW_PASSWORD)),
-    *("PREFECT_API_AUTH_STRING", "PREFECT_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN"),
+    *("PREFECT_API_AUTH_STRING", "PREFECT_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
 }
 """Environment variables with secrets, which the program does not get."""
 

@@ -98,7 +98,8 @@ def test_a_program_gets_the_facts_and_no_secret(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for name in ("LEWIS_SERVE_SECRET", "HF_TOKEN", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_PASSWORD"):
+    hub = "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"  # the Hub's client takes both
+    for name in ("LEWIS_SERVE_SECRET", *hub, "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "hidden")
     monkeypatch.setenv("KUBECONFIG", "/etc/kube")
     target = program(WRITES, str(tmp_path / "facts"))
