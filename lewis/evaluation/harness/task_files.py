@@ -117,7 +117,9 @@ def read_task(path: Path) -> TaskFile:
 
 
 def data_files(task: TaskFile, root: Path) -> list[Path]:
-    """The local files that a task reads its documents from, sorted. Relative paths start at `root`, where lm-eval runs.
+    """The local files that a task reads its documents and prompts from, sorted.
+
+    Relative paths start at `root`, where lm-eval runs.
 
     Raises:
         InputError: if one is missing or empty.
@@ -139,6 +141,11 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
                     f"{task.path}: data file {pattern!r} is missing or empty in {base}; put or link it there"
                 )
             found.update(matches)
+    for prompts in (str(block.get("use_prompt") or "").partition(":")[0] for block in blocks(task.config)):
+        if ".yaml" in prompts:  # so lm-eval knows a file
+            if not (root / prompts).is_file():
+                raise InputError(f"{task.path}: use_prompt: no file {root / prompts}; put or link it there")
+            found.add(root / prompts)
     return sorted(found)
 
 

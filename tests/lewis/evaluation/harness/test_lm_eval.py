@@ -761,6 +761,17 @@ class TestDigest:
         (coded / "tasks" / file).write_text("x = 1\n")
         assert tasks_digest(settings) != before
 
+    def test_changes_with_the_file_of_its_prompt(self, root):
+        """Scores were found again after the prompt was edited."""
+        write_task(root / "tasks/asked.yaml", {**ANSWERS, "task": "asked", "use_prompt": "prompts.yaml:short"})
+        settings = EvalSettings(("asked",), root, allow_code_execution=True)
+        with pytest.raises(InputError, match=r"asked.yaml: use_prompt: no file .*/recipe/prompts.yaml; put or link it"):
+            check_tasks(settings)
+        (root / "prompts.yaml").write_text("prompts: {short: {doc_to_text: 'Q: {{question}}'}}\n")
+        before = tasks_digest(settings)
+        (root / "prompts.yaml").write_text("prompts: {short: {doc_to_text: '{{question}}'}}\n")
+        assert tasks_digest(settings) != before
+
     @pytest.mark.parametrize(("module", "file"), [("metrics_of_ours", "__init__.py"), ("metrics_of_ours.of", "of.py")])
     def test_changes_with_a_package_that_its_functions_are_in(self, coded, tmp_path, monkeypatch, module, file):
         """Scores were found again after a new version of the package."""

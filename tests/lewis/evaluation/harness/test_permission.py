@@ -45,6 +45,7 @@ def test_code_needs_the_permission(
     monkeypatch.setattr(permission.sandbox, "check", lambda: None)
     (tmp_path / "own.py").write_text("raise SystemExit('this file must not run')")
     (tmp_path / "shared.yaml").write_text("process_docs: !function own.docs\n")
+    (tmp_path / "x.yaml").write_text("prompts: {y: {doc_to_text: '{{q}}'}}\n")
     write(tmp_path, change, more)
     with pytest.raises(InputError, match=rf"evaluate\.tasks: \w+ runs .*{what}.*`allow_code_execution: true`"):
         check_tasks(EvalSettings(("own.yaml",), tmp_path))
