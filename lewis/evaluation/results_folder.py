@@ -50,7 +50,7 @@ def read_results(folder: Path) -> Evaluated:
         raise InputError(f"{files[-1]}: there are no samples_*_{date}.jsonl next to it; run lm-eval with --log_samples")
     try:
         return _evaluated(str(folder), read_json(files[-1], MOST), {task: _rows(path) for task, path in paths.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{files[-1]}: not results and samples of lm-eval: {type(error).__name__}: {error}") from error
 
 
@@ -65,13 +65,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _evaluated(name: str, found: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]) -> Evaluated:
     content: dict[str, Any] = {"results": {}, "documents": {}, "samples": [], "groups": {}, "ends": _NO_ENDS}
     content["prompts"] = {}
-    content |= {key: found.get(key) or {} for key in ("higher_is_better", "n-shot", "versions")}
+    content |= {key: dict(found.get(key) or {}) for key in ("higher_is_better", "n-shot", "versions")}
     for task, of_task in rows.items():
         first = {row["doc_id"]: row for row in of_task if row.get("filter") == of_task[0].get("filter")}
         content["results"][task] = {"sample_len": len(first), **found["results"][task]}
-        content["documents"][task] = [row["doc_hash"][:HASH] for row in first.values()]
+        content["documents"][task] = [str(row["doc_hash"])[:HASH] for row in first.values()]
         if all("prompt_hash" in row for row in first.values()):
-            content["prompts"][task] = [row["prompt_hash"] for row in first.values()]
+            content["prompts"][task] = [str(row["prompt_hash"]) for row in first.values()]
         listed = (found.get("configs") or {}).get(task, {}).get("metric_list") or ()
         aggregations = _DEFAULT | {each["metric"]: each["aggregation"] for each in listed if each.get("aggregation")}
         for key, value in found["results"][task].items():

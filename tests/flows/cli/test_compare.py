@@ -14,6 +14,7 @@ import pytest
 from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.paired import Side, paired
+from lewis.evaluation.results_folder import read_results
 from lewis.evaluation.statistics.comparison import holm, mcnemar
 from lewis.evaluation.statistics.scores import Evaluated
 from lewis.models.source import pin
@@ -145,6 +146,21 @@ def test_results_that_cannot_be_paired(compared: Told, tmp_path: Path) -> None:
     assert code == 2 and f"{bare} has no results_*.json of lm-eval" in err
     code, _, err = compared(ours, "nothing/3")
     assert code == 2 and "no model is registered; and there is no folder of this name" in err
+
+
+def test_damaged_results_end_in_no_traceback(tmp_path: Path) -> None:
+    def damaged(file: str, **change: Any) -> Path:
+        path = results(tmp_path / "a", [1]) / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        return path.parent
+
+    rows = "samples_sums_1.jsonl"
+    for folder in (lambda: damaged("results_1.json", **{"n-shot": 5}), lambda: damaged(rows, acc=10**400)):
+        with pytest.raises(InputError, match=r"results_1\.json: not results and samples of lm-eval: "):
+            read_results(folder())
+    for key in ("doc_hash", "prompt_hash"):
+        side = Side("a", [("", read_results(damaged(rows, **{key: [5]})))])
+        assert paired(side, side)[0].prompts == 0
 
 
 def test_models_that_were_scored_here(compared: Told, family: Family, home: Path, tmp_path: Path) -> None:
