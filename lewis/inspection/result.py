@@ -157,7 +157,7 @@ def draw(inspection: Inspection) -> bytes:
     size = (5.5 + 0.8 * max(len(names), 1), min(3.2 + 0.14 * len(layers), 16))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
-    figure.suptitle(inspection.verdict, fontsize=9, wrap=True, parse_math=False)
+    figure.suptitle(inspection.verdict, fontsize=9, wrap=True)
     colours = colormaps[COLOURS].with_extremes(bad="lightgrey")
     scale = LogNorm(min(known), max(max(known), 1.01 * min(known))) if known else None
     image = left.imshow(rows, cmap=colours, norm=scale, aspect="auto", interpolation="nearest")

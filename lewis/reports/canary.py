@@ -173,7 +173,7 @@ def _draw_rule(panel: "Axes", name: str, found: Sequence[Measured | None]) -> No
     sizes = [size for each in known for size in (each.old, each.new, each.limit)]
     top = max(filter(math.isfinite, sizes), default=1.0)
     panel.set_ylim(0, 1.25 * top or 1.0)
-    panel.set_title(name, fontsize=9, loc="left", parse_math=False)
+    panel.set_title(name, fontsize=9, loc="left")
     panel.spines[["top", "right"]].set_visible(False)
 
 

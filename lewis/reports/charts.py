@@ -61,7 +61,7 @@ def density_heat_map(densities: Mapping[str, Mapping[str, float]], mean: Mapping
     for panel, (expert, (names, grid)) in zip(panels, grids.items(), strict=False):
         image = _draw_grid(panel, names, grid)
         title = _clipped(expert, 40) + (f"\nmean density {mean[expert]:.3f}" if expert in mean else "")
-        panel.set_title(title, fontsize=9, loc="left", parse_math=False)
+        panel.set_title(title, fontsize=9, loc="left")
         if panel is panels[-1]:  # one scale for all
             figure.colorbar(image, ax=panels.tolist(), label="density", ticks=[0, 0.25, 0.5, 0.75, 1], aspect=40)
     return png(figure)
@@ -222,7 +222,12 @@ def reach(model: str, score: Score, intervals: Intervals) -> tuple[float, float]
 
 
 def png(figure: "Figure") -> bytes:
-    """Return a figure as a PNG file."""
+    """Return a figure as a PNG file; a dollar sign in its texts, such as in a user's name, begins no formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if "$" in text.get_text():  # matplotlib's own formulas, at the ticks of a logarithmic scale, come later
+            text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

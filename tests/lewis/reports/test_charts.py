@@ -69,6 +69,14 @@ def test_rows_are_projections_and_columns_are_layers() -> None:
     assert [row[0] for row in grid[1:]] == [0.6, 0.7] and all(np.isnan(row[1]) for row in grid[1:])
 
 
+def test_a_dollar_sign_in_a_name_begins_no_formula() -> None:
+    """A run ended with an error of matplotlib, after it had scored all models."""
+    found = score("$_$", 0.5, "$^$,none")
+    assert len(pixels(charts.score_bars({"$\\x$": [found], "merged": [found]}))) > 0
+    assert len(pixels(charts.champion_steps([(1, 1, "promoted", 0.5, 0.5)], found.key))) > 0
+    assert len(pixels(charts.density_heat_map({"$_$": densities(2, 0.5)}, {}))) > 0
+
+
 def test_layers_of_an_encoder_and_a_decoder_stay_apart() -> None:
     own = {"encoder.block.0.layer.0.SelfAttention.q.weight": 0.4, "decoder.block.0.layer.0.SelfAttention.q.weight": 0.6}
     names, grid = charts.grid_of(own)
