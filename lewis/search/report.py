@@ -37,7 +37,7 @@ def history(trials: Sequence[Trial], objectives: Sequence[Objective]) -> bytes:
         panel.scatter(at, scores, color=_COLOURS["done"], s=24, label="a trial", zorder=3)
         panel.step(at, best, where="post", color=_COLOURS["front"], linewidth=1.8, label="the best so far")
         if scores and done[0].number == 0:
-            panel.axhline(scores[0], color="dimgrey", linewidth=1, linestyle="--", label="the recipe's own values")
+            panel.axhline(scores[0], color="dimgrey", linewidth=1, linestyle="--", label="the first trial")
         for place in other:
             panel.axvline(place, color=_COLOURS["pruned"], linewidth=1, alpha=0.6, zorder=1)
         panel.set_title(objective.label, fontsize=10, loc="left")

@@ -37,7 +37,7 @@ class Trial:
     """One trial of a search: a set of values and its outcome.
 
     Attributes:
-        number: from 0; trial 0 has the recipe's own values.
+        number: from 0; trial 0 has the recipe's own values, apart from those that the space does not hold.
         values: YAML path -> value.
         state: `running`, `done`, `pruned` (given up after a part of the documents) or `failed`.
         scores: one per objective, in the search's order; empty unless the trial is done.
@@ -169,7 +169,7 @@ class Log:
             self._study.enqueue_trial(self._own_values())
 
     def _own_values(self) -> dict[str, Any]:
-        """The recipe's own values that are in the space, for trial 0: so the best trial is no worse than the recipe."""
+        """The recipe's own values that the space holds, for trial 0: with all of them, the best trial is no worse."""
         own = {path: space.value_of(self.recipe, path) for path in self.space}
         return {path: v for path, v in own.items() if v is not None and space.holds(self.space[path], v)}
 

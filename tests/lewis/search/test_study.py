@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -323,3 +324,14 @@ def test_tables_and_pictures(recipe: Recipe) -> None:
         report.pareto(log.trials, log.front, log.objectives),
     ]
     assert all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in pictures)
+
+
+def test_the_picture_calls_no_drawn_values_the_recipes_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a recipe whose own value is not in the range, a line at the first trial's score bore their name."""
+    log = log_of(parse("parameters.lambda: {min: 2, max: 3}"))
+    run(log, 1, lambda _: 0.5)
+    figures = list[Any]()
+    monkeypatch.setattr(report, "png", lambda figure: figures.append(figure) or b"")
+    report.history(log.trials, log.objectives)
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert names == ["a trial", "the best so far", "the first trial"]
