@@ -137,9 +137,10 @@ def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:
             raise InputError(f"{where}: there is no column {column!r}; the dataset has {', '.join(row)}")
         value = _value_of(where, template, field, row)
         if not conversion and isinstance(value, list | tuple | dict | bytes):
+            part = next(iter(value), 0) if isinstance(value, dict) else 0
             raise InputError(
                 f"{where}: {{{field}}} is {_KINDS[type(value)]} in a row, expected a text or a number; name a "
-                f"part of it ({{{field}[0]}}), or write {{{field}!s}} for its Python form"
+                f"part of it ({{{field}[{part}]}}), or write {{{field}!s}} for its Python form"
             )
     try:
         return template.format_map({column: "" if value is None else value for column, value in row.items()})

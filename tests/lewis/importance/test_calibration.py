@@ -433,7 +433,10 @@ class TestHostile:
             ("{n:.000099999f}", "expected a width of at most 9999 characters"),
             ("{question:>٩٩٩٩٩٩}", "expected a width of at most 9999 characters"),
             ("{question}" * 101, "expected at most 100 fields, got 101"),
-            ("{nested}", r"\{nested\} is a mapping in a row, expected a text or a number; name a part of it"),
+            (
+                "{nested}",
+                r"\{nested\} is a mapping in a row, .* name a part of it \(\{nested\[key\]\}\)",
+            ),
             (
                 "{list}",
                 r"\{list\} is a list in a row, expected a text or a number; name a part of it \(\{list\[0\]\}\)",
