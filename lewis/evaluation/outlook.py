@@ -124,7 +124,7 @@ def _rows(config: Mapping[str, Any], root: Path) -> int | None:
     options = config.get("dataset_kwargs") or {}
     files = options.get("data_files") if isinstance(options, Mapping) else None
     split = config.get("test_split") or config.get("validation_split")
-    named = files.get(split) if isinstance(files, Mapping) else files
+    named = files.get(str(split)) if isinstance(files, Mapping) else files
     path = root / named if isinstance(named, str) and named.endswith(".jsonl") else None
     if config.get("dataset_path") != "json" or path is None or not path.is_file():
         return None

@@ -74,4 +74,4 @@ def _code_of_block(block: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_script(metric: Any) -> bool:
-    return isinstance(metric, Mapping) and bool(metric.get("hf_evaluate") or metric.get("metric") not in METRICS)
+    return isinstance(metric, Mapping) and bool(metric.get("hf_evaluate") or str(metric.get("metric")) not in METRICS)

@@ -263,4 +263,4 @@ def _texts(value: Any) -> list[str]:
     """The strings in a value such as `data_files`: a string, a list of strings, or a mapping of splits to either."""
     if isinstance(value, Mapping):
         return [text for item in value.values() for text in _texts(item)]
-    return [value] if isinstance(value, str) else [str(item) for item in value or ()]
+    return [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]

@@ -109,7 +109,8 @@ def without_values(tasks: Sequence[str], root: Path) -> list[str]:
         metrics = [each for each in (listed if isinstance(listed, list) else [listed]) if isinstance(each, Mapping)]
         own = "process_results" in config  # the task's code makes the values, whatever lm-eval's metric of a name does
         if metrics and all(
-            (not own and each.get("metric") in AGGREGATED) or str(each.get("aggregation") or SUMMED[0]) not in SUMMED
+            (not own and str(each.get("metric")) in AGGREGATED)
+            or str(each.get("aggregation") or SUMMED[0]) not in SUMMED
             for each in metrics
         ):
             found.append(name)

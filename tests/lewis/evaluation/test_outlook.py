@@ -58,6 +58,9 @@ def test_margins_follow_from_the_documents_and_the_number_of_tests(root: Path) -
 
 def test_where_the_number_is_not_known_nothing_is_said_but_by_the_limit(root: Path) -> None:
     assert said(root, {"metric": "odd/acc,none"}, "odd", "loss", "nats") == ["not_worse"]
+    wrong = {**TASK, "task": "wrong", "test_split": ["test"], "metric_list": [{"metric": {"f1": 1}}]}
+    (root / "wrong.yaml").write_text(yaml.safe_dump(wrong))
+    assert said(root, {"metric": "wrong/acc,none"}, "wrong") == ["not_worse"]
     _, warning, line = said(root, {"metric": "odd/acc,none"}, "odd", "loss", limit=50)
     assert warning == "evaluate.limit is 50: no run can promote; set register.gate.allow_limit: true"
     assert line.startswith("odd: 50 documents, margin 0.1: an equal version passes 7")
