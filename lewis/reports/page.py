@@ -54,7 +54,7 @@ class PageFacts:
         densities: expert -> tensor -> density in [0, 1]; empty for a plain merge.
         steps: in the order in which they began.
         intervals: (label, task, metric) -> 95 % interval of a score.
-        recipe: its YAML text.
+        recipe: its YAML text, without `serve`.
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)

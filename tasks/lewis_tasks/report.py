@@ -158,7 +158,7 @@ def report_run(
         {ref: dict(each.densities) for ref, each in allocated.experts().items()} if allocated else {},
         flow_run.step_times(run),
         intervals(models) if models else {},
-        recipe.text,
+        recipe.public_text,
     )
     text, html = to_markdown(facts), to_html(facts, about)
     store.write_text(page, html)

@@ -100,11 +100,14 @@ def test_the_story_of_two_runs(
     shutil.copytree(family.math, math)
     shutil.copytree(family.code, code)
     text = own.read_text().replace(str(family.math), str(math)).replace(str(family.code), str(code))
-    own.write_text(text.replace("name: tiny", f"name: {own.stem}"))
+    private = "serve: {kind: command, run: [private]}\n"  # no page of a run names it
+    own.write_text(text.replace("name: tiny", f"name: {own.stem}") + private)
     words = own.with_name("words.yaml")
     words.write_text(words.read_text().replace("doc_to_target: 0", "doc_to_target: 2"))  # there `math` beats the base
     first = merged(own, "evaluate=null", "register.gate=null")
     assert first["kept"] == []
+    page = Path(first["page"]).read_text()
+    assert "merge_method" in page and "kind: command" not in page
     text = artifact(client, own, "run-report")
     assert f"**models:/{own.stem}/1 is the new champion.**" in text and "Started by hand." in text
     assert text.count("**new**") == 4 and "| measure | 3 | 0 |" in text and "## Scores" not in text
