@@ -75,13 +75,15 @@ def objectives_of(recipe: Recipe) -> tuple[str, ...]:
     """The metrics by which a search compares its trials.
 
     Raises:
-        RecipeError: if there is no `search` block, no metric or nothing to score.
+        RecipeError: if there is no `search` block, no metric, one metric twice or nothing to score.
     """
     if recipe.search is None:
         raise RecipeError("search: missing; `lewis search` needs this block: which values, in which range")
     metrics = recipe.search.metrics or ((recipe.gate_metric,) if recipe.gate_metric else ())
     if not metrics:
         raise RecipeError("search.metrics: missing; name one or two metrics, or give the recipe a gate")
+    if len(set(metrics)) < len(metrics):
+        raise RecipeError(f"search.metrics: expected one or two metrics, got {metrics[0]!r} twice; give it once")
     if recipe.evaluate is None:
         raise RecipeError("search: there is nothing to compare trials by; add an evaluate block")
     return metrics

@@ -132,6 +132,8 @@ class TestSpace:
         gate = "register: {name: n, gate: {metric: 'x/acc,none'}}\nsearch:"
         assert study.objectives_of(parse(**{"search:": gate})) == ("x/acc,none",)
         assert study.objectives_of(parse(**{"search:": "search:\n  metrics: [a, b]"})) == ("a", "b")
+        with pytest.raises(RecipeError, match=r"search\.metrics: expected one or two metrics, got 'a' twice"):
+            study.objectives_of(parse(**{"search:": "search:\n  metrics: [a, a]"}))
         with pytest.raises(RecipeError, match="search: missing; `lewis search` needs this block"):
             study.objectives_of(Recipe.parse(RECIPE.partition("search:")[0], root=Path(".")))
         with pytest.raises(RecipeError, match="add an evaluate block"):
