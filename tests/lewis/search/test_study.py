@@ -332,8 +332,7 @@ def test_the_picture_calls_no_drawn_values_the_recipes_own(home: Path, monkeypat
     """Of a recipe whose own value is not in the range, a line at the first trial's score bore their name."""
     log = log_of(parse("parameters.lambda: {min: 2, max: 3}"))
     run(log, 1, lambda _: 0.5)
-    figures = list[Any]()
-    monkeypatch.setattr(report, "png", lambda figure: figures.append(figure) or b"")
-    report.history(log.trials, log.objectives)
-    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    monkeypatch.setattr(report, "png", lambda figure: figure)
+    figure: Any = report.history(log.trials, log.objectives)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["a trial", "the best so far", "the first trial"]
