@@ -23,7 +23,7 @@ from lewis.store import kinds
 from lewis.store.manifest import remembered_sha256
 
 logger = logging.getLogger(__name__)
-SEMANTICS = "3"  # bump when the same rows would give other token ids
+SEMANTICS = "4"  # bump when the same rows would give other token ids
 EVERY = 4  # of so many rows, or prompts that an expert continues, the last is held out to judge a fit to the others
 SAMPLES = "samples"  # key that every intact set in the store has
 WEIGHTS = "weights"
@@ -273,9 +273,11 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path, cache: Path) -> 
     if repo in LOCAL:
         arguments["cache_dir"] = str(cache)
         arguments["data_files"] = [glob.escape(path) for path in arguments["data_files"]]  # datasets takes patterns
-    load = partial(datasets.load_dataset, repo, split=spec.split, **arguments)
+    load = partial(datasets.load_dataset, repo, split=spec.split)
     try:
-        return load() if repo in LOCAL else _from_hub(where, load)
+        if repo == "csv":
+            arguments |= _as_written(_arguments(where, spec, root)["data_files"][0])
+        return load(**arguments) if repo in LOCAL else _from_hub(where, partial(load, **arguments))
     except TransientError:
         raise
     except Exception as error:  # datasets raises many kinds, also bare ones of its parsers
@@ -286,6 +288,15 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path, cache: Path) -> 
         raise InputError(
             f"{where}: cannot load {repo!r} (config {spec.config}, split {spec.split}): {reason}{hint}"
         ) from error
+
+
+def _as_written(file: str) -> dict[str, Any]:
+    """Arguments by which `datasets` reads the cells of a CSV as texts: as numbers, 007 would be 7."""
+    import datasets
+    import pandas as pd
+
+    columns = pd.read_csv(file, nrows=0).columns
+    return {"features": datasets.Features(dict.fromkeys(columns, datasets.Value("string"))), "na_filter": False}
 
 
 def _from_hub(where: str, load: Callable[[], Any]) -> Any:

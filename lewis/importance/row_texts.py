@@ -3,6 +3,7 @@
 import re
 import string
 from collections.abc import Mapping, Sequence
+from datetime import datetime, time
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -143,13 +144,23 @@ def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:
                 f"part of it ({{{field}[{part}]}}), or write {{{field}!s}} for its Python form"
             )
     try:
-        return template.format_map({column: "" if value is None else value for column, value in row.items()})
+        return _Template().vformat(template, (), row)
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{where}: {template!r} cannot be filled from a row: {error}") from error
 
 
+class _Template(string.Formatter):
+    """Fills in fields: nothing for a null, and the date alone for midnight, as which dates in JSON are read."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, column = super().get_field(field_name, args, kwargs)
+        if isinstance(value, datetime) and value.tzinfo is None and value.time() == time():
+            value = value.date()
+        return "" if value is None else value, column
+
+
 def _value_of(where: str, template: str, field: str, row: Mapping[str, Any]) -> Any:
     try:
-        return string.Formatter().get_field(field, (), row)[0]
+        return _Template().get_field(field, (), row)[0]
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{where}: {template!r} cannot be filled from a row: {error}") from error

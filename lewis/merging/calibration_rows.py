@@ -14,12 +14,12 @@ MOST = 16  # rows of a set that are held back to judge a fit; more only if they 
 
 
 def by_prompt(calibration: Calibration) -> list[list[int]]:
-    """Indices of the rows that continue the same prompt, for each prompt; else of each row alone.
+    """Indices of the rows that continue the same prompt, for each prompt; else of the rows that are the same.
 
-    A fit that has seen a prompt is not judged by another row of it.
+    A fit that has seen a prompt, or a row, is not judged by it.
     """
     found = dict[object, list[int]]()
-    for row, prompt in enumerate(calibration.prompts or range(len(calibration.samples))):
+    for row, prompt in enumerate(calibration.prompts or calibration.samples):
         found.setdefault(prompt, []).append(row)
     return list(found.values())
 

@@ -135,7 +135,7 @@ def warn_of_unjudged(merge: Prepared) -> None:
     if not expected or not found or not (judged or predicts_next_token(merge.base)):
         return
     for ref, rows in found:
-        what = "prompts" if rows.prompts else "rows"
+        what = "prompts" if rows.prompts else "different rows"
         logger.warning(
             "%s: no held-back row judges the fit to it: expected at least %d %s in lewis.calibrations.%s, and that "
             "every fourth predicts an answer, got %d %s; raise samples",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from lewis.errors import InputError, LewisError
 from lewis.importance import calibration, chats
 from lewis.importance.calibration import Calibration, calibrate
-from lewis.importance.row_texts import Text
+from lewis.importance.row_texts import Text, _fill
 from lewis.importance.step import CalibrationInput
 from lewis.recipe.schema import CalibrationSet
 from lewis.store.manifest import place_of
@@ -96,6 +97,18 @@ class TestSamples:
         chosen = np.random.default_rng(42).permutation(20)[:4]
         assert found.samples == tuple(ids(i, i + 1, i + 2) for i in chosen)
         assert found == run(family.base, data, dataset=kind, data_files=[file], text="{question} {answer}", samples=4)
+
+    def test_cells_of_a_csv_are_texts_as_they_are_written(self, family: Family, data: Path) -> None:
+        """A number with a row that lacked it became 5.0, and 007 became 7; an answer NA was none."""
+        (data / "rows.csv").write_text('q,a\nw1,5\nw3,\nw4,007\nw5,NA\n"w6, w7",1.50\n')
+        rows = calibration._rows("", CalibrationSet(dataset="csv", data_files="rows.csv", text="{a}"), data)
+        with rows as found:
+            assert list(found["a"]) == ["5", "", "007", "NA", "1.50"] and found["q"][4] == "w6, w7"
+
+    def test_a_null_is_nothing_and_a_date_a_date(self) -> None:
+        """In an answer's part a null was the word None, and JSON's dates were written with the time of midnight."""
+        row = {"a": {"t": None}, "b": None, "day": datetime(2020, 1, 2), "time": datetime(2020, 1, 2, 3, 4)}
+        assert _fill("", "<{a[t]}{b}> {day} {time} {day:%Y} {b!s}", row) == "<> 2020-01-02 2020-01-02 03:04:00 2020 "
 
     def test_of_a_file_whose_name_is_a_pattern_are_its_own(self, family: Family, data: Path) -> None:
         """The rows of another file, which the name matched as a pattern, came in the place of its own."""

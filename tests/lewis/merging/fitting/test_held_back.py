@@ -36,7 +36,7 @@ def test_every_fourth_row_is_held_back_but_not_many_and_none_of_a_few() -> None:
     assert held is not None and held.samples == rows[3:64:4] and held.weights == ((1.0, 1.0),) * 16
     assert sorted(fitted_to.samples + held.samples) == list(rows)
     assert hold_back(Calibration("a", rows[:3])) == (Calibration("a", rows[:3]), None)
-    short = Calibration("a", ((1, 2), (1, 2), (1, 2), (3,)))  # a row of one token predicts nothing
+    short = Calibration("a", ((1, 2), (1, 4), (1, 5), (3,)))  # a row of one token predicts nothing
     assert hold_back(short) == (short, None)
     # Where prompts fill the held-back rows, they say nothing of answers; it ended in a division by zero.
     cut = Calibration("a", rows, tuple((0.1, 0.1) if i % 4 == 3 else (0.1, 1.0) for i in range(len(rows))))
@@ -59,6 +59,13 @@ def test_a_model_that_no_row_can_judge_is_fitted_to_all(tmp_path: Path) -> None:
         held(family, refine={})
 
 
+def test_a_fit_is_not_judged_by_a_row_that_it_has_seen() -> None:
+    fitted_to, held = hold_back(Calibration("a", ((1, 2), (3, 4), (5, 6), (7, 8), (7, 8), (1, 2))))
+    assert held and held.samples == ((7, 8), (7, 8)) and fitted_to.samples == ((1, 2), (3, 4), (5, 6), (1, 2))
+    same = Calibration("a", ((1, 2),) * 8)
+    assert hold_back(same) == (same, None)
+
+
 @pytest.mark.parametrize("hold_back", [True, False])
 def test_experts_whose_rows_do_not_judge_are_named(hold_back: bool, family: Family, caplog: Any) -> None:
     sets = {"a": {"texts": texts(1, 3)}, "b": {"texts": texts(2, 4)}}
@@ -66,18 +73,18 @@ def test_experts_whose_rows_do_not_judge_are_named(hold_back: bool, family: Fami
     block = {"calibrations": sets, "hold_back": hold_back}
     held_back.warn_of_unjudged(prepare(recipe_of(family.base, [], models=models, lewis=block)))
     [told] = [each for each in caplog.messages if "judges the fit" in each]
-    assert told.startswith(f"{family.math}: no held-back row judges the fit to it") and "got 3 rows;" in told
+    assert told.startswith(f"{family.math}: no held-back row judges the fit to it") and "got 3 different rows;" in told
 
 
 def test_a_set_whose_held_back_rows_have_no_answer_is_named(family: Family, tmp_path: Path, caplog: Any) -> None:
     """It was fitted to, unjudged, without a word."""
-    rows = [{"text": "" if i == int(np.random.default_rng(42).permutation(4)[3]) else "w3"} for i in range(4)]
+    rows = [{"text": "" if i == int(np.random.default_rng(42).permutation(4)[3]) else f"w{i}"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"dataset": "json", "data_files": str(tmp_path / "rows.jsonl"), "prompt": "w1 w2 ", "answer": "{text}"}
     block = {"calibrations": {"a": given}, "hold_back": True}
     merge = prepare(recipe_of(family.base, [], models=[{"model": str(family.math)}], lewis=block))
     held_back.warn_of_unjudged(merge)
-    assert any("judges the fit" in each and "got 4 rows" in each for each in caplog.messages)
+    assert any("judges the fit" in each and "got 4 different rows" in each for each in caplog.messages)
     assert any("1 of 4 rows have no token of an answer left" in each for each in caplog.messages)
 
 
