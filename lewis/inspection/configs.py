@@ -15,6 +15,7 @@ from lewis.errors import InputError
 from lewis.input_files import read_json
 from lewis.inspection.kinds import Finding
 from lewis.models.chat_template import template_in
+from lewis.models.files.folder import weight_files
 from lewis.models.files.safetensors_file import Headers, file_headers
 from lewis.models.hub import repository
 from lewis.models.hub.pin import pin_folder
@@ -65,9 +66,9 @@ class Described:
     def on_disk(cls, files: ModelFiles) -> Described:
         """Read configs, tokenizer and headers of a model that is on this disk; damaged files count as absent."""
         headers: Headers = {}
-        for path in sorted(files.folder.glob("*.safetensors")):
-            with suppress(InputError):
-                headers |= file_headers(path)
+        with suppress(InputError):  # of the weights alone: there may be an optimizer's state next to them
+            for name in weight_files(files.folder):
+                headers |= file_headers(files.folder / name)
         with suppress(InputError):
             headers = dequantised(files.ref, files.folder, headers, None)
         return cls._at(files.ref, files.key, files.folder, files.adapter or files.folder, headers)

@@ -18,7 +18,7 @@ from lewis.inspection.measures import measure
 from lewis.inspection.step import before_download
 from lewis.library import inspect as inspect_recipe
 from lewis.models.checkpoint import Checkpoint
-from lewis.models.source import pin, pin_all
+from lewis.models.source import ModelFiles, pin, pin_all
 from lewis.recipe.recipe import Recipe
 from lewis.store import kinds
 from tests.conftest import Family
@@ -334,6 +334,15 @@ def test_what_configs_tell_is_told_before_a_download(models: Path, home: Path, t
     found = before_download(*pin_all(recipe))
     assert [(each.kind, each.level) for each in found] == [("expert twice", "error"), ("rope", "warning")]
     assert "rope_theta is 1000000.0, in the base 10000.0" in found[1].what
+
+
+def test_files_next_to_the_weights_do_not_count(models: Path, tmp_path: Path) -> None:
+    """A run looks at the models on the disk: it said that an expert was stored in F16, by what an optimizer left."""
+    odd = shutil.copytree(models / "math", tmp_path / "odd")
+    state = {name: torch.cat([tensor, tensor]).half() for name, tensor in load_file(odd / "model.safetensors").items()}
+    save_file({f"state.{name}": tensor for name, tensor in state.items()}, odd / "optimizer.safetensors")
+    sharded = ModelFiles.at("", "", shard(odd, tmp_path / "sharded"))
+    assert Described.on_disk(ModelFiles.at("", "", odd)).dtype == Described.on_disk(sharded).dtype == "F32"
 
 
 @pytest.mark.parametrize(
