@@ -88,8 +88,9 @@ def _add_tokens(folder: Path, added: Sequence[Mapping[str, Any]]) -> None:
     content["added_tokens"] = [*(content.get("added_tokens") or []), *added]
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     settings = store.read_json(folder / "tokenizer_config.json")
-    if settings and settings.get("added_tokens_decoder"):
+    decoder = settings.get("added_tokens_decoder") if isinstance(settings, dict) else None
+    if decoder and isinstance(decoder, dict):  # else it is copied as it is
         entries = {str(entry["id"]): {k: v for k, v in entry.items() if k != "id"} for entry in added}
-        settings["added_tokens_decoder"] |= entries
+        decoder |= entries
         changed = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
         (folder / "tokenizer_config.json").write_text(changed, encoding="utf-8")

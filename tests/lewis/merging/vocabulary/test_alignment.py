@@ -19,7 +19,7 @@ from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merging.run import Merge
 from lewis.merging.vocabulary.aligned import Aligned, Lenders
-from lewis.merging.vocabulary.tokens import Target
+from lewis.merging.vocabulary.tokens import Target, plain_entry
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.tokenizer import read_vocabulary
 from tests.conftest import Family
@@ -326,6 +326,17 @@ def test_an_id_that_no_embedding_has(tmp_path: Path, number: int) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": number}}}))
     with pytest.raises(InputError, match=f"no tokenizer: .*the token 'a' has the id {number}.*download it again"):
         read_vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['"x"', '{"added_tokens_decoder": [1]}'])
+def test_a_tokenizer_config_of_another_form_is_copied_as_it_is(text: str, tmp_path: Path) -> None:
+    """It ended the merge in a traceback, when all tensors were written."""
+    written = {"config.json": "{}", "tokenizer.json": '{"added_tokens": null}', "tokenizer_config.json": text}
+    for name, content in written.items():
+        (tmp_path / name).write_text(content)
+    Target({"<a>": 0}, 1, 1, [plain_entry("<a>", 0)]).finish(tmp_path, {})
+    assert read_vocabulary(tmp_path) == {"<a>": 0}
+    assert (tmp_path / "tokenizer_config.json").read_text() == text
 
 
 @pytest.mark.parametrize("text", ["{}", '{"model": {"vocab": {}}, "added_tokens": []}'])
