@@ -18,7 +18,7 @@ GGUF_TABLE = "gguf.json"  # in a folder that `gguf.as_folder` made: the table of
 GGUF_LINK = "model.gguf"  # in such a folder: a link to the GGUF file
 _DONATED = (  # tokenizer, chat template and generation_config
     *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("special_tokens_map.json", "added_tokens.json", "tekken.json", "*.tiktoken"),
 )
 _PROCESSORS = "*processor_config.json"  # how images, sound and video become a model's input
 _NEEDED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")

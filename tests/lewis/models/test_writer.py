@@ -144,6 +144,7 @@ def test_tokenizer_and_generation_config_are_copied_byte_by_byte(tmp_path: Path)
     (tmp_path / "out").mkdir()
     kept = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json"]
     kept += ["merges.txt", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "tekken.json"]
+    kept += ["qwen.tiktoken"]
     for i, name in enumerate([*kept, "config.json", "README.md", "model.safetensors", "training_args.bin"]):
         (tmp_path / "in" / name).write_bytes(bytes([i, 255, 13, 10]))
     copy_tokenizer(tmp_path / "in", tmp_path / "out")
