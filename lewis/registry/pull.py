@@ -125,4 +125,5 @@ def _unknown(client: "MlflowClient", what: str, name: str) -> InputError:
         return InputError(f"{what}: expected a registered model, got {name!r}{hint}")
     numbers = ", ".join(sorted((str(each.version) for each in there), key=int))
     aliases = ", ".join(sorted(client.get_registered_model(name).aliases)) or "none"
-    return InputError(f"{what}: {name} has no such version: its versions are {numbers}, its aliases {aliases}")
+    lacking = "no champion yet; name a version" if what == name else "no such version"
+    return InputError(f"{what}: {name} has {lacking}: its versions are {numbers}, its aliases {aliases}")

@@ -38,6 +38,11 @@ def models(**_: Any) -> list[str]:
     return sorted({name for name, _ in _versions()})
 
 
+def models_and_versions(**_: Any) -> list[str]:
+    """Return the names of the registered models, and `NAME/VERSION` of all their versions."""
+    return [*models(), *versions()]
+
+
 def versions(**_: Any) -> list[str]:
     """Return `NAME/VERSION` of all registered versions: by name, the newest first."""
     return [f"{name}/{number}" for name, number in sorted(_versions(), key=lambda each: (each[0], -each[1]))]

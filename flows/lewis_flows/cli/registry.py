@@ -18,7 +18,12 @@ HISTORY = (
 )
 SERVED = option("name", metavar="NAME", nargs="?", default="", help="by default all models", offer=completion.models)
 PULL = (
-    option("what", metavar="NAME[@ALIAS|/VERSION]", help="its champion by default", offer=completion.models),
+    option(
+        "what",
+        metavar="NAME[@ALIAS|/VERSION]",
+        help="its champion by default",
+        offer=completion.models_and_versions,
+    ),
     option("-o", "--output", metavar="DIR", type=Path, required=True, help="folder to write"),
 )
 VERSION = option("version", metavar="NAME/VERSION", offer=completion.versions)
@@ -26,7 +31,7 @@ BAD = option(
     "what",
     metavar="NAME[/VERSION]",
     help="registered model, and the version to take back: it must be the champion",
-    offer=completion.models,
+    offer=completion.models_and_versions,
 )
 REFUSE = flag("--refuse", "it does not become the champion, and is not asked for again")
 

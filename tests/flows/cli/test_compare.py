@@ -19,6 +19,7 @@ from lewis.evaluation.statistics.comparison import holm, mcnemar
 from lewis.evaluation.statistics.scores import Evaluated
 from lewis.models.source import pin
 from lewis.registry import tracking
+from lewis.registry.pull import version_of
 from lewis.store import kinds
 from lewis_flows.cli.main import main
 from tests.conftest import Family
@@ -235,12 +236,16 @@ def test_versions(compared: Told, home: Path, tmp_path: Path) -> None:
         for digest in ("a" * 64, "b" * 64):
             client.create_model_version("ops.tiny", str(tmp_path), tags={"lewis.digest": digest}, await_creation_for=0)
         client.set_registered_model_alias("ops.tiny", "champion", "2")
+        client.create_registered_model("ops.new")
+        client.create_model_version("ops.new", str(tmp_path), await_creation_for=0)
     store.write_entry(kinds.SCORES.path("1"), content(RIGHT["worse"], model="a" * 64, scored_as="x"))
     store.write_entry(kinds.SCORES.path("2"), content(RIGHT["better"], model="b" * 64, scored_as="x"))
     code, out, _ = compared("ops.tiny/1", "models:/ops.tiny@champion", "--json")
     assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
     there = "ops.tiny has no such version: its versions are 1, 2, its aliases champion"
-    model = "expected a registered model, got 'other'; expected one of ops.tiny"
+    model = "expected a registered model, got 'other'; expected one of ops.new, ops.tiny"
     for wrong, told in {"ops.tiny/3": there, "ops.tiny@previous": there, "other/1": model}.items():
         code, _, err = compared("ops.tiny/1", wrong)
         assert code == 2 and f"{wrong}: {told}" in err
+    with tracking.client("x") as client, pytest.raises(InputError, match="no champion yet; name a version: its .* 1, its"):
+        version_of(client, "ops.new")
