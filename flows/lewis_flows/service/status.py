@@ -37,7 +37,8 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
     """Ask every part of the service for its status; if a part does not answer, the status says so.
 
     Args:
-        only: name of the one recipe to report on, with its last runs; by default all recipes, with the last run each.
+        only: name or path of the one recipe to report on, with its last runs; by default all recipes of the folder,
+            with the last run each.
         hub: whether to ask for the newest commits; else only what the last poll saw is known.
         scores: whether to ask for the scores of versions.
     """
@@ -65,7 +66,7 @@ def status(only: str = "", *, hub: bool = True, scores: bool = False) -> Status:
     else:
         found.unknown["runs"] = f"Prefect {prefect.state}"
     try:
-        names = [name for name in recipes_folder.names() if only in ("", name)]
+        names = [only] if only else recipes_folder.names()
     except LewisError as error:
         found.unknown["recipes"] = str(error)
         return found

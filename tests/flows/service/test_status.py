@@ -213,6 +213,15 @@ def test_nothing_runs(home: Path, recipes: Path) -> None:
     assert text.count("is not running; `lewis up` starts it") == 5 and "none in the folder of recipes" in text
 
 
+def test_a_recipe_that_is_not_in_the_folder(home: Path, recipes: Path, tmp_path: Path) -> None:
+    """The folder was said to have none."""
+    (recipes / "tiny.yaml").write_text(RECIPE % "tiny")
+    (tmp_path / "other.yaml").write_text(RECIPE % "other")
+    path = str(tmp_path / "other.yaml")
+    assert [(each.recipe, each.registered) for each in status(path, hub=False).recipes or []] == [(path, "other")]
+    assert [each.recipe for each in status("tiny", hub=False).recipes or []] == ["tiny"]
+
+
 def test_the_note_of_a_service_that_died(home: Path, recipes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = {"prefect": "http://127.0.0.1:9/api", "mlflow": "http://127.0.0.1:9", "webhook": "http://127.0.0.1:9"}
     (home / "service.json").write_text(json.dumps(note | {"pid": 1}))
