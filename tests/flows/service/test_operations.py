@@ -31,6 +31,13 @@ def test_every_alert_leads_to_a_place_in_the_runbook() -> None:
     assert {rule["annotations"]["runbook"].partition("#")[2] for rule in RULES} <= anchors
 
 
+def test_a_comment_that_names_a_section_names_one_that_there_is() -> None:
+    """Two named sections of a page that has none of them any more."""
+    files = [path for ending in ("service", "yaml") for path in DEPLOYMENTS.rglob(f"*.{ending}")]
+    named = {each for path in files for each in re.findall(r'(\w+\.md), "([^"]+)"', path.read_text())}
+    assert named and all(f"## {title}\n" in (DEPLOYMENTS / page).read_text() for page, title in named)
+
+
 def test_prometheus_takes_the_alerts_and_they_fire() -> None:
     if not (promtool := shutil.which("promtool")):
         pytest.skip("there is no promtool; apt install promtool, or prometheus on older systems")
