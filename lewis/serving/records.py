@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from lewis import store
+from lewis.errors import LewisError
 from lewis.registry import tracking, versions
 from lewis.registry.history import registered_model
 from lewis.registry.versions import Version
@@ -109,12 +110,22 @@ def served(name: str = "") -> list[Served]:
 
 
 def read(client: "MlflowClient", name: str) -> Iterator[Served]:
-    """Yield the records of what the targets of a registered model have in service."""
+    """Yield the records of what the targets of a registered model have in service.
+
+    Raises:
+        LewisError: if a tag is no such record.
+    """
     tags = registered_model(client, name).tags
     for key in sorted(each for each in tags if each.startswith(TAG)):
-        content = json.loads(tags[key])
-        failure = content.pop("failure", None)
-        yield Served(**content, failure=Failure(**failure) if failure else None)
+        try:
+            content = json.loads(tags[key])
+            failure = content.pop("failure", None)
+            yield Served(**content, failure=Failure(**failure) if failure else None)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise LewisError(
+                f"{name}: its tag {key} in MLflow is no record of what is in service ({error}): a person or a newer "
+                "LEWIS wrote it; remove it, and run `lewis serve` of its recipe, or install the newer one here"
+            ) from error
 
 
 def write(client: "MlflowClient", record: Served) -> None:

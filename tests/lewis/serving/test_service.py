@@ -256,3 +256,13 @@ def test_all_models_are_looked_at_however_many(home: Path) -> None:
             client.create_registered_model(f"m{number:03}")
         records.write(client, Served("m100", "there", "webhook"))
     assert [each.name for each in served()] == ["m100"]
+
+
+@pytest.mark.parametrize("text", ["a note", "[]", '"x"', '{"name": "tiny"}', '{"newer": 1}', '{"failure": {"x": 1}}'])
+def test_a_tag_that_is_no_record_is_named(home: Path, text: str) -> None:
+    """It was a traceback, of `lewis status` for all recipes too."""
+    with tracking.client("writing a tag") as client:
+        client.create_registered_model("tiny")
+        client.set_registered_model_tag("tiny", "lewis.served.chat", text)
+    with pytest.raises(LewisError, match=r"tiny: its tag lewis.served.chat in MLflow is no record .*; remove it, and"):
+        served()
