@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from lewis import store
 from lewis.errors import InputError, LewisError, TransientError
+from lewis.redact import redacted
 from lewis.store.secrets import MLFLOW_PASSWORD, PREFECT_KEY
 from lewis_flows.service import note
 
@@ -33,8 +34,14 @@ def find() -> None:
     Call it before Prefect and MLflow are imported. Credentials that the environment has already are kept.
 
     Raises:
-        InputError: if others may read the file of a secret, or it is empty.
+        InputError: if others may read the file of a secret, or it is empty; or if the URL of a server is malformed.
     """
+    for variable in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        given = os.environ.get(variable, "")
+        try:
+            urlsplit(given)
+        except ValueError as error:
+            raise InputError(f"{variable}: expected a URL, got {redacted(given)!r}: {error}; correct it") from None
     url = os.environ.get("PREFECT_API_URL")
     if url and (key := key_for(url)):
         os.environ[PREFECT_SENT] = key

@@ -110,6 +110,15 @@ def test_a_prefect_server_that_does_not_answer_is_reported_without_a_traceback(
     assert "it failed: http://127.0.0.1:9/api: Prefect does not answer (ConnectError)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["PREFECT_API_URL", "MLFLOW_TRACKING_URI"])
+def test_a_url_that_is_malformed_is_named(
+    name: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "http://lewis:sesame@[::1")
+    assert main(["served"]) == 2
+    assert f"{name}: expected a URL, got 'http://***@[::1': Invalid IPv6 URL; correct it" in capsys.readouterr().err
+
+
 def test_the_pages_and_the_log_of_the_last_run(
     client: SyncPrefectClient,
     prefect_url: str,
