@@ -11,7 +11,7 @@ from lewis_tasks import register
 
 
 def test_the_verdict_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefect's page took a part of a reason, such as a person's for a rollback, for HTML."""
+    """A reason, such as a person's for a rollback, went into the Markdown as it was."""
     shown = Mock()
     for name in ("create_link_artifact", "artifact_key", "moves", "flow_run"):
         monkeypatch.setattr(register, name, Mock())

@@ -102,7 +102,7 @@ def test_a_recipe_is_paused_while_the_data_of_its_task_are_missing_and_its_champ
 
 
 def test_a_reason_that_a_recipe_cannot_run_is_shown_as_it_is(folder: Path) -> None:
-    """Prefect's page took a part of a model's name for HTML."""
+    """A model's name went into the description, which is Markdown, as it was."""
     (folder / "good.yaml").write_text(GOOD.replace("org/base", "./<img src=x>__y__"))
     [file] = Folder().files()
     assert "/<img src=x>__y__" in file.why
