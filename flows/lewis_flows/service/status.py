@@ -171,7 +171,9 @@ def _ask_registry(found: Watched, mlflow: Part, *, scores: bool) -> list[Held]:
         if found.registered and not mlflow.up:  # MLflow's client would try again for minutes
             raise LewisError(f"MLflow {mlflow.state}")
         held = releases.merged(found.registered) if found.registered else []
-        found.served = [each.line() for each in records.served(found.registered)] if held else []
+        targets = records.served(found.registered) if held else []
+        found.served = [each.line() for each in targets]
+        found.unserved = [each.line() for each in targets if each.failure]
         found.scores = history.scores(found.registered) if scores and held else {}
     except (LewisError, OSError) as error:
         found.unknown.append(f"the champion: {error}")

@@ -61,6 +61,7 @@ class Watched(BaseModel):
         waiting: version that passed its gate and waits for a person; None if there is none.
         inputs: base and experts.
         served: what its targets have in service, a line each, as `lewis served` prints them.
+        unserved: those of these lines whose target did not take the newest version that it was given.
         settled: whether a version with a verdict holds the newest commits of all `inputs`, and no author took a later
             release back since that verdict; None if unknown.
         behind_since: when a poll first saw a commit that the champion misses; None if there is none, or no poll saw it.
@@ -79,6 +80,7 @@ class Watched(BaseModel):
     waiting: str | None = None
     inputs: list[Input] = []
     served: list[str] = []
+    unserved: list[str] = []
     settled: bool | None = None
     behind_since: datetime | None = None
     paused: bool = False
@@ -127,11 +129,12 @@ class Status(BaseModel):
         return list(found.values())
 
 
-DOWN, UNKNOWN, BROKEN, FAILED, LATE, BEHIND, WAITS = 10, 11, 12, 13, 14, 15, 16
-"""The kinds of problems, which are exit codes of `lewis status --check`; the gravest first.
+DOWN, UNKNOWN, BROKEN, FAILED, LATE, BEHIND, WAITS, UNSERVED = 10, 11, 12, 13, 14, 15, 16, 17
+"""The kinds of problems, which are exit codes of `lewis status --check`, in this order.
 
 A part of the service is down; something could not be found out; a recipe is broken; its last run failed; a run is late;
-a champion is behind, and nothing is done about it; a version waits for a person's approval.
+a champion is behind, and nothing is done about it; a version waits for a person's approval; a target did not take the
+champion.
 """
 
 GRACE = timedelta(hours=1)  # how long a champion may be behind before that is a problem
@@ -153,7 +156,7 @@ class Problem(BaseModel):
 
 
 def problems(status: Status, now: datetime) -> list[Problem]:
-    """Return what is wrong at the time `now`, the gravest first, whose code is the exit code of `--check` (0: none)."""
+    """Return what is wrong at the time `now`, by code; the first is the exit code of `--check` (0: none)."""
     return sorted(_problems(status, now), key=lambda problem: problem.code)
 
 
@@ -201,6 +204,8 @@ def _of_champions(status: Status, now: datetime) -> Iterator[Problem]:
         if recipe.waiting:
             name = f"{recipe.registered}/{recipe.waiting}"
             yield Problem(code=WAITS, about=recipe.recipe, text=f"{name} waits for `lewis approve {name} --why TEXT`")
+        for line in recipe.unserved:
+            yield Problem(code=UNSERVED, about=recipe.recipe, text=line)
 
 
 def _described(run: Run) -> str:

@@ -142,12 +142,15 @@ def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys:
     also = Watched(recipe="busy", behind_since=since - timedelta(hours=2))
     busy = Run(recipe="busy", name="merge busy", state="Running", since=since)
     waits = Watched(recipe="tiny", registered="team.tiny", waiting="7")
+    target = "vllm http://gpu: v3 since 2026-12-01 10:00, as tiny; v4 failed 2026-12-01 12:00: does not answer"
+    unserved = Watched(recipe="tiny", served=[target], unserved=[target])
     asks = failed.model_copy(
         update={"state": "Suspended"}
     )  # a run that waits for the answer, and came after the failed
     cases: dict[int, dict[str, Any]] = {
         0: {"finished": [done], "running": [busy], "recipes": [Watched(recipe="good"), recent, settled, also]},
-        status_data.WAITS: {"recipes": [waits], "finished": [failed], "running": [asks]},
+        status_data.UNSERVED: {"recipes": [unserved]},
+        status_data.WAITS: {"recipes": [waits, unserved], "finished": [failed], "running": [asks]},
         status_data.BEHIND: {"recipes": [waits, behind]},
         status_data.LATE: {"scheduled": [late]},
         status_data.FAILED: {"scheduled": [late], "finished": [done, failed]},
