@@ -270,19 +270,19 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path, cache: Path) -> 
 
     datasets.disable_progress_bars()
     repo = (spec.dataset or "").partition("@")[0]
-    if repo in LOCAL:
-        arguments["cache_dir"] = str(cache)
-        arguments["data_files"] = [glob.escape(path) for path in arguments["data_files"]]  # datasets takes patterns
+    files: list[str] = arguments.get("data_files", [])
+    if repo in LOCAL:  # datasets takes patterns
+        arguments |= {"cache_dir": str(cache), "data_files": [glob.escape(file) for file in files]}
     load = partial(datasets.load_dataset, repo, split=spec.split)
     try:
         if repo == "csv":
-            arguments |= _as_written(_arguments(where, spec, root)["data_files"][0])
+            arguments |= _as_written(files[0])
         return load(**arguments) if repo in LOCAL else _from_hub(where, partial(load, **arguments))
     except TransientError:
         raise
     except Exception as error:  # datasets raises many kinds, also bare ones of its parsers
         reason = " ".join(str(error.__cause__ or error).split())[:400]
-        first = Path(arguments.get("data_files", [""])[0])
+        first = Path(next(iter(files), ""))
         kind = first.suffix.removeprefix(".")
         hint = f"; {first.name} looks like `dataset: {kind}`" if repo in LOCAL and kind in {*LOCAL} - {repo} else ""
         raise InputError(
