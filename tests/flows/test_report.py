@@ -46,7 +46,7 @@ def own(recipe: Path) -> Path:
 
 def test_the_terminal_shows_what_held_back_rows_say_of_the_fit(home: Path, family: Family, capsys: Any) -> None:
     """Of a merge that was found in the store, no line of the run said that its fit was left out."""
-    sets = {"a": {"texts": ["w1 w2 w3 w4"] * 4, "samples": 4}}
+    sets = {"a": {"texts": [f"w1 w2 w3 w{i}" for i in range(4)], "samples": 4}}
     models = [{"model": str(each), "calibration": "a"} for each in family.experts]
     recipe = {"merge_method": "regmean_forward", "base_model": str(family.base), "models": models}
     made = lewis_library.merge(parse({**recipe, "lewis": {"calibrations": sets}}), home.parent / "out")
