@@ -22,7 +22,7 @@ from lewis.errors import InputError
 from lewis.importance.calibration import EVERY
 from lewis.importance.gram_files import SEMANTICS as GRAMS_SEMANTICS
 from lewis.lazy_torch import torch
-from lewis.merging.calibration_rows import RIDGES
+from lewis.merging.calibration_rows import RIDGES, by_prompt
 from lewis.merging.checks import check_adapter, check_calibrations, check_parameters, check_scales
 from lewis.merging.memory_budget import MemoryBudget
 from lewis.merging.settings import Expert, MergeSettings
@@ -318,8 +318,9 @@ class Prepared:
     def _fit_digest(self) -> list[Any]:
         sets: list[Any] = [expert.calibration.digest for expert in self.experts if expert.calibration]
         split = [each.calibration for each in self.experts if each.calibration and not each.held_back]
-        by_prompt = ["by prompt"] if any(each.prompts for each in split) else []
-        sets += [[AUTO, JUDGE_SEMANTICS, RIDGES, EVERY, *by_prompt]] if self.tunes else []
+        together = any(each.prompts or len(by_prompt(each)) < len(each.samples) for each in split)
+        rule = [AUTO, JUDGE_SEMANTICS, RIDGES, EVERY, *(["by prompt"] if together else [])]
+        sets += [rule] if self.tunes else []
         held = [expert.held_back.digest if expert.held_back else "" for expert in self.experts]
         sets += [["held back", JUDGE_SEMANTICS, held]] if any(held) else []
         if self.refine:

@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from lewis.errors import InputError, LewisError
 from lewis.importance.calibration import Calibration
+from lewis.merging import prepared
 from lewis.merging.calibration_rows import RIDGES, check_split, split
 from lewis.merging.fitting import fit as forward_order
 from lewis.merging.fitting import ridge
 from lewis.merging.fitting.fitted import Unwritten
 from lewis.merging.fitting.losses import mean_loss, row_losses
 from lewis.merging.fitting.ridge import Choice, choose, with_ridge
+from lewis.merging.run import Merge
 from lewis.models.network.module_tree import Network
 from tests.conftest import Family
 from tests.lewis.merging.fitting.test_fit import prepare, recipe_of
@@ -38,14 +40,23 @@ def test_every_fourth_row_is_held_out() -> None:
     assert [part.samples for part in split(Calibration("a", rows[:2]))] == [rows[:1], rows[1:2]]
 
 
-def test_what_was_chosen_by_other_rows_has_another_key(family: Family) -> None:
-    """Rows that continue one prompt were on both sides; a merge whose ridge was chosen so must not be found."""
+def test_what_was_chosen_by_other_rows_has_another_key(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one prompt, and equal ones, were on both sides; a merge whose ridge was chosen so must not be found."""
     merge = prepare(recipe_of(family.base, family.experts, "regmean", parameters={"ridge": "auto"}))
-    rows = [replace(each.calibration, prompts=(0, 1, 2, 3, 3, 3)) for each in merge.experts if each.calibration]
-    pairs = zip(merge.experts, rows, strict=True)
-    written = replace(merge, experts=tuple(replace(expert, calibration=each) for expert, each in pairs))
+    rows = [each.calibration for each in merge.experts if each.calibration]
+
+    def fitted_to(found: list[Calibration]) -> Merge:
+        pairs = zip(merge.experts, found, strict=True)
+        return replace(merge, experts=tuple(replace(expert, calibration=each) for expert, each in pairs))
+
+    written = fitted_to([replace(each, prompts=(0, 1, 2, 3, 3, 3)) for each in rows])
     assert written.digest != merge.digest
     assert with_ridge(written, 0.1).digest == with_ridge(merge, 0.1).digest
+    twice = [replace(each, samples=(*each.samples[:5], each.samples[0])) for each in rows]
+    before = [fitted_to(twice).digest, with_ridge(fitted_to(twice), 0.1).digest, fitted_to(rows).digest]
+    monkeypatch.setattr(prepared, "by_prompt", lambda rows: [[row] for row in range(len(rows.samples))])
+    now = [fitted_to(twice).digest, with_ridge(fitted_to(twice), 0.1).digest, fitted_to(rows).digest]
+    assert [one == other for one, other in zip(before, now, strict=True)] == [False, True, True]
 
 
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.long)])
