@@ -65,9 +65,11 @@ class Described:
     @classmethod
     def on_disk(cls, files: ModelFiles) -> Described:
         """Read configs, tokenizer and headers of a model that is on this disk; damaged files count as absent."""
-        headers: Headers = {}
+        headers, names = Headers(), list[str]()
         with suppress(InputError):  # of the weights alone: there may be an optimizer's state next to them
-            for name in weight_files(files.folder):
+            names += weight_files(files.folder)
+        for name in names:
+            with suppress(InputError):
                 headers |= file_headers(files.folder / name)
         with suppress(InputError):
             headers = dequantised(files.ref, files.folder, headers, None)

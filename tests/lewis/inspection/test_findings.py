@@ -343,6 +343,11 @@ def test_files_next_to_the_weights_do_not_count(models: Path, tmp_path: Path) ->
     save_file({f"state.{name}": tensor for name, tensor in state.items()}, odd / "optimizer.safetensors")
     sharded = ModelFiles.at("", "", shard(odd, tmp_path / "sharded"))
     assert Described.on_disk(ModelFiles.at("", "", odd)).dtype == Described.on_disk(sharded).dtype == "F32"
+    whole = set(Described.on_disk(sharded).headers)
+    first = min(sharded.folder.glob("model-*.safetensors"))
+    lost = set(load_file(first))
+    first.write_bytes(b"x")  # damaged: it alone counts as absent
+    assert set(Described.on_disk(sharded).headers) == whole - lost < whole
 
 
 @pytest.mark.parametrize(
