@@ -271,13 +271,13 @@ def _load_dataset(where: str, spec: CalibrationSet, root: Path, cache: Path) -> 
     datasets.disable_progress_bars()
     repo = (spec.dataset or "").partition("@")[0]
     files: list[str] = arguments.get("data_files", [])
-    if repo in LOCAL:  # datasets takes patterns
-        arguments |= {"cache_dir": str(cache), "data_files": [glob.escape(file) for file in files]}
-    load = partial(datasets.load_dataset, repo, split=spec.split)
+    if repo in LOCAL:
+        arguments["cache_dir"] = str(cache)
+        arguments["data_files"] = [glob.escape(file) for file in files]  # datasets takes patterns
     try:
-        if repo == "csv":
-            arguments |= _as_written(files[0])
-        return load(**arguments) if repo in LOCAL else _from_hub(where, partial(load, **arguments))
+        arguments |= _as_written(files[0]) if repo == "csv" else {}
+        load = partial(datasets.load_dataset, repo, split=spec.split, **arguments)
+        return load() if repo in LOCAL else _from_hub(where, load)
     except TransientError:
         raise
     except Exception as error:  # datasets raises many kinds, also bare ones of its parsers

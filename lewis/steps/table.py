@@ -264,7 +264,7 @@ class Merge(Step[MergeInput, MergedModel]):
             return Cost(written=written, seconds=None)
         found, more = forecast(prepared), Cost()
         if prepared.method.fits == "static" and given.base and given.sets:
-            more = _cost_of_statistics(*given.base.outline(), list(_passes_of_merge(prepared, given)), 0)
+            more = _cost_of_statistics(*given.base.outline(), list(_passes_of_merge(prepared)), 0)
         seconds = found.seconds + more.passes
         return Cost(written + more.written, found.disk, seconds, more.passes, max(found.memory, more.memory))
 
@@ -353,15 +353,15 @@ def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passe
     )
 
 
-def _passes_of_merge(merge: Prepared, given: MergeInput) -> Iterator[int]:
+def _passes_of_merge(merge: Prepared) -> Iterator[int]:
     """Tokens of each pass for statistics that a merge has yet to do itself: where rows are held back or held out."""
-    for expert, files in zip(merge.experts, given.experts, strict=True):
+    for expert in merge.experts:
         if expert.calibration is None:
             continue
         parts = [expert.calibration] if merge.holds_back else []
         parts += [split(expert.calibration)[0]] if merge.tunes and not expert.held_back else []
         for rows in parts:
-            _, folder = grams_place(files.read_as, rows.digest, default_device())
+            _, folder = grams_place(expert.model.key, rows.digest, default_device())
             if store.read_manifest(folder) is None:
                 yield rows.tokens
 

@@ -40,7 +40,8 @@ def models(**_: Any) -> list[str]:
 
 def models_and_versions(**_: Any) -> list[str]:
     """Return the names of the registered models, and `NAME/VERSION` of all their versions."""
-    return [*models(), *versions()]
+    found = versions()
+    return [*dict.fromkeys(each.rpartition("/")[0] for each in found), *found]
 
 
 def versions(**_: Any) -> list[str]:
