@@ -109,7 +109,7 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
         if trigger == "release":
             release_event.settle(path.stem)
         absorb(run)
-        plan, keys = _load(path, overrides or [])
+        plan, keys = _recipe_and_keys(path, overrides or [])
         report, changed, (name, line) = _merge(plan, path, overrides or [], keys)
     if run.deployment_id:
         report.save(str(run.id))
@@ -147,7 +147,7 @@ def load(path: Path, overrides: list[str]) -> Recipe:
     return plan
 
 
-def _load(path: Path, overrides: list[str]) -> tuple[Recipe, Mapping[str, str] | None]:
+def _recipe_and_keys(path: Path, overrides: list[str]) -> tuple[Recipe, Mapping[str, str] | None]:
     """Read the recipe of this run, as `load`; within a search also the keys of the models that it found its values for.
 
     The flow cannot look at `SEARCHED` itself: it is sent to other processes with what its function names.

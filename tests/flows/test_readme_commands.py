@@ -59,8 +59,8 @@ def test_its_lines_run_one_after_the_other(lewis: Command, program: Path, family
         )
         words = [str(family.math) if word == "org/other" else word for word in words]
         code, out, err = finished(lewis(*words, program=program, folder=folder, PYTHONPATH=""), timeout=600)
-        told = " ".join(out.split())  # cells of a table may be several lines
-        down = words[0] == "status" and "is not running; `lewis up` starts it" in told  # as its exit code says
+        text = " ".join(out.split())  # cells of a table may be several lines
+        down = words[0] == "status" and "is not running; `lewis up` starts it" in text  # as its exit code says
         assert code == 0 or down, f"lewis {line}\n{out}\n{err}"
         ran.append(words[0])
     assert ran[:2] == ["plan", "run"] and {"inspect", "merge", "pull", "status", "history", "compare"} <= {*ran}

@@ -247,6 +247,6 @@ def test_versions(compared: Told, home: Path, tmp_path: Path) -> None:
     for wrong, told in {"ops.tiny/3": there, "ops.tiny@previous": there, "other/1": model}.items():
         code, _, err = compared("ops.tiny/1", wrong)
         assert code == 2 and f"{wrong}: {told}" in err
-    told = r"ops\.new has no champion yet; name a version"
-    with tracking.client("x") as client, pytest.raises(InputError, match=told):
+    message = r"ops\.new has no champion yet; name a version"
+    with tracking.client("x") as client, pytest.raises(InputError, match=message):
         version_of(client, "ops.new")

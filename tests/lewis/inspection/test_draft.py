@@ -112,7 +112,7 @@ def test_an_adapter_on_a_model_is_two_folders(family: Family, tmp_path: Path, mo
 
 
 def test_a_path_starts_where_the_command_does(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two folders of one name it took the one next to the recipe, and told `./math`, as it was given."""
+    """Of two folders named `./math`, the recipe named the one next to it, not the one in the working directory."""
     for place in (tmp_path / "math", tmp_path / "recipes" / "math"):
         shutil.copytree(family.math, place)
     monkeypatch.chdir(tmp_path)
