@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 MEMORY = Path("/dev/shm")
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+sys.dont_write_bytecode = False  # as in the Makefile: tests are compiled once, whatever the environment says
 
 # Before any import reads the environment: nothing may touch the user's store or phone home.
 ROOT = os.environ.get("PYTEST_DEBUG_TEMPROOT")

@@ -17,7 +17,7 @@ from lewis.store import kinds, runs
 from tests.conftest import Family
 from tests.support.word_tasks import WRITES
 
-pytestmark = pytest.mark.usefixtures("home")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
 
 @pytest.fixture
@@ -132,7 +132,6 @@ def test_a_candidate_may_be_a_path(recipe: Path, family: Family) -> None:
     assert lewis.inspect(recipe, candidates=[family.math]).verdict.startswith("no findings")
 
 
-@pytest.mark.slow
 def test_a_merged_adapter_is_scored_on_the_base_of_its_recipe(recipe: Path, tmp_path: Path, family: Family) -> None:
     """It was refused, with the advice to set the base that the recipe has."""
     (tmp_path / "words.jsonl").write_text('{"question": "w1", "answer": "w2"}\n{"question": "w3", "answer": "w2"}\n')

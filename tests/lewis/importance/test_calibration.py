@@ -188,6 +188,7 @@ class TestSamples:
         file = {"dataset": "json", "data_files": "rows.jsonl", "prompt": "{question} ", "answer": "{answer}"}
         assert run(family.base, tmp_path, **file) == Calibration("sums", (ids(1, 2),), ((1, 1),))
 
+    @pytest.mark.slow
     def test_of_chats_are_what_the_chat_template_writes(self, family: Family, tmp_path: Path) -> None:
         tokenizer = shard(family.base, tmp_path / "chatty", parts=1)
         template = (
@@ -211,6 +212,7 @@ class TestSamples:
         with pytest.raises(InputError, match="has no chat template; write `prompt` and `answer` instead"):
             run(family.base, tmp_path, **file, messages="chat")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("template", "text", "weights"),
         [
@@ -241,6 +243,7 @@ class TestSamples:
         found = run(tokenizer, tmp_path, dataset="json", data_files="rows.jsonl", messages="chat")
         assert (found.samples, found.weights) == ((text,), (weights,))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("word", ["w1 ", f"{' ' * 30_000}w1 "])
     def test_of_a_long_text_only_a_part_is_looked_at(self, word: str, family: Family) -> None:
         """A row of 90 MB took 7 GB and minutes, for its first 512 tokens."""
@@ -288,6 +291,7 @@ class TestSamples:
         assert (before, run(tmp_path / "t", texts=["b"]).samples) == (((4,),), ((3,),))
 
 
+@pytest.mark.slow
 def test_chats_are_the_same_on_every_day() -> None:
     """Templates of Llama 3 write the day's date: a recipe had other statistics, and other weights, on each."""
     template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m.content }}{% endfor %}"

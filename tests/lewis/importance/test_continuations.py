@@ -75,6 +75,7 @@ def test_any_seed_will_do(family: Family) -> None:
     assert continue_prompts(given(family.math, count=1, seed=10**30)).tokens > len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_they_end_with_the_model_or_at_max_tokens(family: Family) -> None:
     rows = Calibration.load(continue_prompts(given(family.math, count=200)).path).samples
     assert {len(row) for row in rows} > {20} and len(rows) == 600
@@ -178,6 +179,7 @@ def parts(prompts: list[str], count: int, weight: float, family: Family, folder:
     return entry.load(), expert.calibration, expert.held_back or Calibration("s", ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.1, 1.0])
 @pytest.mark.parametrize(
     ("prompts", "count", "expected"),

@@ -211,6 +211,7 @@ FAULTS: dict[str, tuple[Make, set[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_told_and_nothing_else(fault: str, models: Path, home: Path, tmp_path: Path) -> None:
     make, expected = FAULTS[fault]
@@ -218,6 +219,7 @@ def test_a_planted_fault_is_told_and_nothing_else(fault: str, models: Path, home
     assert told(models / "base", models / "code", odd) == {(kind, "odd") for kind in expected}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     ["expert twice", "expert twice, in other files", "swapped layers", "permuted heads", "matrices of another scale"],
@@ -305,6 +307,7 @@ def test_of_sound_models_nothing_is_told(models: Path, home: Path, family: Famil
     assert told(family.base, family.math, family.code) == set()
 
 
+@pytest.mark.slow
 def test_a_wrong_base_and_the_nearest_of_several(models: Path, home: Path, tmp_path: Path) -> None:
     other = write_llama(tmp_path / "other", seed=7, layers=4, hidden=64)
     for name in ("tokenizer.json", "chat_template.jinja"):

@@ -101,6 +101,7 @@ def test_an_embedding_is_read_back_whatever_the_network_ties_to_it(kind: str, tm
     assert all(torch.allclose(tensor, merged[name], atol=1e-5) for name, tensor in found.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", [LORA, {"kind": "lora", "tolerance": 0.3}], ids=["rank", "tolerance"])
 @pytest.mark.parametrize("method", ["ties", "linear", "slerp"])
 def test_the_stated_error_is_that_of_both_readers(
@@ -302,6 +303,7 @@ def test_an_adapter_is_an_expert_of_another_recipe(family: Family, tmp_path: Pat
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_a_merge_that_fits(family: Family, tmp_path: Path) -> None:
     sets = {"s": {"texts": ["w1 w2 w3 w4 w5", "w6 w7 w8 w9"], "samples": 2}}

@@ -83,6 +83,7 @@ def old_llava(name: str) -> str:
     return name.replace("model.vision_tower.", "vision_tower.").replace("model.multi_", "multi_")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_reads_what_transformers_loads(tmp_path: Path, case: str) -> None:
     kind, ours, theirs = CASES[case]

@@ -76,6 +76,7 @@ def test_the_digest_tells_what_is_excluded_not_how_it_was_said(family: Family) -
     assert digest("mlp") != digest()
 
 
+@pytest.mark.slow
 def test_a_guided_merge_allocates_to_the_rest(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

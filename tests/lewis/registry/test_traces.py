@@ -20,6 +20,7 @@ BESIDE = SideBySide(
 )
 
 
+@pytest.mark.slow
 def test_answers_that_differ_are_traces_with_all_that_a_reader_filters_by(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
@@ -41,6 +42,7 @@ def test_answers_that_differ_are_traces_with_all_that_a_reader_filters_by(tmp_pa
     assert len(client.search_traces(locations=[experiment], model_id="m-1")) == 2
 
 
+@pytest.mark.slow
 def test_a_store_that_refuses_traces_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from mlflow import MlflowClient
 

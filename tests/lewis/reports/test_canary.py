@@ -4,6 +4,7 @@ import io
 import json
 from dataclasses import asdict
 
+import pytest
 from PIL import Image
 
 from lewis.reports import canary
@@ -34,6 +35,7 @@ def test_it_says_in_words_what_the_picture_shows() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_failed_rule_is_red_in_the_picture() -> None:
     def red(found: Canary) -> int:
         drawn = Image.open(io.BytesIO(canary.draw(found))).convert("RGB")
@@ -43,6 +45,7 @@ def test_a_failed_rule_is_red_in_the_picture() -> None:
     assert red(made(Step(10, 3, 90), why="too few")) > 0, "a step that was not judged"
 
 
+@pytest.mark.slow
 def test_it_is_one_section_of_the_page_however_often_it_is_added() -> None:
     page = to_html(RunFacts("plain", "Merged.", "by hand", 3, "a" * 64), PageFacts())
     once = canary.into_page(page, made(HELD, FAILED, why="canary at 50 %"))

@@ -42,6 +42,7 @@ def test_the_colour_says_the_density_on_a_fixed_scale(value: float) -> None:
     assert share(png, 0.6) < 0.02
 
 
+@pytest.mark.slow
 def test_there_is_a_panel_per_expert_and_a_hole_where_a_layer_has_no_such_projection() -> None:
     one = charts.density_heat_map({"e": densities(20, 0.3)}, {})
     two = charts.density_heat_map({"e": densities(20, 0.3), "f": densities(20, 0.8)}, {"f": 0.8})
@@ -86,6 +87,7 @@ def test_layers_of_an_encoder_and_a_decoder_stay_apart() -> None:
         assert share(charts.density_heat_map({"e": own}, {}), 0.4) > 0.01
 
 
+@pytest.mark.slow
 def test_layers_go_down_and_projections_across() -> None:
     few, many = (charts.density_heat_map({"e": densities(n, 0.3)}, {}) for n in (10, 80))
     low, high = (Image.open(io.BytesIO(picture)) for picture in (few, many))

@@ -10,6 +10,7 @@ from lewis.search import runs
 from lewis.search.study import Objective, Trial
 
 
+@pytest.mark.slow
 def test_a_trial_whose_recording_was_cut_off_is_recorded(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = tracking.log_numbers, list[str]()
 

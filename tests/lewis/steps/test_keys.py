@@ -125,6 +125,7 @@ CASES: dict[str, tuple[Change, set[tuple[str, str]]]] = {
 }
 
 
+@pytest.mark.slow
 def test_a_version_changes_the_keys_that_it_is_for_and_no_other(
     nodes: dict[tuple[str, str], tuple[Node, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

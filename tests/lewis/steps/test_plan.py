@@ -44,6 +44,7 @@ def carry_out(recipe: Recipe, *, merge: bool) -> None:
 
 
 class TestLocal:
+    @pytest.mark.slow
     def test_before_during_and_after_a_run(self, family: Family, home: Path) -> None:
         recipe = recipe_of(family.base, *family.experts, lewis={"calibrations": SETS}, register={"name": "x"})
         downloads = {f"download {path.name}": "cached" for path in (family.base, *family.experts)}
@@ -215,6 +216,7 @@ class TestLocal:
         plan = make_plan(parse({"merge_method": "regmean", "base_model": str(family.base), "models": models}))
         assert len(plan.layers) == 14 and "covered self_attn.q_proj: 2 layers" in plan.to_text()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("parameters", [{}, {"ridge": "auto"}], ids=str)
     def test_prompts_that_are_not_continued_yet_are_named(
         self, family: Family, home: Path, parameters: dict[str, str]

@@ -62,6 +62,7 @@ def test_the_merged_model_has_the_template_of_its_tokenizer_or_the_recipes(famil
     check(recipe_of(None, chatty, family.code, evaluate=CHATS))
 
 
+@pytest.mark.slow
 def test_an_expert_without_a_tokenizer(family: Family, bare: Path) -> None:
     tasks = {"tasks": ["arc_easy"]}
     with pytest.raises(InputError, match=rf"{bare}: expected a tokenizer.*copy those of its base"):
@@ -82,6 +83,7 @@ def test_a_model_that_was_not_checked_before_is_refused_when_it_is_scored(
         step.score_task(ModelFiles.at("champion", "math", family.math), chats)
 
 
+@pytest.mark.slow
 def test_code_of_a_model_that_is_not_where_the_evaluation_would_run_it(family: Family, tmp_path: Path) -> None:
     """It was found out after the merge, in transformers."""
     base = shutil.copytree(family.base, tmp_path / "own")

@@ -204,6 +204,7 @@ def test_a_model_that_is_worse_by_the_margin_passes_in_at_most_one_case_of_twent
         assert passed / 4000 <= 0.06
 
 
+@pytest.mark.slow
 def test_a_model_that_is_worse_by_the_margin_on_scores_of_any_size_passes_as_rarely(monkeypatch):
     """A bootstrap of rare losses passed eight of a hundred."""
     monkeypatch.setattr(comparison, "RESAMPLES", 300)

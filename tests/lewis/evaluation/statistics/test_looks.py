@@ -32,6 +32,7 @@ def test_the_looks_double_and_their_parts_of_the_error_add_up_to_all_of_it() -> 
     assert look_at("known", 32, {"a": 40}) == Look(32, {"a": 40}, 0.0, 0.0)  # it is too many of all to look at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "gain"), [("not_worse", -MARGIN), ("better", 0.0)], ids=["worse by the margin", "equal"]
 )
@@ -44,6 +45,7 @@ def test_what_is_no_better_passes_in_no_more_than_the_stated_share(policy: str, 
     assert 0 < passed <= rows * allowed + 2 * (rows * allowed * (1 - allowed)) ** 0.5
 
 
+@pytest.mark.slow
 def test_scoring_ends_for_a_gain_only_if_it_is_shown_to_be_as_large_as_is_asked_for() -> None:
     gate = Gate(metric=KEY, policy="better", min_gain=0.1)
     found = [judged(gate, "known", drawn(np.random.default_rng(seed), 0.1, DOCUMENTS)) for seed in range(150)]

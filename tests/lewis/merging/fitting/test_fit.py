@@ -144,6 +144,7 @@ def test_equals_a_plain_implementation(method: str, weighted: bool, family: Fami
         assert torch.allclose(tensor, expected[name], rtol=1e-3, atol=1e-4), name
 
 
+@pytest.mark.slow
 def test_does_on_an_experts_rows_what_the_expert_does(family: Family, tmp_path: Path) -> None:
     """Closer to each expert's hidden states, on its own rows, than the sum of the task vectors is."""
 
@@ -344,6 +345,7 @@ def test_goes_on_after_a_kill_with_the_same_bytes(
     assert not list((tmp_path / "out" / "model").glob(".fitted*"))
 
 
+@pytest.mark.slow
 def test_what_is_fitted_again_between_known_parts_has_its_own_inputs(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +389,7 @@ class TestInFiles:
         )
         return made
 
+    @pytest.mark.slow
     def test_the_bytes_are_the_same_and_no_file_has_a_name(
         self, family: Family, tmp_path: Path, files: list[int]
     ) -> None:
@@ -418,6 +421,7 @@ class TestInFiles:
         assert not list(tmp_path.rglob("*.rest"))
 
 
+@pytest.mark.slow
 def test_passes_keep_only_the_tokens_that_a_wide_layer_is_fitted_on(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,6 +493,7 @@ def test_an_expert_with_its_tokens_in_another_order_is_fitted_alike(family: Fami
         assert all(torch.allclose(other[name], tensor, atol=1e-5) for name, tensor in found[0].items())
 
 
+@pytest.mark.slow
 def test_singular_products_without_a_ridge_give_finite_weights(family: Family, tmp_path: Path) -> None:
     sets = {"few": {"texts": ["w1 w2"], "samples": 1}}
     models = [{"model": str(each)} for each in family.experts]

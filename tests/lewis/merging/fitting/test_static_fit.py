@@ -63,6 +63,7 @@ def test_a_singular_matrix_without_ridge_is_finite() -> None:
     assert bool(found.isfinite().all()) and torch.allclose(found.sum(dim=1), torch.full((2,), 8.0), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_one_moved_expert_alone_is_measured_again(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +80,7 @@ def test_one_moved_expert_alone_is_measured_again(
     assert len(passes) == 3
 
 
+@pytest.mark.slow
 def test_what_the_importance_step_has_left_is_found(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +105,7 @@ def test_same_bytes_and_digest_for_any_order_threads_and_shards(family: Family, 
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_layers_side_by_side_or_by_all_threads_have_the_same_bytes(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +171,7 @@ def mixture(folder: Path, stacked: bool, method: str = "regmean") -> tuple[Merge
     return Merge.of(settings, opened[0], experts), loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 def test_every_expert_of_a_mixture_is_fitted(stacked: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The definition, for each expert by the tokens that its router sent there; nothing reached: the sum."""

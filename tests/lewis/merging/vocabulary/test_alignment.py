@@ -460,6 +460,7 @@ def test_equals_mergekit(models: list[Path], tmp_path: Path, source: str, method
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_large_embedding_is_not_whole_in_memory(home: Path, tmp_path: Path) -> None:
     rows = torch.arange(1 << 18).reshape(-1, 1).expand(-1, 64).to(torch.float32).contiguous()  # 67 MB
     model = Checkpoint(write_tensors(tmp_path / "m", {EMBED: rows}), "key")
