@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from lewis import store
 from lewis.devices import precision
-from lewis.importance import calibration, chats
+from lewis.importance import calibration, chats, dataset_rows
 from lewis.importance import grams as grams_pass
 from lewis.importance import measure as measuring
 from lewis.importance import measured as measurements
@@ -118,7 +118,7 @@ class CalibrationInput:
             TransientError: if the Hub cannot be asked for the dataset's commit right now.
         """
         libraries = [version("datasets"), version("transformers")]
-        rows = calibration.origin(f"lewis.calibrations.{self.name}", self.spec, self.root)
+        rows = dataset_rows.origin(f"lewis.calibrations.{self.name}", self.spec, self.root)
         block = self.spec.model_dump(mode="json", exclude_unset=True)
         own = ["of the adapter"] if self.base.tokenizer != self.base.folder else []
         if self.spec.messages and "strftime_now" in (template_in(self.base.tokenizer) or ""):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lewis.errors import InputError, LewisError
-from lewis.importance import calibration, chats
+from lewis.importance import calibration, chats, dataset_rows
 from lewis.importance.calibration import Calibration, calibrate
 from lewis.importance.row_texts import Text, _fill
 from lewis.importance.step import CalibrationInput
@@ -101,7 +101,7 @@ class TestSamples:
     def test_cells_of_a_csv_are_texts_as_they_are_written(self, family: Family, data: Path) -> None:
         """A number with a row that lacked it became 5.0, and 007 became 7; an answer NA was none."""
         (data / "rows.csv").write_text('q,a\nw1,5\nw3,\nw4,007\nw5,NA\n"w6, w7",1.50\n')
-        rows = calibration._rows("", CalibrationSet(dataset="csv", data_files="rows.csv", text="{a}"), data)
+        rows = dataset_rows.rows_of("", CalibrationSet(dataset="csv", data_files="rows.csv", text="{a}"), data)
         with rows as found:
             assert list(found["a"]) == ["5", "", "007", "NA", "1.50"] and found["q"][4] == "w6, w7"
 
@@ -309,7 +309,7 @@ def test_rows_that_were_written_with_the_date_of_a_day_are_not_found(
     base = pipeline.download(pipeline.pin(str(tokenizer), tmp_path))
     spec = CalibrationSet(dataset="json", data_files="rows.jsonl", messages="chat")
     parts = [calibration.SEMANTICS, [version("datasets"), version("transformers")], base.key]
-    rows = calibration.origin("sums", spec, tmp_path)
+    rows = dataset_rows.origin("sums", spec, tmp_path)
     before = place_of([*parts, spec.model_dump(mode="json", exclude_unset=True), rows])
     assert (CalibrationInput("sums", spec, tmp_path, base).place() != before) == dated
 

@@ -25,7 +25,7 @@ from safetensors.numpy import save
 
 from lewis import store
 from lewis.errors import BrokenModelError, InputError, LewisError, TransientError
-from lewis.importance.calibration import origin
+from lewis.importance.dataset_rows import origin
 from lewis.inspection.step import InspectionInput, InspectionSettings, look
 from lewis.models.compatible import preflight
 from lewis.models.hub import client
