@@ -155,13 +155,15 @@ def push(path: Path) -> bool:
     if _sleeps() or not _push(kind, path):
         return False
     for each in list(note.parent.glob("[!.]*")):
+        if _sleeps():
+            break
         with suppress(OSError):
             left = home() / each.name.replace("@", "/")
             its_kind = _shared_kind(left)
             if kinds.kind_of(left) is None or not left.exists():
                 each.unlink()
-            elif its_kind and each.stat().st_mtime < time.time() - _RESEND and not _push(its_kind, left):
-                break
+            elif its_kind and each.stat().st_mtime < time.time() - _RESEND:
+                _push(its_kind, left)
     return True
 
 
@@ -175,29 +177,56 @@ def _push(kind: Kind, path: Path) -> bool:
     for number in range(_TRIES):
         try:
             _send(system, kind, f"{root}/{_name(path)}", path)
+        except DamagedError as error:  # the step that needs it makes and pushes it again
+            logger.warning("%s is damaged and not pushed: %s", path, error)
+            _forget(path)
+            return False
         except Exception as error:
             if number + 1 < _TRIES:
                 time.sleep(_WAIT * 2**number)
             else:
                 _warn("pushed", path, error)
         else:
-            with suppress(OSError):
-                _note_of(path).unlink()
+            _forget(path)
             return True
     return False
 
 
+def _forget(path: Path) -> None:
+    """Remove the note that an entry is to be pushed."""
+    with suppress(OSError):
+        _note_of(path).unlink()
+
+
 def _send(system: Any, kind: Kind, there: str, path: Path) -> None:
-    """Write all objects of an entry, its head last."""
+    """Write all objects of an entry, its head last.
+
+    Raises:
+        DamagedError: if a file of the entry here is missing or has another size than the head says.
+    """
     target = head_object(kind, there)
-    head = kind.head_of(path).read_bytes()
+    parts, head = _whole(kind, path)
     with suppress(FileNotFoundError):
         if system.cat_file(target) == head:
             return
         system.rm_file(target)  # another writer's head must not be there with these files
-    for name, (size, _) in kind.parts(path, head).items():
+    for name, size in parts.items():
         _put(system, kind.head_of(path).parent / name, f"{_above(target)}/{name}", size)
     _put(system, kind.head_of(path), target, len(head))
+
+
+def _whole(kind: Kind, path: Path) -> tuple[dict[str, int], bytes]:
+    """Return an entry's other files with their sizes in bytes, and its head; DamagedError: they are not all there."""
+    head_path = kind.head_of(path)
+    try:
+        head = head_path.read_bytes()
+        parts = {name: size for name, (size, _) in kind.parts(path, head).items()}
+        found = {name: (head_path.parent / name).stat().st_size for name in parts}
+    except FileNotFoundError as error:
+        raise DamagedError(f"{error.filename} is missing") from error
+    if wrong := next((name for name in parts if found[name] != parts[name]), None):
+        raise DamagedError(f"{wrong}: expected {parts[wrong]} bytes, it has {found[wrong]}")
+    return parts, head
 
 
 def _put(system: Any, source: Path, target: str, size: int) -> None:

@@ -207,6 +207,23 @@ def test_a_noted_merged_model_is_not_sent_while_merged_models_are_not_shared(
         assert (machines.remote / "merged" / "7d").exists() == (shared == "1")
 
 
+def test_a_noted_entry_that_is_damaged_here_holds_up_no_other(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was tried again with each later entry, and each time the remote half was not asked for half a minute."""
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_push", lambda kind, path: False)
+        made = [grams(), importance()]
+    os.chmod(cut := made[0] / "block.safetensors", 0o600)
+    cut.write_bytes(b"")
+    for note in (machines.root / "one" / "unpushed").iterdir():
+        os.utime(note, (1, 1))
+    scores()
+    assert "grams/9a is damaged and not pushed: block.safetensors: expected 4 bytes, it has 0" in caplog.text
+    assert not remote._asleep and not list((machines.root / "one" / "unpushed").iterdir())
+    assert (machines.remote / "importance" / made[1].name).exists() and not (machines.remote / "grams").exists()
+
+
 def test_merged_models_are_a_choice_and_checksums_stay_at_home(
     machines: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
