@@ -191,7 +191,10 @@ def _optional(expected: str, read: Callable[[str], T]) -> Kind[T | None]:
 _SWITCH = Kind("0 or 1", lambda text: _one_of("0", "1").read(text) == "1")
 _COUNT = "a whole number from 1 up"
 _URL = _matching("a URL that begins with http:// or https://", r"https?://[^\s/]\S*")
-_BUCKET = _matching("a URL that fsspec opens, such as s3://bucket/prefix, or an absolute path", r"/.*|[^\s/]+://.*")
+_BUCKET = _matching(  # a place in it, too: without one, fsspec opens a folder of the working folder
+    "a URL that fsspec opens, such as s3://bucket/prefix, or an absolute path",
+    r"/+[^/].*|(?!(?:file|local)://[^/~])[^\s/]+:///*[^/].*",
+)
 ONE_LINE = _matching("one line", r"[^\x00-\x1f\x7f]+")
 _EXAMPLE = "`vllm serve {model} --host 127.0.0.1 --port {port}`"
 

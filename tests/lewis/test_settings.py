@@ -99,6 +99,14 @@ def test_a_cron_expression_of_five_wrong_fields(text: str, monkeypatch: pytest.M
         settings.check()
 
 
+@pytest.mark.parametrize("text", ["s3://", "/", "file:///", "file://shared/x", "local://x"])
+def test_a_remote_half_that_would_be_a_folder_of_the_working_folder(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`s3://$BUCKET` of a variable that is not set was the folder `s3:`, and `/` was no remote half."""
+    monkeypatch.setenv("LEWIS_STORE", text)
+    with pytest.raises(InputError, match=f"^LEWIS_STORE: expected a URL .*or an absolute path, got '{text}'; change"):
+        settings.check()
+
+
 @pytest.mark.parametrize("text", ["serve '{model} {port}", "serve {model} {port", "serve {port} model"])
 def test_a_server_that_is_neither_a_url_nor_a_command(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEWIS_EVALUATION_SERVER", text)
