@@ -72,15 +72,17 @@ def _shared_kind(path: Path) -> Kind | None:
 def opened() -> tuple[Any, str]:
     """Return fsspec's file system for `LEWIS_STORE`, and the path of the store's root in it.
 
+    Some file systems, such as that of FTP, connect to their server here, and raise errors of their own.
+
     Raises:
-        InputError: if no such file system is installed, or the URL is malformed.
+        InputError: if no such file system is installed, or the URL is malformed or lacks an option.
     """
     from fsspec.core import url_to_fs
 
     own = {"auto_mkdir": True} if url().startswith(("/", "file:", "local:")) else {}
     try:
         system, root = url_to_fs(url(), use_listings_cache=False, **own)
-    except (ImportError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         fix = "expected a URL such as s3://bucket/prefix; for s3 install the extra `s3`"
         raise InputError(f"LEWIS_STORE: {redacted(url())} cannot be opened: {error}; {fix}") from error
     return system, root.rstrip("/")
@@ -115,7 +117,13 @@ def fetch(path: Path) -> bool:
     kind = _shared_kind(path)
     if kind is None or path.exists() or _sleeps():
         return False
-    system, root = opened()
+    try:
+        system, root = opened()
+    except InputError:
+        raise
+    except Exception as error:
+        _warn("fetched", path, error)
+        return False
     there = f"{root}/{_name(path)}"
     try:
         head = system.cat_file(head_object(kind, there))
@@ -173,10 +181,12 @@ def _note_of(path: Path) -> Path:
 
 
 def _push(kind: Kind, path: Path) -> bool:
-    system, root = opened()
     for number in range(_TRIES):
         try:
+            system, root = opened()
             _send(system, kind, f"{root}/{_name(path)}", path)
+        except InputError:
+            raise
         except DamagedError as error:  # the step that needs it makes and pushes it again
             logger.warning("%s is damaged and not pushed: %s", path, error)
             _forget(path)

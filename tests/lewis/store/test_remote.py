@@ -181,6 +181,22 @@ def test_one_that_does_not_answer_stops_nothing_and_is_not_asked_at_once(
     assert len(asked) == 1 and "the run goes on without" in caplog.text and "secret" not in caplog.text
 
 
+def test_one_that_connects_when_it_is_opened_and_fails_stops_nothing(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With an FTP server that was down, each run failed: `[Errno 111] Connection refused`."""
+    monkeypatch.setenv("LEWIS_STORE", "ftp://127.0.0.1:1/x")
+    scores()
+    assert "scores/5c.json was not pushed, the run goes on without: ConnectionRefusedError" in caplog.text
+    remote._asleep.clear()
+    assert store.read_entry(kinds.SCORES.path("6d")) is None
+    assert "scores/6d.json was not fetched, the run goes on without: ConnectionRefusedError" in caplog.text
+    monkeypatch.setenv("LEWIS_STORE", "reference://x")
+    remote._asleep.clear()
+    with pytest.raises(InputError, match=r"LEWIS_STORE: reference://x cannot be opened: .*missing 1 required"):
+        scores()
+
+
 def test_an_entry_that_the_quota_has_no_room_for_is_not_fetched(
     machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
