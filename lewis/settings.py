@@ -20,12 +20,13 @@ from lewis.errors import InputError, nearest
 from lewis.redact import redacted
 
 T = TypeVar("T")
-_CRON = {  # field -> the least and the greatest number, and what may stand in place of a number
-    "minute": (0, 59, r"\*"),
-    "hour": (0, 23, r"\*"),
-    "day": (1, 31, r"[*?l]"),
-    "month": (1, 12, r"\*|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"),
-    "weekday": (0, 7, r"[*?]|l[0-7]|sun|mon|tue|wed|thu|fri|sat"),
+_EACH = r"(\*|N(-N)?)(/0*[1-9]\d*)?"
+_CRON = {  # field -> the least and the greatest number, what may stand in a list and alone; N is a number or a name
+    "minute": (0, 59, r"\d{1,4}", _EACH, ""),
+    "hour": (0, 23, r"\d{1,4}", _EACH, ""),
+    "day": (1, 31, r"\d{1,4}", rf"{_EACH}|(N-)?l", r"\?"),
+    "month": (1, 12, r"\d{1,4}|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec", _EACH, ""),
+    "weekday": (0, 7, r"\d{1,4}|sun|mon|tue|wed|thu|fri|sat", _EACH, r"\?|l[0-7](,l[0-7])*|N#[1-5](,N#[1-5])*"),
 }
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -130,11 +131,11 @@ def _cron(text: str) -> str:
     fields = text.split()
     if len(fields) != len(_CRON):
         raise ValueError
-    for field, (what, (least, most, words)) in zip(fields, _CRON.items(), strict=True):
-        for value in re.split(r"[,-]", re.sub(r"/0*[1-9]\d*(?=,|$)|#[1-5](?=,|$)", "", field)):
-            number = re.fullmatch(r"\d{1,4}", value) and least <= int(value) <= most
-            if not number and not re.fullmatch(words, value, re.IGNORECASE):
-                raise ValueError(f"{field!r} is no {what}, {least} to {most}")
+    for field, (what, (least, most, name, each, alone)) in zip(fields, _CRON.items(), strict=True):
+        form = rf"({each})(,({each}))*|{alone}".replace("N", f"({name})")
+        numbers = [int(number) for number in re.findall(r"\d+", re.sub(r"[/#]\d+", "", field))]
+        if not re.fullmatch(form, field, re.IGNORECASE) or not all(least <= number <= most for number in numbers):
+            raise ValueError(f"{field!r} is no {what}, {least} to {most}")
     return text
 
 

@@ -86,13 +86,19 @@ def test_default_good_and_wrong(name: str, case: tuple[Any, str, Any, str], monk
     assert setting.shown() == ("not set" if setting.secret else setting.default)
 
 
-@pytest.mark.parametrize("text", ["*/15 0-6/2 1,15 jan mon-fri", "0 3 ? * fri#2", "0 3 L * *", "0 3 * DEC 7"])
+@pytest.mark.parametrize("text", ["*/15 0-6/2 1,15 jan mon-fri", "0 3 ? * fri#2", "0 3 5-L,2 * *", "0 3 * DEC L5"])
 def test_a_cron_expression(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEWIS_NIGHTLY", text)
     assert settings.NIGHTLY.get() == text
 
 
-@pytest.mark.parametrize("text", ["99 99 * * *", "0 24 * * *", "0 3 0 * *", "0 3 * 13 *", "0 3 * * 8", "a b c d e"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("99 99 * * *", "0 24 * * *", "0 3 0 * *", "0 3 * 13 *", "0 3 * * 8", "a b c d e", "0 3 L-3 * *"),
+        *("0 3 ?/2 * *", "0 3 * * mon#1,tue", "0 3 * * *-5", "0 3#2 * * *", "0 3 * * L5,2", "0 3 *,? * *"),
+    ],
+)
 def test_a_cron_expression_of_five_wrong_fields(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEWIS_NIGHTLY", text)
     with pytest.raises(InputError, match=r"^LEWIS_NIGHTLY: expected five fields of cron, .* is no .*; change or unset"):
