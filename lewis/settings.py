@@ -116,12 +116,15 @@ def _path(text: str) -> Path:
         raise ValueError(error) from error
 
 
-def _resolved(text: str) -> Path:
-    """Return the absolute path of a text, with all links resolved."""
+def _store(text: str) -> Path:
+    """Return the absolute path of the store, with all links resolved; not `/`, since the store is closed to others."""
     try:
-        return _path(text).resolve()
+        place = _path(text).resolve()
     except RuntimeError as error:  # links in a circle
         raise ValueError(error) from error
+    if place == place.parent:
+        raise ValueError("the store needs a folder of its own, since other users may not read it")
+    return place
 
 
 def _cron(text: str) -> str:
@@ -200,7 +203,7 @@ ONE_LINE = _matching("one line", r"[^\x00-\x1f\x7f]+")
 _EXAMPLE = "`vllm serve {model} --host 127.0.0.1 --port {port}`"
 
 # fmt: off
-HOME = Setting("LEWIS_HOME", Kind("a folder", _resolved), "~/.cache/lewis",
+HOME = Setting("LEWIS_HOME", Kind("a folder", _store), "~/.cache/lewis",
     "The store: the folder of everything that LEWIS writes.")
 STORE = Setting("LEWIS_STORE", Kind(_BUCKET.expected, lambda text: _BUCKET.read(text).rstrip("/")), "",
     "Where machines without a shared disk keep the entries of their stores for each other; without it, nowhere.")

@@ -105,6 +105,14 @@ def test_a_cron_expression_of_five_wrong_fields(text: str, monkeypatch: pytest.M
         settings.check()
 
 
+@pytest.mark.parametrize("text", ["/", "/usr/.."])
+def test_a_store_that_would_close_the_whole_machine_to_other_users(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second lock of a command that root ran gave `/` the mode 0700."""
+    monkeypatch.setenv("LEWIS_HOME", text)
+    with pytest.raises(InputError, match=f"^LEWIS_HOME: expected a folder, got '{text}': the store needs a folder of"):
+        settings.HOME.get()
+
+
 @pytest.mark.parametrize("text", ["s3://", "/", "file:///", "file://shared/x", "local://x"])
 def test_a_remote_half_that_would_be_a_folder_of_the_working_folder(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`s3://$BUCKET` of a variable that is not set was the folder `s3:`, and `/` was no remote half."""
