@@ -242,9 +242,8 @@ def _whole(kind: Kind, path: Path) -> tuple[dict[str, int], bytes]:
 def _put(system: Any, source: Path, target: str, size: int) -> None:
     """Write one object so that a reader sees all of it or nothing. Object stores do; files of a disk are renamed."""
     if _is_disk(system):
-        scratch = str(beside(Path(target)))
-        system.put_file(str(source), scratch)
-        system.mv(scratch, target)
+        with files.written_beside(Path(target)) as scratch:
+            system.put_file(str(source), str(scratch))
     else:
         system.put_file(str(source), target)
     if (there := system.size(target)) != size:

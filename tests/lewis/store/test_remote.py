@@ -223,6 +223,22 @@ def test_a_noted_merged_model_is_not_sent_while_merged_models_are_not_shared(
         assert (machines.remote / "merged" / "7d").exists() == (shared == "1")
 
 
+def test_a_full_disk_is_not_filled_with_parts_of_failed_and_killed_uploads(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of three tries left one, which nothing removed."""
+    killed = machines.remote / "scores" / f".5c.json.{store.writer().partition('-')[0]}-{2**22 + 1}.0a0a0a0a.partial"
+    killed.parent.mkdir(parents=True)
+    killed.write_text("{")
+
+    def put_file(self: Any, source: str, target: str, **_: Any) -> None:
+        Path(target).write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
+    assert whole(scores()) and not list(machines.remote.rglob("*.partial"))
+
+
 def test_a_noted_entry_that_is_damaged_here_holds_up_no_other(
     machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
