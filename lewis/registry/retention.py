@@ -4,7 +4,7 @@ A version needs its checkpoint, the inputs that this was made from, and the scor
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ def by_versions() -> dict[str, Needed]:
         TransientError: if MLflow does not answer.
         LewisError: if MLflow refuses.
     """
-    merges, inputs, means = _registered()
+    merges, inputs, means, rounded = _registered()
     models = inputs | merges
 
     def is_measured_for_one(path: Path) -> bool:  # norms or second-order statistics: of a model and a calibration set
@@ -42,7 +42,8 @@ def by_versions() -> dict[str, Needed]:
 
     def is_allocation_of_one(path: Path) -> bool:  # by its mean densities: an allocation does not name its merge
         experts = _content(path).get("experts") or {}
-        return {ref: fields.get("mean") for ref, fields in experts.items()} in means
+        found = {ref: fields.get("mean", 0.0) for ref, fields in experts.items()}
+        return found in means or sorted(f"{mean:.6f}" for mean in found.values()) in rounded
 
     return {
         kinds.MERGED.name: Needed(lambda path: path.stem in merges, ", not registered"),
@@ -122,22 +123,34 @@ def _ended_before(run: "Run", before: float) -> bool:
     return run.info.status != "RUNNING" and bool(run.info.end_time) and run.info.end_time / 1000 < before
 
 
-def _registered() -> tuple[set[str], set[str], list[dict[str, float]]]:
-    """Read from tags and manifests what all registered versions were made from.
+def _registered() -> tuple[set[str], set[str], list[dict[str, float]], list[list[str]]]:
+    """Read from tags, manifests and runs what all registered versions were made from.
 
     Returns:
-        The digests of the merges; commits and content digests of everything that they were made from; and, for each
-        merge that has densities, expert -> mean density.
+        The digests of the merges; commits and content digests of everything that they were made from; for each merge
+        that has densities, expert -> mean density; and of merges that only other machines have, the mean densities as
+        their runs have them: sorted, with six digits.
     """
     tags: list[dict[str, str]] = []
+    rounded = list[list[str]]()
     tracking.check_not_elsewhere()
     if tracking.exists():  # without a database nothing was registered, and a search should not create one
         with tracking.client("listing the registered versions") as client:
-            tags = [version.tags for version in tracking.every(client.search_model_versions)]
+            versions = list(tracking.every(client.search_model_versions))
+            tags = [version.tags for version in versions]
+            if elsewhere := {version.run_id for version in versions if _is_elsewhere(version.tags)}:
+                runs = [run.data.params for run in _all_runs(client) if run.info.run_id in elsewhere]
+                rounded = [sorted(run[key] for key in run if key.startswith("mean_density/")) for run in runs]
     merges = {each["lewis.digest"] for each in tags if each.get("lewis.digest")}
     inputs = {key for each in tags for key in lineage.sources(each).values()}
     manifests = [store.read_json(kinds.MERGED.path(digest) / store.MANIFEST) or {} for digest in merges]
-    return merges, inputs, [found["mean_density"] for found in manifests if found.get("mean_density")]
+    means = [found["mean_density"] for found in manifests if found.get("mean_density")]
+    return merges, inputs, means, [each for each in rounded if each]
+
+
+def _is_elsewhere(tags: Mapping[str, str]) -> bool:
+    """Whether a version's merge is not in this store, by the version's tags."""
+    return "lewis.digest" in tags and not kinds.MERGED.path(tags["lewis.digest"]).exists()
 
 
 def _content(path: Path) -> dict[str, Any]:

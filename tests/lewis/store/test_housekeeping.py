@@ -153,6 +153,8 @@ def test_registered_merges_and_what_they_were_made_from_stay(family: Family, mlf
     assert champion.merge().folder.stat().st_ino == inode  # found, not made again
     assert pipeline.find_merged(refused.merged.digest) is not None
     assert survey() == []
+    shutil.rmtree(champion.merged.folder)  # as in the store of a machine that did not merge it
+    assert by_versions()["allocations"].includes(champion.allocated.path)
 
 
 def test_weights_that_mlflow_holds_too_are_not_counted_as_freed(family: Family, mlflow_home: Path) -> None:
