@@ -200,6 +200,7 @@ _BUCKET = _matching(  # a place in it, too: without one, fsspec opens a folder o
     r"/+[^/].*|(?!(?:file|local)://[^/~])[^\s/]+:///*[^/].*",
 )
 ONE_LINE = _matching("one line", r"[^\x00-\x1f\x7f]+")
+_HEADER = _matching("one line of letters of ISO 8859-1", r"[\x20-\x7e\xa0-\xff]+")
 _EXAMPLE = "`vllm serve {model} --host 127.0.0.1 --port {port}`"
 
 # fmt: off
@@ -236,7 +237,7 @@ EVALUATION_SERVER = Setting("LEWIS_EVALUATION_SERVER",
     "What answers for `evaluate.backend: openai`: the command that starts a server, or the URL of one that runs.")
 JUDGE = Setting("LEWIS_JUDGE", _URL, "",
     "The server with the protocol of OpenAI that `register.gate.judge` asks, such as http://127.0.0.1:8000/v1.")
-JUDGE_KEY = Setting("LEWIS_JUDGE_KEY", ONE_LINE, "",
+JUDGE_KEY = Setting("LEWIS_JUDGE_KEY", _HEADER, "",
     "The key of that server.", secret=True)
 CODE_NEEDS_NAMESPACES = Setting("LEWIS_CODE_NEEDS_NAMESPACES", _SWITCH, "0",
     "Whether code that a recipe brings (`allow_code_execution`) is refused where Linux allows no namespaces; with 0 it "
