@@ -4,8 +4,9 @@ This module imports nothing of LEWIS: a part of `lewis up --serve` that runs for
 """
 
 import socket
+import time
 
-_SECONDS = 10.0  # for one command
+_SECONDS = 10.0  # for one command and its whole answer
 
 
 def ask(path: str, text: str) -> str:
@@ -16,10 +17,14 @@ def ask(path: str, text: str) -> str:
         text: the commands, with `;` between them.
 
     Raises:
-        OSError: if it does not answer.
+        OSError: if it does not answer in time.
     """
+    end, answer = time.monotonic() + _SECONDS, bytearray()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_SECONDS)
         connection.connect(path)
         connection.sendall(f"{text}\n".encode())
-        return b"".join(iter(lambda: connection.recv(65536), b"")).decode(errors="replace")
+        while part := connection.recv(65536):
+            answer += part
+            connection.settimeout(max(0.001, end - time.monotonic()))
+    return answer.decode(errors="replace")

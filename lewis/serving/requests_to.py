@@ -1,6 +1,9 @@
 """Requests to the servers of targets: no redirects, errors that say what to do, no secret in a message."""
 
+import io
+import time
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from lewis import settings
@@ -33,16 +36,17 @@ def send(
         data: sent as it is.
         form: sent as the fields of an HTML form.
         headers: further ones.
-        timeout_s: for the connection, and for the answer.
+        timeout_s: for the connection, for the first byte of the answer, and for all of it.
         accepted: statuses that are no error, in addition to those below 300.
         ca: file of the CA certificates that the server's certificate is checked by; None: this machine's.
 
     Raises:
-        TransientError: if the server does not answer, or is busy.
+        TransientError: if the server does not answer in time, or is busy.
         LewisError: if it refuses, or cannot be asked: the URL or the key is malformed, or its answer is no HTTP.
     """
     import requests
 
+    end = time.monotonic() + timeout_s
     server = "/".join(url.split("/")[:3])  # in messages; the path of a webhook may be its secret
     try:
         answer = requests.request(
@@ -54,11 +58,14 @@ def send(
             timeout=timeout_s,
             allow_redirects=False,
             verify=ca or True,
+            stream=True,
         )
+        with closing(answer.raw) as raw:
+            answer.raw = io.BytesIO(_whole(raw, end))
     except ValueError as error:
         fix = "see that its URL is right, that it speaks HTTP, and that LEWIS_SERVE_KEY has letters of ISO 8859-1 alone"
         raise LewisError(f"{server} cannot be asked ({type(error).__name__}); {fix}") from None
-    except requests.RequestException as error:
+    except (requests.RequestException, requests.exceptions.BaseHTTPError, TimeoutError) as error:
         why = f"does not answer ({type(error).__name__}); see that it is up"
         raise TransientError(f"{server} {why}") from None
     status = answer.status_code
@@ -66,6 +73,16 @@ def send(
         return answer
     kind = TransientError if status >= 500 or status in _PASSES else LewisError
     raise kind(f"{server} answered {status}: {' '.join(answer.text.split())[:_SHOWN] or 'nothing'}")
+
+
+def _whole(raw: Any, end: float) -> bytes:
+    """Read the body of an answer; raise TimeoutError if a server that sends it bit by bit takes until `end`."""
+    read = bytearray()
+    while part := raw.read1(1 << 16, decode_content=True):
+        read += part
+        if time.monotonic() > end:
+            raise TimeoutError
+    return bytes(read)
 
 
 def with_key(url: str) -> dict[str, str]:
