@@ -124,7 +124,7 @@ def query(target: CanaryTarget, text: str, server: str, seconds: float) -> float
     try:
         found = answer.json()["data"]["result"]
         value = float(found[0]["value"][1]) if found else None
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise LewisError(f"Prometheus: no number for {text!r}: {answer.text[:200]}") from error
     if len(found) > 1:
         raise LewisError(f"Prometheus: expected one number for {text!r}, got {len(found)}; put `sum(...)` around it")

@@ -25,7 +25,7 @@ def put(target: OpenaiTarget, model: Model, before: Served) -> str:
     answer = send(target.method.upper(), target.url, body=body, headers=headers, timeout_s=target.timeout_seconds)
     try:
         found = answer.json() if target.expect else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LewisError("the server's answer is no JSON, so `expect` cannot be checked") from error
     for key, value in target.expect.items():
         given = found.get(key) if isinstance(found, dict) else None
@@ -46,7 +46,7 @@ def api(target: OpenaiTarget, model: Model, before: Served) -> tuple[str, str] |
     listed = send("GET", f"{url}/models", headers=with_key(target.api))
     try:
         names = [str(each.get("id")) for each in listed.json()["data"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LewisError("its /models is no list of models; is `api` the URL of an OpenAI API, /v1?") from error
     if name not in names:
         raise LewisError(f"the server lists no model {name!r}, but {', '.join(names) or 'none'}")

@@ -219,5 +219,5 @@ def _post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
     answer = send("POST", url, body=body, headers=with_key(url), timeout_s=_SECONDS)
     try:
         return dict(answer.json()["choices"][0])
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise LewisError(f"the server's answer has no choices: {answer.text[:300]}") from error

@@ -75,7 +75,7 @@ def models(target: VllmTarget) -> dict[str, str]:
     answer = send("GET", url, headers=with_key(url), timeout_s=_SECONDS)
     try:
         return {str(each["id"]): str(each.get("root")) for each in answer.json()["data"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LewisError("its /v1/models is no list of models; is this a vLLM server?") from error
 
 
