@@ -11,7 +11,7 @@ from typing import Any
 from lewis.errors import InputError
 from lewis.recipe.serve import KserveTarget
 from lewis.serving import canary, kubernetes
-from lewis.serving.kubernetes import Resource, is_ready
+from lewis.serving.kubernetes import Resource, is_ready, part
 from lewis.serving.model import Model, recorded
 from lewis.serving.openai import filled
 from lewis.serving.records import Served
@@ -32,7 +32,7 @@ def offer(target: KserveTarget, model: Model, before: Served) -> None:
     if _has(target, now, model) and _is_new_ready(now):
         return
     old = _revisions(now).get("latestRolledoutRevision")
-    mode = now.get("status", {}).get("deploymentMode", "Knative")  # older versions of KServe do not say it
+    mode = part(now, "status").get("deploymentMode", "Knative")  # older versions of KServe do not say it
     if mode not in ("Knative", "Serverless") or not old:
         raise InputError(
             f"{name}: expected an InferenceService in the deployment mode Knative, which is ready with a first model, "
@@ -59,7 +59,7 @@ def offer(target: KserveTarget, model: Model, before: Served) -> None:
 def api(target: KserveTarget, model: Model, before: Served) -> tuple[str, str] | None:
     """Return the URL and model name of the newest revision, whatever its share; None if KServe names no URL of it."""
     [name] = target.services
-    traffic = _revisions(kubernetes.read(target, SERVICE, name)).get("traffic", ())
+    traffic = _revisions(kubernetes.read(target, SERVICE, name)).get("traffic") or ()
     url = next((each["url"] for each in traffic if each.get("tag") == "latest" and each.get("url")), None)
     return (f"{url.rstrip('/')}{target.path}", target.alias or name) if url else None
 
@@ -82,7 +82,9 @@ def put(target: KserveTarget, model: Model, before: Served) -> str:
 
         def has() -> bool:
             found = kubernetes.read(target, SERVICE, name)
-            return _has(target, found, model) and is_ready(found) and _revisions(found)["latestReadyRevision"] == new
+            return (
+                _has(target, found, model) and is_ready(found) and _revisions(found).get("latestReadyRevision") == new
+            )
 
         canary.run(target, model, before, new, old, give, has)
     # Until this is rolled out, a canary of a further revision would leave the rest to the revision before this one.
@@ -99,7 +101,7 @@ def holds(target: KserveTarget, record: Served) -> bool:
 
 
 def _revisions(service: Mapping[str, Any]) -> Mapping[str, Any]:
-    return dict(service.get("status", {}).get("components", {}).get("predictor", {}))
+    return part(service, "status", "components", "predictor")
 
 
 def _is_new_ready(service: Mapping[str, Any]) -> bool:
@@ -114,10 +116,10 @@ def _is_rolled_out(service: Mapping[str, Any]) -> bool:
 
 def _share(service: Mapping[str, Any]) -> int:
     """The percent of the requests that the newest revision gets."""
-    share = service["spec"]["predictor"].get("canaryTrafficPercent")
+    share = part(service, "spec", "predictor").get("canaryTrafficPercent")
     return 100 if share is None else int(share)
 
 
 def _has(target: KserveTarget, service: Mapping[str, Any], model: Model) -> bool:
-    content = service["spec"]["predictor"].get("model", {})
+    content = part(service, "spec", "predictor", "model")
     return bool(content.get("storageUri") == str(filled(target.uri, model)))

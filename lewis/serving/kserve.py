@@ -10,12 +10,13 @@ from typing import Any
 from lewis.errors import InputError
 from lewis.recipe.serve import KserveTarget
 from lewis.serving import canary, kubernetes
-from lewis.serving.kubernetes import Resource, is_ready
+from lewis.serving.kubernetes import Resource, is_ready, part
 from lewis.serving.model import Model, recorded
 from lewis.serving.openai import filled
 from lewis.serving.records import Served
 
 SERVICE = Resource("LLMInferenceService", "v1alpha2")
+_ROUTE = ("spec", "router", "route")
 STOP = "serving.kserve.io/stop"  # annotation: "true" ends the pods
 
 
@@ -39,9 +40,12 @@ def offer(target: KserveTarget, model: Model, before: Served) -> None:
 
 def api(target: KserveTarget, model: Model, before: Served) -> tuple[str, str] | None:
     """Return the URL and model name of the service without traffic, for any weights; None if there is no gateway."""
+    if not target.gateway:
+        return None
     name = idle(target, before)
-    url = f"{target.gateway.rstrip('/')}/{target.namespace}/{name}/v1"
-    return (url, _asked_for(target, kubernetes.read(target, SERVICE, name), model)) if target.gateway else None
+    of_service = part(kubernetes.read(target, SERVICE, name), "spec", "model").get("name") or name
+    asked_for = target.alias or model.name if model.output == "lora" else str(of_service)
+    return f"{target.gateway.rstrip('/')}/{target.namespace}/{name}/v1", asked_for
 
 
 def put(target: KserveTarget, model: Model, before: Served) -> str:
@@ -76,7 +80,7 @@ def idle(target: KserveTarget, before: Served) -> str:
         InputError: if the two are not of one routing group.
     """
     found = {name: kubernetes.read(target, SERVICE, name) for name in target.services}
-    groups = {str(_route(each).get("group")) for each in found.values()}
+    groups = {str(part(each, *_ROUTE).get("group")) for each in found.values()}
     if len(groups) > 1 or groups == {"None"}:
         raise InputError(
             f"{' and '.join(found)}: expected LLMInferenceServices of one group (spec.router.route.group), got "
@@ -87,12 +91,8 @@ def idle(target: KserveTarget, before: Served) -> str:
     return next(name for name in target.services if name != busy)
 
 
-def _route(service: Mapping[str, Any]) -> Mapping[str, Any]:
-    return service["spec"].get("router", {}).get("route", {})
-
-
 def _weight_of(service: Mapping[str, Any]) -> int:
-    return int(_route(service).get("weight") or 0)
+    return int(part(service, *_ROUTE).get("weight") or 0)
 
 
 def _weight(share: int) -> dict[str, Any]:
@@ -108,11 +108,5 @@ def _model(target: KserveTarget, model: Model) -> dict[str, Any]:
 
 
 def _has(target: KserveTarget, service: Mapping[str, Any], model: Model) -> bool:
-    content, uri = service["spec"]["model"], str(filled(target.uri, model))
-    return uri in (content.get("uri"), *(each.get("uri") for each in content.get("lora", {}).get("adapters", ())))
-
-
-def _asked_for(target: KserveTarget, service: Mapping[str, Any], model: Model) -> str:
-    """Return the name under which clients ask a service for the model."""
-    own = target.alias or model.name
-    return own if model.output == "lora" else str(service["spec"]["model"].get("name") or service["metadata"]["name"])
+    content, uri = part(service, "spec", "model"), str(filled(target.uri, model))
+    return uri in (content.get("uri"), *(each.get("uri") for each in part(content, "lora").get("adapters") or ()))

@@ -67,8 +67,8 @@ def wait(
     end = time.monotonic() + 60 * target.start_minutes
     while True:
         found = read(target, resource, name)
-        newest = found["metadata"].get("generation", 0)
-        seen = found.get("status", {}).get("observedGeneration", condition(found).get("observedGeneration", newest))
+        newest = part(found, "metadata").get("generation", 0)
+        seen = part(found, "status").get("observedGeneration", condition(found).get("observedGeneration", newest))
         if seen >= newest and until(found):
             return
         if time.monotonic() > end:
@@ -79,9 +79,16 @@ def wait(
         sleep(_PAUSE)
 
 
+def part(found: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """Return the mapping below some keys of a resource, one in the other; empty if the resource lacks one of them."""
+    for key in keys:
+        found = found.get(key) or {}
+    return found
+
+
 def condition(found: Mapping[str, Any]) -> Mapping[str, Any]:
     """The condition Ready of a resource; empty if it has none yet."""
-    return next((each for each in found.get("status", {}).get("conditions", ()) if each.get("type") == "Ready"), {})
+    return next((each for each in part(found, "status").get("conditions") or () if each.get("type") == "Ready"), {})
 
 
 def is_ready(found: Mapping[str, Any]) -> bool:
@@ -106,5 +113,5 @@ def _send(target: KserveTarget, method: str, resource: Resource, name: str, body
     )
     try:
         return dict(answer.json())
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise LewisError(f"{target.api}: its answer is no JSON object; is this the API of Kubernetes?") from error

@@ -135,7 +135,7 @@ def test_what_has_no_revisions_is_refused(place: Place[Knative]) -> None:
     with pytest.raises(InputError, match=r"deployment mode Knative.*got the mode Standard and the revision tiny-pred"):
         inference_service.offer(place.target, full(1), FIRST)
     status["deploymentMode"] = "Knative"
-    del status["components"]
+    del status["components"], place.cluster.services["tiny"]["spec"]
     with pytest.raises(InputError, match="no revision that was rolled out"):
         inference_service.offer(place.target, full(1), FIRST)
     assert not [each for each in place.cluster.received if each.method == "PATCH"]

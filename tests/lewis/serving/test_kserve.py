@@ -121,6 +121,9 @@ def test_what_the_cluster_does_not_take_is_named(place: Place[Cluster]) -> None:
     place.cluster.services["green"]["spec"]["router"]["route"]["group"] = "other"
     with pytest.raises(InputError, match=r"blue and green: expected LLMInferenceServices of one group .* other, tiny"):
         kserve.idle(place.target, Served("tiny", "kserve", "kserve"))
+    place.cluster.answer = lambda _: {"kind": "LLMInferenceService"}  # as an API that is none may answer
+    with pytest.raises(InputError, match=r"blue and green: expected LLMInferenceServices of one group .*, got None"):
+        kserve.idle(place.target, Served("tiny", "kserve", "kserve", "models:/tiny/1", "1" * 64, "tiny-1"))
     place.cluster.answer = lambda _: [1]
     with pytest.raises(LewisError, match="its answer is no JSON object; is this the API of Kubernetes"):
         kserve.idle(place.target, Served("tiny", "kserve", "kserve"))
