@@ -590,6 +590,12 @@ def test_a_version_is_a_name_and_a_number(version: str, capsys: pytest.CaptureFi
     assert f"expected NAME/VERSION, for example my-merge/3, got {version!r}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", ["rollback {} --why x", "rollback {}/1 --why x", "history {}", "served {}"])
+def test_a_name_with_a_slash_is_not_taken_for_another_model(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.format("tiny/x").split()) == 2
+    assert "expected the NAME of a registered model, for example my-merge, got 'tiny/x" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["promote", "tiny/1"], ["rollback", "tiny"]])
 def test_a_move_by_hand_needs_a_reason(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -43,9 +43,9 @@ def history(options: argparse.Namespace) -> None:
     from lewis.store.writable import check_output_file
 
     plot = check_output_file(options.plot, "--plot") if options.plot else None
-    records = history.history(options.name)
+    records = history.history(name := _model(options.name))
     if plot:
-        store.write_bytes(plot, history.picture(options.name))
+        store.write_bytes(plot, history.picture(name))
     if options.json:
         print(json.dumps([asdict(each) for each in reversed(records)], indent=2, ensure_ascii=False))
         return
@@ -58,7 +58,7 @@ def served(options: argparse.Namespace) -> None:
     """Print which version each target serves, a line per target, and which version it did not take."""
     from lewis.serving.records import served
 
-    found = served(options.name)
+    found = served(_model(options.name))
     if options.json:
         print(json.dumps([asdict(each) for each in found], indent=2, ensure_ascii=False))
         return
@@ -116,7 +116,15 @@ def _named(version: str) -> tuple[str, str]:
     name, _, number = version.removeprefix("models:/").rpartition("/")
     if not name or not number.isdecimal():
         raise InputError(f"expected NAME/VERSION, for example my-merge/3, got {version!r}")
-    return name, str(int(number))
+    return _model(name), str(int(number))
+
+
+def _model(what: str) -> str:
+    """Return the name of a registered model, without `models:/`; one with / or : is refused, not taken for another."""
+    name = what.removeprefix("models:/")
+    if "/" in name or ":" in name:
+        raise InputError(f"expected the NAME of a registered model, for example my-merge, got {what!r}")
+    return name
 
 
 def _champion(options: argparse.Namespace, name: str, number: str, before: str) -> None:
@@ -146,7 +154,9 @@ def rollback(options: argparse.Namespace) -> None:
     what = options.what.removeprefix("models:/")
     name, _, number = what.rpartition("/")
     if not (name and number.isdecimal()):
-        name, number = what, promotion.champion_number(what) or ""
+        name, number = what, ""
+    name = _model(name)
+    number = number or promotion.champion_number(name) or ""
     champion = promotion.rollback(name, options.why, str(int(number)) if number else None)
     reported = _report(champion, options.why)
     before = f"{champion.rpartition('/')[0]}/{int(number)}"
