@@ -28,7 +28,7 @@ from lewis_flows.registration import Ended, MergeReport, register_merge, report_
 from lewis_flows.runners import choose
 from lewis_flows.scoring import Judged, score
 from lewis_flows.service import recipes_page
-from lewis_flows.turn import HOOKS, absorb, noted, turn
+from lewis_flows.turn import HOOKS, absorb, noted, of_group, turn
 from lewis_flows.walk import Scores, Walk, finish, known, known_scores, pin, submit
 from lewis_tasks.evaluate import check_tasks
 from lewis_tasks.register import check_publish, find_champion
@@ -110,7 +110,8 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
             release_event.settle(path.stem)
         absorb(run)
         plan, keys = _recipe_and_keys(path, overrides or [])
-        report, changed, (name, line) = _merge(plan, path, overrides or [], keys)
+        with of_group(plan, str(flow_run.id)):
+            report, changed, (name, line) = _merge(plan, path, overrides or [], keys)
     if run.deployment_id:
         report.save(str(run.id))
     if name == AWAITS and run.deployment_id and report.version:

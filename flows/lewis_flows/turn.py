@@ -1,4 +1,4 @@
-"""Turns: one run of a recipe at a time. Dead runs that Prefect shows as running are marked as crashed.
+"""Turns: one run of a recipe, or of a group, at a time. Dead runs that Prefect shows as running are marked as crashed.
 
 The runs of a deployment take turns by its concurrency limit; one that waits there occupies no worker. A kernel lock on
 a file of the store comes on top, for `lewis run`, which may run next to the service. The kernel frees a lock as soon as
@@ -9,7 +9,7 @@ holder ends after a minute.
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,6 +23,7 @@ from prefect.runtime import flow_run
 from prefect.states import Crashed
 
 from lewis import store
+from lewis.recipe.recipe import Recipe
 from lewis.store import runs
 from lewis.store.lease import SharedLock
 from lewis_flows import approval, prefect_runs, recipes_folder
@@ -93,6 +94,21 @@ def turn(recipe: Path, run: str) -> Iterator[None]:
             yield
         finally:
             running.release()
+
+
+def of_group(recipe: Recipe, run: str) -> AbstractContextManager[None]:
+    """Return the turn of all recipes that register the same model (`register.group`); of other recipes, none.
+
+    Else the gates of two runs would compare with one champion, and the second could not replace that of the first.
+
+    Args:
+        recipe: of the run, which has its own turn already.
+        run: id of the flow run.
+    """
+    block = recipe.register_as
+    if not (block and block.group):
+        return nullcontext()
+    return turn(recipes_folder.location() / f"{block.model}.group", run)
 
 
 def absorb(run: FlowRun) -> None:

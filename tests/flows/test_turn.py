@@ -18,6 +18,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Pending, Running
 
 from lewis.errors import InputError
+from lewis.recipe.recipe import Recipe
 from lewis.store import runs
 from lewis_flows import merge, prefect_runs, search, serve, turn
 
@@ -47,6 +48,34 @@ def test_a_recipe_has_one_turn_by_every_path_of_its_folder(tmp_path: Path, monke
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with turn.turn(tmp_path / "link" / "x.yaml", "run"), pytest.raises(Timeout):
         turn._lock(tmp_path / "real" / "x.yaml").acquire(timeout=0)
+
+
+def test_recipes_of_a_group_run_one_after_the_other(
+    prefect_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release started both; the second failed, since the first had replaced the champion that it compared with."""
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path))
+    for name, group in (("one", "duo"), ("two", "duo"), ("alone", "")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"{{merge_method: linear, models: [{{model: a, parameters: {{weight: 1}}}}], "
+            f"register: {{name: {group or 'own'}, group: '{group}'}}}}"
+        )
+    one, two, alone = (Recipe.load(tmp_path / f"{name}.yaml") for name in ("one", "two", "alone"))
+
+    def working(*_: object) -> None:
+        with turn.of_group(alone, "alone"), pytest.raises(Timeout):
+            turn._lock(tmp_path / "duo.group").acquire(timeout=0)
+        raise InputError("no further")
+
+    monkeypatch.setattr(merge, "begin", lambda _: tmp_path / "one.yaml")
+    monkeypatch.setattr(merge, "_recipe_and_keys", lambda *_: (one, None))
+    monkeypatch.setattr(merge, "_merge", working)
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        state = merge.merge_flow("one", return_state=True)
+    assert state.message and "no further" in state.message
+    with turn.of_group(two, "two"):
+        pass
 
 
 def test_whether_a_run_waits_for_its_turn_is_known_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

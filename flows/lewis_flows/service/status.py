@@ -314,7 +314,8 @@ def _described(
 
 def _waits(run: FlowRun) -> str:
     going_on = run.state_type is not None and run.state_type.value in prefect_runs.UNFINISHED
-    return "waits for its turn: another run of the recipe goes on" if going_on and turn.waits(str(run.id)) else ""
+    why = "waits for its turn: another run of the recipe, or of its group, goes on"
+    return why if going_on and turn.waits(str(run.id)) else ""
 
 
 def _first(runs: Iterable[FlowRun], key: Callable[[FlowRun], Hashable]) -> list[FlowRun]:
