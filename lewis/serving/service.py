@@ -166,6 +166,20 @@ def is_due(target: Target, champion: Champion, owner: str = "") -> bool:
         return False
 
 
+def is_any_due(targets: Sequence[Target], champion: Champion, owner: str = "") -> bool:
+    """Whether a run that serves the targets in order now may bring one to the champion; arguments as of `is_due`.
+
+    Such a run ends at the first target that fails, so those after one that has failed and is not due do not count.
+    """
+    for target in targets:
+        if is_due(target, champion, owner):
+            return True
+        failure = record_of(champion.version.name, target, owner).failure
+        if failure and failure.uri == champion.version.uri:
+            return False
+    return False
+
+
 def _is_withdrawn(record: Served) -> bool:
     """Whether the version that a target has in service was rolled back."""
     return bool(record.uri) and promotion.withdrawn(record.name, record.digest) is not None

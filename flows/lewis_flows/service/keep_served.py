@@ -17,7 +17,8 @@ EVERY = 60.0  # seconds between two calls of `look`
 def look() -> list[str]:
     """Start `serve/<recipe>` of each recipe with a target that lacks the champion; return the names of these recipes.
 
-    A version that a target has refused is not tried again; one that failed because a server was down is, after a while.
+    A version that a target has refused is not tried again, nor are the targets after it given that version; one that
+    failed because a server was down is tried again after a while.
 
     Raises:
         TransientError: if MLflow does not answer.
@@ -46,7 +47,7 @@ def _lacks(name: str, plan: Recipe) -> bool:
     try:
         if (champion := service.champion_of(plan)) is None:
             return False
-        return any(service.is_due(target, champion, service.owner_of(plan)) for target in hub.targets(plan))
+        return service.is_any_due(hub.targets(plan), champion, service.owner_of(plan))
     except TransientError:  # MLflow does not answer
         raise
     except Exception as error:  # whatever is wrong with one recipe's targets does not stop the others

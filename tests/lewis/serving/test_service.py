@@ -266,3 +266,19 @@ def test_a_tag_that_is_no_record_is_named(home: Path, text: str) -> None:
         client.set_registered_model_tag("tiny", "lewis.served.chat", text)
     with pytest.raises(LewisError, match=r"tiny: its tag lewis.served.chat in MLflow is no record .*; remove it, and"):
         served()
+
+
+def test_targets_after_one_that_has_refused_a_version_do_not_have_it_tried_again(home: Path, family: Family) -> None:
+    """Every minute a run began for the second target, and failed at the first one."""
+    with HttpSink() as first, HttpSink() as second:
+        targets = [
+            WebhookTarget(kind="webhook", name=f"at-{n}", url=sink.url) for n, sink in enumerate((first, second))
+        ]
+        champion = crowned(family.base, "a")
+        assert service.is_any_due(targets, champion)
+        first.statuses = [400]
+        with pytest.raises(LewisError, match="answered 400"):
+            service.serve(targets[0], champion)
+        assert service.is_due(targets[1], champion) and not service.is_any_due(targets, champion)
+        assert service.is_any_due(targets, crowned(family.base, "b")), "another version may be taken"
+        assert service.is_any_due(targets[::-1], champion)
