@@ -45,6 +45,7 @@ def send(
         LewisError: if it refuses, or cannot be asked: the URL or the key is malformed, or its answer is no HTTP.
     """
     import requests
+    from urllib3.exceptions import HTTPError
 
     end = time.monotonic() + timeout_s
     server = "/".join(url.split("/")[:3])  # in messages; the path of a webhook may be its secret
@@ -65,7 +66,7 @@ def send(
     except ValueError as error:
         fix = "see that its URL is right, that it speaks HTTP, and that LEWIS_SERVE_KEY has letters of ISO 8859-1 alone"
         raise LewisError(f"{server} cannot be asked ({type(error).__name__}); {fix}") from None
-    except (requests.RequestException, requests.exceptions.BaseHTTPError, TimeoutError) as error:
+    except (requests.RequestException, HTTPError, TimeoutError) as error:
         why = f"does not answer ({type(error).__name__}); see that it is up"
         raise TransientError(f"{server} {why}") from None
     status = answer.status_code
