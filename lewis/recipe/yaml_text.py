@@ -117,14 +117,14 @@ class _UniqueKeys(SafeConstructor):
     """Constructor for which a duplicate key is an error. PyYAML itself silently takes the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        seen = set()
-        for key in keys:
+        first = dict[Any, int]()
+        for place in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+            key, line = self.construct_object(place, deep=True), place.start_mark.line + 1
             if not isinstance(key, Hashable):
                 continue  # PyYAML refuses it below
-            if key in seen:
-                raise yaml.YAMLError(f"the key {key!r} is given twice, line {node.start_mark.line + 1}")
-            seen.add(key)
+            if key in first:
+                raise yaml.YAMLError(f"the key {key!r} is given twice, lines {first[key]} and {line}")
+            first[key] = line
         return super().construct_mapping(node, deep=deep)
 
 
