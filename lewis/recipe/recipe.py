@@ -1,5 +1,6 @@
 """The validated recipe, and the properties by which other packages learn what a run of it needs."""
 
+import datetime
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -246,8 +247,8 @@ _PATTERNS = {  # what texts of these patterns are, for people
 }
 # In a problem's location pydantic includes the type that it tried to validate; these names are no keys of the recipe.
 _KIND = re.compile(
-    r"bool|int|float|str|a range|a list|TokenRow|ModelName|constrained-\w+|(dict|list|tuple|union|literal)\[.*\]"
-    rf"|{'|'.join(TARGETS)}"
+    r"\[key\]|bool|int|float|str|a range|a list|TokenRow|ModelName|constrained-\w+"
+    rf"|(dict|list|tuple|union|literal)\[.*\]|{'|'.join(TARGETS)}"
 )
 
 
@@ -292,8 +293,11 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
         elif kind == "literal_error":
             lines.append(f"{where}: expected {problem.get('ctx', {})['expected']}, got {_short(given)}")
         else:
-            message = re.sub("(?i)tuple", "list", str(problem["msg"]))
-            lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {_short(given)}")
+            message = re.sub(r"dictionary( or instance of \w+)?", "mapping", str(problem["msg"]))
+            message = re.sub("(?i)tuple", "list", message)
+            quotes = kind in ("string_type", "invalid_key") and isinstance(given, bool | float | int | datetime.date)
+            hint = "; put the text in quotes" if quotes else ""
+            lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {_short(given)}{hint}")
     return lines
 
 

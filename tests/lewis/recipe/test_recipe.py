@@ -240,6 +240,12 @@ class TestMistakes:
                 "evaluate.weights.x: input should be a finite",
             ),
             ({"evaluate": {"tasks": []}}, "evaluate.tasks: list should have at least 1 item"),
+            ({"lewis": []}, "lewis: input should be a valid mapping, got []"),
+            ({"base_model": False}, "base_model: input should be a valid string, got False; put the text in quotes"),
+            (
+                {"lewis": {"calibrations": {1: {"texts": ["x"]}}}},
+                "lewis.calibrations[1]: input should be a valid string, got 1; put the text in quotes",
+            ),
             ({"evaluate": {"tasks": ["x"], "batch_size": 0}}, "evaluate.batch_size: "),
             ({"evaluate": {"tasks": ["x"], "baselines": ["bases"]}}, "evaluate.baselines[0]: expected 'base'"),
             (
@@ -452,7 +458,7 @@ class TestMistakes:
             ("- a", "expected a mapping with `merge_method` and `models`, got list"),
             ("", "got an empty text"),
             ("models:\n\t- model: a", "; YAML is indented with spaces, not tabs"),
-            ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
+            ("seed: 1\n\nseed: 2", "the key 'seed' is given twice, lines 1 and 3"),
             ("{[1]: 2}", "not valid YAML"),
         ],
     )
