@@ -252,15 +252,18 @@ def evaluate(
     private_names.LM_EVAL_ENVIRONMENT.put(lambda _: None)  # it lists all packages with pip, which nobody reads
     kept_answers = KeptAnswers(Path(answers)) if answers else None
     with kept_answers.of(lm) if kept_answers else nullcontext():
-        found: Any = evaluator.simple_evaluate(
-            model=lm,
-            tasks=tasks,
-            task_manager=manager,
-            log_samples=True,
-            samples={name: sorted(indices) for name, indices in drawn.items()} or None,
-            limit=None if drawn else limit,
-            **options,
-        )
+        try:
+            found: Any = evaluator.simple_evaluate(
+                model=lm,
+                tasks=tasks,
+                task_manager=manager,
+                log_samples=True,
+                samples={name: sorted(indices) for name, indices in drawn.items()} or None,
+                limit=None if drawn else limit,
+                **options,
+            )
+        except AssertionError as error:
+            raise (_empty_answer(loaded["tasks"]) or error) from error
         assert found is not None  # None only on the other ranks of a distributed run
         rows = found["samples"]
         for name, indices in drawn.items():
@@ -281,6 +284,15 @@ def evaluate(
         add_answers(lm, kept["requests"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return plain
+
+
+def _empty_answer(tasks: Mapping[str, Any]) -> ValueError | None:
+    """The error for the first document with an answer or a choice that is empty, which has no likelihood."""
+    for name, task in tasks.items():
+        for request in getattr(task, "instances", ()):
+            if request.request_type == "loglikelihood" and not request.args[1]:
+                return ValueError(f"task {name}: row {request.doc_id + 1} of its data has an empty answer or choice")
+    return None
 
 
 def _part(

@@ -199,7 +199,8 @@ def _answers(rows: list[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[str, str]
         if task.OUTPUT_TYPE == "loglikelihood":
             yield arguments[0][0], arguments[0][1]
         elif task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, int) and 0 <= target < len(arguments):
-            yield arguments[target][0], arguments[target][1]
+            if arguments[target][1]:  # an empty one has no likelihood
+                yield arguments[target][0], arguments[target][1]
         elif task.OUTPUT_TYPE == "generate_until":
             answer = next(texts_in(target), "")
             if answer.strip():

@@ -406,6 +406,16 @@ class TestScores:
         with pytest.raises(LewisError, match=r"broken: answers/perplexity,none is nan"):
             evaluate(tmp_path / "broken", EvalSettings(("answers",), root, limit=2))
 
+    def test_an_empty_choice_has_a_score_and_an_empty_answer_is_named(self, model, root):
+        write_rows(root, [" red", "", " red", " red", " red"])
+        said = {"doc_to_choice": "{{[said, ' dog', ' blue']}}", "target_delimiter": ""}
+        write_task(root / "tasks/pets.yaml", {**CHOICE, **said})
+        found = evaluate(model, EvalSettings(("pets",), root))
+        assert found.scores and found.ends.perplexity is not None
+        write_task(root / "tasks/answers.yaml", {**ANSWERS, "doc_to_target": "said", "target_delimiter": ""})
+        with pytest.raises(LewisError, match="task answers: row 2 of its data has an empty answer or choice"):
+            evaluate(model, EvalSettings(("answers",), root))
+
     def test_a_folder_without_a_model(self, root, tmp_path, model):
         with pytest.raises(InputError, match=r"config\.json"):
             evaluate(tmp_path, EvalSettings(("pets",), root))
