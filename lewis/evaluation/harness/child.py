@@ -323,7 +323,8 @@ def _load(manager: Any, tasks: list[str]) -> Any:
             try:
                 manager.load([name])
             except Exception as error:
-                problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+                why = error.__cause__ or error  # `datasets` says only that an error occurred, from the error itself
+                problem = f"{type(why).__name__}: {why}".partition("\n")[0]
                 raise ValueError(f"task {name}: lm-eval cannot use its YAML file or its data: {problem}") from error
         raise  # each loads alone, so together they clash: such as a task and its group
 

@@ -551,6 +551,11 @@ class TestBadEnds:
             evaluate(model, EvalSettings(("broken",), root, allow_code_execution=True))
         assert str(model) in str(caught.value)
 
+    def test_a_row_that_is_no_json_is_named(self, model, root):
+        (root / "data/rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n{\n")
+        with pytest.raises(LewisError, match=r"task pets: .*: ArrowInvalid: JSON parse error: .* in row 1"):
+            evaluate(model, EvalSettings(("pets",), root))
+
     def test_a_signal_is_named_and_the_next_evaluation_is_none_the_worse(self, model, root):
         task = faulty(root, "print('loading')\nos.kill(os.getpid(), signal.SIGKILL)")
         with pytest.raises(LewisError, match=r"(?s)killed by SIGKILL: out of memory\?.*loading"):
