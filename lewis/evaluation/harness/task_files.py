@@ -9,13 +9,14 @@ import glob
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, TemplateSyntaxError
 
-from lewis.errors import InputError
+from lewis.errors import InputError, nearest
 from lewis.input_files import read_bytes
 from lewis.recipe.yaml_text import MAX_BYTES, LimitedLoader, load
 from lewis.syntax import syntax_tree
@@ -147,6 +148,33 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
                 raise InputError(f"{task.path}: use_prompt: no file {root / prompts}; put or link it there")
             found.add(root / prompts)
     return sorted(found)
+
+
+def check_config(task: TaskFile) -> None:
+    """Check the keys, the splits and the templates of a task: lm-eval reads them only after the merge.
+
+    Raises:
+        InputError: naming the first key that is wrong.
+    """
+    from lm_eval.config.task import TaskConfig
+
+    config = task.config
+    if "class" in config or "group" in config:  # the keys are those of a class, or of the members
+        return
+    known = [field.name for field in fields(TaskConfig)]
+    for key in config:
+        if key not in (*known, "task_list"):
+            raise InputError(f"{task.path}: {key}: unknown key of a task of lm-eval{nearest(str(key), known)}")
+    splits = (config.get("dataset_kwargs") or {}).get("data_files")
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        name = config.get(key)
+        if isinstance(splits, Mapping) and name is not None and name not in splits:
+            raise InputError(f"{task.path}: {key}: no split {name!r} in data_files{nearest(str(name), splits)}")
+    for key in ("doc_to_text", "doc_to_target", "doc_to_choice", "description"):
+        try:
+            Environment().parse(text if isinstance(text := config.get(key), str) else "")
+        except TemplateSyntaxError as error:
+            raise InputError(f"{task.path}: {key}: not a valid Jinja template: {error.message}") from error
 
 
 def reads_hub(found: FoundTasks, root: Path) -> bool:

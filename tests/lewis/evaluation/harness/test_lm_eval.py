@@ -727,6 +727,9 @@ class TestCheckTasks:
             ({}, "process_docs: !function nowhere.docs\n", r"no file .*nowhere\.py"),
             ({}, "oops: [\n", r"own\.yaml: not a readable lm-eval task"),
             ({"task": None}, "", "expected the key `task`"),
+            ({"doc_to_tex": "x"}, "", r"own\.yaml: doc_to_tex: unknown key .*; did you mean 'doc_to_text'"),
+            ({"test_split": "tset"}, "", r"own\.yaml: test_split: no split 'tset' in data_files; did you mean 'test'"),
+            ({"doc_to_text": "{{q"}, "", r"own\.yaml: doc_to_text: not a valid Jinja template: unexpected end"),
         ],
     )
     def test_a_broken_file(self, root, change, function, message):
