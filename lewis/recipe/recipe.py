@@ -3,6 +3,7 @@
 import datetime
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,12 @@ class Recipe(MergeConfig):
             raise InputError(
                 f"text: expected YAML or JSON text, got {type(text).__name__}; json.dumps makes it of a dict"
             )
-        if isinstance(overrides, str):
-            raise InputError(f"overrides: expected a list of settings, got {overrides!r}; give [{overrides!r}]")
-        root, data = Path(root), yaml_text.read(text, name)
+        if not isinstance(root, str | PathLike):
+            raise InputError(f"root: expected the path of a folder, got {root!r}; give one, such as '.'")
+        if isinstance(overrides, str) or not isinstance(overrides, Iterable):
+            right = [overrides] if isinstance(overrides, str) else []
+            raise InputError(f"overrides: expected a list of settings, got {overrides!r}; give {right!r}")
+        root, data = Path(root).absolute(), yaml_text.read(text, name)
         for setting in overrides:
             yaml_text.override(data, setting)
         for table in (METHODS, ALLOCATORS):

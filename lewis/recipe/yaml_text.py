@@ -158,7 +158,7 @@ def read_file(path: str | Path) -> tuple[Path, str]:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}; give the path of a recipe") from error
     except InputError as error:
         raise RecipeError(str(error)) from error
-    except (RuntimeError, ValueError) as error:  # "~nobody", a name that is no UTF-8
+    except (RuntimeError, TypeError, ValueError) as error:  # "~nobody", None, a name that is no UTF-8
         raise RecipeError(f"{str(path)!r}: no such file: {error}; give the path of a recipe") from error
 
 

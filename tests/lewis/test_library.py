@@ -115,6 +115,22 @@ def test_arguments_of_another_kind_are_told(recipe: Path, tmp_path: Path) -> Non
         lewis.Recipe.parse({"merge_method": "ties"}, root=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"overrides: expected a list of settings, got 'dtype=float32'; give \['dtyp"):
         lewis.Recipe.load(recipe, "dtype=float32")
+    with pytest.raises(InputError, match=r"overrides: expected a list of settings, got None; give \[\]"):
+        lewis.Recipe.load(recipe, None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="root: expected the path of a folder, got None"):
+        lewis.Recipe.parse(recipe.read_text(), root=None)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="'None': no such file"):
+        lewis.Recipe.load(None)  # type: ignore[arg-type]
+
+
+def test_a_recipe_keeps_its_folder_when_the_notebook_goes_to_another(
+    recipe: Path, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(family.base.parent)
+    text = recipe.read_text().replace(f"{family.base.parent}/", "./")
+    parsed = lewis.Recipe.parse(text, root=".")
+    monkeypatch.chdir(tmp_path)
+    assert len(lewis.plan(parsed).inputs) == 3
 
 
 def test_the_size_of_a_file_is_checked_before_the_work(recipe: Path, tmp_path: Path) -> None:
