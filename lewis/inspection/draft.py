@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,15 +211,15 @@ def _end(folder: Path) -> str:
 
 def _compose(base: Source, topics: dict[str, Topic], tasks: tuple[str, ...], file: Path) -> str:
     folder = repository.fetch(base.model, weights=False)
-    config = read_config(folder)
+    config, name = read_config(folder), shlex.quote(file.name)
     dtype = config.get("dtype") or config.get("torch_dtype")
     dtype = dtype if dtype in ("float32", "float16", "bfloat16") else "bfloat16"
     sets = {topic.name: topic for topic in topics.values()}
     end = _end(folder).replace("{", "{{").replace("}", "}}")
     lines = [
-        f"# lewis plan {file.name}      what a run would do: downloads, disk, memory, time",
-        f"# lewis inspect {file.name}   whether the models belong together",
-        f"# lewis run {file.name}       the whole run",
+        f"# lewis plan {name}      what a run would do: downloads, disk, memory, time",
+        f"# lewis inspect {name}   whether the models belong together",
+        f"# lewis run {name}       the whole run",
         "merge_method: recommended       # fits each projection to what the experts do on their rows; or ties ...",
         f"base_model: {_quoted(base.ref)}",
         "models:",

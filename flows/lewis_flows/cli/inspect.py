@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def new(options: argparse.Namespace) -> None:
     for expert, topic in made.topics.items():
         print(f"{expert}: calibrated on {topic}")
     print("".join(f"{each.to_text()}\n" for each in made.findings), end="")
-    then = "" if asks else f"; read it, then `lewis plan {options.output}`"
+    then = "" if asks else f"; read it, then `lewis plan {shlex.quote(str(options.output))}`"
     print(f"{options.output}: scored by {', '.join(made.tasks)}{then}")
     if asks:
         _look_and_run(file)

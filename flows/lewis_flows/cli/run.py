@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -149,7 +150,7 @@ def print_merge(report: "MergeReport") -> None:
     if report.published:
         print(f"published: {report.published}")
     if report.page:
-        print(f"report of the run: {report.page}; `lewis report {report.recipe} --open` shows it")
+        print(f"report of the run: {report.page}; `lewis report {shlex.quote(report.recipe)} --open` shows it")
 
 
 def _run_flow(name: str, *arguments: object, as_json: bool) -> Any:

@@ -13,6 +13,7 @@ import pytest
 from lewis.inspection.draft import GENERAL, draft
 from lewis.recipe.recipe import Recipe
 from lewis_flows.cli.ask import rows_of
+from lewis_flows.cli.main import main
 from tests.conftest import Family
 from tests.support.warm import WarmPython
 
@@ -79,6 +80,15 @@ def test_it_asks_for_rows_and_shows_what_it_found(
     assert first.data_files == str(tmp_path / "one" / "train.jsonl") and len(recipe.lewis.calibrations) == 2
     assert "columns: question, answer, level" in shown and "memory  about" in shown
     assert re.search("no findings|warnings?: ", shown)  # of an inspection, as the models are here
+
+
+@pytest.mark.usefixtures("home")
+def test_a_name_with_a_blank_is_quoted_in_the_commands_to_type(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my own.yaml"
+    assert main(["new", str(family.base), str(family.math), "-o", str(file)]) == 0
+    assert f"`lewis plan '{file}'`" in capsys.readouterr().out and "# lewis run 'my own.yaml' " in file.read_text()
 
 
 @pytest.mark.parametrize("row", [{"text": "w1 w2"}, {"text": "w1 w2", "source": "web"}, {"body": "w1 w2"}])
