@@ -133,8 +133,8 @@ def absorb(run: FlowRun) -> None:
 def absorb_waiting() -> None:
     """End runs that wait for a slot of their deployment, all but the next one of those with the same parameters.
 
-    That one, when it begins, would end the others by the same rule as `absorb`, so they add nothing. While one waits
-    for its slot, another run holds it, so that none of them begins meanwhile.
+    The next one would end the others itself when it begins, as `absorb` does. None of them begins during this call,
+    since they wait for a slot that another run holds.
     """
     slot = {"name": {"any_": ["AwaitingConcurrencySlot"]}}
     try:

@@ -103,7 +103,10 @@ class AllocationEntry(JsonReference):
         return {ref: {name: s.sqrt() for name, s in entry.moments.items()} for ref, entry in self.measured.items()}
 
     def held_back(self, omega: float) -> ScalesByTensor:
-        """Tensor name -> factor of its merged delta, by `lewis.aim`; s is the mean over the base's calibration sets."""
+        """Tensor name -> the factors by which `lewis.aim` reduces its merged delta, one for each input channel.
+
+        They follow from the base's activations: from `s`, averaged over all calibration sets.
+        """
         sets = [entry.moments for entry in self.base]
         names = [name for name in (sets[0] if sets else ()) if all(name in moments for moments in sets)]
         return {name: aim(torch.stack([s[name] for s in sets]).mean(dim=0).sqrt(), omega) for name in names}

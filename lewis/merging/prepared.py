@@ -224,7 +224,7 @@ class Prepared:
         return [self.base, *(expert.model for expert in self.experts)]
 
     def models_with(self, name: str) -> list[Model]:
-        """The models whose tensor of this name is read: the base alone if it is excluded."""
+        """The models that are read for one tensor: only the base if it is excluded."""
         return self.models[: 1 if name in self.excluded else None]
 
     @property

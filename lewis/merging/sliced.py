@@ -271,7 +271,7 @@ class Stack(Merge):
         return self._giving[name].parameters(name)
 
     def models_with(self, name: str) -> list[Model]:
-        """The models of a tensor's slice whose tensor of this name is read."""
+        """The models that are read for one tensor of the result, by its slice."""
         return self._giving[name].models_with(name)
 
     @cached_property

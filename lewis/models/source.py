@@ -41,7 +41,7 @@ class Source:
         model: the full model.
         adapter: the LoRA adapter, if there is one; of several, the last.
         under: the adapters that are put on the model before `adapter`, in order.
-        like: the full model by whose tensor names this one is read, if another: the recipe's base or first expert.
+        like: the recipe's base or first expert, if this model is read by the tensor names of that one; else None.
     """
 
     ref: str

@@ -115,7 +115,7 @@ def last_judged(records: Sequence[Record]) -> dict[str, str]:
 def judged(records: Sequence[Record], mark: str | None) -> list[str]:
     """The versions that a gate judged since the mark became the champion, each once, in their order.
 
-    A rollback to the mark begins no new count: the error that it may allow is spent only once.
+    A rollback to the mark does not start the count again: the error allowed against one mark is spent only once.
 
     Args:
         records: oldest first.

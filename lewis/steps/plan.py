@@ -207,7 +207,7 @@ class _Unmade:
     key: str
 
     def files(self, label: str) -> None:
-        """None: there are no files on this machine."""
+        """Return None: its files are not on this machine, so nothing can be read from them."""
 
 
 def make_plan(recipe: Recipe) -> Plan:

@@ -70,7 +70,7 @@ def writer_of(path: Path) -> str | None:
 
 
 def place_of(path: Path) -> Path | None:
-    """The path where `path` was before it was set aside, to be replaced; None if it is another scratch path."""
+    """The place from which a file or folder was set aside to `path` while it is replaced; None for other paths."""
     found = _BESIDE.fullmatch(path.name)
     return path.with_name(found["name"]) if found and found["earlier"] else None
 

@@ -12,8 +12,9 @@ _PAUSE = 0.01  # seconds until a Ctrl-C that was lost is raised again
 def program() -> NoReturn:
     """Run the command of this process's command line, and end the process.
 
-    A KeyboardInterrupt that a finaliser or callback loses is raised again. During imports Ctrl-C ends the process, as a
-    package written in C may report it as a failed import, which the importing module may take for a missing package.
+    If a finaliser or a callback swallows a KeyboardInterrupt, it is raised again. During imports, Ctrl-C ends the
+    process immediately: a package written in C may turn it into an ImportError, which the importing module takes for a
+    missing package.
     """
     heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell's background jobs ignore it
     if heeded:

@@ -95,7 +95,7 @@ class EvalSettings:
 
 
 def check_tasks(settings: EvalSettings) -> None:
-    """Check that every task is found and readable, that its data exist, and that the recipe allows the code it runs.
+    """Check that every task is found and well formed, that its data exist, and that the recipe allows the code it runs.
 
     Raises:
         InputError: naming the task, and the nearest valid names for one that does not exist; as `isolation.check`.

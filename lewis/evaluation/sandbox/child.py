@@ -271,7 +271,7 @@ class _Line:
 
 
 def serve(source: str, line: _Line) -> None:
-    """The program's process: load the program, then answer until the tests' process ends."""
+    """Load the program in this process, then answer the requests of the tests' process until that ends."""
     ours, program = os.getpid(), None
     loaded: dict[str, Any] = {}
     try:

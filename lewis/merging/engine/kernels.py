@@ -220,8 +220,9 @@ def scan(
     """Look for scores whose bits, as a whole number, lie in [low, high].
 
     Returns:
-        How many scores are above, how many are inside, and how many of these were written to `found` (bits) and
-        `places` (element numbers): all of them, or fewer once another block might not fit.
+        How many scores are above `high`, how many are inside, and how many of those inside were written: their bits to
+        `found`, their element numbers to `places`. A block for which `found` may have too little room is counted, and
+        not written.
     """
     base_values, own_values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     score, hits = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint8)

@@ -66,7 +66,10 @@ class Aligned(View):
         return as_tensor(dtype, bits.copy()).reshape(shape)
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
-        """One tensor's dtype and bits, as `Checkpoint.raw`; F32 where a row is a mean or is lent in another dtype."""
+        """Return one tensor's dtype and bits, as `Checkpoint.raw`.
+
+        The dtype is F32 if a row is a mean, or comes from another model that stores it in another dtype.
+        """
         if not self._touches(name):
             return self.model.raw(name)
         if self._first is not None:

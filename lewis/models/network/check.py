@@ -58,8 +58,8 @@ def check_stack(
 ) -> None:
     """Check a result whose layers are stacked as `check_network` checks a model, before anything of it is written.
 
-    Tensors of layers that the network has no place for are an error, too. What the model that gives the config has
-    otherwise than its own network is left to `check_network`.
+    A tensor of a layer for which the network has no place is an error, too. Where the tensors of the model that gives
+    the config differ from its own network, `check_network` reports that.
 
     Args:
         home: the folder of the model that gives the config.
@@ -69,7 +69,7 @@ def check_stack(
         stacked_shapes: of the tensors of the result.
 
     Raises:
-        InputError: naming the changed keys of the config, and what the network of the result has otherwise.
+        InputError: naming the changed keys of the config, and how the network of the result differs from its tensors.
     """
     with store.scratch_folder("config") as folder:
         (folder / "config.json").write_text(json.dumps(stacked))
@@ -92,7 +92,7 @@ def check_stack(
 
 
 def _problems(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> list[str]:
-    """Describe all that the network of a config has otherwise than the tensors; raises as `_placing`."""
+    """Describe each difference between the network of a config and the tensors; raises as `_placing`."""
     placing = _placing(folder, config, shapes)
     if placing is None:
         return []

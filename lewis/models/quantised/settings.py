@@ -43,7 +43,8 @@ class Settings:
         plus_one: whether GPTQ's zeros are stored as one less.
         group_size: inputs that share a scale; 0 if the config does not say, -1 for all.
         block: rows and columns that share a scale in fp8.
-        packed: bits and inputs of a group (0: a whole row) that compressed-tensors' words may have.
+        packed: what the packed weights of compressed-tensors may have: pairs of bits, and inputs that share a scale (0:
+            a whole row).
         model_type: of the config.
     """
 
