@@ -1,6 +1,7 @@
 """Have lm-eval score a model in a child process: on which tasks, and with which options."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -164,7 +165,8 @@ def evaluate(
 
     Raises:
         InputError: if `model` or `adapter` is not such a folder, or a task file is broken; as `isolation.check`.
-        LewisError: if lm-eval fails, takes longer than `settings.timeout_s`, or gives a number that is not finite.
+        LewisError: if lm-eval fails, takes longer than `settings.timeout_s`, or gives a number that is not finite, or
+            likelihoods that are NaN.
     """
     for folder, file in ((model, "config.json"), (adapter, "adapter_model.safetensors")):
         if folder is not None and not (folder / file).is_file():
@@ -230,6 +232,9 @@ def evaluate(
         except LewisError as error:
             raise LewisError(f"{adapter or model}: {error}{asked.problem()}") from error
     evaluated = Evaluated.of(str(adapter or model), result)
+    perplexity = evaluated.ends.perplexity
+    if perplexity is not None and math.isnan(perplexity):  # of NaN, lm-eval takes the first choice as the best one
+        raise LewisError(f"{adapter or model}: its likelihoods are NaN: look for NaN or Inf in the model's weights")
     _warn_of_fewshot(settings, result["n-shot"])
     _warn_of_direction(evaluated.scores, result["higher_is_better"])
     return evaluated

@@ -218,4 +218,4 @@ def _perplexity(lm: Any, answers: list[tuple[str, str]]) -> float | None:
     if not tokens:
         return None
     mean = sum(found[0] for found in lm.loglikelihood(requests, disable_tqdm=True)) / tokens
-    return math.exp(-mean) if -mean < 700 else math.inf  # NaN stays NaN
+    return math.inf if -mean >= 700 else math.exp(-mean)  # NaN stays NaN

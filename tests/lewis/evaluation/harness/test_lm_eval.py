@@ -405,6 +405,8 @@ class TestScores:
         tokenizer.save_pretrained(tmp_path / "broken")
         with pytest.raises(LewisError, match=r"broken: answers/perplexity,none is nan"):
             evaluate(tmp_path / "broken", EvalSettings(("answers",), root, limit=2))
+        with pytest.raises(LewisError, match="broken: its likelihoods are NaN"):  # it chose the first choice each time
+            evaluate(tmp_path / "broken", EvalSettings(("pets",), root))
 
     def test_an_empty_choice_has_a_score_and_an_empty_answer_is_named(self, model, root):
         write_rows(root, [" red", "", " red", " red", " red"])
