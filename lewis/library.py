@@ -93,7 +93,7 @@ def merge(
     """
     if not isinstance(folder, str | PathLike):
         raise InputError(f"folder: expected the path of the output, got {folder!r}; give one, such as 'merged'")
-    recipe, folder, shard = load(recipe), check_output_folder(Path(folder)), parse_size(str(max_shard_size))
+    recipe, folder, shard = load(recipe), check_output_folder(Path(folder), "folder"), parse_size(str(max_shard_size))
     given, prepared = prepare(recipe, report)
     written = prepared.run(
         folder,

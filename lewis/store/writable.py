@@ -92,8 +92,8 @@ def explained(error: OSError) -> str:
     return str(error)
 
 
-def check_output_folder(folder: Path) -> Path:
-    """Check that a folder can be made, or replaced, at a place that the user gives.
+def check_output_folder(folder: Path, option: str = "-o") -> Path:
+    """Check that a folder can be made, or replaced, at a place that the user gives by an option or an argument.
 
     Returns:
         Its absolute path.
@@ -101,7 +101,7 @@ def check_output_folder(folder: Path) -> Path:
     Raises:
         InputError: if it cannot, or holds files that LEWIS did not write.
     """
-    with _named(folder):
+    with _named(folder, option):
         place = folder.expanduser().resolve()
         str(place).encode()  # raises for a name that is no UTF-8
         entries.check_replaceable(place)

@@ -107,6 +107,8 @@ def test_arguments_of_another_kind_are_told(recipe: Path, tmp_path: Path) -> Non
     assert lewis.merge(parsed, tmp_path / "out").digest
     with pytest.raises(InputError, match="folder: expected the path of the output, got None"):
         lewis.merge(recipe, None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^folder a\0b: cannot be written"):  # it named the option `-o`
+        lewis.merge(recipe, "a\0b")
     with pytest.raises(InputError, match=r"candidates: expected a list of references, got 'a/b'; give \['a/b'\]"):
         lewis.inspect(recipe, candidates="a/b")
     with pytest.raises(InputError, match="folder: expected the path of a model, got None"):
