@@ -34,7 +34,7 @@ class Pulled:
 
 
 def pull(what: str, folder: Path) -> Pulled:
-    """Write a version into a folder, whose files are checked against the checksums of its merge.
+    """Write a version into a folder, whose files are checked against the checksums of its merge, and its model card.
 
     Weights are hard links where the file system allows it, and read-only, since MLflow has the same file.
 
@@ -71,6 +71,10 @@ def pull(what: str, folder: Path) -> Pulled:
             manifest.check_files(target, expected, again=True)
         except DamagedError as error:
             raise _damaged(model.version.uri, error) from error
+    for each in store.CARD:  # written after the merge, so its manifest has no checksums of them
+        if (model.folder / each).is_file():
+            (folder / each).parent.mkdir(exist_ok=True)
+            shutil.copyfile(model.folder / each, folder / each)
     return Pulled(model.version.uri, folder, model.digest, sum(size for size, _ in expected.values()))
 
 

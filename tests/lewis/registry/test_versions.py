@@ -285,6 +285,7 @@ def test_an_adapter_on_a_commit_of_the_hub_refers_to_it(
 
 
 def test_a_version_is_pulled_into_a_folder(entry: Registration, home: Path, tmp_path: Path) -> None:
+    (entry.folder / "README.md").write_text("# The card")
     promotion.promote(creation.register(entry), PASSED)
     creation.register(replace(entry, digest=OTHER, folder=merged(entry.folder, OTHER)))
     shutil.rmtree(home / "merged")
@@ -293,7 +294,8 @@ def test_a_version_is_pulled_into_a_folder(entry: Registration, home: Path, tmp_
         assert (found.uri, found.digest) == ("models:/tiny/1", DIGEST)
     manifest = store.read_manifest(tmp_path / "out")
     assert manifest is not None and manifest["digest"] == DIGEST
-    there = {path.name: path for path in (tmp_path / "out").iterdir() if path.name != store.MANIFEST}
+    assert (tmp_path / "out" / "README.md").read_text() == "# The card"  # with licences and lineage; it was left out
+    there = {path.name: path for path in (tmp_path / "out").iterdir() if path.name not in (store.MANIFEST, *store.CARD)}
     assert set(there) == set(manifest["files"]) and found.size == sum(path.stat().st_size for path in there.values())
     for path in (artifacts(home) / "models").rglob("model/*.safetensors"):
         if path.stat().st_ino == there[path.name].stat().st_ino:
