@@ -88,7 +88,7 @@ TOPICS = (
     ),
     Topic(
         "mbpp",
-        r"code|coder|python|mbpp|humaneval|program",
+        r"(?<!en)(?<!de)code(?!c)|python|mbpp|humaneval|program",
         "google-research-datasets/mbpp",
         "full",
         "{text}\n{test_list[0]}\n",

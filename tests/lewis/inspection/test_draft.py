@@ -25,6 +25,8 @@ from tests.support.models import edit_json, write_llama
         (("lora-python-7b",), "mbpp"),
         (("v3", '["openai/gsm8k"]', "null"), "gsm8k"),
         (("BioMedical",), "sciq"),
+        (("Qwen2.5-Coder",), "mbpp"),
+        (("encoder-decoder-chat",), "general"),  # it was taken for an expert of code
         (("v3", "null", '["chat"]'), "general"),
     ],
 )
