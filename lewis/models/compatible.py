@@ -89,9 +89,10 @@ def preflight(
     """
     sources = [*([base] if base else []), *experts]
     first = sources[0]
-    shapes = {
-        model: _check_model(model, network, needed) for model in dict.fromkeys(source.model for source in sources)
-    }
+    shapes: dict[Pinned, Shapes] = {}
+    for model in dict.fromkeys(source.model for source in sources):
+        spared = {name: shape for name, shape in shapes.get(first.model, {}).items() if config.excludes(name)}
+        shapes[model] = _check_model(model, network, needed, spared)
     for adapter in (adapter for source in sources for adapter in source.adapters):
         folder = repository.fetch(adapter, weights=False)
         with repository.blaming(adapter, CONFIG, "unusable"):
@@ -125,8 +126,11 @@ def _ties(model: Pinned, shapes: Shapes) -> dict[str, str]:
     return tied_head(read_config(repository.fetch(model, weights=False)), shapes)
 
 
-def _check_model(model: Pinned, network: bool, needed: bool) -> Shapes:
-    """Check index, config and tokenizer of a full model, and return its tensors' shapes; flags as in `preflight`."""
+def _check_model(model: Pinned, network: bool, needed: bool, spared: Shapes) -> Shapes:
+    """Check index, config and tokenizer of a full model, and return its tensors' shapes; flags as in `preflight`.
+
+    If the network is not `needed`, the `spared` tensors may be missing: those that are copied from the base.
+    """
     home = repository.fetch(model, weights=False)
     with repository.blaming(model, INDEX):
         weight_files(home, () if model.is_local else repository.file_names(model))
@@ -137,7 +141,7 @@ def _check_model(model: Pinned, network: bool, needed: bool) -> Shapes:
     with repository.blaming(model, "config.json"):
         check_config(home, config, shapes)
         if network or needed or lacks_head(config, shapes):
-            check_network(home, config, shapes, needed=needed)
+            check_network(home, config, shapes if needed else {**spared, **shapes}, needed=needed)
     return shapes
 
 

@@ -31,7 +31,7 @@ def begin(recipe: Recipe) -> dict[str, Any]:
         TransientError: if the Hub cannot be asked right now; trying again can help.
     """
     base, experts = pin_all(recipe)
-    preflight(recipe, base, experts, network=recipe.runs_models)
+    preflight(recipe, base, experts, needed=recipe.runs_models)
     return pinned(base, experts)
 
 

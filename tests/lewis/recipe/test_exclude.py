@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lewis.errors import RecipeError
+import lewis
+from lewis.errors import InputError, RecipeError
 from lewis_flows.cli.main import main
 from tests.conftest import Family
 from tests.support import pipeline
@@ -42,6 +43,19 @@ def test_excluded_tensors_are_the_bases_own_and_the_rest_is_as_ever(
         same = base[name] if ".mlp." in name else whole[name]
         if ".mlp." in name or method != "dare_ties":  # whose draws hang on the model's key, its path here
             assert tensor.dtype == same.dtype and bits(tensor) == bits(same), name
+
+
+def test_an_expert_without_the_excluded_tensors_passes_all_checks(family: Family, tmp_path: Path, home: Path) -> None:
+    """`lewis inspect` and `lewis run` refused it, whose config names them, and `lewis merge` merged it."""
+    lacks = rewrite(family.math, tmp_path / "lacks", lambda name, each: None if ".mlp." in name else each)
+    data = {"merge_method": "ties", "base_model": str(family.base), "models": [{"model": str(lacks)}]}
+    recipe = parse({**data, "exclude": ["mlp"]})
+    pipeline.preflight(recipe, *pipeline.pin_all(recipe), network=True)
+    assert not lewis.inspect(recipe).errors
+    for exclude, needed in (["mlp"], True), (["mlp.up"], False):
+        recipe = parse({**data, "exclude": exclude})
+        with pytest.raises(InputError, match=r"mlp.* is in the network of this config, but not in the weights"):
+            pipeline.preflight(recipe, *pipeline.pin_all(recipe), network=True, needed=needed)
 
 
 def test_a_tied_head_stands_for_the_embedding(family: Family) -> None:
