@@ -10,6 +10,7 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.evaluation.statistics.comparison import Comparison, PairingError, compare, holm, table_cells
 from lewis.evaluation.statistics.scores import HASH, Evaluated, Samples, Score, by_key, places_of
+from lewis.models.source import commits_of
 from lewis.store import kinds, sealed_json
 
 
@@ -51,13 +52,7 @@ class Side:
         Raises:
             InputError: if the store has no scores of the model.
         """
-        entries = list[tuple[float, dict[str, Any]]]()
-        for path in kinds.SCORES.entries():
-            with suppress(OSError, sealed_json.DamagedError):  # housekeeping removes it meanwhile, or it is damaged
-                # Not by `read_entry`, which would mark every entry of the store as used, and the oldest as the newest.
-                used, content = path.stat().st_mtime, sealed_json.loads(path.read_bytes())
-                if content.get("model") in keys:
-                    entries.append((used, content))
+        entries = [each for each in _entries() if each[1].get("model") in keys]
         if not entries:
             raise InputError(
                 f"{label}: the store {store.home()} has no scores of this model; score it with `lewis run`, or give a "
@@ -83,6 +78,20 @@ class Side:
             samples, scores = by_key(found.samples), {score.key: score for score in found.scores}
             if key in samples and key in scores:
                 yield OnMetric(how, found.content, samples[key], scores[key])
+
+
+def _entries() -> Iterator[tuple[float, dict[str, Any]]]:
+    """Each entry of scores in the store: when it was last used, and its content."""
+    for path in kinds.SCORES.entries():
+        with suppress(OSError, sealed_json.DamagedError):  # housekeeping removes it meanwhile, or it is damaged
+            # Not by `read_entry`, which would mark every entry of the store as used, and the oldest as the newest.
+            yield path.stat().st_mtime, sealed_json.loads(path.read_bytes())
+
+
+def scored_with(adapter: str) -> set[str]:
+    """Return the keys of the models that the store has scores of and that are this adapter, by its commit, on one."""
+    models = {str(content.get("model")) for _, content in _entries()}
+    return {model for model in models if commits_of(model)[1:] == (adapter,)}
 
 
 @dataclass(frozen=True)
