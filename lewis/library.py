@@ -6,7 +6,7 @@ Results that are in the store are not computed again, and runs of the service fi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -216,7 +216,7 @@ def inspect(
         InputError: if a model does not exist, or the base is broken.
         TransientError: if the Hub cannot be asked right now; trying again can help.
     """
-    if isinstance(candidates, str | PathLike):
+    if isinstance(candidates, str | PathLike) or not isinstance(candidates, Iterable):
         one = str(candidates)
         raise InputError(f"candidates: expected a list of references, got {one!r}; give [{one!r}]")
     recipe = load(recipe)

@@ -111,6 +111,8 @@ def test_arguments_of_another_kind_are_told(recipe: Path, tmp_path: Path) -> Non
         lewis.merge(recipe, "a\0b")
     with pytest.raises(InputError, match=r"candidates: expected a list of references, got 'a/b'; give \['a/b'\]"):
         lewis.inspect(recipe, candidates="a/b")
+    with pytest.raises(InputError, match=r"candidates: expected a list of references, got '3'"):
+        lewis.inspect(recipe, candidates=3)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="folder: expected the path of a model, got None"):
         lewis.score(recipe, None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="text: expected YAML or JSON text, got dict; json"):

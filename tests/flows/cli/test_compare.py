@@ -230,6 +230,24 @@ def test_a_merged_adapter_is_known_by_its_folder(compared: Told, family: Family,
     assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
 
 
+def test_an_adapter_is_known_by_its_folder(compared: Told, family: Family, tmp_path: Path) -> None:
+    """It was refused for lack of a base, though the store had the scores of it."""
+    other, root = results(tmp_path / "out", RIGHT["better"]), tmp_path
+    bases = [pin(str(each), root) for each in (family.base, family.math)]
+    keys = [pin(str(family.lora), root, base).key for base in bases]
+    stacked = pin(f"{family.base}+{family.lora}+{family.lora}", root).key
+    store.write_entry(kinds.SCORES.path("0"), content(RIGHT["better"], model=stacked, scored_as="x"))
+    assert "write base+adapter" in compared(family.lora, other)[2]
+    store.write_entry(kinds.SCORES.path("1"), content(RIGHT["worse"], model=keys[0], scored_as="x"))
+    code, out, _ = compared(family.lora, other, "--json")
+    assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
+    store.write_entry(kinds.SCORES.path("2"), content(RIGHT["better"], model=keys[1], scored_as="x"))
+    code, _, err = compared(family.lora, other)
+    assert code == 2 and f"was scored on 2 models; name the one that you mean: BASE+{family.lora}" in err
+    code, out, _ = compared(f"{family.base}+{family.lora}", other, "--json")
+    assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
+
+
 def test_versions(compared: Told, home: Path, tmp_path: Path) -> None:
     with tracking.client("x") as client:
         client.create_registered_model("ops.tiny")
