@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.evaluation.statistics import power
 from lewis.registry import tracking
 from lewis.reports.charts import MOVES, champion_steps
@@ -156,13 +156,26 @@ def _beside(record: Record) -> str:
 
 def read(client: "MlflowClient", name: str) -> list[Record]:
     """Return all records of a registered model, oldest first, with a client that is open already."""
-    return in_tags(registered_model(client, name).tags)
+    return in_tags(name, registered_model(client, name).tags)
 
 
-def in_tags(tags: Mapping[str, str]) -> list[Record]:
-    """Return all records that the tags of a registered model hold, oldest first."""
-    texts = {key.removeprefix(TAG).removeprefix(_SHOWN): tags[key] for key in tags if key.startswith((TAG, _SHOWN))}
-    return [Record(**json.loads(texts[time])) for time in sorted(texts)]
+def in_tags(name: str, tags: Mapping[str, str]) -> list[Record]:
+    """Return all records that the tags of a registered model hold, oldest first.
+
+    Raises:
+        LewisError: if a tag is no such record.
+    """
+    keys = {key.removeprefix(TAG).removeprefix(_SHOWN): key for key in tags if key.startswith((TAG, _SHOWN))}
+    found = list[Record]()
+    for time in sorted(keys):
+        try:
+            found.append(Record(**json.loads(tags[keys[time]])))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise LewisError(
+                f"{name}: its tag {keys[time]} in MLflow is no record of its history ({error}): a person or a newer "
+                "LEWIS wrote it; remove it, or install the newer one here"
+            ) from error
+    return found
 
 
 def registered_model(client: "MlflowClient", name: str) -> "RegisteredModel":

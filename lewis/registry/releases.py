@@ -84,7 +84,7 @@ def merged(name: str) -> list[Held]:
         except InputError:  # before the first registration
             return []
         versions = [v for v in client.search_model_versions(f"name='{name}'") if v.tags.get("lewis.digest")]
-    aliases, judged = model.aliases, last_judged(in_tags(model.tags))
+    aliases, judged = model.aliases, last_judged(in_tags(name, model.tags))
     number = str(aliases.get("champion", ""))
     return [
         Held(

@@ -31,7 +31,7 @@ from lewis.evaluation.gate import Incumbent, Standing, Verdict
 from lewis.models.files.folder import copy_tokenizer
 from lewis.models.hub import repository
 from lewis.models.hub.pin import Pinned
-from lewis.registry import creation, history, logged_model, promotion, repair, tracking
+from lewis.registry import creation, history, logged_model, promotion, releases, repair, tracking
 from lewis.registry import versions as registry
 from lewis.registry.pull import pull
 from lewis.registry.registration import Registration
@@ -827,6 +827,18 @@ def test_the_plot_has_the_versions_of_the_documents_that_the_champion_was_scored
     drawn, luck, without = history.picture("tiny")
     assert luck == 0.01
     assert [each[3] is None for each in drawn] == [False, True, True] and without == [2, 3]
+
+
+@pytest.mark.parametrize("text", ["a note", "[]", '{"newer": 1}'])
+def test_a_tag_that_is_no_entry_of_the_history_is_named(entry: Registration, text: str) -> None:
+    """It was a traceback, of `lewis status` for all recipes too."""
+    creation.register(entry)
+    client().set_registered_model_tag("tiny", f"{history.TAG}x", text)
+    for read in (history.history, releases.merged):
+        with pytest.raises(
+            LewisError, match=r"tiny: its tag mlflow.lewis.history.x in MLflow is no record .*remove it"
+        ):
+            read("tiny")
 
 
 def test_a_user_without_a_name_is_noted_by_number(entry: Registration, monkeypatch: pytest.MonkeyPatch) -> None:
