@@ -13,7 +13,7 @@ from typing import NamedTuple
 from prefect.client.orchestration import get_client
 from prometheus_client.core import Metric
 
-from lewis.errors import LewisError
+from lewis.errors import LewisError, TransientError
 from lewis.models.source import commits_of
 from lewis.registry import history, releases, tracking
 from lewis.serving import records, slots
@@ -50,9 +50,15 @@ def read() -> Iterator[Metric]:
     for recipe in recipes_folder.names():
         if not (model := recipes_folder.registered_name(recipe)):
             continue
-        held = releases.merged(model) if tracking.exists() else []  # else it would create the database
+        try:
+            held = releases.merged(model) if tracking.exists() else []  # else it would create the database
+            targets = records.served(model) if held else []
+        except TransientError:
+            raise
+        except LewisError:  # a tag of one model that is no record, which `lewis status` names, hides no other model
+            continue
         champion = releases.champion(held)
-        for record in records.served(model) if held else ():
+        for record in targets:
             at = record.recipe or recipe, model, record.target  # a recipe of a group has targets of its own
             served[at] = float(record.uri.rpartition("/")[2] or 0)
             failed[at] = float(record.failure is not None)
