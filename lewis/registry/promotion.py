@@ -229,11 +229,16 @@ def rollback(name: str, why: str, expected: str | None = None) -> str:
                 f"models:/{name}/{expected} is not rolled back, since the champion is {now} by now; roll that back, or "
                 f"see `lewis history {name}`"
             )
-        if current is not None and current == previous:  # a process died between the two aliases
+        if current is None:  # there never was one, or its version was deleted
+            raise InputError(
+                f"{name}: there is no champion to roll back; `lewis promote` makes a version the champion, and `lewis "
+                f"history {name}` shows which ones were"
+            )
+        if current == previous:  # a process died between the two aliases
             moves = [each for each in history.read(client, name) if each.what not in history.REFUSED]
             to_current = [each.champion or "" for each in moves if each.version == f"models:/{name}/{current}"]
             previous = "".join(to_current[-1:]).rpartition("/")[2] or None
-        if current is None or previous is None or current == previous:
+        if previous is None or current == previous:
             raise InputError(f"{name}: there is no previous champion to go back to; see `lewis history {name}`")
         reason = client.get_model_version(name, previous).tags.get(WITHDRAWN)
         if reason is not None:

@@ -1095,6 +1095,9 @@ def test_what_cannot_be_promoted_or_rolled_back_by_hand_is_told(entry: Registrat
     with pytest.raises(InputError, match="no previous champion"):
         promotion.rollback("tiny", "x")
     assert aliases() == {"champion": "1"} and len(history.history("tiny")) == 1
+    client().delete_model_version("tiny", "1")
+    with pytest.raises(InputError, match="there is no champion to roll back; `lewis promote` makes a version"):
+        promotion.rollback("tiny", "x")
 
 
 def aliases() -> dict[str, str]:
