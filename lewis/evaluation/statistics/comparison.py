@@ -294,6 +294,8 @@ def _permutation(together: Sequence[Sequence[tuple[Part, Array]]], observed: flo
     every = number <= math.log2(RESAMPLES)
     rounds, hits, squares = 2**number if every else RESAMPLES, 0, 0.0
     rng = np.random.default_rng(1)
+    sizes = [_own(part, sums.sum(axis=0)[at : at + 2]) for of in together for part, sums in of for at in (0, 2)]
+    least = observed - ROUNDING * max(1.0, float(np.abs(sizes).sum()))  # a perplexity of 1000 is rounded at 1e-13
     for rows in _chunks(rounds, number):
         if every:
             swapped = (np.array(rows)[:, None] >> np.arange(number)) & 1
@@ -307,7 +309,7 @@ def _permutation(together: Sequence[Sequence[tuple[Part, Array]]], observed: flo
                 moved = sums[where]
                 change = np.hstack([moved[:, 2:] - moved[:, :2], moved[:, :2] - moved[:, 2:]])
                 total += _gain(part, sums.sum(axis=0) + swaps @ change)
-        hits += int(np.count_nonzero(~(np.abs(total) < observed - ROUNDING)))
+        hits += int(np.count_nonzero(~(np.abs(total) < least)))
         squares += float(total @ total)
     if every or hits:
         return hits / rounds if every else (1 + hits) / (1 + rounds)
