@@ -15,7 +15,7 @@ from lewis.models.names import PER_TOKEN, layer_of
 from lewis.progress import Report, silent
 from lewis.threads import cores
 
-SEMANTICS = "2"  # raise it when the same models get other measures
+SEMANTICS = "3"  # raise it when the same models get other measures
 SAMPLE = 1 << 14  # elements of a tensor that decide whether all are read
 _CHUNK = 1 << 15  # elements of each model that are decoded at a time
 _ROWS, _COLUMNS = 16, 512  # of each matrix, that are searched for rounded values
@@ -210,7 +210,11 @@ def _of_tensor(name: str, base: Model, experts: Sequence[Model], most: int | Non
         if not np.isfinite(largest).all():
             largest = _without_broken(values[:, :length], broken)
         peaks = np.maximum(peaks, largest)
+        before = gram.copy()
         loops.measure(values, length, gram, unchanged, signs)
+        if not np.isfinite(gram).all():  # a square above fp32, as of a weight with a flipped bit of its exponent
+            wide = values[:, :length].astype(np.float64)
+            gram = before + np.triu(wide @ wide.T)
     matrix = layer_of(name) is not None and len(info.shape) > 1 and not name.endswith(PER_TOKEN)
     distinct = [_distinct(bits, info.shape) if matrix and most is None else 0.0 for _, bits in raw]
     for model in models:

@@ -158,6 +158,7 @@ FAULTS: dict[str, tuple[Make, set[str]]] = {
         {"undertrained"},
     ),
     "float16 overflow": (_at("layers.1.mlp.up_proj", float("inf")), {"overflow"}),
+    "a flipped bit of an exponent": (_at("layers.1.mlp.up_proj", 6.8e36), {"norms"}),
     "quantised": (tensors(_quantise), {"quantised"}),
     "permuted heads": (tensors(_permute_heads), {"permuted heads"}),
     "permuted neurons": (
