@@ -389,10 +389,14 @@ class Prepared:
 
     def _copied_files(self) -> dict[str, dict[str, str]]:
         """For the digest: the checksums of the files that are copied, of the tokenizer and of the base's processors."""
-        groups = {"tokenizer": tokenizer_files(self.vocabulary.donor)}
-        if not self.as_adapter and (processors := processor_files(self.base.home)):
-            groups["processors"] = processors
-        return {kind: {path.name: store.file_sha256(path) for path in paths} for kind, paths in groups.items()}
+        donor, home = self.vocabulary.donor, self.base.home
+        groups = {"tokenizer": (donor, tokenizer_files(donor))}
+        if not self.as_adapter and (processors := processor_files(home)):
+            groups["processors"] = home, processors
+        return {
+            kind: {str(path.relative_to(folder)): store.file_sha256(path) for path in paths}
+            for kind, (folder, paths) in groups.items()
+        }
 
 
 def _aligned(vocabulary: Alignment, base: Model, expert: Expert, fits: bool) -> Expert:

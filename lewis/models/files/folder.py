@@ -18,7 +18,8 @@ GGUF_TABLE = "gguf.json"  # in a folder that `gguf.as_folder` made: the table of
 GGUF_LINK = "model.gguf"  # in such a folder: a link to the GGUF file
 _DONATED = (  # tokenizer, chat template and generation_config
     *("generation_config.json", "*.jinja", "chat_template.json", "tokenizer*", "*.model", "vocab.*", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "tekken.json", "*.tiktoken"),
+    *("special_tokens_map.json", "added_tokens.json", "tekken.json", "*.tiktoken", "normalizer.json"),
+    (_TEMPLATES := "additional_chat_templates/*.jinja"),  # those that are used by their names
 )
 _PROCESSORS = "*processor_config.json"  # how images, sound and video become a model's input
 _NEEDED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -26,11 +27,11 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def needed(names: Iterable[str]) -> list[str]:
-    """The files that a merge reads, sorted: weights, configs and tokenizer. Files in subfolders do not count.
+    """The files that a merge reads, sorted: weights, configs and tokenizer. Of subfolders, only chat templates count.
 
     GGUF files count where there are no safetensors.
     """
-    names = [n for n in names if "/" not in n and n != store.MANIFEST]
+    names = [n for n in names if ("/" not in n or fnmatch(n, _TEMPLATES)) and n != store.MANIFEST]
     found = [n for n in names if any(fnmatch(n, p) for p in _NEEDED)]
     if not any(".safetensors" in n for n in found):
         found += [n for n in names if n.endswith(".gguf")]
@@ -118,7 +119,9 @@ def is_of_gguf(folder: Path) -> bool:
 def copy_tokenizer(donor: Path, folder: Path) -> None:
     """Copy tokenizer, chat template and generation_config of `donor`, byte by byte."""
     for path in tokenizer_files(donor):
-        shutil.copyfile(path, folder / path.name)
+        target = folder / path.relative_to(donor)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def tokenizer_files(donor: Path) -> list[Path]:

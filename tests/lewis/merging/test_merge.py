@@ -397,6 +397,19 @@ class TestRun:
         merge.run(tmp_path / "out")
         assert all((tmp_path / "out" / name).read_bytes() == (base / name).read_bytes() for name in names)
 
+    def test_named_chat_templates_and_whispers_normalizer_come_along(self, family: Family, tmp_path: Path) -> None:
+        base = shard(family.base, tmp_path / "base")
+        before = open_merge("ties", base, [family.math]).digest
+        names = ["additional_chat_templates/tool_use.jinja", "normalizer.json"]
+        (base / "additional_chat_templates").mkdir()
+        for name in names:
+            (base / name).write_text(f"{{# {name} #}}")
+        merge = open_merge("ties", base, [family.math])
+        assert merge.digest != before
+        merge.run(tmp_path / "out")
+        assert all((tmp_path / "out" / name).read_bytes() == (base / name).read_bytes() for name in names)
+        assert set(AutoTokenizer.from_pretrained(tmp_path / "out").chat_template) == {"tool_use"}
+
     def test_code_of_the_base_that_is_not_copied_is_named(
         self, family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -292,6 +292,14 @@ def test_fetch_downloads_what_is_needed_once(hub: LocalHub, tmp_path: Path) -> N
     assert len(hub.log) == 1
 
 
+def test_fetch_downloads_named_chat_templates_and_nothing_else_of_a_subfolder(hub: LocalHub, tmp_path: Path) -> None:
+    template = "additional_chat_templates/tool_use.jinja"
+    hub.commit("org/x", {**MODEL, template: "{{ tools }}", "additional_chat_templates/x.py": "", "x/a.jinja": ""})
+    folder = fetch(resolve("org/x", tmp_path))
+    assert (folder / template).read_text() == "{{ tools }}"
+    assert [path.name for path in folder.glob("*/*")] == ["tool_use.jinja"]
+
+
 def test_fetch_without_weights(hub: LocalHub, tmp_path: Path) -> None:
     hub.commit("org/x", MODEL)
     pinned = resolve("org/x", tmp_path)
