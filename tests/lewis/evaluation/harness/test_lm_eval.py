@@ -33,6 +33,7 @@ from lewis.errors import InputError, LewisError
 from lewis.evaluation import step
 from lewis.evaluation.harness import process
 from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
+from lewis.evaluation.harness.task_files import TaskFile, check_config
 from lewis.evaluation.results_folder import read_results
 from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored
@@ -739,6 +740,13 @@ class TestCheckTasks:
         write_task(root / "tasks/own.yaml", {**CHOICE, "task": "own", **change}, function)
         with pytest.raises(InputError, match=message):
             check_tasks(EvalSettings(("tasks/own.yaml",), root))
+
+    def test_of_the_splits_only_those_that_are_read_must_exist(self, root):
+        of_task = {"test_split": "test", "training_split": "test", "validation_split": "none"}
+        config = {"dataset_kwargs": {"data_files": {"test": "x.jsonl"}}, **of_task}
+        check_config(TaskFile("x", root / "own.yaml", config, (), ()))
+        with pytest.raises(InputError, match="training_split: no split 'none'"):
+            check_config(TaskFile("x", root / "own.yaml", {**config, "training_split": "none"}, (), ()))
 
     def test_a_missing_file_and_a_name_defined_twice(self, root):
         with pytest.raises(InputError, match=r"absent\.yaml: not a readable lm-eval task"):
