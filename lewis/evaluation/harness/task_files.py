@@ -166,8 +166,8 @@ def check_config(task: TaskFile) -> None:
         if key not in (*known, "task_list"):
             raise InputError(f"{task.path}: {key}: unknown key of a task of lm-eval{nearest(str(key), known)}")
     splits = (config.get("dataset_kwargs") or {}).get("data_files")
-    for key in _read_splits(config) if isinstance(splits, Mapping) else ():
-        if (name := config[key]) not in splits:
+    for key in _read_splits(config):
+        if isinstance(splits, Mapping) and (name := config[key]) not in splits:
             raise InputError(f"{task.path}: {key}: no split {name!r} in data_files{nearest(str(name), splits)}")
     for key in ("doc_to_text", "doc_to_target", "doc_to_choice", "description"):
         try:
@@ -178,8 +178,8 @@ def check_config(task: TaskFile) -> None:
 
 def _read_splits(config: Mapping[str, Any]) -> list[str]:
     """The keys of the splits that lm-eval reads: the one that is scored, and the one of the examples, even if none."""
-    of_examples = ["fewshot_split"] if config.get("fewshot_config") else ["fewshot_split", "training_split"]
-    orders = (["test_split", "validation_split"], of_examples)
+    of_examples = [] if config.get("fewshot_config") else ["training_split", "validation_split"]
+    orders = (["test_split", "validation_split"], ["fewshot_split", *of_examples])
     found = (next((key for key in keys if config.get(key) is not None), None) for keys in orders)
     return [key for key in found if key]
 
