@@ -15,7 +15,7 @@ from lewis.recipe.serve import CanaryTarget, Rule
 from lewis.reports.canary import Measured, Step
 from lewis.serving.model import Model
 from lewis.serving.records import Served
-from lewis.serving.requests_to import send
+from lewis.serving.requests_to import json_of, send
 
 logger = logging.getLogger(__name__)
 _PAUSE = 5.0  # seconds between two looks at Prometheus
@@ -122,9 +122,9 @@ def query(target: CanaryTarget, text: str, server: str, seconds: float) -> float
         text = text.replace(f"{{{name}}}", given)
     answer = send("POST", f"{target.prometheus.rstrip('/')}/api/v1/query", form={"query": text}, timeout_s=_SECONDS)
     try:
-        found = answer.json()["data"]["result"]
+        found = json_of(answer)["data"]["result"]
         value = float(found[0]["value"][1]) if found else None
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise LewisError(f"Prometheus: no number for {text!r}: {answer.text[:200]}") from error
     if len(found) > 1:
         raise LewisError(f"Prometheus: expected one number for {text!r}, got {len(found)}; put `sum(...)` around it")

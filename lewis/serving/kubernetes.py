@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lewis import settings
 from lewis.errors import LewisError
 from lewis.recipe.serve import KserveTarget
-from lewis.serving.requests_to import send
+from lewis.serving.requests_to import json_of, send
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")  # where Kubernetes puts a pod's token
 _PATCH = "application/merge-patch+json"
@@ -112,6 +112,6 @@ def _send(target: KserveTarget, method: str, resource: Resource, name: str, body
         ca=str(ca) if own else None,
     )
     try:
-        return dict(answer.json())
-    except (ValueError, TypeError, RecursionError) as error:
+        return dict(json_of(answer))
+    except (ValueError, TypeError) as error:
         raise LewisError(f"{target.api}: its answer is no JSON object; is this the API of Kubernetes?") from error

@@ -11,7 +11,7 @@ from lewis.recipe.serve import OpenaiTarget
 from lewis.serving.command import facts
 from lewis.serving.model import Model
 from lewis.serving.records import Served
-from lewis.serving.requests_to import send, with_key
+from lewis.serving.requests_to import json_of, send, with_key
 
 
 def put(target: OpenaiTarget, model: Model, before: Served) -> str:
@@ -24,8 +24,8 @@ def put(target: OpenaiTarget, model: Model, before: Served) -> str:
     headers = {"Content-Type": target.content_type, **with_key(target.url)}
     answer = send(target.method.upper(), target.url, body=body, headers=headers, timeout_s=target.timeout_seconds)
     try:
-        found = answer.json() if target.expect else {}
-    except (ValueError, RecursionError) as error:
+        found = json_of(answer) if target.expect else {}
+    except ValueError as error:
         raise LewisError("the server's answer is no JSON, so `expect` cannot be checked") from error
     for key, value in target.expect.items():
         given = found.get(key) if isinstance(found, dict) else None
@@ -45,8 +45,8 @@ def api(target: OpenaiTarget, model: Model, before: Served) -> tuple[str, str] |
     url, name = target.api.rstrip("/"), asked_for(target, model)
     listed = send("GET", f"{url}/models", headers=with_key(target.api))
     try:
-        names = [str(each.get("id")) for each in listed.json()["data"]]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names = [str(each.get("id")) for each in json_of(listed)["data"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LewisError("its /models is no list of models; is `api` the URL of an OpenAI API, /v1?") from error
     if name not in names:
         raise LewisError(f"the server lists no model {name!r}, but {', '.join(names) or 'none'}")

@@ -86,6 +86,14 @@ def _whole(raw: Any, end: float) -> bytes:
     return bytes(read)
 
 
+def json_of(answer: Any) -> Any:
+    """Return the JSON that an answer is; raise ValueError if it is none, or is nested too deep to be read."""
+    try:
+        return answer.json()
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def with_key(url: str) -> dict[str, str]:
     """The header with the key for a server: that of `lewis up --serve` for its own, else `LEWIS_SERVE_KEY`, if set."""
     key = UP_SERVE_KEY.read() if slots.is_ours(url) else settings.SERVE_KEY.get()

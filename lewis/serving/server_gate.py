@@ -20,7 +20,7 @@ from lewis.errors import LewisError
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.step import find_score, furthest_look, scoring_devices
 from lewis.recipe.serve import Check
-from lewis.serving.requests_to import send, with_key
+from lewis.serving.requests_to import json_of, send, with_key
 from lewis.store import read_entry
 
 _TOKENS = 16  # compared of each greedy answer; longer ones often differ where two tokens are nearly equally likely
@@ -218,6 +218,6 @@ def _post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
     """Post a request, and return the first choice of the answer."""
     answer = send("POST", url, body=body, headers=with_key(url), timeout_s=_SECONDS)
     try:
-        return dict(answer.json()["choices"][0])
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        return dict(json_of(answer)["choices"][0])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise LewisError(f"the server's answer has no choices: {answer.text[:300]}") from error

@@ -15,7 +15,7 @@ from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.serve import VllmTarget
 from lewis.serving.model import Model, name_pattern
 from lewis.serving.records import Served
-from lewis.serving.requests_to import send, with_key
+from lewis.serving.requests_to import json_of, send, with_key
 
 logger = logging.getLogger(__name__)
 _SECONDS = 30  # for a request that loads nothing
@@ -74,8 +74,8 @@ def models(target: VllmTarget) -> dict[str, str]:
     url = f"{target.url.rstrip('/')}/v1/models"
     answer = send("GET", url, headers=with_key(url), timeout_s=_SECONDS)
     try:
-        return {str(each["id"]): str(each.get("root")) for each in answer.json()["data"]}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return {str(each["id"]): str(each.get("root")) for each in json_of(answer)["data"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LewisError("its /v1/models is no list of models; is this a vLLM server?") from error
 
 
