@@ -31,7 +31,7 @@ from lewis.serving import (
     webhook,
 )
 from lewis.serving.model import OutdatedError
-from lewis.serving.records import Served
+from lewis.serving.records import Failure, Served
 
 logger = logging.getLogger(__name__)
 AGAIN = timedelta(minutes=5)  # pause after an attempt that failed because a server did not answer
@@ -146,17 +146,33 @@ def serve(
     return now, True
 
 
-def is_due(target: Target, champion: Champion, owner: str = "") -> bool:
-    """Whether a target lacks the champion and may be given it now; `owner` is as `owner_of` returns it.
+def is_due(targets: Sequence[Target], champion: Champion, owner: str = "") -> bool:
+    """Whether a run that serves these targets in order now may bring one of them to the champion.
 
-    Not if it has refused that version, unless the one that it has was rolled back; if an attempt failed less than
-    `AGAIN` ago; or if it does not say what it has.
+    A target lacks the champion and may be given it now, unless it has refused that version (but for one whose version
+    was rolled back); an attempt failed less than `AGAIN` ago; or it does not say what it has. Such a run ends at the
+    first target that fails, so those after one that has failed and may not be tried now do not count.
+
+    Args:
+        targets: of a recipe.
+        champion: the version that they are to have.
+        owner: as `owner_of` returns it.
     """
-    record = record_of(champion.version.name, target, owner)
-    failure = record.failure
-    if failure and failure.uri == champion.version.uri:
-        age = datetime.now(UTC) - datetime.fromisoformat(failure.time)
-        return age > AGAIN and (failure.passes or (record.uri != failure.uri and _is_withdrawn(record)))
+    for target in targets:
+        record = record_of(champion.version.name, target, owner)
+        if record.failure and record.failure.uri == champion.version.uri:
+            return _may_try_again(record, record.failure)
+        if _lacks(target, champion, record):
+            return True
+    return False
+
+
+def _may_try_again(record: Served, failure: Failure) -> bool:
+    age = datetime.now(UTC) - datetime.fromisoformat(failure.time)
+    return age > AGAIN and (failure.passes or (record.uri != failure.uri and _is_withdrawn(record)))
+
+
+def _lacks(target: Target, champion: Champion, record: Served) -> bool:
     if (record.uri, record.block) != (champion.version.uri, _digest(target)):
         return True
     holds = KINDS[target.form].holds
@@ -164,20 +180,6 @@ def is_due(target: Target, champion: Champion, owner: str = "") -> bool:
         return holds is not None and not holds(target, record)
     except LewisError:  # the server does not answer now; it is asked again later
         return False
-
-
-def is_any_due(targets: Sequence[Target], champion: Champion, owner: str = "") -> bool:
-    """Whether a run that serves the targets in order now may bring one to the champion; arguments as of `is_due`.
-
-    Such a run ends at the first target that fails, so those after one that has failed and is not due do not count.
-    """
-    for target in targets:
-        if is_due(target, champion, owner):
-            return True
-        failure = record_of(champion.version.name, target, owner).failure
-        if failure and failure.uri == champion.version.uri:
-            return False
-    return False
 
 
 def _is_withdrawn(record: Served) -> bool:

@@ -247,7 +247,7 @@ def test_a_recipe_that_cannot_be_looked_at_does_not_stop_the_others(
     put(recipes_folder, "load", lambda name: fails() if name == "plugin" else load(name))
     put(secret_blocks, "load_for_serving", lambda: None)
     put(service, "champion_of", lambda plan: plan.register_as.model)
-    put(service, "is_due", lambda target, champion, owner: fails() if champion == "bad" else True)
+    put(service, "is_due", lambda targets, champion, owner: fails() if champion == "bad" else True)
     put(keep_served, "get_client", lambda **_: nullcontext())
     put(keep_served, "_start", lambda client, name: True)
     assert keep_served.look() == ["good"]

@@ -47,7 +47,7 @@ def _lacks(name: str, plan: Recipe) -> bool:
     try:
         if (champion := service.champion_of(plan)) is None:
             return False
-        return service.is_any_due(hub.targets(plan), champion, service.owner_of(plan))
+        return service.is_due(hub.targets(plan), champion, service.owner_of(plan))
     except TransientError:  # MLflow does not answer
         raise
     except Exception as error:  # whatever is wrong with one recipe's targets does not stop the others

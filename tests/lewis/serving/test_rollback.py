@@ -78,11 +78,11 @@ def test_a_version_that_was_rolled_back_is_replaced_without_a_canary_and_until_t
     works = False
     with pytest.raises(LewisError, match="tiny/2 stays in service"):
         service.serve(target, second, again=True)
-    assert not service.is_due(target, second), "it would be refused again"
+    assert not service.is_due([target], second), "it would be refused again"
     promotion.rollback("tiny", "it was rude")
     with pytest.raises(LewisError, match="tiny/2 stays in service"):
         service.serve(target, first)
-    assert service.is_due(target, first), "clients still get the version that was rolled back"
+    assert service.is_due([target], first), "clients still get the version that was rolled back"
     works = True
     service.serve(target, first)
     service.serve(target, crowned(family.base, "c"))

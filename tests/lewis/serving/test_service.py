@@ -164,12 +164,12 @@ def test_recipes_of_a_group_leave_each_others_records_and_files_alone(
     def serve(owner: str, champion: Champion) -> Served:
         record, new = service.serve(targets[owner], champion, owner=owner)
         service.tidy("tiny", [targets[owner]], owner)
-        assert new and not service.is_due(targets[owner], champion, owner)
+        assert new and not service.is_due([targets[owner]], champion, owner)
         return record
 
     first = crowned(family.base, "a")
     assert [serve(owner, first).previous for owner in targets] == ["", ""]
-    assert not service.is_due(targets["one"], first, "one"), "the other recipe has removed its record"
+    assert not service.is_due([targets["one"]], first, "one"), "the other recipe has removed its record"
     second = crowned(family.base, "b")
     assert serve("one", second).previous == first.version.uri
     assert len(SERVED.entries()) == 2, "the other target has the version before"
@@ -183,8 +183,8 @@ def test_targets_of_one_name_in_a_group_are_one_only_if_they_are_the_same(
 ) -> None:
     champion, here, there = crowned(family.base, "a"), program("", "here"), program("", "there")
     assert service.serve(here, champion, owner="one")[1] and service.serve(there, champion, owner="two")[1]
-    assert not service.is_due(here, champion, "one") and not service.is_due(there, champion, "two")
-    assert not service.is_due(here, champion, "three") and not service.serve(here, champion, owner="three")[1]
+    assert not service.is_due([here], champion, "one") and not service.is_due([there], champion, "two")
+    assert not service.is_due([here], champion, "three") and not service.serve(here, champion, owner="three")[1]
     assert sorted(each.recipe for each in served("tiny")) == ["one", "two"]
 
 
@@ -196,7 +196,7 @@ def test_a_record_that_was_written_before_its_recipe_had_a_group_goes_on(
     with tracking.client("writing as earlier versions did") as client:
         content = {key: value for key, value in asdict(before).items() if key != "recipe"}
         client.set_registered_model_tag("tiny", "lewis.served.command", json.dumps(content))
-    assert not service.is_due(target, first, "one")
+    assert not service.is_due([target], first, "one")
     assert service.serve(target, first, owner="one") == (replace(before, recipe="one"), False)
     assert served("tiny") == [replace(before, recipe="one")]
     assert service.serve(target, crowned(family.base, "b"), owner="one")[0].previous == first.version.uri
@@ -275,10 +275,10 @@ def test_targets_after_one_that_has_refused_a_version_do_not_have_it_tried_again
             WebhookTarget(kind="webhook", name=f"at-{n}", url=sink.url) for n, sink in enumerate((first, second))
         ]
         champion = crowned(family.base, "a")
-        assert service.is_any_due(targets, champion)
+        assert service.is_due(targets, champion)
         first.statuses = [400]
         with pytest.raises(LewisError, match="answered 400"):
             service.serve(targets[0], champion)
-        assert service.is_due(targets[1], champion) and not service.is_any_due(targets, champion)
-        assert service.is_any_due(targets, crowned(family.base, "b")), "another version may be taken"
-        assert service.is_any_due(targets[::-1], champion)
+        assert service.is_due([targets[1]], champion) and not service.is_due(targets, champion)
+        assert service.is_due(targets, crowned(family.base, "b")), "another version may be taken"
+        assert service.is_due(targets[::-1], champion)
