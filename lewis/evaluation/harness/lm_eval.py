@@ -12,7 +12,8 @@ from typing import Any
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.harness import backends, builtin_tasks, process, server
 from lewis.evaluation.harness.permission import check_code, runs_code
-from lewis.evaluation.harness.task_files import FoundTasks, check_config, data_files, find_tasks, reads_hub
+from lewis.evaluation.harness.task_config import check_config
+from lewis.evaluation.harness.task_files import FoundTasks, data_files, find_tasks, reads_hub
 from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.progress import Report, silent

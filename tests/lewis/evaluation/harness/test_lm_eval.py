@@ -33,7 +33,8 @@ from lewis.errors import InputError, LewisError
 from lewis.evaluation import step
 from lewis.evaluation.harness import process
 from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
-from lewis.evaluation.harness.task_files import TaskFile, check_config
+from lewis.evaluation.harness.task_config import check_config
+from lewis.evaluation.harness.task_files import TaskFile
 from lewis.evaluation.results_folder import read_results
 from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored
