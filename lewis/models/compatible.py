@@ -89,10 +89,12 @@ def preflight(
     """
     sources = [*([base] if base else []), *experts]
     first = sources[0]
-    shapes: dict[Pinned, Shapes] = {}
-    for model in dict.fromkeys(source.model for source in sources):
-        spared = {name: shape for name, shape in shapes.get(first.model, {}).items() if config.excludes(name)}
-        shapes[model] = _check_model(model, network, needed, spared)
+    ours = _check_model(first.model, network, needed, {})
+    left_out = {name: shape for name, shape in ours.items() if config.excludes(name)}
+    shapes = {first.model: ours}
+    for model in dict.fromkeys(source.model for source in sources[1:]):
+        if model not in shapes:
+            shapes[model] = _check_model(model, network, needed, left_out)
     for adapter in (adapter for source in sources for adapter in source.adapters):
         folder = repository.fetch(adapter, weights=False)
         with repository.blaming(adapter, CONFIG, "unusable"):
@@ -102,8 +104,7 @@ def preflight(
     models = {source.ref: source.model for source in sources}
     if config.slices and _preflight_slices(config, first.ref, by_ref, models, network=network or needed):
         return []
-    ours, problems, renamed = shapes[first.model], list[str](), list[str]()
-    left_out, by_token = {name for name in ours if config.excludes(name)}, config.vocabulary is not None
+    problems, renamed, by_token = list[str](), list[str](), config.vocabulary is not None
     for source in experts:
         if source.model.commit == first.model.commit:
             continue  # the base itself, or an adapter on it
