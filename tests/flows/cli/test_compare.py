@@ -58,11 +58,11 @@ def results(folder: Path, values: list[int], *, documents: int = 0, samples: boo
     return folder
 
 
-Told = Callable[..., tuple[int, str, str]]
+Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def compared(home: Path, capsys: pytest.CaptureFixture[str]) -> Told:
+def compared(home: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     """Exit code, output and errors of `lewis compare`."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -73,7 +73,7 @@ def compared(home: Path, capsys: pytest.CaptureFixture[str]) -> Told:
     return run
 
 
-def test_results_of_lm_eval(compared: Told, tmp_path: Path) -> None:
+def test_results_of_lm_eval(compared: Command, tmp_path: Path) -> None:
     worse = results(tmp_path / "out/worse", RIGHT["worse"])
     results(tmp_path / "out/better", RIGHT["worse"])
     better = results(tmp_path / "out/better", RIGHT["better"], date="2")  # the newest counts
@@ -95,7 +95,7 @@ def test_results_of_lm_eval(compared: Told, tmp_path: Path) -> None:
     assert "-inf" not in compared(one, one)[1]
 
 
-def test_what_lm_eval_does_not_say_of_each_document_is_named(compared: Told, tmp_path: Path) -> None:
+def test_what_lm_eval_does_not_say_of_each_document_is_named(compared: Command, tmp_path: Path) -> None:
     """A metric has lm-eval's own aggregation if its task names none; and prompts that differ are no secret."""
     nats = [[-3.0, 2], [-1.0, 1], [-2.0, 3]]
     value = math.exp(6 / 6)
@@ -127,7 +127,7 @@ def test_what_lm_eval_does_not_say_of_each_document_is_named(compared: Told, tmp
     )
 
 
-def test_results_that_cannot_be_paired(compared: Told, tmp_path: Path) -> None:
+def test_results_that_cannot_be_paired(compared: Command, tmp_path: Path) -> None:
     ours = results(tmp_path / "a", RIGHT["worse"])
     others = results(tmp_path / "b", RIGHT["better"], documents=3)
     code, _, err = compared(ours, others)
@@ -164,7 +164,7 @@ def test_damaged_results_end_in_no_traceback(tmp_path: Path) -> None:
         assert paired(side, side)[0].prompts == 0
 
 
-def test_models_that_were_scored_here(compared: Told, family: Family, home: Path, tmp_path: Path) -> None:
+def test_models_that_were_scored_here(compared: Command, family: Family, home: Path, tmp_path: Path) -> None:
     keys = [pin(str(folder), tmp_path).key for folder in family.experts]
     code, _, err = compared(*family.experts)
     assert code == 2 and "has no scores of this model; score it with `lewis run`" in err
@@ -188,7 +188,9 @@ def test_models_that_were_scored_here(compared: Told, family: Family, home: Path
     assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.9, 0.2]
 
 
-def test_prompts_and_versions_of_models_that_were_scored_here(compared: Told, family: Family, tmp_path: Path) -> None:
+def test_prompts_and_versions_of_models_that_were_scored_here(
+    compared: Command, family: Family, tmp_path: Path
+) -> None:
     """The entries kept neither, so that models with other prompts were compared without a word."""
     store.write_entry(kinds.SCORES.path("old"), content(RIGHT["better"], model=pin(str(family.code), tmp_path).key))
     key, asked = pin(str(family.math), tmp_path).key, [f"{n:016x}" for n in range(10)]
@@ -207,7 +209,7 @@ def test_prompts_and_versions_of_models_that_were_scored_here(compared: Told, fa
 
 
 def test_a_comparison_is_no_use_of_scores_so_that_the_last_used_ones_stay_these(
-    compared: Told, family: Family, tmp_path: Path
+    compared: Command, family: Family, tmp_path: Path
 ) -> None:
     for how, days in (("new", 2), ("old", 3)):
         for number, folder in enumerate(family.experts):
@@ -222,7 +224,7 @@ def test_a_comparison_is_no_use_of_scores_so_that_the_last_used_ones_stay_these(
     assert [path.stat().st_mtime for path in kinds.SCORES.entries()] == before
 
 
-def test_a_merged_adapter_is_known_by_its_folder(compared: Told, family: Family, tmp_path: Path) -> None:
+def test_a_merged_adapter_is_known_by_its_folder(compared: Command, family: Family, tmp_path: Path) -> None:
     with store.publish(tmp_path / "pulled", {"digest": "a" * 64}) as target:
         shutil.copytree(family.lora, target, dirs_exist_ok=True)
     store.write_entry(kinds.SCORES.path("1"), content(RIGHT["worse"], model="a" * 64, scored_as="x"))
@@ -230,7 +232,7 @@ def test_a_merged_adapter_is_known_by_its_folder(compared: Told, family: Family,
     assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
 
 
-def test_an_adapter_is_known_by_its_folder(compared: Told, family: Family, tmp_path: Path) -> None:
+def test_an_adapter_is_known_by_its_folder(compared: Command, family: Family, tmp_path: Path) -> None:
     """It was refused for lack of a base, though the store had the scores of it."""
     other, root = results(tmp_path / "out", RIGHT["better"]), tmp_path
     bases = [pin(str(each), root) for each in (family.base, family.math)]
@@ -248,7 +250,7 @@ def test_an_adapter_is_known_by_its_folder(compared: Told, family: Family, tmp_p
     assert code == 0 and json.loads(out)["rows"][0]["scores"] == [0.2, 0.9]
 
 
-def test_versions(compared: Told, home: Path, tmp_path: Path) -> None:
+def test_versions(compared: Command, home: Path, tmp_path: Path) -> None:
     with tracking.client("x") as client:
         client.create_registered_model("ops.tiny")
         for digest in ("a" * 64, "b" * 64):

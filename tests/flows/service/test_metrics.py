@@ -67,7 +67,7 @@ def test_what_happened_is_on_the_page(
     monkeypatch.setenv("LEWIS_RECIPES", str(tmp_path / "recipes"))
     name = f"metered{uuid4().hex[:8]}"  # no other test of this server has it
     (tmp_path / "recipes" / f"{name}.yaml").write_text("merge_method: ties\nregister: {name: model}\n")
-    (tmp_path / "recipes" / "a-odd-one.yaml").write_text("merge_method: ties\nregister: {name: odd}\n")
+    (tmp_path / "recipes" / "broken.yaml").write_text("merge_method: ties\nregister: {name: broken}\n")
     run = client.create_flow_run(merge, parameters={"recipe": name}, state=Running())
     for state, made in ((Completed(name="Cached"), 3), (Failed(), 1)):
         for number in range(made):
@@ -95,7 +95,7 @@ def test_what_happened_is_on_the_page(
     (home / "scores" / "x.json").write_bytes(b"x" * 5000)
 
     with tracking.client("a target") as mlflow:
-        mlflow.create_registered_model("odd", {f"{history.TAG}x": "a note, which hides no other model"})
+        mlflow.create_registered_model("broken", {f"{history.TAG}x": "a note, which hides no other model"})
         record = Served("model", "vllm", "vllm").took(version.uri, "a" * 64, "model-1", "")
         records.write(mlflow, record.refused("models:/model/2", "no room"))
         records.write(mlflow, Served("model", "local", "local").took(version.uri, "a" * 64, "model-1", ""))
