@@ -7,7 +7,7 @@ from statistics import NormalDist
 from typing import Any
 
 from lewis import settings
-from lewis.evaluation.harness.task_files import FoundTasks, find_tasks
+from lewis.evaluation.harness.task_files import FoundTasks, find_tasks, split_file
 from lewis.evaluation.harness.task_metrics import config_and_members, without_values
 from lewis.evaluation.statistics import looks, power
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY
@@ -121,12 +121,8 @@ def _is_share(config: Mapping[str, Any]) -> bool:
 
 def _rows(config: Mapping[str, Any], root: Path) -> int | None:
     """The number of rows in the task's split; None unless it is one local file with a JSON object per line."""
-    options = config.get("dataset_kwargs") or {}
-    files = options.get("data_files") if isinstance(options, Mapping) else None
-    split = config.get("test_split") or config.get("validation_split")
-    named = files.get(str(split)) if isinstance(files, Mapping) else files
-    path = root / named if isinstance(named, str) and named.endswith(".jsonl") else None
-    if config.get("dataset_path") != "json" or path is None or not path.is_file():
+    path = split_file(config, root, "test_split" if config.get("test_split") else "validation_split")
+    if path is None:
         return None
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())

@@ -106,7 +106,7 @@ def check_tasks(settings: EvalSettings) -> None:
     for name, task in found.files.items():
         data_files(task, settings.root)
         check_code(name, task, settings.allow_code_execution)
-        check_config(task)
+        check_config(task, settings.root, settings.num_fewshot)
     if _brings_code(settings, found):
         isolation.check()
     builtin_tasks.check_builtin(found.builtin, found.local)

@@ -1,17 +1,33 @@
 """Check the content of a task file before any work: what lm-eval would find only after the merge."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import Environment, StrictUndefined, TemplateSyntaxError, UndefinedError, meta
+from jinja2.sandbox import SandboxedEnvironment
 
 from lewis.errors import InputError, nearest
-from lewis.evaluation.harness.task_files import TaskFile
+from lewis.evaluation.harness.task_files import TaskFile, split_file
+from lewis.input_files import open_regular
+
+_TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
 
-def check_config(task: TaskFile) -> None:
-    """Check the keys of a task, the splits that are read, and the templates.
+def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> None:
+    """Check a task's keys, its splits that are read, its templates, and the names that lm-eval must know.
+
+    Where a split is one local file with a JSON object per line, also check that its columns fill the templates, and
+    that it has enough rows for the examples in the prompt.
+
+    Args:
+        task: the file's content.
+        root: the recipe's folder, in which relative paths start.
+        num_fewshot: examples in the prompt; None takes the task's own number. A task that sets 0 keeps 0.
 
     Raises:
         InputError: naming the first key that is wrong.
@@ -26,14 +42,19 @@ def check_config(task: TaskFile) -> None:
         if key not in (*known, "task_list"):
             raise InputError(f"{task.path}: {key}: unknown key of a task of lm-eval{nearest(str(key), known)}")
     splits = (config.get("dataset_kwargs") or {}).get("data_files")
-    for key in _read_splits(config):
+    read = _read_splits(config)
+    for key in read:
         if isinstance(splits, Mapping) and (name := config[key]) not in splits:
             raise InputError(f"{task.path}: {key}: no split {name!r} in data_files{nearest(str(name), splits)}")
-    for key in ("doc_to_text", "doc_to_target", "doc_to_choice", "description"):
+    for key in (*_TEMPLATES, "description"):
         try:
             Environment().parse(text if isinstance(text := config.get(key), str) else "")
         except TemplateSyntaxError as error:
             raise InputError(f"{task.path}: {key}: not a valid Jinja template: {error.message}") from error
+    _check_names(task)
+    if read and not any(config.get(key) for key in ("process_docs", "use_prompt", "custom_dataset")):
+        _check_columns(task, split_file(config, root, read[0]))
+        _check_examples(task, root, read, num_fewshot)
 
 
 def _read_splits(config: Mapping[str, Any]) -> list[str]:
@@ -42,3 +63,79 @@ def _read_splits(config: Mapping[str, Any]) -> list[str]:
     orders = (["test_split", "validation_split"], ["fewshot_split", *of_examples])
     found = (next((key for key in keys if config.get(key) is not None), None) for keys in orders)
     return [key for key in found if key]
+
+
+def _check_names(task: TaskFile) -> None:
+    """Check the names of the output type, of the metrics' aggregations and of the filters."""
+    import lm_eval.filters  # noqa: F401 - registers the filters
+    from lm_eval.api.registry import aggregation_registry, filter_registry
+    from lm_eval.api.task import ALL_OUTPUT_TYPES  # this module registers the aggregations
+
+    def check(key: str, item: Mapping[str, Any], known: Sequence[str]) -> None:
+        name = item.get(key.rpartition(": ")[2])
+        if name is not None and name not in (*known, *task.functions):
+            raise InputError(f"{task.path}: {key}: lm-eval has no {name!r}{nearest(str(name), known)}")
+
+    check("output_type", task.config, ALL_OUTPUT_TYPES)
+    for metric in _mappings(task.config.get("metric_list")):
+        check("metric_list: aggregation", metric, tuple(aggregation_registry))
+    for pipeline in _mappings(task.config.get("filter_list")):
+        for each in _mappings(pipeline.get("filter")):
+            check("filter_list: function", each, tuple(filter_registry))
+
+
+def _mappings(value: object) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+def _check_columns(task: TaskFile, file: Path | None) -> None:
+    """Fill the templates with the first document of a file, as lm-eval does when it loads the task.
+
+    They are filled in Jinja's sandbox, since a template can run code.
+    """
+    from lm_eval.utils import regex_replace
+
+    if file is None or (row := next(_rows(file), None)) is None:
+        return
+    environment = SandboxedEnvironment(undefined=StrictUndefined)
+    environment.filters["regex_replace"] = regex_replace
+    for key in _TEMPLATES:
+        text = task.config.get(key)
+        if not isinstance(text, str) or text in row or text in task.functions:
+            continue
+        if not (unknown := meta.find_undeclared_variables(environment.parse(text)) - {*row, *environment.globals}):
+            continue
+        columns = {column for each in _rows(file) for column in each}  # a row is None in a column that it lacks
+        try:
+            environment.from_string(text).render({**dict.fromkeys(columns), **row})
+        except UndefinedError as error:
+            if text not in columns and any(error.message == f"{name!r} is undefined" for name in unknown - columns):
+                listed = ", ".join(sorted(columns))
+                raise InputError(f"{task.path}: {key}: {error.message}; {file} has the columns {listed}") from error
+        except Exception:  # what a template does with a value can raise anything
+            pass
+
+
+def _check_examples(task: TaskFile, root: Path, read: Sequence[str], num_fewshot: int | None) -> None:
+    """Check that the split of the examples has enough rows for a prompt."""
+    own = task.config.get("num_fewshot")
+    shots = own if own == 0 or num_fewshot is None else num_fewshot
+    file = split_file(task.config, root, read[-1])
+    if not isinstance(shots, int) or not shots or file is None or task.config.get("fewshot_config"):
+        return
+    needed = shots + (task.config[read[-1]] == task.config[read[0]])  # no document is an example of itself
+    if (found := sum(1 for _ in islice(_rows(file), needed))) < needed:
+        raise InputError(
+            f"{task.path}: num_fewshot: {shots} examples need {needed} rows, and {file} has {found}; "
+            "set fewer, or add rows"
+        )
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file with a JSON object per line, up to the first line that is none."""
+    with suppress(ValueError), open_regular(file) as lines:
+        for line in lines:
+            if line.strip():
+                if not isinstance(row := json.loads(line), dict):
+                    return
+                yield row

@@ -149,6 +149,15 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
     return sorted(found)
 
 
+def split_file(config: Mapping[str, Any], root: Path, key: str) -> Path | None:
+    """The file of the split that `config[key]` names; None unless it is one local file with a JSON object per line."""
+    options = config.get("dataset_kwargs") or {}
+    files = options.get("data_files") if isinstance(options, Mapping) else None
+    named = files.get(str(config.get(key))) if isinstance(files, Mapping) else files
+    path = root / named if isinstance(named, str) and named.endswith(".jsonl") else None
+    return path if config.get("dataset_path") == "json" and path is not None and path.is_file() else None
+
+
 def reads_hub(found: FoundTasks, root: Path) -> bool:
     """Whether a task may read its documents from the Hub or another machine.
 

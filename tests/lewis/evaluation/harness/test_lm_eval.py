@@ -745,9 +745,55 @@ class TestCheckTasks:
     def test_of_the_splits_only_those_that_are_read_must_exist(self, root):
         of_task = {"test_split": "test", "training_split": "test", "validation_split": "none"}
         config = {"dataset_kwargs": {"data_files": {"test": "x.jsonl"}}, **of_task}
-        check_config(TaskFile("x", root / "own.yaml", config, (), ()))
+        check_config(TaskFile("x", root / "own.yaml", config, (), ()), root)
         with pytest.raises(InputError, match="training_split: no split 'none'"):
-            check_config(TaskFile("x", root / "own.yaml", {**config, "training_split": "none"}, (), ()))
+            check_config(TaskFile("x", root / "own.yaml", {**config, "training_split": "none"}, (), ()), root)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"output_type": "generate_untill"}, "output_type: lm-eval has no 'generate_untill'; did you mean 'gen"),
+            (
+                {"metric_list": [{"metric": "acc", "aggregation": "avg"}]},
+                "metric_list: aggregation: lm-eval has no 'avg'",
+            ),
+            (
+                {"filter_list": [{"name": "x", "filter": [{"function": "take_frist"}]}]},
+                "filter_list: function: lm-eval has no 'take_frist'; did you mean 'take_first'",
+            ),
+            (
+                {"doc_to_text": "{{query}}"},
+                r"doc_to_text: 'query' is undefined; .*rows\.jsonl has the columns answer, q",
+            ),
+            ({"doc_to_target": "anwser"}, None),  # a text that is no column is a template
+            ({"doc_to_text": "{% if hint is defined %}{{hint}}{% endif %}{{question}}"}, None),
+            ({"doc_to_text": "{{ question | regex_replace('a', 'b') }}{{ text.none }}"}, None),
+            ({"doc_to_text": "{{query}}", "process_docs": "own.docs"}, None),
+            ({"num_fewshot": 5}, r"num_fewshot: 5 examples need 6 rows, and .*rows\.jsonl has 5; set fewer"),
+            ({"num_fewshot": 4}, None),
+            ({"num_fewshot": 5, "fewshot_config": {"samples": [{}] * 5}}, None),
+        ],
+    )
+    def test_what_lm_eval_refuses_when_it_loads_a_task_is_refused_before(self, root, change, message):
+        task = TaskFile("pets", root / "own.yaml", {**CHOICE, **change}, (), ("own.docs",))
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            check_config(task, root)
+
+    def test_examples_that_the_recipe_asks_for_need_rows_but_not_where_a_task_sets_0(self, root):
+        task = TaskFile("pets", root / "own.yaml", CHOICE, (), ())
+        with pytest.raises(InputError, match="num_fewshot: 7 examples need 8 rows"):
+            check_config(task, root, 7)
+        check_config(replace(task, config={**CHOICE, "num_fewshot": 0}), root, 7)
+
+    def test_a_template_runs_no_code_before_the_sandbox(self, root):
+        code = "{{ question.__class__.__mro__[1].__subclasses__() }}{{ none }}"
+        task = TaskFile("pets", root / "own.yaml", {**CHOICE, "doc_to_text": code}, (), ())
+        check_config(task, root)  # refused by the sandbox of Jinja, which leaves the error to lm-eval
+
+    def test_a_column_that_only_later_rows_have_fills_a_template(self, root):
+        (root / "data/rows.jsonl").write_text('{"question": "a"}\n\n{"question": "b", "query": "c"}\n')
+        task = TaskFile("pets", root / "own.yaml", {**CHOICE, "doc_to_text": "{{query}}", "doc_to_target": 0}, (), ())
+        check_config(task, root)
 
     def test_a_missing_file_and_a_name_defined_twice(self, root):
         with pytest.raises(InputError, match=r"absent\.yaml: not a readable lm-eval task"):
