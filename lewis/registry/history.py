@@ -78,6 +78,21 @@ def history(name: str) -> list[Record]:
         return read(client, name)
 
 
+def lost_champion(name: str) -> str:
+    """Return the number of the version that became the champion last, if the model has no champion now; else empty.
+
+    Somebody deleted the version, or took its alias away, in MLflow: LEWIS itself only moves the alias.
+    """
+    name = tracking.model_name(name)
+    with tracking.client(f"reading the history of {name}") as client:
+        try:
+            model = registered_model(client, name)
+        except InputError:  # before the first registration
+            return ""
+    moves = [each for each in in_tags(name, model.tags) if each.what in MOVES]
+    return moves[-1].version.rpartition("/")[2] if moves and "champion" not in model.aliases else ""
+
+
 def record(
     client: "MlflowClient", name: str, what: str, version: str, champion: str | None, why: str, by: str = ""
 ) -> bool:

@@ -79,8 +79,8 @@ def status_options(command: argparse.ArgumentParser) -> None:
         "--check", action="store_true",
         help="print only what is wrong, one line each; exit code 0: nothing, 10: a part of the service is down, 11: "
         "something could not be found out, 12: a recipe is broken, 13: the last run of a recipe failed, 14: a run is "
-        "late, 15: a champion is behind, 16: a version waits for approval, 17: a champion is not in service; of "
-        "several, the smallest",
+        "late, 15: a champion is behind, 16: a version waits for approval, 17: a champion is not in service, 18: there "
+        "is no champion any more; of several, the smallest",
     )  # fmt: skip
     forms.add_argument("--watch", action="store_true", help="print it again every few seconds, until Ctrl-C")
     forms.add_argument("--html", metavar="FILE", type=Path, help="write one page of all recipes")

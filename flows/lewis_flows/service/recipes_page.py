@@ -69,7 +69,8 @@ def rows(found: Status) -> Iterator[Row]:
 
 
 def _champion(recipe: Watched) -> str:
-    named = f"{recipe.registered} version {recipe.champion}" if recipe.champion else "none yet"
+    none = "none now" if recipe.lost else "none yet"
+    named = f"{recipe.registered} version {recipe.champion}" if recipe.champion else none
     waits = f"; version {recipe.waiting} waits for approval" if recipe.waiting else ""
     broken = "; the recipe is broken" if recipe.broken else ""
     return (named if recipe.registered else "registers nothing") + waits + broken

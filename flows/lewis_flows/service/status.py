@@ -171,6 +171,7 @@ def _ask_registry(found: Watched, mlflow: Part, *, scores: bool) -> list[Held]:
         if found.registered and not mlflow.up:  # MLflow's client would try again for minutes
             raise LewisError(f"MLflow {mlflow.state}")
         held = releases.merged(found.registered) if found.registered else []
+        found.lost = history.lost_champion(found.registered) if found.registered and not releases.champion(held) else ""
         targets = records.served(found.registered) if held else []
         found.served = [each.line() for each in targets]
         found.unserved = [each.line() for each in targets if each.failure]

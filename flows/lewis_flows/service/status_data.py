@@ -58,6 +58,7 @@ class Watched(BaseModel):
         recipe: its name.
         registered: name of the registered model; empty if the recipe registers nothing.
         champion: version of the champion; None if there is none, or it is unknown.
+        lost: version that became the champion last, and is none any more; empty if there is a champion, or none yet.
         waiting: version that passed its gate and waits for a person; None if there is none.
         inputs: base and experts.
         served: what its targets have in service, a line each, as `lewis served` prints them.
@@ -77,6 +78,7 @@ class Watched(BaseModel):
     recipe: str
     registered: str = ""
     champion: str | None = None
+    lost: str = ""
     waiting: str | None = None
     inputs: list[Input] = []
     served: list[str] = []
@@ -129,12 +131,12 @@ class Status(BaseModel):
         return list(found.values())
 
 
-DOWN, UNKNOWN, BROKEN, FAILED, LATE, BEHIND, WAITS, UNSERVED = 10, 11, 12, 13, 14, 15, 16, 17
+DOWN, UNKNOWN, BROKEN, FAILED, LATE, BEHIND, WAITS, UNSERVED, LOST = 10, 11, 12, 13, 14, 15, 16, 17, 18
 """The kinds of problems, which are exit codes of `lewis status --check`, in this order.
 
 A part of the service is down; something could not be found out; a recipe is broken; its last run failed; a run is late;
 a champion is behind, and nothing is done about it; a version waits for a person's approval; a target did not take the
-champion.
+champion; there is no champion any more.
 """
 
 GRACE = timedelta(hours=1)  # how long a champion may be behind before that is a problem
@@ -206,6 +208,10 @@ def _of_champions(status: Status, now: datetime) -> Iterator[Problem]:
             yield Problem(code=WAITS, about=recipe.recipe, text=f"{name} waits for `lewis approve {name} --why TEXT`")
         for line in recipe.unserved:
             yield Problem(code=UNSERVED, about=recipe.recipe, text=line)
+        if recipe.lost:
+            name = f"{recipe.registered}/{recipe.lost}"
+            text = f"{name} was the champion, and MLflow has none now: the version or its alias was deleted there"
+            yield Problem(code=LOST, about=recipe.recipe, text=text)
 
 
 def _described(run: Run) -> str:

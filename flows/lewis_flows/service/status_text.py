@@ -62,7 +62,8 @@ def _heading(recipe: Watched) -> str:
         paused = "; paused" if recipe.paused else ""
         return f"Recipe {recipe.recipe}" + ("" if recipe.unknown else f": registers nothing{paused}")
     unknown = any(line.startswith("the champion: ") for line in recipe.unknown)
-    champion = f"champion version {recipe.champion}" if recipe.champion else "no champion yet"
+    none = f"no champion now, version {recipe.lost} was the last" if recipe.lost else "no champion yet"
+    champion = f"champion version {recipe.champion}" if recipe.champion else none
     if recipe.waiting:
         champion += f"; version {recipe.waiting} waits for `lewis approve`"
     state = ("; paused" if recipe.paused else "") + ("; broken" if recipe.broken else "")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
@@ -126,6 +127,27 @@ def test_champion_and_newer_heads(home: Path, hub: LocalHub, recipes: Path, fami
     assert "Recipe tiny: tiny, champion version 1; broken" in as_text(status(), datetime.now(UTC))
 
 
+def test_a_champion_that_was_deleted_is_a_problem(home: Path, hub: LocalHub, recipes: Path, family: Family) -> None:
+    def lost() -> tuple[str, Status]:
+        found = status(hub=False)
+        (tiny,) = found.recipes or []
+        return tiny.lost, found
+
+    (recipes / "tiny.yaml").write_text(RECIPE % "tiny")
+    assert lost()[0] == ""  # nothing is registered
+    commits = {f"org/{name}": hub.repos["model", f"org/{name}"].branches["main"] for name in ("base", "math", "code")}
+    promotion.promote(registered(family.base, "a", commits, "tiny"), Verdict(False, (), "base"))
+    assert lost()[0] == ""  # refused: there was none
+    promotion.promote_by_hand("tiny", "1", "x")
+    assert lost()[0] == ""
+    MlflowClient().delete_model_version("tiny", "1")
+    number, found = lost()
+    problem = status_data.problems(found, datetime.now(UTC))[-1]
+    assert (number, problem.code, problem.about) == ("1", status_data.LOST, "tiny")
+    assert "tiny/1 was the champion" in problem.text
+    assert "Recipe tiny: tiny, no champion now, version 1 was the last" in as_text(found, datetime.now(UTC))
+
+
 def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     well = Status(parts=[Part(name="Prefect", up=True, state="answers")], running=[], scheduled=[], finished=[])
     since = datetime.now(UTC)
@@ -149,6 +171,7 @@ def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys:
     )  # a run that waits for the answer, and came after the failed
     cases: dict[int, dict[str, Any]] = {
         0: {"finished": [done], "running": [busy], "recipes": [Watched(recipe="good"), recent, settled, also]},
+        status_data.LOST: {"recipes": [Watched(recipe="tiny", registered="tiny", lost="3")]},
         status_data.UNSERVED: {"recipes": [unserved]},
         status_data.WAITS: {"recipes": [waits, unserved], "finished": [failed], "running": [asks]},
         status_data.BEHIND: {"recipes": [waits, behind]},
