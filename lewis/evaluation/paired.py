@@ -85,7 +85,7 @@ def _entries() -> Iterator[tuple[float, dict[str, Any]]]:
     for path in kinds.SCORES.entries():
         with suppress(OSError, sealed_json.DamagedError):  # housekeeping removes it meanwhile, or it is damaged
             # Not by `read_entry`, which would mark every entry of the store as used, and the oldest as the newest.
-            yield path.stat().st_mtime, sealed_json.loads(path.read_bytes())
+            yield path.stat().st_mtime, sealed_json.read(path)
 
 
 def scored_with(adapter: str) -> set[str]:

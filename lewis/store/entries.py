@@ -182,7 +182,7 @@ def read_entry(path: Path) -> dict[str, Any] | None:
     mark_used(path)
     remote.fetch(path)
     try:
-        return sealed_json.loads(path.read_bytes())
+        return sealed_json.read(path)
     except sealed_json.DamagedError as error:
         set_aside([path], str(error))
     except OSError:

@@ -53,7 +53,7 @@ def check(folder: Path, *, again: bool = False, content: bool = True) -> dict[st
     mark_used(folder / MANIFEST)
     remote.fetch(folder)
     try:
-        manifest = sealed_json.loads((folder / MANIFEST).read_bytes())
+        manifest = sealed_json.read(folder / MANIFEST)
         expected = kinds.listed(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST}: {getattr(error, 'strerror', None) or error}") from error

@@ -8,7 +8,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from lewis.errors import InputError
+from lewis.input_files import open_regular
 
 _FIRST_LINE = re.compile(rb'\{"checksum": "sha256:([0-9a-f]{64})",')
 
@@ -40,6 +44,20 @@ def loads(data: bytes) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(data)
     del content["checksum"]
     return content
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a file that `dumps` made; returns and raises as `loads`.
+
+    Raises:
+        DamagedError: also if something else than a file is there, such as a FIFO, which would wait for a writer.
+        OSError: if it cannot be opened.
+    """
+    try:
+        with open_regular(path) as file:
+            return loads(file.read())
+    except InputError as error:
+        raise DamagedError(str(error)) from error
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

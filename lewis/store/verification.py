@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
+from lewis.input_files import check_regular
 from lewis.store import kinds, manifest
 from lewis.store.folders import home
 from lewis.store.kinds import Kind
@@ -104,6 +105,7 @@ def _problem(kind: Kind, path: Path) -> str | None:
         return None
     try:
         with kind.lock(path.stem).acquire(timeout=0) if kind.locks else nullcontext():
+            check_regular(head)
             manifest.check_files(head.parent, kind.parts(path, head.read_bytes()), again=True)
     except Timeout:
         return None

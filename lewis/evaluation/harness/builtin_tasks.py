@@ -40,7 +40,7 @@ def index() -> Mapping[str, Builtin]:
     """All tasks, groups and tags of lm-eval, by name."""
     kept, state = store.home() / "lm-eval-tasks.json", _state()
     with suppress(OSError, sealed_json.DamagedError):  # absent, or damaged
-        found = sealed_json.loads(kept.read_bytes())
+        found = sealed_json.read(kept)
         if found["state"] == state:
             return {name: Builtin(*entry) for name, entry in found["tasks"].items()}
     with private_names.LM_EVAL_LOAD.replaced(_read_once(private_names.LM_EVAL_LOAD.get())):

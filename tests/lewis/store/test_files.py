@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from lewis import store
 from lewis.errors import InputError, RecipeError
-from lewis.store import sealed_json
+from lewis.store import kinds, sealed_json, verification
 from lewis.store.manifest import DamagedError, check, remember, remembered_sha256
 
 KILLED_WHILE_IT_REMOVES = """
@@ -97,6 +98,18 @@ class TestWrite:
         (tmp_path / "x.json").write_text('{"a": ')
         assert store.read_json(tmp_path / "x.json") is None
         assert store.read_json(tmp_path / "absent.json") is None
+
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+    def test_what_is_no_file_in_the_place_of_an_entry_is_damage(self, home: Path, make: Callable[[Path], None]) -> None:
+        """A FIFO was waited for, and a folder was neither moved nor replaced."""
+        path = kinds.SCORES.path("5c")
+        path.parent.mkdir(parents=True)
+        make(path)
+        (found,) = verification.verify().damaged
+        assert found.entry == str(path) and "expected a regular file" in found.why
+        assert store.read_entry(path) is None and not path.exists()  # it was set aside
+        store.write_entry(path, {"a": 1})
+        assert store.read_entry(path) == {"a": 1} and not verification.verify().damaged
 
 
 class TestPublish:
