@@ -66,10 +66,11 @@ def pin_folder(ref: str, folder: Path) -> Pinned:
         InputError: if it cannot be read, holds no safetensors weights, or something that is no regular file.
     """
     try:
-        paths = [path for path in folder.iterdir() if not path.is_dir()]
-        for path in (*paths, *folder.glob("additional_chat_templates/*")):
+        found = (*folder.iterdir(), *folder.glob("additional_chat_templates/*"))
+        paths = [path for path in found if not path.is_dir()]
+        for path in paths:
             check_regular(path)  # transformers, which is given the folder, would wait for a FIFO
-        names = [path.name for path in paths]
+        names = [path.relative_to(folder).as_posix() for path in paths]
         check_weights(ref, names)
         files = [(name, (folder / name).stat().st_size, remembered_sha256(folder / name)) for name in needed(names)]
     except OSError as error:

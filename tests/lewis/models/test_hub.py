@@ -627,6 +627,15 @@ def test_local_digest_is_that_of_names_sizes_and_contents(home: Path, tmp_path: 
     assert fetch(pinned) == folder
 
 
+def test_a_named_chat_template_counts_as_content_of_a_local_folder(home: Path, tmp_path: Path) -> None:
+    """A change of it alone was no release, though the merged model has a copy of it."""
+    commits = list[str]()
+    for name in ("tool_use.jinja", "rag.jinja", "notes.txt"):
+        write(tmp_path / "m", {**NEEDED, f"additional_chat_templates/{name}": "{{ tools }}"})
+        commits.append(resolve("./m", tmp_path).commit)
+    assert commits[0] != commits[1] == commits[2]
+
+
 def test_local_change_after_pinning_is_an_error(home: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "m", NEEDED)
     pinned = resolve("./m", tmp_path)
