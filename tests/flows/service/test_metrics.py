@@ -149,16 +149,22 @@ def test_a_score_that_was_replaced_is_on_the_next_page(
     def score() -> list[float]:
         return [sample.value for of in source._read() if of.name == "lewis_champion_score" for sample in of.samples]
 
+    def champions() -> list[float]:
+        return [each.value for of in source._read() if of.name == "lewis_champion_version" for each in of.samples]
+
     def log(value: float) -> None:
         with tracking.client("a score") as mlflow:
             mlflow.log_metric(version.run_id, "merged/acc", value)
 
     promotion.promote(version, Verdict(True, (), "base", metric="acc"))
-    assert score() == []
+    assert score() == [] and champions() == [1]
     log(0.5)
     assert score() == [0.5]
     log(0.75)
     assert score() == [0.75]
+    with tracking.client("a person") as mlflow:
+        mlflow.delete_model_version("model", "1")
+    assert champions() == [0]
 
 
 def test_each_recipe_of_a_group_has_its_own_targets_on_the_page(

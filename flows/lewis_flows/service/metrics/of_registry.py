@@ -53,11 +53,12 @@ def read() -> Iterator[Metric]:
         try:
             held = releases.merged(model) if tracking.exists() else []  # else it would create the database
             targets = records.served(model) if held else []
+            champion = releases.champion(held)
+            lost = champion is None and tracking.exists() and history.lost_champion(model)
         except TransientError:
             raise
         except LewisError:  # a tag of one model that is no record, which `lewis status` names, hides no other model
             continue
-        champion = releases.champion(held)
         for record in targets:
             at = record.recipe or recipe, model, record.target  # a recipe of a group has targets of its own
             served[at] = float(record.uri.rpartition("/")[2] or 0)
@@ -70,13 +71,16 @@ def read() -> Iterator[Metric]:
         for which, each in {"champion": champion, "newest version": held[0] if held else None}.items():
             if each and (score := score_of(model, each.version)):
                 scores[which][recipe, model, score[0]] = score[1]
+        if lost:
+            version[recipe, model] = 0.0
         if champion is not None:
             version[recipe, model] = float(champion.version)
             mine = [release for release in seen if release.recipe == recipe]
             if (seconds := _took(mine, champion, _promoted(model, champion.version))) is not None:
                 took[recipe, model] = seconds
     labels = ["recipe", "model"]
-    yield of_prefect.gauge("lewis_champion_version", "The version in use.", labels, version)
+    about = "The version in use; 0 if there is none any more, since somebody deleted it or its alias in MLflow."
+    yield of_prefect.gauge("lewis_champion_version", about, labels, version)
     about = "The version that a target has in service; 0 if it has none."
     yield of_prefect.gauge("lewis_served_version", about, [*labels, "target"], served)
     about = "When a target took the version that it has in service, Unix time."
