@@ -29,6 +29,8 @@ from lewis.merging.settings import Expert, MergeSettings
 from lewis.merging.vocabulary.alignment import Alignment, align
 from lewis.methods import Method, Parameter
 from lewis.methods.arithmetic.streams import Stream
+from lewis.methods.arithmetic.sums import least_divisor
+from lewis.methods.loops import Combine
 from lewis.methods.registry import AUTO
 from lewis.models.chat_template import chosen_template
 from lewis.models.compatible import check_compatible
@@ -46,6 +48,7 @@ UNCALLED_SEMANTICS = "1"  # bump when it would where a model uses weights withou
 STACKED_SEMANTICS = "2"  # bump when a method that fits in forward order would give other stacked experts
 JUDGE_SEMANTICS = "2"  # bump when held-back rows would lead to another fit
 REFINE_SEMANTICS = "2"  # bump when training after the fit would give other bytes
+CANCELLING_SEMANTICS = "2"  # bump when an election would give other bytes where weights have opposite signs
 STATIC_SEMANTICS = "3"  # bump when a method that fits statically would give other bytes
 # In names of such weights (Mamba, Switch Transformers), and of blocks that are one weight (Gemma 3n).
 _UNCALLED = (".dt_proj.", ".router.classifier.", ".altup_")
@@ -348,7 +351,12 @@ class Prepared:
         """A tensor's parameters for the digest: without `alpha` and `prior`, added later, where they do nothing."""
         values = self.parameters(name)
         later = {"alpha": 1.0, "prior": 0.0} if self.method.fits else {}
-        return {name: value for name, value in values.items() if name not in later or value != later[name]}
+        values = {name: value for name, value in values.items() if name not in later or value != later[name]}
+        loops, weights = self.method.compiled, values.get("weight", [])
+        elects = loops is not None and loops.combine == Combine.ELECT and values["normalize"]
+        if elects and len(weights) > 2 and least_divisor(weights):
+            values["cancelling"] = CANCELLING_SEMANTICS
+        return values
 
     @property
     def base_name(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.sparsify import stack_kept, trim
-from lewis.methods.arithmetic.sums import add_up
+from lewis.methods.arithmetic.sums import add_up, least_divisor
 from lewis.methods.loops import Combine, Loops
 from lewis.methods.registry import PerExpert, Scales, merge_method, per_expert, scale_of
 
@@ -30,7 +30,7 @@ def ties(
         scales: of each expert, as in `sparsify.size`.
         density: fraction of each task vector that is kept, largest size first.
         weight: w_i. With one expert and `normalize` it cancels, as in mergekit.
-        normalize: divide by the sum of the agreeing weights, per element.
+        normalize: divide by the sum of the agreeing weights, per element, unless it is 0.
         rescale: bring each trimmed task vector back to its L1 norm.
         lambda_: scale of the merged delta.
         int8_mask: accepted for mergekit's sake; the result does not depend on it.
@@ -68,10 +68,14 @@ def elect_and_merge(kept: torch.Tensor, weight: list[float], *, normalize: bool,
 def merge_elected(
     weighted: Iterable[torch.Tensor], weight: list[float], votes: torch.Tensor, *, normalize: bool
 ) -> torch.Tensor:
-    """Per element, add the terms with the sign of the votes (0 counts as +); `normalize` divides by their weights."""
+    """Per element, add the terms with the sign of the votes (0 counts as +); `normalize` divides by their weights.
+
+    It does not divide where these weights cancel out.
+    """
     plus, merged, divisor = votes >= 0, torch.zeros_like(votes), torch.zeros_like(votes)
     for term, its_weight in zip(weighted, weight, strict=True):
         agrees = torch.where(plus, term > 0, term < 0)
         merged += torch.where(agrees, term, 0.0)
         divisor += torch.where(agrees, its_weight, 0.0)
-    return merged / torch.where(divisor == 0, 1.0, divisor) if normalize else merged
+    cancels = divisor.abs() <= float(least_divisor(weight))
+    return merged / torch.where(cancels, 1.0, divisor) if normalize else merged

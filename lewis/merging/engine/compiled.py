@@ -18,7 +18,7 @@ from lewis.merging.engine.kernels import KINDS
 from lewis.merging.engine.selection import Kept, Pair, Varied, address_of
 from lewis.merging.memory_budget import chunks
 from lewis.merging.prepared import Prepared
-from lewis.methods.arithmetic.sums import cancel_out
+from lewis.methods.arithmetic.sums import cancel_out, least_divisor
 from lewis.methods.loops import Combine, Loops
 from lewis.models.dtypes import DTYPES
 
@@ -144,7 +144,8 @@ def _task_vectors(merge: Prepared, name: str, loops: Loops, weights: list[float]
         scales.addresses[:-1], np.array([k.thresholds for k in kept]), np.array([k.cuts for k in kept]), random, keys,
         np.array(densities, np.float32), np.array([k.factor for k in kept]), np.array(weights, np.float32),
         np.array(active, np.bool_), int(loops.combine), normalize, np.float32(total if divides else 1),
-        np.float32(values.get("lambda", 1)), np.float32(values[loops.threshold] if loops.threshold else 0),
+        np.float32(values.get("lambda", 1)),
+        np.float32(values[loops.threshold]) if loops.threshold else least_divisor(weights),
         values[loops.at_least] if loops.at_least else 0,
     )  # fmt: skip
 

@@ -523,8 +523,11 @@ def draw_by_rank(ordered: Any, begin: Any, key: Any, least: Any, width: Any, kep
 
 
 @njit(**_options)
-def _elect(weighted: Any, weights: Any, total: Any, count: Any, normalize: Any, delta: Any) -> None:
-    """Add the terms that have the sign of the total; with `normalize`, divide by the sum of their weights."""
+def _elect(weighted: Any, weights: Any, total: Any, count: Any, normalize: Any, least: Any, delta: Any) -> None:
+    """Add the terms that have the sign of the total; with `normalize`, divide by the sum of their weights.
+
+    A sum up to `least` counts as 0, and is not divided by.
+    """
     divisor = np.zeros(BLOCK, np.float32)
     for i in range(count):
         delta[i] = np.float32(0.0)
@@ -537,7 +540,7 @@ def _elect(weighted: Any, weights: Any, total: Any, count: Any, normalize: Any, 
             divisor[i] += weight if agrees else np.float32(0.0)
     if normalize:
         for i in range(count):
-            delta[i] /= np.float32(1.0) if divisor[i] == 0 else divisor[i]
+            delta[i] /= np.float32(1.0) if abs(divisor[i]) <= least else divisor[i]
 
 
 @njit(**_options)
@@ -620,7 +623,7 @@ def merge_task_vectors(
         normalize: of ELECT and VOTE: whether to divide by the sum of the agreeing weights.
         divisor: of SUM: what the sum is divided by.
         lambda_, after: what the merged delta is multiplied with: a number, and a scale.
-        selective: the threshold of CLAIM, SHARE or NEAR.
+        selective: the threshold of CLAIM, SHARE or NEAR; of ELECT and VOTE, the sum of weights up to which it is 0.
         least: how many experts have to CLAIM an element.
         masks: of each expert, the address of one byte for each element from `start` on, 0 if it is dropped; or 0.
         out, out_kind: the address of the result's first element, and its dtype.
@@ -672,7 +675,7 @@ def merge_task_vectors(
         elif how == CLAIM:
             _claim(weighted, total, count, selective, least, delta)
         elif how != SUM:
-            _elect(weighted, weights, total, count, normalize, delta)
+            _elect(weighted, weights, total, count, normalize, selective, delta)
         else:
             for i in range(count):
                 delta[i] = total[i] / divisor

@@ -86,6 +86,16 @@ def cancel_out(weights: Sequence[float]) -> bool:
     return abs(sum(weights)) <= 1e-12 * sum(map(abs, weights))
 
 
+def least_divisor(weights: Sequence[float]) -> np.float32:
+    """How far from 0 the fp32 sum of some of these weights may be though they cancel out: 0.3 + 0.6 - 0.9 is 6e-8.
+
+    It is 0 if no two of them have opposite signs.
+    """
+    w = np.array(weights, np.float32)
+    opposed = w.min() < 0 < w.max()
+    return np.float32(len(w) * 2.0**-24 * np.abs(w.astype(np.float64)).sum() if opposed else 0.0)
+
+
 def cosine(dots: np.ndarray, i: int, j: int) -> float:
     """The cosine between tensors i and j of a `gram`, in [-1, 1]; 0 if one of them is all zeros."""
     norms = math.sqrt(dots[i, i]) * math.sqrt(dots[j, j])

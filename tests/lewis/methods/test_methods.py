@@ -101,6 +101,11 @@ class TestTies:
         # weighted rows [2, -4], [-6, -1]: sums -4, -5. First: -6 / -1. Second: (-4 - 1) / (1 - 1), which counts as 1.
         close(ties(rows([2, -4], [6, 1]), weight=[1.0, -1.0]), [6.0, -5.0])
 
+    def test_weights_that_cancel_but_for_rounding_are_not_divided_by(self) -> None:
+        """In fp32, 0.3 + 0.6 - 0.9 is 6e-8: elements became a million times as large."""
+        given = rows([2, 1], [2, 1], [-2, 1])
+        close(ties(given, weight=[0.3, 0.6, -0.9]), [3.6, 1.0])
+
     def test_without_normalize_the_agreeing_are_summed(self) -> None:
         close(ties(rows([4, -3, 2], [2, -1, -6]), normalize=False), [6.0, -4.0, -6.0])
 

@@ -135,6 +135,16 @@ def test_the_bytes_of_the_methods_own_functions(
     assert compiled(merge) == expected
 
 
+def test_weights_that_cancel_are_not_divided_by(tmp_path: Path) -> None:
+    signs = (0.0, 2.0, 2.0, -2.0)
+    folders = [write_tensors(tmp_path / str(i), {NAME: torch.tensor([sign, 1.0])}) for i, sign in enumerate(signs)]
+    own = [{"weight": weight} for weight in (0.3, 0.6, -0.9)]
+    merge = open_merge("ties", folders[0], folders[1:], own=own)
+    assert compiled(merge) == bits(merge.tensor(NAME)) and merge.tensor(NAME).tolist() == pytest.approx([3.6, 1.0])
+    even = open_merge("ties", folders[0], folders[1:], own=own, parameters={"normalize": False})
+    assert "cancelling" in merge._resolved(NAME) and "cancelling" not in even._resolved(NAME)
+
+
 def test_every_half_precision_number_goes_in_and_out(tmp_path: Path) -> None:
     patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     for dtype, out in itertools.product((torch.float16, torch.bfloat16), ("float16", "bfloat16", "float32")):
