@@ -147,7 +147,7 @@ def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     """
     from lewis.merging.fitting.losses import LOGITS
 
-    sets = [expert.held_back for expert in merge.experts if expert.held_back]
+    sets = [expert.held_back for expert in merge.judging if expert.held_back]
     if not sets:
         return Forecast(0, 0)
     weights = sum(info.elements for info in merge.base.tensors.values())

@@ -189,6 +189,13 @@ class Prepared:
         """Whether the ridge of the fit has yet to be found: `ridge: auto`."""
         return self.method.fits is not None and self.parameters(next(iter(self.layout)))["ridge"] == AUTO
 
+    @cached_property
+    def judging(self) -> tuple[Expert, ...]:
+        """Of a method that fits, the experts whose rows judge the fit: not those with a weight of 0 everywhere."""
+        weights = [self.parameters(name)["weight"] for name in self.layout if self.merges(name)]
+        counts = [any(own) for own in zip(*weights, strict=True)]
+        return tuple(each for each, known in zip(self.experts, counts, strict=True) if known) or self.experts
+
     def _weighted_factors(self) -> ScalesByTensor:
         """The factors that the anchor's merged deltas are multiplied with: this merge's, times the anchor's weight."""
         factors = dict(self.factors)
@@ -323,8 +330,9 @@ class Prepared:
         split = [each.calibration for each in self.experts if each.calibration and not each.held_back]
         together = any(each.prompts or len(by_prompt(each)) < len(each.samples) for each in split)
         rule = [AUTO, JUDGE_SEMANTICS, RIDGES, EVERY, *(["by prompt"] if together else [])]
+        rule += [[each.model.key for each in self.judging]] if len(self.judging) < len(self.experts) else []
         sets += [rule] if self.tunes else []
-        held = [expert.held_back.digest if expert.held_back else "" for expert in self.experts]
+        held = [each.held_back.digest if each.held_back and each in self.judging else "" for each in self.experts]
         sets += [["held back", JUDGE_SEMANTICS, held]] if any(held) else []
         if self.refine:
             sets.append(["refine", REFINE_SEMANTICS, default_device(), self.refine.model_dump()])

@@ -246,7 +246,7 @@ class Merge(Prepared):
             merge, facts["ridge"] = with_ridge(self, choice.ridge), choice.to_json()
 
         last = part(self.fits - 1, 1)
-        if any(expert.held_back for expert in merge.experts):
+        if any(expert.held_back for expert in merge.judging):
             fitted, verdict = fit_and_judge(merge, folder, fit, last, threads)
             yield fitted, {**facts, "held_back": verdict.to_json()}
         else:

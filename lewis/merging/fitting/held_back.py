@@ -128,8 +128,8 @@ class Verdict:
 
 def warn_of_unjudged(merge: Prepared) -> None:
     """Warn of each expert without held-back rows, since it has too few usable ones: nothing judges the fit to it."""
-    judged = any(expert.held_back for expert in merge.experts)
-    found = [(each.ref, each.calibration) for each in merge.experts if each.calibration and not each.held_back]
+    judged = any(expert.held_back for expert in merge.judging)
+    found = [(each.ref, each.calibration) for each in merge.judging if each.calibration and not each.held_back]
     found = [(ref, rows) for ref, rows in found if merge.holds_back or len(by_prompt(rows)) < EVERY]
     expected = merge.holds_back or merge.method.fits == "forward"
     if not expected or not found or not (judged or predicts_next_token(merge.base)):
@@ -149,7 +149,7 @@ def fit_and_judge(
     """Fit a merge, and take the fit only if it holds on the rows that were held back; train it further if asked to.
 
     Args:
-        merge: a merge in which at least one expert has held-back rows.
+        merge: a merge in which at least one of the experts that judge it has held-back rows.
         folder: folder of the fitted tensors; those that a killed process has left there are not fitted again.
         fit: fits a merge.
         progress: as that of `fit`; the passes over held-back rows count, too.
@@ -161,7 +161,7 @@ def fit_and_judge(
     Raises:
         LewisError: as `fit`, `row_losses` and `refine`.
     """
-    sets = {expert.ref: expert.held_back.of_answers for expert in merge.experts if expert.held_back}
+    sets = {expert.ref: expert.held_back.of_answers for expert in merge.judging if expert.held_back}
     of_answers = all(each.weights is not None for each in sets.values())
     models = {expert.ref: expert.model for expert in merge.experts}
     further = REFINE * merge.refine.epochs + 1 if merge.refine else 0

@@ -72,11 +72,12 @@ def choose(merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, t
             f"{merge.base.folder}: parameters.ridge: auto goes by the loss of the next token, which this kind of "
             "model does not predict; give a number"
         )
-    parts = [
-        (expert.calibration, expert.held_back) if expert.held_back else split(expert.calibration)
+    parts = {
+        expert.ref: (expert.calibration, expert.held_back) if expert.held_back else split(expert.calibration)
         for expert in merge.experts
         if expert.calibration
-    ]
+    }
+    judging = [parts[expert.ref][1].of_answers for expert in merge.judging]
     file = folder / "ridges.json"
     store.make_folder(folder)
     known = dict(store.read_entry(file) or {})
@@ -86,10 +87,10 @@ def choose(merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, t
             progress(what, before * total + done, len(RIDGES) * total)
 
         if str(ridge) not in known:
-            candidate = with_ridge(merge, ridge, [fitted_to for fitted_to, _ in parts])
+            candidate = with_ridge(merge, ridge, [fitted_to for fitted_to, _ in parts.values()])
             place = folder / f"ridge-{ridge:g}"
             fitted = fit(candidate, place, report, threads)
-            loss = mean_loss(row_losses(Unwritten(candidate, fitted), [held.of_answers for _, held in parts], threads))
+            loss = mean_loss(row_losses(Unwritten(candidate, fitted), judging, threads))
             known[str(ridge)] = to_json(loss)
             store.write_entry(file, known)
             store.discard(place)

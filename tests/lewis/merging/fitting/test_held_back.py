@@ -17,8 +17,8 @@ from lewis.errors import InputError
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import network_of
 from lewis.memory import PeakMemory, anonymous_bytes
-from lewis.merging.calibration_rows import hold_back
-from lewis.merging.fitting import held_back
+from lewis.merging.calibration_rows import RIDGES, hold_back
+from lewis.merging.fitting import held_back, ridge
 from lewis.merging.fitting.held_back import Distance, Verdict
 from lewis.merging.fitting.losses import RowLoss
 from lewis.merging.run import Merge, text_of_fit
@@ -233,6 +233,25 @@ def test_of_whole_texts_only_broken_rows_count(family: Family, tmp_path: Path, m
     monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
     written = held(family).run(tmp_path / "out")
     assert written.manifest["held_back"]["taken"] == 0 and "nats per token" in written.fit
+
+
+def test_an_expert_of_weight_0_judges_nothing(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The merge is not to do what it does: its rows were broken, and the fit to the others was left out."""
+    merge, judging = held(family), []
+    by_weight = merge.with_parameters(lambda parameter, value: 0.0 if parameter.name == "weight" else value)
+    assert by_weight.judging == merge.judging == merge.experts  # nothing is fitted to either
+    models = [{"model": str(family.math), "calibration": "a"}, {"model": str(family.code), "calibration": "b"}]
+    models[1]["parameters"] = {"weight": 0}
+    block = {"calibrations": {"a": {"texts": texts(1, 8)}, "b": {"texts": texts(2, 3)}}, "hold_back": True}
+    merge = prepare(recipe_of(family.base, [], models=models, lewis=block, parameters={"ridge": "auto"}))
+    found = ridge.row_losses
+    monkeypatch.setattr(ridge, "row_losses", lambda model, sets, *each: judging.append(sets) or found(model, sets))
+    verdict = Verdict.from_json(merge.run(tmp_path / "out").manifest["held_back"])
+    assert list(verdict.anchor.experts) == list(verdict.gains) == [str(family.math)] and verdict.rows == 2
+    assert [len(sets) for sets in judging] == [1] * len(RIDGES)
+    assert "no held-back row judges the fit to it" not in caplog.text
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
