@@ -29,9 +29,10 @@ def writers(network: Network, places: Collection[str]) -> dict[str, str]:
     """Map each projection that writes into the residual stream to a module whose input is the stream before, by path.
 
     Args:
-        network: on the meta device; not to be used afterwards, since its buffers may have been computed there, too.
+        network: not to be used afterwards, since its buffers are moved to the meta device, too.
         places: paths of the projections.
     """
+    network.module.to("meta")  # buffers, such as the bias of a router
     with ExitStack() as contexts, torch.inference_mode():
         seen = contexts.enter_context(_Additions(network, places, contexts))
         try:
@@ -87,6 +88,8 @@ class _Additions(TorchFunctionMode):
         # Code that builds the mask asks for values, which a meta tensor lacks; no addition depends on the answer.
         if name in _OF_VALUES and args[0].device.type == "meta":
             return _OF_VALUES[name]
+        if name == "nonzero" and args[0].device.type == "meta":  # which experts have tokens: none has any
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
         result = function(*args, **(kwargs or {}))
         if name in _ADDITIONS and len(args) > 1 and all(isinstance(each, torch.Tensor) for each in args[:2]):
             self._added.append((id(args[0]), id(args[1])))

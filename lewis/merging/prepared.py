@@ -45,13 +45,15 @@ from lewis.threads import cores
 SEMANTICS = "6"  # bump when the same inputs would give other bytes
 FIT_SEMANTICS = "3"  # bump when a method that fits in forward order would give other bytes
 UNCALLED_SEMANTICS = "1"  # bump when it would where a model uses weights without calling their modules
-STACKED_SEMANTICS = "2"  # bump when a method that fits in forward order would give other stacked experts
+STACKED_SEMANTICS = "3"  # bump when a method that fits in forward order would give other stacked experts
 JUDGE_SEMANTICS = "2"  # bump when held-back rows would lead to another fit
 REFINE_SEMANTICS = "2"  # bump when training after the fit would give other bytes
+STREAM_SEMANTICS = "1"  # bump when it would where the residual stream was not found before
 CANCELLING_SEMANTICS = "2"  # bump when an election would give other bytes where weights have opposite signs
 STATIC_SEMANTICS = "3"  # bump when a method that fits statically would give other bytes
 # In names of such weights (Mamba, Switch Transformers), and of blocks that are one weight (Gemma 3n).
 _UNCALLED = (".dt_proj.", ".router.classifier.", ".altup_")
+_WITHOUT_STREAM = (".attn.attention.", "tokens_embed.")  # in names of tensors of GPT-Neo and GPT
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,11 +343,14 @@ class Prepared:
         stacked = any(
             ".experts." in n or (len(t.shape) == 3 and min(t.shape) > 1) for n, t in self.base.tensors.items()
         )
-        uncalled = any(part in n for n in self.base.tensors for part in _UNCALLED)
+        uncalled, stream = (
+            any(part in n for n in self.base.tensors for part in parts) for parts in (_UNCALLED, _WITHOUT_STREAM)
+        )
         return [
             FIT_SEMANTICS,
             *(["stacked", STACKED_SEMANTICS] if stacked else []),
             *(["uncalled", UNCALLED_SEMANTICS] if uncalled else []),
+            *(["stream", STREAM_SEMANTICS] if stream else []),
             *sets,
         ]
 
