@@ -21,6 +21,7 @@ from lewis.importance.calibration import Calibration, turns
 from lewis.importance.step import CalibrationEntry
 from lewis.input_files import read_json
 from lewis.lazy_torch import torch
+from lewis.models.config import read_config
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import clash, read_vocabulary, tokenizer_folder
 from lewis.progress import Report, silent
@@ -29,6 +30,7 @@ from lewis.store import kinds
 logger = logging.getLogger(__name__)
 SEMANTICS = "2"  # bump when the same prompts would be continued differently
 BATCH = 32  # continuations that are generated together
+_ALONE = ("recurrent_gemma", "rwkv")  # types of models whose states take padding for text
 _DRAWING = Lock()  # all threads share torch's random generators
 _PURE: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
 
@@ -62,7 +64,13 @@ class ContinueInput:
         how = [self.count, self.max_tokens, self.seed, self.weight, precision(device), version("transformers")]
         more = sorted(set(_ends(self.files)) - _ends_in(self.files.folder))  # which the folder's own configs lack
         ends = [["ends", more]] if more else []
-        return store.digest(["continue", SEMANTICS, self.prompts.digest, self.files.read_as, *how, *ends])
+        alone = ["alone"] if self.alone else []
+        return store.digest(["continue", SEMANTICS, self.prompts.digest, self.files.read_as, *how, *ends, *alone])
+
+    @property
+    def alone(self) -> bool:
+        """Whether only prompts of one length are continued together."""
+        return read_config(self.files.folder).get("model_type") in _ALONE
 
 
 def find_continued(given: ContinueInput, device: str) -> CalibrationEntry | None:
@@ -123,6 +131,7 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
         torch.manual_seed(given.seed % (1 << 64))  # torch takes no greater seed
         while len(written) < len(rows):
             batch = rows[len(written) : len(written) + BATCH]
+            batch = [row for row in batch if len(row) == len(batch[0]) or not given.alone]
             # All prompts of a batch are continued by as many tokens as its shortest one.
             batch = [row for row in batch if given.max_tokens + len(batch[0]) - len(row) <= takes]
             written += _continued(network, batch, given, ends, device)

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from lewis.errors import InputError, RecipeError
 from lewis.importance.calibration import Calibration
@@ -56,6 +62,25 @@ def test_they_are_what_generate_gives_of_a_model_without_doubts(family: Family, 
     for row, weights in zip(rows.samples, rows.weights, strict=True):
         prompt = next(each for each in PROMPTS if row[: len(each)] == each)
         assert weights == (*[0.1] * (len(prompt) - 1), *[1.0] * (len(row) - len(prompt) + 1))
+
+
+def test_a_state_that_takes_padding_for_text_gets_none(tmp_path: Path) -> None:
+    """The shorter prompts of a batch were continued as if other text was before them."""
+    config = RecurrentGemmaConfig(
+        vocab_size=64, hidden_size=16, lru_width=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        head_dim=8, attention_window_size=8, eos_token_id=1, bos_token_id=None, tie_word_embeddings=False,
+        logits_soft_cap=1e6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = RecurrentGemmaForCausalLM(config).eval()
+    network.lm_head.weight.data *= 1e5
+    network.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    rows, expected = Calibration.load(continue_prompts(given(tmp_path)).path), []
+    for prompt in PROMPTS:
+        whole = network.generate(torch.tensor([prompt]), max_length=20, do_sample=False, pad_token_id=0)
+        expected.append(tuple(whole[0].tolist()))
+    assert list(rows.samples) == 2 * expected
 
 
 def test_they_are_drawn_from_the_model(family: Family) -> None:
