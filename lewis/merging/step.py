@@ -184,7 +184,13 @@ def _prepare(given: MergeInput, device: str) -> Merge:
         opened.append(expert)
     if another_vocabulary and base is not None:
         _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
-    return replace(prepare(config, base, opened, factors, device), holds_back=holds_back, refine=given.refine)
+    merge = replace(prepare(config, base, opened, factors, device), holds_back=holds_back, refine=given.refine)
+    if given.refine and given.sets and not any(expert.held_back for expert in merge.judging):
+        raise InputError(
+            "lewis.refine: held-back rows decide when it ends, and no set has any that can be used (every fourth row, "
+            "with an answer, of an expert whose weight is not 0); raise samples to 4 or more, or leave refine out"
+        )
+    return merge
 
 
 def _holds_back(given: MergeInput, base: Model | None) -> bool:
@@ -206,13 +212,7 @@ def _rows(given: MergeInput, holds_back: bool) -> dict[str, tuple[Calibration, C
         return {entry.model: (Calibration("none", ()), None) for entry in given.config.experts}
     sets = {each.path: each.load() for each in given.sets.values()}
     parts = {path: hold_back(each) if holds_back else (each, None) for path, each in sets.items()}
-    rows = {ref: parts[each.path] for ref, each in given.sets.items()}
-    if given.refine and rows and not any(back for _, back in rows.values()):
-        raise InputError(
-            "lewis.refine: held-back rows decide when it ends, and no set has any that can be used (every fourth row, "
-            "with an answer); raise samples to 4 or more, or leave refine out"
-        )
-    return rows
+    return {ref: parts[each.path] for ref, each in given.sets.items()}
 
 
 def check_output(given: MergeInput, prepared: Merge) -> None:

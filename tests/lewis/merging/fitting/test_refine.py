@@ -26,7 +26,7 @@ from lewis.models.checkpoint import Checkpoint
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import Refine
 from tests.conftest import Family
-from tests.lewis.merging.fitting.test_fit import merge_of, prepare, recipe_of
+from tests.lewis.merging.fitting.test_fit import merge_of, prepare, recipe_of, texts
 from tests.lewis.merging.fitting.test_held_back import held
 from tests.lewis.models.test_module_tree import SAMPLES
 from tests.support.models import write_expert, write_llama, write_tokenizer
@@ -135,6 +135,10 @@ def test_a_merge_without_held_back_rows_is_refused_before_it_runs(apart: Family)
     models = [{"model": str(each), "calibration": "a"} for each in apart.experts]
     block = {"calibrations": sets, "hold_back": True, "refine": {}}
     with pytest.raises(InputError, match=r"lewis\.refine: held-back rows decide.*raise samples to 4 or more"):
+        prepare(recipe_of(apart.base, [], models=models, lewis=block))
+    models[1] |= {"calibration": "b", "parameters": {"weight": 0}}
+    block["calibrations"] = sets | {"b": {"texts": texts(1, 9), "samples": 9}}
+    with pytest.raises(InputError, match=r"no set has any .* of an expert whose weight is not 0"):
         prepare(recipe_of(apart.base, [], models=models, lewis=block))
 
 
