@@ -123,7 +123,8 @@ def _check_examples(task: TaskFile, root: Path, read: Sequence[str], num_fewshot
     file = split_file(task.config, root, read[-1])
     if not isinstance(shots, int) or not shots or file is None or task.config.get("fewshot_config"):
         return
-    needed = shots + (task.config[read[-1]] == task.config[read[0]])  # no document is an example of itself
+    # Where these two splits are the same, or missing both, lm-eval draws one more: the document itself is left out.
+    needed = shots + (task.config.get("fewshot_split") == task.config.get("test_split"))
     if (found := sum(1 for _ in islice(_rows(file), needed))) < needed:
         raise InputError(
             f"{task.path}: num_fewshot: {shots} examples need {needed} rows, and {file} has {found}; "

@@ -769,8 +769,14 @@ class TestCheckTasks:
             ({"doc_to_text": "{% if hint is defined %}{{hint}}{% endif %}{{question}}"}, None),
             ({"doc_to_text": "{{ question | regex_replace('a', 'b') }}{{ text.none }}"}, None),
             ({"doc_to_text": "{{query}}", "process_docs": "own.docs"}, None),
-            ({"num_fewshot": 5}, r"num_fewshot: 5 examples need 6 rows, and .*rows\.jsonl has 5; set fewer"),
-            ({"num_fewshot": 4}, None),
+            ({"num_fewshot": 6}, r"num_fewshot: 6 examples need 6 rows, and .*rows\.jsonl has 5; set fewer"),
+            ({"num_fewshot": 5}, None),
+            ({"num_fewshot": 5, "fewshot_split": "test"}, "5 examples need 6 rows"),
+            ({"num_fewshot": 5, "test_split": None, "validation_split": "test"}, "5 examples need 6 rows"),
+            (
+                {"num_fewshot": 5, **dict.fromkeys(("fewshot_split", "validation_split"), "test"), "test_split": None},
+                None,
+            ),
             ({"num_fewshot": 5, "fewshot_config": {"samples": [{}] * 5}}, None),
         ],
     )
@@ -781,7 +787,7 @@ class TestCheckTasks:
 
     def test_examples_that_the_recipe_asks_for_need_rows_but_not_where_a_task_sets_0(self, root):
         task = TaskFile("pets", root / "own.yaml", CHOICE, (), ())
-        with pytest.raises(InputError, match="num_fewshot: 7 examples need 8 rows"):
+        with pytest.raises(InputError, match="num_fewshot: 7 examples need 7 rows"):
             check_config(task, root, 7)
         check_config(replace(task, config={**CHOICE, "num_fewshot": 0}), root, 7)
 
