@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, TemplateSyntaxError, UndefinedError, meta
+from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from lewis.errors import InputError, nearest
@@ -46,10 +46,11 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
     for key in read:
         if isinstance(splits, Mapping) and (name := config[key]) not in splits:
             raise InputError(f"{task.path}: {key}: no split {name!r} in data_files{nearest(str(name), splits)}")
+    environment = _environment()
     for key in (*_TEMPLATES, "description"):
         try:
-            Environment().parse(text if isinstance(text := config.get(key), str) else "")
-        except TemplateSyntaxError as error:
+            environment.compile(text if isinstance(text := config.get(key), str) else "")
+        except TemplateSyntaxError as error:  # also of a filter that does not exist
             raise InputError(f"{task.path}: {key}: not a valid Jinja template: {error.message}") from error
     _check_names(task)
     if read and not any(config.get(key) for key in ("process_docs", "use_prompt", "custom_dataset")):
@@ -88,17 +89,22 @@ def _mappings(value: object) -> list[Mapping[str, Any]]:
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
+def _environment() -> SandboxedEnvironment:
+    from lm_eval.utils import regex_replace
+
+    environment = SandboxedEnvironment(undefined=StrictUndefined)
+    environment.filters["regex_replace"] = regex_replace
+    return environment
+
+
 def _check_columns(task: TaskFile, file: Path | None) -> None:
     """Fill the templates with the first document of a file, as lm-eval does when it loads the task.
 
     They are filled in Jinja's sandbox, since a template can run code.
     """
-    from lm_eval.utils import regex_replace
-
     if file is None or (row := next(_rows(file), None)) is None:
         return
-    environment = SandboxedEnvironment(undefined=StrictUndefined)
-    environment.filters["regex_replace"] = regex_replace
+    environment = _environment()
     for key in _TEMPLATES:
         text = task.config.get(key)
         if not isinstance(text, str) or text in row or text in task.functions:

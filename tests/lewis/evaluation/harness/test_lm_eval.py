@@ -734,6 +734,11 @@ class TestCheckTasks:
             ({"doc_to_tex": "x"}, "", r"own\.yaml: doc_to_tex: unknown key .*; did you mean 'doc_to_text'"),
             ({"test_split": "tset"}, "", r"own\.yaml: test_split: no split 'tset' in data_files; did you mean 'test'"),
             ({"doc_to_text": "{{q"}, "", r"own\.yaml: doc_to_text: not a valid Jinja template: unexpected end"),
+            (
+                {"doc_to_text": "{{question|uper}}"},
+                "",
+                r"doc_to_text: not a valid Jinja template: No filter named 'uper'",
+            ),
         ],
     )
     def test_a_broken_file(self, root, change, function, message):
