@@ -774,6 +774,7 @@ class TestCheckTasks:
             ({"doc_to_text": "{% if hint is defined %}{{hint}}{% endif %}{{question}}"}, None),
             ({"doc_to_text": "{{ question | regex_replace('a', 'b') }}{{ text.none }}"}, None),
             ({"doc_to_text": "{{query}}", "process_docs": "own.docs"}, None),
+            ({"filter_list": [{"name": "x", "filter": [{"function": "own"}]}], "process_docs": "own.docs"}, None),
             ({"num_fewshot": 6}, r"num_fewshot: 6 examples need 6 rows, and .*rows\.jsonl has 5; set fewer"),
             ({"num_fewshot": 5}, None),
             ({"num_fewshot": 5, "fewshot_split": "test"}, "5 examples need 6 rows"),
@@ -786,7 +787,8 @@ class TestCheckTasks:
         ],
     )
     def test_what_lm_eval_refuses_when_it_loads_a_task_is_refused_before(self, root, change, message):
-        task = TaskFile("pets", root / "own.yaml", {**CHOICE, **change}, (), ("own.docs",))
+        functions = tuple(str(text) for text in change.values() if text == "own.docs")
+        task = TaskFile("pets", root / "own.yaml", {**CHOICE, **change}, (), functions)
         with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
             check_config(task, root)
 
