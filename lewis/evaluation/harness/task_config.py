@@ -54,8 +54,9 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
             raise InputError(f"{task.path}: {key}: not a valid Jinja template: {error.message}") from error
     _check_names(task)
     if read and not any(config.get(key) for key in ("process_docs", "use_prompt", "custom_dataset")):
-        _check_columns(task, split_file(config, root, read[0]))
-        _check_examples(task, root, read, num_fewshot)
+        with suppress(_OtherLayoutError):
+            _check_columns(task, split_file(config, root, read[0]))
+            _check_examples(task, root, read, num_fewshot)
 
 
 def _read_splits(config: Mapping[str, Any]) -> list[str]:
@@ -140,11 +141,19 @@ def _check_examples(task: TaskFile, root: Path, read: Sequence[str], num_fewshot
         )
 
 
+class _OtherLayoutError(Exception):
+    """A file has not a JSON object per line. lm-eval also reads a list, or objects over several lines."""
+
+
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file with a JSON object per line, up to the first line that is none."""
-    with suppress(ValueError), open_regular(file) as lines:
+    """The rows of a file with a JSON object per line; raises _OtherLayoutError at a line that is none."""
+    with open_regular(file) as lines:
         for line in lines:
             if line.strip():
-                if not isinstance(row := json.loads(line), dict):
-                    return
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise _OtherLayoutError from error
+                if not isinstance(row, dict):
+                    raise _OtherLayoutError
                 yield row

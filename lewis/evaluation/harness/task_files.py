@@ -150,9 +150,9 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
 
 
 def split_file(config: Mapping[str, Any], root: Path, key: str) -> Path | None:
-    """The file of the split that `config[key]` names; None unless it is one local file with a JSON object per line."""
+    """The file of the split that `config[key]` names; None unless it is one local .jsonl file, read without options."""
     options = config.get("dataset_kwargs") or {}
-    files = options.get("data_files") if isinstance(options, Mapping) else None
+    files = options["data_files"] if isinstance(options, Mapping) and options.keys() == {"data_files"} else None
     named = files.get(str(config.get(key))) if isinstance(files, Mapping) else files
     path = root / named if isinstance(named, str) and named.endswith(".jsonl") else None
     return path if config.get("dataset_path") == "json" and path is not None and path.is_file() else None

@@ -808,6 +808,22 @@ class TestCheckTasks:
         task = TaskFile("pets", root / "own.yaml", {**CHOICE, "doc_to_text": "{{query}}", "doc_to_target": 0}, (), ())
         check_config(task, root)
 
+    @pytest.mark.parametrize(
+        ("text", "options"),
+        [
+            (json.dumps(ROWS), {}),
+            (json.dumps(ROWS[0]) * 2, {}),
+            (json.dumps(ROWS[0], indent=1), {}),
+            (json.dumps({"data": ROWS}), {"field": "data"}),
+            (json.dumps({"of": "another file"}), {"data_dir": "sub"}),
+        ],
+    )
+    def test_what_lm_eval_may_read_in_another_way_is_left_to_it(self, root, text, options):
+        (root / "data/rows.jsonl").write_text(text)
+        options = {**CHOICE["dataset_kwargs"], **options}
+        config = {**CHOICE, "doc_to_text": "{{question}}", "dataset_kwargs": options}
+        check_config(TaskFile("pets", root / "own.yaml", config, (), ()), root, 1)
+
     def test_a_missing_file_and_a_name_defined_twice(self, root):
         with pytest.raises(InputError, match=r"absent\.yaml: not a readable lm-eval task"):
             check_tasks(EvalSettings(("absent.yaml",), root))
