@@ -42,9 +42,11 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
         if key not in (*known, "task_list"):
             raise InputError(f"{task.path}: {key}: unknown key of a task of lm-eval{nearest(str(key), known)}")
     splits = (config.get("dataset_kwargs") or {}).get("data_files")
+    if isinstance(splits, str | list):
+        splits = {"train": splits}  # as `datasets` calls it
     read = _read_splits(config)
-    for key in read:
-        if isinstance(splits, Mapping) and (name := config[key]) not in splits:
+    for key, name in read.items():
+        if isinstance(splits, Mapping) and name not in splits:
             raise InputError(f"{task.path}: {key}: no split {name!r} in data_files{nearest(str(name), splits)}")
     environment = _environment()
     for key in (*_TEMPLATES, "description"):
@@ -55,16 +57,21 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
     _check_names(task)
     if read and not any(config.get(key) for key in ("process_docs", "use_prompt", "custom_dataset")):
         with suppress(_OtherLayoutError):
-            _check_columns(task, split_file(config, root, read[0]))
-            _check_examples(task, root, read, num_fewshot)
+            first, *_, last = [*read, *read]
+            _check_columns(task, split_file(config, root, first))
+            _check_examples(task, split_file(config, root, last), num_fewshot)
 
 
-def _read_splits(config: Mapping[str, Any]) -> list[str]:
-    """The keys of the splits that lm-eval reads: the one that is scored, and the one of the examples, even if none."""
-    of_examples = [] if config.get("fewshot_config") else ["training_split", "validation_split"]
-    orders = (["test_split", "validation_split"], ["fewshot_split", *of_examples])
-    found = (next((key for key in keys if config.get(key) is not None), None) for keys in orders)
-    return [key for key in found if key]
+def _read_splits(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Key -> split that lm-eval reads: the one that is scored, then that of the examples, even if none are wanted."""
+    own = config.get("fewshot_config")
+    own = own if isinstance(own, Mapping) else {}
+    given = {**config, "fewshot_config: split": own.get("split")}
+    first = "fewshot_config: split" if "split" in own else "fewshot_split"
+    rest = ["training_split", "validation_split"] if own.get("samples") is None else []
+    orders = (["test_split", "validation_split"], [first, *rest])
+    found = (next((key for key in keys if given.get(key) is not None), None) for keys in orders)
+    return {key: given[key] for key in found if key}
 
 
 def _check_names(task: TaskFile) -> None:
@@ -125,11 +132,10 @@ def _check_columns(task: TaskFile, file: Path | None) -> None:
             pass
 
 
-def _check_examples(task: TaskFile, root: Path, read: Sequence[str], num_fewshot: int | None) -> None:
-    """Check that the split of the examples has enough rows for a prompt."""
+def _check_examples(task: TaskFile, file: Path | None, num_fewshot: int | None) -> None:
+    """Check that the split of the examples, which is this file, has enough rows for a prompt."""
     own = task.config.get("num_fewshot")
     shots = own if own == 0 or num_fewshot is None else num_fewshot
-    file = split_file(task.config, root, read[-1])
     if not isinstance(shots, int) or not shots or file is None or task.config.get("fewshot_config"):
         return
     # Where these two splits are the same, or missing both, lm-eval draws one more: the document itself is left out.

@@ -753,6 +753,18 @@ class TestCheckTasks:
         check_config(TaskFile("x", root / "own.yaml", config, (), ()), root)
         with pytest.raises(InputError, match="training_split: no split 'none'"):
             check_config(TaskFile("x", root / "own.yaml", {**config, "training_split": "none"}, (), ()), root)
+        config |= {"fewshot_split": "none", "fewshot_config": {"split": "test"}}
+        check_config(TaskFile("x", root / "own.yaml", config, (), ()), root)
+        config |= {"fewshot_split": "test", "fewshot_config": {"split": "none"}}
+        with pytest.raises(InputError, match="fewshot_config: split: no split 'none'"):
+            check_config(TaskFile("x", root / "own.yaml", config, (), ()), root)
+
+    @pytest.mark.parametrize("files", ["x.jsonl", ["x.jsonl"]])
+    def test_data_files_without_splits_are_one_that_is_named_train(self, root, files):
+        config = {"dataset_kwargs": {"data_files": files}, "test_split": "train"}
+        check_config(TaskFile("x", root / "own.yaml", config, (), ()), root)
+        with pytest.raises(InputError, match="test_split: no split 'test' in data_files; expected one of train"):
+            check_config(TaskFile("x", root / "own.yaml", {**config, "test_split": "test"}, (), ()), root)
 
     @pytest.mark.parametrize(
         ("change", "message"),
