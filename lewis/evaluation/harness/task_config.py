@@ -12,7 +12,7 @@ from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from lewis.errors import InputError, nearest
-from lewis.evaluation.harness.task_files import TaskFile, split_file
+from lewis.evaluation.harness.task_files import FoundTasks, TaskFile, members, split_file
 from lewis.input_files import open_regular
 
 _TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
@@ -60,6 +60,18 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
             first, *_, last = [*read, *read]
             _check_columns(task, split_file(config, root, first))
             _check_examples(task, split_file(config, root, last), num_fewshot)
+
+
+def changes_members(found: FoundTasks) -> bool:
+    """Whether a group changes keys of its members, so that lm-eval does not load these as their own files say."""
+    return any(_changes(task.config) for task in found.files.values() if "group" in task.config)
+
+
+def _changes(group: Mapping[str, Any]) -> bool:
+    from lm_eval.config.group import GroupConfig
+
+    own = group.keys() - {field.name for field in fields(GroupConfig)} - {"task_alias", "tag"}
+    return bool(own) or any(map(_changes, _mappings(members(group))))
 
 
 def _read_splits(config: Mapping[str, Any]) -> dict[str, Any]:

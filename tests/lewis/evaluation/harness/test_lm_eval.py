@@ -804,6 +804,18 @@ class TestCheckTasks:
         with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
             check_config(task, root)
 
+    @pytest.mark.parametrize("more", [{"task": [{"task": "own", "num_fewshot": 0}]}, {"num_fewshot": 0}])
+    def test_a_task_that_a_group_changes_is_not_checked_as_its_file_says(self, root, more):
+        write_task(root / "tasks/own.yaml", {**CHOICE, "task": "own", "num_fewshot": 9})
+        group = {"group": "several", "task": [{"task": "own", "task_alias": "x"}]}
+        write_task(root / "tasks/several.yaml", group)
+        with pytest.raises(InputError, match="num_fewshot: 9 examples need 9 rows"):
+            check_tasks(EvalSettings(("several",), root))
+        write_task(root / "tasks/several.yaml", {**group, **more})
+        check_tasks(EvalSettings(("several",), root))
+        with pytest.raises(InputError, match="num_fewshot: 9 examples need 9 rows"):
+            check_tasks(EvalSettings(("several", "own"), root))
+
     def test_examples_that_the_recipe_asks_for_need_rows_but_not_where_a_task_sets_0(self, root):
         task = TaskFile("pets", root / "own.yaml", CHOICE, (), ())
         with pytest.raises(InputError, match="num_fewshot: 7 examples need 7 rows"):
