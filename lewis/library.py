@@ -6,6 +6,7 @@ Results that are in the store are not computed again, and runs of the service fi
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -189,7 +190,7 @@ def score(recipe: Recipe | str | Path, folder: str | Path, *, report: Report = s
     """
     if not isinstance(folder, str | PathLike):
         raise InputError(f"folder: expected the path of a model, got {folder!r}; give one, such as 'merged'")
-    recipe, folder = load(recipe), Path(folder).expanduser().absolute()
+    recipe, folder = load(recipe), Path(os.path.expanduser(folder)).absolute()
     if recipe.evaluate is None:
         raise RecipeError("evaluate: missing; it says what is scored")
     base = pin(recipe.base_model, recipe.root) if recipe.base_model and is_adapter(folder) else None

@@ -115,6 +115,8 @@ def test_arguments_of_another_kind_are_told(recipe: Path, tmp_path: Path) -> Non
         lewis.inspect(recipe, candidates=3)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="folder: expected the path of a model, got None"):
         lewis.score(recipe, None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="~nobodyhere/x: no such folder"):
+        lewis.score(lewis.Recipe.parse(f"{parsed.text}\nevaluate: {{tasks: [x]}}", root=recipe.parent), "~nobodyhere/x")
     with pytest.raises(InputError, match="text: expected YAML or JSON text, got dict; json"):
         lewis.Recipe.parse({"merge_method": "ties"}, root=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"overrides: expected a list of settings, got 'dtype=float32'; give \['dtyp"):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def _side(given: str) -> "Side":
     from lewis.models.source import pin
     from lewis.store import read_manifest
 
-    folder = Path(given).expanduser()
+    folder = Path(os.path.expanduser(given))  # pathlib raises for a user that does not exist
     label = folder.resolve().name if folder.is_dir() else given
     if holds_results(folder):
         return Side(label, [("", read_results(folder))])

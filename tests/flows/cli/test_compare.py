@@ -145,6 +145,8 @@ def test_results_that_cannot_be_paired(compared: Command, tmp_path: Path) -> Non
     (bare / "results_1.json").unlink()
     code, _, err = compared(ours, bare)
     assert code == 2 and f"{bare} has no results_*.json of lm-eval" in err
+    code, _, err = compared(ours, "~nobodyhere/x")
+    assert code == 2 and "~nobodyhere/x is no folder" in err
     code, _, err = compared(ours, "nothing/3")
     assert code == 2 and "no model is registered; and there is no folder of this name" in err
 
