@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def opened(name: str, arguments: dict[str, Any], batch_size: int | str, device: 
     if lm.tokenizer is not None:  # it splits texts into tokens as `hf` does
         lm.add_bos_token = arguments.get("add_bos_token")  # None: the tokenizer's own choice, as for `hf`
         lm.tok_encode = _encoder(lm)
+    lm.parse_logprobs = _checked(lm.parse_logprobs)
     return lm
 
 
@@ -85,6 +87,25 @@ def _encoder(lm: Any) -> Any:
         return found[-left_truncate_len:] if left_truncate_len else found
 
     return encode
+
+
+def _checked(parse: Any) -> Any:
+    """Wrap lm-eval's `parse_logprobs`, which takes a token without a likelihood as certain, to raise ValueError."""
+
+    def checked(outputs: Any, tokens: Sequence[Sequence[int]], ctxlens: Any, **options: Any) -> Any:
+        answers = outputs if isinstance(outputs, list) else [outputs]
+        choices = [sorted(each.get("choices") or (), key=itemgetter("index")) for each in answers]
+        found = [len((choice.get("logprobs") or {}).get("token_logprobs") or ()) for of in choices for choice in of]
+        for prompt, count in zip_longest(tokens, found, fillvalue=()):
+            if count != len(prompt) + 1:
+                raise ValueError(
+                    f"the server has to give the likelihoods of all {len(prompt)} tokens of a prompt and of one more "
+                    f"(`echo` with `logprobs`), and gave {count or 'none'}; take a server that does, such as vLLM, or "
+                    "tasks that generate"
+                )
+        return parse(outputs=outputs, tokens=tokens, ctxlens=ctxlens, **options)
+
+    return checked
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from lewis.evaluation.harness import backends, lm_eval, process, server
 from lewis.evaluation.harness.lm_eval import EvalSettings, tasks_digest
 from lewis.models.chat_template import write_template
 from lewis.models.files.folder import copy_tokenizer
-from tests.support.completions_server import serving
+from tests.support.completions_server import Answers, serving
 from tests.support.models import write_lora
 
 pytestmark = pytest.mark.slow
@@ -145,6 +145,18 @@ class TestAServer:
         assert answers.asked[0]["messages"] == [{"role": "user", "content": "who the sky is"}]
         assert len(found["written/exact_match,none"]) == len(ROWS)
         assert (found["ends"].tried, found["ends"].perplexity) == (0, None)
+
+    @pytest.mark.parametrize("concurrent", [1, 2])
+    def test_a_server_without_the_likelihoods_of_the_prompt_gives_no_scores(
+        self, concurrent: int, model: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        only = {"token_logprobs": [-1.0], "top_logprobs": [{"1": -1.0}]}  # of what it wrote
+        monkeypatch.setattr(Answers, "_echoed", lambda *_: {"text": "", "logprobs": only})
+        more = {"num_concurrent": concurrent, "max_retries": 1}
+        with serving(model) as (url, _):
+            monkeypatch.setenv("LEWIS_EVALUATION_SERVER", url)
+            with pytest.raises(LewisError, match=r"likelihoods of all \d+ tokens of a prompt .* and gave 1; take"):
+                scores(EvalSettings(("pets.yaml",), root, backend="openai", model_args=more), model)
 
     def test_another_model_is_not_asked(self, model: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with serving(model) as (url, answers):
