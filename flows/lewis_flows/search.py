@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from lewis.devices import default_device, precision
 from lewis.errors import InputError, LewisError, nearest
 from lewis.evaluation import step
-from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.harness.lm_eval import EvalSettings, tasks_digest
 from lewis.evaluation.statistics.scored import MERGED, Scored, gain
 from lewis.evaluation.statistics.scores import by_key
 from lewis.evaluation.step import ModelScores
@@ -117,7 +117,7 @@ class _Trials:
     def __init__(
         self, plan: Recipe, known: dict[str, Any], tasks: str, metrics: tuple[str, ...], held: ExitStack
     ) -> None:
-        self.plan, self.known = plan, known
+        self.plan, self.known, self.tasks = plan, known, tasks
         assert plan.search is not None
         self.search, self.settings = plan.search, _settings(plan, SEARCH)
         # Score the recipe as it is first: its scores tell whether higher is better, and how many documents there are.
@@ -206,6 +206,11 @@ class _Trials:
                 if STOPPING.is_set():
                     raise
                 self._fail(each[0], error)
+        if tasks_digest(self.settings) != self.tasks:
+            raise LewisError(
+                "evaluate: a file of the tasks changed while the search worked, so its trials cannot be compared; run "
+                "the search again, which begins with new trials"
+            )
         return scored
 
     def _fail(self, trial: Trial, error: LewisError) -> None:

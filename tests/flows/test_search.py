@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 
 from lewis.errors import InputError, LewisError
+from lewis.evaluation.harness.lm_eval import tasks_digest
 from lewis.evaluation.statistics.scored import WEIGHTED, Scored
 from lewis.evaluation.statistics.scores import Ends, Part, Samples, combined
 from lewis.models.source import pin
@@ -243,6 +244,21 @@ def test_a_search_does_not_go_on_with_scores_of_another_merge(recipe: Path, monk
             return _Trials(plan, {}, "tasks", (metric,), held).log.digest
 
     assert digest("before") == digest("before") != digest("after")
+
+
+@pytest.mark.usefixtures("home")
+def test_trials_on_other_documents_are_not_compared(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data of a task were edited between two trials, and the best of the mixed scores won."""
+    plan, tried = Recipe.load(searching(recipe)), _Trials.__new__(_Trials)
+    tried.plan, tried.settings = plan, search._settings(plan, search.SEARCH)
+    tried.tasks, live = tasks_digest(tried.settings), [(Trial(1, {}, "running"), plan)]
+    monkeypatch.setattr(tried, "submit", Mock())
+    monkeypatch.setattr(search, "result_of", Mock())
+    monkeypatch.setattr(search, "_scored", Mock())
+    assert len(tried._score(live, "all", tried.settings)) == 1
+    (recipe.parent / "words.jsonl").write_text('{"question": "w1", "answer": "w2"}\n')
+    with pytest.raises(LewisError, match="a file of the tasks changed while the search worked"):
+        tried._score(live, "all", tried.settings)
 
 
 class Trials(_Trials):
