@@ -234,11 +234,12 @@ class Log:
 
     @property
     def front(self) -> list[Trial]:
-        """The best trial; of two objectives, the trials that no other beats in both, sorted by the first objective."""
+        """The best trial, the first of equal ones; of two objectives, all that no other beats in both, best first."""
         numbers = {trial.number for trial in self._study.best_trials}
         best = [trial for trial in self.trials if trial.number in numbers]
         first = self.objectives[0].higher_is_better
-        return sorted(best, key=lambda trial: (-trial.scores[0] if first else trial.scores[0], trial.number))
+        best = sorted(best, key=lambda trial: (-trial.scores[0] if first else trial.scores[0], trial.number))
+        return best if len(self.objectives) > 1 else best[:1]
 
 
 def open_journal(path: Path) -> "JournalStorage":

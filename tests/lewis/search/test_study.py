@@ -305,6 +305,12 @@ class TestLog:
         run(log, 4, lambda trial: float(trial.number))
         assert log.front[0].number == 0
 
+    def test_of_equal_trials_the_first_is_the_best(self, recipe: Recipe) -> None:
+        """Each later one was reported as the best so far."""
+        log = Log(recipe, [ACC], INPUTS, "t")
+        run(log, 3, lambda _: 0.5)
+        assert [trial.number for trial in log.front] == [0]
+
     def test_two_metrics_have_a_front(self, recipe: Recipe) -> None:
         log = Log(recipe, [LOSS, ACC], INPUTS, "t")
         for loss, acc in [(1.0, 0.5), (2.0, 0.9), (3.0, 0.8), (0.5, 0.1)]:
