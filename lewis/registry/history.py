@@ -84,6 +84,8 @@ def lost_champion(name: str) -> str:
     Somebody deleted the version, or took its alias away, in MLflow: LEWIS itself only moves the alias.
     """
     name = tracking.model_name(name)
+    if not tracking.exists():  # a question should not create a database
+        return ""
     with tracking.client(f"reading the history of {name}") as client:
         try:
             model = registered_model(client, name)

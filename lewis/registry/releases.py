@@ -76,8 +76,12 @@ def merged(name: str) -> list[Held]:
     Raises:
         TransientError: if MLflow does not answer.
         LewisError: if MLflow refuses.
+        InputError: if this store was used with an MLflow that the environment does not name.
     """
     name = tracking.model_name(name)
+    tracking.check_not_elsewhere()
+    if not tracking.exists():  # a question should not create a database
+        return []
     with tracking.client(f"reading the versions of {name}") as client:
         try:
             model = registered_model(client, name)

@@ -148,6 +148,17 @@ def test_a_champion_that_was_deleted_is_a_problem(home: Path, hub: LocalHub, rec
     assert "Recipe tiny: tiny, no champion now, version 1 was the last" in as_text(found, datetime.now(UTC))
 
 
+def test_a_question_creates_no_database(home: Path, hub: LocalHub, recipes: Path) -> None:
+    (recipes / "tiny.yaml").write_text(RECIPE % "tiny")
+    (home / "mlflow" / "mlflow.db").unlink()
+    (tiny,) = status(hub=False).recipes or []
+    assert (tiny.champion, tiny.unknown) == (None, [])  # a store that is empty
+    (home / "mlflow" / "artifacts").mkdir()  # its MLflow is elsewhere: an empty one here would hide that
+    (tiny,) = status(hub=False).recipes or []
+    assert "expected the MLflow that this store was used with" in tiny.unknown[0]
+    assert not (home / "mlflow" / "mlflow.db").exists()
+
+
 def test_what_is_wrong_has_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     well = Status(parts=[Part(name="Prefect", up=True, state="answers")], running=[], scheduled=[], finished=[])
     since = datetime.now(UTC)

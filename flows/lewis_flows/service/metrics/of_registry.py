@@ -15,7 +15,7 @@ from prometheus_client.core import Metric
 
 from lewis.errors import LewisError, TransientError
 from lewis.models.source import commits_of
-from lewis.registry import history, releases, tracking
+from lewis.registry import history, releases
 from lewis.serving import records, slots
 from lewis_flows import recipes_folder, release_event
 from lewis_flows.service.metrics import of_prefect
@@ -51,7 +51,7 @@ def read() -> Iterator[Metric]:
         if not (model := recipes_folder.registered_name(recipe)):
             continue
         try:
-            held = releases.merged(model) if tracking.exists() else []  # else it would create the database
+            held = releases.merged(model)
             targets = records.served(model) if held else []
             champion = releases.champion(held)
             lost = champion is None and tracking.exists() and history.lost_champion(model)
