@@ -161,6 +161,8 @@ def _copy_database(path: Path, target: Path) -> None:
         _free_slots(copy)
     if why := problem_of_database(target):
         raise sqlite3.DatabaseError(f"{path} is damaged: {why}; stop `lewis up`, and put back an earlier copy's")
+    for end in ("-wal", "-shm"):  # the check leaves them; SQLite removes them when somebody has read the copy
+        Path(f"{target}{end}").unlink(missing_ok=True)
     target.chmod(0o600)
 
 

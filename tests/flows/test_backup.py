@@ -101,6 +101,14 @@ def test_a_device_slot_that_was_taken_is_free_in_the_copy(home: Path, tmp_path: 
         assert database.execute(slots).fetchall() == [(1,)]
 
 
+def test_a_copy_whose_database_somebody_has_read_is_still_whole(home: Path, tmp_path: Path) -> None:
+    copy = backup(tmp_path / "copy").folder
+    with closing(sqlite3.connect(copy / "store" / "prefect" / "prefect.db")) as database:
+        assert database.execute("select id from run").fetchall() == [(1,)]
+    lose(home)
+    assert restore(copy).files
+
+
 def test_secrets_in_a_store_of_a_group_are_for_their_owner_alone(home: Path, tmp_path: Path) -> None:
     """The group could read them once they were put back, and the service refused them."""
     copy = backup(tmp_path / "copy").folder
