@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from shlex import quote
 
 from lewis.evaluation.documents import SideBySide
 from lewis.evaluation.gate import NOTE, Verdict
@@ -174,7 +175,7 @@ def outcome(version: str | None, verdict: Verdict | None, champion: str | None, 
     if champion == version:
         return f"{version} is the champion already; nothing to promote."
     if verdict.waits:
-        return f"{version}{new} passed, and waits for a person: lewis approve {version.removeprefix('models:/')}"
+        return f"{version}{new} passed, and waits for a person: lewis approve {quote(version.removeprefix('models:/'))}"
     if verdict.passed:
         return f"{version}{new} is the new champion."
     return f"{version}{new} was not promoted; " + (f"{champion} stays." if champion else "none is yet.")
@@ -296,7 +297,7 @@ def verdict_line(version: str, verdict: Verdict, *, champion: str | None) -> tup
         return "Completed", f"{number} is the champion already"
     if verdict.waits:
         name = version.removeprefix("models:/")
-        return AWAITS, _cut(f"{told}; passed, waits for: lewis approve {name} --why ...")
+        return AWAITS, _cut(f"{told}; passed, waits for: lewis approve {quote(name)} --why ...")
     before = f"in place of v{champion.rpartition('/')[2]}" if champion else "the first champion"
     return "Promoted", _cut(f"{told}; {before}{notes}")
 

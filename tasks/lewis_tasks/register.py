@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from shlex import quote
 
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -155,7 +156,7 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     if verdict.passed:
         word, what = "passed: champion", f"promote v{number}"
     if verdict.waits and done.previous != version.uri:
-        word, what = f"passed: waits for `lewis approve {name} --why ...`", f"ask about v{number}"
+        word, what = f"passed: waits for `lewis approve {quote(name)} --why ...`", f"ask about v{number}"
     flow_run.name_task(what)
     moves.report()  # also the moves that an earlier run could not report
     lines = [

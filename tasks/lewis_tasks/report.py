@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import chain
+from shlex import quote
 from typing import TypeVar
 
 from prefect import task
@@ -167,8 +168,8 @@ def report_run(
     if version and version.created:
         versions.attach(version, {"run_report.md": text, versions.PAGE: html})
     if version:
-        link = f"[the run with pictures]({report})"
-        shown["report-page"] = ("markdown", f"{link}; here: `lewis report {recipe.name} --open`", "The run as a page")
+        text = f"[the run with pictures]({report}); here: `lewis report {quote(recipe.name)} --open`"
+        shown["report-page"] = ("markdown", text, "The run as a page")
     with get_client(sync_client=True) as client:
         for what, (kind, data, said) in shown.items():
             key = artifact_key(recipe, what)

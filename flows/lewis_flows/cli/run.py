@@ -144,7 +144,7 @@ def print_merge(report: "MergeReport") -> None:
         print(sentence)
     if report.version:
         print(f"MLflow: {report.version} ({'new' if report.created else 'registered before'})")
-        waits = f"passed, waits for: lewis approve {report.version.removeprefix('models:/')} --why ..."
+        waits = f"passed, waits for: lewis approve {shlex.quote(report.version.removeprefix('models:/'))} --why ..."
         print(f"verdict: {'champion' if report.promoted else waits if report.waits else 'not promoted'}")
         print("\n".join(f"  {reason}" for reason in report.verdict))
     if report.published:
@@ -229,7 +229,8 @@ def demo(options: argparse.Namespace) -> None:
         folder = make_family(store.home() / "demo", lambda what, part: report(what, int(1000 * part), 1000))
     ended = run_merge(str(folder / "demo.yaml"), [], as_json=options.json)
     if not options.json:
-        names = {"recipe": folder / "demo.yaml", "version": (ended.version or "").removeprefix("models:/")}
+        version = (ended.version or "").removeprefix("models:/")
+        names = {"recipe": shlex.quote(str(folder / "demo.yaml")), "version": version}
         commands = {command.format(**names): what for command, what in _NEXT.items()}
         width = max(map(len, commands))
         print("\nThe recipe is {recipe}. To try next:".format(**names))

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, WorkerStatus
@@ -58,7 +59,9 @@ def run(path: Path, overrides: Sequence[str]) -> FlowRun | None:
     except (TransientError, KeyboardInterrupt) as error:
         if started is None:
             raise
-        goes_on = f"the run goes on: `lewis logs {path.stem} --follow` shows it, `lewis cancel {started.id}` ends it"
+        goes_on = (
+            f"the run goes on: `lewis logs {quote(path.stem)} --follow` shows it, `lewis cancel {started.id}` ends it"
+        )
         raise type(error)(f"{error}; {goes_on}" if str(error) else goes_on) from error
     state = ended.state
     if state is None or not (did_its_work(ended) or state.is_paused()):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from shlex import quote
 
 from pydantic import BaseModel
 
@@ -205,7 +206,8 @@ def _of_champions(status: Status, now: datetime) -> Iterator[Problem]:
             yield Problem(code=BEHIND, about=recipe.recipe, text=f"{text}, and {why}")
         if recipe.waiting:
             name = f"{recipe.registered}/{recipe.waiting}"
-            yield Problem(code=WAITS, about=recipe.recipe, text=f"{name} waits for `lewis approve {name} --why TEXT`")
+            text = f"{name} waits for `lewis approve {quote(name)} --why TEXT`"
+            yield Problem(code=WAITS, about=recipe.recipe, text=text)
         for line in recipe.unserved:
             yield Problem(code=UNSERVED, about=recipe.recipe, text=line)
         if recipe.lost:

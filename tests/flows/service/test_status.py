@@ -148,6 +148,12 @@ def test_a_champion_that_was_deleted_is_a_problem(home: Path, hub: LocalHub, rec
     assert "Recipe tiny: tiny, no champion now, version 1 was the last" in as_text(found, datetime.now(UTC))
 
 
+def test_a_command_to_copy_has_names_as_a_shell_reads_them() -> None:
+    waits = Status(parts=[], recipes=[Watched(recipe="chat", registered="my chat", waiting="3")])
+    (problem,) = status_data.problems(waits, datetime.now(UTC))
+    assert "`lewis approve 'my chat/3' --why TEXT`" in problem.text
+
+
 def test_a_question_creates_no_database(home: Path, hub: LocalHub, recipes: Path) -> None:
     (recipes / "tiny.yaml").write_text(RECIPE % "tiny")
     (home / "mlflow" / "mlflow.db").unlink()
