@@ -13,7 +13,17 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events.filters import EventFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import AwaitingConcurrencySlot, Completed, Crashed, Failed, Late, Pending, Running, Scheduled
+from prefect.states import (
+    AwaitingConcurrencySlot,
+    Completed,
+    Crashed,
+    Failed,
+    Late,
+    Pending,
+    Running,
+    Scheduled,
+    Suspended,
+)
 
 from lewis.registry import outbox
 from lewis.registry.outbox import Move
@@ -163,6 +173,11 @@ def test_what_a_person_should_know_is_notified_with_a_link(
             run = client.create_flow_run(_merge, name="merge tiny", tags=["lewis"], state=Running())
             client.set_flow_run_state(run.id, state, force=True)
             expected[subject] = f"merge tiny: {state.message}\n\nhttp://127.0.0.1:4200/runs/flow-run/{run.id}"
+        tags = ["lewis", "awaits:models:/my chat/5"]
+        asks = client.create_flow_run(_merge, name="merge chat", tags=tags, state=Running())
+        client.set_flow_run_state(asks.id, Suspended(), force=True)
+        told = "models:/my chat/5 passed its gate, and waits for an answer on the run's page"
+        asked = f"merge chat: {told}\n\nhttp://127.0.0.1:4200/runs/flow-run/{asks.id}"
         of_others = client.create_flow_run(_merge, name="not ours", state=Running())
         client.set_flow_run_state(of_others.id, Failed(message="somebody else's"), force=True)
         for _ in range(2):  # each poll looks again, and the server knows the event
@@ -177,13 +192,14 @@ def test_what_a_person_should_know_is_notified_with_a_link(
         while (ended := client.read_flow_run(stuck_run).state_name) != "Crashed" and time.monotonic() < deadline:
             time.sleep(0.2)
         assert ended == "Crashed" and client.read_flow_run(other).state_name == "Running"
-        while len(sink.received) < len(expected) and time.monotonic() < deadline:
+        wanted = sorted([*expected.items(), ("LEWIS: a version waits for approval", asked)])
+        while len(sink.received) < len(wanted) and time.monotonic() < deadline:
             time.sleep(0.2)
-        found = {
-            each["subject"]: re.sub(r"http://127.0.0.1:\d+", "http://127.0.0.1:4200", each["body"])
+        found = [
+            (each["subject"], re.sub(r"http://127.0.0.1:\d+", "http://127.0.0.1:4200", each["body"]))
             for each in sink.received
-        }
-        assert found == expected and len(sink.received) == len(expected)
+        ]
+        assert sorted(found) == wanted
     finally:
         for automation in client.read_automations():
             client.delete_automation(automation.id)

@@ -30,6 +30,11 @@ _NOT_PENDING = (
     "InfrastructurePending",  # its job waits in a cluster, for a GPU or an image; the worker watches it
 )
 _RUN = "{{ flow_run.name }}: {{ flow_run.state.message or flow_run.state.name }}\n\n{{ flow_run|ui_url }}"
+# Of a run that waits, Suspended, the state has no message; a tag says which version it asks about.
+_ASKS = (
+    "{{ flow_run.name }}: {{ flow_run.state.message or '' }}{% for tag in flow_run.tags if tag.startswith('awaits:') %}"
+    "{{ tag[7:] }} passed its gate, and waits for an answer on the run's page{% endfor %}\n\n{{ flow_run|ui_url }}"
+)
 _RUN_LATE = "{{ flow_run.name }} was due long ago: is there a worker, and has it time?\n\n{{ flow_run|ui_url }}"
 _EVENT = "{{ event.payload.message }}{% if flow_run %}\n\n{{ flow_run|ui_url }}{% endif %}"
 _PROMOTED = (
@@ -109,7 +114,7 @@ def _notifications() -> Iterator[tuple[str, EventTrigger, str, str, str]]:
         ("failure", failed, "a run failed", _RUN, "A run failed; its message says why."),
         ("crash", died, "a run died", _RUN, "The process or machine of a run died."),
         ("rejection", _runs("Rejected"), "a merge was rejected", _RUN, "The gate let a merge not pass."),
-        ("approval", asks, "a version waits for approval", _RUN, "A person has to approve it."),
+        ("approval", asks, "a version waits for approval", _ASKS, "A person has to approve it."),
         ("unpublished", _runs("Unpublished"), "a champion was not published", _RUN, "The Hub refused a champion."),
         ("waiting", _event(WAITING), "a run waits for long", _EVENT, "A run waits for a device, or for its turn."),
         ("stuck", _event(STUCK), "a release is not merged", _EVENT, "A release could not be merged thrice."),
