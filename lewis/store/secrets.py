@@ -40,10 +40,11 @@ class Secret:
         if given := self.variable.get():
             return given
         file = self.path()
-        with lock(self.name):
-            if not file.exists():
-                with written_beside(file, private=True) as beside:
-                    beside.write_text(f"{self.prefix}{token_urlsafe(32)}\n")
+        if not file.exists():  # else the store may be read-only
+            with lock(self.name):
+                if not file.exists():
+                    with written_beside(file, private=True) as beside:
+                        beside.write_text(f"{self.prefix}{token_urlsafe(32)}\n")
         if file.stat().st_mode & 0o077:
             raise InputError(f"{file}: others may read it: expected mode 0600; {self.fix}")
         try:

@@ -42,3 +42,16 @@ def test_it_is_made_once_and_for_nobody_else(
     file.write_text("\n")
     with pytest.raises(InputError, match="it is empty"):
         secret.read()
+
+
+def test_one_that_is_there_is_read_from_a_store_that_is_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path))
+    made = METRICS_KEY.read()
+
+    def refuse(name: str) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(secrets, "lock", refuse)
+    assert METRICS_KEY.read() == made
