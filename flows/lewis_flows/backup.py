@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import Timeout
 
@@ -71,8 +71,12 @@ def backup(folder: Path) -> Copied:
     folder = folder.absolute()
     if store.holds(folder):
         raise InputError(f"{folder}: expected a folder outside of the store, which is copied; choose another one")
+    known = note.read()
     places = {"mlflow": mlflow_database(), "prefect": prefect_database()}
-    _check_as_served(places)
+    served = known.get(note.database_of("mlflow"))
+    if served and os.environ.get("MLFLOW_TRACKING_URI") == known.get("mlflow"):  # `lewis env` names the server
+        places["mlflow"] = Path(served) if os.path.isabs(served) else served
+    _check_as_served(places, known)
     about = {store.COPIED: str(store.home()), "made": datetime.now(UTC).isoformat()}
     try:
         with store.publish(folder, about) as scratch:
@@ -86,7 +90,7 @@ def backup(folder: Path) -> Copied:
     except (OSError, sqlite3.Error, shutil.Error) as error:
         raise LewisError(f"{folder}: the copy could not be made: {error}") from error
     files = (store.read_manifest(folder) or {})["files"]
-    if api := os.environ.get("PREFECT_API_URL"):
+    if (api := os.environ.get("PREFECT_API_URL")) and api != known.get("prefect"):
         places["prefect"] = redacted(api)
     left = {part: place for part, place in places.items() if place not in copied}
     missing = {part: str(place) for part, place in left.items() if isinstance(place, Path) and not place.exists()}
@@ -189,10 +193,10 @@ def _check_complete(earlier: Path, made: Path) -> None:
         )
 
 
-def _check_as_served(places: dict[str, Path | str]) -> None:
+def _check_as_served(places: dict[str, Path | str], known: dict[str, Any]) -> None:
     """Raise InputError if `lewis up` runs and has a database elsewhere than this environment says."""
     for part, place in places.items():
-        served = note.read().get(note.database_of(part))
+        served = known.get(note.database_of(part))
         if served and os.path.realpath(served) != os.path.realpath(place):
             raise InputError(
                 f"{part}: `lewis up` has its database in {served}, and by this environment it is {place}: set "

@@ -192,6 +192,19 @@ def test_a_copy_without_the_database_that_the_service_has_is_refused(
     assert f"prefect has no database in {tmp_path}/none/prefect.db: if its server has" in capsys.readouterr().out
 
 
+def test_the_servers_of_lewis_up_may_be_named_as_lewis_env_does(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = {"mlflow": "http://127.0.0.1:5000", "prefect": "http://127.0.0.1:4200/api"}
+    places = {"mlflow": home / "mlflow" / "mlflow.db", "prefect": home / "prefect" / "prefect.db"}
+    note.write(urls | {note.database_of(part): str(place) for part, place in places.items()})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", urls["mlflow"])
+    monkeypatch.setenv("PREFECT_API_URL", urls["prefect"])
+    made = backup(tmp_path / "copy")
+    assert all((made.folder / "store" / place.relative_to(home)).is_file() for place in places.values())
+    assert made.elsewhere == made.missing == {}
+
+
 def test_mlflows_database_may_be_anywhere_in_the_store(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
