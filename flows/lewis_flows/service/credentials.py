@@ -96,7 +96,9 @@ def connected(url: str) -> Iterator[None]:
                 f"{url}: the Prefect server wants another key; set PREFECT_API_AUTH_STRING to it"
             ) from None
         how = f"answers with an error: {error}" if status else f"does not answer ({type(error).__name__})"
-        raise TransientError(f"{url}: Prefect {how}") from error
+        fix = "; see that it is up, or unset PREFECT_API_URL, which names it"
+        named_it = not status and before["PREFECT_API_URL"] == url
+        raise TransientError(f"{url}: Prefect {how}{fix if named_it else ''}") from error
     finally:
         for name, value in before.items():
             if value is None:
