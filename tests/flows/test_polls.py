@@ -18,6 +18,7 @@ from prefect.states import Cancelling, Crashed
 from lewis import store
 from lewis.errors import LewisError, TransientError
 from lewis.registry.releases import Held
+from lewis.registry.tracking import AwayError
 from lewis_flows import polls, prefect_runs, release_event, watch
 from lewis_flows.service import status_data
 from lewis_flows.service.status_data import Part, Status
@@ -122,6 +123,23 @@ def test_a_loop_goes_on_after_an_error_until_it_is_stopped() -> None:
     while done.acquire(blocking=False):
         pass
     assert not off._thread.is_alive()
+
+
+@pytest.mark.parametrize("error", [AwayError("MLflow is away"), RuntimeError("what nobody thought of")])
+def test_only_an_error_that_nobody_thought_of_has_a_traceback(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = threading.Semaphore(0)
+
+    def fail() -> None:
+        done.release()
+        raise error
+
+    loop = Loop("test", fail, 0.01)
+    assert done.acquire(timeout=60) and done.acquire(timeout=60)  # the second call comes after the log of the first
+    loop.stop()
+    (record,) = caplog.records
+    assert str(error) in record.message and bool(record.exc_info) == isinstance(error, RuntimeError)
 
 
 def test_a_run_that_fails_has_a_verdict_and_a_task_the_name_of_what_it_made(client: SyncPrefectClient) -> None:

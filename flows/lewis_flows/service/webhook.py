@@ -26,7 +26,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lewis import settings
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.redact import printable
 from lewis.registry import outbox, tracking
 from lewis.store.secrets import METRICS_KEY, WEBHOOK_SECRET
@@ -276,7 +276,8 @@ class Loop:
                 before = ""
             except Exception as error:  # the next call tries again
                 if (now := f"{type(error).__name__}: {error}") != before:
-                    logger.warning("%s: %s", self._thread.name, now, exc_info=error)
+                    known = isinstance(error, LewisError)  # its message says all
+                    logger.warning("%s: %s", self._thread.name, now, exc_info=None if known else error)
                 before = now
             self._over.wait(self._pause)
 
