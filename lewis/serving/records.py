@@ -99,8 +99,9 @@ def served(name: str = "") -> list[Served]:
     """Return the records of what all targets have in service, of one registered model or of all.
 
     Raises:
-        InputError: if there is no such model.
+        InputError: if there is no such model, or this store was used with an MLflow that the environment does not name.
     """
+    tracking.check_not_elsewhere()
     if not tracking.exists():
         return []
     with tracking.client("reading what is in service") as client:

@@ -19,8 +19,10 @@ from prefect.client.schemas.objects import WorkQueueStatus
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed, Running, Scheduled, State
 
+from lewis.errors import InputError
 from lewis.evaluation.gate import Verdict
 from lewis.registry import promotion
+from lewis.serving import records
 from lewis_flows.cli.main import main
 from lewis_flows.service import recipes_page, status_data
 from lewis_flows.service.links import last_run
@@ -162,6 +164,8 @@ def test_a_question_creates_no_database(home: Path, hub: LocalHub, recipes: Path
     (home / "mlflow" / "artifacts").mkdir()  # its MLflow is elsewhere: an empty one here would hide that
     (tiny,) = status(hub=False).recipes or []
     assert "expected the MLflow that this store was used with" in tiny.unknown[0]
+    with pytest.raises(InputError, match="expected the MLflow that this store was used with"):
+        records.served()
     assert not (home / "mlflow" / "mlflow.db").exists()
 
 
