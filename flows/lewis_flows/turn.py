@@ -19,6 +19,7 @@ from prefect import Flow, State
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
@@ -74,6 +75,9 @@ def _note(run: str) -> Iterator[Path]:
                 store.write_text(note, "")
             yield note
             runs.forget(run)  # before the lock is free: a note without a holder is that of a dead run
+        except Pause:  # the server knows that it is suspended; resumed, it would look dead before it locks the note
+            runs.forget(run)
+            raise
         finally:
             _NOTED.discard(run)
 

@@ -13,6 +13,7 @@ import pytest
 from filelock import Timeout
 from prefect import State, flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Pending, Running
@@ -105,6 +106,14 @@ def test_a_run_that_ends_well_never_looks_dead(tmp_path: Path, monkeypatch: pyte
     with turn.turn(tmp_path / "x.yaml", "run"):
         pass
     assert dead == [False] and not [*(tmp_path / "home").rglob("*run*/*")]
+
+
+def test_a_run_that_is_suspended_leaves_no_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it was resumed, another command could take it for dead; and nothing made way for others while it waited."""
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    with pytest.raises(Pause), turn.turn(tmp_path / "x.yaml", "run"):
+        raise Pause
+    assert not [*(tmp_path / "home" / "runs").iterdir()]
 
 
 def test_a_run_that_fails_leaves_nothing_once_the_server_knows_it(
