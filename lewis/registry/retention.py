@@ -162,8 +162,9 @@ def _content(path: Path) -> dict[str, Any]:
 def make_room(needed: int) -> int:
     """Remove entries from the store until its quota leaves `needed` bytes; return the number of bytes freed.
 
-    Entries that no registered version needs are removed, the longest unused first. Entries that were used in the last
-    hour, or since the start of a run that is going on or died, stay. Without a quota nothing is removed.
+    Entries that no registered version needs are removed, the longest unused first. Entries stay that were used in the
+    last hour, or since the start of a run that is going on, or that began in the last week and died. Without a quota
+    nothing is removed.
 
     Raises:
         InputError: if `LEWIS_QUOTA` is no size, or the versions are in an MLflow that the environment does not name.

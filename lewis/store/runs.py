@@ -3,6 +3,7 @@
 Each note is locked by its process, and the kernel frees the lock when the process dies.
 """
 
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from lewis.store import files
 
 _LIBRARY = "library-"  # how notes of merges without Prefect begin
 COMMAND = "command-"  # how notes of commands that run a flow begin
+_AGAIN = 7 * 86400.0  # seconds from its begin in which a run that died is expected to be run again
 
 
 @contextmanager
@@ -72,11 +74,12 @@ def active_since(*, dead: bool = False) -> float | None:
     """When the oldest process that works on the store began (Unix time, seconds); None if none does.
 
     Args:
-        dead: whether processes count, too, that have died and whose notes are not removed yet.
+        dead: whether processes count, too, that began in the last week, have died, and whose notes are not removed yet.
     """
-    began = []
+    began, old = [], time.time() - _AGAIN
     for note in notes():
         with suppress(FileNotFoundError):  # it has just ended
-            if dead or not is_dead(note.name):
-                began.append(note.stat().st_mtime)
+            since = note.stat().st_mtime
+            if (dead and since > old) or not is_dead(note.name):
+                began.append(since)
     return min(began, default=None)

@@ -10,7 +10,7 @@ from lewis import store
 from lewis.errors import InputError
 from lewis.registry import retention
 from lewis.registry.retention import make_room
-from lewis.store import kinds
+from lewis.store import kinds, runs
 
 OLD = time.time() - 30 * 86400
 
@@ -54,9 +54,21 @@ def test_what_a_run_uses_or_a_version_needs_stays(filled: list[Path], monkeypatc
     note.touch()
     os.utime(note, (OLD + 5 * 86400, OLD + 5 * 86400))  # it began before the second was used last
     (store.home() / "runs" / "2").symlink_to("gone")  # a run that ends right now: listed, and not there
-    assert make_room(20 * 10**6) == 0 and left(filled) == [True] * 3
-    note.unlink()
+    with runs.lock("1"):
+        assert make_room(20 * 10**6) == 0 and left(filled) == [True] * 3
     assert make_room(20 * 10**6) > 0 and left(filled) == [True, False, True]
+
+
+@pytest.mark.parametrize(("days", "stay"), [(6, True), (8, False)])
+def test_what_a_run_that_died_has_used_stays_for_a_week(filled: list[Path], days: float, stay: bool) -> None:
+    """The service keeps its note, so that for as long as the service ran, nothing made way for any other run."""
+    note, began, used = store.home() / "runs" / "1", time.time() - days * 86400, time.time() - 7200 - store.MARK_EVERY
+    note.parent.mkdir()
+    note.touch()
+    os.utime(note, (began, began))
+    for path in filled:
+        os.utime(path / store.MANIFEST, (used, used))
+    assert (make_room(20 * 10**6) == 0) == stay and left(filled) == [stay] * 3
 
 
 @pytest.mark.parametrize("given", ["", "200"])
