@@ -80,7 +80,8 @@ def run_name() -> str:
     """Return the name of a run until it is known what changed: flow and recipe; a run with an answer keeps its name."""
     if (context := FlowRunContext.get()) and context.flow_run and approval.answered(context.flow_run):
         return context.flow_run.name
-    return f"{flow_run.flow_name} {Path(str(flow_run.parameters['recipe'])).stem}"
+    given = str(flow_run.parameters["recipe"])
+    return f"{flow_run.flow_name} {Path(given).stem if '/' in given else given}"
 
 
 @flow(name=prefect_runs.MERGE, flow_run_name=run_name, task_runner=choose.task_runner(), **recipes_page.after(HOOKS))

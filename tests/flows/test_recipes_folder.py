@@ -17,7 +17,7 @@ from lewis.errors import InputError
 from lewis.methods import METHODS
 from lewis.recipe.recipe import Recipe
 from lewis.registry.registration import flat_parameters
-from lewis_flows import recipes_folder
+from lewis_flows import merge, recipes_folder
 from lewis_flows.service import receiver
 from lewis_flows.service.recipe_files import Folder
 from lewis_tasks.support.assets import artifact_key
@@ -301,3 +301,13 @@ def test_two_files_of_one_name_are_no_recipe(
     with pytest.raises(InputError, match=r"recipe: both tiny\.ya?ml and tiny\.ya?ml in .*; rename one of them"):
         recipes_folder.find("tiny")
     assert [*recipes_folder.load_all()] == ["other"] and caplog.text.count("recipe tiny is left out") == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"), [("qwen2.5", "merge qwen2.5"), ("good", "merge good"), ("/x/y/qwen2.5.yaml", "merge qwen2.5")]
+)
+def test_a_run_has_the_whole_name_of_its_recipe(recipe: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run of a release of `qwen2.5` was `merge qwen2` until it knew what moved, and stayed so if it failed."""
+    given = SimpleNamespace(flow_name="merge", parameters={"recipe": recipe})
+    monkeypatch.setattr(merge, "flow_run", given)
+    assert merge.run_name() == name
