@@ -72,8 +72,8 @@ _PARAMETERS = {
     prefect_runs.MERGE: {"overrides": _OVERRIDES},
     prefect_runs.SEARCH: {
         "overrides": _OVERRIDES,
-        "trials": _parameter("integer", "trials", "how many in all, instead of the recipe's number"),
-        "minutes": _parameter("number", "minutes", "begin no further trial after this time"),
+        "trials": _parameter("integer", "trials", "how many in all, instead of the recipe's number", minimum=1),
+        "minutes": _parameter("number", "minutes", "begin no further trial after this time", exclusiveMinimum=0),
     },
     prefect_runs.SERVE: {
         "again": _parameter("boolean", "again", "also where the champion is in service", default=False)

@@ -405,6 +405,18 @@ def test_the_form_of_a_deployment_asks_for_what_the_flow_takes(folder: Path) -> 
         assert form["properties"].keys() == parameter_schema(flow).properties.keys()
 
 
+@pytest.mark.parametrize(("name", "number"), [("trials", 0), ("trials", -3), ("minutes", 0), ("minutes", -1)])
+def test_a_search_of_no_trials_is_refused_by_its_form(
+    folder: Path, client: SyncPrefectClient, name: str, number: int
+) -> None:
+    """It measured the models, then ended as `none of 0 trials could be scored`; or made as many as the recipe says."""
+    (folder / "good.yaml").write_text(SEARCH)
+    Follower(print).deploy()
+    deployment = client.read_deployment_by_name("search/good").id
+    with pytest.raises(PrefectHTTPStatusError, match=f"{number} is less than"):
+        client.create_flow_run_from_deployment(deployment, parameters={"recipe": "good", name: number})
+
+
 def test_a_run_ends_those_that_wait_behind_it(folder: Path, client: SyncPrefectClient) -> None:
     Follower(print).deploy()
     deployment = client.read_deployment_by_name("merge/good").id
