@@ -17,7 +17,7 @@ from typing import Any
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
 from prefect.client.schemas.filters import DeploymentFilter, FlowFilter
-from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, FlowRun
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, DeploymentSchedule, FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
@@ -118,7 +118,8 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
             continue
         paused = before.paused and _CANNOT_RUN not in before.tags
         stays = f"{file.name} stays paused, as somebody paused it"
-        yield from _changed(before, stays, f"{file.name} keeps its own schedule")
+        lost = f"{file.name} has no longer the default parameters that somebody gave it; write them into its file"
+        yield from _changed(before, stays, f"{file.name} keeps its own schedule", lost)
         if before.version == file.version:
             continue
         if file.why or paused:
@@ -198,7 +199,9 @@ def remove_stale(client: SyncPrefectClient, files: Collection[RecipeFile]) -> bo
         of_recipe = f"recipe:{deployment.name}" in deployment.tags
         if name in dropped or (of_recipe and deployment.name not in names):
             if removed := remove(client, name):
-                changed = _changed(deployment, "it was paused", "it had a schedule of its own")
+                changed = _changed(
+                    deployment, "it was paused", "it had a schedule of its own", "it had default parameters"
+                )
                 lost = ", and ".join(changed) if name.startswith(f"{prefect_runs.MERGE}/") else ""
                 logger.info("the deployment %s is removed: no recipe asks for it%s", name, lost and f"; {lost}")
             stays = stays or not removed
@@ -324,14 +327,24 @@ def _starts(deployment: Any, name: str, about: str, event: str, match: Any, **wh
     return trigger.as_automation()
 
 
-def _changed(deployment: DeploymentResponse, paused: str, schedule: str) -> Iterator[str]:
-    """Yield an operator's changes: the text `paused` for a pause; `schedule` and the hours for another schedule."""
+def _changed(deployment: DeploymentResponse, paused: str, schedule: str, parameters: str) -> Iterator[str]:
+    """Yield an operator's changes: the text `paused` for a pause; for others a text, and what they are."""
     if deployment.paused and _CANNOT_RUN not in deployment.tags:
         yield paused
     nightly = settings.NIGHTLY.get()
-    crons = [getattr(each.schedule, "cron", str(each.schedule)) for each in deployment.schedules if each.active]
-    if crons != ([nightly] if nightly else []):
-        yield f"{schedule}: {', '.join(crons) or 'none'}"
+    shown = [_hours(each) for each in deployment.schedules if each.active]
+    if shown != ([nightly] if nightly else []):
+        yield f"{schedule}: {', '.join(shown) or 'none'}"
+    if own := {name: value for name, value in deployment.parameters.items() if value and name != "recipe"}:
+        yield f"{parameters}: {own}"
+
+
+def _hours(planned: DeploymentSchedule) -> str:
+    """The hours of a schedule: its cron, with its time zone if that is not this machine's, and its own parameters."""
+    found, zone = planned.schedule, getattr(planned.schedule, "timezone", None)
+    more = [zone] if zone and zone != time_zone() else []
+    more += [f"with {planned.parameters}"] if planned.parameters else []
+    return " ".join([getattr(found, "cron", str(found)), *more])
 
 
 def _description(file: RecipeFile, before: DeploymentResponse | None) -> str:
