@@ -44,6 +44,12 @@ def answered(run: FlowRun) -> str:
     return asked(run) if run.empirical_policy.pause_keys else ""  # which the server empties when a run begins again
 
 
+def is_open(deployment: UUID, version: str) -> bool:
+    """Whether a run of a deployment waits for an answer about a version, `models:/<name>/<number>`."""
+    with get_client(sync_client=True) as client:
+        return any(asked(run) == version for run in _suspended(client, deployment))
+
+
 def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     """Suspend the run until a person has answered, and do what the answer says. In a resumed run, return immediately.
 
@@ -59,8 +65,8 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     """
     if not answered(run):
         assert run.deployment_id is not None  # no other run is suspended
-        with get_client(sync_client=True) as client:  # the versions of others were replaced by this run's
-            lapse(client, run.deployment_id, f"nobody answered; the run {run.name} asks about a newer version")
+        with get_client(sync_client=True) as client:  # the questions of others were replaced by this run's
+            lapse(client, run.deployment_id, f"nobody answered; a later run asks about {version}")
         run_tags.tag(verdict="awaitingapproval", awaits=version)
     text = f"**{version}** passed its gate and waits for a person.\n\n{verdict}"
     name, number = version.removeprefix("models:/").rsplit("/", 1)
@@ -122,8 +128,12 @@ def settle(version: str = "", why: str = "") -> None:
 
 def lapse(client: SyncPrefectClient, deployment: UUID, why: str) -> None:
     """End the suspended runs of a deployment, whose question is outdated, or is to be answered elsewhere."""
-    for run in prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",), deployment_id={"any_": [deployment]}):
+    for run in _suspended(client, deployment):
         _lapse(client, run, why)
+
+
+def _suspended(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
+    return prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",), deployment_id={"any_": [deployment]})
 
 
 def _lapse(client: SyncPrefectClient, run: FlowRun, why: str) -> None:

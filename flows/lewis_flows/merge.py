@@ -115,7 +115,12 @@ def merge_flow(recipe: str, overrides: list[str] | None = None) -> MergeReport |
             report, changed, (name, line) = _merge(plan, path, overrides or [], keys)
     if run.deployment_id:
         report.save(str(run.id))
-    if name == AWAITS and run.deployment_id and report.version:
+    if (
+        name == AWAITS
+        and run.deployment_id
+        and report.version
+        and (changed or not approval.is_open(run.deployment_id, report.version))
+    ):
         return approval.ask(run, report.version, "\n".join(f"* {reason}" for reason in report.verdict))
     if not changed:
         name, line = "Cached", f"{path.stem}: nothing has changed, everything was found done"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from prefect.states import AwaitingRetry
 
 from lewis.evaluation.gate import Verdict
 from lewis.registry import history, outbox, promotion, tracking
+from lewis.reports.run_report import AWAITS
 from lewis_flows import approval, merge, prefect_runs, watch
 from lewis_flows.cli.main import main
+from lewis_flows.registration import MergeReport
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.failures import says_why
 from tests.conftest import Family
@@ -105,6 +108,29 @@ def test_a_run_waits_for_a_person_on_its_page_or_on_the_command_line(
     ]
     assert history.history("asked")[1].by.startswith("the run http")
     assert {move.version for move in outbox.moves()} <= {"1", "2", "3"}  # told, or to be told soon
+
+
+def test_a_question_stays_if_a_later_run_finds_nothing_new(
+    client: SyncPrefectClient, family: Family, recipes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each night, the run that a person was to answer ended as Lapsed: another one `asks about a newer version`."""
+    (recipes / "again.yaml").write_text("{merge_method: ties, base_model: org/base, models: [{model: org/math}]}")
+    first = _asks(client, family, "again", "a", "base")
+    report = MergeReport(recipe="again", digest="a" * 64, folder=family.base, version="models:/again/1")
+    deployment, changed = client.read_flow_run(first).deployment_id, False
+    monkeypatch.setattr(merge, "_merge", lambda *_: (report, changed, (AWAITS, "v1: passed")))
+
+    def states() -> list[str | None]:
+        of = client.create_flow_run_from_deployment(deployment, parameters={"recipe": "again"})
+        with suppress(Pause):
+            run_flow(merge.merge_flow, flow_run=of, return_type="state")
+        return [client.read_flow_run(run).state_name for run in (first, of.id)]
+
+    assert states() == ["Suspended", "Cached"]
+    changed = True  # such as the gate's reasons
+    assert states() == ["Lapsed", "Suspended"]
+    lapsed = client.read_flow_run(first).state
+    assert lapsed and lapsed.message == "nobody answered; a later run asks about models:/again/1"
 
 
 @pytest.mark.long
