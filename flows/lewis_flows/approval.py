@@ -17,12 +17,13 @@ from prefect.input import RunInput
 from prefect.states import Completed
 from pydantic import Field
 
-from lewis.errors import InputError
-from lewis.registry import promotion, releases
+from lewis.registry import releases
 from lewis.registry.releases import Held
 from lewis_flows import prefect_runs
+from lewis_flows.walk import submit
+from lewis_tasks.register import settle_answer
 from lewis_tasks.support import flow_run as run_tags
-from lewis_tasks.support import moves
+from lewis_tasks.support.failures import result_of
 
 APPROVED = "Approved"  # the state of a run whose version a person has approved
 
@@ -72,12 +73,8 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     name, number = version.removeprefix("models:/").rsplit("/", 1)
     form = Approval.with_initial_data(description=text)
     answer = suspend_flow_run(wait_for_input=form, key=f"approval-{number}")
-    why, by = answer.why or "on the run's page", f"the run {run_tags.url()}"
-    if promotion.is_waiting(name, number):
-        (promotion.approve if answer.approve else promotion.refuse)(name, number, why, by)
-        moves.report()
-    elif promotion.is_champion(name, number) != answer.approve:  # `lewis approve` has decided otherwise
-        raise InputError(f"{version}: it waits for no approval any more; see `lewis history {name}`")
+    why = answer.why or "on the run's page"
+    result_of(submit(settle_answer, name, number, answer.approve, why))
     state, line = (APPROVED, "is the champion") if answer.approve else ("Refused", "is refused")
     return run_tags.ending(state, f"{version} {line}: {why}", None)
 

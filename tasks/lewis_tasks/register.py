@@ -9,6 +9,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lewis.allocation.step import AllocationEntry
+from lewis.errors import InputError
 from lewis.evaluation import pairwise_judge
 from lewis.evaluation.documents import side_by_side
 from lewis.evaluation.gate import Incumbent, Verdict, judge
@@ -168,6 +169,22 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     create_link_artifact(page, text, key=artifact_key(recipe, "mlflow"), description="Model version")
     create_markdown_artifact("\n\n".join(lines), key=artifact_key(recipe, "verdict"), description="The gate's verdict")
     return verdict.passed and (done.moved or done.previous == version.uri), done.new
+
+
+# Retried, since a person has answered: the answer must not be lost because MLflow is away for a minute.
+@task(name="answer", task_run_name="answer about v{number}", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)
+def settle_answer(name: str, number: str, approve: bool, why: str) -> None:
+    """Approve or refuse the version `number` of a model, as a person has answered this run.
+
+    Raises:
+        InputError: if it can no longer be approved or refused, or `lewis approve` has decided otherwise.
+    """
+    if promotion.is_waiting(name, number):
+        move = promotion.approve if approve else promotion.refuse
+        move(name, number, why, f"the run {flow_run.url()}")
+        moves.report()
+    elif promotion.is_champion(name, number) != approve:
+        raise InputError(f"models:/{name}/{number}: it waits for no approval any more; see `lewis history {name}`")
 
 
 @task(name="check-publish", task_run_name="check publish", cache_policy=NO_CACHE, timeout_seconds=600, **RETRIES)

@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from uuid import UUID
 
 import pytest
@@ -17,6 +18,7 @@ from prefect.flow_runs import resume_flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import AwaitingRetry
 
+from lewis.errors import TransientError
 from lewis.evaluation.gate import Verdict
 from lewis.registry import history, outbox, promotion, tracking
 from lewis.reports.run_report import AWAITS
@@ -108,6 +110,16 @@ def test_a_run_waits_for_a_person_on_its_page_or_on_the_command_line(
     ]
     assert history.history("asked")[1].by.startswith("the run http")
     assert {move.version for move in outbox.moves()} <= {"1", "2", "3"}  # told, or to be told soon
+
+
+def test_an_answer_waits_for_mlflow(client: SyncPrefectClient, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run failed, and with it the answer was lost."""
+    of = _asks(client, family, "away", "a", "base")
+    waits = Mock(side_effect=[TransientError("MLflow does not answer"), True])
+    monkeypatch.setattr(promotion, "is_waiting", waits)
+    resume_flow_run(of, run_input={"approve": True, "why": "it is good"})
+    state = _run(client, of)
+    assert (state.name, state.message) == ("Approved", "models:/away/1 is the champion: it is good")
 
 
 def test_a_question_stays_if_a_later_run_finds_nothing_new(
