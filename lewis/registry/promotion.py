@@ -160,8 +160,17 @@ def has_lapsed(tags: Mapping[str, str], champion: str) -> bool:
         tags: of the version.
         champion: the number of the champion's version; empty if there is none.
     """
-    late = datetime.fromisoformat(tags[_UNTIL]) < datetime.now(UTC)
-    return late or _number(tags[_BESIDE]) != champion
+    until = _until(tags)
+    return until is None or until < datetime.now(UTC) or _number(tags.get(_BESIDE, "")) != champion
+
+
+def _until(tags: Mapping[str, str]) -> datetime | None:
+    """Return until when a version waits for approval, in UTC if its tag names no time zone; None if it says no time."""
+    try:
+        found = datetime.fromisoformat(tags.get(_UNTIL, ""))
+    except ValueError:  # a person has changed the tag in MLflow
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _number(compared: str) -> str:
@@ -310,7 +319,7 @@ def _ask(client: "MlflowClient", version: Version, verdict: Verdict, champion: s
     now = datetime.now(UTC)
     if known.get("lewis.verdict") == WAITING and _UNTIL in known:
         same = known.get(_BESIDE) == verdict.compared_with
-        if same and datetime.fromisoformat(known[_UNTIL]) > now:
+        if same and (until := _until(known)) and until > now:
             return {}
         why = "nobody approved it in time" if same else f"it was compared with {known.get(_BESIDE)}"
         history.record(client, version.name, "lapsed", version.uri, champion, why, by)
@@ -337,12 +346,15 @@ def _check_waits(client: "MlflowClient", name: str, version: str, champion: str 
     """Check that a version waits for approval, that its time is not up, and that the champion is still the same."""
     uri, tags = f"models:/{name}/{version}", _tags_of_waiting(client, name, version)
     again = "run its recipe again, which judges it again"
-    until = datetime.fromisoformat(tags[_UNTIL])
+    if (until := _until(tags)) is None:
+        raise InputError(f"{uri}: expected a time in its tag {_UNTIL} in MLflow, got {tags.get(_UNTIL)!r}; {again}")
     if until < datetime.now(UTC):
         raise InputError(f"{uri}: it waited for approval until {until:%Y-%m-%d %H:%M} UTC; {again}")
     if has_lapsed(tags, champion or ""):
         now = f"models:/{name}/{champion}" if champion else None
-        raise InputError(f"{uri}: the gate compared it with {tags[_BESIDE]}, but the champion is {now} by now; {again}")
+        raise InputError(
+            f"{uri}: the gate compared it with {tags.get(_BESIDE)}, but the champion is {now} by now; {again}"
+        )
 
 
 def _move(

@@ -202,3 +202,29 @@ def test_nobody_approves_in_time(home: Path, family: Family) -> None:
     assert releases.waiting(releases.merged("tiny"))
     promotion.approve("tiny", "1", "x")
     assert told() == ["waits 1", "lapsed 1", "waits 1", "approved 1"]
+
+
+@pytest.mark.parametrize(
+    ("until", "why"),
+    [
+        ("9999-01-01", ""),
+        ("2026-01-01", "waited for approval until 2026-01-01 00:00 UTC; run"),
+        ("tomorrow", "expected a time in its tag lewis.approve_until in MLflow, got 'tomorrow'; run its recipe again"),
+        ("", "expected a time in its tag lewis.approve_until in MLflow, got None; run its recipe again"),
+    ],
+)
+def test_a_person_has_changed_the_time_in_mlflow(home: Path, family: Family, until: str, why: str) -> None:
+    """A TypeError, ValueError or KeyError ended each poll, so that no recipe's releases were seen any more."""
+    version = registered(family.base, "a", {}, "tiny", None)
+    asked(version, "base")
+    with tracking.client("changing it") as client:
+        client.delete_model_version_tag("tiny", "1", "lewis.approve_until")
+        if until:
+            client.set_model_version_tag("tiny", "1", "lewis.approve_until", until)
+    (held,) = releases.merged("tiny")
+    assert held.lapsed == bool(why)
+    if why:
+        with pytest.raises(InputError, match=why):
+            promotion.approve("tiny", "1", "x")
+        asked(version, "base")
+    promotion.approve("tiny", "1", "x")
