@@ -4,6 +4,7 @@ It occupies no worker while it waits. Prefect's page shows the verdict and a for
 then moves the champion, or refuses the version. Whether that still may be done is checked then, as for `lewis approve`.
 """
 
+import logging
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -17,6 +18,7 @@ from prefect.input import RunInput
 from prefect.states import Completed
 from pydantic import Field
 
+from lewis.errors import LewisError, TransientError
 from lewis.registry import releases
 from lewis.registry.releases import Held
 from lewis_flows import prefect_runs
@@ -25,6 +27,7 @@ from lewis_tasks.register import settle_answer
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.failures import result_of
 
+logger = logging.getLogger(__name__)
 APPROVED = "Approved"  # the state of a run whose version a person has approved
 
 
@@ -100,7 +103,6 @@ def settle(version: str = "", why: str = "") -> None:
 
     Raises:
         TransientError: MLflow does not answer.
-        LewisError: MLflow refuses.
         httpx.HTTPError: Prefect's server does not answer, or refuses.
     """
     models = dict[str, list[Held]]()
@@ -109,8 +111,14 @@ def settle(version: str = "", why: str = "") -> None:
             if not (about := asked(run)):
                 continue
             name, _, number = about.removeprefix("models:/").rpartition("/")
-            if name not in models:
-                models[name] = releases.merged(name)
+            try:
+                if name not in models:
+                    models[name] = releases.merged(name)
+            except TransientError:
+                raise
+            except LewisError as error:  # what is wrong with one model does not stop the others
+                logger.info("%s waits on: %s", run.name, error)
+                continue
             held = next((each for each in models[name] if each.version == number), None)
             is_champion = held is not None and "champion" in held.aliases
             if held and held in releases.approvable(models[name]):

@@ -16,7 +16,7 @@ from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 from prefect.flow_runs import resume_flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.states import AwaitingRetry
+from prefect.states import AwaitingRetry, Cancelled
 
 from lewis.errors import TransientError
 from lewis.evaluation.gate import Verdict
@@ -173,6 +173,20 @@ def test_a_question_ends_when_the_champion_is_moved_by_hand(client: SyncPrefectC
     assert state(other)[0] == "Suspended"
     assert main(["approve", "unmoved/1", "--refuse", "--why", "it is rude"]) == 0
     assert _run(client, other).name == "Refused"
+
+
+def test_a_model_whose_history_cannot_be_read_keeps_no_other_question_open(
+    client: SyncPrefectClient, family: Family
+) -> None:
+    """Its tag, written by a person or a newer LEWIS on another machine, stopped the others too, in whatever order."""
+    runs = [_asks(client, family, name, digit, "base") for name, digit in (("past", "a"), ("odd", "b"), ("over", "c"))]
+    with tracking.client("a test") as registry:
+        registry.set_registered_model_tag("odd", f"{history.TAG}2999", "{}")
+        for name in ("past", "over"):
+            registry.set_model_version_tag(name, "1", "lewis.approve_until", "2026-01-01")
+    approval.settle()
+    assert [client.read_flow_run(of).state_name for of in runs] == ["Lapsed", "Suspended", "Lapsed"]
+    client.set_flow_run_state(runs[1], Cancelled(), force=True)
 
 
 @pytest.mark.long
