@@ -5,7 +5,6 @@ then moves the champion, or refuses the version. Whether that still may be done 
 """
 
 import logging
-from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -125,8 +124,12 @@ def settle(version: str = "", why: str = "") -> None:
                 continue
             if held and (is_champion or held.verdict == "failed"):
                 reason = why if about == version else f"decided elsewhere; see `lewis history {name}`"
-                with suppress(NotPausedError, RuntimeError):  # somebody answered just now
+                try:
                     resume_flow_run(run.id, run_input={"approve": is_champion, "why": reason})
+                except NotPausedError:  # somebody answered just now
+                    continue
+                except RuntimeError:  # its process died after it was suspended, before it had saved the form
+                    _lapse(client, run, f"{about} is {'the champion' if is_champion else 'refused'}: {reason}")
             else:
                 _lapse(client, run, f"{about} can no longer be approved; see `lewis history {name}`")
 

@@ -175,6 +175,20 @@ def test_a_question_ends_when_the_champion_is_moved_by_hand(client: SyncPrefectC
     assert _run(client, other).name == "Refused"
 
 
+def test_a_run_that_was_killed_before_it_had_its_form_ends_with_the_answer(
+    client: SyncPrefectClient, family: Family
+) -> None:
+    """It waited for ever: without a form, Prefect resumes no run that waits for one."""
+    of = _asks(client, family, "formless", "a", "base")
+    state = client.read_flow_run(of).state
+    assert state
+    client.delete_flow_run_input(of, state.state_details.run_input_keyset["schema"])
+    promotion.approve("formless", "1", "it is good")
+    approval.settle("models:/formless/1", "it is good")
+    ended = client.read_flow_run(of).state
+    assert ended and (ended.name, ended.message) == ("Lapsed", "models:/formless/1 is the champion: it is good")
+
+
 def test_a_model_whose_history_cannot_be_read_keeps_no_other_question_open(
     client: SyncPrefectClient, family: Family
 ) -> None:
