@@ -67,9 +67,14 @@ class RecordSerializer(JSONSerializer):
         """Return the result of a record.
 
         Raises:
-            ValueError: if the record, or a file that the result refers to, is damaged.
+            ValueError: if the record, or a file that the result refers to, is damaged; or if another version of LEWIS
+                wrote the record, with a class that this one does not have: Prefect would give its fields as a dict.
         """
-        return super().loads(json.dumps(sealed_json.loads(blob)["result"]).encode())
+        found = super().loads(json.dumps(sealed_json.loads(blob)["result"]).encode())
+        for each in found if isinstance(found, list) else [found]:
+            if isinstance(each, dict) and "__class__" in each:
+                raise ValueError(f"this LEWIS has no class {each['__class__']}")
+        return found
 
 
 _PATHS = ("path", "folder", "adapter", "base", "statistics")  # fields of references that are paths

@@ -8,8 +8,9 @@ import pytest
 from prefect.states import Failed
 
 from lewis.errors import InputError, LewisError, TransientError
+from lewis.store import sealed_json
 from lewis_tasks.support import caching
-from lewis_tasks.support.caching import RETRIES, Progress, slug, worth_reading
+from lewis_tasks.support.caching import RETRIES, Progress, RecordSerializer, slug, worth_reading
 
 
 def test_progress_ends_a_task_that_is_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +40,16 @@ def test_an_error_of_ours_is_logged_as_its_message() -> None:
     assert worth_reading(theirs) and theirs.exc_info is not None
     full = record("failed", OSError(28, "No space left on device"))
     assert worth_reading(full) and full.exc_info is None
+
+
+@pytest.mark.parametrize("name", ["lewis.models.source.Gone", "lewis.gone.Gone"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_record_with_a_class_of_another_lewis_is_not_believed(name: str, several: bool) -> None:
+    """Prefect gave its fields as a dict, and each run of the recipe failed with an AttributeError."""
+    record = {"__class__": name, "data": {"folder": "x"}}
+    blob = sealed_json.dumps({"result": [record] if several else record}, indent=None).encode()
+    with pytest.raises(ValueError, match=f"this LEWIS has no class {name}"):
+        RecordSerializer().loads(blob)
 
 
 def test_slugs_are_artifact_keys() -> None:
