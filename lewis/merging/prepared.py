@@ -195,8 +195,8 @@ class Prepared:
     def judging(self) -> tuple[Expert, ...]:
         """Of a method that fits, the experts whose rows judge the fit: not those with a weight of 0 everywhere."""
         weights = [self.parameters(name)["weight"] for name in self.layout if self.merges(name)]
-        counts = [any(own) for own in zip(*weights, strict=True)]
-        return tuple(each for each, known in zip(self.experts, counts, strict=True) if known) or self.experts
+        counted = (each for i, each in enumerate(self.experts) if any(of_tensor[i] for of_tensor in weights))
+        return tuple(counted) or self.experts
 
     def _weighted_factors(self) -> ScalesByTensor:
         """The factors that the anchor's merged deltas are multiplied with: this merge's, times the anchor's weight."""
@@ -334,7 +334,8 @@ class Prepared:
         rule = [AUTO, JUDGE_SEMANTICS, RIDGES, EVERY, *(["by prompt"] if together else [])]
         rule += [[each.model.key for each in self.judging]] if len(self.judging) < len(self.experts) else []
         sets += [rule] if self.tunes else []
-        held = [each.held_back.digest if each.held_back and each in self.judging else "" for each in self.experts]
+        judging = {each.ref for each in self.judging}
+        held = [each.held_back.digest if each.held_back and each.ref in judging else "" for each in self.experts]
         sets += [["held back", JUDGE_SEMANTICS, held]] if any(held) else []
         if self.refine:
             sets.append(["refine", REFINE_SEMANTICS, default_device(), self.refine.model_dump()])

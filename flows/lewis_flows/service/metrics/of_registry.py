@@ -54,7 +54,7 @@ def read() -> Iterator[Metric]:
             held = releases.merged(model)
             targets = records.served(model) if held else []
             champion = releases.champion(held)
-            lost = champion is None and tracking.exists() and history.lost_champion(model)
+            lost = champion is None and history.lost_champion(model)
         except TransientError:
             raise
         except LewisError:  # a tag of one model that is no record, which `lewis status` names, hides no other model
