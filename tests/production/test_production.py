@@ -140,7 +140,7 @@ def test_postgresql_is_started_again_in_the_middle_of_a_merge(fleet: Fleet, fami
     fleet.until(lambda: len(fleet.versions("restarted")) > before, 400)
     run = fleet.ended(fleet.until(lambda: fleet.runs("restarted"), 60)[-1]["id"])
     print(f"PostgreSQL was away for {seconds} s; the run ended {time.monotonic() - begin:.0f} s later")
-    assert run["state_name"] == "Promoted", run["state"]
+    assert run["state_name"] == "Promoted", run["state"]["message"]
     assert sources(fleet, "restarted")[before:] == [sha]
     tasks = fleet.ask("/task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
     assert tasks and {task["state_type"] for task in tasks} <= {"COMPLETED"}, [task["state"] for task in tasks]

@@ -21,7 +21,7 @@ from lewis.quick_imports import quick_imports
 from lewis_flows.service.own_pages import OwnPages, split_origins
 from lewis_flows.service.sign_in import SignIn
 
-DEAD_RUNS, DEAD_AFTER = "lewis-dead-runs", timedelta(seconds=75)
+DEAD_RUNS, DEAD_AFTER = "lewis-dead-runs", timedelta(seconds=90)
 """Name of the automation that marks runs as Crashed, and after how long without a heartbeat; one is sent every 30 s."""
 
 LEASES = ("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "prefect.server.concurrency.lease_storage.filesystem")
