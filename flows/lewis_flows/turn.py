@@ -19,7 +19,7 @@ from prefect import Flow, State
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import Pause
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
@@ -30,6 +30,7 @@ from lewis.store.lease import SharedLock
 from lewis_flows import approval, prefect_runs, recipes_folder
 from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
+from lewis_tasks.support.caching import STOPPING
 from lewis_tasks.support.events import Wait
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,11 @@ def noted(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def with_note(*args: P.args, **kwargs: P.kwargs) -> R:
         with _note(str(flow_run.id)):
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except TerminationSignal:  # as after Ctrl-C: long tasks, in threads, end at their next report of progress
+                STOPPING.set()
+                raise
 
     return with_note
 

@@ -1,5 +1,6 @@
 """Turns of a recipe on machines that share no disk, but the remote half of the store."""
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -7,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 from uuid import UUID
 
 import pytest
 from filelock import Timeout
 from prefect import State, flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.exceptions import Pause
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Pending, Running
@@ -114,6 +116,16 @@ def test_a_run_that_is_suspended_leaves_no_note(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(Pause), turn.turn(tmp_path / "x.yaml", "run"):
         raise Pause
     assert not [*(tmp_path / "home" / "runs").iterdir()]
+
+
+def test_the_tasks_of_a_run_that_is_cancelled_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They went on in their threads, with the device, until the process was killed 30 seconds later."""
+    monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(turn, "flow_run", SimpleNamespace(id="run"))
+    monkeypatch.setattr(turn, "STOPPING", threading.Event())
+    with pytest.raises(TerminationSignal):
+        turn.noted(Mock(side_effect=TerminationSignal(signal.SIGTERM)))()
+    assert turn.STOPPING.is_set()
 
 
 def test_a_run_that_fails_leaves_nothing_once_the_server_knows_it(

@@ -27,7 +27,8 @@ from lewis.store.writable import of_the_disk
 logger = logging.getLogger(__name__)
 REMIND = 60.0  # seconds between two lines of the log about one wait
 STOPPING = threading.Event()
-"""Set on Ctrl-C. Long tasks run in threads, which cannot be interrupted: they end at their next report of progress."""
+"""Set on Ctrl-C or when the run is cancelled. Long tasks, in threads that cannot be interrupted, end when they report
+progress."""
 # For errors that can pass by themselves: five tries in about a minute. A wrong input is not tried again.
 RETRIES: dict[str, Any] = {
     "retries": 4,
