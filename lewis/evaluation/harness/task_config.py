@@ -48,6 +48,8 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
     for key, name in read.items():
         if isinstance(splits, Mapping) and name not in splits:
             raise InputError(f"{task.path}: {key}: no split {name!r} in data_files{nearest(str(name), splits)}")
+    for key in _missing(config):
+        raise InputError(f"{task.path}: {key}: missing; lm-eval needs it")
     environment = _environment()
     for key in (*_TEMPLATES, "description"):
         try:
@@ -60,6 +62,14 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
             first, *_, last = [*read, *read]
             _check_columns(task, split_file(config, root, first))
             _check_examples(task, split_file(config, root, last), num_fewshot)
+
+
+def _missing(config: Mapping[str, Any]) -> Iterator[str]:
+    """What lm-eval needs of a task and this one does not say."""
+    if config.get("test_split") is None and config.get("validation_split") is None:
+        yield "test_split (or validation_split)"
+    texts = _TEMPLATES if config.get("output_type") == "multiple_choice" else _TEMPLATES[:2]
+    yield from (key for key in texts if config.get(key) is None and config.get("use_prompt") is None)
 
 
 def changes_members(found: FoundTasks) -> bool:

@@ -749,7 +749,7 @@ class TestCheckTasks:
 
     def test_of_the_splits_only_those_that_are_read_must_exist(self, root):
         of_task = {"test_split": "test", "training_split": "test", "validation_split": "none"}
-        config = {"dataset_kwargs": {"data_files": {"test": "x.jsonl"}}, **of_task}
+        config = {**CHOICE, "dataset_kwargs": {"data_files": {"test": "x.jsonl"}}, **of_task}
         check_config(TaskFile("x", root / "own.yaml", config, (), ()), root)
         with pytest.raises(InputError, match="training_split: no split 'none'"):
             check_config(TaskFile("x", root / "own.yaml", {**config, "training_split": "none"}, (), ()), root)
@@ -761,7 +761,7 @@ class TestCheckTasks:
 
     @pytest.mark.parametrize("files", ["x.jsonl", ["x.jsonl"]])
     def test_data_files_without_splits_are_one_that_is_named_train(self, root, files):
-        config = {"dataset_kwargs": {"data_files": files}, "test_split": "train"}
+        config = {**CHOICE, "dataset_kwargs": {"data_files": files}, "test_split": "train"}
         check_config(TaskFile("x", root / "own.yaml", config, (), ()), root)
         with pytest.raises(InputError, match="test_split: no split 'test' in data_files; expected one of train"):
             check_config(TaskFile("x", root / "own.yaml", {**config, "test_split": "test"}, (), ()), root)
@@ -782,6 +782,11 @@ class TestCheckTasks:
                 {"doc_to_text": "{{query}}"},
                 r"doc_to_text: 'query' is undefined; .*rows\.jsonl has the columns answer, q",
             ),
+            ({"test_split": None}, r"test_split \(or validation_split\): missing; lm-eval needs it"),
+            ({"doc_to_text": None}, "doc_to_text: missing"),
+            ({"doc_to_target": None}, "doc_to_target: missing"),
+            ({"doc_to_choice": None}, "doc_to_choice: missing"),
+            ({"doc_to_choice": None, "output_type": "generate_until"}, None),
             ({"doc_to_target": "anwser"}, None),  # a text that is no column is a template
             ({"doc_to_text": "{% if hint is defined %}{{hint}}{% endif %}{{question}}"}, None),
             ({"doc_to_text": "{{ question | regex_replace('a', 'b') }}{{ text.none }}"}, None),
