@@ -36,6 +36,11 @@ def targets(recipe: Recipe) -> list[Target]:
     return [*([HubTarget(publish=recipe.publish)] if recipe.publish else []), *recipe.serve, *here]
 
 
+def has(recipe: Recipe, record: Served) -> bool:
+    """Whether a recipe still has the target of a record; that of another recipe of its `register.group` counts too."""
+    return record.recipe not in ("", recipe.name) or record.target in {each.label for each in targets(recipe)}
+
+
 def put(target: HubTarget, model: Model, before: Served) -> str:
     """Commit the model's files to the branch; return the name of the branch with the commit.
 

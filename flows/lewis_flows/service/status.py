@@ -18,9 +18,11 @@ from lewis import settings, store
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
 from lewis.models.source import commits_of, pin_all
+from lewis.recipe.recipe import Recipe
 from lewis.redact import redacted
 from lewis.registry import history, releases
 from lewis.registry.releases import Held
+from lewis.serving import hub as serving
 from lewis.serving import records, slots
 from lewis_flows import earlier_runs, evaluation_files, polls, prefect_runs, recipes_folder, turn, watch
 from lewis_flows.prefect_runs import EVALUATE, MERGE, SEARCH, of_flows, recipe_of
@@ -144,7 +146,7 @@ def _watched(name: str, mlflow: Part, facts: _Facts, *, hub: bool, scores: bool)
     except Exception as error:  # whatever is wrong with one recipe does not stop the others
         found.unknown.append(str(error))
         found.broken, found.registered = True, recipes_folder.registered_name(name)
-        _ask_registry(found, mlflow, scores=scores)
+        _ask_registry(found, mlflow, None, scores=scores)
         return found
     found.unmerged = name in facts.merged and earlier_runs.is_unmerged(recipe, facts.merged)
     heads: dict[str, str] = {}
@@ -153,7 +155,7 @@ def _watched(name: str, mlflow: Part, facts: _Facts, *, hub: bool, scores: bool)
     except (LewisError, OSError) as error:
         found.unknown.append(f"the heads now: {error}")
     found.registered = recipe.register_as.model if recipe.register_as else ""
-    held = _ask_registry(found, mlflow, scores=scores)
+    held = _ask_registry(found, mlflow, recipe, scores=scores)
     champion = releases.champion(held)
     refs = [recipe.base_model, *(entry.model for entry in recipe.experts)]
     for ref in dict.fromkeys(ref for ref in refs if ref):
@@ -165,8 +167,11 @@ def _watched(name: str, mlflow: Part, facts: _Facts, *, hub: bool, scores: bool)
     return found
 
 
-def _ask_registry(found: Watched, mlflow: Part, *, scores: bool) -> list[Held]:
-    """Add what the registry knows of a recipe, or why it is unknown; return the versions of its model, newest first."""
+def _ask_registry(found: Watched, mlflow: Part, recipe: Recipe | None, *, scores: bool) -> list[Held]:
+    """Add what the registry knows of a recipe, or why it is unknown; return the versions of its model, newest first.
+
+    `recipe` is None if its file is wrong; then all targets of the model count as its own.
+    """
     try:
         if found.registered and not mlflow.up:  # MLflow's client would try again for minutes
             raise LewisError(f"MLflow {mlflow.state}")
@@ -174,7 +179,8 @@ def _ask_registry(found: Watched, mlflow: Part, *, scores: bool) -> list[Held]:
         found.lost = history.lost_champion(found.registered) if found.registered and not releases.champion(held) else ""
         targets = records.served(found.registered) if held else []
         found.served = [each.line() for each in targets]
-        found.unserved = [each.line() for each in targets if each.failure]
+        failed = [each for each in targets if each.failure and (recipe is None or serving.has(recipe, each))]
+        found.unserved = [each.line() for each in failed]
         found.scores = history.scores(found.registered) if scores and held else {}
     except (LewisError, OSError) as error:
         found.unknown.append(f"the champion: {error}")

@@ -63,7 +63,8 @@ class Watched(BaseModel):
         waiting: version that passed its gate and waits for a person; None if there is none.
         inputs: base and experts.
         served: what its targets have in service, a line each, as `lewis served` prints them.
-        unserved: those of these lines whose target did not take the newest version that it was given.
+        unserved: those of these lines whose target, which the recipe still has, did not take the newest version that it
+            was given.
         settled: whether a version with a verdict holds the newest commits of all `inputs`, and no author took a later
             release back since that verdict; None if unknown.
         behind_since: when a poll first saw a commit that the champion misses; None if there is none, or no poll saw it.

@@ -21,11 +21,13 @@ from prefect.states import Completed, Failed, Running, Scheduled, State
 
 from lewis.errors import InputError
 from lewis.evaluation.gate import Verdict
-from lewis.registry import promotion
-from lewis.serving import records
+from lewis.registry import promotion, tracking
+from lewis.serving import records, slots
+from lewis.serving.records import Served
 from lewis_flows.cli.main import main
 from lewis_flows.service import recipes_page, status_data
 from lewis_flows.service.links import last_run
+from lewis_flows.service.metrics import of_registry
 from lewis_flows.service.status import status
 from lewis_flows.service.status_data import Part, Run, Status, Watched
 from lewis_flows.service.status_text import as_text, moment
@@ -154,6 +156,31 @@ def test_a_command_to_copy_has_names_as_a_shell_reads_them() -> None:
     waits = Status(parts=[], recipes=[Watched(recipe="chat", registered="my chat", waiting="3")])
     (problem,) = status_data.problems(waits, datetime.now(UTC))
     assert "`lewis approve 'my chat/3' --why TEXT`" in problem.text
+
+
+def test_a_target_that_the_recipe_has_no_more_is_no_problem(
+    home: Path, hub: LocalHub, recipes: Path, family: Family, client: SyncPrefectClient
+) -> None:
+    """One that `lewis up --serve` tried once, or that left the block `serve`, was a problem for good."""
+    serve = 'serve: {kind: webhook, url: "http://127.0.0.1:9/x"}'
+    (recipes / "tiny.yaml").write_text(f"{RECIPE % 'tiny'}{serve}")
+    version = registered(family.base, "a", {}, "tiny")
+
+    def failed() -> list[str]:
+        (tiny,) = status(hub=False).recipes or []
+        samples = [each for of in of_registry.read() if of.name == "lewis_serve_failed" for each in of.samples]
+        targets = [line.partition(":")[0] for line in tiny.unserved]
+        assert targets == [each.labels["target"] for each in samples if each.value]
+        return targets
+
+    with tracking.client("targets") as mlflow:
+        for kind in ("webhook", "local"):
+            records.write(mlflow, Served("tiny", kind, kind).refused(version.uri, "no room"))
+    assert failed() == ["webhook"]
+    (recipes / "tiny.yaml").write_text(RECIPE % "tiny")
+    assert failed() == []
+    slots.want(slots.Wanted("tiny"))  # this machine serves it
+    assert failed() == ["local"]
 
 
 def test_a_question_creates_no_database(home: Path, hub: LocalHub, recipes: Path) -> None:

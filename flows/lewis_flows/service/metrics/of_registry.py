@@ -16,7 +16,8 @@ from prometheus_client.core import Metric
 from lewis.errors import LewisError, TransientError
 from lewis.models.source import commits_of
 from lewis.registry import history, releases
-from lewis.serving import records, slots
+from lewis.serving import hub, records, slots
+from lewis.serving.records import Served
 from lewis_flows import recipes_folder, release_event
 from lewis_flows.service.metrics import of_prefect
 from lewis_flows.service.processes import answers
@@ -62,7 +63,7 @@ def read() -> Iterator[Metric]:
         for record in targets:
             at = record.recipe or recipe, model, record.target  # a recipe of a group has targets of its own
             served[at] = float(record.uri.rpartition("/")[2] or 0)
-            failed[at] = float(record.failure is not None)
+            failed[at] = float(record.failure is not None and _has(recipe, record))
             if record.uri:
                 since[at] = datetime.fromisoformat(record.since).timestamp()
             if record.kind == "local":
@@ -97,6 +98,14 @@ def read() -> Iterator[Metric]:
         yield of_prefect.gauge(name, about, [*labels, "metric"], values)
     about = "From the newest release in the champion to when it became that; left out if that release is not known."
     yield of_prefect.gauge("lewis_release_to_champion_seconds", about, labels, took)
+
+
+def _has(name: str, record: Served) -> bool:
+    """Whether a recipe still has the target of a record, as far as its file can be read."""
+    try:
+        return hub.has(recipes_folder.load(name), record)
+    except Exception:  # of any kind, as in `recipes_folder.load_all`; the poll reports it
+        return True
 
 
 def _announced() -> list[Release]:
