@@ -75,11 +75,19 @@ def identity(space: Mapping[str, Any]) -> list[list[Any]]:
 def check(recipe: Recipe) -> None:
     """Check that the recipe is valid with every choice, and with both ends and the first step of every range.
 
+    Also check that the best merge can be promoted, if the recipe draws other documents for each merge.
+
     Raises:
         RecipeError: with every problem, at its YAML path.
     """
     assert recipe.search is not None
     problems = []
+    gate = recipe.register_as.gate if recipe.register_as else None
+    if gate and not gate.allow_limit and recipe.evaluate and recipe.evaluate.documents == "by_release":
+        problems.append(
+            "evaluate.documents: by_release does not hold in a search, which scores `limit` documents of each half, so "
+            "that its best merge could not be promoted; set register.gate.allow_limit: true"
+        )
     for path, wanted in of(recipe).items():
         where = f"search.space.{path}"
         if path.endswith(("].model", ".base_model")):

@@ -133,6 +133,10 @@ def test_what_is_wrong_costs_nothing(recipe: Path, home: Path, capsys: pytest.Ca
     searching(recipe, **{"parameters.lambda": "parameters.lamda"})
     assert main(["search", str(recipe)]) == 2
     assert re.search(r"search\.space\.parameters\.lamda: .*did you mean 'lambda'", capsys.readouterr().err)
+    recipe.write_text(recipe.read_text().replace("lamda", "lambda"))
+    given = ("evaluate.documents=by_release", "evaluate.limit=4")
+    assert main(["search", str(recipe), *(word for each in given for word in ("--set", each))]) == 2
+    assert "evaluate.documents: by_release does not hold in a search" in capsys.readouterr().err
     assert not (home / "search").exists() and not versions(home)
 
 
