@@ -28,9 +28,8 @@ from lewis.recipe.recipe import Recipe
 from lewis.store import runs
 from lewis.store.lease import SharedLock
 from lewis_flows import approval, prefect_runs, recipes_folder
-from lewis_tasks.support import events
+from lewis_tasks.support import caching, events
 from lewis_tasks.support import flow_run as run_tags
-from lewis_tasks.support.caching import STOPPING
 from lewis_tasks.support.events import Wait
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def noted(function: Callable[P, R]) -> Callable[P, R]:
             try:
                 return function(*args, **kwargs)
             except TerminationSignal:  # as after Ctrl-C: long tasks, in threads, end at their next report of progress
-                STOPPING.set()
+                caching.STOPPING.set()
                 raise
 
     return with_note

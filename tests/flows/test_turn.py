@@ -122,10 +122,10 @@ def test_the_tasks_of_a_run_that_is_cancelled_are_stopped(tmp_path: Path, monkey
     """They went on in their threads, with the device, until the process was killed 30 seconds later."""
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(turn, "flow_run", SimpleNamespace(id="run"))
-    monkeypatch.setattr(turn, "STOPPING", threading.Event())
+    monkeypatch.setattr(turn.caching, "STOPPING", threading.Event())
     with pytest.raises(TerminationSignal):
         turn.noted(Mock(side_effect=TerminationSignal(signal.SIGTERM)))()
-    assert turn.STOPPING.is_set()
+    assert turn.caching.STOPPING.is_set()
 
 
 def test_a_run_that_fails_leaves_nothing_once_the_server_knows_it(

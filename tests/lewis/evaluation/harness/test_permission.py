@@ -14,7 +14,10 @@ from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate
 from lewis.evaluation.harness.task_files import find_tasks, reads_hub
 from lewis.evaluation.sandbox import isolation
 
-TASK = {"task": "own", "dataset_path": "org/pets", "output_type": "generate_until", "doc_to_text": "{{q}}"}
+TASK = {
+    **{"task": "own", "dataset_path": "org/pets", "test_split": "test", "output_type": "generate_until"},
+    **{"doc_to_text": "{{q}}", "doc_to_target": "{{a}}"},
+}
 
 
 def write(folder: Path, change: dict[str, Any], more: str = "") -> None:
