@@ -103,10 +103,11 @@ def check_tasks(settings: EvalSettings) -> None:
         InputError: naming the task, and the nearest valid names for one that does not exist; as `isolation.check`.
     """
     found = settings.found()
+    changed = changes_members(found)
     for name, task in found.files.items():
         data_files(task, settings.root)
         check_code(name, task, settings.allow_code_execution)
-        if name in found.names or not changes_members(found):
+        if name in found.names or not changed:
             check_config(task, settings.root, settings.num_fewshot)
     if _brings_code(settings, found):
         isolation.check()

@@ -60,7 +60,7 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
     if read and not any(config.get(key) for key in ("process_docs", "use_prompt", "custom_dataset")):
         with suppress(_OtherLayoutError):
             first, *_, last = [*read, *read]
-            _check_columns(task, split_file(config, root, first))
+            _check_columns(task, split_file(config, root, first), environment)
             _check_examples(task, split_file(config, root, last), num_fewshot)
 
 
@@ -122,6 +122,7 @@ def _mappings(value: object) -> list[Mapping[str, Any]]:
 
 
 def _environment() -> SandboxedEnvironment:
+    """Jinja as lm-eval has it, but in its sandbox, since a template can run code."""
     from lm_eval.utils import regex_replace
 
     environment = SandboxedEnvironment(undefined=StrictUndefined)
@@ -129,14 +130,10 @@ def _environment() -> SandboxedEnvironment:
     return environment
 
 
-def _check_columns(task: TaskFile, file: Path | None) -> None:
-    """Fill the templates with the first document of a file, as lm-eval does when it loads the task.
-
-    They are filled in Jinja's sandbox, since a template can run code.
-    """
+def _check_columns(task: TaskFile, file: Path | None, environment: SandboxedEnvironment) -> None:
+    """Fill the templates with the first document of a file, as lm-eval does when it loads the task."""
     if file is None or (row := next(_rows(file), None)) is None:
         return
-    environment = _environment()
     for key in _TEMPLATES:
         text = task.config.get(key)
         if not isinstance(text, str) or text in row or text in task.functions:
