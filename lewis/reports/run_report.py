@@ -160,6 +160,11 @@ def score_columns(models: Sequence[Scored], champion: Mapping[str, float] | None
     return {label: each for label, each in {**found, ours.label: ours.scores}.items() if each}
 
 
+def approve_command(version: str) -> str:
+    """Return the command that approves a version, `models:/<name>/<number>` or `<name>/<number>`, for a shell."""
+    return f"lewis approve {quote(version.removeprefix('models:/'))}"
+
+
 def outcome(version: str | None, verdict: Verdict | None, champion: str | None, *, created: bool) -> str:
     """Return the outcome of a run as a sentence.
 
@@ -175,7 +180,7 @@ def outcome(version: str | None, verdict: Verdict | None, champion: str | None, 
     if champion == version:
         return f"{version} is the champion already; nothing to promote."
     if verdict.waits:
-        return f"{version}{new} passed, and waits for a person: lewis approve {quote(version.removeprefix('models:/'))}"
+        return f"{version}{new} passed, and waits for a person: {approve_command(version)}"
     if verdict.passed:
         return f"{version}{new} is the new champion."
     return f"{version}{new} was not promoted; " + (f"{champion} stays." if champion else "none is yet.")
@@ -288,18 +293,17 @@ def verdict_line(version: str, verdict: Verdict, *, champion: str | None) -> tup
         `AwaitingApproval` and what approves it; or `Completed`, if it is the champion already.
     """
     number = f"v{version.rpartition('/')[2]}"
-    told = f"{number}: {verdict.numbers}" if verdict.numbers else number
+    scored = f"{number}: {verdict.numbers}" if verdict.numbers else number
     notes = "".join(f"; {reason.removeprefix(NOTE)}" for reason in verdict.reasons if reason.startswith(NOTE))
     if not verdict.passed:
         failed = [reason.removesuffix(": fail") for reason in verdict.reasons if reason.endswith(": fail")]
-        return "Rejected", _cut(f"{told}; {'; '.join(failed)}")
+        return "Rejected", _cut(f"{scored}; {'; '.join(failed)}")
     if champion == version:
         return "Completed", f"{number} is the champion already"
     if verdict.waits:
-        name = version.removeprefix("models:/")
-        return AWAITS, _cut(f"{told}; passed, waits for: lewis approve {quote(name)} --why ...")
+        return AWAITS, _cut(f"{scored}; passed, waits for: {approve_command(version)} --why ...")
     before = f"in place of v{champion.rpartition('/')[2]}" if champion else "the first champion"
-    return "Promoted", _cut(f"{told}; {before}{notes}")
+    return "Promoted", _cut(f"{scored}; {before}{notes}")
 
 
 def _cut(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from shlex import quote
 
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -27,6 +26,7 @@ from lewis.registry.registration import registration_of
 from lewis.registry.versions import Champion, Version
 from lewis.reports import card
 from lewis.reports.markdown import plain
+from lewis.reports.run_report import approve_command
 from lewis_tasks.support import flow_run, moves
 from lewis_tasks.support.assets import artifact_key
 from lewis_tasks.support.caching import RETRIES
@@ -157,7 +157,7 @@ def promote(recipe: Recipe, version: Version, verdict: Verdict, merged: MergedMo
     if verdict.passed:
         word, what = "passed: champion", f"promote v{number}"
     if verdict.waits and done.previous != version.uri:
-        word, what = f"passed: waits for `lewis approve {quote(name)} --why ...`", f"ask about v{number}"
+        word, what = f"passed: waits for `{approve_command(name)} --why ...`", f"ask about v{number}"
     flow_run.name_task(what)
     moves.report()  # also the moves that an earlier run could not report
     lines = [

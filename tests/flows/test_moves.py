@@ -176,8 +176,8 @@ def test_what_a_person_should_know_is_notified_with_a_link(
         tags = ["lewis", "awaits:models:/my chat/5"]
         asks = client.create_flow_run(_merge, name="merge chat", tags=tags, state=Running())
         client.set_flow_run_state(asks.id, Suspended(), force=True)
-        told = "models:/my chat/5 passed its gate, and waits for an answer on the run's page"
-        asked = f"merge chat: {told}\n\nhttp://127.0.0.1:4200/runs/flow-run/{asks.id}"
+        question = "models:/my chat/5 passed its gate, and waits for an answer on the run's page"
+        asked = f"merge chat: {question}\n\nhttp://127.0.0.1:4200/runs/flow-run/{asks.id}"
         of_others = client.create_flow_run(_merge, name="not ours", state=Running())
         client.set_flow_run_state(of_others.id, Failed(message="somebody else's"), force=True)
         for _ in range(2):  # each poll looks again, and the server knows the event

@@ -132,6 +132,8 @@ def serve(options: argparse.Namespace) -> None:
 
 def print_merge(report: "MergeReport") -> None:
     """Print the report of a merge as text."""
+    from lewis.reports.run_report import approve_command
+
     print_table(report.scores)
     print_table(report.comparison)
     if report.kept:
@@ -144,7 +146,7 @@ def print_merge(report: "MergeReport") -> None:
         print(sentence)
     if report.version:
         print(f"MLflow: {report.version} ({'new' if report.created else 'registered before'})")
-        waits = f"passed, waits for: lewis approve {shlex.quote(report.version.removeprefix('models:/'))} --why ..."
+        waits = f"passed, waits for: {approve_command(report.version)} --why ..."
         print(f"verdict: {'champion' if report.promoted else waits if report.waits else 'not promoted'}")
         print("\n".join(f"  {reason}" for reason in report.verdict))
     if report.published:

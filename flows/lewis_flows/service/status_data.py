@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from shlex import quote
 
 from pydantic import BaseModel
 
+from lewis.reports.run_report import approve_command
 from lewis_flows.polls import Poll
 from lewis_flows.prefect_runs import MERGE
 from lewis_tasks.support.device_queue import Place
@@ -207,7 +207,7 @@ def _of_champions(status: Status, now: datetime) -> Iterator[Problem]:
             yield Problem(code=BEHIND, about=recipe.recipe, text=f"{text}, and {why}")
         if recipe.waiting:
             name = f"{recipe.registered}/{recipe.waiting}"
-            text = f"{name} waits for `lewis approve {quote(name)} --why TEXT`"
+            text = f"{name} waits for `{approve_command(name)} --why TEXT`"
             yield Problem(code=WAITS, about=recipe.recipe, text=text)
         for line in recipe.unserved:
             yield Problem(code=UNSERVED, about=recipe.recipe, text=line)

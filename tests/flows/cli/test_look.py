@@ -107,8 +107,8 @@ def test_a_prefect_server_that_does_not_answer_is_reported_without_a_traceback(
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     assert main(command.split()) == 1
-    told = "it failed: http://127.0.0.1:9/api: Prefect does not answer (ConnectError); see that it is up, or unset PREF"
-    assert told in capsys.readouterr().err
+    why = "it failed: http://127.0.0.1:9/api: Prefect does not answer (ConnectError); see that it is up, or unset PREF"
+    assert why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["PREFECT_API_URL", "MLFLOW_TRACKING_URI"])
