@@ -20,7 +20,6 @@ from prefect.client.schemas.filters import DeploymentFilter, FlowFilter
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, DeploymentSchedule, FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled
 from tzlocal import get_localzone_name
@@ -33,11 +32,10 @@ from lewis.registry import versions
 from lewis.reports.markdown import plain
 from lewis.serving import hub
 from lewis_flows import approval, earlier_runs, prefect_runs
-from lewis_flows.release_event import EVENT, SETTLE
+from lewis_flows.service import recipe_triggers
 from lewis_flows.service.recipe_files import RecipeFile
 from lewis_tasks.support import events
 from lewis_tasks.support.flow_run import EDITED, pages
-from lewis_tasks.support.moves import PROMOTED, serves
 
 logger = logging.getLogger(__name__)
 TAG = "lewis"  # of the recipes' deployments and of runs; those of the service have `automations.SERVICE_TAG`
@@ -111,8 +109,9 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
             _follow_champion(client, file, made, before)
         if flow != prefect_runs.MERGE:
             continue
-        trigger = _on_release(file.name, made)
-        if _is_missing(client, trigger.name, before):  # also if an earlier process died before this line
+        trigger = recipe_triggers.on_release(file.name, made)
+        # Also if an earlier process died before this line.
+        if recipe_triggers.is_missing(client, trigger.name, is_new=before is None):
             client.create_automation(trigger)
         if before is None:
             continue
@@ -137,21 +136,14 @@ def _further(file: RecipeFile) -> dict[str, object]:
 
 def _follow_champion(client: SyncPrefectClient, file: RecipeFile, made: Any, before: DeploymentResponse | None) -> None:
     """Have `serve/<recipe>` started whenever the champion moves, and start it now if the recipe is new or edited."""
-    trigger = _on_promotion(file, made)
-    if _is_missing(client, trigger.name, before):
+    assert file.recipe is not None and file.recipe.register_as is not None
+    trigger = recipe_triggers.on_promotion(file.name, file.recipe.register_as.model, made)
+    if recipe_triggers.is_missing(client, trigger.name, is_new=before is None):
         client.delete_resource_owned_automations(f"prefect.deployment.{made}")  # of an earlier model
         client.create_automation(trigger)
     new = before is None or (before.version != file.version and not before.paused)
     if new:
         prefect_runs.start(client, made, tags=[EDITED])
-
-
-def _is_missing(client: SyncPrefectClient, automation: str, before: DeploymentResponse | None) -> bool:
-    """Whether a deployment lacks its automation; if it is new, delete that of a deleted deployment of its name."""
-    found = client.read_automations_by_name(automation)
-    for each in found if before is None else ():  # the server keeps it if somebody deletes the deployment
-        client.delete_automation(each.id)
-    return before is None or not found
 
 
 def paused(client: SyncPrefectClient) -> set[str]:
@@ -302,29 +294,6 @@ def _first(flow: str) -> dict[str, Any]:
     cron = settings.NIGHTLY.get() if flow == prefect_runs.MERGE else ""
     nightly = CronSchedule(cron=cron, timezone=time_zone()) if cron else None
     return {"schedules": [DeploymentScheduleCreate(schedule=nightly, active=True, slug="nightly")]} if nightly else {}
-
-
-def _on_release(name: str, deployment: Any) -> Any:
-    """The automation that starts a recipe's merge when one of its models was released."""
-    about = f"Merges {name} when one of its models was released, and no other was for some seconds."
-    match, rest = {"prefect.resource.id": "lewis.expert.*", "lewis.recipe": name}, SETTLE - timedelta(seconds=1)
-    return _starts(deployment, f"release of {name}", about, EVENT, match, within=rest, schedule_after=SETTLE)
-
-
-def _on_promotion(file: RecipeFile, deployment: Any) -> Any:
-    """The automation that serves a recipe's model whenever its champion moves: by a run, a person or a rollback."""
-    assert file.recipe is not None and file.recipe.register_as is not None
-    model = file.recipe.register_as.model
-    about = f"Puts the champion of {model} into service when it has moved."
-    match = {"prefect.resource.id": f"lewis.model.{model}"}
-    return _starts(deployment, f"{serves(model)}{file.name}", about, PROMOTED, match)
-
-
-def _starts(deployment: Any, name: str, about: str, event: str, match: Any, **when: Any) -> Any:
-    """The automation that starts a deployment after an event."""
-    trigger = DeploymentEventTrigger(name=name, description=about, expect={event}, match=match, threshold=1, **when)
-    trigger.set_deployment_id(deployment)
-    return trigger.as_automation()
 
 
 def _changed(deployment: DeploymentResponse, paused: str, schedule: str, parameters: str) -> Iterator[str]:
