@@ -22,6 +22,7 @@ import json
 import operator
 import os
 import pickle
+import pickletools
 import resource
 import struct
 import sys
@@ -198,6 +199,8 @@ class _Tests:
 
     def _read(self, answer: bytes) -> Any:
         tests = self
+        if any(each.name == "BUILD" for each, _, _ in pickletools.genops(answer)):  # of a class too, as its `__eq__`
+            raise TypeError("the program's answer sets attributes, which is no plain data")
 
         class Unpickler(pickle.Unpickler):
             def find_class(self, module: str, name: str) -> Any:

@@ -131,10 +131,28 @@ time.sleep(600)
 """
 
 
+# Replaces the program's process's answers, to let a class of plain data compare as the program likes.
+EQUALS_ALL = r"""
+import __main__
+def f(): pass
+def answer(self, request):
+    kind, arguments, _ = self._read(request)
+    if kind == "name":
+        return self._write(("value", f))
+    if arguments[0] is not f:
+        return self._write(("value", True))
+    self._objects.append(answer)
+    return (b"\x80\x04\x8c\x09fractions\x8c\x08Fraction\x93N}\x8c\x06__eq__K\x01Qs\x86b0"
+            b"\x8c\x05value\x8c\x09fractions\x8c\x08Fraction\x93)R\x86.")
+__main__._Program.answer = answer
+"""
+
+
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
         ("import os\nos._exit(0)", "ended early"),
+        (EQUALS_ALL, "sets attributes"),
         # Walk up the frames and through all objects for anything that would end the tests well.
         ("import sys, gc, os\nframe = sys._getframe()\nwhile frame:\n    for value in [*frame.f_locals.values()]:\n"
          "        if isinstance(value, (str, bytes)):\n            for n in range(3, 20):\n                try:\n"
