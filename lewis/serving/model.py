@@ -81,7 +81,7 @@ def name_pattern(name: str) -> re.Pattern[str]:
 def _plain(name: str) -> str:
     """Return a registered name with only those characters that may be in a file's name and in a URL."""
     plain = re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip(".-") or "model"
-    return plain if name.isascii() else f"{plain}-{store.digest(name)[:6]}"  # else such names could be the same
+    return plain if plain == name else f"{plain}-{store.digest(name)[:6]}"  # "a b" is not "a-b"
 
 
 def prepare(champion: Champion, previous: str | None = None, since: str = "") -> Model:

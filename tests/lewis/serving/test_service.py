@@ -16,7 +16,7 @@ from lewis.errors import InputError, LewisError, TransientError
 from lewis.recipe.serve import CommandTarget, WebhookTarget
 from lewis.registry import tracking
 from lewis.registry.versions import Champion
-from lewis.serving import command, records, service
+from lewis.serving import command, model, records, service
 from lewis.serving.records import Served, served
 from lewis.store.kinds import SERVED
 from lewis.store.secrets import SERVE_SECRET
@@ -69,7 +69,8 @@ def test_a_webhook_is_signed_as_mlflow_signs_and_sent_until_it_is_taken(
         assert delivery.headers["x-mlflow-signature"] == signed
         data = delivery.json["data"]
         assert (delivery.json["entity"], data["alias"], data["version"]) == ("model_version_alias", "champion", "1")
-        assert data["previous"] is None and data["output"] == "full" and data["served_as"] == "a-team.tiny-1-aaaaaaaa"
+        assert data["previous"] is None and data["output"] == "full"
+        assert data["served_as"] == "a-team.tiny-fd8efd-1-aaaaaaaa"
         assert {path.name for path in Path(data["path"]).iterdir()} >= {"config.json", "model.safetensors"}
 
         assert service.serve(target, first) == (record, False) and len(sink.received) == 2
@@ -86,7 +87,7 @@ def test_a_webhook_is_signed_as_mlflow_signs_and_sent_until_it_is_taken(
         now, _ = service.serve(target, second)
         data = sink.received[-1].json["data"]
         assert (data["previous"], data["output"]) == (first.version.uri, "lora")
-        assert (now.previous, now.previous_alias) == (first.version.uri, "a-team.tiny-1-aaaaaaaa")
+        assert (now.previous, now.previous_alias) == (first.version.uri, "a-team.tiny-fd8efd-1-aaaaaaaa")
         assert served() == [now]
 
 
@@ -141,7 +142,7 @@ def test_files_are_verified_before_they_are_served_and_kept_while_they_are(
     target = program("")
     models = [crowned(family.base, "a", "a team.tiny")]
     service.serve(target, models[0])
-    folder = SERVED.path("a-team.tiny-1-aaaaaaaa")
+    folder = SERVED.path("a-team.tiny-fd8efd-1-aaaaaaaa")
     damage(folder / "model.safetensors", "flipped")
     with pytest.raises(LewisError, match="damaged"):  # a link of MLflow's file, so that is damaged too
         service.serve(target, models[0], again=True)
@@ -149,8 +150,9 @@ def test_files_are_verified_before_they_are_served_and_kept_while_they_are(
         models.append(crowned(family.base, digit, "a team.tiny"))
         service.serve(target, models[-1])
         service.tidy("a team.tiny", [target])
+    model.remove_others("a-team.tiny", ())  # another model's
     kept = [path.name for path in SERVED.entries()]
-    assert kept == ["a-team.tiny-2-bbbbbbbb", "a-team.tiny-3-cccccccc"]
+    assert kept == ["a-team.tiny-fd8efd-2-bbbbbbbb", "a-team.tiny-fd8efd-3-cccccccc"]
     service.tidy("a team.tiny", [])
     assert served() == [] and SERVED.entries() == []
 
