@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -25,6 +25,7 @@ from lewis.importance.gram_files import Grams
 from lewis.lazy_torch import torch
 from lewis.models.chat_template import template_in
 from lewis.models.model import Model
+from lewis.models.names import STATES_SEMANTICS, weighed_before
 from lewis.models.network.module_tree import Layer
 from lewis.models.source import ModelFiles
 from lewis.progress import Report, silent
@@ -201,7 +202,7 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
         )
         if settings.prune_ratio == 0:
             _keep_norms(files, each, settings, device, statistics)
-    places = {each.digest: _importance_place(files.read_as, each, settings, device) for each in given.sets}
+    places = {each.digest: _importance_place(files, each, settings, device) for each in given.sets}
     missing = {each.digest: each for each in given.sets if not measurements.is_whole(places[each.digest][1])}
     with ExitStack() as locks:
         for digest in sorted(places[tokens][0] for tokens in missing):  # in a fixed order: no deadlock
@@ -220,9 +221,9 @@ def measure(given: MeasureInput, report: Report = silent, device: str = "cpu") -
 
 def measure_digest(given: MeasureInput, device: str) -> str:
     """Identity of the result of `measure`: the entries in the store, and the names of the models."""
-    read_as, files = given.files.read_as, given.files
-    entries = [_importance_place(read_as, each, given.settings, device)[0] for each in given.sets]
-    grams = [grams_place(read_as, each.digest, device)[0] for each in given.sets if given.grams]
+    files = given.files
+    entries = [_importance_place(files, each, given.settings, device)[0] for each in given.sets]
+    grams = [grams_place(_key_of(files, each), each.digest, device)[0] for each in given.sets if given.grams]
     return store.digest([files.ref, [each.name for each in given.sets], entries, grams])
 
 
@@ -241,7 +242,7 @@ def _keep_norms(
     Nothing is written if a layer saw no token in that pass: it may belong to a mixture of experts with a layout that
     only the pass for norms can follow.
     """
-    digest, path = _importance_place(files.read_as, calibration, settings, device)
+    digest, path = _importance_place(files, calibration, settings, device)
     if measurements.is_whole(path):
         return
     with store.turn(kinds.IMPORTANCE, digest):
@@ -275,7 +276,7 @@ def find_or_measure_grams(
     Raises:
         InputError: if there is no space for them; also as `grams.measure_grams`.
     """
-    digest, folder = grams_place(model.key, calibration.digest, device)
+    digest, folder = grams_place(measured_as(model.key, model.tensors, calibration), calibration.digest, device)
     with store.turn(kinds.GRAMS, digest):
         if store.read_manifest(folder) is None:
             manifest.set_damaged_aside(folder)
@@ -290,8 +291,26 @@ def find_or_measure_grams(
     return folder
 
 
+def measured_as(key: str, tensors: Iterable[str], rows: Calibration | CalibrationEntry) -> str:
+    """Identity of a model for what is measured of it: its key, and a mark if earlier versions measured it differently.
+
+    Args:
+        key: of the model as it is read.
+        tensors: their names.
+        rows: the calibration set.
+    """
+    if not weighed_before(tensors):
+        return key
+    weights = (rows.load() if isinstance(rows, CalibrationEntry) else rows).weights
+    return f"{key} {STATES_SEMANTICS}" if weights else key
+
+
+def _key_of(files: ModelFiles, rows: CalibrationEntry) -> str:
+    return measured_as(files.read_as, files.outline()[1], rows)
+
+
 def grams_place(key: str, calibration: str, device: str) -> tuple[str, Path]:
-    """Digest and folder of second-order statistics, whether or not the store has them."""
+    """Digest and folder of second-order statistics, whether or not the store has them; `measured_as` gives the key."""
     digest = store.digest([GRAMS_SEMANTICS, key, calibration, precision(device)])
     return digest, kinds.GRAMS.path(digest)
 
@@ -299,15 +318,18 @@ def grams_place(key: str, calibration: str, device: str) -> tuple[str, Path]:
 def find_measured(given: MeasureInput, calibration: CalibrationEntry, device: str) -> ImportanceEntry | None:
     """Return the stored measurement of a model on one of its calibration sets; None if the store lacks a part of it."""
     files, name = given.files, calibration.name
-    digest, path = _importance_place(files.read_as, calibration, given.settings, device)
-    statistics = grams_place(files.read_as, calibration.digest, device)[1] if given.grams else None
+    digest, path = _importance_place(files, calibration, given.settings, device)
+    statistics = grams_place(_key_of(files, calibration), calibration.digest, device)[1] if given.grams else None
     if not measurements.is_whole(path) or (statistics and store.read_manifest(statistics) is None):
         return None
     return ImportanceEntry(ref=files.ref, calibration=name, digest=digest, path=path, statistics=statistics)
 
 
-def _importance_place(key: str, calibration: CalibrationEntry, settings: Importance, device: str) -> tuple[str, Path]:
+def _importance_place(
+    files: ModelFiles, calibration: CalibrationEntry, settings: Importance, device: str
+) -> tuple[str, Path]:
     of_pass = settings.model_dump(exclude={"metric"})  # the pass measures the same for every metric
+    key = _key_of(files, calibration)
     digest = store.digest([measuring.SEMANTICS, key, calibration.digest, precision(device), of_pass])
     return digest, kinds.IMPORTANCE.path(digest)
 

@@ -37,7 +37,7 @@ from lewis.models.compatible import check_compatible
 from lewis.models.dtypes import size_of
 from lewis.models.files.folder import processor_files, tokenizer_files
 from lewis.models.model import Model
-from lewis.models.names import NUMBER
+from lewis.models.names import NUMBER, STATES_SEMANTICS, weighed_before
 from lewis.models.tokenizer import tokenizer_folder
 from lewis.recipe.schema import Refine
 from lewis.threads import cores
@@ -339,6 +339,8 @@ class Prepared:
         sets += [["held back", JUDGE_SEMANTICS, held]] if any(held) else []
         if self.refine:
             sets.append(["refine", REFINE_SEMANTICS, default_device(), self.refine.model_dump()])
+        weighted = any(each.calibration and each.calibration.weights for each in self.experts)
+        sets += [STATES_SEMANTICS] if weighted and weighed_before(self.base.tensors) else []
         if self.method.fits == "static":  # to statistics, which depend on the number format of the passes
             return [STATIC_SEMANTICS, GRAMS_SEMANTICS, precision(default_device()), *sets]
         stacked = any(

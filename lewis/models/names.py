@@ -15,6 +15,11 @@ NUMBER = re.compile(r"(?:^|\.)(\d+)\.")  # the number of the layer that a tensor
 _KEYS_AND_VALUES = {"k", "v", "kv", "qkv", "qkvz", "key", "value", "keys", "values", "wqkv", "wk", "wv"}
 # Projections whose output holds keys and values among others, or goes into the state of a recurrence.
 _FEEDS = {"c_attn", "in_proj", "in_proj_ba", "x_proj", "dt_proj"}
+# Those that earlier versions did not know, of Qwen 3.5, Kimi Linear, OLMo Hybrid, Bailing, RecurrentGemma and xLSTM.
+_GATES = {"in_proj_a", "in_proj_b", "a_proj", "b_proj", "f_proj", "f_a_proj", "f_b_proj"}
+_LATER = _GATES | {"linear_x", "igate_preact", "fgate_preact"}
+_INNER = ".linear"  # the projection in a module of Moshi, which has the name
+STATES_SEMANTICS = "states 1"  # bump when models that `weighed_before` names would get other numbers
 
 
 def feeds_other_tokens(path: str) -> bool:
@@ -23,8 +28,16 @@ def feeds_other_tokens(path: str) -> bool:
     Args:
         path: of the module, such as `model.layers.0.self_attn.k_proj`.
     """
-    last = path.rpartition(".")[2].lower()
-    return last in _FEEDS or not _KEYS_AND_VALUES.isdisjoint(last.split("_"))
+    last = path.removesuffix(_INNER).rpartition(".")[2].lower()
+    return last in _FEEDS or last in _LATER or not _KEYS_AND_VALUES.isdisjoint(last.split("_"))
+
+
+def weighed_before(tensors: Iterable[str]) -> bool:
+    """Whether one of these tensors feeds other tokens, and earlier versions weighed tokens in it."""
+    paths = [name.removesuffix(".weight") for name in tensors]
+    return any(
+        path.rpartition(".")[2] in _LATER or (path.endswith(_INNER) and feeds_other_tokens(path)) for path in paths
+    )
 
 
 def unwrapped(name: str) -> str:

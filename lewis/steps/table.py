@@ -31,6 +31,7 @@ from lewis.importance.step import (
     grams_place,
     layers_of,
     measure_digest,
+    measured_as,
     prepare_calibration,
 )
 from lewis.importance.step import measure as measure_model
@@ -361,7 +362,8 @@ def _passes_of_merge(merge: Prepared) -> Iterator[int]:
         parts = [expert.calibration] if merge.holds_back else []
         parts += [split(expert.calibration)[0]] if merge.tunes and not expert.held_back else []
         for rows in parts:
-            _, folder = grams_place(expert.model.key, rows.digest, default_device())
+            key = measured_as(expert.model.key, expert.model.tensors, rows)
+            _, folder = grams_place(key, rows.digest, default_device())
             if store.read_manifest(folder) is None:
                 yield rows.tokens
 

@@ -193,6 +193,22 @@ class TestRule:
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
+FEEDS = {"qwen3_5_text": "in_proj_a", "olmo_hybrid": "b_proj", "recurrent_gemma": "linear_x", "moshi": "k_proj.linear"}
+
+
+@pytest.mark.parametrize("kind", FEEDS)
+def test_tokens_are_not_weighed_in_what_feeds_a_state_or_keys(kind: str, tmp_path: Path, home: Path) -> None:
+    tiny(kind).save_pretrained(tmp_path / kind)
+    model = Checkpoint(tmp_path / kind, "key")
+    weighted = Calibration("s", SAMPLES, tuple(tuple(0.1 + i for i in range(len(each))) for each in SAMPLES))
+    alike, found = (measure(model, rows).moments for rows in (CALIBRATION, weighted))
+    same = [name for name in alike if torch.equal(alike[name], found[name])]
+    feeds = [name for name in alike if name.endswith(f".{FEEDS[kind]}.weight")]
+    assert feeds and {*feeds} <= {*same} < {*alike}
+    assert step.measured_as("key", model.tensors, weighted) != step.measured_as("key", model.tensors, CALIBRATION)
+    assert step.measured_as("key", ["layers.0.self_attn.k_proj.weight"], weighted) == "key"
+
+
 class TestStore:
     def entries(self, home: Path) -> list[Path]:
         return [path for path in (home / "grams").iterdir() if not path.name.startswith(".")]
