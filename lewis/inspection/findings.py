@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from statistics import median
 from typing import Any
@@ -50,6 +51,10 @@ def weight_findings(
     """
     experts = range(1, len(dtypes))
     found, sizes = list(_broken(refs[0], 0, measures, result)), dict[int, float]()
+    if damaged := [each for each in measures.tensors if _is_damaged(each, experts)]:
+        facts = f"peak {damaged[0].peaks[0]:.2g}, in a fine-tune {min(damaged[0].peaks[i] for i in experts):.2g}"
+        found.append(Finding("damaged base", refs[0], f"{_named([t.name for t in damaged])}: {facts} (the first)"))
+        measures = replace(measures, tensors=tuple(each for each in measures.tensors if each not in damaged))
     for i in experts:
         found += _broken(refs[i], i, measures, result)
         found += [Finding(each["kind"], refs[i], each["what"]) for each in moved[i - 1]]
@@ -86,6 +91,11 @@ def _tensors(
         found += [Finding("rescaled", ref, f"{_named([t.name for t in rescaled])}: {facts} (the first)")]
     explained = {*zeroed, *moved, *(t.name for t in every)}
     return [*found, *_norms(ref, i, odd)], [t for t in measures.tensors if t.name not in explained]
+
+
+def _is_damaged(tensor: TensorMeasures, experts: range) -> bool:
+    """Whether the base has weights that no training gives, and that a fine-tune of it does not have."""
+    return tensor.peaks[0] > max(LARGEST_HALF, RESCALED * min((tensor.peaks[i] for i in experts), default=math.inf))
 
 
 def _is_rescaled(i: int, tensor: TensorMeasures) -> bool:

@@ -64,6 +64,11 @@ KINDS = {
         "numbers above 65504 are infinity in float16: the model gives NaN, and the merge stops",
         "save it in bfloat16 or float32; set dtype: bfloat16 in the recipe",
     ),
+    "damaged base": Kind(
+        "error",
+        "each task vector takes these weights away, and what the experts learned there is lost next to them",
+        "download or convert the base again: a bit of a number flipped, or a factor was lost",
+    ),
     "zeroed tensor": Kind(
         "error",
         "its task vector takes the base's weights away there, and the merged model loses that layer's work",

@@ -258,6 +258,17 @@ def test_a_head_of_another_scale_is_an_error(factor: float, home: Path, tmp_path
     assert told(base, math, odd) == {("rescaled", "odd")}
 
 
+def test_a_weight_of_the_base_that_a_flipped_bit_made_huge_is_the_base_s_fault(home: Path, tmp_path: Path) -> None:
+    def flip(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if "layers.0.mlp.up_proj" in name:
+            tensor.view(-1)[7] = 1e10
+        return tensor
+
+    sound = write_llama(tmp_path / "sound", layers=4, hidden=64)
+    experts = [write_expert(sound, tmp_path / name, seed=i, scale=0.001) for i, name in enumerate(("math", "code"))]
+    assert told(rewrite(sound, tmp_path / "base", flip), *experts) == {("damaged base", "base")}
+
+
 def test_a_bias_that_grew_from_next_to_nothing_is_no_error(home: Path, tmp_path: Path) -> None:
     base = write_tensors(
         tmp_path / "base", {"layers.0.a.weight": torch.randn(32, 32), "layers.0.a.bias": torch.full((32,), 1e-6)}
