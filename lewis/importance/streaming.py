@@ -2,7 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from math import prod
@@ -269,8 +269,15 @@ def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
     Raises:
         InputError: if the model does not run on text alone.
     """
-    try:
+    with blaming_the_model(network):
         _forward(network, ids, lengths)
+
+
+@contextmanager
+def blaming_the_model(network: Network) -> Iterator[None]:
+    """A context in which an exception of the model's own code is raised as an InputError: it needs more than text."""
+    try:
+        yield
     except LewisError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError) as error:  # raised by the model's own code
@@ -280,8 +287,8 @@ def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
         reason = " ".join(reason.split())[:200]
         raise InputError(
             f"{network.folder}: {type(network.module).__name__} does not run on text alone ({type(error).__name__}: "
-            f"{reason}); use lewis.density.strategy uniform or depth_gradient, which run no model, or leave the lewis "
-            "block out"
+            f"{reason}); use a merge_method that does not fit, and lewis.density.strategy uniform or depth_gradient, "
+            "which run no model, or no lewis block"
         ) from error
 
 

@@ -79,12 +79,12 @@ def each_row(
         progress: called with (losses, blocks done, blocks in all).
 
     Raises:
-        InputError: if a row has more tokens than the model takes.
+        InputError: if a row has more tokens than the model takes, or the model does not run on text alone.
         LewisError: if the model does not run its blocks in one order for every text.
     """
     from lewis.importance.batches import Batch, batches
     from lewis.importance.measure import check_lengths, network_of
-    from lewis.importance.streaming import Weights
+    from lewis.importance.streaming import Weights, blaming_the_model
 
     network = network_of(model)
     for each in sets:
@@ -93,7 +93,8 @@ def each_row(
     found: dict[Batch, list[Found | None]] = {}
 
     def run(batch: Batch) -> None:
-        logits = network.module(input_ids=batch.ids, use_cache=False).logits
+        with blaming_the_model(network):
+            logits = network.module(input_ids=batch.ids, use_cache=False).logits
         found[batch] = [
             of_row(
                 batch.ids[row, :length],

@@ -27,6 +27,7 @@ _TABLES = (
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
 )
 _BUILDING = Lock()
+_STATE = "recurrent_states"  # an attribute of modules
 
 
 def build(folder: Path, dtype: torch.dtype) -> Any:
@@ -51,12 +52,21 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
         if hasattr(network, "set_experts_implementation"):
             network.set_experts_implementation("eager")
         network.tie_weights()
+        _without_states(network)
     except Exception as error:  # any kind, by architecture
         reason = " ".join(str(error).split())[:300]
         if brings_class(read_config(folder)):
             raise needs_code(folder, "this model", "config.json") from error
         raise InputError(f"{folder}: transformers cannot build this model: {reason}") from error
     return network.eval()
+
+
+def _without_states(network: nn.Module) -> None:
+    """Let no module keep the state of its last call (RecurrentGemma): the next one may be another text's."""
+    for module in network.modules():
+        if _STATE in vars(module):
+            kind = type(module)
+            module.__class__ = type(kind.__name__, (kind,), {_STATE: property(lambda _: None, lambda *_: None)})
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from lewis.importance import streaming
 from lewis.importance.calibration import Calibration
 from lewis.importance.coverage import as_text, covered_tensors
 from lewis.importance.step import layers_of
+from lewis.merging.fitting.losses import row_losses
 from lewis.models.checkpoint import Checkpoint
 from lewis.models.source import ModelFiles
 from tests.support.measuring import measure
@@ -52,9 +53,17 @@ def test_a_weight_that_is_used_in_another_way_is_not_said_to_get_no_token(
 def test_a_model_that_wants_more_than_text_is_refused_in_one_sentence(kind: str, tmp_path: Path) -> None:
     tiny(kind).save_pretrained(tmp_path)
     model = Checkpoint(tmp_path, "key")
-    with pytest.raises(InputError, match=r"does not run on text alone \(\w+: .*\); use lewis.density.strategy uniform"):
+    with pytest.raises(
+        InputError, match=r"does not run on text alone \(\w+: .*\); use a merge_method that does not fit"
+    ):
         measure(model, TEXT)
     assert covered_tensors(tmp_path, model.shapes, measured=False)[0]
+
+
+def test_a_fit_that_is_judged_refuses_it_too(tmp_path: Path) -> None:
+    tiny("voxtral_realtime").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="VoxtralRealtimeForConditionalGeneration does not run on text alone"):
+        row_losses(Checkpoint(tmp_path, "key"), [TEXT])
 
 
 class TestByName:

@@ -102,6 +102,7 @@ def test_goes_on_where_it_stopped_with_the_same_bytes_for_any_threads_and_in_fil
     [
         ("gpt_oss", "regmean_forward"),
         ("granitemoe", "regmean_forward"),
+        ("recurrent_gemma", "regmean_forward"),  # its gates keep the state of their last call
         *(
             pytest.param(*each, marks=pytest.mark.long)
             for each in [
@@ -132,5 +133,7 @@ def test_experts_of_other_layouts_are_fitted(kind: str, method: str, tmp_path: P
     merge.run(tmp_path / "out", threads=1)
     found = Checkpoint(tmp_path / "out", "out")
     fitted = {name for name in merge.layout if not torch.equal(found.read(name), merge.tensor(name))}
-    stacks = {name for name, shape in found.shapes.items() if len(shape) == 3 or ".experts." in name}
+    stacks = {
+        name for name, shape in found.shapes.items() if (len(shape) == 3 and 1 not in shape) or ".experts." in name
+    }
     assert {name for name in stacks if not name.endswith("bias")} <= fitted
