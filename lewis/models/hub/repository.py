@@ -115,7 +115,8 @@ def fetch(pinned: Pinned, *, weights: bool = True) -> Path:
     Raises:
         TransientError: if the transfer broke, files are missing or damaged again, or the Hub is busy.
         BrokenModelError: if the Hub gave the same bytes twice, which are not those that it lists.
-        InputError: if the Hub refuses access, or HF_HUB_OFFLINE is set and files are missing.
+        InputError: if the Hub refuses access, HF_HUB_OFFLINE is set and files are missing, or a folder is in the place
+            of a file.
         LewisError: if a local folder changed since it was pinned, or the disk is full.
     """
     if pinned.is_local:
@@ -149,6 +150,8 @@ def _complete(pinned: Pinned, folder: Path, names: list[str], files: _Listing, *
         Name of each damaged file -> its SHA-256; empty if the file is missing.
     """
     missing = [name for name in names if not (folder / name).is_file()]
+    if place := next((folder / name for name in missing if (folder / name).is_dir()), None):
+        raise InputError(f"{pinned.ref}: {place} is a folder; expected a file in the Hub client's cache; remove it")
     if missing and offline():
         raise InputError(f"{pinned.ref}: HF_HUB_OFFLINE is set, and {missing[0]} is not in the cache; unset it")
     if missing:

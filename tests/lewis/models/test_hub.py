@@ -353,6 +353,16 @@ def test_flipped_byte_on_disk_is_caught_and_heals(hub: LocalHub, tmp_path: Path)
     assert (fetch(pinned) / "model.safetensors").read_bytes() == WEIGHTS
 
 
+def test_a_folder_in_the_place_of_a_cached_file_is_named(hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit("org/x", MODEL)
+    pinned = resolve("org/x", tmp_path)
+    path = fetch(pinned) / "model.safetensors"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match="safetensors is a folder; expected a file in the Hub client's cache"):
+        fetch(pinned)
+
+
 def test_broken_transfers(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "time", SimpleNamespace(sleep=lambda _: None))
     hub.commit("org/x", MODEL)
