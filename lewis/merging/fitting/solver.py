@@ -70,8 +70,17 @@ class Solver:
                 additions = self._additions(place, residual, whole)
                 value = self._inputs[1].solve(anchor, weights, additions, out=anchor, whole=whole)
         except ValueError as error:
-            raise LewisError(f"{name}: {error}; a model is damaged") from error
+            raise LewisError(f"{name}: {self._damage(weights) or f'{error}; a model is damaged'}") from error
         return rounded(self._shared.merge, name, value.T if covered.transposed else value)
+
+    def _damage(self, weights: Sequence[torch.Tensor]) -> str:
+        """Which expert has weights or inputs that are not finite when squared, and which of the two; empty if none."""
+        for expert, weight, pairs in zip(self._shared.merge.experts, weights, self._shared.pairs, strict=True):
+            rows = [pair.own.rows for pair in pairs if pair.own.rows is not None]
+            for what, tensors in (("its weights", [weight]), ("activations into it", rows)):
+                if not all(bool(each.square().sum().isfinite()) for each in tensors):
+                    return f"{what} in {expert.ref} are NaN, Inf or too large for fp32; that model is damaged"
+        return ""
 
     def _prior(self, covered: Covered, strength: float, weights: Sequence[torch.Tensor]) -> list[Rows]:
         if not strength or self._inputs is None:

@@ -553,6 +553,18 @@ class TestRefused:
         with pytest.raises(InputError, match=r"token 64 of set 's' is outside its 64 embeddings: the tokenizer of the"):
             replace(merge, experts=odd).run(tmp_path / "out")
 
+    @pytest.mark.parametrize(
+        ("part", "value", "what"),
+        [("up_proj", 1e25, "its weights"), ("input_layernorm", 1e25, "activations into it")],
+    )
+    def test_the_expert_whose_numbers_are_not_finite_is_named(
+        self, part: str, value: float, what: str, family: Family, tmp_path: Path
+    ) -> None:
+        """The message named a tensor only, and spoke of activations where a weight was too large."""
+        odd = rewrite(family.math, tmp_path / "odd", lambda name, t: t.fill_(value) if part in name else t)
+        with pytest.raises(LewisError, match=rf"model.layers.0\S* {what} in \S*odd are NaN.*; that model is damaged"):
+            run(recipe_of(family.base, [family.code, odd]), tmp_path / "out")
+
     def test_no_space(self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lewis.store.files._free", lambda _: (1000, False))
         with pytest.raises(InputError, match="no space"):
