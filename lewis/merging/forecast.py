@@ -88,6 +88,7 @@ def forecast(merge: Merge) -> Forecast:
         static, reading = merge.method.fits == "static", _seconds_to_read(merge, network)
         of_fit = _of_static_fit(merge, network) if static else _of_fit(merge, network, reading)
         parts = [*[of_fit] * merge.fits, _of_judging(merge, network, reading)]
+        parts += [] if static else [_of_head(merge, network, reading)] * merge.fits
         parts += [_of_refining(merge, network, reading)] if merge.refine else []
         seconds += sum(each.seconds for each in parts)
         peak, disk = max(peak, *(each.memory for each in parts)), max(each.disk for each in parts)
@@ -126,6 +127,25 @@ def _of_fit(merge: Merge, network: Network, reading: float) -> Forecast:
     held = 4 * (merge.threads * 2 * LOGITS + solving) + (paused if paused <= IN_MEMORY else 0)
     seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads) + (len(merge.experts) + 1) * reading
     return Forecast(seconds, LOADED + held, extra_disk_bytes(merge, network, paused))
+
+
+def _of_head(merge: Merge, network: Network, reading: float) -> Forecast:
+    """Forecast the fit of a head that experts may have moved: a pass of each expert, and the solution.
+
+    Of a head (out, in), the task vectors' products and the solution take 8 out in^2 operations for each expert.
+    """
+    from lewis.merging.fitting.head import PART, head_of
+
+    _, tensor = head_of(network, merge)
+    if not tensor or not merge.may_move_head:
+        return Forecast(0, 0)
+    tokens, experts = sum(each.calibration.tokens for each in merge.experts if each.calibration), len(merge.experts)
+    head, inputs = merge.base.tensors[tensor].elements, merge.base.tensors[tensor].shape[1]
+    blocks = sum(info.elements for info in merge.base.tensors.values()) - head
+    operations = 2 * tokens * blocks + 8 * experts * head * inputs
+    seconds = operations / (operations_per_second() * merge.threads) + experts * reading
+    held = size_of(*merge.layout[tensor]) + 4 * (4 * min(head, PART) + tokens * inputs + 2 * experts * inputs**2)
+    return Forecast(seconds, LOADED + held)
 
 
 def _seconds_to_read(merge: Merge, network: Network) -> float:

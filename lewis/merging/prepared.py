@@ -36,6 +36,7 @@ from lewis.models.chat_template import chosen_template
 from lewis.models.compatible import check_compatible
 from lewis.models.dtypes import size_of
 from lewis.models.files.folder import processor_files, tokenizer_files
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
 from lewis.models.names import NUMBER, STATES_SEMANTICS, weighed_before
 from lewis.models.tokenizer import tokenizer_folder
@@ -47,6 +48,7 @@ FIT_SEMANTICS = "3"  # bump when a method that fits in forward order would give 
 UNCALLED_SEMANTICS = "1"  # bump when it would where a model uses weights without calling their modules
 STACKED_SEMANTICS = "3"  # bump when a method that fits in forward order would give other stacked experts
 JUDGE_SEMANTICS = "2"  # bump when held-back rows would lead to another fit
+HEAD_SEMANTICS = "1"  # bump when the fit of a head that experts have moved would give other bytes
 REFINE_SEMANTICS = "2"  # bump when training after the fit would give other bytes
 STREAM_SEMANTICS = "1"  # bump when it would where the residual stream was not found before
 CANCELLING_SEMANTICS = "2"  # bump when an election would give other bytes where weights have opposite signs
@@ -354,8 +356,18 @@ class Prepared:
             *(["stacked", STACKED_SEMANTICS] if stacked else []),
             *(["uncalled", UNCALLED_SEMANTICS] if uncalled else []),
             *(["stream", STREAM_SEMANTICS] if stream else []),
+            *(["head", HEAD_SEMANTICS] if self.may_move_head else []),
             *sets,
         ]
+
+    @property
+    def may_move_head(self) -> bool:
+        """Whether an expert may have other weights outside of the blocks than the base: no adapter of the blocks."""
+        outside = [name for name in self.base.tensors if not NUMBER.search(name)]
+        return any(
+            not isinstance(model, LoraExpert) or model.base.key != self.base.key or any(map(model.touches, outside))
+            for model in (expert.model for expert in self.experts)
+        )
 
     def nothing_to_fit(self) -> InputError:
         """The error to raise if a fit finds no projection to fit."""

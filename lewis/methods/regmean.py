@@ -1,7 +1,7 @@
 """RegMean and its form in forward order: projections fitted to the experts on their calibration rows.
 
 The fit itself is `lewis.methods.arithmetic.regression`. The functions here give the anchor that the fit is pulled
-towards, which is also the result for all other tensors (embeddings, norms, head, biases).
+towards, which is also the result for all other tensors (embeddings, norms, biases).
 """
 
 from __future__ import annotations

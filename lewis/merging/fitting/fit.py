@@ -5,10 +5,11 @@ so far. Where all passes have come to a projection, its weight is fitted (`lewis
 the inputs that the merged model has there, it has to give what the expert gives for its own inputs. Then all passes go
 on with their own weights. So each layer makes up for the errors of those before it.
 
-The stacked experts of a mixture are fitted where their module is reached (`lewis.merging.fitting.stacked_fit`).
+The stacked experts of a mixture are fitted where their module is reached (`lewis.merging.fitting.stacked_fit`), and a
+head that experts have moved before the blocks (`lewis.merging.fitting.head`).
 
-Every other tensor (embeddings, norms, biases, head, experts of a mixture that are modules of their own) is merged by
-the recipe's anchor, else by the method's own function. The fit is pulled towards what these give.
+Every other tensor (norms, biases, embeddings that are not the head, experts of a mixture that are modules of their own)
+is merged by the recipe's anchor, else by the method's own function. The fit is pulled towards what these give.
 
 This module prepares the models and the passes; `lewis.merging.fitting.walk` leads them through the blocks.
 """
@@ -30,6 +31,7 @@ from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import warn_of_few_tokens
 from lewis.merging.fitting.fitted import Fitted, Unwritten
+from lewis.merging.fitting.head import fit_head
 from lewis.merging.fitting.passes import Pair, Pass, answering, note_stream, stop, stop_with_call
 from lewis.merging.fitting.shared import Shared
 from lewis.merging.fitting.solver import Solver
@@ -121,6 +123,7 @@ def _fit(merge: Prepared, folder: Path, progress: Report, threads: int | None, a
     with ExitStack() as contexts:
         contexts.enter_context(one_thread())
         workers = contexts.enter_context(Workers(threads))
+        fit_head(merge, network, fitted, workers, TOKENS_PER_PASS)
         shared = Shared(merge, pairs, experts, merged, fitted, workers, spill)
         stacked = StackedFit(shared, stacks)
         walk = Walk(shared, places, Solver(shared, streams), stacked)

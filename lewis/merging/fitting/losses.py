@@ -7,15 +7,19 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lewis.devices import one_thread
 from lewis.importance.calibration import Calibration
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
 from lewis.merging.fitting.passes import Pass, advance, stop
+from lewis.models.network.module_tree import Network
 from lewis.models.network.network_class import input_embeddings
 from lewis.progress import Report, silent
+
+if TYPE_CHECKING:
+    from lewis.importance.batches import Batch
 
 Found = TypeVar("Found")
 
@@ -67,7 +71,7 @@ def each_row(
 ) -> list[list[Found]]:
     """Run a model on the rows of each set. Those of a set come longest first, in the same order for all models.
 
-    At any time there are in memory: what lies outside of the blocks, one block, and the hidden states of all rows.
+    In memory are what `run_batches` says, with the head.
 
     Args:
         model: a model that reads like a checkpoint.
@@ -82,14 +86,13 @@ def each_row(
         InputError: if a row has more tokens than the model takes, or the model does not run on text alone.
         LewisError: if the model does not run its blocks in one order for every text.
     """
-    from lewis.importance.batches import Batch, batches
+    from lewis.importance.batches import batches
     from lewis.importance.measure import check_lengths, network_of
-    from lewis.importance.streaming import Weights, blaming_the_model
+    from lewis.importance.streaming import blaming_the_model
 
     network = network_of(model)
     for each in sets:
         check_lengths(model, network, each)
-    weights = Weights(network, model, "cpu", torch.float32)
     found: dict[Batch, list[Found | None]] = {}
 
     def run(batch: Batch) -> None:
@@ -106,13 +109,48 @@ def each_row(
 
     at_most = max(1, LOGITS // input_embeddings(network.module).num_embeddings)
     made = batches(sets, network, tokens=at_most)
+    with one_thread(), Workers(threads) as workers:
+        run_batches(network, model, made, run, workers, with_head=True, progress=progress)
+    return [
+        [row for batch in made if batch.of == of for row in found[batch] if row is not None]
+        for of, _ in enumerate(sets)
+    ]
+
+
+def run_batches(
+    network: Network,
+    model: Any,
+    made: Sequence[Batch],
+    run: Callable[[Batch], None],
+    workers: Workers,
+    *,
+    with_head: bool,
+    progress: Report = silent,
+) -> None:
+    """Run a model on batches side by side, block by block.
+
+    At any time there are in memory: what lies outside of the blocks, one block, and the hidden states of all batches.
+
+    Args:
+        network: the model's, without weights.
+        model: reads like a checkpoint.
+        made: the batches.
+        run: runs the network on one of them.
+        workers: share out the batches.
+        with_head: whether the head that makes logits runs.
+        progress: called with (losses, blocks done, blocks in all).
+
+    Raises:
+        LewisError: if the model does not run its blocks in one order for every text.
+    """
+    from lewis.importance.streaming import Weights
+
+    weights = Weights(network, model, "cpu", torch.float32)
     passes = [Pass(batch, partial(run, batch)) for batch in made]
     with ExitStack() as contexts:
-        contexts.enter_context(one_thread())
-        workers = contexts.enter_context(Workers(threads))
         contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
         weights.check()
-        weights.load_outside(with_head=True)
+        weights.load_outside(with_head=with_head)
         weights.move_buffers()
         for path, block in network.blocks.items():
             contexts.callback(block.register_forward_pre_hook(partial(stop, path, False)).remove)
@@ -125,10 +163,6 @@ def each_row(
                 break
             loaded = list(network.parameters_in(place))
             workers([partial(weights.load, [name]) for name in loaded])
-    return [
-        [row for batch in made if batch.of == of for row in found[batch] if row is not None]
-        for of, _ in enumerate(sets)
-    ]
 
 
 def mean_loss(rows: Sequence[Sequence[RowLoss]]) -> float:

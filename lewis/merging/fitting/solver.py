@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from lewis.merging.fitting.fitted import rounded
 from lewis.merging.fitting.passes import Pair, Pass
 from lewis.merging.fitting.shared import Shared
 from lewis.merging.fitting.task_vectors import moved_rows
+from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import Inputs
 from lewis.methods.arithmetic.tokens import Rows
@@ -70,17 +71,9 @@ class Solver:
                 additions = self._additions(place, residual, whole)
                 value = self._inputs[1].solve(anchor, weights, additions, out=anchor, whole=whole)
         except ValueError as error:
-            raise LewisError(f"{name}: {self._damage(weights) or f'{error}; a model is damaged'}") from error
+            own = [[pair.own.rows for pair in pairs if pair.own.rows is not None] for pairs in self._shared.pairs]
+            raise damage(self._shared.merge, name, weights, own, error) from error
         return rounded(self._shared.merge, name, value.T if covered.transposed else value)
-
-    def _damage(self, weights: Sequence[torch.Tensor]) -> str:
-        """Which expert has weights or inputs that are not finite when squared, and which of the two; empty if none."""
-        for expert, weight, pairs in zip(self._shared.merge.experts, weights, self._shared.pairs, strict=True):
-            rows = [pair.own.rows for pair in pairs if pair.own.rows is not None]
-            for what, tensors in (("its weights", [weight]), ("activations into it", rows)):
-                if not all(bool(each.square().sum().isfinite()) for each in tensors):
-                    return f"{what} in {expert.ref} are NaN, Inf or too large for fp32; that model is damaged"
-        return ""
 
     def _prior(self, covered: Covered, strength: float, weights: Sequence[torch.Tensor]) -> list[Rows]:
         if not strength or self._inputs is None:
@@ -139,3 +132,28 @@ class Solver:
             own, merged = ([rows_of(each) for each in passes] for passes in zip(*pairs, strict=True))
             found.append(Rows(merged, own, weight))
         return found
+
+
+def damage(
+    merge: Prepared,
+    tensor: str,
+    weights: Iterable[torch.Tensor],
+    rows: Iterable[Sequence[torch.Tensor]],
+    error: ValueError,
+) -> LewisError:
+    """The error of a fit that met numbers that are not finite when squared: it names the first expert that has some.
+
+    Args:
+        merge: the merge.
+        tensor: name of the tensor.
+        weights: the tensor in each expert.
+        rows: its inputs in each expert.
+        error: what the regression raised.
+    """
+    for expert, weight, own in zip(merge.experts, weights, rows, strict=True):
+        for what, tensors in (("its weights", [weight]), ("activations into it", own)):
+            if not all(bool(each.float().square().sum().isfinite()) for each in tensors):
+                return LewisError(
+                    f"{tensor}: {what} in {expert.ref} are NaN, Inf or too large for fp32; that model is damaged"
+                )
+    return LewisError(f"{tensor}: {error}; a model is damaged")

@@ -50,7 +50,8 @@ def test_a_large_ridge_gives_the_anchor_and_what_is_not_fitted_is_it(
     assert fitted.keys() == anchor.keys()
     for name, tensor in anchor.items():
         assert torch.allclose(near[name], tensor, atol=1e-5), name
-        assert torch.equal(fitted[name], tensor) == ("_proj" not in name), name
+        is_head = "embed" in name and method == "regmean_forward"
+        assert torch.equal(fitted[name], tensor) == ("_proj" not in name and not is_head), name
 
 
 @pytest.mark.parametrize("method", SOME)

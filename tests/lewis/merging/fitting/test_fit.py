@@ -73,7 +73,7 @@ def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
     anchor = {n: b + sum(m.state_dict()[n] - b for m in models) for n, b in base.items()}
     merged.load_state_dict(anchor)
 
-    before = {"self_attn.o": "input_layernorm", "mlp.down": "post_attention_layernorm"}  # whose input is the stream
+    before = {".o": "input_layernorm", ".down": "post_attention_layernorm"}  # whose input is the stream
 
     def inputs(model: Any, path: str, samples: Any) -> torch.Tensor:
         seen: list[torch.Tensor] = []
@@ -83,35 +83,36 @@ def plainly(merge: Merge, forward: bool) -> dict[str, torch.Tensor]:
         hook.remove()
         return torch.cat(seen).double()
 
-    found = {}
+    found, names = {}, ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    paths = [f"model.layers.{layer}.{name}_proj" for layer in range(merged.config.num_hidden_layers) for name in names]
     with torch.no_grad():
-        for layer in range(merged.config.num_hidden_layers):
-            for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"):
-                path = f"model.layers.{layer}.{name}_proj"
-                start = anchor[f"{path}.weight"].double()
-                left, right, prior, pulled = 0.0, 0.0, 0.0, 0.0
-                for expert, model in zip(merge.experts, models, strict=True):
-                    samples, weights = expert.calibration.samples, expert.calibration.factors
-                    own = inputs(model, path, samples)
-                    there = inputs(merged, path, samples) if forward else own
-                    counts = torch.ones(len(own), 1, dtype=torch.float64)
-                    if weights and name not in ("self_attn.k", "self_attn.v"):
-                        counts = torch.cat([torch.tensor(each) for each in weights]).double()[:, None]
-                    left = left + there.T @ (counts * there) / len(own)
-                    wanted = own @ model.state_dict()[f"{path}.weight"].double().T - there @ start.T
-                    if forward and name in before:
-                        norm = f"model.layers.{layer}.{before[name]}"
-                        wanted = wanted + inputs(model, norm, samples) - inputs(merged, norm, samples)
-                    right = right + wanted.T @ (counts * there) / len(own)
-                    moved = model.state_dict()[f"{path}.weight"].double() - base[f"{path}.weight"].double()
-                    tau = (counts * there.square()).sum() / len(there) / moved.square().sum()
-                    prior = prior + tau * moved.T @ moved
-                    pulled = pulled + tau * (model.state_dict()[f"{path}.weight"].double() - start) @ moved.T @ moved
-                ridge = RIDGE * left.diagonal().mean() * torch.eye(len(left), dtype=torch.float64)
-                left, right = left + prior, right + pulled
-                left = left + ridge
-                found[f"{path}.weight"] = (start + right @ torch.linalg.inv(left)).float()
-                merged.get_submodule(path).weight.copy_(found[f"{path}.weight"])
+        for path in ["lm_head", *paths] if forward else paths:  # the head is the embedding, too
+            start = anchor[f"{path}.weight"].double()
+            left, right, prior, pulled = 0.0, 0.0, 0.0, 0.0
+            block, _, name = path.removesuffix("_proj").partition(".self_attn" if "self_attn" in path else ".mlp")
+            for expert, model in zip(merge.experts, models, strict=True):
+                samples, weights = expert.calibration.samples, expert.calibration.factors
+                own = inputs(model, path, samples)
+                there = inputs(merged, path, samples) if forward and path != "lm_head" else own
+                counts = torch.ones(len(own), 1, dtype=torch.float64)
+                if weights and name not in (".k", ".v"):
+                    counts = torch.cat([torch.tensor(each) for each in weights]).double()[:, None]
+                left = left + there.T @ (counts * there) / len(own)
+                wanted = own @ model.state_dict()[f"{path}.weight"].double().T - there @ start.T
+                if forward and name in before:
+                    norm = f"{block}.{before[name]}"
+                    wanted = wanted + inputs(model, norm, samples) - inputs(merged, norm, samples)
+                right = right + wanted.T @ (counts * there) / len(own)
+                moved = model.state_dict()[f"{path}.weight"].double() - base[f"{path}.weight"].double()
+                tau = (counts * there.square()).sum() / len(there) / moved.square().sum()
+                prior = prior + tau * moved.T @ moved
+                pulled = pulled + tau * (model.state_dict()[f"{path}.weight"].double() - start) @ moved.T @ moved
+            ridge = RIDGE * left.diagonal().mean() * torch.eye(len(left), dtype=torch.float64)
+            left, right = left + prior, right + pulled
+            left = left + ridge
+            found[f"{path}.weight"] = (start + right @ torch.linalg.inv(left)).float()
+            merged.get_submodule(path).weight.copy_(found[f"{path}.weight"])
+    found["model.embed_tokens.weight"] = found.get("lm_head.weight", anchor["lm_head.weight"])
     return {n: found.get(n, anchor[n]) for n in merge.layout}
 
 
@@ -562,7 +563,7 @@ class TestRefused:
     ) -> None:
         """The message named a tensor only, and spoke of activations where a weight was too large."""
         odd = rewrite(family.math, tmp_path / "odd", lambda name, t: t.fill_(value) if part in name else t)
-        with pytest.raises(LewisError, match=rf"model.layers.0\S* {what} in \S*odd are NaN.*; that model is damaged"):
+        with pytest.raises(LewisError, match=rf"model\.\S* {what} in \S*odd are NaN.*; that model is damaged"):
             run(recipe_of(family.base, [family.code, odd]), tmp_path / "out")
 
     def test_no_space(self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def divergence(expert: Path, merged: Path, rows: Calibration) -> float:
     indirect=["apart"],
 )
 def test_the_written_model_is_closer_to_the_experts(apart: Family, tmp_path: Path, answers: bool) -> None:
-    merge = trained(apart, tmp_path if answers else None)
+    merge = trained(apart, tmp_path if answers else None, epochs=4)
     written = merge.run(tmp_path / "trained")
     replace(merge, refine=None).run(tmp_path / "fit")
     verdict = Verdict.from_json(json.loads((tmp_path / "trained" / "lewis.json").read_text())["held_back"])
