@@ -19,6 +19,10 @@ from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model, read_as
 from lewis.models.network.module_tree import Network
 
+_RUN_NONE = (
+    "use a merge_method that does not fit, and lewis.density.strategy uniform or depth_gradient, which run no model, "
+    "or no lewis block"
+)
 _ROOM = 64 << 20  # bytes; on its way through a block of a small model, a micro-batch takes more in any case
 
 
@@ -269,13 +273,18 @@ def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
     Raises:
         InputError: if the model does not run on text alone.
     """
-    with blaming_the_model(network):
+    with blaming_the_model(network, _RUN_NONE):
         _forward(network, ids, lengths)
 
 
 @contextmanager
-def blaming_the_model(network: Network) -> Iterator[None]:
-    """A context in which an exception of the model's own code is raised as an InputError: it needs more than text."""
+def blaming_the_model(network: Network, fix: str) -> Iterator[None]:
+    """A context in which an exception of the model's own code is raised as an InputError: it needs more than text.
+
+    Args:
+        network: whose modules run.
+        fix: what to do, for the message.
+    """
     try:
         yield
     except LewisError:
@@ -287,8 +296,7 @@ def blaming_the_model(network: Network) -> Iterator[None]:
         reason = " ".join(reason.split())[:200]
         raise InputError(
             f"{network.folder}: {type(network.module).__name__} does not run on text alone ({type(error).__name__}: "
-            f"{reason}); use a merge_method that does not fit, and lewis.density.strategy uniform or depth_gradient, "
-            "which run no model, or no lewis block"
+            f"{reason}); {fix}"
         ) from error
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 
+_UNJUDGED = "give ridge a number, and set lewis.hold_back to false"
 LOGITS = 1 << 24  # logits of a batch at most: 64 MiB in fp32, unless one row alone has more
 
 
@@ -96,7 +97,7 @@ def each_row(
     found: dict[Batch, list[Found | None]] = {}
 
     def run(batch: Batch) -> None:
-        with blaming_the_model(network):
+        with blaming_the_model(network, _UNJUDGED):
             logits = network.module(input_ids=batch.ids, use_cache=False).logits
         found[batch] = [
             of_row(
@@ -157,7 +158,7 @@ def run_batches(
         loaded: list[str] = []
         for done in itertools.count():
             progress("losses", min(done, len(network.blocks)), len(network.blocks))
-            place = advance(passes, workers, "blocks", "give ridge a number, and set lewis.hold_back to false")
+            place = advance(passes, workers, "blocks", _UNJUDGED)
             weights.drop(loaded)
             if place is None:
                 break

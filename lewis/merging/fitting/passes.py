@@ -96,7 +96,13 @@ class Pair(NamedTuple):
 
 
 def stop(path: str, with_inputs: bool, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """A forward pre-hook of the module `path`: pause the running pass, with the module's input if `with_inputs`."""
+    """A forward pre-hook of the module `path`: pause the running pass, with the module's input if `with_inputs`.
+
+    Raises:
+        TypeError: if the module gets no tensor, since the model needs more than text.
+    """
+    if with_inputs and not isinstance(inputs[0], torch.Tensor):
+        raise TypeError(f"{path} gets no tensor")
     wait((path, inputs[0] if with_inputs else None, None))
 
 
@@ -125,4 +131,4 @@ def note_stream(path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """A forward pre-hook of the module `path`: note its input as a residual stream of the pass that is running."""
     run = Pass.current()
     if run is not None:
-        run.streams[path] = run.without_padding(inputs[0])
+        run.streams[path] = run.batch.rows_of(inputs[0], path)

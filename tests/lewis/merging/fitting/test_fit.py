@@ -308,6 +308,13 @@ def test_what_no_module_is_called_for_is_merged_as_it_is(kind: str, tmp_path: Pa
     assert len(fitted) >= 2 and not fitted & uncalled and (uncalled or kind == "zamba")
 
 
+def test_a_projection_that_gets_no_tensor_from_text_alone_is_named(tmp_path: Path) -> None:
+    """It was an AssertionError without a word."""
+    merge = merge_of("voxtral_realtime", tmp_path, 0.02)
+    with pytest.raises(InputError, match=r"does not run on text alone \(TypeError: \S*ada_rms_norm.linear1 gets"):
+        merge.run(tmp_path / "out")
+
+
 KILLED = """
 import os, sys
 from contextlib import nullcontext
