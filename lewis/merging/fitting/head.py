@@ -103,7 +103,7 @@ def _hidden_states(expert: Expert, path: str, workers: Workers, tokens: int) -> 
         raise _Reached
 
     def run(batch: Batch) -> None:
-        with suppress(_Reached), blaming_the_model(network):
+        with suppress(_Reached), blaming_the_model(network, "its blocks are fitted"):
             network.module(input_ids=batch.ids, use_cache=False)
 
     made = batches([expert.calibration] if expert.calibration else [], network, tokens=tokens)
