@@ -137,11 +137,17 @@ def private_folder(path: Path) -> Path:
 
 
 def _close_to_others(place: Path) -> None:
-    """Close an older store that is open to others; not a folder of another user, or one that holds no store yet."""
+    """Close an empty folder that becomes a store, or an older store that is open to others.
+
+    A folder of another user keeps its mode, and so does one that held other files before: others may need those.
+    """
     found = place.stat()
     mode = stat.S_IMODE(found.st_mode)
-    is_ours = found.st_uid == os.getuid() and not mode & stat.S_ISVTX and (place / "locks").is_dir()
-    if is_ours and mode & umask():
+    if found.st_uid != os.getuid() or mode & stat.S_ISVTX or not mode & umask():
+        return
+    with suppress(FileNotFoundError):
+        if os.listdir(place) and not (place / "locks").stat().st_mode & umask():
+            return  # the store is ours and closed, what else is there is not
         place.chmod(mode & ~umask())
 
 

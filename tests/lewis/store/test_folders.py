@@ -77,10 +77,19 @@ def test_an_older_store_is_closed_to_others(home: Path, before: int, after: str)
         assert mode(home) == after
 
 
-def test_a_folder_that_holds_no_store_yet_keeps_its_mode(home: Path) -> None:
+def test_an_empty_folder_that_becomes_a_store_is_closed_to_others(home: Path) -> None:
     home.mkdir(mode=0o755)
     store.make_folder(home / "merged")
-    assert mode(home) == "0755" and mode(home / "merged") == "0700"
+    assert mode(home) == "0700"
+
+
+def test_a_folder_that_others_use_keeps_its_mode(home: Path) -> None:
+    """The second lock of a command closed `LEWIS_HOME=/data`, and all that was in it, to the others."""
+    home.mkdir(mode=0o755)
+    (home / "theirs").touch()
+    for name in ("x", "y"):
+        with store.lock(name):
+            assert mode(home) == "0755" and mode(home / "locks") == "0700"
 
 
 def test_a_folder_of_the_store_may_be_given_as_seen_from_there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
