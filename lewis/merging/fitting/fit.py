@@ -123,7 +123,8 @@ def _fit(merge: Prepared, folder: Path, progress: Report, threads: int | None, a
     with ExitStack() as contexts:
         contexts.enter_context(one_thread())
         workers = contexts.enter_context(Workers(threads))
-        fit_head(merge, network, fitted, workers, TOKENS_PER_PASS)
+        begun = partial(progress, "fit", 0, len(network.blocks))  # while the head is fitted
+        fit_head(merge, network, fitted, workers, TOKENS_PER_PASS, lambda *_: begun())
         shared = Shared(merge, pairs, experts, merged, fitted, workers, spill)
         stacked = StackedFit(shared, stacks)
         walk = Walk(shared, places, Solver(shared, streams), stacked)

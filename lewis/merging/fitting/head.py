@@ -31,6 +31,7 @@ from lewis.methods.arithmetic.regression import DUAL_ABOVE, Inputs
 from lewis.methods.arithmetic.tokens import Rows
 from lewis.models.dtypes import as_tensor
 from lewis.models.network.module_tree import Network
+from lewis.progress import Report, silent
 
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch
@@ -39,7 +40,9 @@ logger = logging.getLogger(__name__)
 PART = 1 << 26  # elements of the head that are solved for at a time: 256 MiB in fp32
 
 
-def fit_head(merge: Prepared, network: Network, fitted: Fitted, workers: Workers, tokens: int) -> None:
+def fit_head(
+    merge: Prepared, network: Network, fitted: Fitted, workers: Workers, tokens: int, progress: Report = silent
+) -> None:
     """Fit the head, unless it is fitted already, no expert has moved it, or the model does not run on text alone.
 
     In memory are the head of the output, the last hidden states of all rows, and a part of the head of each model.
@@ -50,6 +53,7 @@ def fit_head(merge: Prepared, network: Network, fitted: Fitted, workers: Workers
         fitted: takes the fitted tensor.
         workers: run the passes and the regression.
         tokens: of a batch, at most.
+        progress: called with (losses, blocks done, blocks in all) for each expert.
 
     Raises:
         LewisError: naming the tensor, if hidden states or the result are not finite.
@@ -59,7 +63,7 @@ def fit_head(merge: Prepared, network: Network, fitted: Fitted, workers: Workers
         return
     logger.info("fitting %s, which makes the logits", tensor)
     try:
-        hidden = [_hidden_states(expert, path, workers, tokens) for expert in merge.experts]
+        hidden = [_hidden_states(expert, path, workers, tokens, progress) for expert in merge.experts]
     except InputError as error:  # BLIP-2, whose blocks run on text alone, but not its head
         logger.warning("%s is not fitted: %s", tensor, error)
         return
@@ -86,7 +90,7 @@ class _Reached(Exception):
     """A pass has come to the head."""
 
 
-def _hidden_states(expert: Expert, path: str, workers: Workers, tokens: int) -> list[torch.Tensor]:
+def _hidden_states(expert: Expert, path: str, workers: Workers, tokens: int, progress: Report) -> list[torch.Tensor]:
     """Run an expert on its rows up to the head; return what comes there, fp32 (tokens, hidden), weighed by token."""
     from lewis.importance.batches import batches
     from lewis.importance.measure import network_of
@@ -109,7 +113,7 @@ def _hidden_states(expert: Expert, path: str, workers: Workers, tokens: int) -> 
     made = batches([expert.calibration] if expert.calibration else [], network, tokens=tokens)
     hook = network.module.get_submodule(path).register_forward_pre_hook(reach)
     try:
-        run_batches(network, expert.model, made, run, workers, with_head=False)
+        run_batches(network, expert.model, made, run, workers, with_head=False, progress=progress)
     finally:
         hook.remove()
     return [found[batch] for batch in made]
