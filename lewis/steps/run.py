@@ -17,7 +17,7 @@ from lewis.models.source import Source, pin_all
 from lewis.progress import Report, silent
 from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import Graph, labels, resolved
-from lewis.steps.table import DOWNLOAD
+from lewis.steps.table import CHECK, DOWNLOAD, MERGE
 
 
 def begin(recipe: Recipe) -> dict[str, Any]:
@@ -108,7 +108,11 @@ def run(
         LewisError: the error of the step that fails.
     """
     results = dict(known)
-    for node in graph.towards(*names, known=results):
+    walked = graph.towards(*names, known=results)
+    for node in walked:
         done = node.when is None or node.when(results)
-        results[node.name] = node.step.make(node.given(results), report, device) if done else None
+        given = node.given(results) if done else None
+        if node.step is CHECK and not walked.of(MERGE):
+            given = replace(given, copies=0)  # no merged model is written, so none needs room
+        results[node.name] = node.step.make(given, report, device) if done else None
     return results

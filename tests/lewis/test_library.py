@@ -69,6 +69,11 @@ def test_what_a_long_merge_has_used_stays(recipe: Path, tmp_path: Path, monkeypa
     assert left == [(4, 4)] and runs.notes() == [] and runs.active_since() is None
 
 
+def test_densities_need_no_room_for_the_merged_model(recipe: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lewis.store.files._free", lambda folder: (0 if folder == home / "merged" else 10**9, False))
+    assert lewis.allocate(recipe).means
+
+
 def test_each_step_by_itself(recipe: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = lewis.measure(recipe)
     assert [entry.ref for entry in measured] == [str(path) for path in (family.base, *family.experts)]
