@@ -32,6 +32,8 @@ MANIFEST = "lewis.json"
 CARD = ("README.md", "density.png", ".eval_results/lewis.yaml")
 """Names of a model card, its picture and its scores; manifests do not list them, since they may change."""
 RESUMABLE = ".resumable.partial"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a full disk."""
 _NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.EACCES)  # of file systems that cannot wait for a folder, such as CIFS
 _KEPT = 86400.0  # seconds for which a half-written folder is kept, so that it can be continued
 
@@ -63,6 +65,9 @@ def written_beside(path: Path, *, private: bool = False) -> Iterator[Path]:
     Args:
         path: where the file goes.
         private: whether only its owner may read it, such as a key, even if a group shares the store.
+
+    Raises:
+        OSError: if it cannot be written; on a full disk with its `filename`.
     """
     make_folder(path.parent)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
@@ -76,6 +81,10 @@ def written_beside(path: Path, *, private: bool = False) -> Iterator[Path]:
         if holds(path) and not private:
             restrict(scratch)
         os.replace(scratch, path)
+    except OSError as error:
+        if error.errno in FULL:
+            error.filename = error.filename or str(path)  # a write to a full disk gives none
+        raise
     finally:
         scratch.unlink(missing_ok=True)
 

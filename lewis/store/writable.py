@@ -22,7 +22,6 @@ FORMAT = 1
 _MIGRATIONS: dict[int, Callable[[], None]] = {}
 """Format -> function that converts a store of this format to the next one; it can be repeated after a kill."""
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ROOM = 64  # characters by which a scratch name is longer than the final name
 
 
@@ -78,15 +77,17 @@ def _write_format(number: int) -> None:
 
 def of_the_disk(error: BaseException | None) -> bool:
     """Whether an error is due to a full or read-only disk: `explained` then says all, and a traceback adds nothing."""
-    return isinstance(error, OSError) and error.errno in (*_FULL, errno.EROFS)
+    return isinstance(error, OSError) and error.errno in (*files.FULL, errno.EROFS)
 
 
 def explained(error: OSError) -> str:
     """Return an OSError's message, with the place to free space, or LEWIS_HOME if the store cannot be written to."""
     place = str(error.filename or "")
     home = str(files.home())
-    if error.errno in _FULL:
-        return f"{error}; free space where {place or f'the store {home} and the temporary folder are'}"
+    if error.errno in files.FULL:
+        return (
+            f"{error}; free space where {f'{place} is' if place else f'the store {home} and the temporary folder are'}"
+        )
     if error.errno in _REFUSED and (place == home or place.startswith(home + os.sep)):
         return f"LEWIS_HOME: the store {home} cannot be written to: {error}"
     return str(error)

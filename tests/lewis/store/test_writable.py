@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lewis.errors import InputError
-from lewis.store import writable
+from lewis.store import files, writable
 from lewis_flows.cli.main import main
 from tests.conftest import Family
 
@@ -65,6 +65,14 @@ def test_an_error_of_the_store_in_the_middle_names_its_setting(home: Path) -> No
     error = PermissionError(30, "Read-only file system", str(home / "locks" / "x.lock"))
     assert writable.explained(error).startswith(f"LEWIS_HOME: the store {home} cannot be written to: ")
     assert writable.explained(PermissionError(13, "no", "/elsewhere")) == "[Errno 13] no: '/elsewhere'"
+
+
+@pytest.mark.usefixtures("home")
+def test_a_full_disk_names_the_output_that_has_no_room(tmp_path: Path) -> None:
+    """`lewis allocate -o` said to free space where the store is, which had enough."""
+    with pytest.raises(OSError) as found, files.written_beside(tmp_path / "out.json"), open("/dev/full", "w") as full:
+        full.write("x")
+    assert writable.explained(found.value).endswith(f"; free space where {tmp_path / 'out.json'} is")
 
 
 @pytest.mark.usefixtures("home")
