@@ -110,9 +110,11 @@ def run(
     results = dict(known)
     walked = graph.towards(*names, known=results)
     for node in walked:
-        done = node.when is None or node.when(results)
-        given = node.given(results) if done else None
+        if node.when is not None and not node.when(results):
+            results[node.name] = None
+            continue
+        given = node.given(results)
         if node.step is CHECK and not walked.of(MERGE):
             given = replace(given, copies=0)  # no merged model is written, so none needs room
-        results[node.name] = node.step.make(given, report, device) if done else None
+        results[node.name] = node.step.make(given, report, device)
     return results
