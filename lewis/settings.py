@@ -28,6 +28,7 @@ _CRON = {  # field -> the least and the greatest number, what may stand in a lis
     "month": (1, 12, r"\d{1,4}|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec", _EACH, ""),
     "weekday": (0, 7, r"\d{1,4}|sun|mon|tue|wed|thu|fri|sat", _EACH, r"\?|l[0-7](,l[0-7])*|N#[1-5](,N#[1-5])*"),
 }
+_SHORT = {"2": 29, "feb": 29} | dict.fromkeys(("4", "apr", "6", "jun", "9", "sep", "11", "nov"), 30)  # months: days
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -139,6 +140,11 @@ def _cron(text: str) -> str:
         numbers = [int(number) for number in re.findall(r"\d+", re.sub(r"[/#]\d+", "", field))]
         if not re.fullmatch(form, field, re.IGNORECASE) or not all(least <= number <= most for number in numbers):
             raise ValueError(f"{field!r} is no {what}, {least} to {most}")
+    _, _, day, month, weekday = fields
+    if weekday in ("*", "?") and re.fullmatch(r"[\d,-]+", day) and re.fullmatch(r"[\w,]+", month):
+        longest = max(_SHORT.get(each.lower().lstrip("0"), 31) for each in month.split(","))
+        if min(map(int, re.findall(r"\d+", day))) > longest:
+            raise ValueError(f"day {day!r} of month {month!r} never comes")
     return text
 
 

@@ -86,7 +86,12 @@ def test_default_good_and_wrong(name: str, case: tuple[Any, str, Any, str], monk
     assert setting.shown() == ("not set" if setting.secret else setting.default)
 
 
-@pytest.mark.parametrize("text", ["*/15 0-6/2 1,15 jan mon-fri", "0 3 ? * fri#2", "0 3 5-L,2 * *", "0 3 * DEC L5"])
+_OF_SHORT_MONTHS = ["0 0 29,31 2 *", "0 0 31 4 1", "0 0 31 2,3 *"]
+
+
+@pytest.mark.parametrize(
+    "text", [*_OF_SHORT_MONTHS, "*/15 0-6/2 1,15 jan mon-fri", "0 3 ? * fri#2", "0 3 5-L,2 * *", "0 3 * DEC L5"]
+)
 def test_a_cron_expression(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEWIS_NIGHTLY", text)
     assert settings.NIGHTLY.get() == text
@@ -102,6 +107,14 @@ def test_a_cron_expression(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cron_expression_of_five_wrong_fields(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEWIS_NIGHTLY", text)
     with pytest.raises(InputError, match=r"^LEWIS_NIGHTLY: expected five fields of cron, .* is no .*; change or unset"):
+        settings.check()
+
+
+@pytest.mark.parametrize("text", ["0 0 31 2 *", "0 0 30-31 FEB ?", "0 0 31 4,06 *"])
+def test_a_cron_expression_of_a_day_that_never_comes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was deployed without a word, and Prefect's scheduler failed at it again and again."""
+    monkeypatch.setenv("LEWIS_NIGHTLY", text)
+    with pytest.raises(InputError, match=r"^LEWIS_NIGHTLY: expected five fields of cron, .* never comes; change or"):
         settings.check()
 
 
