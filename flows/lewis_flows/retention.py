@@ -28,7 +28,6 @@ from lewis_tasks.support.failures import says_why
 
 DAYS = 90.0
 _DAY = 86400.0
-_MOST = 20000  # days, since about 1970
 _SHOWN = 500  # rows of the table
 
 
@@ -69,12 +68,11 @@ def survey(days: float) -> list[Outdated]:
     What is old must be so by the clock of this machine and by that of Prefect's server.
 
     Raises:
-        InputError: if `days` is not at least 1, or more than there is of time; or if there is a remote half, which
-            other machines use too, and no MLflow that says what their versions need.
+        InputError: as `check_days`; or if there is a remote half, which other machines use too, and no MLflow that
+            says what their versions need.
         TransientError, LewisError: if MLflow or the remote half does not answer.
     """
-    if not 1 <= days <= _MOST:
-        raise InputError(f"days: expected a number from 1 to {_MOST}, got {days}")
+    in_remote.check_days(days)
     if remote.url() and not tracking.exists():
         raise InputError(
             "MLFLOW_TRACKING_URI: expected the MLflow of the machines that share LEWIS_STORE, got none: what their "

@@ -8,13 +8,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lewis.errors import LewisError, TransientError
+from lewis.errors import InputError, LewisError, TransientError
 from lewis.redact import redacted
 from lewis.store import kinds, remote
 from lewis.store.housekeeping import Needed
 from lewis.store.kinds import Kind
 from lewis.store.scratch import scratch_folder
 
+_MOST = 20000  # days, since about 1970
 _ROUNDED = 1.0  # seconds by which an object's time in a list may differ from the time in its own metadata
 
 
@@ -35,6 +36,16 @@ class Outdated:
     key: str
     time: float
     bytes: int = 0
+
+
+def check_days(days: float) -> None:
+    """Check the age in days up to which everything is kept.
+
+    Raises:
+        InputError: if `days` is not at least 1, or more than there is of time.
+    """
+    if not 1 <= days <= _MOST:
+        raise InputError(f"days: expected a number from 1 to {_MOST}, got {days}")
 
 
 def entries(before: float, needed: Mapping[str, Needed]) -> list[Outdated]:

@@ -23,6 +23,7 @@ from lewis.store import housekeeping, kinds
 from lewis.store import outdated as in_remote
 from lewis_flows import retention
 from lewis_flows.cli.main import main
+from lewis_flows.service import servers
 from tests.conftest import Family
 from tests.support.lineage import make_home, registered
 
@@ -59,7 +60,12 @@ def ran(client: SyncPrefectClient, recipe: str) -> str:
 
 
 def test_runs_go_but_not_those_of_versions(
-    home: Path, family: Family, client: SyncPrefectClient, later: None, capsys: pytest.CaptureFixture[str]
+    home: Path,
+    family: Family,
+    client: SyncPrefectClient,
+    later: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = f"old{uuid4().hex[:8]}"
     made, idle, broken, last = (ran(client, recipe) for _ in range(4))
@@ -103,6 +109,7 @@ def test_runs_go_but_not_those_of_versions(
     for days in (0.5, float("inf"), float("nan"), 1e7):
         with pytest.raises(InputError, match="days: expected"):
             retention.survey(days)
+    monkeypatch.setattr(servers, "prefect_server", None)  # no server is started for it
     assert main(["retention", "--days", "0"]) == 2 and "days: expected" in capsys.readouterr().err
 
 

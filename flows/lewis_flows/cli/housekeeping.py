@@ -49,12 +49,14 @@ def retention(options: argparse.Namespace) -> None:
     """Show old data that nothing needs in Prefect, MLflow and the store's remote half; with `--yes` remove it.
 
     Raises:
-        InputError: if the service of this store has another MLflow than this environment names.
+        InputError: if the days are wrong, or the service of this store has another MLflow than this environment names.
     """
+    from lewis.store import outdated
     from lewis_flows.service.credentials import connected
     from lewis_flows.service.servers import check_mlflow_as_served, prefect_server
 
     show_log()
+    outdated.check_days(options.days)  # before a server is started for it
     check_mlflow_as_served()
     with prefect_server() as url, connected(url):
         from lewis_flows import retention
