@@ -119,6 +119,8 @@ def put(client: SyncPrefectClient, file: RecipeFile) -> Iterator[str]:
         stays = f"{file.name} stays paused, as somebody paused it"
         lost = f"{file.name} has no longer the default parameters that somebody gave it; write them into its file"
         yield from _changed(before, stays, f"{file.name} keeps its own schedule", lost)
+        if before.global_concurrency_limit and before.global_concurrency_limit.limit != 1:
+            yield f"{file.name} has the concurrency limit 1 again: its runs take turns, whatever the limit"
         if before.version == file.version:
             continue
         if file.why or paused:

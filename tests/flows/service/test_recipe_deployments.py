@@ -235,20 +235,21 @@ def test_a_recipe_has_a_deployment_that_an_operator_can_change(
     assert client.read_automations_by_name("release of good") == []
 
 
-def test_a_time_zone_and_parameters_that_an_operator_chose_are_named(folder: Path, client: SyncPrefectClient) -> None:
-    """A deploy said nothing of another time zone, nor that it took the default parameters away."""
+def test_what_an_operator_chose_is_named(folder: Path, client: SyncPrefectClient) -> None:
+    """A deploy said nothing of another time zone, nor that it took default parameters and a limit away."""
     said = list[str]()
     Follower(said.append).deploy()
     made = client.read_deployment_by_name("merge/good")
     there = CronSchedule(cron="0 3 * * *", timezone="Asia/Tokyo")
     client.update_deployment_schedule(made.id, made.schedules[0].id, schedule=there)
     given = {"recipe": "good", "overrides": ["seed=1"]}
-    client.update_deployment(made.id, DeploymentUpdate(parameters=given))
+    client.update_deployment(made.id, DeploymentUpdate(parameters=given, concurrency_limit=3))
     Follower(said.append).deploy()
     assert said == [
         "good keeps its own schedule: 0 3 * * * Asia/Tokyo",
         "good has no longer the default parameters that somebody gave it; write them into its file: "
         "{'overrides': ['seed=1']}",
+        "good has the concurrency limit 1 again: its runs take turns, whatever the limit",
     ]
     found = client.read_deployment_by_name("merge/good")
     assert (found.schedules[0].schedule, found.parameters) == (there, {"recipe": "good"})
