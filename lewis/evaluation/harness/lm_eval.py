@@ -12,7 +12,7 @@ from typing import Any
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.harness import backends, builtin_tasks, process, server
 from lewis.evaluation.harness.permission import check_code, runs_code
-from lewis.evaluation.harness.task_config import changes_members, check_config
+from lewis.evaluation.harness.task_config import as_loaded, check_config
 from lewis.evaluation.harness.task_files import FoundTasks, data_files, find_tasks, reads_hub
 from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scores import Evaluated, Score
@@ -103,12 +103,11 @@ def check_tasks(settings: EvalSettings) -> None:
         InputError: naming the task, and the nearest valid names for one that does not exist; as `isolation.check`.
     """
     found = settings.found()
-    changed = changes_members(found)
     for name, task in found.files.items():
         data_files(task, settings.root)
         check_code(name, task, settings.allow_code_execution)
-        if name in found.names or not changed:
-            check_config(task, settings.root, settings.num_fewshot)
+    for task in as_loaded(found):
+        check_config(task, settings.root, settings.num_fewshot)
     if _brings_code(settings, found):
         isolation.check()
     builtin_tasks.check_builtin(found.builtin, found.local)

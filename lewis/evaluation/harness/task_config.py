@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -72,16 +72,47 @@ def _missing(config: Mapping[str, Any]) -> Iterator[str]:
     yield from (key for key in texts if config.get(key) is None and config.get("use_prompt") is None)
 
 
-def changes_members(found: FoundTasks) -> bool:
-    """Whether a group changes keys of its members, so that lm-eval does not load these as their own files say."""
-    return any(_changes(task.config) for task in found.files.values() if "group" in task.config)
+def as_loaded(found: FoundTasks) -> Iterator[TaskFile]:
+    """The tasks of the recipe's files as lm-eval loads them: what a group changes in its members, or defines in it.
+
+    Raises:
+        InputError: if a group has keys or members that lm-eval cannot use, or contains itself.
+    """
+    for name in found.names:
+        if name in found.files:
+            yield from _loaded(found.files[name], {}, found, ())
 
 
-def _changes(group: Mapping[str, Any]) -> bool:
-    from lm_eval.config.group import GroupConfig
+def _loaded(
+    task: TaskFile, changes: Mapping[str, Any], found: FoundTasks, groups: tuple[str, ...]
+) -> Iterator[TaskFile]:
+    """A task with changes by `groups`, or the members of a group."""
+    from lm_eval.config.group import AggMetricConfig, GroupConfig
 
-    own = group.keys() - {field.name for field in fields(GroupConfig)} - {"task_alias", "tag"}
-    return bool(own) or any(map(_changes, _mappings(members(group))))
+    if "group" not in task.config:
+        yield replace(task, config={**task.config, **changes})
+        return
+    if task.name in groups:
+        raise InputError(f"{task.path}: group {task.name}: it contains itself; remove it from the list `task`")
+    means = task.config.get("aggregate_metric_list") or []
+    for mean in means if isinstance(means, list) else [means]:
+        try:
+            AggMetricConfig(**mean)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{task.path}: aggregate_metric_list: {mean!r}: {error}") from error
+    own = {key: value for key, value in task.config.items() if key not in {each.name for each in fields(GroupConfig)}}
+    for item in members(task.config):
+        more = {**own, **changes, **(item if isinstance(item, Mapping) else {})}
+        name = item if isinstance(item, str) else item.get("group", item.get("task"))
+        inside = (*groups, task.name)
+        if not isinstance(name, str):
+            raise InputError(f"{task.path}: task: expected the name of a member, got {name!r}")
+        if name in found.files:
+            yield from _loaded(found.files[name], {k: v for k, v in more.items() if k != "group"}, found, inside)
+        elif isinstance(item, Mapping) and "group" in item:
+            yield from _loaded(replace(task, name=name, config=item), {**own, **changes}, found, inside)
+        elif isinstance(item, Mapping) and name not in found.builtin:
+            yield replace(task, config=more)
 
 
 def _read_splits(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -251,8 +251,10 @@ def _names(listed: Iterable[Any]) -> Iterator[str]:
     for item in listed:
         if isinstance(item, str):
             yield item
-        elif not isinstance(item, Mapping):
-            raise InputError(f"a group's list `task`: expected the name of a task, or a mapping, got {item!r}")
+        elif not isinstance(item, Mapping) or not {"task", "group"} & item.keys():
+            raise InputError(
+                f"a group's list `task`: expected the name of a task, or a mapping with `task` or `group`, got {item!r}"
+            )
         elif isinstance(item.get("task"), list):
             yield from _names(item["task"])
         elif "dataset_path" not in item and (name := item.get("task") or item.get("group")):

@@ -821,6 +821,29 @@ class TestCheckTasks:
         with pytest.raises(InputError, match="num_fewshot: 9 examples need 9 rows"):
             check_tasks(EvalSettings(("several", "own"), root))
 
+    @pytest.mark.parametrize(
+        ("group", "message"),
+        [
+            ({"task": [{**CHOICE, "task": "new"}]}, None),
+            ({"task": [{**CHOICE, "task": "new", "doc_to_txt": "x"}]}, "doc_to_txt: unknown key of a task of lm-eval"),
+            ({"task": [{**CHOICE, "task": "new", "doc_to_text": "{{query}}"}]}, "doc_to_text: 'query' is undefined"),
+            ({"task": [{"task": "pets", "test_split": "none"}]}, "test_split: no split 'none'"),
+            ({"task": ["pets"], "num_fewshots": 1}, "num_fewshots: unknown key"),
+            ({"task": [{"group": "inner", "task": ["pets"], "num_fewshot": 9}]}, "9 examples need 9 rows"),
+            ({"task": ["pets", "several"]}, "group several: it contains itself"),
+            ({"task": [{"num_fewshot": 1}]}, "expected the name of a task, or a mapping with `task` or `group`"),
+            (
+                {"task": ["pets"], "aggregate_metric_list": [{"metric": "acc", "aggregation": "sum"}]},
+                "aggregate_metric_list: .*'mean' is the only pre-defined aggregation",
+            ),
+            ({"task": ["pets"], "aggregate_metric_list": ["acc"]}, "aggregate_metric_list: 'acc': "),
+        ],
+    )
+    def test_the_members_of_a_group_are_checked_as_lm_eval_loads_them(self, root, group, message):
+        write_task(root / "tasks/several.yaml", {"group": "several", **group})
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            check_tasks(EvalSettings(("several",), root))
+
     def test_examples_that_the_recipe_asks_for_need_rows_but_not_where_a_task_sets_0(self, root):
         task = TaskFile("pets", root / "own.yaml", CHOICE, (), ())
         with pytest.raises(InputError, match="num_fewshot: 7 examples need 7 rows"):
