@@ -15,7 +15,20 @@ from lewis.errors import InputError, nearest
 from lewis.evaluation.harness.task_files import FoundTasks, TaskFile, members, split_file
 from lewis.input_files import open_regular
 
-_TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
+_NEEDED = ("doc_to_text", "doc_to_target", "doc_to_choice")
+_TEMPLATES = (*_NEEDED, "description", "gen_prefix")
+_VALUES: dict[str, tuple[type, ...]] = {  # what the value of a key may be; lm-eval raises for others, in no plain words
+    **dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"), (str,)),
+    **dict.fromkeys(("dataset_path", "dataset_name", "description", "gen_prefix"), (str,)),
+    **dict.fromkeys(("target_delimiter", "fewshot_delimiter"), (str,)),
+    **dict.fromkeys(("num_fewshot", "repeats"), (int,)),
+    **dict.fromkeys(("metric_list", "filter_list"), (list,)),
+    **dict.fromkeys(("fewshot_config", "generation_kwargs"), (dict,)),
+    **{"doc_to_text": (str, int), "doc_to_target": (str, int, list), "doc_to_choice": (str, list, dict)},
+}
+_READERS = ("json", "csv", "parquet", "text")  # of `datasets`: each reads local files
+_FUNCTIONS = ("process_docs", "process_results", "custom_dataset")  # keys that take `!function` alone
+_WORDS = {str: "a text", int: "a whole number", list: "a list", dict: "a mapping"}
 
 
 def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> None:
@@ -41,6 +54,7 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
     for key in config:
         if key not in (*known, "task_list"):
             raise InputError(f"{task.path}: {key}: unknown key of a task of lm-eval{nearest(str(key), known)}")
+    _check_values(task)
     splits = (config.get("dataset_kwargs") or {}).get("data_files")
     if isinstance(splits, str | list):
         splits = {"train": splits}  # as `datasets` calls it
@@ -51,24 +65,53 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
     for key in _missing(config):
         raise InputError(f"{task.path}: {key}: missing; lm-eval needs it")
     environment = _environment()
-    for key in (*_TEMPLATES, "description"):
+    for key in _TEMPLATES:
         try:
             environment.compile(text if isinstance(text := config.get(key), str) else "")
         except TemplateSyntaxError as error:  # also of a filter that does not exist
             raise InputError(f"{task.path}: {key}: not a valid Jinja template: {error.message}") from error
     _check_names(task)
-    if read and not any(config.get(key) for key in ("process_docs", "use_prompt", "custom_dataset")):
+    if not any(config.get(key) for key in ("process_docs", "use_prompt", "custom_dataset")):
         with suppress(_OtherLayoutError):
             first, *_, last = [*read, *read]
             _check_columns(task, split_file(config, root, first), environment)
             _check_examples(task, split_file(config, root, last), num_fewshot)
 
 
+def _check_values(task: TaskFile) -> None:
+    """Check the kinds of the values, the choices, and the keys of `fewshot_config`."""
+    from lm_eval.config.task import FewshotConfig
+
+    def check(key: str, right: bool, expected: str, given: object) -> None:
+        if not right:
+            raise InputError(f"{task.path}: {key}: expected {expected}, got {given!r}")
+
+    for key, value in task.config.items():
+        kinds = _VALUES.get(key, ())
+        if kinds and value is not None:
+            check(key, isinstance(value, kinds), " or ".join(_WORDS[kind] for kind in kinds), value)
+        if key in _FUNCTIONS and value is not None:
+            check(key, value in task.functions, "!function MODULE.NAME", value)
+    choices = task.config.get("doc_to_choice")
+    listed = list(choices.values()) if isinstance(choices, dict) else choices if isinstance(choices, list) else ["one"]
+    check("doc_to_choice", bool(listed), "at least one choice", choices)
+    for choice in listed:  # YAML reads a plain yes or no as true or false
+        check("doc_to_choice", isinstance(choice, str) and choice != "", "texts, in quotes and not empty", choice)
+    known = [field.name for field in fields(FewshotConfig)]
+    for key in task.config.get("fewshot_config") or ():
+        if key not in known:
+            raise InputError(f"{task.path}: fewshot_config: {key}: unknown key{nearest(str(key), known)}")
+
+
 def _missing(config: Mapping[str, Any]) -> Iterator[str]:
     """What lm-eval needs of a task and this one does not say."""
     if config.get("test_split") is None and config.get("validation_split") is None:
         yield "test_split (or validation_split)"
-    texts = _TEMPLATES if config.get("output_type") == "multiple_choice" else _TEMPLATES[:2]
+    if config.get("dataset_path") in _READERS and not config.get("dataset_kwargs"):
+        yield "dataset_kwargs: data_files"
+    elif config.get("dataset_path") is None and config.get("custom_dataset") is None:
+        yield "dataset_path"
+    texts = _NEEDED if config.get("output_type") == "multiple_choice" else _NEEDED[:2]
     yield from (key for key in texts if config.get(key) is None and config.get("use_prompt") is None)
 
 
@@ -131,6 +174,7 @@ def _check_names(task: TaskFile) -> None:
     """Check the names of the output type and, of a task without functions, of aggregations and filters."""
     import lm_eval.filters  # noqa: F401 - registers the filters
     from lm_eval.api.registry import aggregation_registry, filter_registry
+    from lm_eval.api.samplers import SAMPLER_REGISTRY
     from lm_eval.api.task import ALL_OUTPUT_TYPES  # this module registers the aggregations
 
     def check(key: str, item: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -146,6 +190,7 @@ def _check_names(task: TaskFile) -> None:
     for pipeline in _mappings(task.config.get("filter_list")):
         for each in _mappings(pipeline.get("filter")):
             check("filter_list: function", each, tuple(filter_registry))
+    check("fewshot_config: sampler", task.config.get("fewshot_config") or {}, tuple(SAMPLER_REGISTRY))
 
 
 def _mappings(value: object) -> list[Mapping[str, Any]]:
@@ -169,9 +214,13 @@ def _check_columns(task: TaskFile, file: Path | None, environment: SandboxedEnvi
         text = task.config.get(key)
         if not isinstance(text, str) or text in row or text in task.functions:
             continue
-        if not (unknown := meta.find_undeclared_variables(environment.parse(text)) - {*row, *environment.globals}):
+        unknown = meta.find_undeclared_variables(environment.parse(text)) - {*row, *environment.globals}
+        a_column = key == "doc_to_choice" and text.isidentifier()  # as a template it would be no list
+        if not unknown and not a_column:
             continue
         columns = {column for each in _rows(file) for column in each}  # a row is None in a column that it lacks
+        if a_column and text not in columns:
+            raise InputError(f"{task.path}: {key}: {file} has no column {text!r}{nearest(text, columns)}")
         try:
             environment.from_string(text).render({**dict.fromkeys(columns), **row})
         except UndefinedError as error:
@@ -186,7 +235,7 @@ def _check_examples(task: TaskFile, file: Path | None, num_fewshot: int | None) 
     """Check that the split of the examples, which is this file, has enough rows for a prompt."""
     own = task.config.get("num_fewshot")
     shots = own if own == 0 or num_fewshot is None else num_fewshot
-    if not isinstance(shots, int) or not shots or file is None or task.config.get("fewshot_config"):
+    if not isinstance(shots, int) or shots <= 0 or file is None or task.config.get("fewshot_config"):
         return
     # Where these two splits are the same, or missing both, lm-eval draws one more: the document itself is left out.
     needed = shots + (task.config.get("fewshot_split") == task.config.get("test_split"))
