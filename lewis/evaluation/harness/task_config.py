@@ -12,6 +12,7 @@ from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from lewis.errors import InputError, nearest
+from lewis.evaluation.harness.permission import METRICS
 from lewis.evaluation.harness.task_files import FoundTasks, TaskFile, members, split_file
 from lewis.input_files import open_regular
 
@@ -29,6 +30,12 @@ _VALUES: dict[str, tuple[type, ...]] = {  # what the value of a key may be; lm-e
 _READERS = ("json", "csv", "parquet", "text")  # of `datasets`: each reads local files
 _FUNCTIONS = ("process_docs", "process_results", "custom_dataset")  # keys that take `!function` alone
 _WORDS = {str: "a text", int: "a whole number", list: "a list", dict: "a mapping"}
+MEASURED = {  # of its own metrics, those that lm-eval computes for an output type
+    "multiple_choice": ("acc", "acc_bytes", "acc_mutual_info", "acc_norm", "brier_score", "exact_match", "f1", "mcc"),
+    "generate_until": ("bleu", "bypass", "chrf", "chrf++", "exact_match", "f1", "mcc", "ter"),
+    "loglikelihood": ("acc", "perplexity"),
+    "loglikelihood_rolling": ("bits_per_byte", "byte_perplexity", "word_perplexity"),
+}
 
 
 def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> None:
@@ -182,19 +189,37 @@ def _check_names(task: TaskFile) -> None:
         if name is not None and name not in known:
             raise InputError(f"{task.path}: {key}: lm-eval has no {name!r}{nearest(str(name), known)}")
 
+    def items(key: str, value: object, *needed: str) -> list[Mapping[str, Any]]:
+        """The mappings in a list; InputError if an item is none, or lacks a key."""
+        listed: list[Any] = value if isinstance(value, list) else [value]
+        for item in listed:
+            if not isinstance(item, Mapping) or any(item.get(each) is None for each in needed):
+                raise InputError(f"{task.path}: {key}: expected mappings with {' and '.join(needed)}, got {item!r}")
+        return listed
+
     check("output_type", task.config, ALL_OUTPUT_TYPES)
+    metrics = items("metric_list", task.config.get("metric_list") or [], "metric")
+    pipelines = items("filter_list", task.config.get("filter_list") or [], "name", "filter")
+    steps = [each for pipeline in pipelines for each in items("filter_list: filter", pipeline["filter"], "function")]
     if task.functions:  # their modules may register names of their own
         return
-    for metric in _mappings(task.config.get("metric_list")):
+    for metric in metrics:
         check("metric_list: aggregation", metric, tuple(aggregation_registry))
-    for pipeline in _mappings(task.config.get("filter_list")):
-        for each in _mappings(pipeline.get("filter")):
-            check("filter_list: function", each, tuple(filter_registry))
+    _check_metrics(task, [str(metric["metric"]) for metric in metrics if not metric.get("hf_evaluate")])
+    for each in steps:
+        check("filter_list: function", each, tuple(filter_registry))
     check("fewshot_config: sampler", task.config.get("fewshot_config") or {}, tuple(SAMPLER_REGISTRY))
 
 
-def _mappings(value: object) -> list[Mapping[str, Any]]:
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+def _check_metrics(task: TaskFile, metrics: Sequence[str]) -> None:
+    """Check that lm-eval computes one of its metrics for the task's output type, and all of them if it generates."""
+    kind = task.config.get("output_type") or "generate_until"
+    others = [name for name in metrics if name in METRICS and name not in MEASURED[kind]]
+    if others and (kind == "generate_until" or len(others) == len(metrics)):
+        raise InputError(
+            f"{task.path}: metric_list: metric: lm-eval has no {others[0]} for output_type {kind}; "
+            f"expected one of {', '.join(MEASURED[kind])}"
+        )
 
 
 def _environment() -> SandboxedEnvironment:

@@ -816,6 +816,18 @@ class TestCheckTasks:
             ({"dataset_path": None}, "dataset_path: missing"),
             ({"fewshot_config": {"num_fewshot": 1}}, "fewshot_config: num_fewshot: unknown key"),
             ({"fewshot_config": {"sampler": "first"}}, "fewshot_config: sampler: lm-eval has no 'first'"),
+            ({"metric_list": ["acc"]}, "metric_list: expected mappings with metric, got 'acc'"),
+            ({"filter_list": [{"filter": []}]}, "filter_list: expected mappings with name and filter"),
+            (
+                {"filter_list": [{"name": "x", "filter": ["take_first"]}]},
+                "filter_list: filter: expected mappings with function, got 'take_first'",
+            ),
+            (
+                {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}, {"metric": "acc"}]},
+                "metric_list: metric: lm-eval has no acc for output_type generate_until; expected one of bleu",
+            ),
+            ({"metric_list": [{"metric": "bleu"}]}, "lm-eval has no bleu for output_type multiple_choice"),
+            ({"metric_list": [{"metric": "acc"}, {"metric": "bleu"}]}, None),  # lm-eval leaves it out
         ],
     )
     def test_what_lm_eval_refuses_when_it_loads_a_task_is_refused_before(self, root, change, message):

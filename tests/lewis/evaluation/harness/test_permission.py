@@ -79,7 +79,7 @@ def test_code_may_need_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_task_without_code_needs_none(tmp_path: Path) -> None:
-    metrics = [{"metric": name} for name in ("acc", "exact_match")]
+    metrics = [{"metric": name} for name in ("bleu", "exact_match")]
     write(tmp_path, {"metric_list": metrics, "generation_kwargs": {"until": ["\n"], "do_sample": False}})
     check_tasks(EvalSettings(("own.yaml",), tmp_path))
 
