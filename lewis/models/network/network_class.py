@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock, get_ident
 from typing import Any
@@ -52,7 +52,7 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
         if hasattr(network, "set_experts_implementation"):
             network.set_experts_implementation("eager")
         network.tie_weights()
-        _without_states(network)
+        _begin_without_states(network)
     except Exception as error:  # any kind, by architecture
         reason = " ".join(str(error).split())[:300]
         if brings_class(read_config(folder)):
@@ -61,12 +61,17 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
     return network.eval()
 
 
-def _without_states(network: nn.Module) -> None:
-    """Let no module keep the state of its last call (RecurrentGemma): the next one may be another text's."""
+def _begin_without_states(network: nn.Module) -> None:
+    """Let a text begin without the state of the module's last call (RecurrentGemma), which may be another text's."""
+
+    def begin(module: nn.Module, inputs: torch.Tensor, positions: torch.Tensor) -> Any:
+        if bool((positions == 0).any()):
+            setattr(module, _STATE, None)
+        return type(module).forward(module, inputs, positions)
+
     for module in network.modules():
         if _STATE in vars(module):
-            kind = type(module)
-            module.__class__ = type(kind.__name__, (kind,), {_STATE: property(lambda _: None, lambda *_: None)})
+            module.forward = partial(begin, module)  # no hook, in which another text's pass could run
 
 
 @contextmanager
