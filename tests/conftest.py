@@ -167,8 +167,9 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Itera
     A module that imports a fixture gets one of its own: a server more, which runs until the last test has ended.
     """
     from lewis_flows import environment
-    from lewis_flows.service.servers import prefect_server
+    from lewis_flows.service import servers
     from tests.support.databases import put_prefect
+    from tests.support.service import claimed_port
 
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("prefect-home")
@@ -178,8 +179,9 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Itera
             patch.delenv(name, raising=False)
         for name in ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"):
             patch.setenv(name, KEY)
+        patch.setattr(servers, "free_port", claimed_port)  # two test processes that had one server would mix their runs
         environment.prepare()
-        with prefect_server() as url:
+        with servers.prefect_server() as url:
             from prefect.logging.handlers import APILogWorker
 
             yield url

@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from lewis.store.secrets import PREFECT_KEY
+from lewis_flows.service import processes
 from lewis_flows.service.credentials import PREFECT_SENT
 from tests.support.local_hub import LocalHub, Webhook
 from tests.support.prefect_key import credentials
@@ -32,14 +32,12 @@ T = TypeVar("T")
 _CLAIMS: list[TextIO] = []  # open files, whose locks end with this process
 
 
-def free_port() -> int:
-    """A port where nobody listens, and which no other process of these tests has been given while this one lives."""
+def claimed_port() -> int:
+    """As `free_port`, for a server that this process starts: a `lewis` that is no test cannot claim it either."""
     given = Path(tempfile.gettempdir()) / "lewis-test-ports"
     given.mkdir(exist_ok=True)
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = processes.free_port()
         claim = (given / f"{port}").open("w")
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,6 +46,13 @@ def free_port() -> int:
             continue
         _CLAIMS.append(claim)
         return port
+
+
+def free_port() -> int:
+    """A port where nobody listens, and which no other process of these tests has been given while this one lives."""
+    port = claimed_port()
+    processes.release(port)  # a `lewis up` that is started on it claims it
+    return port
 
 
 def children(pid: int) -> dict[int, str]:

@@ -28,7 +28,7 @@ _READY = 420  # seconds to answer after a start; a busy machine takes minutes to
 _STOP = 15.0  # seconds to end after SIGTERM, before it is killed
 _KEPT = 3  # logs of earlier starts
 _KILLED = 15.0  # seconds to wait for a killed process to be gone
-_claims: dict[int, socket.socket] = {}  # of ports, for as long as this process lives
+_claims: dict[int, socket.socket] = {}  # of ports, until `release` or the end of this process
 
 
 class Process:
@@ -165,7 +165,23 @@ def answers(health: str) -> bool:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """Return a port of loopback that nobody listens on, and claim it for this process, until `release`.
+
+    A server needs seconds until it listens: another process that got the same port meanwhile would take the first
+    server that answers for its own.
+    """
+    while (port := _unused_port()) in _claims or _claim(port):
+        pass
+    return port
+
+
+def release(port: int) -> None:
+    """Give up the claim of `free_port`, once the server has ended."""
+    if claim := _claims.pop(port, None):
+        claim.close()
+
+
+def _unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

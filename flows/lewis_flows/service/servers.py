@@ -17,7 +17,7 @@ from lewis.registry import tracking
 from lewis.store.secrets import PREFECT_KEY, UP_SERVE_KEY
 from lewis_flows.service import credentials, mlflow_app, note
 from lewis_flows.service.own_pages import own_origins
-from lewis_flows.service.processes import Process, answers, free_port
+from lewis_flows.service.processes import Process, answers, free_port, release
 
 OPENAI = ("OPENAI_BASE_URL", "OPENAI_API_KEY")  # variables by which clients of the OpenAI API find a server
 RECIPES = "/deployments?deployments.tags.name=lewis"
@@ -61,7 +61,8 @@ def prefect_server(
     if found := running():
         yield found
         return
-    server, url = prefect_process(free_port())
+    port = free_port()
+    server, url = prefect_process(port)
     server.begin()
     try:
         if meanwhile:
@@ -87,6 +88,7 @@ def prefect_server(
         over.set()
         watcher.join()
         server.stop()
+        release(port)
 
 
 def running() -> str | None:

@@ -18,7 +18,7 @@ import pytest
 from lewis import store
 from lewis.errors import InputError
 from lewis.store import kinds
-from lewis_flows.service import servers, up
+from lewis_flows.service import processes, servers, up
 from lewis_flows.service.processes import Process, answers, free_port, usable_port
 from tests.support.service import children
 
@@ -263,17 +263,33 @@ def test_an_answer_that_is_no_http_is_none() -> None:
 
 
 def test_a_port_is_taken_from_when_another_process_starts_a_server_on_it() -> None:
-    port = str(free_port())
+    port = free_port()
+    processes.release(port)
     code = (
-        f"from lewis_flows.service.processes import usable_port; usable_port('P', {port!r}); print(flush=True); input()"
+        f"from lewis_flows.service.processes import usable_port; usable_port('P', '{port}'); print(flush=True); input()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdin is not None and first.stdout is not None and first.stdout.readline()
         taken = rf"127.0.0.1:{port} is taken \(by the `lewis up` of process {first.pid}\); stop it, or set MLFLOW_PORT"
         with pytest.raises(InputError, match=taken):
-            usable_port("MLFLOW_PORT", port)
+            usable_port("MLFLOW_PORT", str(port))
         first.kill()
-    assert usable_port("MLFLOW_PORT", port) == int(port)
+    assert usable_port("MLFLOW_PORT", str(port)) == port
+
+
+def test_a_port_that_another_process_was_given_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server listens seconds later: two runs had one server, and each took it for its own."""
+    code = "from lewis_flows.service.processes import free_port; print(free_port(), flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None and other.stdout is not None
+        taken, own, third = int(other.stdout.readline()), 1, 2  # no server listens on these here
+        found = iter([taken, own, own, taken, third, own])
+        monkeypatch.setattr(processes, "_unused_port", lambda: next(found))
+        assert [free_port(), free_port()] == [own, third]
+        processes.release(own)
+        assert free_port() == own
+        processes.release(third)
+        other.kill()
 
 
 def test_a_port_that_another_server_listens_on_is_taken() -> None:
