@@ -180,6 +180,7 @@ def _norms_of(
             fired = s.isnan().logical_not()  # a stacked expert that no token reached gets the mean of the others
             # Moments of matrices that lie in one tensor's rows would be as large as the weights: only norms are kept.
             found.append((norms, None if covered.stack else torch.where(fired, s, s[fired].mean())))
+    model.done_with(covered.tensor)
     return found
 
 
@@ -271,6 +272,29 @@ def network_in(folder: Path, tensors: Shapes | None = None, dtype: torch.dtype |
             "weight is in the checkpoint; LEWIS cannot guide it: leave the lewis block out"
         )
     return network
+
+
+def memory_of(network: Network, tokens: int, *, whole: bool = False) -> int:
+    """Bytes of memory that a pass over a calibration set takes on a CPU, roughly, in addition to a process without one.
+
+    These are the weights that are in no block, without an embedding that is read by row; a block; and, per token, what
+    a batch leaves on its way through a block, and the hidden states that wait.
+
+    Args:
+        network: its weights are taken to be in fp32.
+        tokens: of the set; with 0, what a pass takes apart from them.
+        whole: whether the set is one batch, as it is with `prune_ratio`.
+    """
+    from lewis.importance.batches import TOKENS_PER_BATCH
+    from lewis.importance.streaming import ROOM
+
+    outside = set(network.parameters_outside()) - set(network.read_by_row())
+    blocks = [sum(network.empty(name).numel() for name in network.parameters_in(path)) for path in network.blocks]
+    widest = max(max(network.empty(each.parameter).shape[-2:]) for each in network.covered)
+    waiting = 2 * tokens * input_embeddings(network.module).embedding_dim
+    held = sum(network.empty(name).numel() for name in filter(network.is_parameter, outside)) + max(blocks)
+    held += 3 * widest * (tokens if whole else min(tokens, TOKENS_PER_BATCH)) + min(waiting, max(*blocks, ROOM // 4))
+    return 4 * held
 
 
 def stored_dtype(model: Model) -> torch.dtype:

@@ -23,7 +23,7 @@ _RUN_NONE = (
     "use a merge_method that does not fit, and lewis.density.strategy uniform or depth_gradient, which run no model, "
     "or no lewis block"
 )
-_ROOM = 64 << 20  # bytes; on its way through a block of a small model, a micro-batch takes more in any case
+ROOM = 64 << 20  # bytes; on its way through a block of a small model, a micro-batch takes more in any case
 
 
 class NotLoaded(LewisError):
@@ -112,13 +112,13 @@ class Weights:
         network = self.network
         tensor = next(tensor for tensor, name in network.unconverted.items() if name in names)
         (kind, bits), shape = self.model.raw(tensor), self.model.shapes[tensor]
-        self.model.done_with(tensor)  # a value that is computed from mapped files is in memory now
-        rows, table = bits.reshape(shape), _empty_table(shape, self._dtype)
+        rows, table, done_with = bits.reshape(shape), _empty_table(shape, self._dtype), self.model.done_with
 
         def fill(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             ids = next(iter((*given, *named.values()))).unique()
             values = rows[ids.numpy()]
             table[ids] = as_tensor(kind, values.reshape(-1)).reshape(values.shape).to(table.dtype)
+            done_with(tensor)
 
         for name in names:
             _put(network.module, name, table)
@@ -208,7 +208,7 @@ class Streamed:
         """
         network = self._network
         sizes = [sum(network.empty(name).numel() for name in network.parameters_in(path)) for path in network.blocks]
-        return 0 if self._keep else max(_ROOM, max(sizes) * self._dtype.itemsize)
+        return 0 if self._keep else max(ROOM, max(sizes) * self._dtype.itemsize)
 
     def lock_step(self, forwards: Sequence[Callable[[], None]], turn: Callable[[int], None]) -> Iterator[float]:
         """Run forward passes side by side: all go through a block, one after another, before any enters the next one.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ from lewis.merging.prepared import Prepared
 from lewis.merging.step import MergedModel, MergeInput, check_output, find_merged, prepare_merge
 from lewis.models import source as models
 from lewis.models.hub import repository
-from lewis.models.names import layer_of
+from lewis.models.network.module_tree import Network
 from lewis.models.source import ModelFiles, Source
 from lewis.progress import Report, silent
 from lewis.registry.retention import make_room
@@ -207,9 +206,12 @@ class Measure(Step[MeasureInput, list[ImportanceEntry]]):
 
     def cost(self, given: MeasureInput) -> Cost:
         home, shapes = given.files.outline()
-        memory = _memory_of_pass(shapes)
         passes = [each.tokens for each in given.sets if not find_measured(given, each, default_device())]
-        return _cost_of_statistics(home, shapes, passes, memory) if given.grams else Cost(memory=memory)
+        network = measure.network_in(home, shapes)
+        if given.grams:
+            return _cost_of_statistics(network, passes, LOADED + measure.memory_of(network, 0))
+        whole = given.settings.prune_ratio > 0
+        return Cost(memory=LOADED + measure.memory_of(network, max(passes, default=0), whole=whole))
 
     def paths(self, made: list[ImportanceEntry]) -> Sequence[Path]:
         return [path for each in made for path in (each.path, each.statistics) if path]
@@ -264,8 +266,9 @@ class Merge(Step[MergeInput, MergedModel]):
         if written >= store.free_space(store.home()):  # too little space for a forecast, which writes a sample
             return Cost(written=written, seconds=None)
         found, more = forecast(prepared), Cost()
-        if prepared.method.fits == "static" and given.base and given.sets:
-            more = _cost_of_statistics(*given.base.outline(), list(_passes_of_merge(prepared)), 0)
+        passes = list(_passes_of_merge(prepared)) if prepared.method.fits == "static" and given.sets else []
+        if passes and given.base:
+            more = _cost_of_statistics(measure.network_in(*given.base.outline()), passes, 0)
         seconds = found.seconds + more.passes
         return Cost(written + more.written, found.disk, seconds, more.passes, max(found.memory, more.memory))
 
@@ -330,20 +333,11 @@ class Evaluate(Step[ScoreInput, ScoresEntry]):
         return [made.path]
 
 
-def _memory_of_pass(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes that an importance pass needs at most, roughly: `LOADED`, all outside of the layers, two layers in fp32."""
-    sizes = Counter[int | None]()
-    for name, shape in shapes.items():
-        sizes[layer_of(name)] += 4 * math.prod(shape)
-    outside = sizes.pop(None, 0)
-    return LOADED + outside + 2 * max(sizes.values(), default=0)
-
-
-def _cost_of_statistics(home: Path, shapes: Mapping[str, tuple[int, ...]], passes: Sequence[int], memory: int) -> Cost:
+def _cost_of_statistics(network: Network, passes: Sequence[int], memory: int) -> Cost:
     """Estimate the cost of passes for second-order statistics, each over so many tokens, next to other `memory`."""
     if not passes:
         return Cost(memory=memory)
-    network, threads = measure.network_in(home, shapes), cores()
+    threads = cores()
     operations = sum(grams.operations_of(network, tokens) for tokens in passes)
     seconds = operations / (grams.operations_per_second() * threads)
     return Cost(

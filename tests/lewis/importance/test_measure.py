@@ -1,6 +1,8 @@
 """Importance against a slow computation: one sample at a time, fp64, hooks of the test's own on the real model."""
 
 import gc
+import os
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from lewis.recipe.schema import Importance
 from tests.conftest import Family
 from tests.support.measuring import covered_layers, measure
 from tests.support.models import edit_json, materialise, rewrite, shard, write_lora, write_tensors
+from tests.support.warm import WarmPython
 
 SAMPLES = ((3, 4, 5, 6, 7, 8, 9), (10,), (11, 12, 13), (3, 3, 3), (20, 21, 22, 23, 24))
 CALIBRATION = Calibration("sums", SAMPLES)
@@ -243,9 +246,19 @@ class TestSets:
         model = Checkpoint(family.base, "key")
         network = network_of(model)
         assert Streamed(network, model, "cpu", torch.float32).room == 64 * 2**20
-        monkeypatch.setattr(streaming, "_ROOM", 0)
+        monkeypatch.setattr(streaming, "ROOM", 0)
         block = sum(p.numel() for p in network.blocks["model.layers.0"].parameters())
         assert Streamed(network, model, "cpu", torch.float32).room == 4 * block
+
+    def test_no_weight_stays_mapped(self, tmp_path: Path) -> None:
+        """A run of several models held the pages of all that it had measured."""
+        LlamaForCausalLM(LlamaConfig(**{**SIZES, "intermediate_size": 1 << 14})).save_pretrained(tmp_path)
+        model, file = Checkpoint(tmp_path, "key"), tmp_path / "model.safetensors"
+        measure_sets(model, [CALIBRATION])
+        maps = Path("/proc/self/smaps").read_text()
+        [held] = re.findall(rf"{re.escape(str(file))}\n(?:.*\n){{0,3}}?Rss: +(\d+) kB", maps)
+        assert 1000 * int(held) < file.stat().st_size / 4  # around what is read, the system maps some pages more
+        assert model.tensors
 
     def test_a_pass_can_be_stopped_between_two_blocks(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(batches, "TOKENS_PER_BATCH", 1)
@@ -340,3 +353,29 @@ class TestCoveredLayers:
         assert [layer.tensor for layer in covered_layers(family.base, shapes)] == [name]
         with pytest.raises(InputError, match="LEWIS cannot guide it"):
             covered_layers(family.base, {"other.weight": (2, 2)})
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from lewis.importance.calibration import Calibration
+from lewis.importance.measure import measure_sets, memory_of, network_of
+from lewis.memory import PeakMemory, anonymous_bytes
+from lewis.models.checkpoint import Checkpoint
+
+model, rows = Checkpoint(Path(sys.argv[1]), "key"), Calibration("rows", ((3, 4, 5, 6),) * 1000)
+said, before = memory_of(network_of(model), rows.tokens), anonymous_bytes()
+with PeakMemory() as memory:
+    measure_sets(model, [rows])
+print(said, memory.peak - before)
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_that_a_pass_needs_grows_with_what_a_batch_leaves(tmp_path: Path, warm: WarmPython) -> None:
+    """Of a model with wide layers it was told without them. In a process of its own, as memory is taken again."""
+    sizes = {**SIZES, "intermediate_size": 1 << 14}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    process = warm.run(MEMORY, [str(tmp_path)], folder=Path.cwd(), environment=os.environ)
+    said, needed = map(int, process.communicate()[0].split())
+    assert needed > 600e6 and needed / 1.2 < said < needed * 1.2
