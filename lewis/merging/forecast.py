@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lewis import store
@@ -125,6 +125,7 @@ def _of_fit(merge: Merge, network: Network, reading: float) -> Forecast:
         solving += len(merge.experts) * bytes_of(network, tokens) // (4 * len(network.blocks))
     paused = paused_bytes(merge, network)
     held = 4 * (merge.threads * 2 * LOGITS + solving) + (paused if paused <= IN_MEMORY else 0)
+    held += _merged_embedding(merge, network, network.read_by_row())
     seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads) + (len(merge.experts) + 1) * reading
     return Forecast(seconds, LOADED + held, extra_disk_bytes(merge, network, paused))
 
@@ -146,6 +147,11 @@ def _of_head(merge: Merge, network: Network, reading: float) -> Forecast:
     seconds = operations / (operations_per_second() * merge.threads) + experts * reading
     held = size_of(*merge.layout[tensor]) + 4 * (4 * min(head, PART) + tokens * inputs + 2 * experts * inputs**2)
     return Forecast(seconds, LOADED + held)
+
+
+def _merged_embedding(merge: Merge, network: Network, by_row: Sequence[str]) -> int:
+    """Bytes of the embedding of the merged model, whose rows its passes read; `by_row` are its names, if there are."""
+    return sum(size_of(*merge.layout[tensor]) for name in by_row[:1] for tensor in network.sources(name))
 
 
 def _seconds_to_read(merge: Merge, network: Network) -> float:
@@ -176,7 +182,7 @@ def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     names, by_row = network.parameters_outside(with_head=True), network.read_by_row(with_head=True)
     held = sum(4 * network.empty(name).numel() for name in names if name not in by_row)
     held += max(sum(4 * network.empty(name).numel() for name in network.parameters_in(path)) for path in network.blocks)
-    held += sum(size_of(*merge.layout[tensor]) for name in by_row[:1] for tensor in network.sources(name))
+    held += _merged_embedding(merge, network, by_row)
     elements, largest = max((merge.base.tensors[each.tensor].elements, each.tensor) for each in network.covered)
     held += merge.threads * elements * (2 + 4 * sum(expert.model.computes(largest) for expert in merge.experts))
     vocabulary = input_embeddings(network.module).num_embeddings
