@@ -9,10 +9,10 @@ and bring the last hidden states close to the experts'.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from lewis.progress import Report, silent
 
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch
+    from lewis.models.model import Model
 
 logger = logging.getLogger(__name__)
 PART = 1 << 26  # elements of the head that are solved for at a time: 256 MiB in fp32
@@ -83,7 +84,14 @@ def head_of(network: Network, merge: Prepared) -> tuple[str, str]:
 
 def _moved(merge: Prepared, expert: Expert, tensor: str) -> bool:
     (dtype, bits), (of_base, own) = merge.base.raw(tensor), expert.model.raw(tensor)
-    return dtype != of_base or not np.array_equal(bits, own)
+    found = dtype != of_base or not np.array_equal(bits, own)
+    _unmap((merge.base, expert.model), tensor)
+    return found
+
+
+def _unmap(models: Iterable[Model], tensor: str) -> None:
+    for model in models:
+        model.done_with(tensor)
 
 
 class _Reached(Exception):
@@ -119,7 +127,7 @@ def _hidden_states(expert: Expert, path: str, workers: Workers, tokens: int, pro
     return [found[batch] for batch in made]
 
 
-def _rows_of(model: Any, tensor: str, width: int) -> Callable[[slice], torch.Tensor]:
+def _rows_of(model: Model, tensor: str, width: int) -> Callable[[slice], torch.Tensor]:
     """Return a function that reads some rows of a tensor, in the dtype that it is stored in."""
     dtype, bits = model.raw(tensor)
     return lambda part: as_tensor(dtype, bits[part.start * width : part.stop * width].copy()).reshape(-1, width)
@@ -142,6 +150,7 @@ def _solve(merge: Prepared, tensor: str, hidden: Sequence[list[torch.Tensor]], w
         for part in parts:
             moved = weights[i](part).float() - base(part).float()
             products += moved.T @ moved
+            _unmap((merge.models[0], merge.models[i + 1]), tensor)
         sizes, directions = torch.linalg.eigh(products)
         factors[i] = (directions * sizes.clamp_min(0).sqrt()).T.float().contiguous()
 
@@ -153,6 +162,7 @@ def _solve(merge: Prepared, tensor: str, hidden: Sequence[list[torch.Tensor]], w
         for part in parts:
             known = [weight(part) for weight in weights]
             anchor[part] = rounded(merge, tensor, solver.solve(anchor[part].float(), known))
+            _unmap(merge.models, tensor)
     except ValueError as error:
         raise damage(merge, tensor, (weight(slice(0, len(anchor))) for weight in weights), hidden, error) from error
     return anchor

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from lewis import library, store
 from lewis.errors import InputError, LewisError, RecipeError
 from lewis.importance.calibration import Calibration
+from lewis.importance.measure import network_of
 from lewis.merging import forecast as forecasts
 from lewis.merging.run import Merge
 from lewis.merging.settings import Expert, resolve
@@ -485,6 +486,10 @@ def test_a_forecast_counts_the_fit(family: Family, monkeypatch: pytest.MonkeyPat
     found = [forecasts.forecast(each) for each in (few, many)]
     assert len(made) == 2  # of a large model it takes seconds
     assert found[0].seconds > 0 and found[0].memory < found[1].memory < 2e9
+    network, shape = network_of(many.base), many.base.tensors["model.embed_tokens.weight"].shape
+    held = forecasts._of_fit(many, network, 0.0).memory
+    many.layout["model.embed_tokens.weight"] = ("F32", (1 << 20, shape[1]))  # which all passes of the result read
+    assert forecasts._of_fit(many, network, 0.0).memory - held == 4 * ((1 << 20) - shape[0]) * shape[1]
 
 
 @pytest.mark.slow

@@ -1,12 +1,17 @@
 """The head is fitted where experts have moved it, and left alone elsewhere."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lewis.merging.fitting import head
+from lewis.merging.fitting.fitted import Fitted
+from lewis.models.checkpoint import Checkpoint
 from tests.conftest import Family
 from tests.lewis.merging.fitting.test_fit import RIDGE, prepare, recipe_of, run
 from tests.support.models import rewrite, write_expert, write_llama
@@ -60,3 +65,29 @@ def test_the_result_has_the_same_bytes_for_any_threads_and_parts_change_rounding
     for name, tensor in one.items():
         assert torch.equal(tensor, three[name]), name
         assert torch.allclose(tensor, parts[name], atol=1e-5), name
+
+
+def test_no_head_of_a_model_stays_mapped(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight large models these are many gigabytes of the process, until it ends."""
+    last, found = dict[Path, str](), list[set[str]]()
+
+    def seen(owner: object, name: str, look: Callable[[Any, str], None] = lambda *_: None) -> None:
+        real = getattr(owner, name)
+
+        def call(*given: Any) -> Any:
+            look(*given[:2])
+            return real(*given)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("raw", "done_with"):
+
+        def note(model: Any, tensor: str, name: str = name) -> None:
+            if tensor == "model.embed_tokens.weight":
+                last[model.folder] = name
+
+        seen(Checkpoint, name, note)
+    seen(head, "_hidden_states", lambda *_: found.append({*last.values()}))
+    seen(Fitted, "add", lambda *given: found.append({*last.values()}) if given[1] == "head" else None)
+    run(recipe_of(family.base, family.experts), tmp_path / "out")
+    assert found and all(each == {"done_with"} for each in found) and len(last) == 3, (found, last)
