@@ -464,6 +464,9 @@ class SearchRange(Block):
             raise ValueError(f"expected min < max, got min={self.min:g}, max={self.max:g}")
         if self.log and (self.min <= 0 or self.step):
             raise ValueError("a log scale needs min > 0, and takes no step")
+        width = self.max - self.min
+        if self.step and self.step > width:
+            raise ValueError(f"a step of {self.step:g} leads beyond max, to min alone; expected at most {width:g}")
         return self
 
 

@@ -81,6 +81,10 @@ class TestSpace:
             ),
             ("parameters.lambda: {min: 0, max: 1, log: true}", "search.space.parameters.lambda: a log scale needs min"),
             (
+                "parameters.lambda: {min: 0, max: 1, step: 2}",
+                "search.space.parameters.lambda: a step of 2 leads beyond max, to min alone; expected at most 1",
+            ),
+            (
                 "parameters.lambda: {min: 0, mx: 1}",
                 "search.space.parameters.lambda.mx: unknown key; did you mean 'max'?",
             ),
