@@ -231,7 +231,7 @@ def _claim(port: int) -> str:
         with suppress(OSError), socket.socket(socket.AF_UNIX) as other:  # it may end just now
             other.connect(name)
             pid, _, _ = struct.unpack("3i", other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            return f"by the `lewis up` of process {pid}"
+            return f"by `lewis` in process {pid}"
         return ""
     _claims[port] = claim
     return ""

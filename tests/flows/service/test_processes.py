@@ -270,7 +270,7 @@ def test_a_port_is_taken_from_when_another_process_starts_a_server_on_it() -> No
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdin is not None and first.stdout is not None and first.stdout.readline()
-        taken = rf"127.0.0.1:{port} is taken \(by the `lewis up` of process {first.pid}\); stop it, or set MLFLOW_PORT"
+        taken = rf"127.0.0.1:{port} is taken \(by `lewis` in process {first.pid}\); stop it, or set MLFLOW_PORT"
         with pytest.raises(InputError, match=taken):
             usable_port("MLFLOW_PORT", str(port))
         first.kill()
