@@ -88,7 +88,8 @@ def test_the_written_model_is_closer_to_the_experts(apart: Family, tmp_path: Pat
         found = [divergence(expert, tmp_path / name, rows) for expert, rows in pairs if rows]
         assert stated == pytest.approx(sum(found) / 2, rel=1e-3)
     assert verdict.refined.taken and min(verdict.refined.divergence) < 0.97 * verdict.refined.divergence[0]
-    text = f"trained for {verdict.refined.taken} passes over the rows: divergence from the experts "
+    passes = "1 pass" if verdict.refined.taken == 1 else f"{verdict.refined.taken} passes"
+    text = f"trained for {passes} over the rows: divergence from the experts "
     assert text in text_of_fit(written.manifest)
 
 
