@@ -274,29 +274,6 @@ def network_in(folder: Path, tensors: Shapes | None = None, dtype: torch.dtype |
     return network
 
 
-def memory_of(network: Network, tokens: int, *, whole: bool = False) -> int:
-    """Bytes of memory that a pass over a calibration set takes on a CPU, roughly, in addition to a process without one.
-
-    These are the weights that are in no block, without an embedding that is read by row; a block; and, per token, what
-    a batch leaves on its way through a block, and the hidden states that wait.
-
-    Args:
-        network: its weights are taken to be in fp32.
-        tokens: of the set; with 0, what a pass takes apart from them.
-        whole: whether the set is one batch, as it is with `prune_ratio`.
-    """
-    from lewis.importance.batches import TOKENS_PER_BATCH
-    from lewis.importance.streaming import ROOM
-
-    outside = set(network.parameters_outside()) - set(network.read_by_row())
-    blocks = [sum(network.empty(name).numel() for name in network.parameters_in(path)) for path in network.blocks]
-    widest = max(max(network.empty(each.parameter).shape[-2:]) for each in network.covered)
-    waiting = 2 * tokens * input_embeddings(network.module).embedding_dim
-    held = sum(network.empty(name).numel() for name in filter(network.is_parameter, outside)) + max(blocks)
-    held += 3 * widest * (tokens if whole else min(tokens, TOKENS_PER_BATCH)) + min(waiting, max(*blocks, ROOM // 4))
-    return 4 * held
-
-
 def stored_dtype(model: Model) -> torch.dtype:
     """The dtype of a model's largest tensor."""
     largest = max(model.tensors.values(), key=lambda info: info.elements)

@@ -13,6 +13,7 @@ from greenlet import greenlet
 from torch import nn
 
 from lewis.errors import InputError, LewisError
+from lewis.importance.memory import room
 from lewis.importance.passes import wait_at
 from lewis.models.dtypes import as_tensor
 from lewis.models.lora.expert import LoraExpert
@@ -23,7 +24,6 @@ _RUN_NONE = (
     "use a merge_method that does not fit, and lewis.density.strategy uniform or depth_gradient, which run no model, "
     "or no lewis block"
 )
-ROOM = 64 << 20  # bytes; on its way through a block of a small model, a micro-batch takes more in any case
 
 
 class NotLoaded(LewisError):
@@ -206,9 +206,7 @@ class Streamed:
 
         0 if waiting saves nothing, since the weights stay in memory.
         """
-        network = self._network
-        sizes = [sum(network.empty(name).numel() for name in network.parameters_in(path)) for path in network.blocks]
-        return 0 if self._keep else max(ROOM, max(sizes) * self._dtype.itemsize)
+        return 0 if self._keep else room(self._network, self._dtype)
 
     def lock_step(self, forwards: Sequence[Callable[[], None]], turn: Callable[[int], None]) -> Iterator[float]:
         """Run forward passes side by side: all go through a block, one after another, before any enters the next one.

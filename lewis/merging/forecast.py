@@ -171,6 +171,7 @@ def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     In memory are the weights outside of the blocks and one block of one model; for the merged model also the embedding
     and, for each thread, one projection of each expert whose weights are computed.
     """
+    from lewis.importance.memory import held_at_once
     from lewis.merging.fitting.losses import LOGITS
 
     sets = [expert.held_back for expert in merge.judging if expert.held_back]
@@ -179,10 +180,8 @@ def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     weights = sum(info.elements for info in merge.base.tensors.values())
     seconds = 4 * 2 * sum(rows.tokens for rows in sets) * weights / (operations_per_second() * merge.threads)
     seconds += (len(merge.experts) + 3) * reading
-    names, by_row = network.parameters_outside(with_head=True), network.read_by_row(with_head=True)
-    held = sum(4 * network.empty(name).numel() for name in names if name not in by_row)
-    held += max(sum(4 * network.empty(name).numel() for name in network.parameters_in(path)) for path in network.blocks)
-    held += _merged_embedding(merge, network, by_row)
+    held = 4 * held_at_once(network, with_head=True)
+    held += _merged_embedding(merge, network, network.read_by_row(with_head=True))
     elements, largest = max((merge.base.tensors[each.tensor].elements, each.tensor) for each in network.covered)
     held += merge.threads * elements * (2 + 4 * sum(expert.model.computes(largest) for expert in merge.experts))
     vocabulary = input_embeddings(network.module).num_embeddings

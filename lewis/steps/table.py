@@ -205,13 +205,15 @@ class Measure(Step[MeasureInput, list[ImportanceEntry]]):
         return 1
 
     def cost(self, given: MeasureInput) -> Cost:
+        from lewis.importance.memory import memory_of
+
         home, shapes = given.files.outline()
         passes = [each.tokens for each in given.sets if not find_measured(given, each, default_device())]
         network = measure.network_in(home, shapes)
         if given.grams:
-            return _cost_of_statistics(network, passes, LOADED + measure.memory_of(network, 0))
+            return _cost_of_statistics(network, passes, LOADED + memory_of(network, 0))
         whole = given.settings.prune_ratio > 0
-        return Cost(memory=LOADED + measure.memory_of(network, max(passes, default=0), whole=whole))
+        return Cost(memory=LOADED + memory_of(network, max(passes, default=0), whole=whole))
 
     def paths(self, made: list[ImportanceEntry]) -> Sequence[Path]:
         return [path for each in made for path in (each.path, each.statistics) if path]

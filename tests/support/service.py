@@ -33,7 +33,7 @@ _CLAIMS: list[TextIO] = []  # open files, whose locks end with this process
 
 
 def claimed_port() -> int:
-    """As `free_port`, for a server that this process starts: a `lewis` that is no test cannot claim it either."""
+    """As `free_port`, for a server that this process starts itself: no `lewis` process is given the port either."""
     given = Path(tempfile.gettempdir()) / "lewis-test-ports"
     given.mkdir(exist_ok=True)
     while True:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lewis.errors import InputError, LewisError
-from lewis.importance import batches, streaming
+from lewis.importance import batches, memory
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import measure_sets, network_of
 from lewis.importance.streaming import Streamed
@@ -246,7 +246,7 @@ class TestSets:
         model = Checkpoint(family.base, "key")
         network = network_of(model)
         assert Streamed(network, model, "cpu", torch.float32).room == 64 * 2**20
-        monkeypatch.setattr(streaming, "ROOM", 0)
+        monkeypatch.setattr(memory, "_ROOM", 0)
         block = sum(p.numel() for p in network.blocks["model.layers.0"].parameters())
         assert Streamed(network, model, "cpu", torch.float32).room == 4 * block
 
@@ -258,7 +258,7 @@ class TestSets:
         maps = Path("/proc/self/smaps").read_text()
         [held] = re.findall(rf"{re.escape(str(file))}\n(?:.*\n){{0,3}}?Rss: +(\d+) kB", maps)
         assert 1000 * int(held) < file.stat().st_size / 4  # around what is read, the system maps some pages more
-        assert model.tensors
+        assert model.tensors  # it is open until here
 
     def test_a_pass_can_be_stopped_between_two_blocks(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(batches, "TOKENS_PER_BATCH", 1)
@@ -359,7 +359,8 @@ MEMORY = """
 import sys
 from pathlib import Path
 from lewis.importance.calibration import Calibration
-from lewis.importance.measure import measure_sets, memory_of, network_of
+from lewis.importance.measure import measure_sets, network_of
+from lewis.importance.memory import memory_of
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.models.checkpoint import Checkpoint
 
@@ -373,7 +374,7 @@ print(said, memory.peak - before)
 
 @pytest.mark.slow
 def test_the_memory_that_a_pass_needs_grows_with_what_a_batch_leaves(tmp_path: Path, warm: WarmPython) -> None:
-    """Of a model with wide layers it was told without them. In a process of its own, as memory is taken again."""
+    """`plan` left activations out. In a process of its own, since memory that earlier tests freed would be reused."""
     sizes = {**SIZES, "intermediate_size": 1 << 14}
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
     process = warm.run(MEMORY, [str(tmp_path)], folder=Path.cwd(), environment=os.environ)
