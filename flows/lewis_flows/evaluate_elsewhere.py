@@ -14,6 +14,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
+from lewis import settings
 from lewis.errors import LewisError
 from lewis.evaluation import work_queue
 from lewis.evaluation.statistics.scored import MERGED
@@ -168,13 +169,18 @@ def _start(client: SyncPrefectClient, queue: str, parameters: dict[str, Any]) ->
 
 
 def _wait(client: SyncPrefectClient, run: FlowRun, queue: str) -> FlowRun:
-    late = away = False
+    late, away, answered = False, False, time.monotonic()
     while True:
         try:
-            run, away = client.read_flow_run(run.id), False
+            run, away, answered = client.read_flow_run(run.id), False, time.monotonic()
         except ObjectNotFound:
             raise LewisError(f"evaluate: the run {run.name} in the {work_queue.place(queue)} was deleted") from None
-        except httpx.HTTPError as error:
+        except httpx.HTTPError as error:  # as in every run, the client itself has waited for a server that is away
+            if time.monotonic() - answered >= settings.SERVER_WAIT.get():
+                raise LewisError(
+                    f"evaluate: Prefect does not say how the run {run.name} in the {work_queue.place(queue)} goes on: "
+                    f"{error}; what was scored is kept, run the merge again to go on"
+                ) from error
             if not away:
                 logger.warning("Prefect does not say how the evaluation goes on; asking again: %s", error)
             away = True

@@ -88,6 +88,15 @@ def test_how_a_run_has_ended_is_told(started: Callable[..., Server], end: Any, t
         elsewhere._run("gpu", [TINY])
 
 
+def test_a_server_that_stays_away_is_not_asked_for_ever(
+    started: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEWIS_SERVER_WAIT_SECONDS", "0")
+    started(Running(), httpx.ConnectError("away"), Completed())
+    with pytest.raises(LewisError, match="does not say how the run evaluate tiny in the work queue gpu goes on: away"):
+        elsewhere._run("gpu", [TINY])
+
+
 def test_a_run_that_dies_is_started_again_twice(
     started: Callable[..., Server], caplog: pytest.LogCaptureFixture
 ) -> None:
