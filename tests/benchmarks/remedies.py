@@ -45,7 +45,7 @@ OTHERS: dict[str, list[dict[str, float]]] = {  # method -> the values that are t
     "task_arithmetic": [{"lambda": scale} for scale in _SCALES],
     "ties": [{"density": share, "lambda": scale} for share in (0.6, 0.3, 0.1) for scale in (2.0, 1.4, *_SCALES[:3])],
     **{
-        method: [{"density": 0.6, "lambda": scale} for scale in (1.4, *_SCALES[:4])]
+        method: [{"density": 0.6, "lambda": scale} for scale in (1.4, *_SCALES, 0.17, 0.12)]
         for method in ("dare_ties", "della")
     },
     "dare_linear": [{"density": 0.6, "lambda": scale} for scale in _SCALES],
