@@ -59,8 +59,10 @@ class Note:
         self._write()
 
     def _write(self) -> None:
-        if self._file is not None:
-            data = self.place.model_dump_json().encode()
+        if self._file is None:
+            return
+        data = self.place.model_dump_json().encode()
+        with suppress(OSError):  # the disk is full: the task works unseen
             os.pwrite(self._file, data.ljust(4096), 0)  # one write: a reader sees it whole
 
 

@@ -1,5 +1,6 @@
 """Who holds the device and who waits: merges go before the trials of a search, and a person can see both."""
 
+import errno
 import logging
 import os
 import re
@@ -57,6 +58,17 @@ def test_a_search_gives_way_between_trials(monkeypatch: pytest.MonkeyPatch) -> N
     for thread in threads:
         thread.join()
     assert order[2] == "next trial" and device_queue.queue() == []
+
+
+def test_a_full_disk_does_not_fail_the_task_that_leaves_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It failed runs whose work needed no place in the temporary folder."""
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with device_slot.device_slot() as device:
+        assert device and device_queue.queue() == []
 
 
 def test_the_note_of_who_died_is_removed(machine: Path) -> None:
