@@ -180,12 +180,11 @@ def _keep_up(parts: list[Process], say: Say, died: Mapping[str, Callable[[], Non
                 raise LewisError(f"{part.name} does not stay up; its log is {part.log}")
             say("lewis", f"{part.name} ended with exit code {part.ended()}; starting it again")
             time.sleep(2 ** (failures[part.name] - 1) - 1)
-            if part.name in died:
-                died[part.name]()
-            try:
-                part.start()
-            except LewisError as error:  # it has ended before it was ready, which the next round counts
-                say("lewis", str(error))
+            for step in filter(None, (died.get(part.name), part.start)):
+                try:
+                    step()
+                except LewisError as error:  # if it has ended before it was ready, the next round counts that
+                    say("lewis", str(error))
             started[part.name] = time.monotonic()
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from lewis import store
-from lewis.errors import InputError
+from lewis.errors import InputError, LewisError
 from lewis.store import kinds
 from lewis_flows.service import processes, servers, up
 from lewis_flows.service.processes import Process, answers, free_port, usable_port
@@ -231,6 +231,24 @@ def test_a_part_that_ends_while_it_starts_again_is_tried_again(
         assert answers(part._health or "") and f"odd ended with exit code 3; its log is {part.log}" in said
     finally:
         part.stop()
+
+
+def test_a_part_starts_again_also_if_the_server_was_not_told_of_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole service ended, such as when that step met a Prefect server that answered with an error."""
+    started, said = list[str](), list[str]()
+
+    def sleep(seconds: float) -> None:
+        if started:
+            raise KeyboardInterrupt
+
+    def died() -> None:
+        raise LewisError("Prefect answers with an error")
+
+    part = SimpleNamespace(name="worker", ended=lambda: 1, start=lambda: started.append("worker"))
+    monkeypatch.setattr(up, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    with pytest.raises(KeyboardInterrupt):
+        up._keep_up([part], lambda _, line: said.append(line), {"worker": died})  # type: ignore[list-item]
+    assert started == ["worker"] and said[-1] == "Prefect answers with an error"
 
 
 @pytest.mark.parametrize("given", ["", "example.org", "*"])
