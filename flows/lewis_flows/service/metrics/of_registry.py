@@ -116,14 +116,15 @@ def _announced() -> list[Release]:
 
 
 def _took(seen: Sequence[Release], champion: releases.Held, promoted: datetime | None) -> float | None:
-    times = [release.time for release in seen if _holds(champion, release)]
-    times = [time for time in times if promoted is not None and time <= promoted]
-    return (promoted - max(times)).total_seconds() if promoted is not None and times else None
+    if promoted is None:
+        return None
+    times = [release.time for release in seen if _holds(champion, release) and release.time <= promoted]
+    return (promoted - max(times)).total_seconds() if times else None
 
 
-def _holds(champion: releases.Held | None, release: Release) -> bool:
+def _holds(champion: releases.Held, release: Release) -> bool:
     """Whether a champion was merged from a release's commit, which may be that of one part of `base+adapter`."""
-    held = champion.commit_of(release.ref) if champion else None
+    held = champion.commit_of(release.ref)
     return held is not None and (held == release.new or release.new in commits_of(held))
 
 
