@@ -43,12 +43,13 @@ TEMPLATE: dict[str, Any] = {
 """The base job template of a work pool of processes."""
 
 
-def deploy(file: Path = PREFECT_YAML, say: Callable[[str], None] = logger.info) -> list[str]:
+def deploy(file: Path = PREFECT_YAML) -> list[str]:
     """Bring a Prefect server up to date: as `deploy_service`, and the deployments of the recipes.
+
+    What an operator changed and is kept, and what an edited recipe leads to, is logged.
 
     Args:
         file: what to deploy in addition to the recipes.
-        say: called with what an operator changed and is kept, and with what an edited recipe leads to.
 
     Returns:
         The names of the recipes that can run.
@@ -58,7 +59,7 @@ def deploy(file: Path = PREFECT_YAML, say: Callable[[str], None] = logger.info) 
         LewisError: if Prefect refuses a deployment.
     """
     deploy_service(file)
-    follower = Follower(say)
+    follower = Follower(logger.info)
     follower.deploy()
     return follower.runnable()
 
