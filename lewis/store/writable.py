@@ -130,7 +130,7 @@ def check_output_file(file: Path, option: str = "-o") -> Path:
 
 
 def _try(place: Path) -> None:
-    """Try to write next to `place`, where output is written before it is renamed; removes what it wrote."""
+    """Check that output can be written next to `place`, where it lies before it is renamed; leave nothing there."""
     missing = [place.name]
     above = place.parent
     while not above.exists():
@@ -143,7 +143,7 @@ def _try(place: Path) -> None:
 
 
 @contextmanager
-def _named(given: Path, option: str = "-o") -> Iterator[None]:
+def _named(given: Path, option: str) -> Iterator[None]:
     """Turn errors in a block into an InputError that names the path which the user gave."""
     try:
         yield

@@ -88,11 +88,11 @@ class Comparison:
         return float((1 + np.count_nonzero(~(self.draws < gain))) / (1 + len(self.draws)))
 
     def p_unseen(self, difference: float) -> float:
-        """The chance that a model which is worse by `difference` is not worse on any of these documents.
+        """The chance that a model which is worse by `difference`, in the metric's units, shows it on no document here.
 
-        As likely is it that a model which is better by as much is not better on any. It is for scores from 0 to 1 of
-        two models that differ on few documents: the bootstrap sees only losses and gains that a document has. If more
-        documents differ, or all values are 0 or 1, it is 0, and the other tests decide.
+        The same holds for a model that is better by `difference`. It is for scores from 0 to 1 of two models that
+        differ on few documents: the bootstrap sees only losses and gains that a document has. If more documents differ,
+        or all values are 0 or 1, it is 0, and the other tests decide.
         """
         few = not self.binary and self.wins + self.losses < FEW
         return max(1 - difference, 0.0) ** self.documents if few else 0.0
@@ -202,7 +202,10 @@ def _together(pairs: Sequence[tuple[Part, Array]]) -> list[list[tuple[Part, Arra
 
 
 def _with_a_loss(of: Sequence[tuple[Part, Array]], gains: Array) -> list[tuple[Part, Array]]:
-    """Add the document on which the models differ most, as a loss of the candidate; a single document stays alone."""
+    """Add the document on which the models differ most, as a loss of the candidate; a single document stays alone.
+
+    `gains` are fp64, shape (documents,).
+    """
     if len(gains) < 2:
         return list(of)
     most = int(np.abs(gains).argmax())

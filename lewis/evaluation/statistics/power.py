@@ -70,8 +70,8 @@ def loss_seen(margin: float, spread: float) -> float:
 def gain_seen(spread: float, number: int = 1, least: float = 0.0) -> float:
     """The gain at which the `number`-th version is found better, and better by `least`, in four cases of five.
 
-    A version that gains documents differs from the champion on these too, not only on the share `CHANGED` of all. That
-    widens the spread.
+    `spread` is what the function of that name gives; all are in the metric's units. A version that gains documents
+    differs from the champion on these too, not only on the share `CHANGED` of all. That widens the spread.
     """
 
     def beyond(start: float, deviations: float) -> float:
