@@ -112,7 +112,7 @@ def refine(
 
     Returns:
         The fitted tensors with the updates, or `fitted` itself if they bring nothing; and what training brought, None
-        if there is nothing to learn, since no expert counts.
+        if nothing could be trained, or no expert that counts has held-back rows.
 
     Raises:
         LewisError: as `each_row`.
@@ -120,13 +120,18 @@ def refine(
     settings = merge.refine
     assert settings is not None
     passes = 1 + 3 * settings.epochs  # the experts' passes count 1, and each pass of the training 3
-    weights = _weights(merge, fitted)
-    if not any(weights):
+    weights, student = _weights(merge, fitted), Student(merge, fitted, settings.rank, threads)
+    judged = any(weight and expert.held_back for expert, weight in zip(merge.experts, weights, strict=True))
+    if not judged or not student.parameters:
+        logger.warning(
+            "lewis.refine: nothing is trained: expected a fitted projection that is neither stacked nor a router, and "
+            "held-back rows of a model with a weight other than 0"
+        )
         return fitted, None
     rows = [_rows(*each, threads) for each in zip(merge.experts, weights, strict=True)]
     own, back = zip(*rows, strict=True)
     progress("refine", 1, passes)
-    with Student(merge, fitted, settings.rank, threads) as student:
+    with student:
         optimizer = torch.optim.AdamW(student.parameters, lr=settings.rate, weight_decay=0.0)
         steps = -(-max(map(len, own)) // EACH)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_share, max(1, settings.epochs * steps)))

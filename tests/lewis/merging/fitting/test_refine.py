@@ -28,6 +28,7 @@ from lewis.recipe.schema import Refine
 from tests.conftest import Family
 from tests.lewis.merging.fitting.test_fit import merge_of, prepare, recipe_of, texts
 from tests.lewis.merging.fitting.test_held_back import held
+from tests.lewis.merging.fitting.test_static_fit import mixture
 from tests.lewis.models.test_module_tree import SAMPLES
 from tests.support.models import write_expert, write_llama, write_tokenizer
 
@@ -230,3 +231,24 @@ def test_a_router_that_chooses_among_its_outputs_is_left_as_it_is(
     first, second = (Checkpoint(tmp_path / name, name) for name in ("trained", "fit"))
     changed = {name for name in merge.layout if not torch.equal(first.read(name), second.read(name))}
     assert any("q_proj" in name for name in changed) and not any("router" in name for name in changed)
+
+
+@pytest.mark.parametrize("only", ["self_attn", "norm"])
+def test_a_merge_that_cannot_be_trained_is_left_as_the_fit(
+    only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a fit to stacked experts alone torch raised a ValueError; if no held-back row counts, it divided by 0."""
+    monkeypatch.setattr(held_back, "_distance", lambda *_: Distance(0.1, 0.2))
+    merge, _ = mixture(tmp_path, True, "regmean_forward")
+    (first, second), value = merge.experts, merge.settings.value
+
+    def only_of_norms(parameter: Parameter, ref: str, name: str, depth: float) -> Any:
+        of_first = parameter.name == "weight" and ref == first.ref and only == "norm"
+        return float(only in name) if of_first else value(parameter, ref, name, depth)
+
+    settings = replace(merge.settings, value=only_of_norms)
+    experts = (replace(first, held_back=first.calibration), second)
+    excluded = frozenset(name for name in merge.layout if only == "self_attn" and only in name)
+    merge = replace(merge, settings=settings, experts=experts, excluded=excluded, refine=Refine(epochs=1, rank=2))
+    assert merge.run(tmp_path / "out").manifest["held_back"]["refined"] is None
+    assert "lewis.refine: nothing is trained: expected a fitted projection" in caplog.text
