@@ -71,7 +71,8 @@ def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int |
     Raises:
         InputError: if transformers cannot build the model, a row is longer than it takes, nothing can be fitted, or
             there is no space.
-        LewisError: if activations or weights are not finite, naming the projection.
+        LewisError: if activations or weights are not finite, naming the projection, or the model's code uses a weight
+            outside of its block.
     """
     from lewis.importance.streaming import NotLoaded
 
@@ -80,6 +81,8 @@ def fit(merge: Prepared, folder: Path, progress: Report = silent, threads: int |
         try:
             return _fit(merge, folder, progress, threads, aside)
         except NotLoaded as error:
+            if _kind(error.parameter) in aside:  # used outside of its block
+                raise
             logger.info("%s; projections like it are not fitted", error)
             aside.add(_kind(error.parameter))
 

@@ -309,6 +309,30 @@ def test_what_no_module_is_called_for_is_merged_as_it_is(kind: str, tmp_path: Pa
     assert len(fitted) >= 2 and not fitted & uncalled and (uncalled or kind == "zamba")
 
 
+def test_a_weight_that_is_used_outside_of_its_block_is_named(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fit began again without end."""
+    used = list[int]()
+
+    def second_uses_first(model: Any) -> Network:
+        network = network_of(model)
+        first, second = network.module.model.layers[:2]
+
+        def use(*_: Any) -> None:
+            used.append(1)
+            assert len(used) < 99
+            torch.neg(first.mlp.up_proj.weight)
+
+        second.mlp.register_forward_pre_hook(use)
+        return network
+
+    monkeypatch.setattr("lewis.importance.measure.network_of", second_uses_first)
+    merge = prepare(recipe_of(family.base, family.experts))
+    with pytest.raises(LewisError, match=r"layers\.0\.mlp\.up_proj\.weight: used before it was loaded"):
+        merge.run(tmp_path / "out")
+
+
 def test_a_projection_that_gets_no_tensor_from_text_alone_is_named(tmp_path: Path) -> None:
     """It was an AssertionError without a word."""
     merge = merge_of("voxtral_realtime", tmp_path, 0.02)
