@@ -109,6 +109,9 @@ def merge(
 def prepare(recipe: Recipe, report: Report = silent) -> tuple[MergeInput, Merge]:
     """Do all steps before the merge: fetch, check and measure the models, allocate densities. The store is used.
 
+    Returns:
+        What is merged, and the merge, checked and ready to be run.
+
     Raises:
         InputError, LewisError: as `merge`.
     """

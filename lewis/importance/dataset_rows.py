@@ -15,9 +15,8 @@ from lewis.recipe.schema import LOCAL, CalibrationSet
 from lewis.store.manifest import remembered_sha256
 
 LOADING = threading.Lock()
-"""Held while a set is loaded, one at a time: `datasets` has state, as of its bars, that threads cannot share.
-
-It also inspects transformers, which must not be half imported then."""
+"""Held while a set is loaded: `datasets` has global state, such as its progress bars, and inspects transformers, which
+must not be half imported then."""
 
 
 def origin(where: str, spec: CalibrationSet, root: Path) -> list[str]:

@@ -41,7 +41,7 @@ class CalibrationEntry(Reference):
     """A calibration set in the store.
 
     Attributes:
-        continues: how many of its rows an expert has written to each prompt, in the input of a merge; else None.
+        continues: how many rows an expert has written to each prompt, if a merge is fitted to such rows; else None.
     """
 
     name: str
@@ -85,7 +85,7 @@ class ImportanceEntry(JsonReference):
         return self
 
     @property
-    def norms(self) -> dict[str, float]:
+    def norms(self) -> dict[str, float | None]:
         """Key of a layer -> I(l,c), None if no token reached it; read from the disk at each call."""
         return dict(self.content(self.holds))
 

@@ -55,7 +55,8 @@ class _Empty(torch.Tensor):
         raise NotLoaded(next(each.parameter for each in flat if isinstance(each, cls)))
 
 
-_ASKING = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "element_size"}  # reads no value
+# Functions that read no value.
+_ASKING = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "element_size"}
 
 
 class Weights:

@@ -40,16 +40,16 @@ class Workers:
         """Run the jobs, each in whichever thread is free, and wait for all.
 
         Raises:
-            Exception: what a job raised; the others that have not begun are not run.
+            Exception: what a job raised, once the other threads have run the rest.
         """
         waiting = iter(jobs)
         self._in_all([waiting] * min(len(self._threads), len(jobs)))
 
     def in_place(self, jobs: Sequence[Callable[[], None]], others: Sequence[Callable[[], None]] = ()) -> None:
-        """Run the jobs, those of one index always in the same thread, and wait for all; raise as `__call__` does.
+        """Run the jobs, job i of every call in the same thread, and wait for all; raise as `__call__` does.
 
         Args:
-            jobs: in a fixed order; job i of every call runs in the same thread.
+            jobs: the jobs of the threads, in a fixed order.
             others: jobs that a thread takes when it has finished its own.
         """
         shared = iter(others)

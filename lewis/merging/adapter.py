@@ -49,7 +49,14 @@ class Adapter:
 
 @dataclass
 class Found:
-    """Results for the tensors so far: ranks, relative errors, shapes, squared Frobenius norms (`deltas`, `lefts`)."""
+    """Results for the tensors so far.
+
+    Attributes:
+        ranks, whole, left_out: as in `Adapter`.
+        errors: module -> relative error.
+        deltas, lefts: tensor -> squared Frobenius norms of its merged delta, and of what the adapter leaves out of it.
+        shapes: key in the adapter's file -> shape of the factor.
+    """
 
     ranks: dict[str, int] = field(default_factory=dict)
     whole: set[str] = field(default_factory=set)

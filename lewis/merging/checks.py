@@ -45,7 +45,7 @@ def check_parameters(
 def check_scales(
     settings: MergeSettings, base: Model, experts: Sequence[Expert], factors: ScalesByTensor, adds_to_base: bool
 ) -> None:
-    """Check that the method takes scales and factors if there are any, and that they have the shapes of the tensors.
+    """Check that the method can use the experts' scales, and the factors of `lewis.aim`, and that their shapes fit.
 
     Raises:
         InputError: naming the model and the tensor that do not fit.
@@ -53,7 +53,7 @@ def check_scales(
     if any(expert.scales for expert in experts) and not settings.method.takes_scales:
         raise InputError(f"lewis.prune_by: {settings.method.name} does not trim by size; use magnitude")
     if factors and not adds_to_base:
-        raise InputError(f"lewis.aim: {settings.method.name} merges no task vectors that could be held back")
+        raise InputError(f"lewis.aim: {settings.method.name} merges no task vectors, whose sum could be reduced")
     for model, scales in ((str(settings.base), factors), *((each.ref, each.scales or {}) for each in experts)):
         for name, scale in scales.items():
             shape = base.tensors[name].shape if name in base.tensors else ()

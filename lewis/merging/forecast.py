@@ -150,7 +150,7 @@ def _of_head(merge: Merge, network: Network, reading: float) -> Forecast:
 
 
 def _merged_embedding(merge: Merge, network: Network, by_row: Sequence[str]) -> int:
-    """Bytes of the embedding of the merged model, whose rows its passes read; `by_row` are its names, if there are."""
+    """Bytes of the merged model's embedding if its passes read it by row; `by_row`: its names then, else empty."""
     return sum(size_of(*merge.layout[tensor]) for name in by_row[:1] for tensor in network.sources(name))
 
 

@@ -24,7 +24,7 @@ class MemoryBudget:
 
     @contextmanager
     def take(self, elements: int) -> Iterator[None]:
-        """Wait until this many elements are free, and hold them in the context; more than `size` are never free."""
+        """Wait until this many elements, at most `size`, are free, and hold them in the context."""
         with self._changed:
             self._changed.wait_for(lambda: self._left >= elements)
             self._left -= elements

@@ -43,19 +43,20 @@ from lewis.models.tokenizer import tokenizer_folder
 from lewis.recipe.schema import Refine
 from lewis.threads import cores
 
-SEMANTICS = "6"  # bump when the same inputs would give other bytes
-FIT_SEMANTICS = "3"  # bump when a method that fits in forward order would give other bytes
-UNCALLED_SEMANTICS = "1"  # bump when it would where a model uses weights without calling their modules
-STACKED_SEMANTICS = "3"  # bump when a method that fits in forward order would give other stacked experts
-JUDGE_SEMANTICS = "2"  # bump when held-back rows would lead to another fit
-HEAD_SEMANTICS = "1"  # bump when the fit of a head that experts have moved would give other bytes
-REFINE_SEMANTICS = "2"  # bump when training after the fit would give other bytes
-STREAM_SEMANTICS = "1"  # bump when it would where the residual stream was not found before
-CANCELLING_SEMANTICS = "2"  # bump when an election would give other bytes where weights have opposite signs
-STATIC_SEMANTICS = "3"  # bump when a method that fits statically would give other bytes
-# In names of such weights (Mamba, Switch Transformers), and of blocks that are one weight (Gemma 3n).
+# Bump one of these when the same inputs would give other bytes:
+SEMANTICS = "6"  # in any merge
+STATIC_SEMANTICS = "3"  # in a static fit
+FIT_SEMANTICS = "3"  # in a fit in forward order
+UNCALLED_SEMANTICS = "1"  # in such a fit of a model that uses weights without calling their modules
+STREAM_SEMANTICS = "1"  # in such a fit of a model whose residual stream earlier versions did not find
+STACKED_SEMANTICS = "3"  # in such a fit of stacked experts
+HEAD_SEMANTICS = "1"  # in the fit of a head that experts have moved
+REFINE_SEMANTICS = "2"  # in the training after a fit
+JUDGE_SEMANTICS = "2"  # in a fit that is judged on held-back rows
+CANCELLING_SEMANTICS = "2"  # in an election in which weights have opposite signs
+# Parts of the names of uncalled weights (Mamba, Switch Transformers), and of blocks that are one weight (Gemma 3n).
 _UNCALLED = (".dt_proj.", ".router.classifier.", ".altup_")
-_WITHOUT_STREAM = (".attn.attention.", "tokens_embed.")  # in names of tensors of GPT-Neo and GPT
+_WITHOUT_STREAM = (".attn.attention.", "tokens_embed.")  # parts of the names of tensors of GPT-Neo and GPT
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,7 +327,7 @@ class Prepared:
         return random_stream(self.settings.seed, expert.model.key, name)
 
     def scales(self, name: str) -> list[torch.Tensor | None]:
-        """Factors of the magnitudes in each expert's task vector of a tensor, for their ranking; None: no factors."""
+        """For each expert, what the magnitudes in a tensor are multiplied with before they are ranked, or None."""
         return [(expert.scales or {}).get(name) for expert in self.experts]
 
     def _fit_digest(self) -> list[Any]:

@@ -30,8 +30,8 @@ class Expert:
         ref: its reference in the config, which the settings look its parameters up by.
         model: the opened model.
         densities: if LEWIS guides the merge, its density per tensor.
-        calibration: token ids that the merge is fitted to this expert on, if the method fits.
-        held_back: rows of that set that are held back to judge the fit; None: no row of this expert judges it.
+        calibration: token ids of the rows on which the merge is fitted to this expert; None if the method fits nothing.
+        held_back: the rows of its set that are held back to judge the fit; None: no row of this expert judges it.
         scales: if it is pruned by activation, what the magnitudes in its task vector are multiplied with before they
             are ranked; tensors that are left out are ranked by magnitude.
         mean_density: the mean of `densities` over the covered tensors, weighted by their parameters.

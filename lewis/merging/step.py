@@ -102,7 +102,7 @@ class MergeInput:
         sets: reference of an expert -> the calibration set that it is fitted on; empty if the method fits nothing; None
             if it fits without rows.
         holds_back: whether a part of the rows is held back to judge the fit.
-        omega: `lewis.aim.omega`; None: the merged delta is not held back.
+        omega: `lewis.aim.omega`; None: the merged delta is not reduced.
         measured: whether models are measured on the base's token ids, which must then mean the same to all of them.
         refine: how a fit is trained further; None: it is not.
         uncovered: the policy `density.uncovered`, if densities are to be allocated; None if they are not.

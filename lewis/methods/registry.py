@@ -116,8 +116,8 @@ class Method(Row):
             of the models unless the function takes `base`; or `either`: task vectors if the recipe names a base.
         random: whether it takes `streams`, one `streams.Stream` per expert.
         takes_base: whether it takes `base`, the base's own tensor.
-        takes_scales: whether it takes `scales`, per expert sqrt(mean x^2) of the tensor's input channels (fp32,
-            broadcasts to the tensor) or None: it trims by size, and can trim by |delta| * sqrt(s).
+        takes_scales: whether it takes `scales`: for each expert None, or sqrt(mean x^2) of the tensor's input channels
+            (fp32, broadcasts to the tensor), by which the magnitudes are multiplied before the task vector is trimmed.
         experts: how many models it merges, at least and at most (None: any number), without a base that has a role of
             its own.
         check: checks parameters that must fit together.
@@ -274,13 +274,17 @@ def scale_of(scales: Scales, expert: int) -> torch.Tensor | None:
     return None if scales is None else scales[expert]
 
 
-def per_expert(value: Sequence[float] | float, task_vectors: torch.Tensor | np.ndarray) -> list[float]:
-    """Make one value per expert of one value for all, or of a sequence.
+def per_expert(value: Sequence[float] | float, tensors: torch.Tensor | np.ndarray) -> list[float]:
+    """Return a value for each expert, from one value for all or a sequence.
+
+    Args:
+        value: the value or values.
+        tensors: any array whose first dimension is that of the experts.
 
     Raises:
         ValueError: if a sequence has another length than there are experts.
     """
-    experts = task_vectors.shape[0]
+    experts = tensors.shape[0]
     values = [float(value)] * experts if isinstance(value, int | float) else [float(v) for v in value]
     if len(values) != experts:
         raise ValueError(f"expected one value for each of the {experts} experts, got {len(values)}")

@@ -1,4 +1,4 @@
-"""What a model predicts on calibration rows, row by row; it need not be written for it, nor fit in memory."""
+"""Run a model on calibration rows for what it predicts there. The model need not be on disk, nor fit in memory."""
 
 from __future__ import annotations
 

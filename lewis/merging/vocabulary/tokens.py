@@ -2,8 +2,8 @@
 
 `tokenizer_source` (or `tokenizer.source`) decides, in mergekit's words: `base`, one of the models, or `union`: the
 base's tokens, and after them the tokens that only experts have. Rows are matched by the token's string. A model that
-lacks a token takes the row of the only model that has it, else the base's row, else the mean over the models that have
-it, and 0 if none has. So the base gets a row for every token, too, and a task vector is the difference to that row.
+lacks a token takes the base's row, or if the base lacks it too, the mean over the models that have it, and 0 if none
+has. So the base gets a row for every token, and a task vector is the difference to that row.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ def trim(
 ) -> torch.Tensor:
     """Keep exactly `k = int(density * n)` of the `n` elements, those of the largest score; the others become 0.
 
-    The score is that of `size`. Unlike mergekit, which keeps at least one element, a share of less
-    than one element keeps none: a density is never exceeded.
+    The score is that of `size`. Unlike mergekit, which keeps at least one element, a share of less than one element
+    keeps none: a density is never exceeded.
 
     Args:
         task_vector: fp32, any shape, finite.
