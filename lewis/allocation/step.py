@@ -102,7 +102,7 @@ class AllocationEntry(JsonReference):
         """Expert -> sqrt(s) of every covered tensor; empty if pruned by magnitude. Read from the disk at each call."""
         return {ref: {name: s.sqrt() for name, s in entry.moments.items()} for ref, entry in self.measured.items()}
 
-    def held_back(self, omega: float) -> ScalesByTensor:
+    def aim_factors(self, omega: float) -> ScalesByTensor:
         """Tensor name -> the factors by which `lewis.aim` reduces its merged delta, one for each input channel.
 
         They follow from the base's activations: from `s`, averaged over all calibration sets.

@@ -68,7 +68,7 @@ class Calibration:
         return replace(self, weights=weights)
 
     @property
-    def counts(self) -> bool:
+    def has_weight(self) -> bool:
         """Whether any token has a weight other than 0."""
         return any(map(any, self.weights)) if self.weights else self.tokens > 0
 
@@ -96,7 +96,8 @@ class Calibration:
         Equal prompts are one, unless all tokens count alike: then the samples do not tell where a prompt ends.
         """
         if self.weights is None:
-            return replace(self, prompts=tuple(i for *_, i in sorted(turns(len(self.samples) // count, count))))
+            places = sorted(continuation_places(len(self.samples) // count, count))
+            return replace(self, prompts=tuple(prompt for *_, prompt in places))
         pairs = zip(self.samples, self.weights, strict=True)
         return replace(self, prompts=tuple(sample[: weights.index(1) + 1] for sample, weights in pairs))
 
@@ -123,20 +124,16 @@ class Calibration:
         content = store.read_entry(path)
         if content is None:
             raise LewisError(f"{path}: the calibration set is damaged, or is gone from the store; run again")
-        samples, weights = (_tuples(content[key]) if key in content else None for key in (SAMPLES, WEIGHTS))
-        return cls(content["name"], samples or (), weights)
+        samples, weights = (tuple(map(tuple, content.get(key) or ())) for key in (SAMPLES, WEIGHTS))
+        return cls(content["name"], samples, weights or None)
 
 
-def turns(prompts: int, count: int) -> list[tuple[int, int, int]]:
-    """The samples that an expert writes, `count` to each prompt, as (group, turn, prompt); sorted, they are in order.
+def continuation_places(prompts: int, count: int) -> list[tuple[int, int, int]]:
+    """The continuations that an expert writes, `count` for each prompt, as (group of prompts, round, prompt).
 
-    Prompts take turns in groups of `EVERY`.
+    Sorted, they are in the order of the set: each group of `EVERY` prompts is continued `count` times, round by round.
     """
-    return [(i // EVERY, turn, i) for i in range(prompts) for turn in range(count)]
-
-
-def _tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
-    return tuple(map(tuple, rows))
+    return [(i // EVERY, round_, i) for i in range(prompts) for round_ in range(count)]
 
 
 def calibrate(name: str, spec: CalibrationSet, *, tokenizer: Path, root: Path) -> Calibration:

@@ -29,7 +29,7 @@ Spans = tuple[tuple[int, int], ...]  # where each answer begins and ends, in cha
 Turns = list[dict[str, Any]]
 
 
-def written(template: str, special: Mapping[str, Any], chats: Sequence[Turns]) -> list[tuple[str, Spans]]:
+def render(template: str, special: Mapping[str, Any], chats: Sequence[Turns]) -> list[tuple[str, Spans]]:
     """Render each chat with a template, and find where its answers, the assistant's turns, are in the text.
 
     A template that asks for the date (`strftime_now`) gets `DATE`.
@@ -57,7 +57,7 @@ def written(template: str, special: Mapping[str, Any], chats: Sequence[Turns]) -
     answer = json.loads(done.stdout)
     if "problem" in answer:
         raise InputError(answer["problem"])
-    return [(text, tuple((first, last) for first, last in spans)) for text, spans in answer["written"]]
+    return [(text, tuple((first, last) for first, last in spans)) for text, spans in answer["rendered"]]
 
 
 class _Template:
@@ -65,7 +65,7 @@ class _Template:
         self._render, self._template, self._special = private_names.CHAT_TEMPLATES.get(), template, special
         self._marks = bool(_MARK.search(template))
 
-    def write(self, turns: Turns) -> tuple[str, Spans]:
+    def render(self, turns: Turns) -> tuple[str, Spans]:
         # As transformers does: a key whose value is None counts as missing.
         turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
         return self._marked(turns) if self._marks else self._found(turns)
@@ -78,20 +78,20 @@ class _Template:
     def _found(self, turns: Turns) -> tuple[str, Spans]:
         """Render a chat, and find its answers by the text that the template adds for each turn of the assistant."""
 
-        def written(count: int, ask: bool = False) -> str:
+        def first(count: int, ask: bool = False) -> str:
             (content,), _ = self._rendered(turns[:count], add_generation_prompt=ask)
             return str(content)
 
-        content, answers = written(len(turns)), list[tuple[int, int]]()
+        content, answers = first(len(turns)), list[tuple[int, int]]()
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
-            before, after = written(i, ask=True) if i else "", written(i + 1)
+            before, after = first(i, ask=True) if i else "", first(i + 1)
             said = str(turn.get("content")).strip()
             if content.startswith(before) and content.startswith(after):
                 answers.append((len(before), len(after)))
             elif i == len(turns) - 1:  # a template that shows thoughts in the last turn only
-                answers.append((len(written(i)), len(content)))
+                answers.append((len(first(i)), len(content)))
             elif said and content.startswith(before) and (begin := content.find(said, len(before))) >= 0:
                 # A template that renders a turn differently while it is the last one.
                 end, ends = begin + len(said), after[after.rfind(said) + len(said) :]
@@ -111,16 +111,16 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (request["seconds"], request["seconds"] + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        answer: dict[str, Any] = {"written": _all_written(template, request["chats"], request["most"])}
+        answer: dict[str, Any] = {"rendered": _render_all(template, request["chats"], request["most"])}
     except Exception as error:  # a template may raise anything
         answer = {"problem": " ".join(str(error).split())[:200] or type(error).__name__}
     json.dump(answer, sys.stdout)
 
 
-def _all_written(template: _Template, chats: Sequence[Turns], most: int) -> list[tuple[str, Spans]]:
+def _render_all(template: _Template, chats: Sequence[Turns], most: int) -> list[tuple[str, Spans]]:
     found, length = list[tuple[str, Spans]](), 0
     for turns in chats:
-        found.append(template.write(turns))
+        found.append(template.render(turns))
         length += len(found[-1][0])
         if length > most:
             raise ValueError(f"it makes more than {most:,} characters of {len(found)} chats")

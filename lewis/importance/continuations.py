@@ -17,7 +17,7 @@ from lewis import store
 from lewis.devices import precision
 from lewis.errors import InputError
 from lewis.importance import measure
-from lewis.importance.calibration import Calibration, turns
+from lewis.importance.calibration import Calibration, continuation_places
 from lewis.importance.step import CalibrationEntry
 from lewis.input_files import read_json
 from lewis.lazy_torch import torch
@@ -111,7 +111,7 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
             "the base's token ids, so this expert cannot continue them: give it rows with answers"
         )
     network, ends = _loaded(given.files, prompts, device), _ends(given.files)
-    takes = measure.positions(network)
+    takes = measure.context_length(network)
     given = replace(given, max_tokens=int(min(given.max_tokens, takes)))
     rows = [row for row in prompts.samples if len(row) < given.max_tokens]
     where = f"lewis.calibrations.{prompts.name}"
@@ -123,7 +123,7 @@ def _write(given: ContinueInput, report: Report, device: str) -> Calibration:
         )
     if left := len(prompts.samples) - len(rows):
         logger.warning("%s: %d of %d prompts fill %s and are left out", where, left, len(prompts.samples), limit)
-    places = turns(len(rows), given.count)
+    places = continuation_places(len(rows), given.count)
     places.sort(key=lambda place: len(rows[place[-1]]), reverse=True)
     rows, written, what = [rows[i] for *_, i in places], list[tuple[int, ...]](), f"{given.files.ref} continues"
     report(what, 0, len(rows))

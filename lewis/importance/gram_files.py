@@ -133,8 +133,8 @@ def write(folder: Path, block: str, inputs: Mapping[str, Collected], sources: Ma
     return {name: write_file(folder / name, *content) for name, content in contents.items()}
 
 
-class Written:
-    """The files that a pass or a fit has written so far. Until it is done, a list of their checksums is next to them.
+class FinishedFiles:
+    """The files that a pass or a fit has finished so far. Until all are, a list of their checksums is next to them.
 
     By that list, the next process finds the files that a killed one had finished, except those damaged since.
 

@@ -23,7 +23,7 @@ from lewis.devices import one_thread
 from lewis.errors import LewisError
 from lewis.importance import gram_files
 from lewis.importance.calibration import Calibration
-from lewis.importance.gram_files import Collected, Grams, Written
+from lewis.importance.gram_files import Collected, FinishedFiles, Grams
 from lewis.importance.measure import check_samples, network_of, norms, stored_dtype
 from lewis.importance.measured import Measured
 from lewis.importance.passes import Pass, Watched, of_expert
@@ -121,7 +121,7 @@ class _Walk:
         self._written: Future[None] | None = None
         self._sums: list[Callable[[], None]] = []
         self._summed: Callable[[], None] | None = None
-        self.files = Written(folder)
+        self.files = FinishedFiles(folder)
 
     def blocks(self) -> Iterator[float]:
         """Go through the model; yields the share of the blocks that are done, after each."""

@@ -299,7 +299,7 @@ def check_tokens(model: Model, network: Network, calibration: Calibration) -> No
 
 def check_lengths(model: Model, network: Network, calibration: Calibration) -> None:
     """Raise InputError if a sample of a set has more tokens than the model takes."""
-    longest, limit = max(map(len, calibration.samples), default=0), positions(network.module)
+    longest, limit = max(map(len, calibration.samples), default=0), context_length(network.module)
     if limit < longest:
         raise InputError(
             f"{model.folder}: a sample of set {calibration.name!r} has {longest} tokens, the model takes {limit}; "
@@ -307,7 +307,7 @@ def check_lengths(model: Model, network: Network, calibration: Calibration) -> N
         )
 
 
-def positions(module: Any) -> float:
+def context_length(module: Any) -> float:
     """How many tokens of one text a network takes; infinity if its config sets no limit."""
     limit = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     return limit if limit and limit > 0 else math.inf

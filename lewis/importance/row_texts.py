@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from lewis.errors import InputError
-from lewis.importance.chats import Spans, written
+from lewis.importance.chats import Spans, render
 from lewis.recipe.schema import CalibrationSet
 
 MAX_FIELDS = 100  # of a template; a field's width has four digits at most: with more, a text could take gigabytes
@@ -110,7 +110,7 @@ def _chats(where: str, column: str, rows: Sequence[Any], tokenizer: Any) -> list
             )
     try:
         template = str(tokenizer.get_chat_template())
-        found = written(template, tokenizer.special_tokens_map, [row[column] for row in rows])
+        found = render(template, tokenizer.special_tokens_map, [row[column] for row in rows])
     except (InputError, ValueError) as error:  # of several templates, none is the default
         why = " ".join(str(error).split())[:300]
         raise InputError(

@@ -52,7 +52,7 @@ def hold_back(calibration: Calibration) -> tuple[Calibration, Calibration | None
     before = accumulate(map(len, fourth), initial=0)
     held = [rows for rows, count in zip(fourth, before, strict=False) if count < MOST]
     fitted_to, back = _parts(calibration, held)
-    return (fitted_to, back) if fitted_to.counts and back.of_answers.predicts else (calibration, None)
+    return (fitted_to, back) if fitted_to.has_weight and back.of_answers.predicts else (calibration, None)
 
 
 def check_split(expert: str, calibration: Calibration) -> None:
@@ -62,7 +62,7 @@ def check_split(expert: str, calibration: Calibration) -> None:
         InputError: naming the expert and its set.
     """
     fitted_to, held = split(calibration)
-    if not fitted_to.counts or not held.of_answers.predicts:
+    if not fitted_to.has_weight or not held.of_answers.predicts:
         of = f" of {len(by_prompt(calibration))} prompts" if calibration.prompts else ""
         raise InputError(
             f"{expert}: parameters.ridge: auto holds out every fourth row of the calibration set {calibration.name!r}, "

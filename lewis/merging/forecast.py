@@ -87,8 +87,8 @@ def forecast(merge: Merge) -> Forecast:
         check_rows(merge, network)
         static, reading = merge.method.fits == "static", _seconds_to_read(merge, network)
         of_fit = _of_static_fit(merge, network) if static else _of_fit(merge, network, reading)
-        parts = [*[of_fit] * merge.fits, _of_judging(merge, network, reading)]
-        parts += [] if static else [_of_head(merge, network, reading)] * merge.fits
+        parts = [*[of_fit] * merge.fit_count, _of_judging(merge, network, reading)]
+        parts += [] if static else [_of_head(merge, network, reading)] * merge.fit_count
         parts += [_of_refining(merge, network, reading)] if merge.refine else []
         seconds += sum(each.seconds for each in parts)
         peak, disk = max(peak, *(each.memory for each in parts)), max(each.disk for each in parts)
@@ -288,6 +288,6 @@ def _is_whole(merge: Merge, name: str) -> bool:
     """Whether a tensor is whole in memory while it is merged."""
     if not merge.merges(name):
         return False
-    giving = merge.giving(name)
-    in_loops = merge.device == "cpu" and giving.compiles(name)
-    return is_computed(giving, name) or (is_whole(giving, name) and not in_loops)
+    maker = merge.maker_of(name)
+    in_loops = merge.device == "cpu" and maker.compiles(name)
+    return is_computed(maker, name) or (is_whole(maker, name) and not in_loops)

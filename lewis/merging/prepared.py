@@ -229,7 +229,7 @@ class Prepared:
 
         return replace(self, settings=replace(self.settings, value=changed))
 
-    def giving(self, name: str) -> Prepared:
+    def maker_of(self, name: str) -> Prepared:
         """The merge that makes a tensor that is not fitted, and that a fit is pulled towards: the anchor or this."""
         return self.anchor or self
 

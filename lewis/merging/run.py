@@ -197,14 +197,14 @@ class Merge(Prepared):
             write_template(folder, self.chat_template)
 
     @property
-    def fits(self) -> int:
+    def fit_count(self) -> int:
         """How many fits the merge makes: none, one, or with `ridge: auto` one more than there are ridges to try."""
         return 0 if not self.method.fits else 1 + len(RIDGES) * self.tunes
 
     @property
     def steps(self) -> int:
         """The number of elements that `progress` counts up to: all of the output, once for each fit and the merge."""
-        return self.elements * (1 + self.fits)
+        return self.elements * (1 + self.fit_count)
 
     @contextmanager
     def _fitted_in(
@@ -242,10 +242,10 @@ class Merge(Prepared):
         if self.tunes:
             from lewis.merging.fitting.ridge import choose, with_ridge
 
-            choice = choose(self, folder, fit, part(0, self.fits - 1), threads)
+            choice = choose(self, folder, fit, part(0, self.fit_count - 1), threads)
             merge, facts["ridge"] = with_ridge(self, choice.ridge), choice.to_json()
 
-        last = part(self.fits - 1, 1)
+        last = part(self.fit_count - 1, 1)
         if any(expert.held_back for expert in merge.judging):
             fitted, verdict = fit_and_judge(merge, folder, fit, last, threads)
             yield fitted, {**facts, "held_back": verdict.to_json()}
@@ -304,7 +304,7 @@ class Merge(Prepared):
     def tensor(self, name: str) -> torch.Tensor:
         """Merge one tensor without a fit, in torch; raises as `in_torch.merge_by_rows`."""
         dtype, shape = self.layout[name]
-        return in_torch.merge_into(self.giving(name), name, torch.empty(shape, dtype=torch_dtype(dtype)))
+        return in_torch.merge_into(self.maker_of(name), name, torch.empty(shape, dtype=torch_dtype(dtype)))
 
     def _write(
         self, name: str, later: str | None, writer: CheckpointWriter, stopped: threading.Event, fitted: Fitted | None
@@ -341,7 +341,7 @@ class Merge(Prepared):
                 write(bytes_of(fitted.read(name)), 0)
             elif not self._copy(name, write) and not self._in_compiled_loops(name, write):
                 offset = 0
-                for piece in in_torch.merge_by_rows(self.giving(name), name):
+                for piece in in_torch.merge_by_rows(self.maker_of(name), name):
                     write(bytes_of(piece), offset)
                     offset += piece.nbytes
 
@@ -364,4 +364,4 @@ class Merge(Prepared):
         # that is run has to wait for. Checks, digests and `lewis --help` do without.
         from lewis.merging.engine.compiled import merge_tensor
 
-        return merge_tensor(self.giving(name), name, write)
+        return merge_tensor(self.maker_of(name), name, write)

@@ -244,12 +244,12 @@ class Stack(Merge):
         )
 
     @cached_property
-    def _giving(self) -> Mapping[str, Merge]:
+    def _makers(self) -> Mapping[str, Merge]:
         return {name: part for part in self.parts for name in part.layout}
 
-    def giving(self, name: str) -> Prepared:
+    def maker_of(self, name: str) -> Prepared:
         """The merge of the slice that a tensor is in."""
-        return self._giving[name]
+        return self._makers[name]
 
     @cached_property
     def layout(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
@@ -268,11 +268,11 @@ class Stack(Merge):
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor, by its slice."""
-        return self._giving[name].parameters(name)
+        return self._makers[name].parameters(name)
 
     def models_with(self, name: str) -> list[Model]:
         """The models that are read for one tensor of the result, by its slice."""
-        return self._giving[name].models_with(name)
+        return self._makers[name].models_with(name)
 
     @cached_property
     def digest(self) -> str:

@@ -167,10 +167,10 @@ def prepare_merge(given: MergeInput, gpu: str = "cuda") -> Merge:
 
 
 def _prepare(given: MergeInput, device: str) -> Merge:
-    config, allocated, another_vocabulary = given.config, given.allocated, _advice_on_vocabularies(given)
+    config, allocated, advice = given.config, given.allocated, _advice_on_vocabularies(given)
     guided = allocated.experts(given.which) if allocated else {}
     scales = allocated.scales() if allocated else {}
-    factors = allocated.held_back(given.omega) if allocated and given.omega is not None else None
+    factors = allocated.aim_factors(given.omega) if allocated and given.omega is not None else None
     base = given.base.open() if given.base else None
     holds_back = _holds_back(given, base)
     rows = _rows(given, holds_back)
@@ -182,8 +182,8 @@ def _prepare(given: MergeInput, device: str) -> Merge:
             own = guided[files.ref]
             expert = replace(expert, densities=own.densities, mean_density=own.mean)
         opened.append(expert)
-    if another_vocabulary and base is not None:
-        _check_token_ids(base, [expert.model for expert in opened], another_vocabulary)
+    if advice and base is not None:
+        _check_token_ids(base, [expert.model for expert in opened], advice)
     merge = replace(prepare(config, base, opened, factors, device), holds_back=holds_back, refine=given.refine)
     if given.refine and given.sets and not any(expert.held_back for expert in merge.judging):
         raise InputError(

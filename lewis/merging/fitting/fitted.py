@@ -14,7 +14,7 @@ import numpy as np
 from lewis import store
 from lewis.devices import one_thread
 from lewis.errors import LewisError
-from lewis.importance.gram_files import Written
+from lewis.importance.gram_files import FinishedFiles
 from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
 from lewis.merging.prepared import Prepared
@@ -26,7 +26,7 @@ class Fitted:
     """The fitted tensors, on disk, a file for each block."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._files = store.make_folder(folder), Written(folder)
+        self.folder, self._files = store.make_folder(folder), FinishedFiles(folder)
         found = [folder / name for name in self._files.checksums]
         self._places = {tensor: path for path in found for tensor in TensorFile(path).places}
         self._updated: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, value: value
@@ -105,7 +105,7 @@ class Unwritten:
         """Return a tensor as the merge would write it: fitted, or merged now."""
         if self._fitted is not None and name in self._fitted:
             return self._fitted.read(name)
-        anchor = self._merge.giving(name)
+        anchor = self._merge.maker_of(name)
         dtype, shape = anchor.layout[name]
         found = merge_into(anchor, name, (self._place or torch.empty)(shape, dtype=torch_dtype(dtype)))
         self.done_with(name)

@@ -135,5 +135,5 @@ class Walk:
         return found
 
     def _anchor(self, tensor: str) -> torch.Tensor:
-        anchor = self._shared.merge.giving(tensor)
+        anchor = self._shared.merge.maker_of(tensor)
         return merge_into(anchor, tensor, self._shared.spill.empty(anchor.base.tensors[tensor].shape))

@@ -57,7 +57,7 @@ from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.cholesky import Factor, factorised
 from lewis.methods.arithmetic.jobs import Jobs, one_after_another, slices
 from lewis.methods.arithmetic.stacked import Stacked
-from lewis.methods.arithmetic.tokens import Besides, Gram, Rows
+from lewis.methods.arithmetic.tokens import Additions, Gram, Rows
 from lewis.methods.arithmetic.uncorrelated import Uncorrelated, shift_of_each
 
 COLUMNS = 256  # columns of a product that one job computes
@@ -136,7 +136,7 @@ class Inputs:
         self,
         anchor: torch.Tensor,
         weights: Sequence[torch.Tensor],
-        besides: Sequence[Besides] | None = None,
+        additions: Sequence[Additions] | None = None,
         out: torch.Tensor | None = None,
         whole: bool = False,
     ) -> torch.Tensor:
@@ -145,9 +145,9 @@ class Inputs:
         Args:
             anchor: W_a, fp32 (out, in).
             weights: W_t of each expert, (out, in), of any floating dtype; brought to fp32 row by row.
-            besides: B_t of each expert, in the parts of its rows.
+            additions: B_t of each expert, in the parts of its rows.
             out: where the result goes, fp32 (out, in); it may be `anchor` itself. By default a new tensor.
-            whole: whether `besides` holds Y_t instead of B_t; only where `takes_outputs`.
+            whole: whether `additions` holds Y_t instead of B_t; only where `takes_outputs`.
 
         Returns:
             W, fp32 (out, in).
@@ -158,10 +158,10 @@ class Inputs:
         out = torch.empty_like(anchor) if out is None else out
         if self.size == 0 or all(rows.tokens == 0 for rows in (*self.experts, *self.prior)):
             return out.copy_(anchor)
-        besides = besides or [None] * len(self.experts)
+        additions = additions or [None] * len(self.experts)
         if self.is_dual:
-            return self._dual(anchor, weights, besides, out)
-        return self._primal(anchor, weights, besides, out, whole)
+            return self._dual(anchor, weights, additions, out)
+        return self._primal(anchor, weights, additions, out, whole)
 
     # ----- the primal form
 
@@ -169,13 +169,13 @@ class Inputs:
         self,
         anchor: torch.Tensor,
         weights: Sequence[torch.Tensor],
-        besides: Sequence[Besides],
+        additions: Sequence[Additions],
         out: torch.Tensor,
         whole: bool = False,
     ) -> torch.Tensor:
         factor, products = self._factored()
         # Shifts Z_t - X_t are multiplied out over pairs of inputs, once for all layers that share them, or by token.
-        by_token = any(more is not None for more in besides) or (self._shifts is None and 2 * len(anchor) <= self.size)
+        by_token = any(x is not None for x in additions) or (self._shifts is None and 2 * len(anchor) <= self.size)
         if not by_token and self._shifts is None:
             self._shifts = [
                 self._shift(each) if isinstance(each, Rows) and each.shifted else None for each in self.experts
@@ -196,7 +196,7 @@ class Inputs:
             for rows, gram, weight in zip(self.prior, products, weights, strict=False):
                 right.add_((weight[part].float() - anchor[part]) @ gram, alpha=rows.share)
             for rows, gram, shift, own_shift, weight, more in zip(
-                self.experts, self._grams, shifts, alone, weights, besides, strict=True
+                self.experts, self._grams, shifts, alone, weights, additions, strict=True
             ):
                 known = weight[part].float()
                 found = (-anchor[part] if whole else known - anchor[part]) @ gram
@@ -315,12 +315,12 @@ class Inputs:
     # ----- the dual form
 
     def _dual(
-        self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], besides: Sequence[Besides], out: torch.Tensor
+        self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], additions: Sequence[Additions], out: torch.Tensor
     ) -> torch.Tensor:
         known = [rows for rows in self.experts if isinstance(rows, Rows)]
         total = sum(rows.tokens for rows in known)
         taken = [*(sampled(self.size, rows.tokens, total) for rows in known), *[None] * len(self.prior)]
-        stacked = Stacked([*known, *self.prior], [*besides, *[None] * len(self.prior)], taken)
+        stacked = Stacked([*known, *self.prior], [*additions, *[None] * len(self.prior)], taken)
         merged, more = stacked.merged, stacked.more
         parts, shifts = merged.split(stacked.counts), stacked.shifts
         weights = [*weights, *(weights if self.prior else ())]

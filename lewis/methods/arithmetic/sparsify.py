@@ -78,7 +78,7 @@ def largest(score: torch.Tensor, k: int) -> torch.Tensor:
     if k <= 0 or k >= n:
         return torch.full_like(score, k > 0, dtype=torch.bool)
     if score.device.type != "cpu":
-        return _largest_there(score.detach().reshape(-1), k).reshape(score.shape)
+        return _largest_on_gpu(score.detach().reshape(-1), k).reshape(score.shape)
     values = score.detach().reshape(-1).numpy()
     threshold = np.partition(values, n - k)[n - k]
     keep = values > threshold
@@ -91,7 +91,7 @@ def largest(score: torch.Tensor, k: int) -> torch.Tensor:
     return torch.from_numpy(keep).reshape(score.shape)
 
 
-def _largest_there(values: torch.Tensor, k: int) -> torch.Tensor:
+def _largest_on_gpu(values: torch.Tensor, k: int) -> torch.Tensor:
     """`largest` for flat values that are on a GPU."""
     threshold = values.kthvalue(len(values) - k + 1).values
     keep = values > threshold

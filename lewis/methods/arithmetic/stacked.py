@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.tokens import Besides, Rows
+from lewis.methods.arithmetic.tokens import Additions, Rows
 
 
 class Stacked:
@@ -19,12 +19,12 @@ class Stacked:
     """
 
     def __init__(
-        self, experts: Sequence[Rows], besides: Sequence[Besides], taken: Sequence[torch.Tensor | None]
+        self, experts: Sequence[Rows], additions: Sequence[Additions], taken: Sequence[torch.Tensor | None]
     ) -> None:
         """
         Args:
             experts: the tokens of each expert.
-            besides: B_t of each expert, the further outputs that the fit is to give for its tokens.
+            additions: B_t of each expert, the further outputs that the fit is to give for its tokens.
             taken: indices of the tokens to take of each expert, ascending; None for all.
         """
         self.counts = [rows.tokens if kept is None else len(kept) for rows, kept in zip(experts, taken, strict=True)]
@@ -38,10 +38,10 @@ class Stacked:
             for rows, kept, scale, own in zip(experts, taken, scales, self.shift.split(self.counts), strict=True):
                 _scale(rows.own, kept, scale, own)
             self.shift.sub_(self.merged)
-        outputs = next((part.shape[1] for parts in besides for part in parts or ()), None)
+        outputs = next((part.shape[1] for parts in additions for part in parts or ()), None)
         self.more = None if outputs is None else torch.zeros(total, outputs)
         if self.more is not None:
-            for parts, kept, scale, out in zip(besides, taken, scales, self.more.split(self.counts), strict=True):
+            for parts, kept, scale, out in zip(additions, taken, scales, self.more.split(self.counts), strict=True):
                 _scale(parts or (), kept, scale, out)
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lewis.lazy_torch import torch
 
-Besides = Sequence["torch.Tensor"] | None
+Additions = Sequence["torch.Tensor"] | None
 """B_t of one expert: one fp32 part for each part of its rows, each (tokens, out); None: 0."""
 
 

@@ -296,7 +296,7 @@ def test_chats_are_the_same_on_every_day() -> None:
     """Templates of Llama 3 write the day's date: a recipe had other statistics, and other weights, on each."""
     template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m.content }}{% endfor %}"
     turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
-    assert chats.written(template, {}, [turns]) == [("26 Jul 2024 w5 w6", ((14, 17),))]
+    assert chats.render(template, {}, [turns]) == [("26 Jul 2024 w5 w6", ((14, 17),))]
 
 
 @pytest.mark.parametrize("dated", [True, False])

@@ -203,7 +203,7 @@ def test_densities_are_those_of_the_results_layers(family: Family, home: Path, t
     assert own.densities[name(2)] == own.densities[name(1)] and own.mean == pytest.approx(0.5)
     stack = pipeline.prepare_merge(recipe, base, experts, allocated)
     assert isinstance(stack, Stack)
-    first, second = stack.giving(name(1)), stack.giving(name(2))
+    first, second = stack.maker_of(name(1)), stack.maker_of(name(2))
     assert first is not second and second.parameters(name(2))["density"] == [own.densities[name(1)]]
     assert torch.equal(first.scales(name(1))[0], second.scales(name(2))[0])
     assert torch.equal(first.factors[name(1)], second.factors[name(2)])

@@ -13,7 +13,7 @@ from lewis.merging.prepared import random_stream
 from lewis.merging.run import Merge
 from lewis.methods import METHODS
 from lewis.methods.arithmetic.cuts import Kth
-from lewis.methods.arithmetic.sparsify import _largest_there, largest
+from lewis.methods.arithmetic.sparsify import _largest_on_gpu, largest
 from tests.lewis.merging.engine.test_compiled import NAME, draw
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -34,7 +34,7 @@ def test_a_method_stays_on_the_device_of_its_tensors(
 ) -> None:
     # Tensors without values, on a device that will not meet another: what depends on values is put in their place.
     monkeypatch.setattr("lewis.methods.arithmetic.sums._by_halves", lambda values: [float(len(values))])
-    monkeypatch.setattr("lewis.methods.arithmetic.sparsify._largest_there", lambda values, k: values > 0)
+    monkeypatch.setattr("lewis.methods.arithmetic.sparsify._largest_on_gpu", lambda values, k: values > 0)
     for module in ("arithmetic.cuts", "arcee_fusion"):
         monkeypatch.setattr(f"lewis.methods.{module}.kth_largest", kth_of_nothing)
     for module in ("ram", "sce"):
@@ -60,7 +60,7 @@ def test_a_gpu_selects_what_the_cpu_does(kind: str, share: float) -> None:
     score = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).abs()
     score = {"smooth": score, "few values": (score * 2).round(), "one value": torch.ones_like(score)}[kind]
     k = int(share * len(score))
-    assert torch.equal(_largest_there(score, k), largest(score, k)) and int(largest(score, k).sum()) == k
+    assert torch.equal(_largest_on_gpu(score, k), largest(score, k)) and int(largest(score, k).sum()) == k
 
 
 def test_the_cpu_unless_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
