@@ -101,7 +101,7 @@ class TestLocal:
             for each in ({"ridge": 0.1}, {"ridge": "auto"})
         ]
         number, auto = (pipeline.prepare_merge(recipe, *pipeline.fetch(recipe)) for recipe in recipes)
-        assert (number.fits, auto.fits) == (1, 5)
+        assert (number.fit_count, auto.fit_count) == (1, 5)
 
     @pytest.mark.slow
     def test_statistics_that_a_fit_needs(self, family: Family, home: Path) -> None:
