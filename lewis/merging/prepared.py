@@ -260,13 +260,23 @@ class Prepared:
         """Whether there are compiled loops for one tensor's method and parameters."""
         if not self.method.coefficients:
             return self.method.compiled is not None
-        count = len(self.experts) + self.method.takes_base
         try:
             with self.method.blamed(name):
-                arguments = self.method.arguments(self.parameters(name))
-                return self.method.coefficients(np.eye(count), **arguments) is not None
+                return self.coefficients(name, np.eye(len(self.experts) + self.method.takes_base)) is not None
         except ValueError:  # the method's function raises it again, and names the tensor
             return False
+
+    def coefficients(self, name: str, gram: np.ndarray) -> list[float] | None:
+        """The method's coefficients for one tensor, by the dot products `gram`; None if its parameters give none.
+
+        Raises:
+            TypeError: if they are not one number for each row of `gram`; `Row.blamed` names the method.
+        """
+        assert self.method.coefficients
+        found = self.method.coefficients(gram, **self.method.arguments(self.parameters(name)))
+        if found is not None and np.shape(found) != (len(gram),):
+            raise TypeError(f"its `coefficients` gave {found!r}, expected a list of {len(gram)} numbers")
+        return found
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor; for a parameter per expert, a list in the experts' order."""
@@ -382,7 +392,7 @@ class Prepared:
         later = {"alpha": 1.0, "prior": 0.0} if self.method.fits else {}
         values = {name: value for name, value in values.items() if name not in later or value != later[name]}
         loops, weights = self.method.compiled, values.get("weight", [])
-        elects = loops is not None and loops.combine == Combine.ELECT and values["normalize"]
+        elects = loops is not None and loops.combine == Combine.ELECT and values.get("normalize")
         if elects and len(weights) > 2 and least_divisor(weights):
             values["cancelling"] = CANCELLING_SEMANTICS
         return values

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.rows import ByRows
-from lewis.methods.loops import Loops
+from lewis.methods.loops import Combine, Loops
 from lewis.plugins import Row, Table
 
 T = TypeVar("T")
@@ -19,6 +19,8 @@ PerExpert = Annotated[Sequence[T] | T, _PER_EXPERT]
 """The type of a parameter with a value per expert: a sequence in the experts' order, or one value for all."""
 
 _ADJECTIVES = {float: "finite", int: "whole"}
+_TAKEN = ("base", "streams", "scales")  # arguments of a function that are no parameters, after the stacked tensors
+_OF_FITS = ("ridge", "alpha", "prior")  # parameters that every fit reads, next to `weight`
 _LARGEST = (2 - 2**-23) * 2.0**127  # of fp32, the dtype of all arithmetic
 
 
@@ -134,7 +136,7 @@ class Method(Row):
         fits: how it fits projections to the experts' outputs on their calibration rows: `static`, for the experts' own
             inputs; `forward`, from the first block on, for the inputs that the model merged so far has there. The
             function then gives the tensors that are not fitted, and those that the fit is pulled towards. It takes
-            `ridge`, `alpha`, and `weight` of each expert. None: the function gives all tensors.
+            `ridge`, `alpha`, `prior`, and `weight` of each expert. None: the function gives all tensors.
         in_mergekit: whether mergekit has it too, so that a recipe can be exported; not used for a plug-in.
     """
 
@@ -202,7 +204,9 @@ def merge_method(
         on, experts, check, elementwise, coefficients, by_rows, compiled, fits, in_mergekit: as in `Method`.
 
     Raises:
-        ValueError: if another function has that name, or `compiled` names a parameter that the function does not have.
+        TypeError: if a parameter is of another type than float, int or bool, or stands before the `*`.
+        ValueError: if another function has that name, a parameter's default is no value that it may have, or `on` or
+            the parameters do not fit `compiled`, `coefficients` or `fits`.
     """
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -216,6 +220,12 @@ def merge_method(
                 parameters[parameter.name] = parameter
         if unknown := [each for each in (compiled.parameters if compiled else ()) if each not in parameters]:
             raise ValueError(f"{name}: `compiled` names the parameters {unknown}, which the function does not have")
+        before = [argument for argument in arguments if argument not in names]
+        if not before or before[0] in _TAKEN or not {*before[1:]} <= {*_TAKEN}:
+            raise TypeError(
+                f"{name}: expected the stacked tensors, then any of {', '.join(_TAKEN)}, then a `*` and the "
+                f"parameters; got {', '.join(before) or 'nothing'} before the `*`"
+            )
         made = Method(
             name,
             function,
@@ -234,10 +244,35 @@ def merge_method(
             fits=fits,
             in_mergekit=in_mergekit,
         )
+        if problem := _misfit(made):
+            raise ValueError(f"{name}: {problem}")
         METHODS.add(made)
         return function
 
     return register
+
+
+def _misfit(method: Method) -> str | None:
+    """What does not fit together in a method's declaration: an error in the middle of a merge, or a wrong result."""
+    on, loops, fits, parameters = method.on, method.compiled, method.fits, method.parameters
+    if on not in ("task_vectors", "weights", "either") or fits not in (None, "static", "forward"):
+        return f"expected `on` task_vectors, weights or either, and `fits` static or forward, got {on!r} and {fits!r}"
+    wanted = "task_vectors" if loops or fits else on
+    wanted = "weights" if loops and loops.combine == Combine.AVERAGE else wanted
+    if wanted != on:
+        return f"its `{'compiled' if loops else 'fits'}` is for on={wanted!r}, got {on!r}"
+    if method.coefficients and method.takes_base and on != "weights":
+        return f"`coefficients` of the base and the tensors are for on='weights', got {on!r}"
+    if lacking := [each for each in ("weight", *_OF_FITS) if fits and each not in parameters]:
+        return f"`fits` reads the parameters weight, {', '.join(_OF_FITS)}; the function lacks {', '.join(lacking)}"
+    if loops and loops.combine in (Combine.CLAIM, Combine.SHARE, Combine.NEAR) and not loops.threshold:
+        return f"Combine.{loops.combine.name} compares with a threshold; name its parameter in `compiled`"
+    each = {loops.weight, loops.outliers, loops.rank_width} if loops else {"weight"}
+    one = {"normalize", "rescale", "lambda", *(_OF_FITS if fits else ()), *(loops.parameters if loops else ())} - each
+    for parameter in parameters.values() if loops or fits else ():
+        if parameter.name in (one if parameter.per_expert else each):
+            return f"{parameter.name}: expected {'one value for all experts' if parameter.per_expert else 'PerExpert'}"
+    return None
 
 
 def _hints(function: Callable[..., Any], names: Sequence[str]) -> dict[str, Any]:
@@ -257,7 +292,13 @@ def _parameter(argument: inspect.Parameter, hint: Any) -> Parameter:
         raise TypeError(f"{argument.name}: a parameter is a float, int or bool, got {kind}")
     if argument.name == "density" and not each:
         raise TypeError(f"density: every expert has its own; expected PerExpert[float], got {kind.__name__}")
-    return Parameter(argument.name.removesuffix("_"), kind, each, argument.default, bounds, auto)
+    made = Parameter(argument.name.removesuffix("_"), kind, each, argument.default, bounds, auto)
+    if not made.required:
+        try:
+            made.parse(made.default)
+        except ValueError as error:
+            raise ValueError(f"{argument.name}: its default: {error}") from None
+    return made
 
 
 if TYPE_CHECKING:

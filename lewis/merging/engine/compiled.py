@@ -70,7 +70,8 @@ def _write_chunks(run: Run, size: int, out: str, write: Write) -> bool:
 def _average(merge: Prepared, name: str, loops: Loops) -> Run | None:
     """Make the function that computes the weighted sum of the models' own weights, chunk by chunk."""
     values = merge.parameters(name)
-    weights, normalize = values[loops.weight], bool(values.get("normalize"))
+    weights = values.get(loops.weight, [1.0] * len(merge.experts))
+    normalize = bool(values.get("normalize"))
     total = sum(weights)
     if normalize and cancel_out(weights):
         return None
@@ -87,12 +88,12 @@ def _linear_combination(merge: Prepared, name: str) -> Run | None:
     gram = inputs.gram(relative=merge.adds_to_base)
     if not np.isfinite(gram).all():
         return None
-    assert merge.method.coefficients
     try:
-        coefficients = merge.method.coefficients(gram, **merge.method.arguments(merge.parameters(name)))
+        coefficients = merge.coefficients(name, gram)
     except ValueError:
         return None
-    assert coefficients is not None
+    if coefficients is None:
+        return None
     if merge.adds_to_base:
         return _task_vectors(merge, name, Loops(Combine.SUM), coefficients)
     if merge.method.takes_base:  # at the ends of SLERP the result is one of the models, byte by byte

@@ -123,6 +123,42 @@ def test_its_coefficients_are_all_that_the_compiled_loops_apply(install: Install
     assert merge.tensor("w").tolist() == [3, 6]
 
 
+@pytest.mark.parametrize("found", ["[1.0]", "[1.0] * 3", "1.0"])
+def test_coefficients_of_another_number_are_refused(install: Install, tmp_path: Path, found: str) -> None:
+    """The compiled loops read memory that was not theirs, and the process ended with a segmentation fault."""
+    install(
+        "from lewis.methods import merge_method\n\n"
+        f'@merge_method("half", paper="https://example.org", coefficients=lambda dots: {found})\n'
+        "def half(task_vectors):\n    return task_vectors[0]\n"
+    )
+    folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor([8.0, 16.0]) * i}) for i in range(3)]
+    told = r"w: merge method half of lewis-half 1.2 failed: TypeError: its `coefficients` gave .*, expected a list of 2"
+    with pytest.raises(LewisError, match=told):
+        open_merge("half", folders[0], folders[1:]).run(tmp_path / "out")
+
+
+LOOPS = """
+from lewis.methods import PerExpert, merge_method
+from lewis.methods.loops import Combine, Loops
+
+@merge_method("half", paper="https://example.org", compiled=Loops(Combine.ELECT))
+def half(task_vectors):
+    return task_vectors.sum(0)
+"""
+
+
+def test_its_loops_can_do_without_weight_and_normalize(install: Install, tmp_path: Path) -> None:
+    """It was a KeyError, though `Loops` reads them if the method has them."""
+    average = LOOPS.replace("half", "mean").replace("ELECT)", "AVERAGE), on='weights'")
+    install(LOOPS + average, entry="half = lewis_half\nmean = lewis_half")
+    folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor([8.0, 16.0]) * i}) for i in range(3)]
+    for name, base, experts in (("half", folders[0], folders[1:]), ("mean", None, folders[1:])):
+        merge = open_merge(name, base, experts)
+        assert merge.digest
+        merge.run(tmp_path / name)
+        assert load_file(tmp_path / name / "model.safetensors")["w"].tolist() == [24, 48]
+
+
 def test_a_second_method_of_its_module_has_its_version_too(install: Install) -> None:
     install(HALF + HALF.replace("half", "quarter"))
     assert recipe("quarter").merge_method == "quarter"
@@ -159,6 +195,37 @@ def test_a_process_that_parses_no_recipe_finds_it_too(install: Install) -> None:
         ("", {"entry": "ties = lewis_half"}, "takes a name that there is already, in lewis.methods.ties; rename"),
         (HALF.replace("float]", "str]").replace("0.5", "'a'"), {}, "share: a parameter is a float, int or bool"),
         (HALF.replace("share: PerExpert[float] =", "share="), {}, "TypeError: share: a parameter is a float, int or"),
+        (HALF.replace("= 0.5", "= None"), {}, "share: its default: expected a finite number, got None"),
+        (
+            HALF.replace(" *, share", " share"),
+            {},
+            r"half: expected the stacked .* `\*` .*; got task_vectors, share bef",
+        ),
+        (HALF.replace("experts=", "on='weight', experts="), {}, "half: expected `on` .*, got 'weight' and None"),
+        (
+            HALF.replace("experts=", "fits='static', experts="),
+            {},
+            "half: `fits` reads .* lacks weight, ridge, alpha, p",
+        ),
+        (
+            HALF.replace("experts=(1", "on='weights', fits='static', experts=(1"),
+            {},
+            "its `fits` is for on='task_vectors",
+        ),
+        (LOOPS.replace("ELECT)", "SUM), on='weights'"), {}, "half: its `compiled` is for on='task_vectors', got 'weig"),
+        (LOOPS.replace("ELECT", "AVERAGE"), {}, "half: its `compiled` is for on='weights', got 'task_vectors'"),
+        (LOOPS.replace("ELECT", "CLAIM"), {}, "half: Combine.CLAIM compares with a threshold; name its parameter"),
+        (LOOPS.replace("vectors)", "vectors, *, weight: float = 1.0)"), {}, "half: weight: expected PerExpert"),
+        (
+            LOOPS.replace("vectors)", "vectors, *, lambda_: PerExpert[float] = 1.0)"),
+            {},
+            "lambda: expected one value for",
+        ),
+        (
+            LINEAR.replace("(task_vectors, *", "(task_vectors, base, *"),
+            {},
+            "`coefficients` of the base and the .* are for",
+        ),
     ],
 )
 def test_one_that_fails_is_told_by_its_package(
