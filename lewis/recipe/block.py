@@ -1,11 +1,12 @@
 """What all blocks of a recipe share: their base class, and the types of model references and method parameters."""
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lewis.recipe.parameter_values import Rule, parse_setting
 
@@ -61,7 +62,36 @@ ModelName = Annotated[str, BeforeValidator(model_name), Field(min_length=1)]
 Parameters = Annotated[dict[str, Setting], BeforeValidator(_empty_if_null)]
 
 
+def _types_in(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of: `dict[str, int] | None` of str, int and NoneType."""
+    parts = get_args(annotation)
+    return set[Any]().union(*map(_types_in, parts)) if parts else {annotation}
+
+
+@functools.cache
+def _numbers(block: type[BaseModel]) -> set[str]:
+    """The keys of a block whose values are numbers, or lists or mappings of numbers."""
+    kinds = {field.alias or name: _types_in(field.annotation) for name, field in block.model_fields.items()}
+    return {key for key, found in kinds.items() if found & {int, float} and bool not in found}
+
+
+def _switches_as_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _switches_as_text(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_switches_as_text(each) for each in value]
+    return str(value).lower() if isinstance(value, bool) else value
+
+
 class Block(BaseModel):
     """Base class of all blocks of a recipe: instances are immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switches(cls, data: Any) -> Any:
+        """Turn true and false in the place of numbers into texts, which are refused: pydantic takes them as 1 and 0."""
+        if not isinstance(data, dict):
+            return data
+        return {key: _switches_as_text(value) if key in _numbers(cls) else value for key, value in data.items()}

@@ -168,6 +168,21 @@ class TestMistakes:
             ({"parameters": [1]}, "parameters: "),
             ({"dtype": "int8"}, "dtype: expected 'float32', 'float16' or 'bfloat16', got 'int8'"),
             ({"seed": -1}, "seed: "),
+            ({"seed": True}, "seed: input should be a valid integer"),  # pydantic takes it as 1
+            ({"output": {"kind": "lora", "tolerance": True}}, "output.tolerance: input should be a valid number"),
+            ({"evaluate": {"tasks": ["x"], "weights": {"x": True}}}, "evaluate.weights.x: input should be a valid num"),
+            (
+                {"evaluate": {"tasks": ["x"], "batch_size": True}},
+                "evaluate.batch_size: input should be a valid integer",
+            ),
+            (
+                {"lewis": {"calibrations": {"s": {"texts": ["x"], "continue": True}}}},
+                "lewis.calibrations.s.continue: input should be a valid integer",
+            ),
+            (
+                {"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [False, True]}]}]},
+                "slices[0].sources[0].layer_range[0]: input should be a valid integer",
+            ),
             (
                 {"tokenizer_source": "org/else"},
                 "tokenizer_source: expected base, union or one of the models, got 'org/else'",
