@@ -187,6 +187,21 @@ class CanaryTarget(Target):
     count: str = Field(min_length=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
 
+    @field_validator("steps")
+    @classmethod
+    def _check_growth(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if list(steps) != sorted(set(steps)):
+            raise ValueError(f"expected percentages that grow from step to step, got {list(steps)}")
+        return steps
+
+    @field_validator("rules")
+    @classmethod
+    def _check_rules(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        name, count = Counter(rule.name for rule in rules).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{count} rules are called {name!r}; give each a `name` of its own")
+        return rules
+
     @property
     def places(self) -> dict[str, str]:
         """The values of the placeholders in queries, except `{server}` and `{window}`."""
@@ -213,6 +228,14 @@ class HaproxyTarget(CanaryTarget):
     timeout_seconds: float = Field(default=300, gt=0)
     count: str = Field(default=f"sum(increase({_OF_SERVER}}}[{{window}}]))", min_length=1)
     rules: tuple[Rule, ...] = Field(default=_RULES, min_length=1)
+
+    @field_validator("servers")
+    @classmethod
+    def _check_two(cls, servers: dict[str, str]) -> dict[str, str]:
+        url, *other = (url.rstrip("/") for url in servers.values())
+        if url in other:
+            raise ValueError(f"expected two servers, between which the traffic moves, got {url!r} twice")
+        return servers
 
     @property
     def places(self) -> dict[str, str]:

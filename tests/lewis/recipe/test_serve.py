@@ -76,6 +76,22 @@ def test_no_card_and_no_file_of_the_model_names_the_targets() -> None:
             "[{kind: haproxy, prometheus: 'http://p', socket: /s, backend: b, servers: {one: 'http://x'}}]",
             "serve[0].servers: dictionary should have at least 2 items",
         ),
+        *(
+            (
+                f"[{{kind: haproxy, prometheus: 'http://p', socket: /s, backend: b, servers: {servers}, {key}}}]",
+                f"serve[0].{problem}",
+            )
+            for servers, key, problem in (
+                ("{a: 'http://x', b: 'http://x/'}", "minutes: 5", "servers: expected two servers, between which"),
+                ("{a: 'http://x', b: 'http://y'}", "steps: [50, 10]", "steps: expected percentages that grow from"),
+                ("{a: 'http://x', b: 'http://y'}", "steps: [10, 10]", "steps: expected percentages that grow from"),
+                (
+                    "{a: 'http://x', b: 'http://y'}",
+                    "rules: [{name: r, query: q}, {name: r, query: p}]",
+                    "rules: 2 rules are called 'r'; give each a `name` of its own",
+                ),
+            )
+        ),
         ("[{kind: webhook}]", "serve[0].url: missing; it is required"),
         ("[{kind: command, run: [x], urk: y}]", "serve[0].urk: unknown key; "),
         ("[{kind: command, run: [x], timeout_minute: 1}]", "did you mean 'timeout_minutes'?"),
