@@ -19,6 +19,7 @@ from lewis.recipe.config import MergeConfig
 from lewis.recipe.schema import (
     GUIDES,
     NAME,
+    NOT_BLANK,
     RECOMMENDED,
     REPO,
     Evaluate,
@@ -247,6 +248,7 @@ MAX_GIVEN = 300  # characters of a wrong value that an error shows
 _PATTERNS = {  # what texts of these patterns are, for people
     NAME: "a name, not of dots alone, without / and :",
     REPO: "org/name",
+    NOT_BLANK: "a text that is not blank",
     URL: "http://host/path or https://host/path, without user, password and query",
 }
 # In a problem's location pydantic includes the type that it tried to validate; these names are no keys of the recipe.

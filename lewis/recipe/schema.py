@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from lewis.allocators import ALLOCATORS, DEFAULT, Allocator
 from lewis.errors import nearest
@@ -13,6 +13,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Backend = Literal["hf", "vllm", "sglang", "openai"]
 
 NAME = r"^[^/:\x00-\x1f\x7f]*[^/:.\s\x00-\x1f\x7f][^/:\x00-\x1f\x7f]*$"  # of a registered model
+NOT_BLANK = r"\S"
 REPO = r"^[\w.-]+/[\w.-]+$"
 RECOMMENDED = "regmean_forward"  # what `merge_method: recommended` stands for: see tests/benchmarks/methods.md
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # name -> settings that `lewis.preset` puts in place of defaults
@@ -325,7 +326,7 @@ class Evaluate(Block):
         gpus: how many GPUs one evaluation takes.
     """
 
-    tasks: tuple[str, ...] = Field(min_length=1)
+    tasks: tuple[Annotated[str, Field(pattern=NOT_BLANK)], ...] = Field(min_length=1)
     limit: int | float | None = Field(default=None, gt=0)
     documents: Documents = "all"
     stop: Literal["never", "worse", "known"] = "never"
@@ -340,6 +341,13 @@ class Evaluate(Block):
     backend: Backend = "hf"
     model_args: dict[str, Any] = Field(default_factory=dict)
     gpus: int = Field(default=1, ge=1)
+
+    @field_validator("limit")
+    @classmethod
+    def _check_whole(cls, limit: int | float | None) -> int | float | None:
+        if limit is not None and limit > 1 and limit != int(limit):
+            raise ValueError(f"expected a whole number of documents, or a share below 1, got {limit:g}")
+        return limit
 
     @model_validator(mode="after")
     def _drawn(self) -> "Evaluate":

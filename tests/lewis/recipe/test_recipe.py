@@ -255,6 +255,11 @@ class TestMistakes:
                 "evaluate.weights.x: input should be a finite",
             ),
             ({"evaluate": {"tasks": []}}, "evaluate.tasks: list should have at least 1 item"),
+            ({"evaluate": {"tasks": [" "]}}, "evaluate.tasks[0]: expected a text that is not blank, got ' '"),
+            (
+                {"evaluate": {"tasks": ["x"], "limit": 1.5}},
+                "evaluate.limit: expected a whole number of documents, or a",
+            ),
             ({"lewis": []}, "lewis: input should be a valid mapping, got []"),
             ({"base_model": False}, "base_model: input should be a valid string, got False; put the text in quotes"),
             (
