@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -393,7 +394,26 @@ def _check_calibrations(data: dict[str, Any]) -> list[str]:
             problems.append(f"{where}: there is no lewis block that defines {wanted!r}")
         elif wanted not in names:
             problems.append(f"{where}: no calibration set {wanted!r}{nearest(str(wanted), names)}")
-    return [*problems, *_check_continued(data, names)]
+    return [*problems, *_check_continued(data, names), *_check_rows(data)]
+
+
+def _check_rows(data: dict[str, Any]) -> Iterator[str]:
+    """Yield a problem for each set without a text, and for templates that are none or would turn all rows into one."""
+    sets = (data.get("lewis") or {}).get("calibrations")
+    for name, block in sets.items() if isinstance(sets, dict) else ():
+        where, own = f"lewis.calibrations.{name}", block if isinstance(block, dict) else {}
+        texts, fields = own.get("texts"), list[str]()
+        if isinstance(texts, list) and not any(str(each).strip() for each in texts):
+            yield f"{where}.texts: expected texts, got {'empty ones' if texts else 'none'}"
+        given = {key: own[key] for key in ("text", "prompt", "answer") if own.get(key) and isinstance(own[key], str)}
+        for key, template in given.items():
+            try:
+                fields += [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+            except ValueError as error:
+                yield f"{where}.{key}: {template!r} is no template: {error}; write {{{{ for a brace"
+                fields.append(template)
+        if given and not fields:
+            yield f'{where}.{key}: expected names of columns, such as "{{question}} {{answer}}", got {template!r}'
 
 
 def _check_continued(data: dict[str, Any], names: Sequence[str]) -> Iterator[str]:

@@ -302,6 +302,16 @@ class TestMistakes:
                 "{calibrations: {s: {texts: [a]}, t: {texts: [b]}}}",
                 "models[1].calibration: missing, and there is more than",
             ),
+            ("{calibrations: {s: {texts: []}}}", "lewis.calibrations.s.texts: expected texts, got none"),
+            ("{calibrations: {s: {texts: ['', ' ']}}}", "lewis.calibrations.s.texts: expected texts, got empty ones"),
+            (
+                "{calibrations: {s: {dataset: a/b, text: '{question'}}}",
+                "lewis.calibrations.s.text: '{question' is no template: expected '}' before end of string",
+            ),
+            (
+                "{calibrations: {s: {dataset: a/b, prompt: 'Q: {{question}}', answer: A}}}",
+                "lewis.calibrations.s.answer: expected names of columns, such as",
+            ),
             ("{calibrations: {s: {texts: [a]}}, density: {min: 0}}", "lewis.density.min: "),
             ("{calibrations: {s: {texts: [a]}}, density: {min: '9e-1'}}", "lewis.density.min: expected 0 < min <= max"),
             ("{calibrations: {s: {texts: [a]}}, density: {min: null}}", "lewis.density.min: "),
