@@ -14,7 +14,7 @@ Backend = Literal["hf", "vllm", "sglang", "openai"]
 
 NAME = r"^[^/:\x00-\x1f\x7f]*[^/:.\s\x00-\x1f\x7f][^/:\x00-\x1f\x7f]*$"  # of a registered model
 NOT_BLANK = r"\S"
-REPO = r"^[\w.-]+/[\w.-]+$"
+REPO = r"^\w+((-\.?|\.-?)\w+)*/\w+((-\.?|\.-?)\w+)*$"  # the Hub has no `..`, no `--`, and none of them at an end
 RECOMMENDED = "regmean_forward"  # what `merge_method: recommended` stands for: see tests/benchmarks/methods.md
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # name -> settings that `lewis.preset` puts in place of defaults
     "lewis_official": {  # what the authors' code does (arXiv 2503.03874)

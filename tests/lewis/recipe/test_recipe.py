@@ -224,6 +224,13 @@ class TestMistakes:
             ),
             ({"register": {"name": "m"}, "publish": {"repo": "m"}}, "publish.repo: expected org/name, got 'm'"),
             *(
+                (
+                    {"register": {"name": "m"}, "publish": {"repo": repo}},
+                    f"publish.repo: expected org/name, got '{repo}'",
+                )
+                for repo in ("a/..", "a/.", "-a/b", "a/b--c")  # HFValidationError, after the merge
+            ),
+            *(
                 ({"register": {"name": name}}, "register.name: ")
                 for name in ("a/b", "..", " ", " . ", "a\nb", "a\x1b[8m", "x" * 10_000)
             ),
