@@ -145,5 +145,4 @@ def _suspended(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
 
 
 def _lapse(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
-    client.set_flow_run_state(run.id, Completed(name="Lapsed", message=why), force=True)
-    run_tags.tag(run.id, verdict="lapsed")
+    prefect_runs.end(client, run, Completed(name="Lapsed", message=why), "lapsed")

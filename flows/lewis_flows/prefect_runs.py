@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
@@ -120,9 +121,20 @@ def is_paused(client: SyncPrefectClient, recipe: str) -> bool:
 
 def skip(client: SyncPrefectClient, run: FlowRun, other: FlowRun, why: str) -> None:
     """End a run that has not begun as `Skipped`, since the run `other` merges the same."""
-    client.update_flow_run_labels(run.id, {_REPLACED_BY: str(other.id)})
-    client.set_flow_run_state(run.id, Completed(name=SKIPPED, message=why), force=True)
-    run_tags.tag(run.id, verdict="skipped")
+    try:
+        client.update_flow_run_labels(run.id, {_REPLACED_BY: str(other.id)})
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.NOT_FOUND:
+            raise
+        return  # somebody deleted it
+    end(client, run, Completed(name=SKIPPED, message=why), "skipped")
+
+
+def end(client: SyncPrefectClient, run: FlowRun, state: State[Any], verdict: str) -> None:
+    """End a run in a state, whatever state it has, and tag it with the verdict; do nothing if somebody deleted it."""
+    with suppress(ObjectNotFound):
+        client.set_flow_run_state(run.id, state, force=True)
+        run_tags.tag(run.id, verdict=verdict)
 
 
 def replaced_by(run: FlowRun) -> UUID | None:

@@ -241,9 +241,8 @@ def _has_ended(client: SyncPrefectClient, run: FlowRun) -> bool:
 def mark_crashed(client: SyncPrefectClient, run: FlowRun) -> None:
     """Tell the server that the process of a run has died, and remove the note that it left here."""
     message = "Its process died. Run it again: what was finished is kept."
-    client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+    prefect_runs.end(client, run, Crashed(message=message), "crashed")
     runs.forget(str(run.id))
-    run_tags.tag(run.id, verdict="crashed")
     logger.warning("run %s had died; it is marked as Crashed now", run.name)
 
 

@@ -13,18 +13,19 @@ from prefect import flow, task
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.states import Cancelling, Crashed
+from prefect.states import Cancelling, Crashed, Running
 
 from lewis import store
 from lewis.errors import LewisError, TransientError
 from lewis.registry.releases import Held
 from lewis.registry.tracking import AwayError
-from lewis_flows import polls, prefect_runs, release_event, watch
-from lewis_flows.service import status_data
+from lewis.store import runs
+from lewis_flows import approval, polls, prefect_runs, release_event, watch
+from lewis_flows.service import orphaned_runs, status_data
 from lewis_flows.service.status_data import Part, Status
 from lewis_flows.service.status_text import as_text
 from lewis_flows.service.webhook import Loop
-from lewis_flows.turn import tag_crashed_runs
+from lewis_flows.turn import mark_crashed, tag_crashed_runs
 from lewis_flows.watch import WatchReport
 from lewis_tasks.support import flow_run
 from lewis_tasks.support.failures import says_why
@@ -187,3 +188,21 @@ def test_a_run_that_is_being_cancelled_has_the_verdict_that_it_ends_with(client:
     run = client.create_flow_run(merge, state=Cancelling())
     flow_run.tag_end(merge, run, Cancelling())
     assert client.read_flow_run(run.id).tags == ["verdict:cancelled"]
+
+
+def test_a_run_that_somebody_deleted_stops_nobody_who_would_end_it(client: SyncPrefectClient) -> None:
+    """The runs after it were left as they were."""
+
+    @flow(name=prefect_runs.MERGE)
+    def merge() -> None:
+        """Stands for the merge in the server's records."""
+
+    run, other = client.create_flow_run(merge, state=Running()), client.create_flow_run(merge)
+    note = runs.note_of(str(run.id))
+    store.write_text(note, "tiny")
+    client.delete_flow_run(run.id)
+    mark_crashed(client, run)
+    prefect_runs.skip(client, run, other, "the other merges the same")
+    approval._lapse(client, run, "nobody answered")
+    orphaned_runs._schedule_again(client, run)
+    assert not note.exists()

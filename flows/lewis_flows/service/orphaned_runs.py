@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def give_back(worker: str) -> None:
 
 
 def _schedule_again(client: SyncPrefectClient, run: FlowRun) -> None:
-    client.set_flow_run_state(run.id, Scheduled(message="Its worker died before it began."), force=True)
+    with suppress(ObjectNotFound):  # somebody deleted it
+        client.set_flow_run_state(run.id, Scheduled(message="Its worker died before it began."), force=True)
     logger.info("run %s had not begun when its worker died; it is scheduled again", run.name)
 
 
