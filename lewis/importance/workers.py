@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from threading import Lock
+from threading import Event, Lock
 
 from lewis.devices import one_thread
 from lewis.lazy_torch import torch
@@ -40,7 +40,7 @@ class Workers:
         """Run the jobs, each in whichever thread is free, and wait for all.
 
         Raises:
-            Exception: what a job raised, once the other threads have run the rest.
+            Exception: what a job raised, once the other threads have finished the jobs that they run; no other begins.
         """
         waiting = iter(jobs)
         self._in_all([waiting] * min(len(self._threads), len(jobs)))
@@ -56,20 +56,24 @@ class Workers:
         self._in_all([chain(jobs[i :: self.count], shared) for i in range(self.count)])
 
     def _in_all(self, shares: Sequence[Iterator[Callable[[], None]]]) -> None:
-        taking = Lock()
+        taking, failed = Lock(), Event()
         threads = zip(self._threads, shares, strict=False)
-        futures = [thread.submit(_run, share, taking) for thread, share in threads]
+        futures = [thread.submit(_run, share, taking, failed) for thread, share in threads]
         errors = [future.exception() for future in futures]
         for error in errors:
             if error is not None:
                 raise error
 
 
-def _run(jobs: Iterator[Callable[[], None]], taking: Lock) -> None:
+def _run(jobs: Iterator[Callable[[], None]], taking: Lock, failed: Event) -> None:
     with one_thread(), torch.inference_mode():
-        while True:
+        while not failed.is_set():
             with taking:
                 job = next(jobs, None)
             if job is None:
                 return
-            job()
+            try:
+                job()
+            except BaseException:
+                failed.set()
+                raise

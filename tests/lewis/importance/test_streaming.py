@@ -1,6 +1,7 @@
 """Weights that are read when a pass needs them."""
 
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lewis.importance import measure
 from lewis.importance.calibration import Calibration
 from lewis.importance.measure import network_of
 from lewis.importance.streaming import Weights
+from lewis.importance.workers import Workers
 from lewis.merging.fitting.losses import row_losses
 from lewis.models import model as models
 from lewis.models.checkpoint import Checkpoint
@@ -74,3 +76,19 @@ def test_a_tensor_is_converted_part_by_part(model: Checkpoint, monkeypatch: pyte
     for name in (*model.tensors, "lm_head.weight"):
         assert torch.equal(read_as(model, name, torch.float32), model.read(name).float())
         assert torch.equal(read_as(model, name, torch.bfloat16), model.read(name))
+
+
+def test_no_job_begins_after_one_has_failed() -> None:
+    done = list[int]()
+
+    def fail() -> None:
+        raise ValueError("the first")
+
+    jobs = [fail, *(partial(done.append, number) for number in range(5))]
+    with Workers(1) as workers:
+        for run in (workers, workers.in_place):
+            with pytest.raises(ValueError, match="the first"):
+                run(jobs)
+            assert done == []
+        workers(jobs[1:])
+    assert done == [0, 1, 2, 3, 4]
