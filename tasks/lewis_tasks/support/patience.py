@@ -14,8 +14,9 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -153,50 +154,49 @@ class _Outage:
     def waiting(self, send: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap the function `send`: the result sends a request again and again until there is an answer."""
 
+        async def sent(*arguments: Any, **named: Any) -> Any:
+            return send(*arguments, **named)
+
+        async def sleep(seconds: float) -> None:
+            time.sleep(seconds)
+
         def send_and_wait(request: httpx.Request, *arguments: Any, **named: Any) -> Any:
-            began, again = time.monotonic(), True
-            while True:
-                pause = _PAUSE
-                try:
-                    answer = send(request, *arguments, **named)
-                    if answer.status_code == _BROKEN:
-                        _check(send(_whether_ready(request), *arguments, **named))
-                except (*_AWAY, DatabaseAwayError) as error:
-                    self.look(request, error, began)
-                    again = True
-                else:
-                    pause = _pause_after(answer, time.monotonic() - began, again=again)
-                    again = again and answer.status_code != _BROKEN
-                    if not pause:
-                        self.end()
-                        return answer
-                time.sleep(pause)
+            try:  # without an event loop, since nothing in it suspends
+                self._answer(sent, sleep, request, *arguments, **named).send(None)
+            except StopIteration as answered:
+                return answered.value
 
         return send_and_wait
 
     def waiting_async(self, send: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap the `send` of an asynchronous client as `waiting` does."""
+        return partial(self._answer, send, asyncio.sleep)
 
-        async def send_and_wait(request: httpx.Request, *arguments: Any, **named: Any) -> Any:
-            began, again = time.monotonic(), True
-            while True:
-                pause = _PAUSE
-                try:
-                    answer = await send(request, *arguments, **named)
-                    if answer.status_code == _BROKEN:
-                        _check(await send(_whether_ready(request), *arguments, **named))
-                except (*_AWAY, DatabaseAwayError) as error:
-                    self.look(request, error, began)
-                    again = True
-                else:
-                    pause = _pause_after(answer, time.monotonic() - began, again=again)
-                    again = again and answer.status_code != _BROKEN
-                    if not pause:
-                        self.end()
-                        return answer
-                await asyncio.sleep(pause)
-
-        return send_and_wait
+    async def _answer(
+        self,
+        send: Callable[..., Awaitable[Any]],
+        sleep: Callable[[float], Awaitable[None]],
+        request: httpx.Request,
+        *arguments: Any,
+        **named: Any,
+    ) -> Any:
+        began, again = time.monotonic(), True
+        while True:
+            pause = _PAUSE
+            try:
+                answer = await send(request, *arguments, **named)
+                if answer.status_code == _BROKEN:
+                    _check(await send(_whether_ready(request), *arguments, **named))
+            except (*_AWAY, DatabaseAwayError) as error:
+                self.look(request, error, began)
+                again = True
+            else:
+                pause = _pause_after(answer, time.monotonic() - began, again=again)
+                again = again and answer.status_code != _BROKEN
+                if not pause:
+                    self.end()
+                    return answer
+            await sleep(pause)
 
 
 def _pause_after(answer: httpx.Response, waited: float, *, again: bool) -> float:
