@@ -2,8 +2,11 @@
 
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import closing
+from functools import partial
+from threading import Thread
 from typing import Any
 
 from lewis import settings
@@ -12,6 +15,7 @@ from lewis.serving import slots
 from lewis.store.secrets import UP_SERVE_KEY
 
 _SHOWN = 500  # characters of an answer that an error message shows
+_LATER = 1.0  # seconds after its own timeout in which `requests` says what the server did not do in time
 _PASSES = (408, 425, 429)  # statuses below 500 after which another try may succeed
 
 
@@ -49,18 +53,20 @@ def send(
 
     end = time.monotonic() + timeout_s
     server = "/".join(url.split("/")[:3])  # in messages; the path of a webhook may be its secret
+    ask = partial(
+        requests.request,
+        method,
+        url,
+        json=body,
+        data=data or form,
+        headers=headers,
+        timeout=timeout_s,
+        allow_redirects=False,
+        verify=ca or True,
+        stream=True,
+    )
     try:
-        answer = requests.request(
-            method,
-            url,
-            json=body,
-            data=data or form,
-            headers=headers,
-            timeout=timeout_s,
-            allow_redirects=False,
-            verify=ca or True,
-            stream=True,
-        )
+        answer = _within(timeout_s + _LATER, ask)
         with closing(answer.raw) as raw:
             answer.raw = io.BytesIO(_whole(raw, end))
     except ValueError as error:
@@ -74,6 +80,23 @@ def send(
         return answer
     kind = TransientError if status >= 500 or status in _PASSES else LewisError
     raise kind(f"{server} answered {status}: {' '.join(answer.text.split())[:_SHOWN] or 'nothing'}")
+
+
+def _within(seconds: float, ask: Callable[[], Any]) -> Any:
+    """Call `ask` and return its result; raise TimeoutError after some seconds.
+
+    `requests` has a limit for each byte of the headers of an answer alone, which a server may send bit by bit.
+    """
+    answered: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            answered.set_result(ask())
+        except BaseException as error:
+            answered.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return answered.result(seconds)
 
 
 def _whole(raw: Any, end: float) -> bytes:

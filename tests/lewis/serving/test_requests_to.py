@@ -44,6 +44,16 @@ def test_a_server_that_sends_its_answer_byte_by_byte_has_no_more_time_than_other
         assert time.monotonic() - began < 2
 
 
+def test_nor_has_one_that_sends_its_headers_byte_by_byte() -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    url = "http://{}:{}".format(*server.getsockname())
+    with dripping(server, b"HTTP/1.1 200 OK\r\nx: ", pause=0.2):
+        began = time.monotonic()
+        with pytest.raises(TransientError, match=r"does not answer \(TimeoutError\)"):
+            send("GET", url, timeout_s=0.3)
+        assert time.monotonic() - began < 5
+
+
 def test_haproxy_has_no_more_time_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the path of a socket has a limit
     monkeypatch.setattr(haproxy_socket, "_SECONDS", 0.3)
