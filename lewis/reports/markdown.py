@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|&~$])")
+_SPAN_OR_TAG = re.compile(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)|(?<!\\)<")  # in a code span, `<` begins no HTML
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -50,5 +51,5 @@ def link(text: str, url: str) -> str:
 
 
 def _cell(value: object) -> str:
-    line = str(value).replace("|", "\\|").replace("\n", " ")
-    return line if "`" in line else re.sub(r"(?<!\\)<", r"\\<", line)  # in a code span it begins no HTML
+    line = " ".join(str(value).splitlines()).replace("|", "\\|")
+    return _SPAN_OR_TAG.sub(lambda found: found[0] if found[1] else "\\<", line)

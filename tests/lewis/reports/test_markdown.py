@@ -11,6 +11,9 @@ def test_a_table_escapes_what_would_break_it() -> None:
         "| \\<b> | c | d |",
         "| \\<img> | `<i>` | \\<u\\> |",
     ]
+    assert markdown_table([{"a": "`<i>` <b>", "b": "a`<img>", "c": "``<b>`", "d": "x\r\ny\rz"}]).splitlines()[2:] == [
+        "| `<i>` \\<b> | a`\\<img> | ``\\<b>` | x y z |"
+    ]
     assert markdown_table([]) == ""
 
 
