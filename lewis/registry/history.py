@@ -186,12 +186,20 @@ def in_tags(name: str, tags: Mapping[str, str]) -> list[Record]:
     found = list[Record]()
     for time in sorted(keys):
         try:
-            found.append(Record(**json.loads(tags[keys[time]])))
-        except (ValueError, TypeError, RecursionError) as error:
+            found.append(_record(tags[keys[time]]))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise LewisError(
                 f"{name}: its tag {keys[time]} in MLflow is no record of its history ({error}): a person or a newer "
                 "LEWIS wrote it; remove it, or install the newer one here"
             ) from error
+    return found
+
+
+def _record(text: str) -> Record:
+    found = Record(**json.loads(text))
+    "".join((found.time, found.what, found.why, found.by))  # raises if one is no text, as `_number` does
+    for uri in (found.version, *([] if found.champion is None else [found.champion])):
+        _number(uri)
     return found
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lewis import store
 from lewis.errors import LewisError
@@ -119,14 +119,24 @@ def read(client: "MlflowClient", name: str) -> Iterator[Served]:
     tags = registered_model(client, name).tags
     for key in sorted(each for each in tags if each.startswith(TAG)):
         try:
-            content = json.loads(tags[key])
-            failure = content.pop("failure", None)
-            yield Served(**content, failure=Failure(**failure) if failure else None)
+            found = _record(json.loads(tags[key]))
         except (ValueError, TypeError, AttributeError) as error:
             raise LewisError(
                 f"{name}: its tag {key} in MLflow is no record of what is in service ({error}): a person or a newer "
                 "LEWIS wrote it; remove it, and run `lewis serve` of its recipe, or install the newer one here"
             ) from error
+        yield found
+
+
+def _record(content: dict[str, Any]) -> Served:
+    failure = content.pop("failure", None)
+    found = Served(**content, failure=Failure(**failure) if failure else None)
+    texts = list(content.values())
+    if found.failure:
+        datetime.fromisoformat(found.failure.time)
+        texts += [found.failure.uri, found.failure.why]
+    "".join(texts)  # raises if one is no text
+    return found
 
 
 def write(client: "MlflowClient", record: Served) -> None:

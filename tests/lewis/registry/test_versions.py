@@ -829,7 +829,12 @@ def test_the_plot_has_the_versions_of_the_documents_that_the_champion_was_scored
     assert [each[3] is None for each in drawn] == [False, True, True] and without == [2, 3]
 
 
-@pytest.mark.parametrize("text", ["a note", "[]", '{"newer": 1}'])
+ENTRY = '{"time": "2027", "what": "promoted", "version": %s, "champion": %s, "why": "x", "by": "y"}'
+
+
+@pytest.mark.parametrize(
+    "text", ["a note", "[]", '{"newer": 1}', ENTRY % ("null", "null"), ENTRY % ('"models:/tiny/1"', "1")]
+)
 def test_a_tag_that_is_no_entry_of_the_history_is_named(entry: Registration, text: str) -> None:
     """It was a traceback, of `lewis status` for all recipes too."""
     creation.register(entry)

@@ -260,7 +260,16 @@ def test_all_models_are_looked_at_however_many(home: Path) -> None:
     assert [each.name for each in served()] == ["m100"]
 
 
-@pytest.mark.parametrize("text", ["a note", "[]", '"x"', '{"name": "tiny"}', '{"newer": 1}', '{"failure": {"x": 1}}'])
+RECORD = '{"name": "tiny", "target": "chat", "kind": "vllm", "uri": %s, "failure": %s}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a note", "[]", '"x"', '{"name": "tiny"}', '{"newer": 1}', '{"failure": {"x": 1}}'),
+        *(RECORD % (5, "null"), RECORD % ('""', '{"uri": "x", "why": "y", "time": "soon"}')),
+    ],
+)
 def test_a_tag_that_is_no_record_is_named(home: Path, text: str) -> None:
     """It was a traceback, of `lewis status` for all recipes too."""
     with tracking.client("writing a tag") as client:
