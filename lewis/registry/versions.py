@@ -25,6 +25,7 @@ from lewis.store.manifest import DamagedError
 
 logger = logging.getLogger(__name__)
 DAMAGED = "lewis.damaged"  # tag of a version whose files are lost or damaged; its value is the digest of its merge
+_DIGITS = 9  # of a version's number: a database fails on one that its integers cannot hold
 MODE = "?workflowType=machine_learning"  # opens MLflow's pages for models; by default it shows traces and prompts
 PAGE = "report.html"  # artifact of the run that made a version: its scores, pictures and steps
 
@@ -291,6 +292,8 @@ def lookup(client: "MlflowClient", name: str, *, number: str = "", alias: str = 
     """A version by its number, or by its alias; None if there is no such model, number or alias."""
     from mlflow.exceptions import MlflowException
 
+    if len(number) > _DIGITS:
+        return None
     try:
         return client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
     except MlflowException as error:

@@ -1093,6 +1093,7 @@ def test_what_cannot_be_promoted_or_rolled_back_by_hand_is_told(entry: Registrat
     for version, why, message in (
         ("1", "x", "is the champion already"),
         ("7", "x", "no such version"),
+        ("7" * 20, "x", "no such version"),
         ("7", " ", "--why"),
     ):
         with pytest.raises(InputError, match=message):
