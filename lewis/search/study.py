@@ -4,6 +4,7 @@ Optuna chooses the values (TPE, arXiv 2304.11127; for two metrics NSGA-II, doi 1
 the store, so a search that was killed can continue.
 """
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -194,7 +195,10 @@ class Log:
         return p <= power.ERROR
 
     def done(self, trial: Trial, scores: Sequence[float]) -> None:
-        """Record a trial's scores, in the order of the objectives."""
+        """Record a trial's scores, in the order of the objectives; with one that is NaN, the trial has failed."""
+        if nan := [each.metric for each, score in zip(self.objectives, scores, strict=True) if math.isnan(score)]:
+            self.failed(trial, f"its score {nan[0]} is NaN")
+            return
         self._study.tell(self._live.pop(trial.number), list(scores))
 
     def pruned(self, trial: Trial) -> None:

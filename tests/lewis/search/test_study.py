@@ -1,5 +1,6 @@
 """The space of a search, what it remembers, and how it is told."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -290,6 +291,11 @@ class TestLog:
         seen = Log(recipe, [ACC], INPUTS, "t").trials
         assert [(each.state, each.scores) for each in seen[1:]] == [("pruned", ()), ("failed", ())]
         assert seen[-1].reason == "no such density" and Log(recipe, [ACC], INPUTS, "t").front[0].scores == (4.0,)
+
+    def test_a_score_that_is_no_number_is_a_failure_with_a_reason(self, recipe: Recipe) -> None:
+        log = Log(recipe, [ACC], INPUTS, "t")
+        run(log, 1, lambda _: math.nan)
+        assert [(each.state, each.reason) for each in log.trials] == [("failed", "its score x/acc,none is NaN")]
 
     def test_the_best_trial_stays_done_if_it_cannot_be_scored_again(self, recipe: Recipe) -> None:
         log = Log(recipe, [ACC], INPUTS, "t")
