@@ -30,6 +30,7 @@ _VALUES: dict[str, tuple[type, ...]] = {  # what the value of a key may be; lm-e
 _READERS = ("json", "csv", "parquet", "text")  # of `datasets`: each reads local files
 _FUNCTIONS = ("process_docs", "process_results", "custom_dataset")  # keys that take `!function` alone
 _WORDS = {str: "a text", int: "a whole number", list: "a list", dict: "a mapping"}
+_OF_METRIC = ("metric", "aggregation", "higher_is_better", "hf_evaluate")  # its other keys are arguments
 MEASURED = {  # of its own metrics, those that lm-eval computes for an output type
     "multiple_choice": ("acc", "acc_bytes", "acc_mutual_info", "acc_norm", "brier_score", "exact_match", "f1", "mcc"),
     "generate_until": ("bleu", "bypass", "chrf", "chrf++", "exact_match", "f1", "mcc", "ter"),
@@ -201,6 +202,11 @@ def _check_names(task: TaskFile) -> None:
     metrics = items("metric_list", task.config.get("metric_list") or [], "metric")
     pipelines = items("filter_list", task.config.get("filter_list") or [], "name", "filter")
     steps = [each for pipeline in pipelines for each in items("filter_list: filter", pipeline["filter"], "function")]
+    if broken := [pipeline for pipeline in pipelines if not isinstance(pipeline["filter"], list)]:
+        raise InputError(f"{task.path}: filter_list: filter: expected a list of mappings, got {broken[0]['filter']!r}")
+    for pipeline in pipelines:
+        _try_filters(task, pipeline)
+    _try_exact_match(task, metrics)
     if task.functions:  # their modules may register names of their own
         return
     for metric in metrics:
@@ -220,6 +226,49 @@ def _check_metrics(task: TaskFile, metrics: Sequence[str]) -> None:
             f"{task.path}: metric_list: metric: lm-eval has no {others[0]} for output_type {kind}; "
             f"expected one of {', '.join(MEASURED[kind])}"
         )
+
+
+def _try_filters(task: TaskFile, pipeline: Mapping[str, Any]) -> None:
+    """Give an answer to lm-eval's filters, which lm-eval itself makes and applies once the model has answered all."""
+    from lm_eval.api.registry import filter_registry
+
+    kind = task.config.get("output_type") or "generate_until"
+    answer: Any = {"generate_until": "1", "loglikelihood_rolling": -1.0}.get(kind, (-1.0, False))
+    found: list[Any] = [[answer] * (task.config.get("repeats") or 1)]
+    for step in pipeline["filter"]:
+        name, options = step["function"], {key: value for key, value in step.items() if key != "function"}
+        if name not in tuple(filter_registry) or any(value in task.functions for value in options.values()):
+            return
+        try:
+            found = list(filter_registry[name](**options).apply(found, [{"choices": []}]))
+        except IndexError:  # `group_select` of more matches than this answer has
+            return
+        except Exception as error:
+            problem = f"expected the argument {error}" if isinstance(error, KeyError) else error
+            raise InputError(
+                f"{task.path}: filter_list: {pipeline['name']}: lm-eval cannot apply {name} with {options}: {problem}"
+            ) from error
+    if kind != "generate_until" and "process_results" not in task.config and found != [answer]:
+        raise InputError(
+            f"{task.path}: filter_list: {pipeline['name']}: expected filters that leave likelihoods as they are and "
+            f"end with take_first, since output_type is {kind}, got {[step['function'] for step in pipeline['filter']]}"
+        )
+
+
+def _try_exact_match(task: TaskFile, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Compute lm-eval's `exact_match`, the only metric that takes arguments, with those of the task."""
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+
+    if (task.config.get("output_type") or "generate_until") != "generate_until" or "process_results" in task.config:
+        return
+    for metric in metrics:
+        options = {key: value for key, value in metric.items() if key not in _OF_METRIC}
+        if metric["metric"] == "exact_match" and not metric.get("hf_evaluate"):
+            try:
+                exact_match_hf_evaluate(predictions=["1"], references=["1"], **options)
+            except Exception as error:
+                message = f"lm-eval cannot compute exact_match with {options}: {error}"
+                raise InputError(f"{task.path}: metric_list: {message}") from error
 
 
 def _environment() -> SandboxedEnvironment:

@@ -822,6 +822,7 @@ class TestCheckTasks:
                 {"filter_list": [{"name": "x", "filter": ["take_first"]}]},
                 "filter_list: filter: expected mappings with function, got 'take_first'",
             ),
+            ({"filter_list": [{"name": "x", "filter": {"function": "take_first"}}]}, "filter: expected a list of map"),
             (
                 {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}, {"metric": "acc"}]},
                 "metric_list: metric: lm-eval has no acc for output_type generate_until; expected one of bleu",
@@ -834,6 +835,50 @@ class TestCheckTasks:
         functions = tuple(str(text) for text in change.values() if text == "own.docs")
         task = TaskFile("pets", root / "own.yaml", {**CHOICE, **change}, (), functions)
         with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            check_config(task, root)
+
+    @pytest.mark.parametrize(
+        ("step", "message"),
+        [
+            (
+                {"function": "regex", "pattern": "x"},
+                r"x: lm-eval cannot apply regex with {'pattern': 'x'}: .*unexpected",
+            ),
+            ({"function": "regex", "regex_pattern": "(x"}, "lm-eval cannot apply regex with .*unterminated subpattern"),
+            (
+                {"function": "regex", "regex_pattern": "(.)", "group_select": "1"},
+                "cannot apply regex with .*must be int",
+            ),
+            ({"function": "regex", "regex_pattern": "(.)", "group_select": 3}, None),  # an answer may have four of them
+            ({"function": "take_first_k"}, "cannot apply take_first_k with {}: expected the argument 'k'"),
+            ({"function": "take_first_k", "k": 3}, "with {'k': 3}: Need at least 3 responses .* TaskConfig.repeats"),
+            ({"function": "take_first_k", "k": 2}, None),
+            ({"function": "multi_choice_regex"}, None),
+            ({"function": "custom", "filter_fn": "own"}, "cannot apply custom with .*not callable"),
+            ({"function": "custom", "filter_fn": "own.answers"}, None),  # a function of the recipe is not called
+        ],
+    )
+    def test_filters_are_tried_before_the_model_has_answered(self, root, step, message):
+        config = {**WRITTEN, "repeats": 2, "filter_list": [{"name": "x", "filter": [step]}]}
+        functions = ("own.answers",) if message is None else ()
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            check_config(TaskFile("written", root / "own.yaml", config, (), functions), root)
+
+    @pytest.mark.parametrize("config", [CHOICE, ANSWERS])
+    def test_filters_of_likelihoods_leave_them_as_they_are(self, root, config):
+        for steps, right in ((["take_first"], True), (["majority_vote"], False), (["regex", "take_first"], False)):
+            filters = [{"name": "x", "filter": [{"function": step} for step in steps]}]
+            with contextlib.nullcontext() if right else pytest.raises(InputError, match="end with take_first, since"):
+                check_config(TaskFile("own", root / "own.yaml", {**config, "filter_list": filters}, (), ()), root)
+
+    @pytest.mark.parametrize("options", [{"ignore_cases": True}, {"regexes_to_ignore": ["("]}])
+    def test_arguments_of_exact_match_are_tried_before_the_model_has_answered(self, root, options):
+        metric = {"metric": "exact_match", "aggregation": "mean", "ignore_case": True, "regexes_to_ignore": [","]}
+        check_config(TaskFile("own", root / "own.yaml", {**WRITTEN, "metric_list": [metric]}, (), ()), root)
+        task = TaskFile("own", root / "own.yaml", {**WRITTEN, "metric_list": [{**metric, **options}]}, (), ())
+        with pytest.raises(
+            InputError, match=r"metric_list: lm-eval cannot compute exact_match with .*: .*(un|missing)"
+        ):
             check_config(task, root)
 
     @pytest.mark.parametrize("more", [{"task": [{"task": "own", "num_fewshot": 0}]}, {"num_fewshot": 0}])
