@@ -30,6 +30,7 @@ _VALUES: dict[str, tuple[type, ...]] = {  # what the value of a key may be; lm-e
 _READERS = ("json", "csv", "parquet", "text")  # of `datasets`: each reads local files
 _FUNCTIONS = ("process_docs", "process_results", "custom_dataset")  # keys that take `!function` alone
 _WORDS = {str: "a text", int: "a whole number", list: "a list", dict: "a mapping"}
+_OF_NUMBERS = ("bypass", "mean", "median", "nanmean", "perplexity")  # lm-eval's aggregations of a number per document
 _OF_METRIC = ("metric", "aggregation", "higher_is_better", "hf_evaluate")  # its other keys are arguments
 MEASURED = {  # of its own metrics, those that lm-eval computes for an output type
     "multiple_choice": ("acc", "acc_bytes", "acc_mutual_info", "acc_norm", "brier_score", "exact_match", "f1", "mcc"),
@@ -100,6 +101,10 @@ def _check_values(task: TaskFile) -> None:
             check(key, isinstance(value, kinds), " or ".join(_WORDS[kind] for kind in kinds), value)
         if key in _FUNCTIONS and value is not None:
             check(key, value in task.functions, "!function MODULE.NAME", value)
+        if key in ("metric_list", "filter_list"):  # of an empty one lm-eval gives no number
+            check(key, value != [], "at least one item, or no such key", value)
+    repeats = task.config.get("repeats")
+    check("repeats", repeats is None or repeats > 0, "at least 1", repeats)
     choices = task.config.get("doc_to_choice")
     listed = list(choices.values()) if isinstance(choices, dict) else choices if isinstance(choices, list) else ["one"]
     check("doc_to_choice", bool(listed), "at least one choice", choices)
@@ -211,6 +216,7 @@ def _check_names(task: TaskFile) -> None:
         return
     for metric in metrics:
         check("metric_list: aggregation", metric, tuple(aggregation_registry))
+        _check_aggregation(task, metric)
     _check_metrics(task, [str(metric["metric"]) for metric in metrics if not metric.get("hf_evaluate")])
     for each in steps:
         check("filter_list: function", each, tuple(filter_registry))
@@ -225,6 +231,20 @@ def _check_metrics(task: TaskFile, metrics: Sequence[str]) -> None:
         raise InputError(
             f"{task.path}: metric_list: metric: lm-eval has no {others[0]} for output_type {kind}; "
             f"expected one of {', '.join(MEASURED[kind])}"
+        )
+
+
+def _check_aggregation(task: TaskFile, metric: Mapping[str, Any]) -> None:
+    """Check that a metric of lm-eval that has no number per document is not aggregated as numbers, nor the reverse."""
+    from lm_eval.api.registry import aggregation_registry, metric_agg_registry
+
+    name, given = str(metric["metric"]), metric.get("aggregation")
+    if given is None or name not in tuple(metric_agg_registry) or metric.get("hf_evaluate"):
+        return
+    own = next(key for key, value in aggregation_registry.items() if value is metric_agg_registry[name])
+    if (given in _OF_NUMBERS) != (own in _OF_NUMBERS):
+        raise InputError(
+            f"{task.path}: metric_list: aggregation: lm-eval cannot take the {given} of {name}; expected {own}"
         )
 
 

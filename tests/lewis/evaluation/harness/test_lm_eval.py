@@ -769,6 +769,18 @@ class TestCheckTasks:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
+            ({"filter_list": []}, r"filter_list: expected at least one item, or no such key, got \[\]"),
+            ({"metric_list": []}, r"metric_list: expected at least one item, or no such key, got \[\]"),
+            ({"repeats": 0}, "repeats: expected at least 1, got 0"),
+            (
+                {"metric_list": [{"metric": "acc", "aggregation": "f1"}]},
+                "aggregation: lm-eval cannot take the f1 of acc; expected mean",
+            ),
+            (
+                {"metric_list": [{"metric": "f1", "aggregation": "mean"}]},
+                "aggregation: lm-eval cannot take the mean of f1; expected f1",
+            ),
+            ({"metric_list": [{"metric": "acc", "aggregation": "median"}]}, None),
             ({"output_type": "generate_untill"}, "output_type: lm-eval has no 'generate_untill'; did you mean 'gen"),
             (
                 {"metric_list": [{"metric": "acc", "aggregation": "avg"}]},
