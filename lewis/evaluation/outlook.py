@@ -122,7 +122,7 @@ def _is_share(config: Mapping[str, Any]) -> bool:
 def _rows(config: Mapping[str, Any], root: Path) -> int | None:
     """The number of rows in the task's split; None unless it is one local file with a JSON object per line."""
     path = split_file(config, root, "test_split" if config.get("test_split") else "validation_split")
-    if path is None:
+    if path is None or path.suffix != ".jsonl":
         return None
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())

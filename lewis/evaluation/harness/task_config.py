@@ -1,5 +1,6 @@
 """Check the content of a task file before any work: what lm-eval would find only after the merge."""
 
+import ast
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -43,8 +44,9 @@ MEASURED = {  # of its own metrics, those that lm-eval computes for an output ty
 def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> None:
     """Check a task's keys, its splits that are read, its templates, and the names that lm-eval must know.
 
-    Where a split is one local file with a JSON object per line, also check that its columns fill the templates, and
-    that it has enough rows for the examples in the prompt.
+    Where a split is one local file with a JSON object per line, or a CSV file, also check that its columns fill the
+    templates, that its first document has choices and its target is one of them, and that it has enough rows for the
+    examples in the prompt.
 
     Args:
         task: the file's content.
@@ -84,6 +86,7 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
         with suppress(_OtherLayoutError):
             first, *_, last = [*read, *read]
             _check_columns(task, split_file(config, root, first), environment)
+            _check_target(task, split_file(config, root, first), environment)
             _check_examples(task, split_file(config, root, last), num_fewshot)
 
 
@@ -325,6 +328,41 @@ def _check_columns(task: TaskFile, file: Path | None, environment: SandboxedEnvi
             pass
 
 
+def _check_target(task: TaskFile, file: Path | None, environment: SandboxedEnvironment) -> None:
+    """Check that the choices of a file's first document are texts and its target is the index of one, if it is one."""
+    row = next(_rows(file), None) if file else None
+    given = {key: task.config.get(key) for key in ("doc_to_choice", "doc_to_target")}
+    if row is None or given["doc_to_choice"] is None or any(value in task.functions for value in given.values()):
+        return
+    found = dict[str, Any]()
+    for key, value in given.items():
+        found[key] = value
+        if isinstance(value, str):
+            try:
+                found[key] = row[value] if value in row else environment.from_string(value).render(row)
+            except Exception:  # what a template does with a value can raise anything
+                return
+            if value not in row and (key == "doc_to_choice" or found[key].isdigit()):  # lm-eval reads both as literals
+                with suppress(ValueError, SyntaxError):
+                    found[key] = ast.literal_eval(found[key])
+    choices, target = found["doc_to_choice"], found["doc_to_target"]
+    choices = list(choices.values()) if isinstance(choices, dict) else choices
+    about = f"in the first document of {file}"
+    if not isinstance(choices, list | tuple) or not choices or not all(isinstance(each, str) for each in choices):
+        raise InputError(f"{task.path}: doc_to_choice: expected a list of texts {about}, got {choices!r}")
+    if isinstance(target, int) and not -len(choices) <= target < len(choices):
+        raise InputError(
+            f"{task.path}: doc_to_target: expected the index of one of {len(choices)} choices, from 0, {about}, "
+            f"got {target}"
+        )
+    generates = task.config.get("output_type") in (None, "generate_until")
+    if generates and not isinstance(target, int) and "process_results" not in task.config:
+        raise InputError(
+            f"{task.path}: doc_to_target: expected the index of a choice {about}, since the task generates and has "
+            f"doc_to_choice, got {target!r}"
+        )
+
+
 def _check_examples(task: TaskFile, file: Path | None, num_fewshot: int | None) -> None:
     """Check that the split of the examples, which is this file, has enough rows for a prompt."""
     own = task.config.get("num_fewshot")
@@ -341,12 +379,21 @@ def _check_examples(task: TaskFile, file: Path | None, num_fewshot: int | None) 
 
 
 class _OtherLayoutError(Exception):
-    """A file has not a JSON object per line. lm-eval also reads a list, or objects over several lines."""
+    """A file is no CSV, or has not a JSON object per line. lm-eval also reads a list, or objects over several lines."""
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file with a JSON object per line; raises _OtherLayoutError at a line that is none."""
+    """The rows of a CSV, or of a file with a JSON object per line; raises _OtherLayoutError where it is neither."""
     with open_regular(file) as lines:
+        if file.suffix == ".csv":
+            import pandas as pd  # slow to import
+
+            try:  # as `datasets` reads it
+                for part in pd.read_csv(lines, chunksize=1000):
+                    yield from part.to_dict("records")
+            except ValueError as error:
+                raise _OtherLayoutError from error
+            return
         for line in lines:
             if line.strip():
                 try:

@@ -150,12 +150,13 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
 
 
 def split_file(config: Mapping[str, Any], root: Path, key: str) -> Path | None:
-    """The file of the split that `config[key]` names; None unless it is one local .jsonl file, read without options."""
+    """The file of the split that `config[key]` names; None unless it is a local .jsonl or .csv without options."""
     options = config.get("dataset_kwargs") or {}
     files = options["data_files"] if isinstance(options, Mapping) and options.keys() == {"data_files"} else None
     named = files.get(str(config.get(key))) if isinstance(files, Mapping) else files
-    path = root / named if isinstance(named, str) and named.endswith(".jsonl") else None
-    return path if config.get("dataset_path") == "json" and path is not None and path.is_file() else None
+    ending = {"json": ".jsonl", "csv": ".csv"}.get(str(config.get("dataset_path")))
+    path = root / named if isinstance(named, str) and ending and named.endswith(ending) else None
+    return path if path is not None and path.is_file() else None
 
 
 def reads_hub(found: FoundTasks, root: Path) -> bool:

@@ -818,7 +818,22 @@ class TestCheckTasks:
             ({"doc_to_choice": {"a": ""}}, "doc_to_choice: expected texts, in quotes and not empty, got ''"),
             ({"doc_to_choice": []}, r"doc_to_choice: expected at least one choice, got \[\]"),
             ({"doc_to_choice": "anwser"}, r"rows\.jsonl has no column 'anwser'; did you mean 'answer'"),
-            ({"doc_to_choice": "[1, {{answer}}]"}, None),
+            ({"doc_to_choice": "['1', '2', '{{answer}}']"}, None),
+            ({"doc_to_choice": "[1, 2, {{answer}}]"}, r"expected a list of texts in the first .*, got \[1, 2, 2\]"),
+            (
+                {"doc_to_choice": "{{question}}"},
+                "expected a list of texts in the first document of .*, got 'the sky is'",
+            ),
+            ({"doc_to_choice": "text"}, "doc_to_choice: expected a list of texts in the first .*, got ' red'"),
+            ({"doc_to_choice": ["cat", "dog"]}, "doc_to_target: expected the index of one of 2 choices.* got 2"),
+            ({"doc_to_choice": {"a": "cat", "b": "dog"}, "doc_to_target": 1}, None),
+            ({"doc_to_target": "{{answer + 1}}"}, "expected the index of one of 3 choices, from 0, .* got 3"),
+            ({"doc_to_target": "{{answer + 1}}", "process_docs": "own.docs"}, None),
+            ({"doc_to_target": "{{answer + 1}}", "doc_to_choice": "own.docs"}, None),
+            (
+                {"output_type": "generate_until", "doc_to_target": "text", "metric_list": [{"metric": "exact_match"}]},
+                "doc_to_target: expected the index of a choice .* has doc_to_choice, got ' red'",
+            ),
             ({"test_split": ["test"]}, r"test_split: expected a text, got \['test'\]"),
             ({"doc_to_target": {"a": 1}}, "doc_to_target: expected a text or a whole number or a list, got"),
             ({"num_fewshot": "5"}, "num_fewshot: expected a whole number, got '5'"),
@@ -927,6 +942,23 @@ class TestCheckTasks:
         write_task(root / "tasks/several.yaml", {"group": "several", **group})
         with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
             check_tasks(EvalSettings(("several",), root))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({}, None),
+            ({"doc_to_text": "{{query}}"}, r"'query' is undefined; .*rows\.csv has the columns answer, question, text"),
+            ({"doc_to_choice": "text"}, "doc_to_choice: expected a list of texts in the first .*, got 'red'"),
+            ({"doc_to_choice": ["cat", "dog"]}, "expected the index of one of 2 choices, from 0, .* got 2"),
+            ({"num_fewshot": 6}, r"num_fewshot: 6 examples need 6 rows, and .*rows\.csv has 5"),
+        ],
+    )
+    def test_rows_of_a_csv_are_checked_as_others(self, root, change, message):
+        rows = "".join(f"{row['question']},{row['answer']},{row['text'].strip()}\n" for row in ROWS)
+        (root / "data/rows.csv").write_text(f"question,answer,text\n{rows}")
+        options = {"dataset_path": "csv", "dataset_kwargs": {"data_files": {"test": "data/rows.csv"}}}
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            check_config(TaskFile("pets", root / "own.yaml", {**CHOICE, **options, **change}, (), ()), root)
 
     def test_examples_that_the_recipe_asks_for_need_rows_but_not_where_a_task_sets_0(self, root):
         task = TaskFile("pets", root / "own.yaml", CHOICE, (), ())
