@@ -20,7 +20,7 @@ from lewis.input_files import open_regular
 _NEEDED = ("doc_to_text", "doc_to_target", "doc_to_choice")
 _TEMPLATES = (*_NEEDED, "description", "gen_prefix")
 _VALUES: dict[str, tuple[type, ...]] = {  # what the value of a key may be; lm-eval raises for others, in no plain words
-    **dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"), (str,)),
+    **dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split", "split"), (str,)),
     **dict.fromkeys(("dataset_path", "dataset_name", "description", "gen_prefix"), (str,)),
     **dict.fromkeys(("target_delimiter", "fewshot_delimiter"), (str,)),
     **dict.fromkeys(("num_fewshot", "repeats"), (int,)),
@@ -69,6 +69,8 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
     splits = (config.get("dataset_kwargs") or {}).get("data_files")
     if isinstance(splits, str | list):
         splits = {"train": splits}  # as `datasets` calls it
+    elif isinstance(splits, Mapping):
+        splits = {str(name): of for name, of in splits.items()}  # `datasets` calls 2024 "2024"
     read = _read_splits(config)
     for key, name in read.items():
         if isinstance(splits, Mapping) and name not in splits:
@@ -98,12 +100,18 @@ def _check_values(task: TaskFile) -> None:
         if not right:
             raise InputError(f"{task.path}: {key}: expected {expected}, got {given!r}")
 
-    for key, value in task.config.items():
-        kinds = _VALUES.get(key, ())
+    own = task.config.get("fewshot_config")
+    of_examples = {f"fewshot_config: {key}": value for key, value in (own if isinstance(own, dict) else {}).items()}
+    for key, value in (*task.config.items(), *of_examples.items()):
+        kind = str(key).rpartition(": ")[2]
+        kinds = _VALUES.get(kind, ())
         if kinds and value is not None:
-            check(key, isinstance(value, kinds), " or ".join(_WORDS[kind] for kind in kinds), value)
-        if key in _FUNCTIONS and value is not None:
+            check(key, isinstance(value, kinds), " or ".join(_WORDS[each] for each in kinds), value)
+        if kind in _FUNCTIONS and value is not None:
             check(key, value in task.functions, "!function MODULE.NAME", value)
+        if kind == "samples" and value is not None and value not in task.functions:
+            right = isinstance(value, list) and all(isinstance(each, dict) for each in value)
+            check(key, right, "a list of mappings, or !function MODULE.NAME", value)
         if key in ("metric_list", "filter_list"):  # of an empty one lm-eval gives no number
             check(key, value != [], "at least one item, or no such key", value)
     repeats = task.config.get("repeats")
@@ -367,7 +375,12 @@ def _check_examples(task: TaskFile, file: Path | None, num_fewshot: int | None) 
     """Check that the split of the examples, which is this file, has enough rows for a prompt."""
     own = task.config.get("num_fewshot")
     shots = own if own == 0 or num_fewshot is None else num_fewshot
-    if not isinstance(shots, int) or shots <= 0 or file is None or task.config.get("fewshot_config"):
+    if not isinstance(shots, int) or shots <= 0 or file is None:
+        return
+    if own_config := task.config.get("fewshot_config"):
+        samples = own_config.get("samples")
+        if isinstance(samples, list) and own_config.get("split", task.config.get("fewshot_split")) is None:
+            _check_samples(task, file, samples, shots)
         return
     # Where these two splits are the same, or missing both, lm-eval draws one more: the document itself is left out.
     needed = shots + (task.config.get("fewshot_split") == task.config.get("test_split"))
@@ -376,6 +389,19 @@ def _check_examples(task: TaskFile, file: Path | None, num_fewshot: int | None) 
             f"{task.path}: num_fewshot: {shots} examples need {needed} rows, and {file} has {found}; "
             "set fewer, or add rows"
         )
+
+
+def _check_samples(task: TaskFile, file: Path, samples: Sequence[Mapping[str, Any]], shots: int) -> None:
+    """Check that the examples that the task itself gives are enough, and have the columns that are asked of them."""
+    if len(samples) < shots:
+        raise InputError(
+            f"{task.path}: fewshot_config: samples: num_fewshot is {shots}, and there are {len(samples)}; "
+            "set fewer, or add some"
+        )
+    given, columns = {**task.config, **task.config["fewshot_config"]}, next(_rows(file), {}).keys()
+    for text in (given.get(key) for key in ("doc_to_text", "doc_to_target", "doc_to_choice")):
+        if isinstance(text, str) and text in columns and any(text not in sample for sample in samples):
+            raise InputError(f"{task.path}: fewshot_config: samples: expected the key {text!r} in each, as in {file}")
 
 
 class _OtherLayoutError(Exception):

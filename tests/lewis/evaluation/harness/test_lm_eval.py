@@ -759,6 +759,12 @@ class TestCheckTasks:
         with pytest.raises(InputError, match="fewshot_config: split: no split 'none'"):
             check_config(TaskFile("x", root / "own.yaml", config, (), ()), root)
 
+    def test_a_number_as_a_split_in_data_files_is_the_text(self, root):
+        config = {**CHOICE, "dataset_kwargs": {"data_files": {2024: "x.jsonl"}}, "test_split": "2024"}
+        check_config(TaskFile("x", root / "own.yaml", config, (), ()), root)
+        with pytest.raises(InputError, match="test_split: no split '2025' in data_files; did you mean '2024'"):
+            check_config(TaskFile("x", root / "own.yaml", {**config, "test_split": "2025"}, (), ()), root)
+
     @pytest.mark.parametrize("files", ["x.jsonl", ["x.jsonl"]])
     def test_data_files_without_splits_are_one_that_is_named_train(self, root, files):
         config = {**CHOICE, "dataset_kwargs": {"data_files": files}, "test_split": "train"}
@@ -812,7 +818,21 @@ class TestCheckTasks:
                 {"num_fewshot": 5, **dict.fromkeys(("fewshot_split", "validation_split"), "test"), "test_split": None},
                 None,
             ),
-            ({"num_fewshot": 5, "fewshot_config": {"samples": [{}] * 5}}, None),
+            ({"num_fewshot": 5, "fewshot_config": {"samples": [ROWS[0]] * 5}}, None),
+            (
+                {"num_fewshot": 5, "fewshot_config": {"samples": [{}] * 5}},
+                "expected the key 'question' in each, as in ",
+            ),
+            ({"num_fewshot": 5, "fewshot_config": {"samples": [ROWS[0]] * 4}}, "num_fewshot is 5, and there are 4"),
+            (
+                {"fewshot_config": {"samples": "x"}},
+                "fewshot_config: samples: expected a list of mappings, or .*got 'x'",
+            ),
+            ({"fewshot_config": {"samples": ["x"]}}, r"fewshot_config: samples: expected a list of map.*got \['x'\]"),
+            ({"fewshot_config": {"samples": "own.docs"}}, None),
+            ({"fewshot_config": {"process_docs": "x"}}, "fewshot_config: process_docs: expected !function"),
+            ({"fewshot_config": {"split": 2024}}, "fewshot_config: split: expected a text, got 2024"),
+            ({"fewshot_config": {"doc_to_text": ["a"]}}, "fewshot_config: doc_to_text: expected a text or a whole num"),
             ({"num_fewshot": -1}, None),
             ({"doc_to_choice": ["cat", True]}, "doc_to_choice: expected texts, in quotes and not empty, got True"),
             ({"doc_to_choice": {"a": ""}}, "doc_to_choice: expected texts, in quotes and not empty, got ''"),
@@ -859,7 +879,8 @@ class TestCheckTasks:
         ],
     )
     def test_what_lm_eval_refuses_when_it_loads_a_task_is_refused_before(self, root, change, message):
-        functions = tuple(str(text) for text in change.values() if text == "own.docs")
+        values = [*change.values(), *change.get("fewshot_config", {}).values()]
+        functions = tuple(str(text) for text in values if text == "own.docs")
         task = TaskFile("pets", root / "own.yaml", {**CHOICE, **change}, (), functions)
         with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
             check_config(task, root)
