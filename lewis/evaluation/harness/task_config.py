@@ -164,9 +164,15 @@ def _loaded(
     means = task.config.get("aggregate_metric_list") or []
     for mean in means if isinstance(means, list) else [means]:
         try:
-            AggMetricConfig(**mean)
+            given = AggMetricConfig(**mean).filter_list
+            chosen = given if given is None or isinstance(given, list) else []
         except (TypeError, ValueError) as error:
             raise InputError(f"{task.path}: aggregate_metric_list: {mean!r}: {error}") from error
+        if chosen is not None and (not chosen or not all(isinstance(each, str) and each for each in chosen)):
+            message = f"aggregate_metric_list: filter_list: expected names of filters, got {mean['filter_list']!r}"
+            raise InputError(f"{task.path}: {message}")
+    if not isinstance(task.config.get("task"), list) or not task.config["task"]:
+        raise InputError(f"{task.path}: task: expected a list of members, got {task.config.get('task')!r}")
     own = {key: value for key, value in task.config.items() if key not in {each.name for each in fields(GroupConfig)}}
     for item in members(task.config):
         more = {**own, **changes, **(item if isinstance(item, Mapping) else {})}

@@ -957,6 +957,16 @@ class TestCheckTasks:
                 "aggregate_metric_list: .*'mean' is the only pre-defined aggregation",
             ),
             ({"task": ["pets"], "aggregate_metric_list": ["acc"]}, "aggregate_metric_list: 'acc': "),
+            *(
+                (
+                    {"task": ["pets"], "aggregate_metric_list": [{"metric": "acc", "filter_list": given}]},
+                    f"aggregate_metric_list: filter_list: expected names of filters, got {re.escape(repr(given))}",
+                )
+                for given in (5, True, "", [], [5], {"none": 1})
+            ),
+            ({"task": ["pets"], "aggregate_metric_list": {"metric": "acc", "filter_list": "none"}}, None),
+            ({"task": "pets"}, "several.yaml: task: expected a list of members, got 'pets'"),  # lm-eval took none
+            ({"task": []}, r"several.yaml: task: expected a list of members, got \[\]"),
         ],
     )
     def test_the_members_of_a_group_are_checked_as_lm_eval_loads_them(self, root, group, message):
