@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import IO, Any
 
 from lewis import guard, settings
@@ -160,8 +161,9 @@ def _models(url: str, *, direct: bool) -> list[str]:
         with urllib.request.build_opener(*handlers).open(request, timeout=30) as answer:
             found: Any = json.loads(answer.read(1 << 20))
         return [str(each["id"]) for each in found["data"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LewisError(f"LEWIS_EVALUATION_SERVER: {redacted(url)}/models does not list models: {error}") from error
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:  # HTTPException: its answer is no HTTP
+        why = f"{type(error).__name__}: {error}"
+        raise LewisError(f"LEWIS_EVALUATION_SERVER: {redacted(url)}/models does not list models: {why}") from error
 
 
 def _check_model(url: str, model: str, names: list[str]) -> None:

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -157,6 +159,16 @@ class TestAServer:
             monkeypatch.setenv("LEWIS_EVALUATION_SERVER", url)
             with pytest.raises(LewisError, match=r"likelihoods of all \d+ tokens of a prompt .* and gave 1; take"):
                 scores(EvalSettings(("pets.yaml",), root, backend="openai", model_args=more), model)
+
+    def test_one_that_answers_without_http_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as mail:
+            Thread(target=lambda: mail.accept()[0].sendall(b"220 mail\r\n"), daemon=True).start()
+            monkeypatch.setenv("LEWIS_EVALUATION_SERVER", f"http://127.0.0.1:{mail.getsockname()[1]}/v1")
+            with (
+                pytest.raises(LewisError, match="v1/models does not list models: BadStatusLine: 220 mail"),
+                server.serving("/some/model", {}),
+            ):
+                pass
 
     def test_another_model_is_not_asked(self, model: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with serving(model) as (url, answers):
