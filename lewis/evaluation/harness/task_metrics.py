@@ -12,7 +12,7 @@ import yaml
 from lewis.errors import InputError, nearest
 from lewis.evaluation.harness.builtin_tasks import builtin_task
 from lewis.evaluation.harness.task_files import FoundTasks, find_tasks, members
-from lewis.evaluation.statistics.scored import WEIGHTED
+from lewis.evaluation.statistics.scored import OF_BOTH_KINDS, WEIGHTED
 from lewis.evaluation.statistics.scores import SUMMED, Score
 from lewis.recipe.schema import Evaluate, Gate
 
@@ -44,7 +44,8 @@ def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, search
 
     Raises:
         InputError: naming the key and the nearest score, if no task gives a score of that name, or a weight or a
-            tolerance is for a score without a value per document.
+            tolerance is for a score without a value per document; or if the weights are of scores of which some are
+            better high and others low.
     """
     configs = configs_and_scores(evaluate.tasks, root)
     if configs is None:
@@ -52,6 +53,8 @@ def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, search
     known: Known = {name: scores for name, (_, scores) in configs.items()}
     valued = _with_values(configs)
     _check("evaluate.weights", evaluate.weights, valued, per_document=True)
+    if {True, False} <= {_is_better_high(name, configs, valued) for name in evaluate.weights}:
+        raise InputError(OF_BOTH_KINDS)
     if evaluate.weights:
         mean = {WEIGHTED[0]: [WEIGHTED[1]]}
         known, valued = {**known, **mean}, {**valued, **mean}
@@ -91,6 +94,22 @@ def _with_values(configs: Configs) -> Known:
         if own != []:
             found[name] = own
     return found
+
+
+def _is_better_high(name: str, configs: Configs, valued: Known) -> bool | None:
+    """Whether high values of the score of a weight are better; None where the task's file does not show it."""
+    from lm_eval.api.registry import is_higher_better
+
+    task = max((each for each in configs if f"{name}/".startswith(f"{each}/")), key=len)
+    score = name.removeprefix(task).removeprefix("/") or next(iter(valued[task] or ()), "")
+    config, metric = configs[task][0], score.partition(",")[0]
+    if not metric or "group" in config:
+        return None
+    own = [
+        each for each in config.get("metric_list") or () if isinstance(each, Mapping) and each.get("metric") == metric
+    ]
+    higher = own[0]["higher_is_better"] if own and "higher_is_better" in own[0] else is_higher_better(metric)
+    return None if higher is None else higher is not False
 
 
 def without_values(tasks: Sequence[str], root: Path) -> list[str]:

@@ -12,6 +12,7 @@ from lewis.evaluation.statistics.scores import Ends, Evaluated, Samples, Score, 
 
 WEIGHTED = ("weighted", "mean,none")  # task and metric of the weighted mean of `evaluate.weights`
 WEIGHTED_KEY = "/".join(WEIGHTED)
+OF_BOTH_KINDS = "evaluate.weights: some of these scores are better high, others low; weight one kind only"
 MERGED = "merged"  # label of the merged model
 _MARK = "mark"  # label of the version that the gate counts losses from; no table has it
 _T = TypeVar("_T")
@@ -137,7 +138,7 @@ def _weighted(
             )
         shares.append((score, weight / sum(weights.values())))
     if len({score.higher_is_better for score, _ in shares}) > 1:
-        raise InputError("evaluate.weights: some of these scores are better high, others low; weight one kind only")
+        raise InputError(OF_BOTH_KINDS)
     mean = combined(*WEIGHTED, [(samples[score.key], share) for score, share in shares])
     value = sum(share * score.value for score, share in shares)
     errors = power.sums_by_task((s.task, math.nan if s.stderr is None else share * s.stderr) for s, share in shares)

@@ -119,6 +119,19 @@ def test_a_score_without_a_value_per_document_is_refused_where_documents_are_com
         check(root, ["plain", "late"], gate, **({"weights": named} if key == "weights" else {}))
 
 
+def test_weights_of_scores_that_are_better_high_and_low_are_refused(root: Path) -> None:
+    of_text = {"dataset_path": "json", "output_type": "loglikelihood", "task": "text"}  # perplexity, then acc
+    own = {"metric": "acc", "higher_is_better": False}
+    for name, task in {"text": of_text, "lower": {**CHOICE, "task": "lower", "metric_list": [own]}}.items():
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    tasks = ["plain", "text", "lower", "code", "both"]
+    for mixed in (["plain", "text"], ["plain/acc_norm,none", "lower"], ["text/acc,none", "text"]):
+        with pytest.raises(InputError, match=r"evaluate\.weights: some of these scores are better high, others low"):
+            check(root, tasks, weights=dict.fromkeys(mixed, 1.0))
+    for alike in (["plain", "text/acc,none", "code", "both"], ["text", "lower", "code/x/y,none", "both"]):
+        check(root, tasks, weights=dict.fromkeys(alike, 1.0))
+
+
 def test_the_metrics_that_have_no_value_per_document_are_lm_evals() -> None:
     from lm_eval.api import metrics, registry
 
