@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from threading import Event, Lock
+from typing import TypeVar
 
 from lewis.devices import one_thread
 from lewis.lazy_torch import torch
 from lewis.threads import cores
+
+T = TypeVar("T")
 
 
 class Workers:
@@ -36,14 +40,20 @@ class Workers:
         for thread in self._threads:
             thread.shutdown(cancel_futures=True)
 
-    def __call__(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Run the jobs, each in whichever thread is free, and wait for all.
+    def __call__(self, jobs: Sequence[Callable[[], T]], /) -> list[T]:
+        """Run the jobs, each in whichever thread is free; return their results in order.
 
         Raises:
             Exception: what a job raised, once the other threads have finished the jobs that they run; no other begins.
         """
-        waiting = iter(jobs)
+        found = dict[int, T]()
+
+        def run(i: int) -> None:
+            found[i] = jobs[i]()
+
+        waiting = iter([partial(run, i) for i in range(len(jobs))])
         self._in_all([waiting] * min(len(self._threads), len(jobs)))
+        return [found[i] for i in range(len(jobs))]
 
     def in_place(self, jobs: Sequence[Callable[[], None]], others: Sequence[Callable[[], None]] = ()) -> None:
         """Run the jobs, job i of every call in the same thread, and wait for all; raise as `__call__` does.

@@ -40,7 +40,7 @@ from lewis.merging.fitting.stacked_fit import StackedFit, stacks_of, tensors_in
 from lewis.merging.fitting.walk import Walk
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.regression import sampled
-from lewis.methods.arithmetic.stacked import within
+from lewis.methods.arithmetic.tokens import within
 from lewis.models.dtypes import size_of
 from lewis.models.network.module_tree import Covered, Network
 from lewis.models.network.network_class import input_embeddings

@@ -25,9 +25,9 @@ from lewis.merging.fitting.passes import Pass
 from lewis.merging.fitting.solver import damage
 from lewis.merging.prepared import Prepared
 from lewis.merging.settings import Expert
-from lewis.methods.arithmetic.jobs import slices
 from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, Inputs
+from lewis.methods.arithmetic.sums import slices
 from lewis.methods.arithmetic.tokens import Rows
 from lewis.models.dtypes import as_tensor
 from lewis.models.network.module_tree import Network
@@ -142,22 +142,21 @@ def _solve(merge: Prepared, tensor: str, hidden: Sequence[list[torch.Tensor]], w
     experts = [
         Rows(rows or nothing, rows or nothing, weight) for rows, weight in zip(hidden, values["weight"], strict=True)
     ]
-    factors = [torch.empty(0)] * len(weights)
 
-    def factor(i: int) -> None:
-        """Put F with F^T F = D^T D of an expert's task vector D into `factors`, fp32 (in, in)."""
+    def factor(i: int) -> torch.Tensor:
+        """Return F with F^T F = D^T D of an expert's task vector D, fp32 (in, in)."""
         products = torch.zeros(anchor.shape[1], anchor.shape[1], dtype=torch.float64)
         for part in parts:
             moved = weights[i](part).float() - base(part).float()
             products += moved.T @ moved
             _unmap((merge.models[0], merge.models[i + 1]), tensor)
         sizes, directions = torch.linalg.eigh(products)
-        factors[i] = (directions * sizes.clamp_min(0).sqrt()).T.float().contiguous()
+        return (directions * sizes.clamp_min(0).sqrt()).T.float().contiguous()
 
     solver = Inputs(experts, values["ridge"], workers, values["alpha"])
     try:
         if values["prior"]:
-            workers([partial(factor, i) for i in range(len(weights))])
+            factors = workers([partial(factor, i) for i in range(len(weights))])
             solver.prior = prior_rows(experts, factors, values["prior"])
         for part in parts:
             known = [weight(part) for weight in weights]

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lewis.devices import one_thread
 from lewis.importance.calibration import Calibration
@@ -36,6 +36,7 @@ from lewis.progress import Report, silent
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 TOP = 64
 EACH = 2  # rows of each expert in a step
 WARM_UP = 5  # steps in which the learning rate rises
@@ -241,12 +242,11 @@ class Student:
 
     def learn(self, rows: Sequence[Row]) -> None:
         """Set the gradients of `parameters`: those of the mean divergence of the rows, each by its weight."""
-        found: list[tuple[torch.Tensor, ...]] = [()] * len(rows)
 
-        def gradients(i: int) -> None:
-            found[i] = torch.autograd.grad(rows[i].weight * self._divergence(rows[i]) / len(rows), self.parameters)
+        def gradients(row: Row) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(row.weight * self._divergence(row) / len(rows), self.parameters)
 
-        self._run([partial(gradients, i) for i in range(len(rows))], grad=True)
+        found = self._run([partial(gradients, row) for row in rows], grad=True)
         for parameter, *each in zip(self.parameters, *found, strict=True):
             parameter.grad = sum(each[1:], each[0])  # in the order of the rows, whatever thread was first
 
@@ -255,13 +255,12 @@ class Student:
 
         A set counts by the weight of its rows. Infinite if the model's numbers overflow.
         """
-        found = [[0.0] * len(rows) for rows in sets]
 
-        def judge(i: int, j: int) -> None:
-            found[i][j] = float(self._divergence(sets[i][j]))
+        def judge(row: Row) -> float:
+            return float(self._divergence(row))
 
-        self._run([partial(judge, i, j) for i, rows in enumerate(sets) for j in range(len(rows))], grad=False)
-        means = [(sum(each) / len(each), rows[0].weight) for each, rows in zip(found, sets, strict=True) if each]
+        found = iter(self._run([partial(judge, row) for rows in sets for row in rows], grad=False))
+        means = [(sum(next(found) for _ in rows) / len(rows), rows[0].weight) for rows in sets if rows]
         mean = sum(mean * weight for mean, weight in means) / sum(weight for _, weight in means)
         return math.inf if math.isnan(mean) else mean
 
@@ -281,12 +280,12 @@ class Student:
         others, own_others = ((1 - each.exp().sum(-1)).clamp_min(_LEAST) for each in (logs, own))
         return ((logs.exp() * (logs - own)).sum(-1) + others * (others.log() - own_others.log())).mean()
 
-    def _run(self, jobs: Sequence[Callable[[], None]], *, grad: bool) -> None:
-        def in_mode(job: Callable[[], None]) -> None:
+    def _run(self, jobs: Sequence[Callable[[], T]], *, grad: bool) -> list[T]:
+        def in_mode(job: Callable[[], T]) -> T:
             with torch.inference_mode(False), torch.set_grad_enabled(grad):
-                job()
+                return job()
 
-        self._workers([partial(in_mode, job) for job in jobs])
+        return self._workers([partial(in_mode, job) for job in jobs])
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from lewis.merging.calibration_rows import warn_of_few_tokens
 from lewis.merging.fitting.fitted import Fitted
 from lewis.merging.fitting.static_solver import Group, NoRows, Statistics, bytes_of, parts_of, solve_group
 from lewis.merging.prepared import Prepared
-from lewis.methods.arithmetic.jobs import one_after_another
+from lewis.methods.arithmetic.sums import one_after_another
 from lewis.models.network.module_tree import Network
 from lewis.progress import Report, silent
 

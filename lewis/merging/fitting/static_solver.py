@@ -14,9 +14,9 @@ from lewis.lazy_torch import torch
 from lewis.merging.fitting.fitted import Unwritten, rounded
 from lewis.merging.fitting.task_vectors import moved_rows
 from lewis.merging.prepared import Prepared
-from lewis.methods.arithmetic.jobs import Jobs
 from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs
+from lewis.methods.arithmetic.sums import Jobs
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.network.module_tree import Covered, Network
 
@@ -126,7 +126,7 @@ class _Solver:
         readers: list[Callable[[str], torch.Tensor]] = [expert.model.read for expert in self._merge.experts]
         values = self._merge.parameters(name)
         readers += [self._merge.base.read] if values["prior"] else []
-        anchor, *weights = self._read(name, [Unwritten(self._merge).read, *readers])
+        anchor, *weights = self._jobs([partial(read, name) for read in (Unwritten(self._merge).read, *readers)])
         anchor = anchor.to(torch.float32)
         for part in parts:
             fitted, *own = (_part_of(tensor, part, covered) for tensor in (anchor, *weights))
@@ -152,15 +152,6 @@ class _Solver:
         moved = moved_rows(self._merge, name, own, base, part=part.index is not None)
         return prior_rows(inputs.experts, moved, strength)
 
-    def _read(self, tensor: str, readers: Sequence[Callable[[str], torch.Tensor]]) -> list[torch.Tensor]:
-        found = [torch.empty(0)] * len(readers)
-
-        def read(i: int) -> None:
-            found[i] = readers[i](tensor)
-
-        self._jobs([partial(read, i) for i in range(len(readers))])
-        return found
-
     def _of(self, projection: str, values: Mapping[str, Any]) -> Inputs:
         sources = [grams.source(projection) for grams in self._statistics]
         setting = (sources, values["alpha"], values["weight"])
@@ -172,13 +163,10 @@ class _Solver:
         return self._inputs[1]
 
     def _read_inputs(self, projection: str, weights: Sequence[float]) -> list[Rows | Gram]:
-        found: list[Rows | Gram | None] = [None] * len(self._statistics)
+        def read(statistics: Statistics, weight: float) -> Rows | Gram | None:
+            return statistics.inputs(projection, weight) if projection in statistics else None
 
-        def read(i: int) -> None:
-            if projection in self._statistics[i]:
-                found[i] = self._statistics[i].inputs(projection, weights[i])
-
-        self._jobs([partial(read, i) for i in range(len(found))])
+        found = self._jobs([partial(read, *each) for each in zip(self._statistics, weights, strict=True)])
         size = next(each.size for each in found if each is not None)
         nothing = torch.empty(0, size)
         return [Rows([nothing], [nothing], w) if each is None else each for each, w in zip(found, weights, strict=True)]

@@ -17,7 +17,7 @@ from lewis.merging.fitting.passes import advance
 from lewis.merging.fitting.shared import Shared
 from lewis.merging.fitting.solver import Solver
 from lewis.merging.fitting.stacked_fit import StackedFit
-from lewis.methods.arithmetic.jobs import one_after_another
+from lewis.methods.arithmetic.sums import one_after_another
 from lewis.models.network.module_tree import Covered
 
 if TYPE_CHECKING:
@@ -123,16 +123,13 @@ class Walk:
         self._loaded.append((weights, [parameter]))
 
     def _read(self, tensor: str, readers: Sequence[Callable[[str], torch.Tensor]]) -> list[torch.Tensor]:
-        found = [torch.empty(0)] * len(readers)
-
-        def read(i: int) -> None:
-            found[i] = self._shared.spill.keep(readers[i](tensor), torch.float32)
+        def read(reader: Callable[[str], torch.Tensor]) -> torch.Tensor:
+            return self._shared.spill.keep(reader(tensor), torch.float32)
 
         # The last reader comes first: it merges, which takes longest. If tensors are kept in files, one is read at a
         # time, because each is in memory as a whole while it is read.
-        jobs = [partial(read, i) for i in reversed(range(len(readers)))]
-        (self._shared.workers if self._shared.spill.folder is None else one_after_another)(jobs)
-        return found
+        run = self._shared.workers if self._shared.spill.folder is None else one_after_another
+        return run([partial(read, reader) for reader in reversed(readers)])[::-1]
 
     def _anchor(self, tensor: str) -> torch.Tensor:
         anchor = self._shared.merge.maker_of(tensor)

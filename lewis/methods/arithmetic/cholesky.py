@@ -7,11 +7,10 @@ products, too. The blocks depend on the size only: so the factor has the same bi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.jobs import Jobs, slices
+from lewis.methods.arithmetic.sums import Jobs, slices
 
 BLOCK = 192
 
@@ -49,8 +48,7 @@ class Factor:
                 torch.addmm(matrix[cut, rows].T, lower[rows, : cut.start], before.T, alpha=-1) @ inverse.T
             )
 
-        below: list[Callable[[], None]] = [partial(job, rows) for rows in self._cuts[i + 1 :]]
-        self._jobs(below)
+        self._jobs([partial(job, rows) for rows in self._cuts[i + 1 :]])
         return True
 
     def solve(self, rows: torch.Tensor) -> torch.Tensor:

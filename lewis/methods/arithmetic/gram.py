@@ -8,8 +8,8 @@ itself: so the sums have the same bits for any number of threads.
 from __future__ import annotations
 
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.jobs import slices
 from lewis.methods.arithmetic.regression import COLUMNS
+from lewis.methods.arithmetic.sums import slices
 
 
 def packed_length(size: int) -> int:

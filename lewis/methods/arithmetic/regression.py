@@ -49,15 +49,14 @@ has the same bits for any number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from lewis.lazy_torch import torch
 from lewis.methods.arithmetic.cholesky import Factor, factorised
-from lewis.methods.arithmetic.jobs import Jobs, one_after_another, slices
-from lewis.methods.arithmetic.stacked import Stacked
-from lewis.methods.arithmetic.tokens import Additions, Gram, Rows
+from lewis.methods.arithmetic.sums import Jobs, one_after_another, slices
+from lewis.methods.arithmetic.tokens import Additions, Gram, Rows, Stacked
 from lewis.methods.arithmetic.uncorrelated import Uncorrelated, shift_of_each
 
 COLUMNS = 256  # columns of a product that one job computes
@@ -215,7 +214,7 @@ class Inputs:
                 right.add_(found, alpha=rows.share)
             out[part] = (anchor[part].double() + factor.solve(right)).float()
 
-        self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
+        self.jobs([partial(job, part) for part in slices(len(anchor), ROWS)])
         return out
 
     def _from_carried(
@@ -240,7 +239,7 @@ class Inputs:
                 moved.addmm_(weight[part].float() - start, bracket, alpha=rows.share)
             out[part] = start + moved
 
-        self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
+        self.jobs([partial(job, part) for part in slices(len(anchor), ROWS)])
         return out
 
     def _factored(self) -> tuple[Factor, list[torch.Tensor]]:
@@ -258,7 +257,7 @@ class Inputs:
                 self._multiply(rows, columns, gram)
                 total[columns, columns.start :].add_(gram[columns, columns.start :], alpha=rows.share)
 
-        self.jobs([_bound(job, columns) for columns in slices(self.size, COLUMNS)])
+        self.jobs([partial(job, columns) for columns in slices(self.size, COLUMNS)])
         return factorised(total, self.ridge, self.jobs, mean), products
 
     def _mean(self, diagonal: torch.Tensor) -> float:
@@ -289,7 +288,7 @@ class Inputs:
                     self._multiply(rows, columns, gram)
                 summed.add_(gram[columns, columns.start :], alpha=rows.share)
 
-        self.jobs([_bound(job, columns) for columns in slices(self.size, COLUMNS)])
+        self.jobs([partial(job, columns) for columns in slices(self.size, COLUMNS)])
         return total
 
     def _damp(self, block: torch.Tensor, start: int) -> None:
@@ -309,7 +308,7 @@ class Inputs:
             self._damp(block, columns.start)
             shift[columns] = block
 
-        self.jobs([_bound(job, columns) for columns in slices(self.size, COLUMNS)])
+        self.jobs([partial(job, columns) for columns in slices(self.size, COLUMNS)])
         return shift
 
     # ----- the dual form
@@ -355,7 +354,7 @@ class Inputs:
                 start = start + moved
             out[part] = start + factor.solve(missed.T.double().contiguous()).float() @ left
 
-        self.jobs([_bound(job, part) for part in slices(len(anchor), ROWS)])
+        self.jobs([partial(job, part) for part in slices(len(anchor), ROWS)])
         return out
 
     def _kernel(self, merged: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
@@ -365,7 +364,7 @@ class Inputs:
         def multiply(columns: slice) -> None:
             kernel[columns] = (merged[columns] @ left.T).double()
 
-        self.jobs([_bound(multiply, columns) for columns in slices(len(merged), COLUMNS)])
+        self.jobs([partial(multiply, columns) for columns in slices(len(merged), COLUMNS)])
         return kernel
 
 
@@ -377,7 +376,3 @@ def _product(rows: Rows | Gram, columns: slice) -> torch.Tensor:
     for part in rows.merged:
         block.addmm_(part[:, columns].T, part[:, columns.start :])
     return block
-
-
-def _bound(job: Callable[[slice], None], part: slice) -> Callable[[], None]:
-    return lambda: job(part)

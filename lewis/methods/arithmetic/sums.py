@@ -1,14 +1,15 @@
-"""Sums in a fixed order: the same bits for any number of threads, chunks, shapes or devices.
+"""Sums in a fixed order, and how they are cut into jobs: the same bits for any threads, chunks, shapes or devices.
 
 torch splits a sum over its threads and chooses the order by the shape, so the last bits of its sums depend on both.
-Sums over whole tensors are in fp64, so that they do not overflow.
+Sums over whole tensors are in fp64, so that they do not overflow. Jobs are cut by the sizes only.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,25 @@ from lewis.lazy_torch import torch
 
 BLOCK = 2048
 _CHUNK = 512 * BLOCK  # elements that are converted to fp64 at a time
+T = TypeVar("T")
+
+
+class Jobs(Protocol):
+    """Runs jobs, each single-threaded, at the same time or one after another; returns their results in order."""
+
+    def __call__(self, jobs: Sequence[Callable[[], T]], /) -> list[T]: ...
+
+
+def one_after_another(jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Run jobs one after another, in this thread: `Jobs` without threads."""
+    return [job() for job in jobs]
+
+
+def slices(length: int, step: int) -> list[slice]:
+    """Cut a length into an even number of parts of nearly equal length, at most `step`."""
+    count = min(2 * -(-length // (2 * step)), length)
+    bounds = [length * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def add_up(values: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:

@@ -7,11 +7,10 @@ from hypothesis import strategies as st
 
 from lewis.methods.arithmetic import regression
 from lewis.methods.arithmetic.cholesky import Factor
-from lewis.methods.arithmetic.jobs import one_after_another
 from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import Inputs
-from lewis.methods.arithmetic.stacked import Stacked
-from lewis.methods.arithmetic.tokens import Gram, Rows
+from lewis.methods.arithmetic.sums import one_after_another
+from lewis.methods.arithmetic.tokens import Gram, Rows, Stacked
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
