@@ -32,8 +32,7 @@ from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import warn_of_few_tokens
 from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.head import fit_head
-from lewis.merging.fitting.passes import Pair, Pass, answering, note_stream, stop, stop_with_call
-from lewis.merging.fitting.shared import Shared
+from lewis.merging.fitting.passes import Pair, Pass, Shared, answering, note_stream, stop, stop_with_call
 from lewis.merging.fitting.solver import Solver
 from lewis.merging.fitting.spill import IN_MEMORY, Spill, approximate_bytes
 from lewis.merging.fitting.stacked_fit import StackedFit, stacks_of, tensors_in

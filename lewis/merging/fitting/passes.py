@@ -1,17 +1,22 @@
-"""Forward passes that stop in front of every projection, so that many can advance together."""
+"""Forward passes that stop in front of every projection, so that many can advance together; and what they share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lewis.errors import LewisError
 from lewis.importance.passes import Stepping, wait
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import nn, torch
+from lewis.merging.fitting.fitted import Fitted
 from lewis.merging.fitting.spill import Made, Spill
+from lewis.merging.prepared import Prepared
+
+if TYPE_CHECKING:
+    from lewis.importance.streaming import Weights
 
 
 @dataclass(eq=False)
@@ -93,6 +98,29 @@ class Pair(NamedTuple):
 
     own: Pass
     merged: Pass
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the parts of one fit in forward order share.
+
+    Attributes:
+        merge: the merge that is fitted.
+        pairs: the passes of each expert's batches.
+        experts: weights of the experts' models.
+        merged: weights of the merged model, which reads the fitted tensors.
+        fitted: takes the fitted tensors.
+        workers: run the passes and the regressions.
+        spill: keeps large tensors in memory or in files.
+    """
+
+    merge: Prepared
+    pairs: Sequence[Sequence[Pair]]
+    experts: Sequence[Weights]
+    merged: Weights
+    fitted: Fitted
+    workers: Workers
+    spill: Spill
 
 
 def stop(path: str, with_inputs: bool, module: nn.Module, inputs: tuple[Any, ...]) -> None:

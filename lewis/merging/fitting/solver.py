@@ -9,13 +9,12 @@ from typing import Any
 from lewis.errors import LewisError
 from lewis.lazy_torch import torch
 from lewis.merging.fitting.fitted import rounded
-from lewis.merging.fitting.passes import Pair, Pass
-from lewis.merging.fitting.shared import Shared
-from lewis.merging.fitting.task_vectors import moved_rows
+from lewis.merging.fitting.passes import Pair, Pass, Shared
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.prior import prior_rows
-from lewis.methods.arithmetic.regression import Inputs
+from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs
 from lewis.methods.arithmetic.tokens import Rows
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.names import feeds_other_tokens
 from lewis.models.network.module_tree import Covered
 
@@ -132,6 +131,33 @@ class Solver:
             own, merged = ([rows_of(each) for each in passes] for passes in zip(*pairs, strict=True))
             found.append(Rows(merged, own, weight))
         return found
+
+
+def moved_rows(
+    merge: Prepared, tensor: str, weights: Sequence[torch.Tensor], base: torch.Tensor, *, part: bool = False
+) -> list[torch.Tensor]:
+    """Return each expert's rows F for the prior, F^T F = D^T D of its task vector D: an adapter's factor, or D itself.
+
+    Args:
+        merge: the merge of the experts.
+        tensor: name of the tensor.
+        weights: the tensor in each expert, fp32 (out, in).
+        base: the tensor in the base, fp32 (out, in).
+        part: whether `weights` and `base` are only a part of the tensor.
+
+    Returns:
+        fp32 (rows, in); of a very wide layer an even share of the rows.
+    """
+    found, most = [], DUAL_TOKENS // len(merge.experts)
+    for expert, weight in zip(merge.experts, weights, strict=True):
+        rows = None
+        if not part and isinstance(expert.model, LoraExpert) and expert.model.base.key == merge.base.key:
+            rows = expert.model.factor(tensor)
+        rows = weight - base if rows is None else rows
+        if base.shape[1] > DUAL_ABOVE and len(rows) > most:
+            rows = rows[torch.arange(most) * len(rows) // most]
+        found.append(rows)
+    return found
 
 
 def damage(

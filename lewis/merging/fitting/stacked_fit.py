@@ -16,7 +16,7 @@ from lewis.importance.gram_files import Collected
 from lewis.importance.passes import see_experts
 from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import warn_of_few_tokens
-from lewis.merging.fitting.shared import Shared
+from lewis.merging.fitting.passes import Shared
 from lewis.merging.fitting.static_solver import Group, parts_of, solve_group
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic import gram

@@ -12,7 +12,7 @@ from lewis.errors import LewisError
 from lewis.importance.passes import of_expert
 from lewis.lazy_torch import torch
 from lewis.merging.fitting.fitted import Unwritten, rounded
-from lewis.merging.fitting.task_vectors import moved_rows
+from lewis.merging.fitting.solver import moved_rows
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs

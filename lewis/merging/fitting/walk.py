@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
-from lewis.merging.fitting.passes import advance
-from lewis.merging.fitting.shared import Shared
+from lewis.merging.fitting.passes import Shared, advance
 from lewis.merging.fitting.solver import Solver
 from lewis.merging.fitting.stacked_fit import StackedFit
 from lewis.methods.arithmetic.sums import one_after_another
