@@ -20,7 +20,7 @@ from lewis.models.files.safetensors_file import Headers, file_headers
 from lewis.models.hub import repository
 from lewis.models.hub.pin import pin_folder
 from lewis.models.names import HEADS
-from lewis.models.quantised.headers import dequantised
+from lewis.models.quantised.find import dequantised
 from lewis.models.source import ModelFiles, Source, commits_of
 from lewis.models.tokenizer import TOKENIZER, read_vocabulary, same
 from lewis.recipe.block import parts_of

@@ -20,7 +20,7 @@ from lewis.models.files.folder import copy_processors, copy_tokenizer, tokenizer
 from lewis.models.files.writer import CheckpointWriter
 from lewis.models.lora.config import read_settings
 from lewis.models.model import Model
-from lewis.models.quantised.headers import is_quantised
+from lewis.models.quantised.find import is_quantised
 from lewis.models.source import ModelFiles
 from lewis.models.tokenizer import tokenizer_folder
 

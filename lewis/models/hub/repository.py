@@ -27,7 +27,7 @@ from lewis.models.gguf import as_folder, headers, only
 from lewis.models.hub.client import api, ask, cache_folder, check_repo_id, offline, resume_downloads, snapshot
 from lewis.models.hub.pin import FORMS, Pinned, check_unchanged, find_folder, pin_folder
 from lewis.models.names import is_buffer, unwrapped
-from lewis.models.quantised.headers import dequantised
+from lewis.models.quantised.find import dequantised
 from lewis.settings import size_text
 from lewis.store import kinds
 from lewis.store.folders import leads_out

@@ -5,19 +5,32 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lewis.errors import InputError
+from lewis.models.config import read_config
 from lewis.models.dtypes import DTYPES, EIGHT_BIT_FLOATS, MERGED, size_of
-from lewis.models.files.safetensors_file import Headers
-from lewis.models.quantised import scaled, words
+from lewis.models.files.folder import is_of_gguf
+from lewis.models.files.safetensors_file import Headers, TensorFile
+from lewis.models.network.network_class import known_network
+from lewis.models.quantised.decode import (
+    decode_awq,
+    decode_bnb4,
+    decode_bnb8,
+    decode_fp4,
+    decode_gptq,
+    decode_mxfp4,
+    decode_pack_quantized,
+    decode_scaled,
+)
 from lewis.models.quantised.settings import Settings, dtype_of, settings_of, without
-from lewis.models.quantised.stored import Packed, Read
+from lewis.models.quantised.stored import Packed, Read, Stored
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")  # next to a `weight`
@@ -62,6 +75,41 @@ def find(
             found[stored] = header
     _check_plain(where, found, settings)
     return weights, found
+
+
+def dequantised(where: object, folder: Path, headers: Headers, files: Mapping[str, Collection[str]] | None) -> Headers:
+    """Return dtype and shape of each tensor of a model, by its name from before the quantisation.
+
+    Args:
+        where: the model, for error messages.
+        folder: with its config.json.
+        headers: of its stored tensors.
+        files: name of each weight file -> its tensors; None if they are not in the folder yet.
+
+    Raises:
+        InputError: if it is quantised in a way that is not supported, or a part is missing.
+    """
+    if not (folder / "config.json").is_file():
+        return dict(headers)
+    opened: dict[str, TensorFile] = {}
+
+    def read(name: str) -> Stored:
+        file = next(file for file, names in (files or {}).items() if name in names)
+        if file not in opened:
+            opened[file] = TensorFile(folder / file)
+        return Stored(*headers[name], opened[file].bits(name))
+
+    weights, found = find(where, read_config(folder), headers, read if files else None)
+    if unknown := {name for name, packed in weights.items() if packed.decode is _not_here}:
+        found |= {name: (found[name][0], shape) for name, shape in _of_class(folder, found, unknown).items()}
+    return found
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether the weights in a model folder are computed from others: its config says so, or it is a GGUF file's."""
+    if is_of_gguf(folder):
+        return True
+    return (folder / "config.json").is_file() and settings_of(folder, read_config(folder)) is not None
 
 
 def _weights(
@@ -135,7 +183,7 @@ class _Finder:
         elif state := next((key for kind in ("nf4", "fp4") if (key := f"{name}{_BNB}{kind}") in self._headers), None):
             yield name, self._of_bnb4(name, state)
         elif dtype == "I8" and f"{module}.SCB" in self._headers:
-            yield name, Packed({"weight": name, "SCB": f"{module}.SCB"}, self._shape(name), scaled.decode_bnb8)
+            yield name, Packed({"weight": name, "SCB": f"{module}.SCB"}, self._shape(name), decode_bnb8)
         elif dtype in (*_FP8, "I8", "U8"):
             yield from self._of_scaled(name)
 
@@ -155,7 +203,7 @@ class _Finder:
         if settings.layout == "awq":
             if packed[1] * 8 != outputs:
                 raise ValueError(f"qweight {list(packed)} and scales {[groups, outputs]} are not 4-bit GEMM")
-            return Packed(names, (outputs, packed[0]), words.decode_awq)
+            return Packed(names, (outputs, packed[0]), decode_awq)
         bits = 32 * zeros[1] // outputs
         inputs = packed[0] * 32 // bits
         if bits not in (2, 3, 4, 8):
@@ -164,7 +212,7 @@ class _Finder:
         if group <= 0 or -(-inputs // group) != groups:
             group = -(-inputs // groups)
         parts = {**names, **self._present(g_idx=f"{module}.g_idx")}
-        decode = partial(words.decode_gptq, bits=bits, group=group, plus_one=settings.plus_one)
+        decode = partial(decode_gptq, bits=bits, group=group, plus_one=settings.plus_one)
         return Packed(parts, (outputs, inputs), decode)
 
     def _of_packed(self, module: str) -> Packed:
@@ -173,7 +221,7 @@ class _Finder:
         (dtype, shape), grid = self._headers[main], self._shape(scale)
         if dtype == "U8":
             parts = {"weight": main, "scale": scale, **self._present(**{"global": f"{module}.weight_global_scale"})}
-            return Packed(parts, (*shape[:-1], 2 * shape[-1]), partial(scaled.decode_fp4, divided=True))
+            return Packed(parts, (*shape[:-1], 2 * shape[-1]), partial(decode_fp4, divided=True))
         outputs, columns = shape
         stated = f"{module}.weight_shape"
         inputs = None
@@ -183,13 +231,13 @@ class _Finder:
         parts = {"packed": main, "scale": scale}
         parts |= self._present(zero=f"{module}.weight_zero_point", g_idx=f"{module}.weight_g_idx", shape=stated)
         whole = (outputs, inputs)
-        return Packed(parts, whole, partial(words.decode_pack_quantized, bits=bits, group=group, shape=whole))
+        return Packed(parts, whole, partial(decode_pack_quantized, bits=bits, group=group, shape=whole))
 
     def _of_blocks(self, name: str) -> Packed:
         """Describe a weight of MXFP4 as gpt-oss stores it."""
         experts, outputs, groups, half = self._shape(f"{name}_blocks")
         parts = {"blocks": f"{name}_blocks", "scales": f"{name}_scales"}
-        return Packed(parts, (experts, 2 * groups * half, outputs), scaled.decode_mxfp4)
+        return Packed(parts, (experts, 2 * groups * half, outputs), decode_mxfp4)
 
     def _of_bnb4(self, name: str, state_name: str) -> Packed:
         own = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -198,10 +246,10 @@ class _Finder:
             self._shape(f"{name}.{part}")
         if self._read is None:
             dtype, shape = self._headers[name]
-            return Packed(parts, (2 * size_of(dtype, shape),), not_here)  # two numbers to the byte
+            return Packed(parts, (2 * size_of(dtype, shape),), _not_here)  # two numbers to the byte
         state = json.loads(self._read(state_name).bytes().tobytes())
         shape = tuple(int(size) for size in state["shape"])
-        decode = partial(scaled.decode_bnb4, state=state, shape=shape)
+        decode = partial(decode_bnb4, state=state, shape=shape)
         return Packed(parts, shape, decode, MERGED.get(state.get("dtype", ""), ""))
 
     def _of_scaled(self, name: str) -> Iterator[tuple[str, Packed]]:
@@ -215,7 +263,7 @@ class _Finder:
         grid = self._headers[scale][1]
         if dtype == "U8" or (dtype == "I8" and self._headers[scale][0] in ("F8_E8M0", "U8")):  # two fp4 to the byte
             parts = {"weight": name, "scale": scale, **self._present(**{"global": f"{module}.weight_scale_2"})}
-            yield name, Packed(parts, (*shape[:-1], 2 * shape[-1]), partial(scaled.decode_fp4, divided=False))
+            yield name, Packed(parts, (*shape[:-1], 2 * shape[-1]), partial(decode_fp4, divided=False))
             return
         if f"{module}.weight_g_idx" in self._headers:
             raise ValueError("groups that are not in order (weight_g_idx) are read from packed weights only")
@@ -223,7 +271,7 @@ class _Finder:
             raise ValueError(f"scales {list(grid)} do not divide the weight {list(shape)}")
         parts = {"weight": name, "scale": scale, **self._present(zero=f"{module}.weight_zero_point")}
         grid = self._grid(grid, shape)
-        yield name, Packed(parts, shape, partial(scaled.decode_scaled, block=self._settings.block, grid=grid))
+        yield name, Packed(parts, shape, partial(decode_scaled, block=self._settings.block, grid=grid))
 
     def _grid(self, scales: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of scales as a grid over their weight, for any shape that they are stored in."""
@@ -234,6 +282,15 @@ class _Finder:
         return scales
 
 
-def not_here(parts: Any) -> np.ndarray:
+def _not_here(parts: Any) -> np.ndarray:
     """Raise an error: the `decode` of a weight of which only the header was read, so that its shape is not known."""
     raise AssertionError("only the headers of this model have been read")
+
+
+def _of_class(folder: Path, found: Headers, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of some tensors in the model's class, if they have as many elements as the stored tensors."""
+    network = known_network(folder)
+    shapes = {} if network is None else {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    return {
+        name: shapes[name] for name in names if name in shapes and math.prod(shapes[name]) == math.prod(found[name][1])
+    }

@@ -19,8 +19,8 @@ from lewis.models.checkpoint import Checkpoint
 from lewis.models.dtypes import EIGHT_BIT_FLOATS, torch_dtype
 from lewis.models.files.safetensors_file import file_headers
 from lewis.models.lora.expert import LoraExpert
-from lewis.models.quantised.headers import dequantised
-from lewis.models.quantised.scaled import decode_scaled
+from lewis.models.quantised.decode import decode_scaled
+from lewis.models.quantised.find import dequantised
 from lewis.models.quantised.stored import Stored
 from lewis.models.source import ModelFiles
 from lewis.store import housekeeping
