@@ -17,8 +17,17 @@ from lewis.models.files.folder import ADAPTER
 from lewis.models.files.safetensors_file import TensorFile, same_bits
 from lewis.models.lora.config import Keys, parameters_of
 from lewis.models.lora.delta import AddedBias, Change, LowRank, NewRows, Replaced
-from lewis.models.lora.modules import CONFIG, by_pattern, is_saved, token_indices
-from lewis.models.lora.named import check_tied, check_whole, inputs_first, is_on, named_modules
+from lewis.models.lora.modules import (
+    CONFIG,
+    by_pattern,
+    check_tied,
+    check_whole,
+    inputs_first,
+    is_on,
+    is_saved,
+    named_modules,
+    token_indices,
+)
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN, unwrapped
 from lewis.models.network.network_class import known_network
