@@ -203,10 +203,7 @@ class Streamed:
 
     @property
     def room(self) -> int:
-        """Bytes of hidden states that may wait between two blocks: those of the largest block, at least 64 MiB.
-
-        0 if waiting saves nothing, since the weights stay in memory.
-        """
+        """Bytes of hidden states that may wait, as `memory.room`; 0 if it saves nothing, as the weights stay."""
         return 0 if self._keep else room(self._network, self._dtype)
 
     def lock_step(self, forwards: Sequence[Callable[[], None]], turn: Callable[[int], None]) -> Iterator[float]:

@@ -28,6 +28,7 @@ from lewis.models.files.writer import CheckpointWriter
 from lewis.models.model import read_as
 from lewis.models.network.module_tree import Network
 from lewis.models.network.network_class import input_embeddings
+from lewis.threads import cores
 
 _WARM_UP = 1 << 20  # elements that are merged before the first sample, since a process is slow at first
 _FIRST = 1 << 22  # elements of the first sample; each further one is four times as large
@@ -78,7 +79,7 @@ def forecast(merge: Merge) -> Forecast:
         limit *= 4
     done, growth = sum(elements[name] for name in part), 1.0
     if whole:
-        largest, tried = (sum(elements[name] for name in names[: merge.threads]) for names in (whole, sample))
+        largest, tried = (sum(elements[name] for name in names[: cores()]) for names in (whole, sample))
         growth = max(min(largest, merge.budget.size) / max(tried, 1), 1)
     seconds, peak = loading + took * merge.elements / max(done, 1), int(before + growth * (memory.peak - before))
     disk = 0
@@ -117,16 +118,16 @@ def _of_fit(merge: Merge, network: Network, reading: float) -> Forecast:
         products = (
             2 * known * inputs + 4 * known**2 if inputs > DUAL_ABOVE else (3 * len(merge.experts) + 4) * inputs**2
         )
-        solving = max(solving, products + outputs * inputs + merge.threads * 3 * TOKENS_PER_PASS * max(outputs, inputs))
+        solving = max(solving, products + outputs * inputs + cores() * 3 * TOKENS_PER_PASS * max(outputs, inputs))
     stacked = [name for parameters in stacks_of(network, merge).values() for name in parameters]
     for name in stacked:
         weights += int(network.empty(name).numel() * share_of_tokens(network, name))
     if stacked:
         solving += len(merge.experts) * bytes_of(network, tokens) // (4 * len(network.blocks))
     paused = paused_bytes(merge, network)
-    held = 4 * (merge.threads * 2 * LOGITS + solving) + (paused if paused <= IN_MEMORY else 0)
+    held = 4 * (cores() * 2 * LOGITS + solving) + (paused if paused <= IN_MEMORY else 0)
     held += _merged_embedding(merge, network, network.read_by_row())
-    seconds = 8.5 * tokens * weights / (operations_per_second() * merge.threads) + (len(merge.experts) + 1) * reading
+    seconds = 8.5 * tokens * weights / (operations_per_second() * cores()) + (len(merge.experts) + 1) * reading
     return Forecast(seconds, LOADED + held, extra_disk_bytes(merge, network, paused))
 
 
@@ -144,7 +145,7 @@ def _of_head(merge: Merge, network: Network, reading: float) -> Forecast:
     head, inputs = merge.base.tensors[tensor].elements, merge.base.tensors[tensor].shape[1]
     blocks = sum(info.elements for info in merge.base.tensors.values()) - head
     operations = 2 * tokens * blocks + 8 * experts * head * inputs
-    seconds = operations / (operations_per_second() * merge.threads) + experts * reading
+    seconds = operations / (operations_per_second() * cores()) + experts * reading
     held = size_of(*merge.layout[tensor]) + 4 * (4 * min(head, PART) + tokens * inputs + 2 * experts * inputs**2)
     return Forecast(seconds, LOADED + held)
 
@@ -162,7 +163,7 @@ def _seconds_to_read(merge: Merge, network: Network) -> float:
         begun = time.perf_counter()
         read_as(merge.experts[0].model, name, torch.float32)
         took = time.perf_counter() - begun
-    return took / elements * sum(info.elements for info in merge.base.tensors.values()) / merge.threads
+    return took / elements * sum(info.elements for info in merge.base.tensors.values()) / cores()
 
 
 def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
@@ -178,15 +179,15 @@ def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     if not sets:
         return Forecast(0, 0)
     weights = sum(info.elements for info in merge.base.tensors.values())
-    seconds = 4 * 2 * sum(rows.tokens for rows in sets) * weights / (operations_per_second() * merge.threads)
+    seconds = 4 * 2 * sum(rows.tokens for rows in sets) * weights / (operations_per_second() * cores())
     seconds += (len(merge.experts) + 3) * reading
     held = 4 * held_at_once(network, with_head=True)
     held += _merged_embedding(merge, network, network.read_by_row(with_head=True))
     elements, largest = max((merge.base.tensors[each.tensor].elements, each.tensor) for each in network.covered)
-    held += merge.threads * elements * (2 + 4 * sum(expert.model.computes(largest) for expert in merge.experts))
+    held += cores() * elements * (2 + 4 * sum(expert.model.computes(largest) for expert in merge.experts))
     vocabulary = input_embeddings(network.module).num_embeddings
     logits = max(LOGITS, vocabulary * max(len(row) for rows in sets for row in rows.samples))
-    return Forecast(seconds, LOADED + held + 8 * merge.threads * logits)
+    return Forecast(seconds, LOADED + held + 8 * cores() * logits)
 
 
 def _of_refining(merge: Merge, network: Network, reading: float) -> Forecast:
@@ -209,9 +210,9 @@ def _of_refining(merge: Merge, network: Network, reading: float) -> Forecast:
     each_token = len(network.blocks) * (16 * embedding.embedding_dim + 4 * max(map(max, shapes)))
     each_token += 4 * embedding.num_embeddings
     longest = max(len(row) for rows in sets for row in rows.samples)
-    held = weights + updates * (5 + EACH * len(merge.experts)) + merge.threads * longest * each_token
+    held = weights + updates * (5 + EACH * len(merge.experts)) + cores() * longest * each_token
     operations = weights * (2 * (own + back) + (5 * own + 2 * back) * merge.refine.epochs + 4 * back)
-    seconds = operations / (operations_per_second() * merge.threads) + (len(merge.experts) + 2) * reading
+    seconds = operations / (operations_per_second() * cores()) + (len(merge.experts) + 2) * reading
     return Forecast(seconds, LOADED + 4 * held)
 
 
@@ -235,7 +236,7 @@ def _of_static_fit(merge: Merge, network: Network) -> Forecast:
             4 * known * inputs + 16 * known**2 if inputs > DUAL_ABOVE else (8 * len(merge.experts) + 16) * inputs**2
         )
         held = max(held, of_inputs + 4 * (len(merge.experts) + 2) * shape.numel())
-    return Forecast(operations / (operations_per_second() * merge.threads), LOADED + held)
+    return Forecast(operations / (operations_per_second() * cores()), LOADED + held)
 
 
 def _of_factors(merge: Merge) -> Forecast:
@@ -252,7 +253,7 @@ def _of_factors(merge: Merge) -> Forecast:
         per_operation = (time.perf_counter() - begun) / 256**3
     operations = sum(small * small * large for small, large in pairs)
     largest = max((small * large + 3 * small * small for small, large in pairs), default=0)
-    return Forecast(per_operation * operations / merge.threads, LOADED + 20 * largest)
+    return Forecast(per_operation * operations / cores(), LOADED + 20 * largest)
 
 
 def without_models(method: Method, largest: int, experts: int) -> int:

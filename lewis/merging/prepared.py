@@ -41,7 +41,6 @@ from lewis.models.model import Model
 from lewis.models.names import NUMBER, STATES_SEMANTICS, weighed_before
 from lewis.models.tokenizer import tokenizer_folder
 from lewis.recipe.schema import Refine
-from lewis.threads import cores
 
 # Bump one of these when the same inputs would give other bytes:
 SEMANTICS = "6"  # in any merge
@@ -246,11 +245,6 @@ class Prepared:
     def as_adapter(self) -> bool:
         """Whether a LoRA adapter is written instead of the full model."""
         return self.settings.output.kind == "lora"
-
-    @property
-    def threads(self) -> int:
-        """How many tensors are merged at a time by default: one per core."""
-        return cores()
 
     def merges(self, name: str) -> bool:
         """Whether a tensor is merged; the base's is copied if it is excluded or not floating-point."""

@@ -35,6 +35,7 @@ from lewis.models.files.writer import CheckpointWriter
 from lewis.progress import Report, silent
 from lewis.settings import size_text
 from lewis.store import manifest
+from lewis.threads import cores
 
 if TYPE_CHECKING:
     from lewis.merging.fitting.fitted import Fitted
@@ -281,7 +282,7 @@ class Merge(Prepared):
         Raises:
             LewisError: as `run`.
         """
-        threads, report, stopped = threads or self.threads, self._counted(progress), threading.Event()
+        threads, report, stopped = threads or cores(), self._counted(progress), threading.Event()
         names = [name for name in writer.names if name not in writer.finished]
         if writer.finished:
             logger.info("going on after %d tensors that are written already", len(writer.finished))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lewis.lazy_torch import torch
 from lewis.methods.loops import Combine, Loops
-from lewis.methods.registry import Fraction, PerExpert, Scales, merge_method, per_expert
+from lewis.methods.registry import Fraction, PerExpert, Scales, merge_method
 from lewis.methods.task_arithmetic import combine
 from lewis.methods.ties import elect_and_merge, trim_all
 
@@ -44,7 +44,7 @@ def breadcrumbs(
         fp32 delta to add to the base, shape tensor.shape.
     """
     kept = trim_all(task_vectors, scales, density, gamma, rescale=rescale)
-    return combine(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+    return combine(kept, weight, normalize=normalize, lambda_=lambda_)
 
 
 @merge_method("breadcrumbs_ties", paper=PAPER, compiled=Loops(Combine.ELECT, outliers="gamma"))
@@ -62,4 +62,4 @@ def breadcrumbs_ties(
 ) -> torch.Tensor:
     """Trim both ends, then elect signs and merge as TIES does. Arguments and result: as `breadcrumbs`."""
     kept = trim_all(task_vectors, scales, density, gamma, rescale=rescale)
-    return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+    return elect_and_merge(kept, weight, normalize=normalize, lambda_=lambda_)

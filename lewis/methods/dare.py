@@ -46,7 +46,7 @@ def dare_linear(
         fp32 delta to add to the base, shape tensor.shape.
     """
     kept = _drop_all(task_vectors, streams, density, rescale)
-    return combine(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+    return combine(kept, weight, normalize=normalize, lambda_=lambda_)
 
 
 @merge_method("dare_ties", paper=PAPER, compiled=Loops(Combine.ELECT))
@@ -63,7 +63,7 @@ def dare_ties(
 ) -> torch.Tensor:
     """Drop at random, then elect signs and merge as TIES does. Arguments and result: as `dare_linear`."""
     kept = _drop_all(task_vectors, streams, density, rescale)
-    return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+    return elect_and_merge(kept, weight, normalize=normalize, lambda_=lambda_)
 
 
 def _drop_all(

@@ -66,7 +66,7 @@ def della(
         ValueError: if density and epsilon do not fit together.
     """
     kept = _drop_all(task_vectors, streams, scales, density, epsilon, rescale)
-    return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+    return elect_and_merge(kept, weight, normalize=normalize, lambda_=lambda_)
 
 
 @merge_method("della_linear", paper=PAPER, check=probabilities_fit, compiled=Loops(Combine.SUM, rank_width="epsilon"))
@@ -88,7 +88,7 @@ def della_linear(
     Arguments and result: as `della`, but `normalize` divides by the sum of all weights (unless it is 0).
     """
     kept = _drop_all(task_vectors, streams, scales, density, epsilon, rescale)
-    return combine(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+    return combine(kept, weight, normalize=normalize, lambda_=lambda_)
 
 
 def _drop_all(

@@ -213,11 +213,7 @@ def merge_method(
         arguments = inspect.signature(function).parameters
         names = [argument.name for argument in arguments.values() if argument.kind is argument.KEYWORD_ONLY]
         hints = _hints(function, names)
-        parameters = {}
-        for argument in arguments.values():
-            if argument.kind is argument.KEYWORD_ONLY:
-                parameter = _parameter(argument, hints[argument.name])
-                parameters[parameter.name] = parameter
+        parameters = {each.name: each for each in (_parameter(arguments[name], hints[name]) for name in names)}
         if unknown := [each for each in (compiled.parameters if compiled else ()) if each not in parameters]:
             raise ValueError(f"{name}: `compiled` names the parameters {unknown}, which the function does not have")
         before = [argument for argument in arguments if argument not in names]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lewis.lazy_torch import torch
 from lewis.methods.loops import Combine, Loops
-from lewis.methods.registry import Fraction, NotNegative, NotNegativeOrAuto, PerExpert, merge_method, per_expert
+from lewis.methods.registry import Fraction, NotNegative, NotNegativeOrAuto, PerExpert, merge_method
 from lewis.methods.task_arithmetic import combine
 
 _SUM = Loops(Combine.SUM)
@@ -45,7 +45,7 @@ def regmean(
     Returns:
         fp32 delta to add to the base, of the anchor and of tensors that are not fitted, shape tensor.shape.
     """
-    return combine(task_vectors, per_expert(weight, task_vectors), normalize=False, lambda_=lambda_)
+    return combine(task_vectors, weight, normalize=False, lambda_=lambda_)
 
 
 @merge_method(

@@ -31,13 +31,14 @@ def task_arithmetic(
     Returns:
         fp32 delta to add to the base, shape tensor.shape.
     """
-    return combine(task_vectors, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+    return combine(task_vectors, weight, normalize=normalize, lambda_=lambda_)
 
 
-def combine(task_vectors: torch.Tensor, weight: list[float], *, normalize: bool, lambda_: float) -> torch.Tensor:
+def combine(task_vectors: torch.Tensor, weight: PerExpert[float], *, normalize: bool, lambda_: float) -> torch.Tensor:
     """Compute the weighted sum of task vectors as `task_arithmetic` defines it; other methods share this."""
-    total = sum(weight)
-    merged = combine_linearly(task_vectors, weight)
+    weights = per_expert(weight, task_vectors)
+    total = sum(weights)
+    merged = combine_linearly(task_vectors, weights)
     if normalize and abs(total) >= 1e-8:
         merged = divided(merged, total)
     return merged * lambda_

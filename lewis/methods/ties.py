@@ -39,7 +39,7 @@ def ties(
         fp32 delta to add to the base, shape tensor.shape.
     """
     kept = trim_all(task_vectors, scales, density, rescale=rescale)
-    return elect_and_merge(kept, per_expert(weight, task_vectors), normalize=normalize, lambda_=lambda_)
+    return elect_and_merge(kept, weight, normalize=normalize, lambda_=lambda_)
 
 
 def trim_all(
@@ -56,13 +56,14 @@ def trim_all(
     return stack_kept(kept, task_vectors, rescale=rescale)
 
 
-def elect_and_merge(kept: torch.Tensor, weight: list[float], *, normalize: bool, lambda_: float) -> torch.Tensor:
+def elect_and_merge(kept: torch.Tensor, weight: PerExpert[float], *, normalize: bool, lambda_: float) -> torch.Tensor:
     """Elect the sign of the weighted sum per element (0 counts as +) and merge those that have it (TIES, section 3)."""
+    weights = per_expert(weight, kept)
 
     def weighted() -> Iterator[torch.Tensor]:  # one at a time, to save memory
-        return (each * own for each, own in zip(kept, weight, strict=True))
+        return (each * own for each, own in zip(kept, weights, strict=True))
 
-    return merge_elected(weighted(), weight, add_up(weighted()), normalize=normalize) * lambda_
+    return merge_elected(weighted(), weights, add_up(weighted()), normalize=normalize) * lambda_
 
 
 def merge_elected(

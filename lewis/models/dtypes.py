@@ -74,6 +74,12 @@ def as_tensor(dtype: str, bits: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(bits).view(torch_dtype(dtype))
 
 
+def bits_of(tensor: torch.Tensor) -> tuple[str, np.ndarray]:
+    """The dtype of a tensor, and its flat bits, of `bits_dtype`."""
+    dtype = name_of(tensor.dtype)
+    return dtype, np.frombuffer(bytes_of(tensor), bits_dtype(dtype))
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, in the order in which a safetensors file holds them."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -18,7 +18,7 @@ from lewis.importance.gram_files import FinishedFiles
 from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
 from lewis.merging.prepared import Prepared
-from lewis.models.dtypes import bits_dtype, bytes_of, name_of, torch_dtype
+from lewis.models.dtypes import bits_of, torch_dtype
 from lewis.models.files.safetensors_file import TensorFile, write_file
 
 
@@ -113,9 +113,7 @@ class Unwritten:
 
     def raw(self, name: str) -> tuple[str, np.ndarray]:
         """Return the dtype and bits of a tensor as the merge would write it."""
-        value = self.read(name)
-        dtype = name_of(value.dtype)
-        return dtype, np.frombuffer(bytes_of(value), bits_dtype(dtype))
+        return bits_of(self.read(name))
 
     def done_with(self, name: str) -> None:
         """Release the memory that the models' tensors of this name are mapped to."""

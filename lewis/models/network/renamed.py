@@ -19,7 +19,7 @@ from threading import Lock
 import numpy as np
 
 from lewis.lazy_torch import torch
-from lewis.models.dtypes import as_tensor, bits_dtype, bytes_of, name_of
+from lewis.models.dtypes import as_tensor, bits_of
 from lewis.models.model import Model, TensorInfo, View
 from lewis.models.names import HEADS, PER_TOKEN, Shapes, in_layers
 from lewis.models.network.network_class import known_network
@@ -191,7 +191,7 @@ class Renamed(View):
         with self._lock:
             if name not in self._kept:
                 made = self._conversions.make(name, self.model.read)
-                self._kept = {each: _bits_of(value) for each, value in made.items()}
+                self._kept = {each: bits_of(value) for each, value in made.items()}
             return self._kept[name]
 
     def _bits(self, run: Run) -> tuple[str, np.ndarray]:
@@ -208,11 +208,6 @@ class Renamed(View):
     def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         dtypes = {self.model.tensors[self.model.tied.get(each, each)].dtype for each in self._sources(name)}
         return TensorInfo(dtypes.pop() if len(dtypes) == 1 else "F32", shape)
-
-
-def _bits_of(value: torch.Tensor) -> tuple[str, np.ndarray]:
-    dtype = name_of(value.dtype)
-    return dtype, np.frombuffer(bytes_of(value), bits_dtype(dtype))
 
 
 class Conversions:

@@ -101,7 +101,7 @@ def test_memory_of_a_lora_expert_grows_with_the_largest_tensor_that_it_changes(
     save_file({name: torch.ones(shape) for name, shape in shapes.items()}, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     merge = open_merge("ties", base, [adapter])
-    monkeypatch.setattr(Merge, "threads", 2)
+    monkeypatch.setattr(module, "cores", lambda: 2)
     monkeypatch.setattr(module, "anonymous_bytes", lambda: 1000)
     monkeypatch.setattr(module, "PeakMemory", lambda: nullcontext(SimpleNamespace(peak=1300)))
     monkeypatch.setattr(module, "_ENOUGH", 0)
