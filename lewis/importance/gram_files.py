@@ -4,6 +4,11 @@ For each input of a block, `BLOCK.safetensors` holds `gram` or `rows`, as `Colle
 metadata holds the number of tokens of each input, and the input of each projection. `BLOCK.squares.safetensors` holds
 `squares`, which are a thousandth as large, and all that norms need. The manifest of the folder has the checksum of each
 file, which is compared before anything is read from the file.
+
+Of the symmetric sums of x^T x only one half is computed and kept: the rows of the matrix are cut into parts, and each
+part has a slab, its rows from the columns of the diagonal block on. One flat tensor holds all slabs, one after another.
+The cuts depend on the size only, and each slab is computed by itself: so the sums have the same bits for any number of
+threads.
 """
 
 from __future__ import annotations
@@ -20,8 +25,9 @@ import numpy as np
 from lewis import store
 from lewis.errors import LewisError
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic import gram, regression
-from lewis.methods.arithmetic.regression import keeps_rows
+from lewis.methods.arithmetic import regression
+from lewis.methods.arithmetic.regression import COLUMNS, keeps_rows
+from lewis.methods.arithmetic.sums import slices
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.files.safetensors_file import TensorFile, write_file
 
@@ -59,9 +65,9 @@ class Collected:
         if keeps_rows(self.size, self.tokens):
             return []
         if self._packed is None:
-            self._packed = torch.zeros(gram.packed_length(self.size), device=self._rows[0].device)
+            self._packed = torch.zeros(packed_length(self.size), device=self._rows[0].device)
         taken, self._rows = self._rows, []
-        return [partial(_multiply, taken, cut, slab) for cut, slab in gram.slabs(self._packed, self.size)]
+        return [partial(_multiply, taken, cut, slab) for cut, slab in slabs(self._packed, self.size)]
 
     def _take(self, rows: torch.Tensor) -> None:
         if self.size > regression.DUAL_ABOVE and self._expected > regression.DUAL_TOKENS:
@@ -82,12 +88,13 @@ class Collected:
 
         Returns:
             Name -> parts, one below the other: `squares`, the mean of x_j^2, (in,); and either `gram`, the mean of
-            x^T x, packed as `arithmetic.gram` describes, or `rows`, (tokens, in).
+            x^T x, packed in slabs, or `rows`, (tokens, in).
         """
         if self._packed is not None:
             self._packed /= self.tokens
             packed = self._packed.cpu()
-            return {"squares": [gram.diagonal(packed, self.size)], "gram": [packed]}
+            of_slabs = [slab.diagonal() for _, slab in slabs(packed, self.size)]
+            return {"squares": [torch.cat(of_slabs)], "gram": [packed]}
         squares = self._squares
         if squares is None:
             squares = sum((rows.square().sum(dim=0, dtype=torch.float64) for rows in self._rows), torch.zeros(()))
@@ -97,6 +104,30 @@ class Collected:
 def _multiply(parts: list[torch.Tensor], cut: slice, slab: torch.Tensor) -> None:
     for part in parts:
         slab.addmm_(part[:, cut].T, part[:, cut.start :])
+
+
+def packed_length(size: int) -> int:
+    """Elements of the flat tensor for a matrix of this many rows and columns."""
+    return sum((cut.stop - cut.start) * (size - cut.start) for cut in slices(size, COLUMNS))
+
+
+def slabs(packed: torch.Tensor, size: int) -> list[tuple[slice, torch.Tensor]]:
+    """Return for each slab of a flat tensor the slice of its rows, and a view (rows, columns from the slice on)."""
+    found, start = [], 0
+    for cut in slices(size, COLUMNS):
+        rows, columns = cut.stop - cut.start, size - cut.start
+        found.append((cut, packed[start : start + rows * columns].view(rows, columns)))
+        start += rows * columns
+    return found
+
+
+def unpacked(packed: torch.Tensor, size: int) -> torch.Tensor:
+    """Expand a flat tensor of slabs to the whole symmetric matrix, (size, size)."""
+    matrix = torch.empty(size, size, dtype=packed.dtype)
+    for cut, slab in slabs(packed, size):
+        matrix[cut, cut.start :] = slab
+        matrix[cut.start :, cut] = slab.T
+    return matrix
 
 
 class _Place(NamedTuple):
@@ -224,7 +255,7 @@ class Grams:
         except KeyError:
             rows = [self._read(place, "rows")]
             return Rows(rows, rows, weight)
-        return Gram(gram.unpacked(packed, place.size), place.tokens, weight)
+        return Gram(unpacked(packed, place.size), place.tokens, weight)
 
     def _header(self, name: str) -> dict[str, Any]:
         from safetensors import SafetensorError, safe_open

@@ -23,13 +23,12 @@ from lewis.devices import one_thread
 from lewis.errors import LewisError
 from lewis.importance import gram_files
 from lewis.importance.calibration import Calibration
-from lewis.importance.gram_files import Collected, FinishedFiles, Grams
+from lewis.importance.gram_files import Collected, FinishedFiles, Grams, packed_length
 from lewis.importance.measure import check_samples, network_of, norms, stored_dtype
 from lewis.importance.measured import Measured
 from lewis.importance.passes import Pass, Watched, of_expert
 from lewis.importance.workers import Workers
 from lewis.lazy_torch import torch
-from lewis.methods.arithmetic.gram import packed_length
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, keeps_rows
 from lewis.models.model import Model
 from lewis.models.network.module_tree import Network

@@ -12,14 +12,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from lewis.errors import LewisError
-from lewis.importance.gram_files import Collected
+from lewis.importance.gram_files import Collected, unpacked
 from lewis.importance.passes import see_experts
 from lewis.lazy_torch import torch
 from lewis.merging.calibration_rows import warn_of_few_tokens
 from lewis.merging.fitting.passes import Shared
 from lewis.merging.fitting.static_solver import Group, parts_of, solve_group
 from lewis.merging.prepared import Prepared
-from lewis.methods.arithmetic import gram
 from lewis.methods.arithmetic.tokens import Gram, Rows
 from lewis.models.network.module_tree import Network
 
@@ -143,4 +142,4 @@ class _Noted:
         result = self._results[projection]
         if "rows" in result:
             return Rows(result["rows"], result["rows"], weight)
-        return Gram(gram.unpacked(result["gram"][0], collected.size), collected.tokens, weight)
+        return Gram(unpacked(result["gram"][0], collected.size), collected.tokens, weight)
