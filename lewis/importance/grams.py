@@ -159,7 +159,7 @@ class _Walk:
 
     def _go_on(self, some: Sequence[Pass], others: Sequence[Callable[[], None]] = ()) -> None:
         chosen = set(map(id, some))
-        self._workers.in_place([each.go_on if id(each) in chosen else _nothing for each in self._passes], others)
+        self._workers.in_place([each.go_on if id(each) in chosen else lambda: None for each in self._passes], others)
 
     def _through(self, waiting: Sequence[Pass]) -> tuple[dict[str, Collected], dict[str, str]]:
         """Run the passes through a block, a few at a time.
@@ -196,10 +196,6 @@ class _Walk:
                 f"{self._weights.model.folder}: activations into {str(error)!r} are NaN, Inf or too large for fp32; "
                 "the model is damaged"
             ) from error
-
-
-def _nothing() -> None:
-    pass
 
 
 def measured_by(model: Model, calibration: Calibration, grams: Grams, reduce: str = "mean") -> Measured:

@@ -269,8 +269,20 @@ def forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
     Raises:
         InputError: if the model does not run on text alone.
     """
+    module = network.module
+    mask = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long().to(ids.device)
     with blaming_the_model(network, _RUN_NONE):
-        _forward(network, ids, lengths)
+        if not network.encodes:
+            masked = {"attention_mask": mask} if network.looks_ahead and min(lengths) < ids.shape[1] else {}
+            network.tower(input_ids=ids, use_cache=False, **masked)
+            return
+        encoded = module.get_encoder()(input_ids=ids, attention_mask=mask)[0]
+        module.get_decoder()(  # with the same text, shifted by a token
+            input_ids=decoder_ids(module.config, ids),
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        )
 
 
 @contextmanager
@@ -294,22 +306,6 @@ def blaming_the_model(network: Network, fix: str) -> Iterator[None]:
             f"{network.folder}: {type(network.module).__name__} does not run on text alone ({type(error).__name__}: "
             f"{reason}); {fix}"
         ) from error
-
-
-def _forward(network: Network, ids: torch.Tensor, lengths: list[int]) -> None:
-    module = network.module
-    mask = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long().to(ids.device)
-    if not network.encodes:
-        masked = {"attention_mask": mask} if network.looks_ahead and min(lengths) < ids.shape[1] else {}
-        network.tower(input_ids=ids, use_cache=False, **masked)
-        return
-    encoded = module.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-    module.get_decoder()(  # with the same text, shifted by a token
-        input_ids=decoder_ids(module.config, ids),
-        encoder_hidden_states=encoded,
-        encoder_attention_mask=mask,
-        use_cache=False,
-    )
 
 
 def decoder_ids(config: Any, ids: torch.Tensor) -> torch.Tensor:

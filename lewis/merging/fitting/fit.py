@@ -34,7 +34,7 @@ from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.head import fit_head
 from lewis.merging.fitting.passes import Pair, Pass, Shared, answering, note_stream, stop, stop_with_call
 from lewis.merging.fitting.solver import Solver
-from lewis.merging.fitting.spill import IN_MEMORY, Spill, approximate_bytes
+from lewis.merging.fitting.spill import IN_MEMORY, Spill
 from lewis.merging.fitting.stacked_fit import StackedFit, stacks_of, tensors_in
 from lewis.merging.fitting.walk import Walk
 from lewis.merging.prepared import Prepared
@@ -184,6 +184,8 @@ def _taken(begun: int, tokens: int, count: int, total: int, size: int) -> torch.
 def paused_bytes(merge: Prepared, network: Network, tokens: int | None = None) -> int:
     """Approximate bytes held while all passes are paused between two projections; in files above `IN_MEMORY`.
 
+    These are weights, and for each token of a pass two rows of inputs of the widest projection and six hidden states.
+
     Args:
         merge: a merge whose method fits.
         network: the network of its base.
@@ -197,7 +199,8 @@ def paused_bytes(merge: Prepared, network: Network, tokens: int | None = None) -
     outside = sum(network.empty(name).numel() for name in network.parameters_outside() if name not in by_row)
     hidden = input_embeddings(network.module).embedding_dim
     models = len(merge.experts) + 1
-    return approximate_bytes(2 * tokens, widest, hidden, models * outside + (models + 1) * largest)
+    weights = models * outside + (models + 1) * largest  # that are loaded at a time
+    return 4 * (2 * tokens * (2 * widest + 6 * hidden) + weights)
 
 
 def extra_disk_bytes(merge: Prepared, network: Network, held: int) -> int:

@@ -1,6 +1,6 @@
 """Where a fit keeps the tensors of paused passes: in memory or, if they are large, in files mapped into memory.
 
-The rule: if the passes need more than `IN_MEMORY` bytes, by the estimate of `approximate_bytes`, then every tensor of
+The rule: if the passes need more than `IN_MEMORY` bytes, by the estimate of `fit.paused_bytes`, then every tensor of
 at least `LARGE` bytes that a pass holds while it waits, and every weight of that size, is in a file of its own. The
 operating system writes such files out and reads them back as it needs memory. Their names are deleted as soon as they
 are mapped, so that they are gone with the process, however it ends. Results do not depend on where tensors are kept.
@@ -21,18 +21,6 @@ from torch.overrides import TorchFunctionMode
 
 IN_MEMORY = 2 << 30  # bytes that may stay in memory; `lewis/methods/README.md` names both numbers
 LARGE = 1 << 20  # bytes of a tensor that is kept in a file
-
-
-def approximate_bytes(tokens: int, widest: int, hidden: int, weights: int) -> int:
-    """Estimate the most bytes of paused passes: weights, and per token two rows of `widest` inputs, six hidden states.
-
-    Args:
-        tokens: number of tokens of all passes, with padding.
-        widest: number of inputs of the widest projection.
-        hidden: size of the hidden states.
-        weights: elements of all weights that are loaded at a time.
-    """
-    return 4 * (tokens * (2 * widest + 6 * hidden) + weights)
 
 
 class Spill:

@@ -65,11 +65,12 @@ class CheckpointWriter:
         self._files: list[IO[bytes]] = []
         self._flusher, self._flushes, self._unflushed = ThreadPoolExecutor(1), list[Future[None]](), 0
         shards = divide({name: size_of(dtype, shape) for name, (dtype, shape) in layout.items()}, max_shard_size)
-        names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
+        count = len(shards)  # the files of several are named as transformers names them
+        names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         self._journal = Journal(folder / _JOURNAL)
         for file_name, members in zip(names, shards, strict=True):
             self._lay_out(file_name, members)
-        if len(shards) > 1:
+        if count > 1:
             total = sum(size_of(dtype, shape) for dtype, shape in layout.values())
             weight_map = {tensor: file for file, members in zip(names, shards, strict=True) for tensor in members}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -267,11 +268,6 @@ def parse_size(text: str) -> int:
         return settings.parse_size(text)
     except ValueError:
         raise InputError(f"max_shard_size: expected a size such as 5GB or 500MB, got {text!r}") from None
-
-
-def _shard_names(count: int) -> list[str]:
-    """Return the names of several weight files as transformers chooses them."""
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

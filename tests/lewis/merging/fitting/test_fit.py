@@ -441,7 +441,7 @@ class TestInFiles:
     ) -> None:
         recipe = recipe_of(family.base, family.experts)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lewis.merging.fitting.fit.approximate_bytes", lambda *_: 10**15)
+            patch.setattr("lewis.merging.fitting.fit.paused_bytes", lambda *_: 10**15)
             with pytest.raises(InputError, match="no space: the fit, with the inputs kept between two projections"):
                 run(recipe, tmp_path / "out")
 
