@@ -7,7 +7,6 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,32 +27,6 @@ _ADDED = re.compile(r"\bnn\.Embedding\(config\.vocab_size \+ (\d+),")
 _PADDED = re.compile(
     r"\bnn\.Embedding\(\s*config\.vocab_size,\s*config\.\w+,\s*(?:padding_idx=)?(?:self\.padding_idx|config\.pad_token_id)\b"
 )
-
-
-@dataclass(frozen=True)
-class _Network:
-    """How the source code of a network uses its config.
-
-    Attributes:
-        activations: the keys that name activation functions.
-        dropouts: the keys that give probabilities of dropout.
-        pads: whether `pad_token_id` is a row of its embedding.
-        added: the numbers of rows that its embeddings have beyond `vocab_size`.
-    """
-
-    activations: frozenset[str] = frozenset()
-    dropouts: frozenset[str] = frozenset()
-    pads: bool = False
-    added: frozenset[int] = frozenset()
-
-    @classmethod
-    def of(cls, source: str) -> "_Network":
-        return cls(
-            frozenset(_ACTIVATION.findall(source)),
-            frozenset(_DROPOUT.findall(source)),
-            _PADDED.search(source) is not None,
-            frozenset(map(int, _ADDED.findall(source))),
-        )
 
 
 def check_values(folder: Path, config: Mapping[str, Any]) -> None:
@@ -123,7 +96,7 @@ def ignores_head_dim(config: Mapping[str, Any]) -> bool:
 def added_rows(config: Mapping[str, Any]) -> set[int]:
     """The numbers of rows that a `model_type`'s embedding has beyond `vocab_size`: Moshi's has one, Mllama's eight."""
     kind = config.get("model_type")
-    return set(_declared(kind)[2].added) if isinstance(kind, str) else set()
+    return set(map(int, _ADDED.findall(_declared(kind)[2]))) if isinstance(kind, str) else set()
 
 
 def _unlike_class(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -136,17 +109,14 @@ def _unlike_class(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     source, fields, network = _declared(kind)
     if not source:
         return
+    activations = set(_ACTIVATION.findall(network))
     for key, declared in fields.items():
         if key not in config:
             continue
         value = config[key]
         if not _accepts(declared.annotation, value):
             yield key, ast.unparse(declared.annotation)
-        elif (
-            key in network.activations
-            and isinstance(value, str)
-            and value not in (known := _names("activations", "ACT2CLS"))
-        ):
+        elif key in activations and isinstance(value, str) and value not in (known := _names("activations", "ACT2CLS")):
             yield key, f"an activation function of transformers, such as {', '.join(sorted(known & {'gelu', 'silu'}))}"
     if not _OWN_LAYERS.search(source):
         yield from _layers(config)
@@ -176,15 +146,14 @@ def _layers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, f"one for each of the {config['num_hidden_layers']} layers (num_hidden_layers)"
 
 
-def _outside(
-    config: Mapping[str, Any], fields: Mapping[str, ast.AnnAssign], network: _Network
-) -> Iterator[tuple[str, str]]:
+def _outside(config: Mapping[str, Any], fields: Mapping[str, ast.AnnAssign], network: str) -> Iterator[tuple[str, str]]:
     """Yield as `_unlike_class` does, for numbers outside the range of the class or of torch's modules."""
     pad, size = config.get("pad_token_id"), config.get("vocab_size")
     of_parts = any(isinstance(each, dict) and "vocab_size" in each for each in config.values())  # T5Gemma's embeddings
-    if isinstance(pad, int) and isinstance(size, int) and network.pads and not of_parts and not -size <= pad < size:
+    pads = not of_parts and _PADDED.search(network)
+    if isinstance(pad, int) and isinstance(size, int) and pads and not -size <= pad < size:
         yield "pad_token_id", f"a token of the vocabulary of {size:,}"
-    ranges = {key: ("0", "1") for key in network.dropouts}
+    ranges = {key: ("0", "1") for key in _DROPOUT.findall(network)}
     for key, declared in fields.items():
         if declared.value and (found := _INTERVAL.match(ast.unparse(declared.value))):
             ranges[key] = (found[1], found[2])
@@ -236,8 +205,8 @@ def _accepts(declared: ast.expr, value: Any) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _declared(kind: str) -> tuple[str, dict[str, ast.AnnAssign], _Network]:
-    """Return the source of a `model_type`'s config class, its fields with their types, and the network's use of it.
+def _declared(kind: str) -> tuple[str, dict[str, ast.AnnAssign], str]:
+    """Return the source of a `model_type`'s config class, its fields with their types, and the source of its network.
 
     All are empty if there is no such class.
     """
@@ -246,7 +215,7 @@ def _declared(kind: str) -> tuple[str, dict[str, ast.AnnAssign], _Network]:
     named = next((each for each in pairs if each.endswith("Config")), "")
     module = next((each for each in pairs if each.islower()), kind.replace("-", "_"))
     if not named or not module.isidentifier():
-        return "", {}, _Network()
+        return "", {}, ""
     source = _source(f"models/{module}/configuration_{module}.py")
     classes = {each.name: each for each in syntax_tree(source).body if isinstance(each, ast.ClassDef)}
     fields: dict[str, ast.AnnAssign] = {}
@@ -256,9 +225,8 @@ def _declared(kind: str) -> tuple[str, dict[str, ast.AnnAssign], _Network]:
             stated = (each for each in found.body if isinstance(each, ast.AnnAssign))
             fields = {each.target.id: each for each in stated if isinstance(each.target, ast.Name)} | fields
             wanted += [each.id for each in found.bases if isinstance(each, ast.Name)]
-    network = _Network.of(_source(f"models/{module}/modeling_{module}.py"))
     own = {name: each for name, each in fields.items() if "ClassVar" not in ast.unparse(each.annotation)}
-    return source, own, network
+    return source, own, _source(f"models/{module}/modeling_{module}.py")
 
 
 @lru_cache

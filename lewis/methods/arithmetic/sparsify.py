@@ -35,8 +35,6 @@ def trim(
     k = int(density * n)
     if k >= n:
         return task_vector
-    if k <= 0:
-        return torch.zeros_like(task_vector)
     score, dropped = size(task_vector, scale), min(int(outliers * n), n - k)
     keep = largest(score, dropped + k)
     if dropped:

@@ -70,11 +70,6 @@ class Gram:
         """The weight of `mean` in S: c_t times the number of tokens."""
         return self.weight
 
-    @property
-    def shifted(self) -> bool:
-        """Always False: the inputs are the expert's own."""
-        return False
-
 
 class Stacked:
     """X, Z - X and B for the dual form: all experts' rows in one matrix, scaled by sqrt(c_t); of a large layer a share.
