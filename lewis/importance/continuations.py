@@ -159,11 +159,9 @@ def _loaded(files: ModelFiles, prompts: Calibration, device: str) -> Any:
         raise InputError(f"{files.ref}: this model does not write text token by token; leave `continue` out")
     measure.check_tokens(model, network, prompts)
     weights = Weights(network, model, device, dtype)
-    weights.check()
     weights.load_outside(with_head=True)
     for path in network.blocks:
         weights.load(network.parameters_in(path))
-    weights.move_buffers()
     return network.module
 
 

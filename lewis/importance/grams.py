@@ -85,9 +85,7 @@ def measure_grams(
         contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
         watched = contexts.enter_context(Watched(network))
         weights = Weights(network, model, device, dtype)
-        weights.check()
         weights.load_outside()
-        weights.move_buffers()
         writer = contexts.enter_context(ThreadPoolExecutor(1))
         walk = _Walk(weights, watched, passes, workers, writer, folder, calibration.tokens)
         for share in walk.blocks():

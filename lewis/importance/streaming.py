@@ -80,13 +80,7 @@ class Weights:
         self.network, self.model, self._device, self._dtype = network, model, device, dtype
         self._keep = keep or (lambda value, dtype: value.to(device, dtype))
 
-    def move_buffers(self) -> None:
-        """Move all buffers to the device, such as tables of rotary embeddings, which no checkpoint holds."""
-        for module in self.network.module.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self._device))
-
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise InputError unless the model has every weight that the network needs."""
         where = self.model.folder
         if isinstance(self.model, LoraExpert):
@@ -98,15 +92,24 @@ class Weights:
                 raise InputError(f"{where}: transformers cannot load it: the weight {name!r} is missing")
 
     def load_outside(self, *, with_head: bool = False) -> None:
-        """Read the parameters that are in no block. On a CPU, the embedding of a token is read when a pass needs it.
+        """Read the parameters that are in no block, and move all buffers to the device.
+
+        On a CPU, the embedding of a token is read when a pass needs it.
 
         Args:
             with_head: also those of the head that makes logits.
+
+        Raises:
+            InputError: if the model lacks a weight that the network needs, in a block or outside.
         """
+        self._check()
         later = self.network.read_by_row(with_head=with_head) if self._device == "cpu" else []
         if later:
             self._fill_by_row(later)
         self.load(name for name in self.network.parameters_outside(with_head=with_head) if name not in later)
+        for module in self.network.module.modules():  # tables of rotary embeddings, which no checkpoint holds
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self._device))
 
     def _fill_by_row(self, names: Sequence[str]) -> None:
         """Replace an embedding parameter, under all its names, by a table whose rows are filled as tokens come."""
@@ -185,7 +188,6 @@ class Streamed:
         self._keep = keep and device != "cpu" and self._fits()
 
     def __enter__(self) -> "Streamed":
-        self.weights.check()
         network = self._network
         self.weights.load_outside()
         for path, block in network.blocks.items():
@@ -193,7 +195,6 @@ class Streamed:
                 self.weights.load(network.parameters_in(path))
             else:
                 self._hooks.callback(block.register_forward_pre_hook(partial(wait_at, path)).remove)
-        self.weights.move_buffers()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -132,9 +132,7 @@ def _fit(merge: Prepared, folder: Path, progress: Report, threads: int | None, a
         walk = Walk(shared, places, Solver(shared, streams), stacked)
         contexts.callback(walk.stop)
         for each in (*experts, merged):
-            each.check()
             each.load_outside()
-            each.move_buffers()
             for path in (*each.network.blocks, *places):
                 module = each.network.module.get_submodule(path)
                 contexts.callback(module.register_forward_pre_hook(partial(stop, path, path in places)).remove)

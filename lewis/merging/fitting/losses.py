@@ -150,9 +150,7 @@ def run_batches(
     passes = [Pass(batch, partial(run, batch)) for batch in made]
     with ExitStack() as contexts:
         contexts.callback(lambda: workers.in_place([each.stop for each in passes]))
-        weights.check()
         weights.load_outside(with_head=with_head)
-        weights.move_buffers()
         for path, block in network.blocks.items():
             contexts.callback(block.register_forward_pre_hook(partial(stop, path, False)).remove)
         loaded: list[str] = []

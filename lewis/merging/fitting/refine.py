@@ -227,10 +227,8 @@ class Student:
         network = self._network
         self._contexts.enter_context(one_thread())
         self._workers = self._contexts.enter_context(Workers(self._threads if self._device == "cpu" else 1))
-        self._weights.check()
         self._weights.load_outside(with_head=True)
         self._weights.load(name for path in network.blocks for name in network.parameters_in(path))
-        self._weights.move_buffers()
         for i, path in enumerate(self._places):
             module = network.module.get_submodule(path)
             hook = partial(_add_update, self.parameters[2 * i], self.parameters[2 * i + 1])
