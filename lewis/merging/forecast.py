@@ -143,7 +143,7 @@ def _of_head(merge: Merge, network: Network, reading: float) -> Forecast:
         return Forecast(0, 0)
     tokens, experts = sum(each.calibration.tokens for each in merge.experts if each.calibration), len(merge.experts)
     head, inputs = merge.base.tensors[tensor].elements, merge.base.tensors[tensor].shape[1]
-    blocks = sum(info.elements for info in merge.base.tensors.values()) - head
+    blocks = merge.elements - head
     operations = 2 * tokens * blocks + 8 * experts * head * inputs
     seconds = operations / (operations_per_second() * cores()) + experts * reading
     held = size_of(*merge.layout[tensor]) + 4 * (4 * min(head, PART) + tokens * inputs + 2 * experts * inputs**2)
@@ -163,7 +163,7 @@ def _seconds_to_read(merge: Merge, network: Network) -> float:
         begun = time.perf_counter()
         read_as(merge.experts[0].model, name, torch.float32)
         took = time.perf_counter() - begun
-    return took / elements * sum(info.elements for info in merge.base.tensors.values()) / cores()
+    return took / elements * merge.elements / cores()
 
 
 def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
@@ -178,8 +178,7 @@ def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     sets = [expert.held_back for expert in merge.judging if expert.held_back]
     if not sets:
         return Forecast(0, 0)
-    weights = sum(info.elements for info in merge.base.tensors.values())
-    seconds = 4 * 2 * sum(rows.tokens for rows in sets) * weights / (operations_per_second() * cores())
+    seconds = 4 * 2 * sum(rows.tokens for rows in sets) * merge.elements / (operations_per_second() * cores())
     seconds += (len(merge.experts) + 3) * reading
     held = 4 * held_at_once(network, with_head=True)
     held += _merged_embedding(merge, network, network.read_by_row(with_head=True))
@@ -203,15 +202,14 @@ def _of_refining(merge: Merge, network: Network, reading: float) -> Forecast:
     sets = [rows for expert in merge.experts for rows in (expert.calibration, expert.held_back) if rows]
     own = sum(expert.calibration.tokens for expert in merge.experts if expert.calibration)
     back = sum(rows.tokens for rows in sets) - own
-    weights = sum(info.elements for info in merge.base.tensors.values())
     shapes = [network.empty(each.parameter).shape for each in in_order(network)]
     updates = merge.refine.rank * sum(map(sum, shapes))
     embedding = input_embeddings(network.module)
     each_token = len(network.blocks) * (16 * embedding.embedding_dim + 4 * max(map(max, shapes)))
     each_token += 4 * embedding.num_embeddings
     longest = max(len(row) for rows in sets for row in rows.samples)
-    held = weights + updates * (5 + EACH * len(merge.experts)) + cores() * longest * each_token
-    operations = weights * (2 * (own + back) + (5 * own + 2 * back) * merge.refine.epochs + 4 * back)
+    held = merge.elements + updates * (5 + EACH * len(merge.experts)) + cores() * longest * each_token
+    operations = merge.elements * (2 * (own + back) + (5 * own + 2 * back) * merge.refine.epochs + 4 * back)
     seconds = operations / (operations_per_second() * cores()) + (len(merge.experts) + 2) * reading
     return Forecast(seconds, LOADED + 4 * held)
 
