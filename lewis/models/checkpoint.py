@@ -10,7 +10,7 @@ import numpy as np
 
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
-from lewis.models.config import read_config
+from lewis.models.config import class_config, read_config
 from lewis.models.config_check import check_config
 from lewis.models.config_class import ties_head
 from lewis.models.dtypes import as_tensor
@@ -205,13 +205,5 @@ def _said(config: Mapping[str, Any]) -> list[Any]:
 
 def _class_default(folder: Path) -> bool:
     """Whether the model's class ties the head by default. Used only if config.json does not say, since it is slow."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # each architecture raises its own kind
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{folder / 'config.json'}: no tie_word_embeddings, and transformers has no default: {reason}"
-        ) from error
+    config = class_config(folder, "no tie_word_embeddings, and transformers has no default")
     return bool(getattr(config, "tie_word_embeddings", False))

@@ -34,6 +34,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def class_config(folder: Path, unknown: str) -> Any:
+    """Return a folder's config with all defaults of its class, which takes seconds; an error says what is `unknown`.
+
+    Raises:
+        InputError: if transformers does not know the class, or the class refuses the config.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # each architecture raises its own kind
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder / 'config.json'}: {unknown}: {reason}") from error
+
+
 def needs_code(folder: Path, what: str, file: str) -> InputError:
     """Return the error for a model that runs only with code of its own, which LEWIS never runs.
 

@@ -154,7 +154,7 @@ def _stated(config: Mapping[str, Any], *keys: str) -> Iterator[int]:
     """Yield the whole numbers above 0 that a config, or a block in it, gives for one of the keys."""
     for block in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in keys:
-            if _is_size(value := block.get(key)):
+            if is_size(value := block.get(key)):
                 yield value
 
 
@@ -193,7 +193,7 @@ def _unlike_names(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[s
 
 def _unlike_places(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
     for key, places in _PLACES.items():
-        for end, dimensions, axis, times in places if _is_size(config.get(key)) else ():
+        for end, dimensions, axis, times in places if is_size(config.get(key)) else ():
             found = _sizes(shapes, end, dimensions, axis)
             if found and config[key] * times not in found:
                 yield key, _of(found, end, times)
@@ -201,7 +201,7 @@ def _unlike_places(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[
 
 def _unlike_attention(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, str]]:
     heads, width = config.get(_HEADS), config.get("hidden_size")
-    if not _is_size(heads) or not _is_size(width):
+    if not is_size(heads) or not is_size(width):
         return
     count, size = (stated_size(config, key) for key in ("num_key_value_heads", "head_dim"))
     key = "num_key_value_heads" if size is None else "head_dim"
@@ -214,7 +214,7 @@ def _unlike_attention(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tup
         yield key, f"keys of {found}, which the tensors k_proj give and {count} heads of {size} do not"
     latent = _sizes(shapes, ".self_attn.kv_b_proj.weight", 2, 0)
     before, of_value = config.get("qk_nope_head_dim"), config.get("v_head_dim")
-    if latent and _is_size(before) and _is_size(of_value) and heads * (before + of_value) not in latent:
+    if latent and is_size(before) and is_size(of_value) and heads * (before + of_value) not in latent:
         yield _HEADS, f"heads of {_listed(latent)} numbers in all, which the tensors kv_b_proj give"
     results = _sizes(shapes, ".self_attn.o_proj.weight", 2, 1)
     square = width in results and heads * size in _sizes(shapes, ".self_attn.q_proj.weight", 2, 0)  # Helium's
@@ -239,7 +239,7 @@ def _unlike_experts(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple
         (_EXPERTS, {*counts.values()}, "as many as there are tensors of experts"),
         (_EXPERT_INNER, inner, "by the tensors of experts"),
     ):
-        given = {key: config[key] for key in keys if _is_size(config.get(key))}
+        given = {key: config[key] for key in keys if is_size(config.get(key))}
         by_kind = any(isinstance(config.get(key), list) for key in keys)  # a list for kinds of experts (Ernie 4.5 VL)
         if not by_kind and found and given and found.isdisjoint(given.values()):
             yield next(iter(given)), f"{_listed(found)}, {what}"
@@ -257,5 +257,6 @@ def _listed(numbers: set[int], word: str = " or ") -> str:
     return word.join(map(str, sorted(numbers)))
 
 
-def _is_size(value: Any) -> TypeGuard[int]:
+def is_size(value: Any) -> TypeGuard[int]:
+    """Whether a value of a config is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

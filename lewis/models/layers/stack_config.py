@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
+from lewis.models.config import class_config
+from lewis.models.config_check import is_size
 from lewis.models.layers.slices import Slice
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -122,7 +124,7 @@ def restacked(config: Mapping[str, Any], home: Path, origins: Sequence[Sequence[
     listed = list(dict.fromkeys(lists))
     _follow_layers(block, own, listed)
     for key, rule in _RULES.items():
-        if key not in listed and _active(block.get(key)):
+        if key not in listed and is_size(block.get(key)):
             _keep_rule(key, rule, block, own)
     if shares := next((key for key, least in _SHARING.items() if (block.get(key) or 0) >= least), None):
         raise InputError(
@@ -192,17 +194,9 @@ def _with_derived(origin: Origin) -> dict[str, Any]:
     whole = "text_config" not in origin.config  # a block in a larger config leaves out default values
     if (whole and not rules) or "layer_types" in block:
         return block
-    from transformers import AutoConfig  # seconds, so only where a config has a rule
-
-    try:
-        made = AutoConfig.from_pretrained(origin.home, trust_remote_code=False, local_files_only=True).to_dict()
-    except Exception as error:  # each architecture raises its own kind
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{origin.home / 'config.json'}: slices: {next(iter(rules), 'text_config')} says of which kind layers "
-            f"are, and transformers cannot tell: {reason}"
-        ) from error
-    lists = {key: value for key, value in _block(made).items() if _is_list(key, value, origin.layers)}
+    asked = next(iter(rules), "text_config")
+    made = class_config(origin.home, f"slices: {asked} says of which kind layers are, and transformers cannot tell")
+    lists = {key: value for key, value in _block(made.to_dict()).items() if _is_list(key, value, origin.layers)}
     added = {key: value for key, value in lists.items() if key not in block}
     if rules and not added and rules != ["sliding_window"]:  # a sliding window may hold for all layers
         raise InputError(
@@ -250,10 +244,6 @@ def _check_alike(key: str, own: Sequence[_Merged], values: Sequence[Sequence[Any
                 )
 
 
-def _active(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def _keep_rule(
     key: str,
     rule: Callable[[Mapping[str, Any], int], bool],
@@ -261,7 +251,7 @@ def _keep_rule(
     own: Sequence[_Merged],
 ) -> None:
     """Keep a rule if it holds for the new numbers, else raise InputError; its first and last layers are adjusted."""
-    values = [[_active(each.config.get(key)) and rule(each.config, each.layer) for each in layer] for layer in own]
+    values = [[is_size(each.config.get(key)) and rule(each.config, each.layer) for each in layer] for layer in own]
     _check_alike(key, own, values)
     kinds = [of_layer[0] for of_layer in values]
     if key in ("first_k_dense_replace", "num_dense_layers"):
