@@ -31,8 +31,8 @@ from lewis.models.lora.modules import (
 from lewis.models.model import Model
 from lewis.models.names import PER_TOKEN, unwrapped
 from lewis.models.network.network_class import known_network
+from lewis.models.network.placing import Layout, Run
 from lewis.models.network.renamed import with_tied
-from lewis.models.network.segments import Layout, Run
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,7 @@ from lewis.models.dtypes import as_tensor, bits_of
 from lewis.models.model import Model, TensorInfo, View
 from lewis.models.names import HEADS, PER_TOKEN, Shapes, in_layers
 from lewis.models.network.network_class import known_network
-from lewis.models.network.placing import Read, only_moves
-from lewis.models.network.segments import Layout, Run
+from lewis.models.network.placing import Layout, Read, Run, only_moves
 
 logger = logging.getLogger(__name__)
 _WHOLE = -1  # as the end of a run: the tensor as it is, whatever its shape
