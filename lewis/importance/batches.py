@@ -32,9 +32,7 @@ class Batch:
     weights: torch.Tensor | None = None
 
     @classmethod
-    def padded(
-        cls, samples: Sequence[Sequence[int]], of: int = 0, weights: Sequence[Sequence[float]] | None = None
-    ) -> "Batch":
+    def padded(cls, samples: Sequence[Sequence[int]], of: int, weights: Sequence[Sequence[float]] | None) -> "Batch":
         """Pad samples, and the weights of their tokens if there are some, to the width of the longest."""
         ids = pad_sequence([torch.tensor(sample, dtype=torch.long) for sample in samples], batch_first=True)
         rows = [torch.tensor(row, dtype=torch.float32) for row in weights or ()]

@@ -32,7 +32,7 @@ class SecondMoments:
         lengths, width, weights: of the current batch, as `batches.Batch` has them.
     """
 
-    def __init__(self, network: Network, device: str, sets: int = 1) -> None:
+    def __init__(self, network: Network, device: str, sets: int) -> None:
         self._network, self._device = network, device
         self._sets: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = [({}, {}) for _ in range(sets)]
         self.sums, self.counts = self._sets[0]

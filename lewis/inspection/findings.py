@@ -36,7 +36,7 @@ def weight_findings(
     result: str | None,
     apart: Callable[[int, int], bool],
     *,
-    among: bool = False,
+    among: bool,
 ) -> list[Finding]:
     """List all findings that follow from the measured weights.
 

@@ -31,7 +31,7 @@ from lewis.methods.arithmetic.sums import slices
 from lewis.methods.arithmetic.tokens import Rows
 from lewis.models.dtypes import as_tensor
 from lewis.models.network.module_tree import Network
-from lewis.progress import Report, silent
+from lewis.progress import Report
 
 if TYPE_CHECKING:
     from lewis.importance.batches import Batch
@@ -42,7 +42,7 @@ PART = 1 << 26  # elements of the head that are solved for at a time: 256 MiB in
 
 
 def fit_head(
-    merge: Prepared, network: Network, fitted: Fitted, workers: Workers, tokens: int, progress: Report = silent
+    merge: Prepared, network: Network, fitted: Fitted, workers: Workers, tokens: int, progress: Report
 ) -> None:
     """Fit the head, unless it is fitted already, no expert has moved it, or the model does not run on text alone.
 

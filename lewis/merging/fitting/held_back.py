@@ -29,7 +29,7 @@ from lewis.merging.fitting.losses import RowLoss, from_json, mean_loss, predicts
 from lewis.merging.fitting.refine import Refined, refine
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
-from lewis.progress import Report, silent
+from lewis.progress import Report
 
 logger = logging.getLogger(__name__)
 BROKEN = 1.0  # nats per token that a row may lose
@@ -144,7 +144,7 @@ def warn_of_unjudged(merge: Prepared) -> None:
 
 
 def fit_and_judge(
-    merge: Prepared, folder: Path, fit: Fit, progress: Report = silent, threads: int | None = None
+    merge: Prepared, folder: Path, fit: Fit, progress: Report, threads: int | None
 ) -> tuple[Fitted, Verdict]:
     """Fit a merge, and take the fit only if it holds on the rows that were held back; train it further if asked to.
 

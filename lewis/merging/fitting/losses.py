@@ -126,7 +126,7 @@ def run_batches(
     workers: Workers,
     *,
     with_head: bool,
-    progress: Report = silent,
+    progress: Report,
 ) -> None:
     """Run a model on batches side by side, block by block.
 

@@ -55,7 +55,7 @@ class Pass(Stepping):
         if self.is_new:
             self._raw = inputs
             self.taken = self.taken_of(inputs.shape[-1]) if self.taken_of and inputs is not None else None
-            self.rows = None if inputs is None else self.spill.keep(self.without_padding(inputs, self.taken))
+            self.rows = None if inputs is None else self.spill.keep(self.without_padding(inputs))
 
     def stop(self) -> None:
         """End the waiting pass, in its own thread."""
@@ -70,11 +70,11 @@ class Pass(Stepping):
         """
         assert self._raw is not None
         self.output = self.spill.keep(module.forward(self._raw))
-        return self.without_padding(self.output, self.taken)
+        return self.without_padding(self.output)
 
-    def without_padding(self, inputs: torch.Tensor, taken: torch.Tensor | None = None) -> torch.Tensor:
-        """The rows of real tokens, fp32 (tokens, features); with `taken` only these of them."""
-        return self.batch.rows_of(inputs, str(self.place), taken)
+    def without_padding(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The rows of the tokens that are taken, fp32 (tokens, features)."""
+        return self.batch.rows_of(inputs, str(self.place), self.taken)
 
 
 def advance(passes: Sequence[Pass], workers: Workers, what: str, advice: str) -> str | None:

@@ -32,7 +32,7 @@ from lewis.merging.fitting.fitted import Fitted, Unwritten
 from lewis.merging.fitting.losses import each_row, from_json, to_json
 from lewis.merging.prepared import Prepared
 from lewis.merging.settings import Expert
-from lewis.progress import Report, silent
+from lewis.progress import Report
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +97,7 @@ class Refined:
         return f"trained for {passes} over the rows: divergence from the experts {before}, then {after[self.taken - 1]}"
 
 
-def refine(
-    merge: Prepared, fitted: Fitted, progress: Report = silent, threads: int | None = None
-) -> tuple[Fitted, Refined | None]:
+def refine(merge: Prepared, fitted: Fitted, progress: Report, threads: int | None) -> tuple[Fitted, Refined | None]:
     """Train low-rank updates of the fitted tensors, as `merge.refine` says.
 
     In memory are the merged model in fp32, the updates with two moments each, and the activations of one row for each
