@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from lewis.errors import InputError, RecipeError
-from lewis.methods import find
+from lewis.methods import METHODS, find
 from lewis.recipe import yaml_text
 from lewis.recipe.recipe import Recipe
 from lewis.recipe.schema import SearchRange
@@ -101,6 +101,10 @@ def check(recipe: Recipe) -> None:
             ends.append(wanted.min + wanted.step)  # a key of whole numbers takes the ends, but not a step of 0.5
         if not ends:
             problems.append(f"{where}: expected at least one choice, got an empty list")
+        elif len(set(map(repr, ends))) < max(2, len(ends)):
+            problems.append(f"{where}: expected two choices or more, each once, got {ends}; a search varies its values")
+        if path == "seed" and not any(find(name).random for name in _methods(recipe)):
+            problems.append(f"{where}: {recipe.merge_method} does not draw at random, so all trials would be the same")
         for value in ends:
             try:
                 with_values(recipe, {path: rounded(wanted, value)})
@@ -108,6 +112,14 @@ def check(recipe: Recipe) -> None:
                 problems += [f"{where}: {line}" for line in str(error).splitlines()]
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
+
+
+def _methods(recipe: Recipe) -> set[str]:
+    """The names of all methods that a trial may merge by."""
+    anchor, space = recipe.anchor, recipe.search.space if recipe.search else {}
+    names = {recipe.merge_method, *([anchor.merge_method] if anchor else [])}
+    choices = [space.get(path) for path in ("merge_method", "anchor.merge_method")]
+    return names.union(*(each for each in choices if isinstance(each, tuple))) & METHODS.keys()
 
 
 def with_values(recipe: Recipe, values: Values, *more: str) -> Recipe:

@@ -75,6 +75,18 @@ class TestSpace:
             ("evaluate.limit: [1, 2]", "search.space.evaluate.limit: expected a value that the merge depends on"),
             ("'models[7].parameters.weight': [1]", "there is no models.7 in the recipe"),
             ("parameters.lambda: []", "search.space.parameters.lambda: expected at least one choice"),
+            (
+                "parameters.lambda: [1]",
+                "search.space.parameters.lambda: expected two choices or more, each once, got [1]",
+            ),
+            (
+                "parameters.lambda: [1, 2, 1]",
+                "lambda: expected two choices or more, each once, got [1, 2, 1]; a search",
+            ),
+            (
+                "seed: {min: 0, max: 9}",
+                "search.space.seed: ties does not draw at random, so all trials would be the sa",
+            ),
             ("'models[0].model': [a, b]", "search.space.models[0].model: a search keeps its models"),
             (
                 "parameters.lambda: {min: 2, max: 1}",
@@ -107,7 +119,10 @@ class TestSpace:
     @pytest.mark.parametrize("scale", ["", ", log: true"])
     def test_a_key_of_whole_numbers_gets_whole_numbers(self, scale: str, home: Path) -> None:
         """A range over the seed passed the check, and then nearly every trial failed."""
-        recipe = parse(f"seed: {{min: 1, max: 900{scale}}}, parameters.lambda: {{min: 1, max: 3}}")
+        given = (
+            f"seed: {{min: 1, max: 900{scale}}}, parameters.lambda: {{min: 1, max: 3}}, merge_method: [ties, dare_ties]"
+        )
+        recipe = parse(given)
         space.check(recipe)
         log = log_of(recipe)
         trials = [log.ask().values for _ in range(6)]
