@@ -68,7 +68,8 @@ def to_mergekit(
         The config as YAML.
 
     Raises:
-        InputError: as `check_exportable`, or if an expert is an adapter on an adapter, or a model is a GGUF file.
+        InputError: as `check_exportable`, or if an expert is an adapter on an adapter, a model is a GGUF file, or a
+            folder has a + or @ in its path.
     """
     check_exportable(config, guide)
     data: dict[str, Any] = {key: value for key, value in as_recipe(yaml.safe_load(text)).items() if key in _THEIRS}
@@ -126,4 +127,6 @@ def _pinned_name(source: Source) -> str:
     parts = (source.model, *source.adapters)
     if plus := next((part.source for part in parts if "+" in part.source), None):
         raise InputError(f"{plus}: mergekit takes a + in a name for the start of an adapter's; rename the folder")
+    if at := next((part.source for part in parts if "@" in part.source), None):
+        raise InputError(f"{at}: mergekit takes an @ in a name for the start of a revision; rename the folder")
     return "+".join(part.source if part.is_local else f"{part.source}@{part.commit}" for part in parts)

@@ -131,6 +131,11 @@ class TestConfig:
         ]
         assert names == ["/models/math", f"org/base@{'b' * 40}+org/lora@{'3' * 40}"]
 
+    def test_a_folder_with_the_sign_of_a_revision(self) -> None:
+        folder = source("./math", "/models/math@v1", "sha256:" + "2" * 64)
+        with pytest.raises(InputError, match=r"/models/math@v1: mergekit takes an @ in a name .* rename the folder"):
+            exported({"models": [{"model": "./math"}]}, experts=[folder])
+
 
 def mergekit(config: str, folder: Path) -> dict[str, torch.Tensor]:
     """What mergekit makes of a config, run in its own environment."""
