@@ -265,11 +265,18 @@ def _check_tokenizer(data: dict[str, Any], models: list[str]) -> list[str]:
     sources = {"tokenizer_source": source, "tokenizer.source": (block or {}).get("source")}
     both = source is not None and block is not None
     problems = ["tokenizer: expected it or tokenizer_source, got both; remove one"] if both else []
-    return problems + [
+    problems += [
         f"{where}: expected base, union or one of the models, got {given!r}"
         for where, given in sources.items()
         if isinstance(given, str) and given not in ("base", "union", *models)
     ]
+    tokens = (block or {}).get("tokens")
+    for token, own in tokens.items() if isinstance(tokens, dict) else ():
+        row = own.get("source") if isinstance(own, dict) else None
+        given = row.get("model") if isinstance(row, dict) else row
+        if isinstance(given, str) and given not in models:
+            problems.append(f"tokenizer.tokens.{token}.source: expected one of the models, got {given!r}")
+    return problems
 
 
 def _check_density(data: dict[str, Any]) -> list[str]:

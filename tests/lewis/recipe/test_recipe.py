@@ -189,6 +189,13 @@ class TestMistakes:
             ),
             ({"tokenizer": {"source": "org/else"}}, "tokenizer.source: expected base, union or one of the models"),
             ({"tokenizer": {"tokens": {"<x>": {"sorce": 1}}}}, "tokenizer.tokens.<x>.sorce: unknown key"),
+            *(
+                (
+                    {"tokenizer": {"tokens": {"<x>": {"source": row}}}},
+                    "tokenizer.tokens.<x>.source: expected one of the",
+                )
+                for row in ("org/else", {"kind": "model_token", "model": "org/else", "token": "a"})
+            ),
             (
                 {"tokenizer": {"tokens": {"<x>": {"source": {"kind": "zero", "token": "a"}}}}},
                 "tokenizer.tokens.<x>.source: kind zero takes",
