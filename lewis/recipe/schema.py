@@ -227,7 +227,7 @@ class Lewis(Block):
     """
 
     preset: Literal["lewis_official"] | None = None
-    calibrations: dict[str, CalibrationSet] = Field(default_factory=dict)
+    calibrations: dict[Annotated[str, Field(min_length=1)], CalibrationSet] = Field(default_factory=dict)
     hold_back: bool | None = None
     refine: Refine | None = None
     importance: Importance = Importance()

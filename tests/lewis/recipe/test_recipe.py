@@ -316,6 +316,7 @@ class TestMistakes:
                 "{calibrations: {s: {texts: [a]}, t: {texts: [b]}}}",
                 "models[1].calibration: missing, and there is more than",
             ),
+            ("{calibrations: {'': {texts: [a]}}}", "lewis.calibrations.: string should have at least 1 character"),
             ("{calibrations: {s: {texts: []}}}", "lewis.calibrations.s.texts: expected texts, got none"),
             ("{calibrations: {s: {texts: ['', ' ']}}}", "lewis.calibrations.s.texts: expected texts, got empty ones"),
             (
