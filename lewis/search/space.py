@@ -118,8 +118,9 @@ def _methods(recipe: Recipe) -> set[str]:
     """The names of all methods that a trial may merge by."""
     anchor, space = recipe.anchor, recipe.search.space if recipe.search else {}
     names = {recipe.merge_method, *([anchor.merge_method] if anchor else [])}
-    choices = [space.get(path) for path in ("merge_method", "anchor.merge_method")]
-    return names.union(*(each for each in choices if isinstance(each, tuple))) & METHODS.keys()
+    for choices in (space.get("merge_method"), space.get("anchor.merge_method")):
+        names |= set(map(str, choices)) if isinstance(choices, tuple) else set()
+    return names & METHODS.keys()
 
 
 def with_values(recipe: Recipe, values: Values, *more: str) -> Recipe:
