@@ -145,7 +145,7 @@ def as_loaded(found: FoundTasks) -> Iterator[TaskFile]:
     Raises:
         InputError: if a group has keys or members that lm-eval cannot use, or contains itself.
     """
-    for name in found.names:
+    for name in (each for listed in found.names for each in found.tags.get(listed, (listed,))):
         if name in found.files:
             yield from _loaded(found.files[name], {}, found, ())
 
@@ -180,7 +180,12 @@ def _loaded(
         inside = (*groups, task.name)
         if not isinstance(name, str):
             raise InputError(f"{task.path}: task: expected the name of a member, got {name!r}")
-        if name in found.files:
+        if name in found.tags:
+            if isinstance(item, Mapping):  # lm-eval would give all its tasks one name, and score the last of them
+                raise InputError(f"{task.path}: task: {name} is a tag, which has no keys of its own; list its tasks")
+            for each in found.tags[name]:
+                yield from _loaded(found.files[each], more, found, inside)
+        elif name in found.files:
             yield from _loaded(found.files[name], {k: v for k, v in more.items() if k != "group"}, found, inside)
         elif isinstance(item, Mapping) and "group" in item:
             yield from _loaded(replace(task, name=name, config=item), {**own, **changes}, found, inside)

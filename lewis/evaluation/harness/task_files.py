@@ -9,7 +9,7 @@ import glob
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ class TaskFile:
     sources: tuple[Path, ...]
     functions: tuple[str, ...] = ()
 
+    @property
+    def tags(self) -> list[str]:
+        """The tags of a task; lm-eval gives a group none."""
+        return [] if "group" in self.config else _texts(self.config.get("tag"))
+
 
 @dataclass(frozen=True)
 class FoundTasks:
@@ -49,12 +54,14 @@ class FoundTasks:
         files: name -> the file that defines it, for these names and the members of groups.
         builtin: names and members that no file defines, so lm-eval must know them.
         local: all names that files in the recipe's folder define, whether asked for or not.
+        tags: those of these names and members that are a tag of files in the recipe's folder -> the tasks that have it.
     """
 
     names: tuple[str, ...]
     files: Mapping[str, TaskFile]
     builtin: tuple[str, ...]
     local: tuple[str, ...]
+    tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def find_tasks(tasks: Iterable[str], root: Path, among: Iterable[str] = ()) -> FoundTasks:
@@ -84,15 +91,18 @@ def find_tasks(tasks: Iterable[str], root: Path, among: Iterable[str] = ()) -> F
         defined[task.name] = task
     files: dict[str, TaskFile] = {}
     names = list(dict.fromkeys(named[item].name if item in named else item for item in tasks))
-    builtin, pending = [], list(names)
+    builtin, pending, tags = [], list(names), dict[str, tuple[str, ...]]()
     for name in pending:
         if task_file := defined.get(name, local.get(name)):
             files[name] = task_file
             inside = _names(members(files[name].config)) if "group" in files[name].config else ()
             pending += [member for member in inside if member not in pending]
+        elif tagged := sorted(each.name for each in {**local, **defined}.values() if name in each.tags):
+            tags[name] = tuple(tagged)
+            pending += [member for member in tagged if member not in pending]
         else:
             builtin.append(name)
-    return FoundTasks(tuple(names), files, tuple(builtin), tuple(local))
+    return FoundTasks(tuple(names), files, tuple(builtin), tuple(local), tags)
 
 
 def read_task(path: Path) -> TaskFile:

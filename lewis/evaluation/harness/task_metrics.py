@@ -138,6 +138,8 @@ def without_values(tasks: Sequence[str], root: Path) -> list[str]:
 
 def config_and_members(name: str, found: FoundTasks) -> tuple[Mapping[str, Any], list[Any] | None]:
     """The config of a task or group of the recipe or of lm-eval, and the members of a group or tag; None for a task."""
+    if name in found.tags:
+        return {}, list(found.tags[name])
     if name not in found.files:
         return builtin_task(name)
     config = found.files[name].config

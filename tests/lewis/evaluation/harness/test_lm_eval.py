@@ -35,6 +35,7 @@ from lewis.evaluation.harness import process
 from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
 from lewis.evaluation.harness.task_config import check_config
 from lewis.evaluation.harness.task_files import TaskFile
+from lewis.evaluation.harness.task_metrics import configs_and_scores
 from lewis.evaluation.results_folder import read_results
 from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored
@@ -990,6 +991,23 @@ class TestCheckTasks:
         options = {"dataset_path": "csv", "dataset_kwargs": {"data_files": {"test": "data/rows.csv"}}}
         with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
             check_config(TaskFile("pets", root / "own.yaml", {**CHOICE, **options, **change}, (), ()), root)
+
+    def test_a_tag_of_the_recipes_files_stands_for_the_tasks_that_have_it(self, model, root):
+        for name, tag in {"cats": "furry", "dogs": ["furry", "loud"]}.items():
+            write_task(root / f"tasks/{name}.yaml", {**CHOICE, "task": name, "tag": tag})
+        group = {"group": "several", "task": ["furry"], "aggregate_metric_list": [{"metric": "acc"}]}
+        write_task(root / "tasks/several.yaml", group)
+        for asked in ("several", "furry"):
+            check_tasks(EvalSettings((asked,), root))
+            found = {score.task for score in evaluate(model, EvalSettings((asked,), root)).scores}
+            assert found - {"several"} == {"cats", "dogs"} == set(configs_and_scores([asked], root)) - {asked, "furry"}
+        write_task(root / "tasks/dogs.yaml", {**CHOICE, "task": "dogs", "tag": "furry", "num_fewshot": 9})
+        for asked in ("several", "furry"):
+            with pytest.raises(InputError, match="num_fewshot: 9 examples need 9 rows"):
+                check_tasks(EvalSettings((asked,), root))
+        write_task(root / "tasks/several.yaml", {**group, "task": [{"task": "furry", "num_fewshot": 1}]})
+        with pytest.raises(InputError, match="task: furry is a tag, which has no keys of its own; list its tasks"):
+            check_tasks(EvalSettings(("several",), root))
 
     def test_examples_that_the_recipe_asks_for_need_rows_but_not_where_a_task_sets_0(self, root):
         task = TaskFile("pets", root / "own.yaml", CHOICE, (), ())
