@@ -72,7 +72,7 @@ def configs_and_scores(tasks: Sequence[str], root: Path) -> Configs | None:
     """
     found = find_tasks(tasks, root)
     configs: dict[str, tuple[Mapping[str, Any], Sequence[str] | None]] = {}
-    pending = list(found.names)
+    groups, pending = dict[str, list[str]](), list(found.names)
     for name in pending:
         config, inside = config_and_members(name, found)
         if inside is None:
@@ -80,8 +80,14 @@ def configs_and_scores(tasks: Sequence[str], root: Path) -> Configs | None:
             continue
         if any(isinstance(each, Mapping) for each in inside) or _OVERRIDES & set(config):
             return None
-        configs[name] = config, _of_group(config)
+        configs[name], groups[name] = (config, None), inside
         pending += [each for each in inside if each not in pending]
+    for name in groups:
+        whole = [name]
+        for each in whole:
+            whole += [member for member in groups.get(each, ()) if member not in whole]
+        config, of_tasks = configs[name][0], [configs[each][1] for each in whole if each not in groups]
+        configs[name] = config, _of_group(config, of_tasks)
     return configs
 
 
@@ -169,14 +175,20 @@ def _of_task(config: Mapping[str, Any]) -> list[str] | None:
     return [f"{metric},{each}" for metric in metrics for each in chosen]
 
 
-def _of_group(config: Mapping[str, Any]) -> list[str] | None:
-    listed = config.get("aggregate_metric_list") or []
-    scores = []
-    for each in listed if isinstance(listed, list) else [listed]:
-        filters = each.get("filter_list") if isinstance(each, Mapping) else None
-        if filters is None:
+def _of_group(config: Mapping[str, Any], of_tasks: Sequence[Sequence[str] | None]) -> list[str] | None:
+    """The means that a group gives of the scores of its tasks; None if only a run of these shows them."""
+    listed, scores = config.get("aggregate_metric_list") or [], list[str]()
+    known = None if None in of_tasks else dict.fromkeys(score for own in of_tasks for score in own or ())
+    for mean in listed if isinstance(listed, list) else [listed]:
+        metric, filters = mean.get("metric"), mean.get("filter_list")
+        chosen = [filters] if isinstance(filters, str) else filters
+        if known is not None:
+            parts = ((score, *score.split(",", 1)) for score in known)
+            scores += [score for score, name, of in parts if name == metric and (chosen is None or of in chosen)]
+        elif chosen is None:
             return None  # all that the members have
-        scores += [f"{each.get('metric')},{chosen}" for chosen in ([filters] if isinstance(filters, str) else filters)]
+        else:
+            scores += [f"{metric},{each}" for each in chosen]
     return scores
 
 

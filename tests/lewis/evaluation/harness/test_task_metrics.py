@@ -54,7 +54,7 @@ def test_scores_are_known_from_the_files(root: Path) -> None:
     both = known_scores(["both"], root)
     assert both and both["both"] == ["acc,none"] and list(both) == ["both", "plain", "listed"]
     assert known_scores(["code", "own", "all"], root) == {
-        **{"code": None, "own": None, "all": None},
+        **{"code": None, "own": None, "all": ["acc,none"]},
         "plain": ["acc,none", "acc_norm,none"],
     }
     assert known_scores(["changed"], root) is None
@@ -117,6 +117,17 @@ def test_a_score_without_a_value_per_document_is_refused_where_documents_are_com
     gate = {"metric": "plain/acc,none", **({"tolerance": named} if key == "tolerance" else {})}
     with pytest.raises(InputError, match=f"{key}: there is no score with a value per document 'late'"):
         check(root, ["plain", "late"], gate, **({"weights": named} if key == "weights" else {}))
+
+
+def test_a_group_gives_means_of_the_scores_that_its_tasks_have(root: Path) -> None:
+    means = [{"metric": "acc", "filter_list": ["none", "nope"]}, {"metric": "f1"}, {"metric": "bleu"}]
+    for name, tasks in {"means": ["both"], "partly": ["both", "code"]}.items():
+        group = {"group": name, "task": tasks, "aggregate_metric_list": means}
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(group))
+    known = known_scores(["means", "partly"], root)
+    assert known and known["means"] == ["acc,none", "f1,none"] and known["partly"] is None
+    with pytest.raises(InputError, match="there is no score 'means/acc,nope'; did you mean 'means/acc,none'"):
+        check(root, ["means"], {"metric": "means/acc,nope"})
 
 
 def test_weights_of_scores_that_are_better_high_and_low_are_refused(root: Path) -> None:
