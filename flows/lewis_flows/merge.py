@@ -17,7 +17,7 @@ from prefect.utilities.annotations import quote
 
 from lewis import store
 from lewis.errors import InputError, LewisError
-from lewis.evaluation.statistics.scored import shown
+from lewis.evaluation.statistics.scored import without_mark
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import AWAITS
 from lewis.steps.graph import PREFLIGHT
@@ -203,7 +203,7 @@ def _merge(
     report = MergeReport.of(plan.name, merged.result(), allocated.result() if allocated else None)
 
     judged = score(walk, plan, path, overrides, queue, champion, tasks.result()) if tasks else Judged({})
-    scores = shown(judged.scores)
+    scores = without_mark(judged.scores)
     if scores:
         report_tables(plan, report, scores)
     ended = register_merge(plan, walk, report, champion, judged) if plan.register_as else Ended()

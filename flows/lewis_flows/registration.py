@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.errors import LewisError
-from lewis.evaluation.statistics.scored import MERGED, shown
+from lewis.evaluation.statistics.scored import MERGED, without_mark
 from lewis.merging.step import MergedModel
 from lewis.recipe.recipe import Recipe
 from lewis.reports.run_report import verdict_line
@@ -168,7 +168,7 @@ def _score_on_all(
     if judged.on_all is None:
         return {}, ""
     try:
-        scores = shown(judged.on_all())
+        scores = without_mark(judged.on_all())
         _register(plan, walk, scores, promoted)
         report_tables(plan, report, scores)
     except LewisError as error:
@@ -179,6 +179,8 @@ def _score_on_all(
 
 def _register(plan: Recipe, walk: Walk, scores: Scores, after: PrefectFuture[Any]) -> PrefectFuture[Any]:
     merged = known(walk.futures["merge experts"])
-    version = submit(register, quote(plan), *walk.inputs(plan), merged, known_scores(shown(scores)), wait_for=[after])
+    version = submit(
+        register, quote(plan), *walk.inputs(plan), merged, known_scores(without_mark(scores)), wait_for=[after]
+    )
     finish(version)
     return version

@@ -11,8 +11,8 @@ from prefect.utilities.annotations import quote
 
 from lewis.errors import LewisError
 from lewis.evaluation.statistics import looks
-from lewis.evaluation.statistics.scored import MERGED, shown
-from lewis.evaluation.step import forget, on_other_documents
+from lewis.evaluation.statistics.scored import MERGED, without_mark
+from lewis.evaluation.step import documents_differ, remove_scores
 from lewis.recipe.recipe import Recipe
 from lewis.steps.graph import CHAMPION, LOOK, MARK, Node, evaluations, labels, look_to_show
 from lewis_flows import evaluate_elsewhere
@@ -89,7 +89,7 @@ def score(
     looks_early = plan.evaluate is not None and plan.evaluate.stop != "never" and plan.gate is not None
     documents = _first_look(plan, walk, current) if looks_early else None
     if documents is None:  # if looks are taken, the champion is shown, and nothing is judged
-        return Judged(score_on(None, list(shown(names) if looks_early else names)))
+        return Judged(score_on(None, list(without_mark(names) if looks_early else names)))
     certain = False
     while documents and not certain:
         scores = score_on(documents, first)
@@ -101,7 +101,7 @@ def score(
     rest = [label for label in names if label not in first] if certain else list(names)
     scores = score_on(documents, rest)
     wanted = documents and plan.evaluate and plan.evaluate.full_scores == "promoted"
-    return Judged(scores, documents, (lambda: score_on(None, list(shown(names)))) if wanted else None)
+    return Judged(scores, documents, (lambda: score_on(None, list(without_mark(names)))) if wanted else None)
 
 
 def _on_other_documents(scores: Scores, labels: Sequence[str]) -> dict[int, str]:
@@ -112,7 +112,7 @@ def _on_other_documents(scores: Scores, labels: Sequence[str]) -> dict[int, str]
     """
     of_models = [[each.result() for each in scores[label]] for label in labels]
     of_tasks = list(zip(*of_models, strict=True))
-    return {n: ", ".join(of[0].content("documents")) for n, of in enumerate(of_tasks) if on_other_documents(of)}
+    return {n: ", ".join(of[0].content("documents")) for n, of in enumerate(of_tasks) if documents_differ(of)}
 
 
 def _forget(task: str, futures: Sequence[PrefectFuture[Any]], *, all_of_them: bool) -> None:
@@ -123,7 +123,7 @@ def _forget(task: str, futures: Sequence[PrefectFuture[Any]], *, all_of_them: bo
         "document by document",
         task,
     )
-    forget([each.result() for each in found or futures])
+    remove_scores([each.result() for each in found or futures])
 
 
 def _first_look(plan: Recipe, walk: Walk, current: Any) -> int | None:

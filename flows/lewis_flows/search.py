@@ -275,4 +275,4 @@ def _settings(plan: Recipe, documents: str) -> EvalSettings:
 
 
 def _scored(plan: Recipe, entry: ModelScores) -> Scored:
-    return step.scored(plan.score_weights, {"trial": entry})[0]
+    return step.scored_models(plan.score_weights, {"trial": entry})[0]

@@ -88,7 +88,7 @@ def _entries() -> Iterator[tuple[float, dict[str, Any]]]:
             yield path.stat().st_mtime, sealed_json.read(path)
 
 
-def scored_with(adapter: str) -> set[str]:
+def scored_keys_of_adapter(adapter: str) -> set[str]:
     """Return the keys of the models that the store has scores of and that are this adapter, by its commit, on one."""
     models = {str(content.get("model")) for _, content in _entries()}
     return {model for model in models if commits_of(model)[1:] == (adapter,)}

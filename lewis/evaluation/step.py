@@ -61,14 +61,14 @@ class ModelScores(Reference):
 
         Raises:
             LewisError: if an entry is gone or damaged.
-            InputError: as `joined`.
+            InputError: as `joined_results`.
         """
         found = list[dict[str, Any]]()
         for entry in self.entries:
             if (of_task := store.read_entry(entry.path)) is None:
                 raise LewisError(f"{entry.path} is gone or damaged; run again to make it")
             found.append(of_task)
-        return joined(found)
+        return joined_results(found)
 
     @property
     def evaluated(self) -> Evaluated:
@@ -194,7 +194,7 @@ def find_score(ref: str, key: str, settings: EvalSettings, device: str = "cpu") 
     return None if store.entry(path, "results") is None else ScoresEntry(ref=ref, digest=digest, path=path)
 
 
-def on_other_documents(of_task: Sequence[ScoresEntry]) -> bool:
+def documents_differ(of_task: Sequence[ScoresEntry]) -> bool:
     """Whether the scores of models on one task are not all of the same documents.
 
     The key of scores holds no documents from the Hub or another URL, so scores from before these changed are found.
@@ -204,7 +204,7 @@ def on_other_documents(of_task: Sequence[ScoresEntry]) -> bool:
     return any(documents != known[0] for documents in known[1:])
 
 
-def forget(entries: Sequence[ScoresEntry]) -> None:
+def remove_scores(entries: Sequence[ScoresEntry]) -> None:
     """Remove scores from both halves of the store, so that they are computed again.
 
     Raises:
@@ -276,7 +276,7 @@ def _apart_from_the_model(settings: EvalSettings, device: str) -> list[str]:
     return [lm_eval.tasks_digest(settings), numbers]
 
 
-def joined(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def joined_results(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join the harness's results of several tasks, as if it had scored them in one call.
 
     A task that is listed alone and in a group, too, has the results of the first of the two. For the guards, each task
@@ -347,7 +347,7 @@ def _asked(content: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str | int, b
         yield from (((task, each["document"], part), each["prompt"]) for each in texts)
 
 
-def scored(weights: Mapping[str, float], scores: Mapping[str, ModelScores]) -> list[Scored]:
+def scored_models(weights: Mapping[str, float], scores: Mapping[str, ModelScores]) -> list[Scored]:
     """The models of an evaluation side by side, with their weighted mean, in the order of the tables.
 
     Raises:

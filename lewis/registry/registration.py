@@ -13,7 +13,7 @@ from lewis.evaluation.harness.task_metrics import hub_results
 from lewis.evaluation.statistics.retained_gain import Kept, kept_gains, kept_rows
 from lewis.evaluation.statistics.scored import MERGED, Scored, comparison_rows, gain, scores_of
 from lewis.evaluation.statistics.scores import score_table
-from lewis.evaluation.step import ModelScores, scored
+from lewis.evaluation.step import ModelScores, scored_models
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.run import Written
 from lewis.merging.step import MergedModel
@@ -100,7 +100,7 @@ def registration_of(
         began: as in `Registration`.
     """
     assert recipe.register_as is not None
-    models = scored(recipe.score_weights, scores)
+    models = scored_models(recipe.score_weights, scores)
     found = scores_of(models)
     rows = score_table(found)
     comparison = comparison_rows(models) if models else []

@@ -13,7 +13,7 @@ from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.statistics.scored import intervals, scores_of
 from lewis.evaluation.statistics.scores import Score
-from lewis.evaluation.step import ModelScores, scored
+from lewis.evaluation.step import ModelScores, scored_models
 from lewis.models.network.module_tree import projection_names
 from lewis.store import kinds, remote
 from lewis.store.sealed_json import DamagedError
@@ -256,7 +256,7 @@ def scores(weights: Mapping[str, float], found: Mapping[str, ModelScores]) -> by
     """
 
     def draw() -> bytes:
-        models = scored(weights, found)
+        models = scored_models(weights, found)
         return score_bars(scores_of(models), intervals(models))
 
     return _kept(["scores", [[label, entry.digest] for label, entry in found.items()], dict(weights)], draw)

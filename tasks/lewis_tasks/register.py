@@ -14,8 +14,8 @@ from lewis.evaluation.documents import side_by_side
 from lewis.evaluation.gate import Incumbent, Verdict, judge
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.looks import Look, look_at
-from lewis.evaluation.statistics.scored import MERGED, Scored, shown
-from lewis.evaluation.step import ModelScores, find_comparable, scored
+from lewis.evaluation.statistics.scored import MERGED, Scored, without_mark
+from lewis.evaluation.step import ModelScores, find_comparable, scored_models
 from lewis.importance.step import CalibrationEntry
 from lewis.merging.step import MergedModel
 from lewis.models.source import ModelFiles
@@ -75,7 +75,7 @@ def gate(
     found, rule = _judged(recipe, champion, merged, scores, documents), recipe.gate
     if not (rule and rule.judge and found.passed and found.metric):
         return found
-    models = scored(recipe.score_weights, shown(scores))
+    models = scored_models(recipe.score_weights, without_mark(scores))
     opinion = pairwise_judge.opinion(rule.judge, side_by_side(recipe.gate_metric, models))
     return replace(found, passed=opinion.passed, reasons=(str(opinion), *found.reasons))
 
@@ -90,7 +90,7 @@ def _judged(
     assert recipe.register_as is not None
     rule = recipe.register_as.gate
     standing = promotion.standing(recipe.register_as.model, merged.digest)
-    models = {model.label: model for model in scored(recipe.score_weights, scores)} if rule else {}
+    models = {model.label: model for model in scored_models(recipe.score_weights, scores)} if rule else {}
     marked = models.pop("mark", None) or (_scores_of_mark(recipe, standing.mark, merged, documents) if rule else None)
     return judge(
         rule,
@@ -118,7 +118,7 @@ def _scores_of_mark(
         return None
     settings = replace(EvalSettings.of(recipe.evaluate, recipe.root).drawn_by(merged.digest), look=documents)
     found = find_comparable(mark.uri, mark.digest, merged.digest, settings)
-    return scored(recipe.score_weights, {"mark": ModelScores(entries=tuple(found))})[0] if found else None
+    return scored_models(recipe.score_weights, {"mark": ModelScores(entries=tuple(found))})[0] if found else None
 
 
 # Not cached: MLflow itself knows whether this merge is registered already.

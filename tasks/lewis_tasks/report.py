@@ -20,7 +20,7 @@ from lewis.evaluation.gate import Verdict
 from lewis.evaluation.statistics.retained_gain import kept_gains, kept_rows
 from lewis.evaluation.statistics.scored import comparison_rows, intervals, scores_of
 from lewis.evaluation.statistics.scores import score_table
-from lewis.evaluation.step import ModelScores, scored
+from lewis.evaluation.step import ModelScores, scored_models
 from lewis.importance.step import CalibrationEntry, ImportanceEntry
 from lewis.inspection.step import InspectionInput, sizes_by_layer, sizes_by_tensor
 from lewis.merging.step import MergedModel
@@ -67,7 +67,7 @@ def report_scores(recipe: Recipe, scores: dict[str, ModelScores]) -> dict[str, l
     Returns:
         the rows of the tables `scores`, `comparison` and `kept`.
     """
-    models = scored(recipe.score_weights, scores)
+    models = scored_models(recipe.score_weights, scores)
     found = {
         "scores": score_table(scores_of(models)),
         "comparison": comparison_rows(models),
@@ -127,7 +127,7 @@ def report_run(
         links["Hub"] = published
     inputs, in_use = lineage_of(base, experts, calibrations), champion.version.uri if champion else None
     earlier = champion.metrics if champion and champion.digest != merged.digest else None
-    models = scored(recipe.score_weights, scores)
+    models = scored_models(recipe.score_weights, scores)
     moved = _sizes(sizes_by_layer, recipe, base, experts) if verdict and not verdict.passed else None
     facts = RunFacts(
         recipe=recipe.name,

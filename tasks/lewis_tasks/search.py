@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scored import MERGED, comparison_rows
-from lewis.evaluation.step import ModelScores, scored
+from lewis.evaluation.step import ModelScores, scored_models
 from lewis.recipe.recipe import Recipe
 from lewis.registry.registration import flat_parameters
 from lewis.reports.markdown import picture
@@ -69,7 +69,7 @@ def record_search(
 @task(name="confirm", task_run_name="confirm", cache_policy=NO_CACHE, timeout_seconds=600)
 def compare_with_default(recipe: Recipe, default: ModelScores, best: ModelScores) -> list[dict[str, str]]:
     """Compare the best trial with the unchanged recipe on documents that the search did not see; return the table."""
-    rows = comparison_rows(scored(recipe.score_weights, {"default": default, "searched": best}))
+    rows = comparison_rows(scored_models(recipe.score_weights, {"default": default, "searched": best}))
     create_table_artifact(
         rows, key=artifact_key(recipe, "search-confirmed"), description="On the documents that the search did not see"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from lewis.evaluation.gate import Incumbent, judge
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.looks import FIRST, look_at
-from lewis.evaluation.step import score, scored
+from lewis.evaluation.step import score, scored_models
 from lewis.models.source import ModelFiles
 from lewis.recipe.schema import Gate
 
@@ -29,7 +29,7 @@ def judged(gate: Gate, settings: EvalSettings, models: dict[str, ModelFiles], st
         found = {name: score(files, replace(settings, look=documents)) for name, files in models.items()}
         look = look_at(stop, documents, found["merged"].pools)
         champion = Incumbent("models:/m/1", "a" * 64)
-        verdict = judge(gate, scored({}, found), "b" * 64, champion=champion, limit=settings.limit, look=look)
+        verdict = judge(gate, scored_models({}, found), "b" * 64, champion=champion, limit=settings.limit, look=look)
         if verdict.certain:
             print("    " + "; ".join(verdict.reasons), flush=True)
             return verdict.passed, documents or look.of, time.monotonic() - begun

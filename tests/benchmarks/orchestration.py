@@ -156,7 +156,7 @@ def run_library(path: str) -> None:
     models = {"base": base, **dict(zip(names, experts, strict=True))}
     models |= {"uniform": uniform.files("uniform"), "merged": merged.files("merged")}
     scores = {label: pipeline.score(files, settings) for label, files in models.items()}
-    scored = {model.label: model for model in step.scored(recipe.score_weights, scores)}
+    scored = {model.label: model for model in step.scored_models(recipe.score_weights, scores)}
     against = champion.version.uri if champion else "base"
     verdict = decide(recipe.register_as.gate, scored["merged"], scored["base"], against, base=scored["base"])
     version = creation.register(registration_of(recipe, base, experts, [], allocated, merged, scores))

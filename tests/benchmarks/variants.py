@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from lewis.evaluation.statistics.scored import Scored, gain
-from lewis.evaluation.step import EvalSettings, scored
+from lewis.evaluation.step import EvalSettings, scored_models
 from lewis.recipe.recipe import Recipe
 from lewis.reports.markdown import markdown_table
 from lewis.search import study, trial
@@ -39,7 +39,7 @@ def score(name: str, recipe: Recipe) -> Scored:
     known = pipeline.known(recipe, base, experts)
     entry = trial.score_trial(graph(recipe), "merged", known, EvalSettings.of(recipe.evaluate, recipe.root))
     print(f"{name}: scored", file=sys.stderr)
-    return scored(recipe.score_weights, {name: entry})[0]
+    return scored_models(recipe.score_weights, {name: entry})[0]
 
 
 def row(model: Scored, default: Scored, metric: str) -> dict[str, str]:

@@ -59,7 +59,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def _side(given: str) -> "Side":
     """Find the scores of the model, version or folder that a command line names; InputError if there are none."""
-    from lewis.evaluation.paired import Side, scored_with
+    from lewis.evaluation.paired import Side, scored_keys_of_adapter
     from lewis.evaluation.results_folder import holds_results, read_results
     from lewis.models.hub.repository import resolve
     from lewis.models.lora.expert import is_adapter
@@ -76,7 +76,7 @@ def _side(given: str) -> "Side":
         raise InputError(f"{given}: expected the folder that lm-eval wrote, got a file; give {folder.parent}")
     merge = (read_manifest(folder) if folder.is_dir() else None) or {}
     keys = {str(merge["digest"])} if "digest" in merge else set()
-    if not keys and is_adapter(folder) and (scored := scored_with(resolve(given, Path.cwd()).commit)):
+    if not keys and is_adapter(folder) and (scored := scored_keys_of_adapter(resolve(given, Path.cwd()).commit)):
         if len(scored) > 1:
             raise InputError(f"{given}: was scored on {len(scored)} models; name the one that you mean: BASE+{given}")
         return Side.of_store(label, scored)

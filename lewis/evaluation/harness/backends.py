@@ -16,7 +16,7 @@ from lewis.recipe.schema import Backend
 
 
 @dataclass(frozen=True)
-class Asked:
+class HarnessModel:
     """How the child of the harness opens the model.
 
     Attributes:
@@ -62,7 +62,7 @@ def check(backend: Backend) -> None:
 
 
 @contextmanager
-def asked(
+def harness_model(
     backend: Backend,
     model_args: Mapping[str, Any],
     model: Path,
@@ -72,7 +72,7 @@ def asked(
     code: bool = False,
     patience_s: float = server.PATIENCE,
     tick: Callable[[], None] = lambda: None,
-) -> Iterator[Asked]:
+) -> Iterator[HarnessModel]:
     """The backend, arguments and device for lm-eval. If the backend needs a server, it runs until the context ends.
 
     Args:
@@ -109,7 +109,7 @@ def asked(
             **model_args,
         }
         # The processes of these backends reach each other through the network of this machine.
-        yield Asked(backend, arguments, None if backend == "vllm" else "cuda", True, visible(names))
+        yield HarnessModel(backend, arguments, None if backend == "vllm" else "cuda", True, visible(names))
 
 
 def visible(names: list[str]) -> dict[str, str]:
@@ -120,7 +120,7 @@ def visible(names: list[str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(shown)} if shown else {}
 
 
-def _transformers(path: str, adapter: Path | None, names: list[str], model_args: Mapping[str, Any]) -> Asked:
+def _transformers(path: str, adapter: Path | None, names: list[str], model_args: Mapping[str, Any]) -> HarnessModel:
     several = len(names) > 1
     arguments = {
         "pretrained": path,
@@ -133,7 +133,7 @@ def _transformers(path: str, adapter: Path | None, names: list[str], model_args:
     }
     if adapter is not None:
         arguments |= {"peft": str(adapter), "tokenizer": str(tokenizer_of(Path(path), adapter))}
-    return Asked("hf", arguments, "cuda" if several else names[0], environment=visible(names) if several else {})
+    return HarnessModel("hf", arguments, "cuda" if several else names[0], environment=visible(names) if several else {})
 
 
 def tokenizer_of(model: Path, adapter: Path | None) -> Path:
@@ -147,12 +147,12 @@ def tokenizer_of(model: Path, adapter: Path | None) -> Path:
     return adapter if changes else model
 
 
-def _client(path: str, served: server.Served, model_args: Mapping[str, Any], code: bool) -> Asked:
+def _client(path: str, served: server.Served, model_args: Mapping[str, Any], code: bool) -> HarnessModel:
     arguments = {name: value for name, value in model_args.items() if name != "chat"}
     environment = served.environment if code else {**served.environment, **server.key()}
     if model_args.get("chat"):
         common = {"model": path, "base_url": f"{served.url}/chat/completions"}
-        return Asked("local-chat-completions", common | arguments, None, True, environment, served.problem)
+        return HarnessModel("local-chat-completions", common | arguments, None, True, environment, served.problem)
     common = {"model": path, "base_url": f"{served.url}/completions", "tokenizer": path}
     fixed = {"tokenizer_backend": "huggingface", "tokenized_requests": True, "trust_remote_code": False}
-    return Asked("local-completions", {**common, **fixed, **arguments}, None, True, environment, served.problem)
+    return HarnessModel("local-completions", {**common, **fixed, **arguments}, None, True, environment, served.problem)

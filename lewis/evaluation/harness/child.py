@@ -222,7 +222,7 @@ def evaluate(
 
     Args:
         include: folders of the files of all tasks; a name that two of them define counts as in the last.
-        model, model_args, device: as `lewis.evaluation.harness.backends.Asked`.
+        model, model_args, device: as `lewis.evaluation.harness.backends.HarnessModel`.
         tasks: names.
         documents: `all`; one half of every task's documents, `search` or `confirm`; or those that `seed` draws,
             `by_release`.
@@ -246,12 +246,12 @@ def evaluate(
     manager: Any = TaskManager(include_path=include, include_defaults=False)
     loaded = _load(manager, tasks)
     manager.load = lambda _: loaded  # else simple_evaluate loads the data again
-    lm = loaded_model.opened(model, model_args, batch_size, device)
-    chats = loaded_model.noted_chats(lm) if to_serve else {}
+    lm = loaded_model.open_model(model, model_args, batch_size, device)
+    chats = loaded_model.record_chats(lm) if to_serve else {}
     drawn, pools = _part(loaded["tasks"], documents, limit, seed, look) if documents != "all" or look else ({}, {})
     private_names.LM_EVAL_ENVIRONMENT.put(lambda _: None)  # it lists all packages with pip, which nobody reads
     kept_answers = KeptAnswers(Path(answers)) if answers else None
-    with kept_answers.of(lm) if kept_answers else nullcontext():
+    with kept_answers.used_by(lm) if kept_answers else nullcontext():
         try:
             found: Any = evaluator.simple_evaluate(
                 model=lm,
@@ -268,7 +268,7 @@ def evaluate(
         rows = found["samples"]
         for name, indices in drawn.items():
             rows[name] = _as_drawn(rows[name], indices)
-        ends = loaded_model.ends(lm, rows, loaded["tasks"], kept_answers)
+        ends = loaded_model.measure_ends(lm, rows, loaded["tasks"], kept_answers)
     kept = {key: value for key, value in found.items() if key in ("results", "higher_is_better", "n-shot", "versions")}
     sampled = [_samples(name, rows[name], task) for name, task in loaded["tasks"].items()]
     kept["documents"] = {name: documents for name, documents, _ in sampled}

@@ -47,7 +47,7 @@ class KeptAnswers:
                 self._kept[key].append(answer)
 
     @contextmanager
-    def of(self, lm: Any) -> Iterator[None]:
+    def used_by(self, lm: Any) -> Iterator[None]:
         """A context in which lm-eval's model takes answers from the file, or computes and writes them."""
         hook = lm.cache_hook
         with ExitStack() as replaced:

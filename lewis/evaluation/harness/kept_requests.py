@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lewis.evaluation.harness.answer_texts import of_first_filter, texts_in
-from lewis.evaluation.harness.loaded_model import continued
+from lewis.evaluation.harness.loaded_model import greedy_continuations
 from lewis.redact import redacted
 
 DOCUMENTS = 32  # of one evaluation; its tasks have equal shares
@@ -46,7 +46,8 @@ def requests_of(
 def add_answers(lm: Any, requests: Mapping[str, list[dict[str, Any]]]) -> None:
     """Add greedy answers to the prompts that have none yet (multiple choice): lm-eval's model continues them."""
     missing = [each for of_task in requests.values() for each in of_task if "answer" not in each]
-    for each, answer in zip(missing, continued(lm, [each["prompt"] for each in missing], TOKENS), strict=True):
+    answers = greedy_continuations(lm, [each["prompt"] for each in missing], TOKENS)
+    for each, answer in zip(missing, answers, strict=True):
         each |= {"answer": answer, "until": [], "tokens": TOKENS}
 
 

@@ -188,7 +188,7 @@ def evaluate(
                 # A link, which lm-eval follows: so it finds the functions next to the file.
                 (folder / f"{number}.yaml").symlink_to(path)
         asked = held.enter_context(
-            backends.asked(
+            backends.harness_model(
                 settings.backend,
                 settings.model_args,
                 model,

@@ -22,11 +22,11 @@ PROMPTS, TOKENS = 4, 128  # generations, and the most new tokens of each
 ANSWERS = 64  # reference answers whose perplexity is measured
 
 
-def opened(name: str, arguments: dict[str, Any], batch_size: int | str, device: str | None) -> Any:
+def open_model(name: str, arguments: dict[str, Any], batch_size: int | str, device: str | None) -> Any:
     """Open lm-eval's model in this process.
 
     Args:
-        name, arguments, device: as in `lewis.evaluation.harness.backends.Asked`.
+        name, arguments, device: as in `lewis.evaluation.harness.backends.HarnessModel`.
         batch_size: prompts of one forward pass, or of one request.
     """
     from lm_eval.api.registry import get_model
@@ -45,7 +45,7 @@ def opened(name: str, arguments: dict[str, Any], batch_size: int | str, device: 
     return lm
 
 
-def noted_chats(lm: Any) -> dict[str, list[dict[str, str]]]:
+def record_chats(lm: Any) -> dict[str, list[dict[str, str]]]:
     """Record each later use of the chat template: return a mapping, which grows, of prompts to their messages."""
     found, apply = dict[str, list[dict[str, str]]](), getattr(lm, "apply_chat_template", None)
     if apply is None:
@@ -140,7 +140,7 @@ def _rows(adapter: Path) -> int | None:
     return None
 
 
-def ends(
+def measure_ends(
     lm: Any, rows: Mapping[str, list[dict[str, Any]]], tasks: Mapping[str, Any], kept: KeptAnswers | None = None
 ) -> dict[str, Any]:
     """Measure the fields of `lewis.evaluation.statistics.scores.Ends`.
@@ -184,7 +184,7 @@ def _ended(lm: Any, prompts: list[str]) -> list[bool]:
         prompts = [lm.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
     wanted = min(TOKENS, lm.max_length // 2)
     if not hasattr(lm, "model") or not hasattr(lm.model, "generation_config"):
-        texts = continued(lm, prompts, wanted)
+        texts = greedy_continuations(lm, prompts, wanted)
         return [len(lm.tok_encode(text, add_special_tokens=False)) < wanted for text in texts]
     import torch
 
@@ -204,7 +204,7 @@ def _ended(lm: Any, prompts: list[str]) -> list[bool]:
     return [bool(set(stops) & set(row.tolist())) for row in made[:, ids.shape[1] :]]
 
 
-def continued(lm: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+def greedy_continuations(lm: Any, prompts: Sequence[str], tokens: int) -> list[str]:
     """The greedy continuation of each prompt by lm-eval's model, of at most `tokens` tokens."""
     from lm_eval.api.instance import Instance
 

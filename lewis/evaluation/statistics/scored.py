@@ -18,7 +18,7 @@ _MARK = "mark"  # label of the version that the gate counts losses from; no tabl
 _T = TypeVar("_T")
 
 
-def shown(by_label: Mapping[str, _T]) -> dict[str, _T]:
+def without_mark(by_label: Mapping[str, _T]) -> dict[str, _T]:
     """The models that tables and files show: all but the one that only the gate needs."""
     return {label: each for label, each in by_label.items() if label != _MARK}
 

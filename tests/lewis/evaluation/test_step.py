@@ -6,7 +6,7 @@ import pytest
 
 from lewis.errors import InputError
 from lewis.evaluation.statistics.scores import Evaluated
-from lewis.evaluation.step import joined
+from lewis.evaluation.step import joined_results
 
 
 def of_task(value: float, group: str = "", **changes: Any) -> dict[str, Any]:
@@ -36,16 +36,16 @@ def of_task(value: float, group: str = "", **changes: Any) -> dict[str, Any]:
 )
 def test_a_task_that_is_in_a_group_too_with_other_settings_is_an_error(changes: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"evaluate.tasks: arc is there twice"):
-        joined([of_task(0.0), of_task(1.0, "openllm", **changes)])
+        joined_results([of_task(0.0), of_task(1.0, "openllm", **changes)])
 
 
 def test_a_task_that_was_scored_on_a_part_alone_and_on_all_in_a_group_is_no_error() -> None:
     part = of_task(0.0, documents={"arc": ["d2"]}, pools={"arc": 2})
-    assert joined([part, of_task(1.0, "openllm")])["documents"] == {"arc": ["d2"]}
+    assert joined_results([part, of_task(1.0, "openllm")])["documents"] == {"arc": ["d2"]}
 
 
 def test_score_and_samples_of_a_task_that_is_in_a_group_too_are_of_one_run() -> None:
     """On a GPU two runs of one task may differ a little: other documents are in a batch."""
-    found = Evaluated.of("m", joined([of_task(0.5), of_task(1.0, "openllm")]))
+    found = Evaluated.of("m", joined_results([of_task(0.5), of_task(1.0, "openllm")]))
     assert [(score.key, score.value) for score in found.scores] == [("arc/acc,none", 0.5)]
     assert found.samples[0].value() == 0.5

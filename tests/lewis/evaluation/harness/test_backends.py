@@ -128,7 +128,7 @@ class TestAServer:
             assert set(answers.headers) == {"Bearer of the server"}
             assert all(body["model"] == str(model) for body in answers.asked)
             for code in (False, True):
-                with backends.asked("openai", {}, model, None, "cpu", code=code) as asked:
+                with backends.harness_model("openai", {}, model, None, "cpu", code=code) as asked:
                     assert ("OPENAI_API_KEY" in asked.environment) is not code
         assert theirs.keys() == ours.keys() and len(ours) >= 5
         for key in ours.keys() - {"ends"}:

@@ -160,7 +160,7 @@ def requests(*prompts: str, **settings: Any) -> list[Any]:
 def answered(path: Path, ask: Callable[[Any], list[Any]]) -> tuple[list[Any], list[str]]:
     """What is answered, and what the model was asked for."""
     lm = Asynchronous()
-    with KeptAnswers(path).of(lm):
+    with KeptAnswers(path).used_by(lm):
         found = ask(lm)
     assert lm.cache_hook is None and "generate_until" not in vars(lm)
     return found, lm.asked

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from lewis.evaluation.harness.loaded_model import ends
+from lewis.evaluation.harness.loaded_model import measure_ends
 
 
 class Thinking:
@@ -26,5 +26,5 @@ class Thinking:
 def test_a_model_that_thinks_is_measured_without_the_perplexity_of_the_answers() -> None:
     task = SimpleNamespace(OUTPUT_TYPE="generate_until", config=SimpleNamespace(target_delimiter=" "))
     row = {"arguments": [("2 + 2 =", {})], "target": "4", "resps": [["4"]], "filter": "none"}
-    found = ends(Thinking(), {"maths": [row]}, {"maths": task})
+    found = measure_ends(Thinking(), {"maths": [row]}, {"maths": task})
     assert found == {"empty": {"maths": 0.0}, "tried": 1, "ended": 1, "perplexity": None}
