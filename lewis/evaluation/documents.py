@@ -21,7 +21,7 @@ class Document:
         key: `task/metric,filter`, the metric of these values.
         higher_is_better: of that metric.
         ours, theirs: the value of the merged model and of the reference.
-        had: labels of the experts that score better on it than the merged model.
+        had: labels of the experts that score better on this document than the merged model.
         texts: of the merged model and of the reference; None if they were not kept of both.
     """
 

@@ -49,7 +49,8 @@ class Verdict:
         numbers: the gate's metric of both, such as `gsm8k/acc,none 0.51 vs 0.48`; empty if they were not compared.
         metric: the gate's metric; empty if there is no gate, or it did not look at scores.
         approve_hours: how long a person has to approve what passed; None: it is promoted immediately.
-        luck: standard error of the score, from the spread of the gain; negative if lower is better; None if unknown.
+        luck: standard error of the score, in its unit: that of the gain divided by the square root of 2, as a gain is
+            the difference of two scores. Negative if lower is better; None if unknown.
         mark: `uri` of the version that stays the mark if this one is promoted; empty: this one is the mark then.
         certain: whether further documents would not change the verdict.
     """

@@ -34,8 +34,9 @@ class Side:
 
     Attributes:
         label: in the table.
-        found: its evaluations, the last used first, but looks of evaluations that may end early after all others. Each
-            is a pair: `how`, as of `OnMetric`, and the scores.
+        found: its evaluations, each a pair of `how`, as of `OnMetric`, and the scores. Those of all documents come
+            first, then those of a part of them (looks of an evaluation that could end early); the last used of each
+            kind comes first.
     """
 
     label: str
@@ -89,7 +90,11 @@ def _entries() -> Iterator[tuple[float, dict[str, Any]]]:
 
 
 def scored_keys_of_adapter(adapter: str) -> set[str]:
-    """Return the keys of the models that the store has scores of and that are this adapter, by its commit, on one."""
+    """The keys of the scored models in the store that consist of a model and this one adapter on it.
+
+    Args:
+        adapter: commit of the adapter.
+    """
     models = {str(content.get("model")) for _, content in _entries()}
     return {model for model in models if commits_of(model)[1:] == (adapter,)}
 

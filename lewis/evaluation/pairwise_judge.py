@@ -38,8 +38,8 @@ _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 def opinion(judge: Judge, found: SideBySide | None) -> RuleResult:
     """Ask the judge about documents on which the answers differ, and test that it does not prefer the reference's.
 
-    The rule fails if a judge that prefers either model as often would prefer the merged model so rarely in at most one
-    case of twenty (a one-sided sign test).
+    The rule fails if a one-sided sign test gives a p of at most 0.05: a judge without a preference would prefer the
+    merged model as rarely as this one in at most one case of twenty.
 
     Args:
         judge: as the recipe has it.

@@ -106,7 +106,7 @@ class ModelScores(Reference):
 
 
 def score(files: ModelFiles, settings: EvalSettings, *, device: str = "cpu", progress: Report = silent) -> ModelScores:
-    """Scores of one model on all tasks, each as by `score_task`."""
+    """Score one model on all tasks of the settings, one after another; the rest is as of `score_task`."""
     each = settings.by_task()
     return ModelScores(entries=tuple(score_task(files, one, device=device, progress=progress) for one in each))
 
@@ -205,7 +205,7 @@ def documents_differ(of_task: Sequence[ScoresEntry]) -> bool:
 
 
 def remove_scores(entries: Sequence[ScoresEntry]) -> None:
-    """Remove scores from both halves of the store, so that they are computed again.
+    """Remove scores from this machine's store and from the remote one, so that they are computed again.
 
     Raises:
         TransientError: if the remote half does not answer.
@@ -218,7 +218,10 @@ def remove_scores(entries: Sequence[ScoresEntry]) -> None:
 
 
 def scoring_devices() -> tuple[str, ...]:
-    """The devices whose scores in the store count: workers of another queue may have a GPU, and this machine none."""
+    """The devices whose scores are looked up in the store: this machine's, or GPU and CPU.
+
+    It is both if evaluations have a work queue of their own: its workers may have a GPU where this machine has none.
+    """
     return ("cuda", "cpu") if work_queue.queue() else (default_device(),)
 
 
@@ -348,9 +351,17 @@ def _asked(content: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str | int, b
 
 
 def scored_models(weights: Mapping[str, float], scores: Mapping[str, ModelScores]) -> list[Scored]:
-    """The models of an evaluation side by side, with their weighted mean, in the order of the tables.
+    """Read the scores of several models from the store, and add the weighted mean to each.
+
+    Args:
+        weights: `evaluate.weights`; empty: no mean is added.
+        scores: label -> scores of the model.
+
+    Returns:
+        The models in the order of `scores`.
 
     Raises:
+        LewisError: as `ModelScores.content`.
         InputError: if a weight names a score that does not exist.
     """
     return [Scored.of(label, each.model, each.evaluated, weights) for label, each in scores.items()]

@@ -25,7 +25,7 @@ def pool() -> str:
 
 
 def place(name: str) -> str:
-    """The name of a work queue in messages."""
+    """A work queue as messages name it, with its work pool if that is not the pool of the merges."""
     return f"work queue {name}" + (f" of the work pool {pool()}" if pool() != MERGES else "")
 
 

@@ -73,7 +73,9 @@ def harness_model(
     patience_s: float = server.PATIENCE,
     tick: Callable[[], None] = lambda: None,
 ) -> Iterator[HarnessModel]:
-    """The backend, arguments and device for lm-eval. If the backend needs a server, it runs until the context ends.
+    """A context with the model class, arguments and device that lm-eval scores the model by.
+
+    If the backend needs a server, it runs for as long as the context.
 
     Args:
         backend: of the recipe.

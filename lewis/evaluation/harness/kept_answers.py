@@ -48,7 +48,7 @@ class KeptAnswers:
 
     @contextmanager
     def used_by(self, lm: Any) -> Iterator[None]:
-        """A context in which lm-eval's model takes answers from the file, or computes and writes them."""
+        """A context in which lm-eval's model answers from the file, and writes into it what it has to compute."""
         hook = lm.cache_hook
         with ExitStack() as replaced:
             lm.set_cache_hook(self)

@@ -76,7 +76,7 @@ class EvalSettings:
 
     @property
     def whole(self) -> "EvalSettings":
-        """The settings for all documents that these may be a part of, under which the answers to any part are kept."""
+        """The same settings for all documents of the tasks: the answers to any part of these are kept under them."""
         if self.documents != "by_release":
             return replace(self, look=None)
         return replace(self, look=None, documents="all", limit=None, seed="")

@@ -29,8 +29,9 @@ AGGREGATED = {"bleu", "brier_score", "bypass", "chrf", "chrf++", "f1", "mcc", "t
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 Known = Mapping[str, Sequence[str] | None]
-Configs = Mapping[str, tuple[Mapping[str, Any], Sequence[str] | None]]
 """Task or group -> its scores, each `metric,filter`; None where only a run of the task shows them."""
+Configs = Mapping[str, tuple[Mapping[str, Any], Sequence[str] | None]]
+"""Task or group -> its config, and its scores as in `Known`."""
 
 
 def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, searched: Sequence[str] = ()) -> None:
@@ -66,9 +67,17 @@ def check_names(evaluate: Evaluate, root: Path, gate: Gate | None = None, search
 
 
 def configs_and_scores(tasks: Sequence[str], root: Path) -> Configs | None:
-    """For each task, group and member its config and the scores that it will give; None of these if code names them.
+    """The config and the scores of each task and group, and of all members of groups, as far as files show them.
 
-    None at all if a group defines or changes members, so that files do not show their scores.
+    Args:
+        tasks: of the recipe.
+        root: the recipe's folder.
+
+    Returns:
+        None if a group defines or changes members: then no file shows which scores these give.
+
+    Raises:
+        InputError: as `find_tasks`.
     """
     found = find_tasks(tasks, root)
     configs: dict[str, tuple[Mapping[str, Any], Sequence[str] | None]] = {}

@@ -40,9 +40,9 @@ class Comparison:
         binary: whether every value is 0 or 1, in one task of which the metric skips the same documents for both models.
         p: two-sided, of the hypothesis that the models are equally good. McNemar's exact test if every value is 0 or 1,
             else a permutation test that swaps the two models' values (sign flips).
-        draws: the resampled gains, sorted.
-        cautious: computes the same with one more document in each task, on which the candidate loses as much as the two
-            models differ at most.
+        draws: the resampled gains, sorted: fp64, shape (RESAMPLES,).
+        cautious: computes such draws with one more document in each task: the one on which the two models differ most,
+            as a loss of the candidate.
     """
 
     key: str
@@ -140,22 +140,34 @@ def compare(
 
 @functools.lru_cache(256)
 def interval(samples: Samples) -> tuple[float, float]:
-    """The 95 % interval of one model's value, from a bootstrap."""
+    """The 95 % interval of one model's value, in the metric's unit, from a percentile bootstrap over documents.
+
+    It is (-inf, inf) if a draw is not finite, as from a single document.
+    """
     return _interval(_resampled(_together([(part, part.sums()) for part in samples.parts]), _own))
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """McNemar's exact two-sided p. Wins and losses are documents on which exactly one of the two models is right."""
+    """The exact two-sided p of McNemar's test (1947): twice the tail of a binomial distribution, at most 1.
+
+    Args:
+        wins, losses: number of documents on which only the one model, and only the other, is right.
+    """
     from scipy.special import bdtr  # slow to import, and a merge does not need it
 
     return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
 def tango(wins: int, losses: int, documents: int, margin: float) -> float:
-    """One-sided p of a loss of `margin` or more, by the score test for paired shares (Tango 1998).
+    """One-sided p of the hypothesis that the candidate is worse by `margin` or more, by Tango's score test (1998).
 
-    Its variance is that of a model which is worse by just `margin`. So two models that agree on a few documents are not
-    taken to agree on all.
+    The test is for two shares on the same documents (Statistics in Medicine 17, 891). Its variance is that of a model
+    which is worse by just `margin`. So two models that agree on a few documents are not taken to agree on all.
+
+    Args:
+        wins, losses: number of documents on which only the candidate, and only the reference, is right.
+        documents: their number, at least 1.
+        margin: as a share of the documents, between 0 and 1.
     """
     both = documents - wins - losses
     linear = wins * (1 - 3 * margin) + losses * (1 - margin) - 2 * both * margin
@@ -165,7 +177,13 @@ def tango(wins: int, losses: int, documents: int, margin: float) -> float:
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's adjusted p-values: compare each with the significance level of the whole family of tests."""
+    """Adjust p-values for the number of tests, by Holm's method (1979).
+
+    A test is significant if its adjusted p is at most the level at which one false alarm among all tests is allowed.
+
+    Args:
+        p: name of a test -> its p.
+    """
     adjusted, largest = {}, 0.0
     for rank, (name, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
         largest = max(largest, min(1.0, (len(p) - rank) * value))

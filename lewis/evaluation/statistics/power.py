@@ -30,13 +30,16 @@ def spent(number: int) -> float:
 def luck(versions: int) -> float:
     """The expected lead, by luck alone, of the best of `versions` equally good ones, in standard errors of a score.
 
-    It is the mean of the largest of as many draws from a normal distribution, by Blom's approximation.
+    It is the mean of the largest of as many draws from a normal distribution, by Blom's approximation (1958).
     """
     return _Z((versions - 0.375) / (versions + 0.25)) if versions > 1 else 0.0
 
 
 def spread(parts: Iterable[tuple[float, int]]) -> float:
-    """The expected standard error of the difference between the scores of two releases.
+    """The expected standard error of the difference between the scores of two releases, in the score's unit.
+
+    It is the square root of `CHANGED` times the sum of weight² / documents: two releases differ by 1 on a share
+    `CHANGED` of the documents, and by 0 on the others, so the difference on one document has the variance `CHANGED`.
 
     Args:
         parts: each task's weight in the score, and its number of documents.
@@ -58,12 +61,19 @@ def margin(spread: float, tests: int = 1) -> float:
     In a long row of versions on the same documents it passes in three cases of four, since each champion was picked
     with its luck on them (`tests/benchmarks/releases.py`). The margin is at least `SMALLEST` and at most `LARGEST`:
     with few documents an equal model passes less often.
+
+    Args:
+        spread: standard error of the gain, as `spread` gives it; the margin has its unit.
+        tests: how many tasks the gate tests.
     """
     return min(max((_Z(1 - ERROR) + _Z(EQUAL ** (1 / tests))) * spread, SMALLEST), LARGEST)
 
 
 def loss_seen(margin: float, spread: float) -> float:
-    """The loss at which a version is refused in four cases of five; 0 if an equal version is refused so often."""
+    """The loss at which a version is refused in four cases of five; 0 if an equal version is refused so often.
+
+    `margin` and `spread` are what the functions of these names give; all three are in the score's unit.
+    """
     return max(margin - (_Z(1 - ERROR) - _Z(POWER)) * spread, 0.0)
 
 

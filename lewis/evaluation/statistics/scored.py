@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 def without_mark(by_label: Mapping[str, _T]) -> dict[str, _T]:
-    """The models that tables and files show: all but the one that only the gate needs."""
+    """All models but the mark, which only the gate needs: these are the ones that tables and files show."""
     return {label: each for label, each in by_label.items() if label != _MARK}
 
 
