@@ -27,6 +27,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from jinja2 import Environment
 
 from lewis import store
 from lewis.errors import InputError, LewisError
@@ -1015,10 +1016,13 @@ class TestCheckTasks:
             check_config(task, root, 7)
         check_config(replace(task, config={**CHOICE, "num_fewshot": 0}), root, 7)
 
-    def test_a_template_runs_no_code_before_the_sandbox(self, root):
-        code = "{{ question.__class__.__mro__[1].__subclasses__() }}{{ none }}"
-        task = TaskFile("pets", root / "own.yaml", {**CHOICE, "doc_to_text": code}, (), ())
-        check_config(task, root)  # refused by the sandbox of Jinja, which leaves the error to lm-eval
+    @pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target"])
+    def test_a_template_runs_no_code_before_the_sandbox(self, root, key):
+        code = "{{ cycler.__init__.__globals__.os.mkdir('%s') }}{{ absent is defined }}" % (root / "made")
+        Environment().from_string(code).render()
+        (root / "made").rmdir()  # it would have run
+        check_config(TaskFile("pets", root / "own.yaml", {**CHOICE, key: code}, (), ()), root)  # lm-eval will say so
+        assert not (root / "made").exists()
 
     def test_a_column_that_only_later_rows_have_fills_a_template(self, root):
         (root / "data/rows.jsonl").write_text('{"question": "a"}\n\n{"question": "b", "query": "c"}\n')
