@@ -169,7 +169,7 @@ def decide(
     reference: Scored,
     compared_with: str,
     *,
-    base: Scored | None = None,
+    base: Scored | None,
     limit: float | None = None,
     mark: Scored | None = None,
     number: int = 1,

@@ -187,7 +187,7 @@ def furthest_look(ref: str, key: str, settings: EvalSettings) -> int | None:
     return size
 
 
-def find_score(ref: str, key: str, settings: EvalSettings, device: str = "cpu") -> ScoresEntry | None:
+def find_score(ref: str, key: str, settings: EvalSettings, device: str) -> ScoresEntry | None:
     """The scores of a model on one task, if the store has them."""
     digest = scores_digest(key, settings, device)
     path = kinds.SCORES.path(digest)

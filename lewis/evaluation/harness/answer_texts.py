@@ -60,7 +60,8 @@ def _texts(row: Mapping[str, Any], task: Any) -> dict[str, str]:
     target, answer = row["target"], next(texts_in(row["resps"]), "")
     if task.OUTPUT_TYPE == "multiple_choice":
         choices = [str(each) for each in task.doc_to_choice(row["doc"])]
-        target = [choices[i] if isinstance(i, int) and 0 <= i < len(choices) else str(i) for i in _listed(target)]
+        listed = target if isinstance(target, list) else [target]
+        target = [choices[i] if isinstance(i, int) and 0 <= i < len(choices) else str(i) for i in listed]
         answer = _likeliest(choices, [each[0] for each in row["filtered_resps"]][: len(choices)])
     expected = next(texts_in(target), str(target))
     prompt = next(texts_in(row["arguments"]), "")
@@ -76,10 +77,6 @@ def _likeliest(choices: list[str], likelihoods: list[float]) -> str:
     first = choices[int(np.argmax(likelihoods))]
     normed = choices[int(np.argmax(np.array(likelihoods) / [max(len(each), 1) for each in choices]))]
     return first if first == normed else f"{first} (per character: {normed})"
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def clean(text: str) -> str:

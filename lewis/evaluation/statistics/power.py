@@ -77,7 +77,7 @@ def loss_seen(margin: float, spread: float) -> float:
     return max(margin - (_Z(1 - ERROR) - _Z(POWER)) * spread, 0.0)
 
 
-def gain_seen(spread: float, number: int = 1, least: float = 0.0) -> float:
+def gain_seen(spread: float, number: int, least: float = 0.0) -> float:
     """The gain at which the `number`-th version is found better, and better by `least`, in four cases of five.
 
     `spread` is what the function of that name gives; all are in the metric's units. A version that gains documents
