@@ -69,7 +69,9 @@ def _of_version(what: str) -> Path | None:
     with tracking.client(f"looking for the page of {what}") as client:
         if not client.search_model_versions(f"name='{tracking.model_name(name)}'", max_results=1):
             return None
-        run = client.get_run(pull.version_of(client, what).run_id or "")
+        run = tracking.run_of(client, pull.version_of(client, what).run_id)
+        if run is None:
+            raise LewisError(f"{what}: the run that made it, and its page, were deleted from MLflow")
         path = kinds.REPORTS.path(f"{name}_{run.data.tags.get('lewis.prefect.flow_run_id', run.info.run_id):>{ID}}")
         made = path.stat().st_mtime if path.exists() else run.info.start_time / 1000
         try:  # also if it is here: a canary may have been added since

@@ -24,6 +24,7 @@ from lewis.store import manifest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 logger = logging.getLogger(__name__)
 
@@ -148,18 +149,21 @@ def _keep_one(client: "MlflowClient", found: Version, new: Registration) -> Vers
 def _complete(client: "MlflowClient", found: Version, new: Registration) -> None:
     """Replace a version's scores on a part of the documents by scores on all, and add the scores of further tasks.
 
-    The tags that mark the scores as partial, or as being completed, are removed last.
+    The tags that mark the scores as partial, or as being completed, are removed last. Nothing is done if the version's
+    run was deleted permanently.
     """
+    if (run := tracking.run_of(client, found.run_id)) is None:
+        return
     version = client.get_model_version(found.name, found.version)
     tags = version.tags
     in_part = tracking.PART in tags
-    more = in_part or _has_more(client, found.run_id, new, again=UNFINISHED in tags)
+    more = in_part or _has_more(run, new, again=UNFINISHED in tags)
     if tracking.PART in new.tags or not new.documents or not more:
         return
     model = versions.model_of(client, version)
     assert model is not None  # `found` is whole
     luck = tags.get(LUCK, "0")
-    part = _part_of_metric(client, found.run_id, tags) if in_part and luck != tags.get(UNFINISHED) else ""
+    part = _part_of_metric(run, tags) if in_part and luck != tags.get(UNFINISHED) else ""
     if part:  # a standard error falls with the root of the number of documents
         scored, _, pool = part.partition(" of ")
         luck = f"{float(luck) * math.sqrt(int(scored) / int(pool)):.6g}"
@@ -176,14 +180,14 @@ def _complete(client: "MlflowClient", found: Version, new: Registration) -> None
     logger.info("%s has the scores of all documents and tasks now", found.uri)
 
 
-def _part_of_metric(client: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> str:
+def _part_of_metric(run: "Run", tags: Mapping[str, str]) -> str:
     """Return the part of its documents that the task of a version's metric was scored on; empty if it was on all.
 
     Of a metric that is not of one task, such as the weighted mean, it is the part that the version's tag has.
     """
     task = tags.get(METRIC, "").partition("/")[0]
-    inputs = client.get_run(run_id).inputs
-    of_task = [each for each in (inputs.dataset_inputs if inputs else []) if each.dataset.name == task]
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    of_task = [each for each in inputs if each.dataset.name == task]
     parts = [{tag.key: tag.value for tag in each.tags}.get(tracking.PART, "") for each in of_task]
     return max(parts, default=tags[tracking.PART])  # once all documents are scored, a second input is there, without it
 
@@ -196,14 +200,12 @@ def _name_inputs(client: "MlflowClient", found: Version, new: Registration) -> N
             client.set_model_version_tag(found.name, found.version, tag, key)
 
 
-def _has_more(client: "MlflowClient", run_id: str, new: Registration, *, again: bool) -> bool:
+def _has_more(run: "Run", new: Registration, *, again: bool) -> bool:
     """Whether a merge has scores that its run lacks, on the same documents for the tasks that the run has.
 
     Args:
         again: whether the same scores as the run's are enough, because the run's may be incomplete.
     """
-    if (run := tracking.run_of(client, run_id)) is None:
-        return False
     inputs = run.inputs.dataset_inputs if run.inputs else []
     known = {(each.dataset.name, each.dataset.digest) for each in inputs}
     tasks = {task for task, _ in known}

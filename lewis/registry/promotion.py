@@ -88,7 +88,8 @@ def promote(version: Version, verdict: Verdict, by: str = "", about: Mapping[str
             tags |= _ask(client, version, verdict, before, by)
         facts = {"verdict": said, "compared with": verdict.compared_with, "reasons": verdict.reasons}
         file = {"verdict.json": json.dumps(facts, indent=2).encode()}
-        tracking.log_files(client, version.run_id, file, checked=True)
+        if tracking.run_of(client, version.run_id):
+            tracking.log_files(client, version.run_id, file, checked=True)
         for key, value in tags.items():
             client.set_model_version_tag(version.name, version.version, key, value)
         what = "waits" if verdict.waits else "promoted" if verdict.passed else "rejected"

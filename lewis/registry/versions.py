@@ -178,15 +178,18 @@ def run_link(version: Version) -> str:
     return f"{_server()}/#/runs/{version.run_id}{MODE}"
 
 
-def run_pages(version: Version) -> tuple[str, str]:
+def run_pages(version: Version) -> tuple[str, str] | None:
     """Return two pages in MLflow's UI: the `PAGE` of the run that made a version, and the charts of all runs.
+
+    They are None if the run was deleted permanently.
 
     Raises:
         TransientError: if the server does not answer.
     """
     with tracking.client(f"reading the run of {version.uri}") as client:
-        experiment = client.get_run(version.run_id).info.experiment_id
-    runs = f"{_server()}/#/experiments/{experiment}/runs"
+        if (run := tracking.run_of(client, version.run_id)) is None:
+            return None
+    runs = f"{_server()}/#/experiments/{run.info.experiment_id}/runs"
     return f"{runs}/{version.run_id}/artifacts/{PAGE}{MODE}", f"{runs}{MODE}&compareRunsMode=CHART"
 
 

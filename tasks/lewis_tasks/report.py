@@ -118,11 +118,11 @@ def report_run(
     """
     run = flow_run.this_run()
     links = {flow_run.url_text(): flow_run.url()}
+    pages = versions.run_pages(version) if version else None
     if version:
-        report, charts_of_all = versions.run_pages(version)
-        of_version = versions.page(version.name, version.version)
-        links |= {"MLflow version": of_version, "MLflow run": versions.run_link(version)}
-        links["MLflow charts of all versions"] = charts_of_all
+        links["MLflow version"] = versions.page(version.name, version.version)
+    if version and pages:
+        links |= {"MLflow run": versions.run_link(version), "MLflow charts of all versions": pages[1]}
     if published:
         links["Hub"] = published
     inputs, in_use = lineage_of(base, experts, calibrations), champion.version.uri if champion else None
@@ -167,8 +167,8 @@ def report_run(
     shown = {"run-report": ("markdown", text, facts.outcome)}
     if version and version.created:
         versions.attach(version, {"run_report.md": text, versions.PAGE: html})
-    if version:
-        text = f"[the run with pictures]({report}); here: `lewis report {quote(recipe.name)} --open`"
+    if pages:
+        text = f"[the run with pictures]({pages[0]}); here: `lewis report {quote(recipe.name)} --open`"
         shown["report-page"] = ("markdown", text, "The run as a page")
     with get_client(sync_client=True) as client:
         for what, (kind, data, said) in shown.items():

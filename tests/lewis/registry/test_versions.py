@@ -796,6 +796,22 @@ def test_the_luck_of_an_early_verdict_is_less_once_all_documents_are_scored(
     assert tags_of("1")[history.LUCK] == "0.01" and tracking.PART not in tags_of("1")
 
 
+def test_a_version_whose_run_was_deleted_for_good_is_judged_and_registered_again(
+    entry: Registration, tiny_model: Path
+) -> None:
+    """Each further run of its recipe failed."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    new = replace(entry, digest="a" * 64, folder=merged(tiny_model, "a" * 64))
+    version = creation.register(replace(new, tags={**entry.tags, tracking.PART: "32 of 128"}))
+    assert registry.run_pages(version) is not None
+    client().delete_run(version.run_id)
+    SqlAlchemyStore(tracking.database(), "unused")._hard_delete_run(version.run_id)  # as `mlflow gc`
+    assert creation.register(new).version == "1" and registry.run_pages(version) is None
+    assert not promotion.promote(version, FAILED).moved
+    assert promotion.promote(version, PASSED).moved
+
+
 @pytest.mark.parametrize(("part", "luck"), [("32 of 128", "0.01"), ("", "0.02")])
 def test_the_luck_is_scaled_by_the_documents_of_the_gates_own_task(
     part: str, luck: str, entry: Registration, tiny_model: Path
