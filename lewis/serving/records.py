@@ -162,10 +162,20 @@ def write_canary(version: Version, target: str, steps: Sequence[Step], why: str 
 
 
 def canary_of(version: Version, target: str) -> Canary | None:
-    """The newest canary of a version at a target; None if there was none."""
+    """Return the newest canary of a version at a target; None if there was none.
+
+    Raises:
+        LewisError: if the version's tag is no such record.
+    """
+    key = f"{CANARY}{target}"
     with tracking.client(f"reading the canary of {version.uri}") as client:
-        text = client.get_model_version(version.name, version.version).tags.get(f"{CANARY}{target}")
-    return Canary.of(json.loads(text)) if text else None
+        text = client.get_model_version(version.name, version.version).tags.get(key)
+    try:
+        return Canary.of(json.loads(text)) if text else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise LewisError(
+            f"{version.uri}: its tag {key} in MLflow is no record of a canary ({error!r}); remove it"
+        ) from error
 
 
 def _number(uri: str) -> str:

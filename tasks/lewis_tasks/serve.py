@@ -75,9 +75,9 @@ def _show(recipe: Recipe, target: CanaryTarget, version: Version, began: str) ->
             shown = picture.into_page(page, found)
             versions.attach(version, {versions.PAGE: shown})
             for path in kinds.REPORTS.entries():
-                if path.read_text(encoding="utf-8") == page:  # update the store's copy, too
+                if path.read_text(encoding="utf-8", errors="replace") == page:  # update the store's copy, too
                     store.write_text(path, shown, modified=path.stat().st_mtime)  # the order of pages stays
-    except LewisError as error:  # a missing picture must not fail the serving
+    except (LewisError, OSError) as error:  # a missing picture must not fail the serving
         logger.warning("%s: its canary is not shown: %s", version.uri, error)
 
 
