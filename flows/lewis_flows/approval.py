@@ -91,7 +91,7 @@ def go_on(run: FlowRun) -> None:
 
 
 def settle(version: str = "", why: str = "") -> None:
-    """Let no run wait that needs no answer any more.
+    """Resume or end the suspended runs that need no answer any more.
 
     If the version that a run asks about is the champion by now, or was refused, the run is resumed with that answer. If
     it can no longer be approved, since its time is up or another champion was made, the run ends as `Lapsed`.

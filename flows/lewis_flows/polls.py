@@ -94,12 +94,12 @@ def _named(versions: Sequence[Held]) -> tuple[str, str]:
 
 
 def champions() -> dict[str, tuple[str, str]]:
-    """Recipe -> the version that polls saw last as its champion, and the one that waits for approval; "" for none."""
+    """Return recipe -> its champion and the version that waits for approval, as polls saw them last; "" for none."""
     return _seen().champions
 
 
 def behind_since() -> dict[str, datetime | None]:
-    """Recipe -> when the first commit was seen that its champion misses, UTC; None if it misses none.
+    """Return recipe -> when the first commit was seen that its champion misses, UTC; None if it misses none.
 
     A recipe is left out until a poll could check it, and while it registers nothing.
     """
@@ -108,7 +108,7 @@ def behind_since() -> dict[str, datetime | None]:
 
 
 def newest_missed() -> dict[str, datetime | None]:
-    """Recipe -> when the last commit was seen that its champion misses, as `behind_since` gives the first."""
+    """Return recipe -> when the last commit was seen that its champion misses, as `behind_since` gives the first."""
     commits = _seen().commits
     return {name: max((seen[-1][1] for seen in refs.values()), default=None) for name, refs in commits.items()}
 

@@ -37,7 +37,7 @@ def move_champion(client: "MlflowClient", move: Move, *, keeps_previous: bool = 
     registry's lock.
 
     Args:
-        move: from the version that is the champion now.
+        move: of the champion; its `previous` is the version that is the champion now.
         keeps_previous: whether `previous` stays where it is.
     """
     current = move.previous.rpartition("/")[2] if move.previous else None

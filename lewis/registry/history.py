@@ -102,8 +102,12 @@ def record(
 
     A reason that is too long is cut; of the gate's rules, those that passed are cut first.
 
+    Args:
+        what, version, champion, why: as in `Record`.
+        by: as in `Record`; by default the name of the user.
+
     Returns:
-        whether a record was appended.
+        Whether a record was appended.
     """
     if len(why) > _MOST:
         rules = sorted(why.split("; "), key=lambda rule: rule.endswith(": pass"))
@@ -341,7 +345,7 @@ def picture(name: str) -> bytes:
 
 
 def by_luck(drawn: Sequence[tuple[int, int, str, float | None, float | None]], error: float) -> list[float]:
-    """For each entry of a history, what the best of the versions so far would score if all were as good as the first.
+    """Return what the best of so many versions would score by luck, if all were as good as the first, for each entry.
 
     Args:
         drawn: the entries, as `points` of `lewis.reports.charts.champion_steps`.

@@ -19,7 +19,7 @@ SOURCE = "lewis.source."  # the tag of an input starts with it
 def lineage_of(
     base: ModelFiles | None, experts: Sequence[ModelFiles], calibrations: Sequence[CalibrationEntry]
 ) -> dict[str, str]:
-    """Commit or content digest of every input, by its reference in the recipe."""
+    """Return reference in the recipe -> commit or content digest, of every input; of rows, `calibration:<name>`."""
     models = {files.ref: files.key for files in [*([base] if base else []), *experts]}
     return models | {f"calibration:{each.name}": each.digest for each in calibrations}
 
@@ -42,7 +42,7 @@ def tags_of(lineage: Mapping[str, str]) -> dict[str, str]:
 
 
 def commit_of(sources: Mapping[str, str], ref: str) -> str | None:
-    """Commit or content digest of an input of a version, by its reference; None if the version has no such input."""
+    """Return the commit or content digest of a version's input by its reference; None if there is no such input."""
     return sources.get(_own_tag(ref)) or sources.get(source_tag(ref))
 
 
@@ -52,7 +52,7 @@ def sources(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def by_reference(sources: Mapping[str, str], known: Iterable[str]) -> dict[str, str]:
-    """Commit or content digest of the inputs of a version, by reference.
+    """Return reference -> commit or content digest, of the inputs of a version.
 
     A reference cannot be read from its tag exactly, because MLflow does not accept every character.
 

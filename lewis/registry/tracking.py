@@ -296,6 +296,7 @@ def log_numbers(
 
     Args:
         model_id: of the run's model; None if it has none.
+        params, metrics: name -> value. A value of `params` that is too long is cut.
         documents: name of a metric -> name and digest of the dataset that it was measured on (`log_datasets`).
     """
     from mlflow.entities import Metric, Param
@@ -376,7 +377,11 @@ def log_files(client: "MlflowClient", run_id: str, files: Mapping[str, bytes], *
 
 
 def file_of(client: "MlflowClient", run_id: str, name: str) -> bytes:
-    """The content of a file of a run, as the artifact store has it."""
+    """Return the content of a file of a run, as the artifact store has it.
+
+    Raises:
+        OSError, MlflowException: if there is no such file, or it cannot be read.
+    """
     with store.scratch_folder("files") as scratch:
         return Path(client.download_artifacts(run_id, name, str(scratch))).read_bytes()
 
@@ -406,7 +411,7 @@ def check_files(client: "MlflowClient", run_id: str) -> set[str]:
 
 
 def key(name: str) -> str:
-    """`name` with only the characters that MLflow accepts in the name of a metric, a parameter or a tag.
+    """Return `name` with only the characters that MLflow accepts in the name of a metric, a parameter or a tag.
 
     `gsm8k/exact_match,strict-match` becomes `gsm8k/exact_match/strict-match`, and `arc/acc,none` becomes `arc/acc`.
     MLflow reads names as paths, so `../math` becomes `_../math`, `./merged` becomes `_./merged`, and `/math` `_/math`.
@@ -416,7 +421,7 @@ def key(name: str) -> str:
 
 
 def model_name(name: str) -> str:
-    """`name` without the characters that MLflow or its filters refuse.
+    """Return `name` without the characters that MLflow or its filters refuse.
 
     Raises:
         InputError: if nothing is left of it.
@@ -428,7 +433,7 @@ def model_name(name: str) -> str:
 
 
 def cut(text: str, limit: int, whole: str) -> str:
-    """At most `limit` characters of `text`. If it is cut, it ends with `whole`, the name of the file with all of it."""
+    """Return `text`, cut to `limit` characters; then it ends with a note that all of it is in the file `whole`."""
     note = f"... (cut, all of it is in {whole})"
     return text if len(text) <= limit else text[: limit - len(note)] + note
 

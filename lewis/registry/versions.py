@@ -158,30 +158,30 @@ def fetch_files(current: Champion) -> Champion:
 
 
 def page(name: str, version: str) -> str:
-    """The page of a version in MLflow's UI: on the tracking server, or at the default address of `mlflow ui`."""
+    """Return the URL of a version's page in MLflow: on the tracking server, else at `mlflow ui`'s address."""
     return f"{_server()}/#/models/{quote(name)}/versions/{version}{MODE}"
 
 
 def model_page(name: str) -> str:
-    """The page in MLflow's UI of a registered model, which names its champion."""
+    """Return the URL of a registered model's page in MLflow, which names its champion."""
     return f"{_server()}/#/models/{quote(name)}{MODE}"
 
 
 def public_page(name: str) -> str:
-    """Return the page of a registered model, for readers elsewhere; empty if the server has no https address."""
+    """Return the URL of a registered model's page for readers elsewhere; empty if the server has no https address."""
     page = model_page(name)
     return page if page.startswith("https://") else ""
 
 
 def run_link(version: Version) -> str:
-    """The page in MLflow's UI of the run that made the version."""
+    """Return the URL of the page in MLflow of the run that made the version."""
     return f"{_server()}/#/runs/{version.run_id}{MODE}"
 
 
 def run_pages(version: Version) -> tuple[str, str] | None:
-    """Return two pages in MLflow's UI: the `PAGE` of the run that made a version, and the charts of all runs.
+    """Return two URLs in MLflow: of the `PAGE` of the run that made a version, and of the charts of all runs.
 
-    They are None if the run was deleted permanently.
+    Return None if the run was deleted permanently.
 
     Raises:
         TransientError: if the server does not answer.
@@ -232,13 +232,13 @@ def tag(version: Version, tags: Mapping[str, str]) -> None:
 
 
 def whole(client: "MlflowClient", name: str, version: str) -> "ModelVersion | None":
-    """A version by its number, if it exists with all its files and none is damaged; else None."""
+    """Return a version by its number; None if it does not exist, or one of its files is missing or damaged."""
     found = lookup(client, name, number=version)
     return found if found is not None and model_of(client, found) is not None else None
 
 
 def find(client: "MlflowClient", name: str, digest: str) -> Version | None:
-    """The version of a merge; None if it is not registered, or a file is missing or damaged."""
+    """Return the version of a merge; None if it is not registered, or one of its files is missing or damaged."""
     for found in of_digest(client, name, digest):
         if model_of(client, found) is not None:
             return Version.of(found)
@@ -292,7 +292,7 @@ def champion_of(client: "MlflowClient", name: str) -> Champion | None:
 
 
 def lookup(client: "MlflowClient", name: str, *, number: str = "", alias: str = "") -> "ModelVersion | None":
-    """A version by its number, or by its alias; None if there is no such model, number or alias."""
+    """Return a version by its number or its alias; None if there is no such model, number or alias."""
     from mlflow.exceptions import MlflowException
 
     if len(number) > _DIGITS:
@@ -322,7 +322,7 @@ def as_model(client: "MlflowClient", version: "ModelVersion", model: "LoggedMode
 
 
 def digest_in(tags: Mapping[str, str]) -> str:
-    """The digest of a version's merge, by its tags; empty if LEWIS did not register it."""
+    """Return the digest of a version's merge from the version's tags; empty if LEWIS did not register it."""
     return tags.get("lewis.digest") or tags.get(DAMAGED, "")
 
 

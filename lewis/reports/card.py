@@ -144,6 +144,9 @@ def write(folder: Path, text: str, heat_map: bytes | None = None, eval_results: 
     """Write a card, and the picture of the densities that it shows, into a model's folder.
 
     Args:
+        folder: of the model.
+        text: the card, Markdown.
+        heat_map: PNG file; None: an existing picture stays.
         eval_results: YAML with scores that the Hub reads next to the card; empty: an existing file is removed.
     """
     if eval_results:
@@ -156,7 +159,7 @@ def write(folder: Path, text: str, heat_map: bytes | None = None, eval_results: 
 
 
 def front_matter(folder: Path) -> dict[str, Any]:
-    """What the model card of a folder states for the Hub; empty if there is no card, or it cannot be read."""
+    """Return the YAML at the top of a folder's model card; empty if there is no card, or it cannot be read."""
     try:
         found = FRONT_MATTER.match(read_text(folder / NAME, yaml_text.MAX_BYTES))
         stated = yaml_text.load(found[1], NAME) if found else None

@@ -148,7 +148,11 @@ def champion_steps(
 
 
 def grid_of(values: Mapping[str, float]) -> tuple[list[str], list[list[float]]]:
-    """Arrange values by tensor as a grid: projection names, and for each its value in every layer, NaN without one."""
+    """Arrange tensor name -> value as a grid; tensors outside of layers, norms and biases are left out.
+
+    Returns:
+        The names of the projections, and for each of them its values, one per layer; NaN where a layer lacks it.
+    """
     found = [(layer, rho) for tensor, rho in values.items() if (layer := LAYER.search(tensor))]
     shown = [(layer, rho) for layer, rho in found if not VECTORS.search(layer[0])]
     several = len({layer[1] for layer, _ in shown}) > 1  # such as an encoder and a decoder
@@ -214,7 +218,7 @@ def _draw_bars(
 
 
 def reach(model: str, score: Score, intervals: Intervals) -> tuple[float, float]:
-    """How far the 95 % interval of a model's score reaches below and above it; NaN where that is not known."""
+    """Return how far the 95 % interval of a model's score reaches below and above it; NaN where that is not known."""
     if ends := intervals.get((model, score.task, score.metric)):
         return max(0.0, score.value - ends[0]), max(0.0, ends[1] - score.value)
     side = math.nan if score.stderr is None else 1.96 * score.stderr

@@ -12,7 +12,7 @@ _SPAN_OR_TAG = re.compile(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)|(?<!\\)<")  # in
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as a Markdown table. The first row decides the columns; a missing cell is empty."""
+    """Return rows as a Markdown table; empty without rows. The first row decides the columns."""
     if not rows:
         return ""
     columns = list(rows[0])
@@ -22,30 +22,30 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def code(text: str) -> str:
-    """A code span of any text; its fence is longer than any sequence of backticks in the text."""
+    """Return any text as a code span on one line; its fence is longer than any sequence of backticks in the text."""
     line = " ".join(text.split()) or " "
     fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
 def block(text: str, language: str) -> str:
-    """A code block of any text; its fence is longer than any sequence of backticks in the text."""
+    """Return any text as a code block; its fence is longer than any sequence of backticks in the text."""
     fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def plain(text: str) -> str:
-    """Any text on one line, with everything escaped that Markdown or HTML would interpret."""
+    """Return any text on one line, with everything escaped that Markdown or HTML would interpret."""
     return SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
 def picture(name: str, png: bytes) -> str:
-    """A picture as a data URL inside the Markdown, so that no second file is needed."""
+    """Return a picture as a data URL inside the Markdown, so that no second file is needed."""
     return f"![{plain(name)}](data:image/png;base64,{base64.b64encode(png).decode()})"
 
 
 def link(text: str, url: str) -> str:
-    """A link with any text, to any address."""
+    """Return a link with any text, to any address."""
     address = "".join(c if c.isalnum() or c in "-._~:/?#@!$&+,;=%" else f"%{ord(c):02X}" for c in url if c.isascii())
     return f"[{plain(text)}]({address})"
 

@@ -405,7 +405,7 @@ def _steps(steps: Sequence[StepTime]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """An HTML table. The keys of the first row are the columns."""
+    """Return at least one row as an HTML table. The keys of the first row are the columns."""
     head = "".join(f"<th>{_e(name)}</th>" for name in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{_e(row.get(name, ''))}</td>" for name in rows[0]) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'

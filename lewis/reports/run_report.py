@@ -121,7 +121,7 @@ def to_markdown(facts: RunFacts) -> str:
 
 
 def score_rows(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, str]]:
-    """One row per task and metric, one column per model, then the merged model minus base and minus champion.
+    """Return a row per task and metric: one column per model, then the merged model minus base and minus champion.
 
     A difference ends with ✓ if the merged model is better and with ✗ if it is worse, also where lower is better.
     """

@@ -61,7 +61,7 @@ def allocation_text(ref: str, layers: Sequence[Layer], allocation: Allocation, p
 
 
 def importance_rows(measured: Sequence[ImportanceEntry], allocated: AllocationEntry) -> list[dict[str, Any]]:
-    """One row per covered layer: its norm in each model, then difference and density of each expert.
+    """Return one row per covered layer: its norm in each model, then difference and density of each expert.
 
     Differences are left out for an expert whose layers all moved equally far. If slices put layers in another order,
     rows for the layers of the result follow the rows for the models' own layers.

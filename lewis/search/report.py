@@ -10,7 +10,7 @@ _COLOURS = {"done": "#31688e", "front": "#35b779", "pruned": "#b0b0b0"}
 
 
 def rows(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[dict[str, str]]:
-    """One row per trial: state, scores, values, seconds, and the reason if it failed."""
+    """Return one row per trial: state, scores, values, seconds, and the reason if it failed."""
     found = []
     for trial in trials:
         row = {"trial": str(trial.number), "state": trial.state}

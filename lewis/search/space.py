@@ -34,7 +34,7 @@ class Numbers(SearchRange):
 
 
 def of(recipe: Recipe) -> dict[str, Any]:
-    """The space of a recipe's search: YAML path -> `Numbers`, or a tuple of choices."""
+    """Return the space of a recipe's search: YAML path -> `Numbers`, or a tuple of choices."""
     space = recipe.search.space if recipe.search else {}
     return {
         path: Numbers(**wanted.model_dump(), whole=_is_whole(recipe, path, wanted), digits=_digits(wanted))
@@ -64,9 +64,9 @@ def _digits(wanted: SearchRange) -> int:
 
 
 def identity(space: Mapping[str, Any]) -> list[list[Any]]:
-    """What the digest of a search needs of its space in addition to the recipe: ranges that are sampled in other steps.
+    """Return path, `whole` and `digits` of the ranges that are not sampled as fractions with four digits.
 
-    It is empty if no key takes only whole numbers, and four digits are enough.
+    The digest of a search has them besides the recipe, since earlier releases sampled all ranges with four digits.
     """
     numbers = [(path, wanted) for path, wanted in space.items() if isinstance(wanted, Numbers)]
     return [[path, each.whole, each.digits] for path, each in numbers if each.whole or each.digits != DIGITS]
@@ -124,7 +124,7 @@ def _methods(recipe: Recipe) -> set[str]:
 
 
 def with_values(recipe: Recipe, values: Values, *more: str) -> Recipe:
-    """The recipe with a trial's values and further overrides.
+    """Return the recipe with a trial's values and further overrides (`path=value`).
 
     Raises:
         RecipeError: if the values are not valid together.
@@ -134,12 +134,12 @@ def with_values(recipe: Recipe, values: Values, *more: str) -> Recipe:
 
 
 def overrides(values: Values) -> list[str]:
-    """Values as `--set` takes them: `path=value`, with the value in YAML."""
+    """Return values as `--set` takes them: `path=value`, with the value in YAML."""
     return [f"{path}={yaml.safe_dump(value).removesuffix('...' + chr(10)).strip()}" for path, value in values.items()]
 
 
 def distribution(wanted: Any) -> Any:
-    """Optuna's distribution for `Numbers` or a tuple of choices."""
+    """Return Optuna's distribution for `Numbers` or a tuple of choices."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(wanted, Numbers) and wanted.whole:
@@ -150,7 +150,7 @@ def distribution(wanted: Any) -> Any:
 
 
 def rounded(wanted: Any, value: Any) -> Any:
-    """A value of `Numbers`, rounded to its digits, or to a whole number in a range of those; a choice unchanged."""
+    """Return a value as a trial has it: of `Numbers`, rounded to its digits or to a whole number; else unchanged."""
     if not isinstance(wanted, Numbers):
         return value
     if wanted.whole or (wanted.step and wanted.step.is_integer() and wanted.min.is_integer()):
@@ -166,7 +166,7 @@ def holds(wanted: Any, value: Any) -> bool:
 
 
 def value_of(recipe: Recipe, path: str) -> Any:
-    """The value of a recipe at a YAML path as in `--set`: as written, else its default; None if there is neither."""
+    """Return the value of a recipe at a YAML path: as written, else its default; None if there is neither."""
     if (value := yaml_text.look_up(yaml_text.read(recipe.text, recipe.name), path)) is not None:
         return value
     if path == "anchor.weight":  # the schema's default is a list of rules

@@ -73,7 +73,7 @@ class Objective:
 
 
 def objectives_of(recipe: Recipe) -> tuple[str, ...]:
-    """The metrics by which a search compares its trials.
+    """Return the metrics by which a search compares its trials, the most important first.
 
     Raises:
         RecipeError: if there is no `search` block, no metric, one metric twice or nothing to score.
@@ -247,7 +247,7 @@ class Log:
 
 
 def open_journal(path: Path) -> "JournalStorage":
-    """The storage of a search in the file `path`: Optuna's journal, each line with a checksum.
+    """Open the storage of a search in the file `path`: Optuna's journal, each line with a checksum.
 
     A damaged file is set aside. The search then starts again and asks for the same values, whose scores the store has.
     """

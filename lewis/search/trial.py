@@ -32,12 +32,12 @@ def score_trial(
     device: str = "cpu",
     report: Report = silent,
 ) -> ModelScores:
-    """Scores of a trial's merged model; found in the store if the same merge has been scored before.
+    """Return the scores of a trial's merged model, from the store if the same merge has been scored before.
 
     Args:
         graph: of the recipe with a trial's values.
-        label: the merged model's in tables.
-        known: results of the graph's first nodes, the downloads among them; what else the merge needs is found or made.
+        label: name of the merged model in tables.
+        known: node -> result, of the downloads at least; the other nodes that the merge needs are found or run.
         settings: tasks and documents.
         device: of the forward passes.
         report: called with (kind of requests, done, total) while lm-eval works.

@@ -39,12 +39,14 @@ def run(
     """Move the traffic to a version that a server has loaded; return the name that it is served under.
 
     Args:
+        target: which steps there are, how long each lasts, and the rules.
         model: the version, whose `steps` are filled in; if it is `at_once`, all traffic moves without steps.
         before: what the target has; without a version, or with this one, all traffic moves without steps.
-        new: the server that has the version, as the queries name it.
-        old: the server that has the traffic.
-        give: gives a server so many percent of the requests.
-        has: whether the new server runs with the version; Prometheus has no number of a server that does not.
+        new: name of the server that has the version, as the queries name it.
+        old: name of the server that has the traffic.
+        give: called with a server's name and its new share of the requests in percent.
+        has: returns whether the new server still runs with the version. Prometheus alone does not show that: it has no
+            numbers of a server that has ended, and those would count as 0.
 
     Raises:
         WorseError: if the new version is worse than the old one. Then the old one gets all traffic again.

@@ -59,7 +59,7 @@ def asked_for(target: OpenaiTarget, model: Model) -> str:
 
 
 def filled(template: Any, model: Model) -> Any:
-    """A template with the facts of the model in place of `{path}`, `{version}` and so on."""
+    """Return a template, a text or JSON data with texts, with the facts of the model in place of `{path}` and so on."""
     if isinstance(template, str):
         for name, value in facts(model).items():
             template = template.replace(f"{{{name.removeprefix('MODEL_').lower()}}}", value)

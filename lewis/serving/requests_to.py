@@ -39,7 +39,7 @@ def send(
         body: sent as JSON.
         data: sent as it is.
         form: sent as the fields of an HTML form.
-        headers: further ones.
+        headers: in addition to those that `requests` sends by itself.
         timeout_s: for the connection, for the first byte of the answer, and for all of it.
         accepted: statuses that are no error, in addition to those below 300.
         ca: file of the CA certificates that the server's certificate is checked by; None: this machine's.

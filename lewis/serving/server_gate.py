@@ -38,7 +38,8 @@ class Answer:
         scored: the answer of the model that was scored, or its log-likelihoods.
         served: the answer of the server, or its log-likelihoods.
         difference: nats per token, the largest of all choices; None for a greedy answer.
-        share: fraction of the longer answer before the first difference; of likelihoods 1 within the tolerance, else 0.
+        share: how much is the same, from 0 to 1: the part of the longer answer before the first difference. Of
+            log-likelihoods, 1 if they differ by at most the tolerance, else 0.
     """
 
     task: str

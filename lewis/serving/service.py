@@ -149,9 +149,12 @@ def serve(
 def is_due(targets: Sequence[Target], champion: Champion, owner: str = "") -> bool:
     """Whether a run that serves these targets in order now may bring one of them to the champion.
 
-    A target lacks the champion and may be given it now, unless it has refused that version (but for one whose version
-    was rolled back); an attempt failed less than `AGAIN` ago; or it does not say what it has. Such a run ends at the
-    first target that fails, so those after one that has failed and may not be tried now do not count.
+    The targets are looked at in order. One that took the champion is passed over, unless its server says that it has
+    lost it. The first of the others decides, since a run ends at the first target that fails:
+
+    * The champion was not tried there, or was lost: a run is due.
+    * The last attempt to serve it there failed: a run is due if that was more than `AGAIN` ago, and if the cause may
+      have passed by itself, or the version that the target has was rolled back.
 
     Args:
         targets: of a recipe.
