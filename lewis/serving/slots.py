@@ -7,10 +7,11 @@ The part `champion` of `lewis up` starts and ends servers to reach it, also afte
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from lewis import store
 
+T = TypeVar("T")
 NAMES = ("blue", "green")
 
 
@@ -97,9 +98,8 @@ class Now:
 
 
 def wanted() -> Wanted | None:
-    """Read the wanted state of this machine's slots; None if it serves nothing."""
-    found = store.read_json(_wanted())
-    return Wanted(**{**found, "slots": _each(Slot, found)}) if found else None
+    """Read the wanted state of this machine's slots; None if it serves nothing, or the file has another form."""
+    return _read(Wanted, Slot, _wanted())
 
 
 def want(what: Wanted | None) -> None:
@@ -111,11 +111,11 @@ def want(what: Wanted | None) -> None:
 
 
 def now() -> Now | None:
-    """Read the current state of the slots; None if `lewis up --serve` does not run."""
-    found = store.read_json(_now())
-    if not found or store.has_restarted(found.get("system", "")) or store.is_dead(found["writer"], _now()):
+    """Read the current state of the slots; None if `lewis up --serve` does not run, or the file has another form."""
+    found = _read(Now, Running, _now())
+    if found is None or store.has_restarted(found.system) or store.is_dead(found.writer, _now()):
         return None
-    return Now(**{**found, "slots": _each(Running, found)})
+    return found
 
 
 def note(what: Now | None) -> None:
@@ -145,8 +145,12 @@ def state() -> tuple[bool, str]:
     return False, slot.problem or f"the server of {alias} is being started"
 
 
-def _each(kind: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: kind(**each) for name, each in found["slots"].items()}
+def _read(state: type[T], slot: type[Slot] | type[Running], path: Path) -> T | None:
+    found = store.read_json(path)
+    try:
+        return state(**{**found, "slots": {name: slot(**each) for name, each in found["slots"].items()}})
+    except (TypeError, KeyError, AttributeError):  # absent, or not as this LEWIS writes it
+        return None
 
 
 def _wanted() -> Path:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from lewis import store
 from lewis.errors import LewisError, TransientError
 from lewis.recipe.serve import VllmTarget
-from lewis.serving import haproxy_socket, vllm
+from lewis.serving import haproxy_socket, slots, vllm
 from lewis.serving.requests_to import send
 from tests.support.http_sink import HttpSink
 
@@ -71,3 +72,11 @@ def test_haproxy_has_no_more_time_either(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_answer_of_another_form_is_an_error(text: str) -> None:
     with HttpSink(lambda _: text) as server, pytest.raises(LewisError, match="is this a vLLM server"):
         vllm.models(VllmTarget(kind="vllm", url=server.url))
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"slots": 3}', '{"slots": {"blue": {"newer": 1}}}', '{"writer": "a-1"}'])
+def test_a_state_of_the_slots_that_another_release_wrote_stops_no_request(text: str, home: Path) -> None:
+    """Each request to a server asks there whether that is one of ours, and so for its key."""
+    for name in ("champion.json", "champion-now.json"):
+        store.write_text(home / name, text)
+    assert slots.wanted() is None and not slots.is_ours("http://127.0.0.1:1/v1")
