@@ -253,6 +253,13 @@ def _misfit(method: Method) -> str | None:
     on, loops, fits, parameters = method.on, method.compiled, method.fits, method.parameters
     if on not in ("task_vectors", "weights", "either") or fits not in (None, "static", "forward"):
         return f"expected `on` task_vectors, weights or either, and `fits` static or forward, got {on!r} and {fits!r}"
+    try:
+        low, high = method.experts
+        counts = low >= 1 and (high is None or low <= high)
+    except (TypeError, ValueError):
+        counts = False
+    if not counts:
+        return f"expected `experts` as (2, None) for two models or more, (1, 1) for one, got {method.experts!r}"
     wanted = "task_vectors" if loops or fits else on
     wanted = "weights" if loops and loops.combine == Combine.AVERAGE else wanted
     if wanted != on:

@@ -195,6 +195,10 @@ def test_a_process_that_parses_no_recipe_finds_it_too(install: Install) -> None:
         ("", {"entry": "ties = lewis_half"}, "takes a name that there is already, in lewis.methods.ties; rename"),
         (HALF.replace("float]", "str]").replace("0.5", "'a'"), {}, "share: a parameter is a float, int or bool"),
         (HALF.replace("share: PerExpert[float] =", "share="), {}, "TypeError: share: a parameter is a float, int or"),
+        *(
+            (HALF.replace("(1, 1)", given), {}, f"half: expected `experts` as .*, got {re.escape(given)}")
+            for given in ("1", "(3, 2)", "(0, None)")
+        ),
         (HALF.replace("= 0.5", "= None"), {}, "share: its default: expected a finite number, got None"),
         (
             HALF.replace(" *, share", " share"),
