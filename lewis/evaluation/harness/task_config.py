@@ -23,14 +23,15 @@ _VALUES: dict[str, tuple[type, ...]] = {  # what the value of a key may be; lm-e
     **dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split", "split"), (str,)),
     **dict.fromkeys(("dataset_path", "dataset_name", "description", "gen_prefix"), (str,)),
     **dict.fromkeys(("target_delimiter", "fewshot_delimiter"), (str,)),
-    **dict.fromkeys(("num_fewshot", "repeats"), (int,)),
+    **dict.fromkeys(("num_fewshot", "repeats", "max_gen_toks", "max_new_tokens"), (int,)),
+    **{"temperature": (int, float), "until": (str, list)},
     **dict.fromkeys(("metric_list", "filter_list"), (list,)),
     **dict.fromkeys(("fewshot_config", "generation_kwargs"), (dict,)),
     **{"doc_to_text": (str, int), "doc_to_target": (str, int, list), "doc_to_choice": (str, list, dict)},
 }
 _READERS = ("json", "csv", "parquet", "text")  # of `datasets`: each reads local files
 _FUNCTIONS = ("process_docs", "process_results", "custom_dataset")  # keys that take `!function` alone
-_WORDS = {str: "a text", int: "a whole number", list: "a list", dict: "a mapping"}
+_WORDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
 _OF_NUMBERS = ("bypass", "mean", "median", "nanmean", "perplexity")  # lm-eval's aggregations of a number per document
 _OF_METRIC = ("metric", "aggregation", "higher_is_better", "hf_evaluate")  # its other keys are arguments
 MEASURED = {  # of its own metrics, those that lm-eval computes for an output type
@@ -100,9 +101,9 @@ def _check_values(task: TaskFile) -> None:
         if not right:
             raise InputError(f"{task.path}: {key}: expected {expected}, got {given!r}")
 
-    own = task.config.get("fewshot_config")
-    of_examples = {f"fewshot_config: {key}": value for key, value in (own if isinstance(own, dict) else {}).items()}
-    for key, value in (*task.config.items(), *of_examples.items()):
+    inner = {key: task.config.get(key) for key in ("fewshot_config", "generation_kwargs")}
+    inside = [(f"{at}: {key}", value) for at, of in inner.items() if isinstance(of, dict) for key, value in of.items()]
+    for key, value in (*task.config.items(), *inside):
         kind = str(key).rpartition(": ")[2]
         kinds = _VALUES.get(kind, ())
         if kinds and value is not None:

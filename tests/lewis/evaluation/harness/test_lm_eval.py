@@ -779,6 +779,13 @@ class TestCheckTasks:
         [
             ({"filter_list": []}, r"filter_list: expected at least one item, or no such key, got \[\]"),
             ({"metric_list": []}, r"metric_list: expected at least one item, or no such key, got \[\]"),
+            ({"generation_kwargs": {"until": 5}}, "generation_kwargs: until: expected a text or a list, got 5"),
+            ({"generation_kwargs": {"max_gen_toks": "x"}}, "generation_kwargs: max_gen_toks: expected a whole number"),
+            (
+                {"generation_kwargs": {"temperature": "x"}},
+                "generation_kwargs: temperature: expected a whole number or a",
+            ),
+            ({"generation_kwargs": {"until": ["?"], "temperature": 0.5, "max_gen_toks": 5, "do_sample": True}}, None),
             ({"repeats": 0}, "repeats: expected at least 1, got 0"),
             (
                 {"metric_list": [{"metric": "acc", "aggregation": "f1"}]},
