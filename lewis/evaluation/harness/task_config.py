@@ -2,6 +2,7 @@
 
 import ast
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -363,13 +364,13 @@ def _check_target(task: TaskFile, file: Path | None, environment: SandboxedEnvir
             except Exception:  # what a template does with a value can raise anything
                 return
             if value not in row and (key == "doc_to_choice" or found[key].isdigit()):  # lm-eval reads both as literals
-                with suppress(ValueError, SyntaxError):
+                with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                     found[key] = ast.literal_eval(found[key])
     choices, target = found["doc_to_choice"], found["doc_to_target"]
     choices = list(choices.values()) if isinstance(choices, dict) else choices
     about = f"in the first document of {file}"
     if not isinstance(choices, list | tuple) or not choices or not all(isinstance(each, str) for each in choices):
-        raise InputError(f"{task.path}: doc_to_choice: expected a list of texts {about}, got {choices!r}")
+        raise InputError(f"{task.path}: doc_to_choice: expected a list of texts {about}, got {reprlib.repr(choices)}")
     if isinstance(target, int) and not -len(choices) <= target < len(choices):
         raise InputError(
             f"{task.path}: doc_to_target: expected the index of one of {len(choices)} choices, from 0, {about}, "

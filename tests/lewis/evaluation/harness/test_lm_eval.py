@@ -853,6 +853,7 @@ class TestCheckTasks:
                 {"doc_to_choice": "{{question}}"},
                 "expected a list of texts in the first document of .*, got 'the sky is'",
             ),
+            ({"doc_to_choice": "{{'-' * 99999}}1"}, "doc_to_choice: expected a list of texts in the first document of"),
             ({"doc_to_choice": "text"}, "doc_to_choice: expected a list of texts in the first .*, got ' red'"),
             ({"doc_to_choice": ["cat", "dog"]}, "doc_to_target: expected the index of one of 2 choices.* got 2"),
             ({"doc_to_choice": {"a": "cat", "b": "dog"}, "doc_to_target": 1}, None),
