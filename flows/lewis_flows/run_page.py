@@ -71,7 +71,7 @@ def _of_version(what: str) -> Path | None:
             return None
         run = tracking.run_of(client, pull.version_of(client, what).run_id)
         if run is None:
-            raise LewisError(f"{what}: the run that made it, and its page, were deleted from MLflow")
+            raise LewisError(f"{what}: MLflow has no run that made it, and so no page of it")
         path = kinds.REPORTS.path(f"{name}_{run.data.tags.get('lewis.prefect.flow_run_id', run.info.run_id):>{ID}}")
         made = path.stat().st_mtime if path.exists() else run.info.start_time / 1000
         try:  # also if it is here: a canary may have been added since

@@ -7,7 +7,7 @@ The part `champion` of `lewis up` starts and ends servers to reach it, also afte
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lewis import store
 
@@ -146,7 +146,7 @@ def state() -> tuple[bool, str]:
 
 
 def _read(state: type[T], slot: type[Slot] | type[Running], path: Path) -> T | None:
-    found = store.read_json(path)
+    found: Any = store.read_json(path)
     try:
         return state(**{**found, "slots": {name: slot(**each) for name, each in found["slots"].items()}})
     except (TypeError, KeyError, AttributeError):  # absent, or not as this LEWIS writes it
