@@ -125,6 +125,8 @@ def _unknown(client: "MlflowClient", what: str, name: str) -> InputError:
     there = client.search_model_versions(f"name='{name}'")
     if not there:
         models = [each.name for each in tracking.every(client.search_registered_models)]
+        if name in models:
+            return InputError(f"{what}: {name} has no version; a run of its recipe makes one")
         hint = nearest(name, models) if models else "; no model is registered"
         return InputError(f"{what}: expected a registered model, got {name!r}{hint}")
     numbers = ", ".join(sorted((str(each.version) for each in there), key=int))

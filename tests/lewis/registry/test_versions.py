@@ -318,6 +318,9 @@ def test_what_cannot_be_pulled_is_named(entry: Registration, tmp_path: Path) -> 
         with pytest.raises(InputError, match=re.escape(told)):
             pull(what, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+    client().delete_model_version("tiny", "1")
+    with pytest.raises(InputError, match=r"tiny has no version; a run of its recipe makes one"):
+        pull("tiny", tmp_path / "out")  # "expected a registered model, got 'tiny'; did you mean 'tiny'?"
 
 
 @pytest.mark.parametrize("file", ["config.json", "model-*.safetensors"])
