@@ -86,8 +86,10 @@ class Served:
         if self.kind == "local" and self.uri:
             here = slots.now()
             has += f", {here.share(self.alias)} % at {here.url}/v1" if here else ", while `lewis up --serve` runs"
-        failure = self.failure
-        failed = f"; v{_number(failure.uri)} failed {_minute(failure.time)}: {failure.why}" if failure else ""
+        failed = ""
+        if self.failure:
+            why = " ".join(self.failure.why.split())  # it may have the output of a program
+            failed = f"; v{_number(self.failure.uri)} failed {_minute(self.failure.time)}: {why}"
         return f"{self.target}{self.recipe and f' of {self.recipe}'}: {has}{failed}"
 
     def refused(self, uri: str, why: str, *, passes: bool = False) -> "Served":

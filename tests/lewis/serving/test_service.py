@@ -260,6 +260,11 @@ def test_all_models_are_looked_at_however_many(home: Path) -> None:
     assert [each.name for each in served()] == ["m100"]
 
 
+def test_what_is_in_service_is_told_in_one_line_whatever_a_program_has_printed(home: Path) -> None:
+    failed = Served("tiny", "program", "command").refused("models:/tiny/3", "the end of its output: a\r\n  b\n")
+    assert failed.line().startswith("program: nothing yet; v3 failed ") and failed.line().endswith(" output: a b")
+
+
 RECORD = '{"name": "tiny", "target": "chat", "kind": "vllm", "uri": %s, "failure": %s}'
 
 
