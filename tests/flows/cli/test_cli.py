@@ -512,7 +512,7 @@ SETTINGS = {
     "no such model": (["models[0].model=./nowhere"], "nowhere"),
     "no such file": (["lewis.calibrations.words.data_files=gone.jsonl"], "gone.jsonl"),
     "no such column": (["lewis.calibrations.words.text='{questoin}'"], "questoin"),
-    "empty texts": (["lewis.calibrations.words={texts: ['']}"], "no tokens"),
+    "empty texts": (["lewis.calibrations.words={texts: ['']}"], "expected texts, got empty ones"),
     "slices": (["slices=[]"], "slices"),
 }
 

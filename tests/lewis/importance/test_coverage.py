@@ -83,12 +83,13 @@ class TestByName:
             covered_tensors(tmp_path, shapes, measured=True)
 
 
-def test_a_module_that_python_names_by_all_its_layers_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> None:
+def test_a_module_that_python_names_by_all_its_layers_is_named_by_its_class() -> None:
+    def fails(**_: object) -> None:
         raise TypeError("Decoder(\n  (a): Linear()\n) got multiple values for argument 'ids'")
 
-    monkeypatch.setattr(streaming, "_forward", fails)
-    network: Any = SimpleNamespace(folder="base", module=SimpleNamespace())
+    network: Any = SimpleNamespace(
+        folder="base", module=SimpleNamespace(), encodes=False, looks_ahead=False, tower=fails
+    )
     words = r"base: SimpleNamespace does not run .* \(TypeError: Decoder got multiple values for argument 'ids'\); use"
     with pytest.raises(InputError, match=words):
         streaming.forward(network, torch.zeros(1, 1, dtype=torch.int64), [1])
