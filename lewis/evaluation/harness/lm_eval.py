@@ -187,7 +187,7 @@ def evaluate(
             for number, path in enumerate(paths):
                 # A link, which lm-eval follows: so it finds the functions next to the file.
                 (folder / f"{number}.yaml").symlink_to(path)
-        asked = held.enter_context(
+        harness = held.enter_context(
             backends.harness_model(
                 settings.backend,
                 settings.model_args,
@@ -200,11 +200,11 @@ def evaluate(
             )
         )
         request = {
-            "model": asked.model,
-            "model_args": asked.arguments,
+            "model": harness.model,
+            "model_args": harness.arguments,
             "tasks": found.names,
             "include": [str(folder) for folder in include],
-            "device": asked.device,
+            "device": harness.device,
             "batch_size": settings.batch_size,
             "limit": settings.limit,
             "num_fewshot": settings.num_fewshot,
@@ -221,18 +221,18 @@ def evaluate(
             result = process.run(
                 request,
                 cwd=settings.root,
-                network=hub or asked.network,
+                network=hub or harness.network,
                 hub=hub,
                 token=hub and not code,
                 code=code,
-                environment=asked.environment,
+                environment=harness.environment,
                 shown=[each for folder in (model, adapter) if folder for each in (folder, *folder.iterdir())]
                 + [path for task in found.files.values() for path in (*task.sources, *data_files(task, settings.root))],
                 timeout_s=settings.timeout_s,
                 progress=progress,
             )
         except LewisError as error:
-            raise LewisError(f"{adapter or model}: {error}{asked.problem()}") from error
+            raise LewisError(f"{adapter or model}: {error}{harness.problem()}") from error
     evaluated = Evaluated.of(str(adapter or model), result)
     perplexity = evaluated.ends.perplexity
     if perplexity is not None and math.isnan(perplexity):  # of NaN, lm-eval takes the first choice as the best one

@@ -1,25 +1,18 @@
 """Check the content of a task file before any work: what lm-eval would find only after the merge."""
 
-import ast
-import json
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta
+from jinja2 import StrictUndefined, TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
 
 from lewis.errors import InputError, nearest
 from lewis.evaluation.harness.permission import METRICS
 from lewis.evaluation.harness.task_files import FoundTasks, TaskFile, members, split_file
-from lewis.input_files import open_regular
+from lewis.evaluation.harness.task_rows import NEEDED, TEMPLATES, check_rows
 
-_NEEDED = ("doc_to_text", "doc_to_target", "doc_to_choice")
-_TEMPLATES = (*_NEEDED, "description", "gen_prefix")
 _VALUES: dict[str, tuple[type, ...]] = {  # what the value of a key may be; lm-eval raises for others, in no plain words
     **dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split", "split"), (str,)),
     **dict.fromkeys(("dataset_path", "dataset_name", "description", "gen_prefix"), (str,)),
@@ -80,18 +73,15 @@ def check_config(task: TaskFile, root: Path, num_fewshot: int | None = None) -> 
     for key in _missing(config):
         raise InputError(f"{task.path}: {key}: missing; lm-eval needs it")
     environment = _environment()
-    for key in _TEMPLATES:
+    for key in TEMPLATES:
         try:
             environment.compile(text if isinstance(text := config.get(key), str) else "")
         except TemplateSyntaxError as error:  # also of a filter that does not exist
             raise InputError(f"{task.path}: {key}: not a valid Jinja template: {error.message}") from error
     _check_names(task)
     if not any(config.get(key) for key in ("process_docs", "use_prompt", "custom_dataset")):
-        with suppress(_OtherLayoutError):
-            first, *_, last = [*read, *read]
-            _check_columns(task, split_file(config, root, first), environment)
-            _check_target(task, split_file(config, root, first), environment)
-            _check_examples(task, split_file(config, root, last), num_fewshot)
+        first, *_, last = [*read, *read]
+        check_rows(task, split_file(config, root, first), split_file(config, root, last), num_fewshot, environment)
 
 
 def _check_values(task: TaskFile) -> None:
@@ -137,7 +127,7 @@ def _missing(config: Mapping[str, Any]) -> Iterator[str]:
         yield "dataset_kwargs: data_files"
     elif config.get("dataset_path") is None and config.get("custom_dataset") is None:
         yield "dataset_path"
-    texts = _NEEDED if config.get("output_type") == "multiple_choice" else _NEEDED[:2]
+    texts = NEEDED if config.get("output_type") == "multiple_choice" else NEEDED[:2]
     yield from (key for key in texts if config.get(key) is None and config.get("use_prompt") is None)
 
 
@@ -208,7 +198,7 @@ def _read_splits(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_names(task: TaskFile) -> None:
-    """Check the names of the output type and, of a task without functions, of aggregations and filters."""
+    """Check the output type, try filters and metrics, and check their names unless the task has functions."""
     import lm_eval.filters  # noqa: F401 - registers the filters
     from lm_eval.api.registry import aggregation_registry, filter_registry
     from lm_eval.api.samplers import SAMPLER_REGISTRY
@@ -249,7 +239,7 @@ def _check_names(task: TaskFile) -> None:
 
 def _check_metrics(task: TaskFile, metrics: Sequence[str]) -> None:
     """Check that lm-eval computes one of its metrics for the task's output type, and all of them if it generates."""
-    kind = task.config.get("output_type") or "generate_until"
+    kind = task.output_type
     others = [name for name in metrics if name in METRICS and name not in MEASURED[kind]]
     if others and (kind == "generate_until" or len(others) == len(metrics)):
         raise InputError(
@@ -276,7 +266,7 @@ def _try_filters(task: TaskFile, pipeline: Mapping[str, Any]) -> None:
     """Give an answer to lm-eval's filters, which lm-eval itself makes and applies once the model has answered all."""
     from lm_eval.api.registry import filter_registry
 
-    kind = task.config.get("output_type") or "generate_until"
+    kind = task.output_type
     answer: Any = {"generate_until": "1", "loglikelihood_rolling": -1.0}.get(kind, (-1.0, False))
     found: list[Any] = [[answer] * (task.config.get("repeats") or 1)]
     for step in pipeline["filter"]:
@@ -303,7 +293,7 @@ def _try_exact_match(task: TaskFile, metrics: Sequence[Mapping[str, Any]]) -> No
     """Compute lm-eval's `exact_match`, the only metric that takes arguments, with those of the task."""
     from lm_eval.api.metrics import exact_match_hf_evaluate
 
-    if (task.config.get("output_type") or "generate_until") != "generate_until" or "process_results" in task.config:
+    if task.output_type != "generate_until" or "process_results" in task.config:
         return
     for metric in metrics:
         options = {key: value for key, value in metric.items() if key not in _OF_METRIC}
@@ -322,123 +312,3 @@ def _environment() -> SandboxedEnvironment:
     environment = SandboxedEnvironment(undefined=StrictUndefined)
     environment.filters["regex_replace"] = regex_replace
     return environment
-
-
-def _check_columns(task: TaskFile, file: Path | None, environment: SandboxedEnvironment) -> None:
-    """Fill the templates with the first document of a file, as lm-eval does when it loads the task."""
-    if file is None or (row := next(_rows(file), None)) is None:
-        return
-    for key in _TEMPLATES:
-        text = task.config.get(key)
-        if not isinstance(text, str) or text in row or text in task.functions:
-            continue
-        unknown = meta.find_undeclared_variables(environment.parse(text)) - {*row, *environment.globals}
-        a_column = key == "doc_to_choice" and text.isidentifier()  # as a template it would be no list
-        if not unknown and not a_column:
-            continue
-        columns = {column for each in _rows(file) for column in each}  # a row is None in a column that it lacks
-        if a_column and text not in columns:
-            raise InputError(f"{task.path}: {key}: {file} has no column {text!r}{nearest(text, columns)}")
-        try:
-            environment.from_string(text).render({**dict.fromkeys(columns), **row})
-        except UndefinedError as error:
-            if text not in columns and any(error.message == f"{name!r} is undefined" for name in unknown - columns):
-                listed = ", ".join(sorted(columns))
-                raise InputError(f"{task.path}: {key}: {error.message}; {file} has the columns {listed}") from error
-        except Exception:  # what a template does with a value can raise anything
-            pass
-
-
-def _check_target(task: TaskFile, file: Path | None, environment: SandboxedEnvironment) -> None:
-    """Check that the choices of a file's first document are texts and its target is the index of one, if it is one."""
-    row = next(_rows(file), None) if file else None
-    given = {key: task.config.get(key) for key in ("doc_to_choice", "doc_to_target")}
-    if row is None or given["doc_to_choice"] is None or any(value in task.functions for value in given.values()):
-        return
-    found = dict[str, Any]()
-    for key, value in given.items():
-        found[key] = value
-        if isinstance(value, str):
-            try:
-                found[key] = row[value] if value in row else environment.from_string(value).render(row)
-            except Exception:  # what a template does with a value can raise anything
-                return
-            if value not in row and (key == "doc_to_choice" or found[key].isdigit()):  # lm-eval reads both as literals
-                with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                    found[key] = ast.literal_eval(found[key])
-    choices, target = found["doc_to_choice"], found["doc_to_target"]
-    choices = list(choices.values()) if isinstance(choices, dict) else choices
-    about = f"in the first document of {file}"
-    if not isinstance(choices, list | tuple) or not choices or not all(isinstance(each, str) for each in choices):
-        raise InputError(f"{task.path}: doc_to_choice: expected a list of texts {about}, got {reprlib.repr(choices)}")
-    if isinstance(target, int) and not -len(choices) <= target < len(choices):
-        raise InputError(
-            f"{task.path}: doc_to_target: expected the index of one of {len(choices)} choices, from 0, {about}, "
-            f"got {target}"
-        )
-    generates = task.config.get("output_type") in (None, "generate_until")
-    if generates and not isinstance(target, int) and "process_results" not in task.config:
-        raise InputError(
-            f"{task.path}: doc_to_target: expected the index of a choice {about}, since the task generates and has "
-            f"doc_to_choice, got {target!r}"
-        )
-
-
-def _check_examples(task: TaskFile, file: Path | None, num_fewshot: int | None) -> None:
-    """Check that the split of the examples, which is this file, has enough rows for a prompt."""
-    own = task.config.get("num_fewshot")
-    shots = own if own == 0 or num_fewshot is None else num_fewshot
-    if not isinstance(shots, int) or shots <= 0 or file is None:
-        return
-    if own_config := task.config.get("fewshot_config"):
-        samples = own_config.get("samples")
-        if isinstance(samples, list) and own_config.get("split", task.config.get("fewshot_split")) is None:
-            _check_samples(task, file, samples, shots)
-        return
-    # Where these two splits are the same, or missing both, lm-eval draws one more: the document itself is left out.
-    needed = shots + (task.config.get("fewshot_split") == task.config.get("test_split"))
-    if (found := sum(1 for _ in islice(_rows(file), needed))) < needed:
-        raise InputError(
-            f"{task.path}: num_fewshot: {shots} examples need {needed} rows, and {file} has {found}; "
-            "set fewer, or add rows"
-        )
-
-
-def _check_samples(task: TaskFile, file: Path, samples: Sequence[Mapping[str, Any]], shots: int) -> None:
-    """Check that the examples that the task itself gives are enough, and have the columns that are asked of them."""
-    if len(samples) < shots:
-        raise InputError(
-            f"{task.path}: fewshot_config: samples: num_fewshot is {shots}, and there are {len(samples)}; "
-            "set fewer, or add some"
-        )
-    given, columns = {**task.config, **task.config["fewshot_config"]}, next(_rows(file), {}).keys()
-    for text in (given.get(key) for key in ("doc_to_text", "doc_to_target", "doc_to_choice")):
-        if isinstance(text, str) and text in columns and any(text not in sample for sample in samples):
-            raise InputError(f"{task.path}: fewshot_config: samples: expected the key {text!r} in each, as in {file}")
-
-
-class _OtherLayoutError(Exception):
-    """A file is no CSV, or has not a JSON object per line. lm-eval also reads a list, or objects over several lines."""
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV, or of a file with a JSON object per line; raises _OtherLayoutError where it is neither."""
-    with open_regular(file) as lines:
-        if file.suffix == ".csv":
-            import pandas as pd  # slow to import
-
-            try:  # as `datasets` reads it
-                for part in pd.read_csv(lines, chunksize=1000):
-                    yield from part.to_dict("records")
-            except ValueError as error:
-                raise _OtherLayoutError from error
-            return
-        for line in lines:
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise _OtherLayoutError from error
-                if not isinstance(row, dict):
-                    raise _OtherLayoutError
-                yield row

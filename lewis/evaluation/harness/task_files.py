@@ -40,6 +40,11 @@ class TaskFile:
     functions: tuple[str, ...] = ()
 
     @property
+    def output_type(self) -> str:
+        """What lm-eval asks the model for; by default a generated text."""
+        return self.config.get("output_type") or "generate_until"
+
+    @property
     def tags(self) -> list[str]:
         """The tags of a task; lm-eval gives a group none."""
         return [] if "group" in self.config else _texts(self.config.get("tag"))
