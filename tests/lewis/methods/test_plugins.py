@@ -132,8 +132,8 @@ def test_coefficients_of_another_number_are_refused(install: Install, tmp_path: 
         "def half(task_vectors):\n    return task_vectors[0]\n"
     )
     folders = [write_tensors(tmp_path / str(i), {"w": torch.tensor([8.0, 16.0]) * i}) for i in range(3)]
-    told = r"w: merge method half of lewis-half 1.2 failed: TypeError: its `coefficients` gave .*, expected a list of 2"
-    with pytest.raises(LewisError, match=told):
+    why = r"w: merge method half of lewis-half 1.2 failed: TypeError: its `coefficients` gave .*, expected a list of 2"
+    with pytest.raises(LewisError, match=why):
         open_merge("half", folders[0], folders[1:]).run(tmp_path / "out")
 
 
