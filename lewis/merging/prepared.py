@@ -50,6 +50,7 @@ UNCALLED_SEMANTICS = "1"  # in such a fit of a model that uses weights without c
 STREAM_SEMANTICS = "1"  # in such a fit of a model whose residual stream earlier versions did not find
 STACKED_SEMANTICS = "3"  # in such a fit of stacked experts
 HEAD_SEMANTICS = "1"  # in the fit of a head that experts have moved
+LENGTH_SEMANTICS = "1"  # in the length of a fit's moves, where that is chosen
 REFINE_SEMANTICS = "2"  # in the training after a fit
 JUDGE_SEMANTICS = "2"  # in a fit that is judged on held-back rows
 CANCELLING_SEMANTICS = "2"  # in an election in which weights have opposite signs
@@ -344,6 +345,7 @@ class Prepared:
         judging = {each.ref for each in self.judging}
         held = [each.held_back.digest if each.held_back and each.ref in judging else "" for each in self.experts]
         sets += [["held back", JUDGE_SEMANTICS, held]] if any(held) else []
+        sets += [["length", LENGTH_SEMANTICS]] if self.may_lengthen else []
         if self.refine:
             sets.append(["refine", REFINE_SEMANTICS, default_device(), self.refine.model_dump()])
         weighted = any(each.calibration and each.calibration.weights for each in self.experts)
@@ -364,6 +366,16 @@ class Prepared:
             *(["head", HEAD_SEMANTICS] if self.may_move_head else []),
             *sets,
         ]
+
+    @property
+    def may_lengthen(self) -> bool:
+        """Whether held-back rows choose how long the moves of the fit are: of experts that are no adapters of the base.
+
+        With adapters alone a move that is longer than the fit's brought none closer to them.
+        """
+        judged = self.method.fits == "forward" and any(expert.held_back for expert in self.judging)
+        models = [expert.model for expert in self.experts]
+        return judged and not all(isinstance(m, LoraExpert) and m.base.key == self.base.key for m in models)
 
     @property
     def may_move_head(self) -> bool:

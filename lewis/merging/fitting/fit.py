@@ -116,7 +116,7 @@ def _fit(merge: Prepared, folder: Path, progress: Report, threads: int | None, a
     )
     _warn_of_few_tokens(merge, places.values())
     made = batches(_sets(merge), network, equal=bool(stacks), tokens=TOKENS_PER_PASS)
-    fitted = Fitted(folder)
+    fitted = Fitted(folder, merge.layout)
     spill = _spill(merge, network, sum(batch.ids.numel() for batch in made), folder)
     experts = [Weights(network_of(e.model), e.model, "cpu", torch.float32, spill.keep) for e in merge.experts]
     merged = Weights(network, Unwritten(merge, fitted, spill.empty), "cpu", torch.float32, spill.keep)
@@ -203,9 +203,9 @@ def paused_bytes(merge: Prepared, network: Network, tokens: int | None = None) -
 
 def extra_disk_bytes(merge: Prepared, network: Network, held: int) -> int:
     """Approximate bytes on disk that a fit needs beyond the output: the fitted tensors, and what paused passes hold."""
-    names = [each.tensor for each in in_order(network) if merge.merges(each.tensor)]
-    fitted = sum(size_of(*merge.layout[name]) for name in [*names, *tensors_in(stacks_of(network, merge))])
-    return fitted + max((held if held > IN_MEMORY else 0) - merge.size, 0)
+    elements = sum(network.empty(each.parameter).numel() for each in in_order(network) if merge.merges(each.tensor))
+    stacked = sum(size_of(*merge.layout[name]) for name in tensors_in(stacks_of(network, merge)))
+    return 4 * elements + stacked + max((held if held > IN_MEMORY else 0) - merge.size, 0)
 
 
 def _spill(merge: Prepared, network: Network, tokens: int, folder: Path) -> Spill:

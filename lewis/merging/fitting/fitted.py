@@ -5,7 +5,7 @@ A process that continues the fit of a killed one finds its fitted tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from pathlib import Path
 
@@ -20,16 +20,25 @@ from lewis.merging.engine.in_torch import merge_into
 from lewis.merging.prepared import Prepared
 from lewis.models.dtypes import bits_of, torch_dtype
 from lewis.models.files.safetensors_file import TensorFile, write_file
+from lewis.models.model import Model
+
+Change = Callable[[str, "torch.Tensor"], "torch.Tensor"]
+"""Changes a fitted tensor, given its name and its value in fp32."""
 
 
 class Fitted:
     """The fitted tensors, on disk, a file for each block."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._files = store.make_folder(folder), FinishedFiles(folder)
+    def __init__(self, folder: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]] | None = None) -> None:
+        """
+        Args:
+            folder: of the files.
+            layout: tensor of the output -> its dtype and shape; one that is not in it is read as it was written.
+        """
+        self.folder, self._files, self._layout = store.make_folder(folder), FinishedFiles(folder), layout or {}
         found = [folder / name for name in self._files.checksums]
         self._places = {tensor: path for path in found for tensor in TensorFile(path).places}
-        self._updated: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, value: value
+        self._changes: tuple[Change, ...] = ()
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -40,25 +49,47 @@ class Fitted:
 
         with safe_open(self._places[name], framework="pt") as file:
             found: torch.Tensor = file.get_tensor(name)
-        # In the file its address may be unaligned, which changes the last bits of products.
-        return self._updated(name, found.clone())
+        found = found.clone()  # in the file its address may be unaligned, which changes the last bits of products
+        if self._changes:
+            with one_thread():
+                found = found.float()
+                for change in self._changes:
+                    found = change(name, found)
+        return rounded(self._layout, name, found)
 
-    def with_updates(self, merge: Prepared, updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Fitted:
-        """The same tensors, each with the product of two fp32 matrices added to it when it is read, and rounded.
+    def with_updates(self, updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Fitted:
+        """The same tensors, each with the product of two fp32 matrices added to it when it is read.
 
         Args:
-            merge: whose output has their dtypes.
             updates: tensor -> the matrices; the others stay as they are.
         """
 
         def updated(name: str, value: torch.Tensor) -> torch.Tensor:
-            if name not in updates:
-                return value
-            with one_thread():
-                return rounded(merge, name, torch.addmm(value.float(), *updates[name]))
+            return torch.addmm(value, *updates[name]) if name in updates else value
 
+        return self._changed(updated)
+
+    def longer(self, base: Model, names: Collection[str], length: float) -> Fitted:
+        """The same tensors W, in which W_0 + length (W - W_0) is read in place of each that is named.
+
+        Args:
+            base: has the tensors W_0.
+            names: of the tensors; the others stay as they are.
+            length: how long a move is, with that of the fit as 1.
+        """
+
+        def lengthened(name: str, value: torch.Tensor) -> torch.Tensor:
+            if name not in names:
+                return value
+            start = base.read(name).float()
+            base.done_with(name)
+            return start + length * (value - start)
+
+        return self._changed(lengthened)
+
+    def _changed(self, change: Change) -> Fitted:
         made = copy(self)
-        made._updated = updated
+        made._changes = (*self._changes, change)
         return made
 
     def add(self, block: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -68,13 +99,13 @@ class Fitted:
         self._places |= dict.fromkeys(tensors, path)
 
 
-def rounded(merge: Prepared, name: str, value: torch.Tensor) -> torch.Tensor:
-    """Round a fitted tensor to the dtype of the output; the result is contiguous.
+def rounded(layout: Mapping[str, tuple[str, tuple[int, ...]]], name: str, value: torch.Tensor) -> torch.Tensor:
+    """Round a fitted tensor to the dtype that it has in `layout`, if it is there; the result is contiguous.
 
     Raises:
         LewisError: naming the tensor, if a value is not finite.
     """
-    found = value.to(torch_dtype(merge.layout[name][0])).contiguous()
+    found = value.to(torch_dtype(layout[name][0]) if name in layout else value.dtype).contiguous()
     if not bool(torch.isfinite(found).all()):
         raise LewisError(f"{name}: the regression gave values that are NaN or Inf; raise parameters.ridge")
     return found

@@ -160,7 +160,7 @@ def _solve(merge: Prepared, tensor: str, hidden: Sequence[list[torch.Tensor]], w
             solver.prior = prior_rows(experts, factors, values["prior"])
         for part in parts:
             known = [weight(part) for weight in weights]
-            anchor[part] = rounded(merge, tensor, solver.solve(anchor[part].float(), known))
+            anchor[part] = rounded(merge.layout, tensor, solver.solve(anchor[part].float(), known))
             _unmap(merge.models, tensor)
     except ValueError as error:
         raise damage(merge, tensor, (weight(slice(0, len(anchor))) for weight in weights), hidden, error) from error

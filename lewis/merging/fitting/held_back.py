@@ -8,6 +8,9 @@ taken, unless one of the fits loses no more than it, in the mean and on the wors
 The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts. An anchor
 that is better by this loss proves nothing, since no expert was trained to predict prompts: then only broken rows count.
 
+Where an expert has moved all weights, the moves of a fit that is taken may be made longer
+(`lewis.merging.fitting.length`).
+
 The base's loss on the same rows shows what each expert gains. Where answers are known, a warning before the fit names
 each expert that gains nothing.
 """
@@ -22,10 +25,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lewis.importance.calibration import EVERY, Calibration
+from lewis.importance.calibration import EVERY
 from lewis.merging.calibration_rows import by_prompt
 from lewis.merging.fitting.fitted import Fitted, Unwritten
-from lewis.merging.fitting.losses import RowLoss, from_json, mean_loss, predicts_next_token, row_losses, to_json
+from lewis.merging.fitting.length import MOST, Length, lengthen
+from lewis.merging.fitting.losses import (
+    Likely,
+    Place,
+    RowLoss,
+    from_json,
+    mean_divergence,
+    mean_loss,
+    predicts_next_token,
+    row_losses,
+    to_json,
+)
 from lewis.merging.fitting.refine import Refined, refine
 from lewis.merging.prepared import Prepared
 from lewis.methods import Parameter
@@ -49,11 +63,14 @@ class Distance:
         mean: nats per token above each expert on its own rows, the mean over the experts.
         worst: nats per token that the worst row is above its expert.
         experts: reference of each expert -> the mean over its rows.
+        divergence: KL divergence from the experts, nats per token, the mean over the experts; not in JSON. NaN if it
+            was not asked for.
     """
 
     mean: float
     worst: float
     experts: dict[str, float] = field(default_factory=dict)
+    divergence: float = math.nan
 
     def to_json(self) -> dict[str, Any]:
         """Return the distance as plain JSON data."""
@@ -80,6 +97,7 @@ class Verdict:
         gains: reference of each expert -> nats per token that it is below the base on its rows; in JSON without those
             that are not finite, and empty for a merge of an older version.
         refined: what training after the fit brought; None: there was none.
+        length: how long the moves of the fit were made; None: they stayed as they were, untried.
     """
 
     rows: int
@@ -89,20 +107,26 @@ class Verdict:
     of_answers: bool = True
     gains: dict[str, float] = field(default_factory=dict)
     refined: Refined | None = None
+    length: Length | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as plain JSON data, for the manifest of the merged model."""
         gains = {ref: gain for ref, gain in self.gains.items() if math.isfinite(gain)}
         fits = [each.to_json() for each in self.fits]
-        refined = self.refined.to_json() if self.refined else None
-        return asdict(self) | {"anchor": self.anchor.to_json(), "fits": fits, "gains": gains, "refined": refined}
+        further = {"refined": self.refined, "length": self.length}
+        return asdict(self) | {
+            "anchor": self.anchor.to_json(), "fits": fits, "gains": gains,
+            **{name: each.to_json() if each else None for name, each in further.items()},
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Verdict:
         """Read the data that `to_json` returned."""
         anchor, fits = Distance.from_json(data["anchor"]), tuple(map(Distance.from_json, data["fits"]))
         refined = Refined.from_json(data["refined"]) if data.get("refined") else None
-        return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"], data.get("gains") or {}, refined)
+        length = Length.from_json(data["length"]) if data.get("length") else None
+        gains = data.get("gains") or {}
+        return cls(data["rows"], anchor, fits, data["taken"], data["of_answers"], gains, refined, length)
 
     def to_text(self) -> str:
         """The verdict in a sentence."""
@@ -118,6 +142,7 @@ class Verdict:
         ]
         about = " (in brackets: by how much it beats the base)" * bool(self.gains)
         text += f"; by expert{about}: {', '.join(each)}" if each else ""
+        text += f"; {self.length.to_text()}" if self.length and self.length.taken else ""
         text += f"; {self.refined.to_text()}" if self.refined else ""
         first = f"{self.fits[0].mean:+.4f}, the worst row {self.fits[0].worst:+.2f}"
         if self.taken is None:
@@ -164,26 +189,33 @@ def fit_and_judge(
     sets = {expert.ref: expert.held_back.of_answers for expert in merge.judging if expert.held_back}
     of_answers = all(each.weights is not None for each in sets.values())
     models = {expert.ref: expert.model for expert in merge.experts}
+    longer = MOST if merge.may_lengthen else 0
     further = REFINE * merge.refine.epochs + 1 if merge.refine else 0
-    part = partial(_part, progress, 5 + FIT + further)
+    part = partial(_part, progress, 5 + FIT + longer + further)
+    likely = dict[Place, Likely]() if longer else None
+    whole = list(sets.values())
 
-    def losses(model: Any, own: list[Calibration], begin: float, width: float = 1.0) -> list[list[RowLoss]]:
-        return row_losses(model, own, threads, part(begin, width))
+    def of_expert(ref: str, number: int) -> list[RowLoss]:
+        own = [rows if i == number else rows.part([]) for i, rows in enumerate(whole)]
+        return row_losses(models[ref], own, threads, part(number / len(own), 1 / len(own)), note=likely)[number]
 
-    width, whole = 1 / len(sets), list(sets.values())
-    experts = {ref: losses(models[ref], [rows], i * width, width)[0] for i, (ref, rows) in enumerate(sets.items())}
-    gains = _gains(losses(merge.base, whole, 1), experts)
+    experts = {ref: of_expert(ref, number) for number, ref in enumerate(sets)}
+    gains = _gains(row_losses(merge.base, whole, threads, part(1, 1)), experts)
     if of_answers:
         _warn_of_no_gain(gains)
 
     def distance(model: Unwritten, begin: float, width: float = 1.0) -> Distance:
-        return _distance(dict(zip(sets, losses(model, whole, begin, width), strict=True)), experts)
+        found = row_losses(model, whole, threads, part(begin, width), experts=likely)
+        return _distance(dict(zip(sets, found, strict=True)), experts)
 
     def holds(found: Distance) -> bool:
         return found.worst <= BROKEN and (found.mean <= anchor.mean or not of_answers)
 
     def is_no_worse(found: Distance) -> bool:
         return found.mean <= anchor.mean and found.worst <= anchor.worst
+
+    def still_holds(after: Distance, before: Distance) -> bool:
+        return holds(after) or (is_no_worse(after) and not holds(before))
 
     anchor, fits, fitted = distance(Unwritten(merge), 2), list[Distance](), list[Fitted]()
     candidates = (merge, merge.with_parameters(_larger))
@@ -195,16 +227,27 @@ def fit_and_judge(
             break
     better = [i for i, each in enumerate(fits) if is_no_worse(each)]
     taken = len(fits) - 1 if holds(fits[-1]) else min(better, key=lambda i: fits[i].mean, default=None)
-    refined = None
+    length = refined = None
+    if merge.may_lengthen and taken is not None:
+        candidate, before, steps = candidates[taken], fits[taken], [fits[taken]]
+
+        def judge(found: Fitted) -> float | None:
+            steps.append(distance(Unwritten(candidate, found), 4 + FIT + len(steps)))
+            return steps[-1].divergence if still_holds(steps[-1], before) else None
+
+        fitted[taken], length = lengthen(candidate, fitted[taken], before.divergence, judge)
+        fits[taken] = steps[length.taken]
     if merge.refine and taken is not None:
-        trained, refined = refine(candidates[taken], fitted[taken], part(5 + FIT, further - 1), threads)
+        begin = 5 + FIT + longer
+        trained, refined = refine(candidates[taken], fitted[taken], part(begin, further - 1), threads)
         if refined and refined.taken:
-            after = distance(Unwritten(candidates[taken], trained), 4 + FIT + further)
-            if holds(after) or (is_no_worse(after) and not holds(fits[taken])):
+            after = distance(Unwritten(candidates[taken], trained), begin + further - 1)
+            if still_holds(after, fits[taken]):
                 fitted[taken], fits[taken] = trained, after
             else:
                 refined = replace(refined, taken=0)
-    verdict = Verdict(sum(map(len, experts.values())), anchor, tuple(fits), taken, of_answers, gains, refined)
+    rows = sum(map(len, experts.values()))
+    verdict = Verdict(rows, anchor, tuple(fits), taken, of_answers, gains, refined, length)
     logger.log(logging.INFO if holds(fits[-1]) else logging.WARNING, "%s", verdict.to_text())
     return Fitted(folder / "anchor") if taken is None else fitted[taken], verdict
 
@@ -212,8 +255,8 @@ def fit_and_judge(
 def _part(progress: Report, whole: float, begin: float, width: float) -> Report:
     """Make the report of one part of the work, which reports its progress as a share of the `whole`.
 
-    The parts: experts, base, anchor, the fit (`FIT` times as long as each other part), its result, a second fit, the
-    training after it (`REFINE` times for each epoch) and its result.
+    The parts: experts, base, anchor, the fit (`FIT` times as long as each other part), its result, a second fit, steps
+    to longer moves, the training after it (`REFINE` times for each epoch) and its result.
     """
 
     def report(_: str, done: int, total: int) -> None:
@@ -226,7 +269,7 @@ def _distance(merged: Mapping[str, Sequence[RowLoss]], experts: Mapping[str, Seq
     pairs = [pair for ref in experts for pair in zip(merged[ref], experts[ref], strict=True)]
     worst = max((_number(own.nats / own.weight - expert.nats / expert.weight) for own, expert in pairs), default=0.0)
     each = {ref: _number(mean_loss([merged[ref]]) - mean_loss([experts[ref]])) for ref in experts}
-    return Distance(sum(each.values()) / len(each), worst, each)
+    return Distance(sum(each.values()) / len(each), worst, each, mean_divergence([merged[ref] for ref in experts]))
 
 
 def _number(loss: float) -> float:

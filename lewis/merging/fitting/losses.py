@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 
+Place = tuple[int, int]
+"""A row of calibration sets: the number of its set, and its own in the order of `each_row`."""
+_LEAST = 1e-7  # least probability of all other tokens together
 _UNJUDGED = "give ridge a number, and set lewis.hold_back to false"
+TOP = 64
 LOGITS = 1 << 24  # logits of a batch at most: 64 MiB in fp32, unless one row alone has more
 
 
@@ -33,10 +37,38 @@ class RowLoss(NamedTuple):
     Attributes:
         nats: cross-entropy of the next token, summed over the tokens that are predicted, each by its weight.
         weight: the sum of their weights; without weights, their number.
+        divergence: KL divergence from what an expert predicts, in nats, summed as `nats`; NaN if there is no expert.
     """
 
     nats: float
     weight: float
+    divergence: float = math.nan
+
+
+class Likely(NamedTuple):
+    """The tokens that a model finds most likely at each position that it predicts.
+
+    Attributes:
+        logs: logarithms of the probabilities of the `TOP` most likely tokens, fp32 (predicted, TOP).
+        tokens: the ids of these tokens, int64 (predicted, TOP).
+    """
+
+    logs: torch.Tensor
+    tokens: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor) -> Likely:
+        """Find them in logits, fp32 (predicted, vocabulary)."""
+        return cls(*logits.log_softmax(-1).topk(min(TOP, logits.shape[-1])))
+
+    def divergence(self, logits: torch.Tensor) -> torch.Tensor:
+        """The KL divergence from this distribution to that of logits, nats, fp32 (predicted,).
+
+        All tokens that are not among the most likely ones count as one.
+        """
+        own = logits.float().log_softmax(-1).gather(-1, self.tokens)
+        others, own_others = ((1 - each.exp().sum(-1)).clamp_min(_LEAST) for each in (self.logs, own))
+        return (self.logs.exp() * (self.logs - own)).sum(-1) + others * (others.log() - own_others.log())
 
 
 def predicts_next_token(model: Any) -> bool:
@@ -47,18 +79,39 @@ def predicts_next_token(model: Any) -> bool:
 
 
 def row_losses(
-    model: Any, sets: Sequence[Calibration], threads: int | None = None, progress: Report = silent
+    model: Any,
+    sets: Sequence[Calibration],
+    threads: int | None = None,
+    progress: Report = silent,
+    *,
+    note: dict[Place, Likely] | None = None,
+    experts: Mapping[Place, Likely] | None = None,
 ) -> list[list[RowLoss]]:
-    """Compute the loss of each row of each set, as `each_row`; rows without a predicted token that counts give none."""
+    """Compute the loss of each row of each set, as `each_row`; rows without a predicted token that counts give none.
 
-    def loss(ids: torch.Tensor, logits: torch.Tensor, counts: torch.Tensor | None) -> RowLoss | None:
+    Args:
+        model, sets, threads, progress: as those of `each_row`.
+        note: takes what the model finds likely where tokens count.
+        experts: what the experts find likely there; then losses have a divergence from it.
+    """
+
+    def loss(place: Place, ids: torch.Tensor, logits: torch.Tensor, counts: torch.Tensor | None) -> RowLoss | None:
         wanted = ids[1:]
         if counts is None:
             nats = float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-            return RowLoss(nats, len(wanted)) if len(wanted) else None
-        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-        found = RowLoss(float((losses * counts).sum()), float(counts.sum()))
-        return found if found.weight else None
+            found = RowLoss(nats, len(wanted))
+        else:
+            losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+            found = RowLoss(float((losses * counts).sum()), float(counts.sum()))
+        if not found.weight:
+            return None
+        where = slice(None) if counts is None else counts > 0
+        if note is not None:
+            note[place] = Likely.of(logits[where])
+        if experts is None:
+            return found
+        each = experts[place].divergence(logits[where])
+        return found._replace(divergence=float((each if counts is None else each * counts[where]).sum()))
 
     return each_row(model, sets, loss, threads, progress)
 
@@ -66,7 +119,7 @@ def row_losses(
 def each_row(
     model: Any,
     sets: Sequence[Calibration],
-    of_row: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Found | None],
+    of_row: Callable[[Place, torch.Tensor, torch.Tensor, torch.Tensor | None], Found | None],
     threads: int | None = None,
     progress: Report = silent,
 ) -> list[list[Found]]:
@@ -77,9 +130,9 @@ def each_row(
     Args:
         model: a model that reads like a checkpoint.
         sets: the rows.
-        of_row: what is wanted of a row, by its token ids, int64 (tokens,), the logits for all tokens after the first,
-            fp32 (tokens - 1, vocabulary), and how much each of these tokens counts, fp32 (tokens - 1,), None if all
-            count alike. It is called in inference mode; for None the row is left out.
+        of_row: what is wanted of a row, by its place, its token ids, int64 (tokens,), the logits for all tokens after
+            the first, fp32 (tokens - 1, vocabulary), and how much each of these tokens counts, fp32 (tokens - 1,), None
+            if all count alike. It is called in inference mode; for None the row is left out.
         threads: by default one per core; any number gives the same bits.
         progress: called with (losses, blocks done, blocks in all).
 
@@ -101,6 +154,7 @@ def each_row(
             logits = network.module(input_ids=batch.ids, use_cache=False).logits
         found[batch] = [
             of_row(
+                (batch.of, begun[batch] + row),
                 batch.ids[row, :length],
                 logits[row, : length - 1].float(),
                 None if batch.weights is None else batch.weights[row, 1:length],
@@ -110,6 +164,9 @@ def each_row(
 
     at_most = max(1, LOGITS // input_embeddings(network.module).num_embeddings)
     made = batches(sets, network, tokens=at_most)
+    begun = {
+        batch: sum(len(before.lengths) for before in made[:i] if before.of == batch.of) for i, batch in enumerate(made)
+    }
     with one_thread(), Workers(threads) as workers:
         run_batches(network, model, made, run, workers, with_head=True, progress=progress)
     return [
@@ -168,6 +225,12 @@ def mean_loss(rows: Sequence[Sequence[RowLoss]]) -> float:
     """Nats per predicted token: the mean over the tokens of each set by their weights, then over the sets."""
     means = [sum(row.nats for row in each) / sum(row.weight for row in each) for each in rows if each]
     return sum(means) / max(len(means), 1)
+
+
+def mean_divergence(rows: Sequence[Sequence[RowLoss]]) -> float:
+    """Nats per predicted token from the experts, as `mean_loss`; infinite if a model's numbers overflow."""
+    found = mean_loss([[row._replace(nats=row.divergence) for row in each] for each in rows])
+    return math.inf if math.isnan(found) else found
 
 
 def to_json(loss: float) -> float | None:

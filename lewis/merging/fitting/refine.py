@@ -29,7 +29,7 @@ from lewis.importance.workers import Workers
 from lewis.lazy_torch import nn, torch
 from lewis.merging.fitting.fit import in_order
 from lewis.merging.fitting.fitted import Fitted, Unwritten
-from lewis.merging.fitting.losses import each_row, from_json, to_json
+from lewis.merging.fitting.losses import Likely, Place, each_row, from_json, to_json
 from lewis.merging.prepared import Prepared
 from lewis.merging.settings import Expert
 from lewis.progress import Report
@@ -37,10 +37,8 @@ from lewis.progress import Report
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-TOP = 64
 EACH = 2  # rows of each expert in a step
 WARM_UP = 5  # steps in which the learning rate rises
-_LEAST = 1e-7  # least probability of all other tokens together
 
 
 class Row(NamedTuple):
@@ -49,20 +47,20 @@ class Row(NamedTuple):
     Attributes:
         ids: token ids, int64 (tokens,).
         positions: the positions whose next token is predicted, int64 (predicted,).
-        logs: logarithms of the probabilities of the `TOP` most likely tokens there, fp32 (predicted, TOP).
-        tokens: the ids of these tokens, int64 (predicted, TOP).
+        likely: the tokens that are most likely there.
         weight: how much the row counts, as its expert does.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
-    logs: torch.Tensor
-    tokens: torch.Tensor
+    likely: Likely
     weight: float
 
     def copy(self) -> Row:
         """The same row in tensors of its own."""
-        return Row(self.ids.clone(), self.positions.clone(), self.logs.clone(), self.tokens.clone(), self.weight)
+        return Row(
+            self.ids.clone(), self.positions.clone(), Likely(*(each.clone() for each in self.likely)), self.weight
+        )
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def refine(merge: Prepared, fitted: Fitted, progress: Report, threads: int | Non
                 break
             best = student.updates()
     taken = min(range(len(found)), key=found.__getitem__)
-    return fitted.with_updates(merge, best) if taken else fitted, Refined(tuple(found), taken)
+    return fitted.with_updates(best) if taken else fitted, Refined(tuple(found), taken)
 
 
 def _share(steps: int, step: int) -> float:
@@ -180,10 +178,9 @@ def _rows(expert: Expert, weight: float, threads: int | None) -> list[list[Row]]
     What counts are the answers, or all tokens where answers are not marked.
     """
 
-    def predicted(ids: torch.Tensor, logits: torch.Tensor, counts: torch.Tensor | None) -> Row | None:
+    def predicted(_: Place, ids: torch.Tensor, logits: torch.Tensor, counts: torch.Tensor | None) -> Row | None:
         positions = torch.arange(len(logits)) if counts is None else counts.nonzero()[:, 0]
-        logs, tokens = logits[positions].log_softmax(-1).topk(min(TOP, logits.shape[-1]))
-        return Row(ids, positions, logs, tokens, weight) if len(positions) else None
+        return Row(ids, positions, Likely.of(logits[positions]), weight) if len(positions) else None
 
     if not weight:
         return [[], []]
@@ -267,14 +264,12 @@ class Student:
         return {each.tensor: (down.T, up.T) if each.transposed else (up, down) for each, down, up in found}
 
     def _divergence(self, row: Row) -> torch.Tensor:
-        ids, positions, logs, tokens = (each.to(self._device) for each in row[:-1])
+        ids, positions, *likely = (each.to(self._device) for each in (row.ids, row.positions, *row.likely))
         if self._of_positions:
             logits = self._network.module(input_ids=ids[None], use_cache=False, logits_to_keep=positions).logits[0]
         else:
             logits = self._network.module(input_ids=ids[None], use_cache=False).logits[0, positions]
-        own = logits.float().log_softmax(-1).gather(-1, tokens)
-        others, own_others = ((1 - each.exp().sum(-1)).clamp_min(_LEAST) for each in (logs, own))
-        return ((logs.exp() * (logs - own)).sum(-1) + others * (others.log() - own_others.log())).mean()
+        return Likely(*likely).divergence(logits).mean()
 
     def _run(self, jobs: Sequence[Callable[[], T]], *, grad: bool) -> list[T]:
         def in_mode(job: Callable[[], T]) -> T:

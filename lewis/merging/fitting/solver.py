@@ -8,7 +8,6 @@ from typing import Any
 
 from lewis.errors import LewisError
 from lewis.lazy_torch import torch
-from lewis.merging.fitting.fitted import rounded
 from lewis.merging.fitting.passes import Pair, Pass, Shared
 from lewis.merging.prepared import Prepared
 from lewis.methods.arithmetic.prior import prior_rows
@@ -47,7 +46,7 @@ class Solver:
             anchor: the tensor that the fit is pulled towards, fp32; overwritten.
 
         Returns:
-            The fitted tensor, in the dtype of the output.
+            The fitted tensor, fp32.
 
         Raises:
             LewisError: naming the tensor, if inputs or the result are not finite.
@@ -72,7 +71,7 @@ class Solver:
         except ValueError as error:
             own = [[pair.own.rows for pair in pairs if pair.own.rows is not None] for pairs in self._shared.pairs]
             raise damage(self._shared.merge, name, weights, own, error) from error
-        return rounded(self._shared.merge, name, value.T if covered.transposed else value)
+        return value.T.contiguous() if covered.transposed else value
 
     def _prior(self, covered: Covered, strength: float, weights: Sequence[torch.Tensor]) -> list[Rows]:
         if not strength or self._inputs is None:

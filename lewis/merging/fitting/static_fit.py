@@ -71,7 +71,7 @@ def fit(
     else:
         logger.info("there are no calibration rows: the fit goes by the directions in which the experts' weights moved")
         statistics += [NoRows(_inputs(network, blocks))] * len(merge.experts)
-    fitted = Fitted(folder)
+    fitted = Fitted(folder, merge.layout)
     groups = {
         block: _by_input([each for each in tensors if each[0].tensor not in fitted], statistics)
         for block, tensors in blocks.items()

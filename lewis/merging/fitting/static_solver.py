@@ -140,7 +140,7 @@ class _Solver:
             if start.data_ptr() != fitted.data_ptr():
                 fitted.copy_(start)
         del weights, own, start, fitted  # they take much memory
-        return rounded(self._merge, name, anchor)
+        return rounded(self._merge.layout, name, anchor)
 
     def _prior(
         self, name: str, part: Part, inputs: Inputs, weights: Sequence[torch.Tensor], strength: float

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lewis.lazy_torch import torch
 from lewis.merging.engine.in_torch import merge_into
+from lewis.merging.fitting.fitted import rounded
 from lewis.merging.fitting.passes import Shared, advance
 from lewis.merging.fitting.solver import Solver
 from lewis.merging.fitting.stacked_fit import StackedFit
@@ -109,7 +110,8 @@ class Walk:
         for each, weight in zip(self._shared.experts, weights, strict=True):
             self._put(each, covered.parameter, weight)
         if not known:
-            value = self._found[covered.tensor] = self._solver.solve(place, covered, weights, value)
+            found = self._found[covered.tensor] = self._solver.solve(place, covered, weights, value)
+            value = rounded(self._shared.merge.layout, covered.tensor, found)  # as it will be read
             if sum(each.nbytes for each in self._found.values()) > IN_MEMORY_FITTED:
                 self._write()
         else:

@@ -18,9 +18,9 @@ from lewis.importance.calibration import Calibration
 from lewis.importance.measure import network_of
 from lewis.memory import PeakMemory, anonymous_bytes
 from lewis.merging.calibration_rows import RIDGES, hold_back
-from lewis.merging.fitting import head, held_back, ridge
+from lewis.merging.fitting import fit, head, held_back, length, ridge
 from lewis.merging.fitting.held_back import Distance, Verdict
-from lewis.merging.fitting.losses import RowLoss
+from lewis.merging.fitting.losses import Likely, RowLoss
 from lewis.merging.run import Merge, text_of_fit
 from lewis.models.network.module_tree import Network
 from tests.conftest import Family
@@ -126,7 +126,9 @@ def test_the_numbers_are_those_of_the_written_model_and_the_experts(tmp_path: Pa
     merge = held(Family(base, *experts, lora=base))
     steps: list[float] = []
     written = merge.run(tmp_path / "out", threads=1, progress=lambda _, done, total: steps.append(done / total))
-    parts = [0.5 * part / (5 + held_back.FIT) for part in (0, 1, 2, 3, 3 + held_back.FIT, 4 + held_back.FIT)]
+    parts = [
+        0.5 * part / (5 + held_back.FIT + length.MOST) for part in (0, 1, 2, 3, 3 + held_back.FIT, 4 + held_back.FIT)
+    ]
     assert all(any(low < step <= high for step in steps) for low, high in itertools.pairwise(parts))
     verdict = Verdict.from_json(json.loads((tmp_path / "out" / "lewis.json").read_text())["held_back"])
     assert written.fit == verdict.to_text() and verdict.rows == 4
@@ -188,6 +190,7 @@ def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
 ) -> None:
     merge, distances = held(family, tmp_path, prior=0.5), [Distance(*each) for each in seen]
     monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
+    monkeypatch.setattr(length, "MOST", 0)
     steps: list[int] = []
     with caplog.at_level(logging.INFO):
         written = merge.run(tmp_path / "out", progress=lambda _, done, total: steps.append(done))
@@ -216,6 +219,7 @@ def test_a_fit_to_statistics_is_judged_if_the_recipe_asks_for_it(
 ) -> None:
     merge, distances = held(family, tmp_path, method="regmean"), [Distance(*each) for each in seen]
     monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
+    monkeypatch.setattr(length, "MOST", 0)
     written = merge.run(tmp_path / "out")
     assert Verdict.from_json(written.manifest["held_back"]).taken == taken and not distances
     plain = prepare(recipe_of(family.base, family.experts, "regmean", parameters={"ridge": 0.1}))
@@ -231,8 +235,63 @@ def test_of_whole_texts_only_broken_rows_count(family: Family, tmp_path: Path, m
     """The sum of the task vectors of the demo predicts prompts better than its experts, and answers far worse."""
     distances = [Distance(0.1, 0.7), Distance(0.2, 0.3)]
     monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
+    monkeypatch.setattr(length, "MOST", 0)
     written = held(family).run(tmp_path / "out")
     assert written.manifest["held_back"]["taken"] == 0 and "nats per token" in written.fit
+
+
+def test_moves_are_made_longer_for_as_long_as_the_experts_come_closer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_llama(tmp_path / "base")
+    experts = [write_expert(base, tmp_path / name, seed=i, scale=0.1) for i, name in enumerate(("a", "bb"))]
+    merge, seen = held(Family(base, *experts, lora=base)), iter([0.9, 0.3, 0.2, 0.1, 0.15])  # the anchor's, the fit's
+    with monkeypatch.context() as patch:
+        patch.setattr(held_back, "mean_divergence", lambda _: next(seen))
+        written = merge.run(tmp_path / "out")
+    verdict = Verdict.from_json(written.manifest["held_back"])
+    assert verdict.length == length.Length((0.3, 0.2, 0.1, 0.15), 2)
+    assert "the moves of the fit are 1.04 times as long: divergence from the experts 0.3000, then 0.1000" in written.fit
+    monkeypatch.setattr(length, "MOST", 0)
+    short = merge.run(tmp_path / "short").manifest["held_back"]
+    assert verdict.fits[0] != Distance.from_json(short["fits"][0])
+    folders = base, tmp_path / "short", tmp_path / "out"
+    begin, shorter, longer = (load_file(folder / "model.safetensors") for folder in folders)
+    for name, value in begin.items():
+        c = 1.04 if "proj" in name else 1.0
+        torch.testing.assert_close(longer[name], value + c * (shorter[name] - value), atol=1e-6, rtol=1e-5)
+
+
+def test_longer_moves_are_measured_before_they_are_rounded(tmp_path: Path) -> None:
+    """In bf16 a move of a few steps of its grid, made 1.02 times as long, would be rounded back to what it was."""
+    small = write_llama(tmp_path / "small")
+    base = rewrite(small, tmp_path / "base", lambda name, each: each.to(torch.bfloat16))
+    experts = [write_expert(base, tmp_path / name, seed=i, scale=0.1) for i, name in enumerate(("a", "bb"))]
+    merge = held(Family(base, *experts, lora=base))
+    fitted = fit.fit(merge, tmp_path / "fit")
+    name = "model.layers.0.mlp.up_proj.weight"
+    plain, longer = fitted.read(name), fitted.longer(merge.base, {name}, 1.02).read(name)
+    assert plain.dtype == longer.dtype == torch.bfloat16
+    start = merge.base.read(name).float()
+    [exact] = [load_file(path)[name] for path in (tmp_path / "fit").glob("*.safetensors") if name in load_file(path)]
+    assert exact.dtype == torch.float32 and torch.equal(exact.bfloat16(), plain)
+    assert torch.equal(longer, (start + 1.02 * (exact - start)).bfloat16()) and not torch.equal(longer, plain)
+
+
+def test_a_divergence_is_that_of_whole_distributions_and_0_from_itself() -> None:
+    logits, other = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0))
+    logs, others = logits.log_softmax(-1), other.log_softmax(-1)
+    expected = (logs.exp() * (logs - others)).sum(-1)
+    torch.testing.assert_close(Likely.of(logits).divergence(other), expected, atol=1e-5, rtol=1e-4)
+    assert float(Likely.of(logits).divergence(logits).abs().max()) < 1e-6
+
+
+def test_moves_between_adapters_stay_as_long_as_they_are(family: Family) -> None:
+    full = held(family)
+    assert full.may_lengthen
+    adapters = [{"model": f"{family.lora}", "calibration": "a"}]
+    block = {"calibrations": {"a": {"texts": texts(1, 9)}}, "hold_back": True}
+    assert not prepare(recipe_of(family.base, [], models=adapters, lewis=block)).may_lengthen
 
 
 def test_an_expert_of_weight_0_judges_nothing(
@@ -265,6 +324,7 @@ def test_a_loss_that_is_no_number_is_the_worst(broken: int) -> None:
 def test_a_verdict_is_json_that_every_program_reads() -> None:
     nothing = Distance(float("inf"), float("inf"), {"a": float("inf"), "b": 0.1})
     verdict = Verdict(3, nothing, (nothing, Distance(0.1, 0.2, {"a": 0.1, "b": 0.1})), 1, gains={"b": 0.2})
+    verdict = replace(verdict, length=length.Length((0.2, 0.1, float("inf")), 1))
     data = replace(verdict, gains={"a": float("nan"), "b": 0.2}).to_json()
     assert Verdict.from_json(json.loads(json.dumps(data, allow_nan=False))) == verdict
 
