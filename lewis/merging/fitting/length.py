@@ -49,7 +49,7 @@ class Length:
         """How long the moves are, in a clause."""
         return (
             f"the moves of the fit are {1 + STEP * self.taken:g} times as long: divergence from the experts "
-            f"{self.divergence[0]:.4f}, then {self.divergence[self.taken]:.4f}"
+            f"{self.divergence[0]:.3g}, then {self.divergence[self.taken]:.3g}"
         )
 
 

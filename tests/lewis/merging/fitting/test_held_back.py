@@ -251,7 +251,7 @@ def test_moves_are_made_longer_for_as_long_as_the_experts_come_closer(
         written = merge.run(tmp_path / "out")
     verdict = Verdict.from_json(written.manifest["held_back"])
     assert verdict.length == length.Length((0.3, 0.2, 0.1, 0.15), 2)
-    assert "the moves of the fit are 1.04 times as long: divergence from the experts 0.3000, then 0.1000" in written.fit
+    assert "the moves of the fit are 1.04 times as long: divergence from the experts 0.3, then 0.1" in written.fit
     monkeypatch.setattr(length, "MOST", 0)
     short = merge.run(tmp_path / "short").manifest["held_back"]
     assert verdict.fits[0] != Distance.from_json(short["fits"][0])
