@@ -169,6 +169,8 @@ def _seconds_to_read(merge: Merge, network: Network) -> float:
 def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     """Forecast the runs on held-back rows: each expert runs its own; base, anchor and result run those of all.
 
+    Where they choose how long the moves are, two steps are what is usual.
+
     In memory are the weights outside of the blocks and one block of one model; for the merged model also the embedding
     and, for each thread, one projection of each expert whose weights are computed.
     """
@@ -178,8 +180,10 @@ def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     sets = [expert.held_back for expert in merge.judging if expert.held_back]
     if not sets:
         return Forecast(0, 0)
-    seconds = 4 * 2 * sum(rows.tokens for rows in sets) * merge.elements / (operations_per_second() * cores())
-    seconds += (len(merge.experts) + 3) * reading
+    steps = 2 if merge.may_lengthen else 0
+    tokens = (4 + steps) * sum(rows.tokens for rows in sets)
+    seconds = 2 * tokens * merge.elements / (operations_per_second() * cores())
+    seconds += (len(merge.experts) + 3 + steps) * reading
     held = 4 * held_at_once(network, with_head=True)
     held += _merged_embedding(merge, network, network.read_by_row(with_head=True))
     elements, largest = max((merge.base.tensors[each.tensor].elements, each.tensor) for each in network.covered)
