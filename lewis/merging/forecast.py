@@ -172,7 +172,7 @@ def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     Where they choose how long the moves are, two steps are what is usual.
 
     In memory are the weights outside of the blocks and one block of one model; for the merged model also the embedding
-    and, for each thread, one projection of each expert whose weights are computed.
+    and, for each thread, one projection: of each expert whose weights are computed, or as it was fitted, in fp32.
     """
     from lewis.importance.memory import held_at_once
     from lewis.merging.fitting.losses import LOGITS
@@ -187,7 +187,9 @@ def _of_judging(merge: Merge, network: Network, reading: float) -> Forecast:
     held = 4 * held_at_once(network, with_head=True)
     held += _merged_embedding(merge, network, network.read_by_row(with_head=True))
     elements, largest = max((merge.base.tensors[each.tensor].elements, each.tensor) for each in network.covered)
-    held += cores() * elements * (2 + 4 * sum(expert.model.computes(largest) for expert in merge.experts))
+    anchored = 2 + 4 * sum(expert.model.computes(largest) for expert in merge.experts)
+    fitted = 6 + 4 * merge.may_lengthen
+    held += cores() * elements * max(anchored, fitted)
     vocabulary = input_embeddings(network.module).num_embeddings
     logits = max(LOGITS, vocabulary * max(len(row) for rows in sets for row in rows.samples))
     return Forecast(seconds, LOADED + held + 8 * cores() * logits)

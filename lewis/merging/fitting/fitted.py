@@ -23,7 +23,7 @@ from lewis.models.files.safetensors_file import TensorFile, write_file
 from lewis.models.model import Model
 
 Change = Callable[[str, "torch.Tensor"], "torch.Tensor"]
-"""Changes a fitted tensor, given its name and its value in fp32."""
+"""Changes a fitted tensor, given its name and its value in fp32, which may be overwritten."""
 
 
 class Fitted:
@@ -83,7 +83,7 @@ class Fitted:
                 return value
             start = base.read(name).float()
             base.done_with(name)
-            return start + length * (value - start)
+            return value.sub_(start).mul_(length).add_(start)
 
         return self._changed(lengthened)
 

@@ -8,7 +8,7 @@ taken, unless one of the fits loses no more than it, in the mean and on the wors
 The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts. An anchor
 that is better by this loss proves nothing, since no expert was trained to predict prompts: then only broken rows count.
 
-Where an expert has moved all weights, the moves of a fit that is taken may be made longer
+Where an expert is more than an adapter of the base, the moves of a fit that is taken may be made longer
 (`lewis.merging.fitting.length`).
 
 The base's loss on the same rows shows what each expert gains. Where answers are known, a warning before the fit names

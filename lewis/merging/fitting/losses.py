@@ -6,8 +6,9 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from lewis.devices import one_thread
 from lewis.importance.calibration import Calibration
@@ -219,6 +220,28 @@ def run_batches(
                 break
             loaded = list(network.parameters_in(place))
             workers([partial(weights.load, [name]) for name in loaded])
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a fit was changed in steps, and what these brought on the held-back rows.
+
+    Attributes:
+        divergence: from the experts, nats per predicted token: that of the fit, then that after each step.
+        taken: how many of the steps the result has had; 0: the fit is kept as it was.
+    """
+
+    divergence: tuple[float, ...]
+    taken: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this as plain JSON data."""
+        return {"divergence": [to_json(each) for each in self.divergence], "taken": self.taken}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Read the data that `to_json` returned."""
+        return cls(tuple(map(from_json, data["divergence"])), data["taken"])
 
 
 def mean_loss(rows: Sequence[Sequence[RowLoss]]) -> float:

@@ -18,7 +18,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple, TypeVar
@@ -29,7 +28,7 @@ from lewis.importance.workers import Workers
 from lewis.lazy_torch import nn, torch
 from lewis.merging.fitting.fit import in_order
 from lewis.merging.fitting.fitted import Fitted, Unwritten
-from lewis.merging.fitting.losses import Likely, Place, each_row, from_json, to_json
+from lewis.merging.fitting.losses import Course, Likely, Place, each_row
 from lewis.merging.prepared import Prepared
 from lewis.merging.settings import Expert
 from lewis.progress import Report
@@ -63,27 +62,11 @@ class Row(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class Refined:
-    """What training brought.
+class Refined(Course):
+    """What training brought, with a pass over the rows as a step.
 
-    Attributes:
-        divergence: on the held-back rows, nats per predicted token, the mean over the rows of each expert and then over
-            the experts by their weights: that of the fit, then that after each pass over the rows.
-        taken: how many passes the result has had; 0: the fit is kept as it was.
+    Divergences are means over the rows of each expert, and then over the experts by their weights.
     """
-
-    divergence: tuple[float, ...]
-    taken: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return this as plain JSON data."""
-        return {"divergence": [to_json(each) for each in self.divergence], "taken": self.taken}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Refined:
-        """Read the data that `to_json` returned."""
-        return cls(tuple(map(from_json, data["divergence"])), data["taken"])
 
     def to_text(self) -> str:
         """What training brought, in a clause."""
