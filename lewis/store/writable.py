@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.store import entries, files
+from lewis.store import entries, files, kinds
 from lewis.store.folders import make_folder
 
 FORMAT = 1
@@ -100,11 +100,17 @@ def check_output_folder(folder: Path, option: str = "-o") -> Path:
         Its absolute path.
 
     Raises:
-        InputError: if it cannot, or holds files that LEWIS did not write.
+        InputError: if it cannot, holds files that LEWIS did not write, or lies in a folder of the store for entries.
     """
     with _named(folder, option):
         place = folder.expanduser().resolve()
         str(place).encode()  # raises for a name that is no UTF-8
+        home = files.home().resolve()
+        if any(place.is_relative_to(home / each) for each in (*kinds.TABLE, *kinds.FOREIGN)):
+            raise InputError(
+                f"{option} {folder}: lies in the store {home}, whose folders LEWIS keeps and cleans up itself; choose a "
+                "path outside of it"
+            )
         entries.check_replaceable(place)
         _try(place)
     return place

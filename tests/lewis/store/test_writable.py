@@ -41,6 +41,14 @@ def test_what_can_be_is_tried_and_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists() and not list(tmp_path.glob(".lewis-*"))
 
 
+def test_the_folders_of_the_store_take_no_output(home: Path) -> None:
+    """Housekeeping removed what was pulled to there, or took it for an entry."""
+    for place in (home / "merged" / "mine", home / "mlflow" / "a" / "b", home / "scores"):
+        with pytest.raises(InputError, match=f"-o {place}: lies in the store {home}"):
+            writable.check_output_folder(place)
+    assert writable.check_output_folder(home / "mine") == home / "mine"
+
+
 @pytest.mark.usefixtures("home")
 def test_a_tilde_is_the_home_folder_as_in_the_paths_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was a folder called ~ in the working directory."""
