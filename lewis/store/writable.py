@@ -108,8 +108,8 @@ def check_output_folder(folder: Path, option: str = "-o") -> Path:
         home = files.home().resolve()
         if any(place.is_relative_to(home / each) for each in (*kinds.TABLE, *kinds.FOREIGN)):
             raise InputError(
-                f"{option} {folder}: lies in the store {home}, whose folders LEWIS keeps and cleans up itself; choose a "
-                "path outside of it"
+                f"{option} {folder}: lies in the store {home}, whose folders LEWIS keeps and cleans up itself; choose "
+                "a path outside of it"
             )
         entries.check_replaceable(place)
         _try(place)
