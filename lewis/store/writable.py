@@ -100,12 +100,12 @@ def check_output_folder(folder: Path, option: str = "-o") -> Path:
         Its absolute path.
 
     Raises:
-        InputError: if it cannot, holds files that LEWIS did not write, or lies in a folder of the store for entries.
+        InputError: if it cannot, holds files that LEWIS did not write, or lies in one of the store's own folders.
     """
     with _named(folder, option):
         place = folder.expanduser().resolve()
         str(place).encode()  # raises for a name that is no UTF-8
-        home = files.home().resolve()
+        home = files.home()
         if any(place.is_relative_to(home / each) for each in (*kinds.TABLE, *kinds.FOREIGN)):
             raise InputError(
                 f"{option} {folder}: lies in the store {home}, whose folders LEWIS keeps and cleans up itself; choose "
