@@ -11,7 +11,7 @@ from uuid import UUID
 from prefect import State
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.exceptions import NotPausedError
+from prefect.exceptions import NotPausedError, Pause
 from prefect.flow_runs import resume_flow_run, suspend_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed
@@ -23,6 +23,7 @@ from lewis.registry.releases import Held
 from lewis_flows import prefect_runs
 from lewis_flows.walk import submit
 from lewis_tasks.register import settle_answer
+from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.failures import result_of
 
@@ -74,11 +75,26 @@ def ask(run: FlowRun, version: str, verdict: str = "") -> State[Any]:
     text = f"**{version}** passed its gate and waits for a person.\n\n{verdict}"
     name, number = version.removeprefix("models:/").rsplit("/", 1)
     form = Approval.with_initial_data(description=text)
-    answer = suspend_flow_run(wait_for_input=form, key=f"approval-{number}")
+    try:
+        answer = suspend_flow_run(wait_for_input=form, key=f"approval-{number}")
+    except Pause:
+        _end_heartbeats(run)
+        raise
     why = answer.why or "on the run's page"
     result_of(submit(settle_answer, name, number, answer.approve, why))
     state, line = (APPROVED, "is the champion") if answer.approve else ("Refused", "is refused")
     return run_tags.ending(state, f"{version} {line}: {why}", None)
+
+
+def _end_heartbeats(run: FlowRun) -> None:
+    """Send an event of the run, so that no heartbeat is its last one: else `lewis-dead-runs` would end it as Crashed.
+
+    Its heartbeats go on until its process ends, so one may come after its state has changed to Suspended.
+    """
+    try:
+        events.post("prefect.flow-run.asks", {"id": f"prefect.flow-run.{run.id}", "name": run.name}, {}, tags=run.tags)
+    except LewisError as error:
+        logger.info("the run's last heartbeat is not followed by an event: %s", error)
 
 
 def go_on(run: FlowRun) -> None:

@@ -1,8 +1,10 @@
 """A person approves a version on the page of its run, or on the command line; the reason stays in the history."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from lewis.reports.run_report import AWAITS
 from lewis_flows import approval, merge, prefect_runs, watch
 from lewis_flows.cli.main import main
 from lewis_flows.registration import MergeReport
+from lewis_flows.service import automations
+from lewis_tasks.support import events
 from lewis_tasks.support import flow_run as run_tags
 from lewis_tasks.support.failures import says_why
 from tests.conftest import Family
@@ -56,13 +60,15 @@ def _run(client: SyncPrefectClient, of: UUID) -> State[Any]:
     return state
 
 
-def _asks(client: SyncPrefectClient, family: Family, name: str, digit: str, champion: str) -> UUID:
+def _asks(
+    client: SyncPrefectClient, family: Family, name: str, digit: str, champion: str, tags: tuple[str, ...] = ()
+) -> UUID:
     """A run that waits for an answer about a new version of a model."""
     deployment = client.create_deployment(client.create_flow(_merge), name, enforce_parameter_schema=False)
     version = registered(family.base, digit, {}, name, None)
     promotion.promote(version, Verdict(True, ("a rule: pass",), champion, approve_hours=1.0))
     given = {"version": version.uri, "recipe": name}
-    of = client.create_flow_run_from_deployment(deployment, parameters=given).id
+    of = client.create_flow_run_from_deployment(deployment, parameters=given, tags=tags).id
     assert _run(client, of).name == "Suspended" and client.read_flow_run(of).name == f"merge {name}"
     return of
 
@@ -110,6 +116,30 @@ def test_a_run_waits_for_a_person_on_its_page_or_on_the_command_line(
     ]
     assert history.history("asked")[1].by.startswith("the run http")
     assert {move.version for move in outbox.moves()} <= {"1", "2", "3"}  # told, or to be told soon
+
+
+@pytest.mark.long
+def test_a_heartbeat_after_the_question_does_not_end_the_run(
+    client: SyncPrefectClient, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of 150 runs was Crashed, and its form gone: its process sent a heartbeat while it saved the form."""
+    monkeypatch.setattr(automations, "DEAD_AFTER", timedelta(seconds=10))
+    automation = client.create_automation(next(automations._automations(client)))
+    save = approval.Approval.save.__func__
+
+    def saves(cls: type[approval.Approval], keyset: Any, *rest: Any) -> None:
+        save(cls, keyset, *rest)
+        (of,) = prefect_runs.of_flows(client, (prefect_runs.MERGE,), ("PAUSED",), name={"any_": ["merge beats"]})
+        run = {"id": f"prefect.flow-run.{of.id}", "name": of.name}
+        events.post("prefect.flow-run.heartbeat", run, {}, tags=of.tags)
+
+    monkeypatch.setattr(approval.Approval, "save", classmethod(saves))
+    try:
+        of = _asks(client, family, "beats", "a", "base", (automations.TAG,))
+        time.sleep(20)  # 10, and what the server takes to notice
+        assert client.read_flow_run(of).state_name == "Suspended"
+    finally:
+        client.delete_automation(automation)
 
 
 def test_an_answer_waits_for_mlflow(client: SyncPrefectClient, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:

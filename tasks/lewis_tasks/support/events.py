@@ -2,7 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,13 @@ def check_server() -> None:
 
 
 def post(
-    kind: str, resource: Mapping[str, str], payload: Mapping[str, Any], *, run: str | None = None, id_: str = ""
+    kind: str,
+    resource: Mapping[str, str],
+    payload: Mapping[str, Any],
+    *,
+    run: str | None = None,
+    tags: Iterable[str] = (),
+    id_: str = "",
 ) -> None:
     """Send an event to Prefect's server; return when the server has accepted it, which may be before it is stored.
 
@@ -59,6 +65,7 @@ def post(
         resource: what it is about: its `id`, its `name` and other labels.
         payload: the facts, JSON.
         run: id of the flow run that it is about, if any.
+        tags: of that run, for triggers that look at them.
         id_: a UUID; by default a new one.
 
     Raises:
@@ -73,8 +80,9 @@ def post(
 
     check_server()
     about = {f"prefect.resource.{key}" if key in ("id", "name") else key: value for key, value in resource.items()}
-    role = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
-    event = {"id": id_ or str(uuid.uuid4()), "event": kind, "resource": about, "related": [role] if run else []}
+    related = [("flow-run", run)] * bool(run) + [("tag", tag) for tag in tags]
+    roles = [{"prefect.resource.id": f"prefect.{role}.{of}", "prefect.resource.role": role} for role, of in related]
+    event = {"id": id_ or str(uuid.uuid4()), "event": kind, "resource": about, "related": roles}
     try:
         with impatient(_PATIENCE) as client:
             dated = {**event, "payload": payload, "occurred": now(client).isoformat()}
