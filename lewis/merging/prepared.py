@@ -52,7 +52,7 @@ STACKED_SEMANTICS = "3"  # in such a fit of stacked experts
 HEAD_SEMANTICS = "1"  # in the fit of a head that experts have moved
 LENGTH_SEMANTICS = "1"  # in the length of a fit's moves, where that is chosen
 REFINE_SEMANTICS = "3"  # in the training after a fit
-JUDGE_SEMANTICS = "2"  # in a fit that is judged on held-back rows
+JUDGE_SEMANTICS = "3"  # in a fit that is judged on held-back rows
 CANCELLING_SEMANTICS = "2"  # in an election in which weights have opposite signs
 # Parts of the names of uncalled weights (Mamba, Switch Transformers), and of blocks that are one weight (Gemma 3n).
 _UNCALLED = (".dt_proj.", ".router.classifier.", ".altup_")

@@ -235,16 +235,15 @@ class Merge(Prepared):
 
             return report
 
-        from lewis.merging.fitting.held_back import fit_and_judge, warn_of_unjudged
+        from lewis.merging.fitting.held_back import fit_and_judge, tightened
 
-        warn_of_unjudged(self)
-        merge: Prepared = self
+        merge = tightened(self)
         facts = dict[str, Any]()
         if self.tunes:
             from lewis.merging.fitting.ridge import choose, with_ridge
 
-            choice = choose(self, folder, fit, part(0, self.fit_count - 1), threads)
-            merge, facts["ridge"] = with_ridge(self, choice.ridge), choice.to_json()
+            choice = choose(merge, folder, fit, part(0, self.fit_count - 1), threads)
+            merge, facts["ridge"] = with_ridge(merge, choice.ridge), choice.to_json()
 
         last = part(self.fit_count - 1, 1)
         if any(expert.held_back for expert in merge.judging):

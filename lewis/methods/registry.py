@@ -20,7 +20,7 @@ PerExpert = Annotated[Sequence[T] | T, _PER_EXPERT]
 
 _ADJECTIVES = {float: "finite", int: "whole"}
 _TAKEN = ("base", "streams", "scales")  # arguments of a function that are no parameters, after the stacked tensors
-_OF_FITS = ("ridge", "alpha", "prior")  # parameters that every fit reads, next to `weight`
+_OF_FITS = ("ridge", "alpha", "prior", "bound")  # parameters that every fit reads, next to `weight`
 _LARGEST = (2 - 2**-23) * 2.0**127  # of fp32, the dtype of all arithmetic
 
 
@@ -136,7 +136,7 @@ class Method(Row):
         fits: how it fits projections to the experts' outputs on their calibration rows: `static`, for the experts' own
             inputs; `forward`, from the first block on, for the inputs that the model merged so far has there. The
             function then gives the tensors that are not fitted, and those that the fit is pulled towards. It takes
-            `ridge`, `alpha`, `prior`, and `weight` of each expert. None: the function gives all tensors.
+            `ridge`, `alpha`, `prior`, `bound`, and `weight` of each expert. None: the function gives all tensors.
         in_mergekit: whether mergekit has it too, so that a recipe can be exported; not used for a plug-in.
     """
 

@@ -30,6 +30,7 @@ def regmean(
     ridge: NotNegativeOrAuto = 0.1,
     prior: NotNegative = 1.0,
     alpha: Fraction = 1.0,
+    bound: NotNegative = 6.0,
 ) -> torch.Tensor:
     """Fit each projection to the experts' outputs for their own inputs, with a ridge towards the sum of task vectors.
 
@@ -41,6 +42,8 @@ def regmean(
             arithmetic, 0 RegMean. `auto`: found by `lewis.merging.fitting.ridge`.
         prior: how much the directions in which an expert's weights moved count compared with its tokens; 0: not at all.
         alpha: factor of the products of different inputs; 0 treats the inputs of a layer as uncorrelated.
+        bound: how far each fitted projection may be from the sum, in units of the distance of the expert that is
+            farthest from it (Frobenius norms); a fit beyond it gets a larger ridge. 0: any distance.
 
     Returns:
         fp32 delta to add to the base, of the anchor and of tensors that are not fitted, shape tensor.shape.
@@ -64,13 +67,14 @@ def regmean_forward(
     ridge: NotNegativeOrAuto = 0.01,
     prior: NotNegative = 1.0,
     alpha: Fraction = 1.0,
+    bound: NotNegative = 6.0,
     residual: Fraction = 1.0,
 ) -> torch.Tensor:
     """Fit each projection, from the first block on, to the experts' outputs, for the inputs of the merged model.
 
     Args:
         task_vectors: fp32, shape (experts, *tensor.shape).
-        weight, lambda_, ridge, prior, alpha: as of `regmean`.
+        weight, lambda_, ridge, prior, alpha, bound: as of `regmean`.
         residual: in [0, 1]. The merged model's residual stream differs from the experts'; the layers that write into
             it are fitted to correct this share of the difference.
 

@@ -79,10 +79,11 @@ def write_rows(folder: Path, shared: Path) -> None:
 
 
 def sets_of(options: argparse.Namespace, tasks: Iterable[str]) -> dict[str, dict[str, Any]]:
+    marked = {"prompt": "{prompt}", "answer": "{answer}"}
     return {
         task: {
-            "dataset": "json", "data_files": str(options.rows / f"{task}-train.jsonl"), "samples": 64,
-            "prompt": "{prompt}", "answer": "{answer}",
+            "dataset": "json", "data_files": str(options.rows / f"{task}-train.jsonl"), "samples": options.samples,
+            **({"text": "{prompt}{answer}<|im_end|>"} if options.text else marked),
         }
         for task in tasks
     }  # fmt: skip
@@ -196,6 +197,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expert", action="append", required=True, help="TASK=DIR")
     parser.add_argument("--skip", type=int, default=100, help="test rows that are left out")
     parser.add_argument("--count", type=int, default=100, help="test rows of each task")
+    parser.add_argument("--samples", type=int, default=64, help="calibration rows of each task")
+    parser.add_argument("--text", action="store_true", help="calibration rows as plain text: no answer is marked")
 
 
 def main() -> None:

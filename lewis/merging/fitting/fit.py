@@ -129,7 +129,8 @@ def _fit(merge: Prepared, folder: Path, progress: Report, threads: int | None, a
         fit_head(merge, network, fitted, workers, TOKENS_PER_PASS, lambda *_: begun())
         shared = Shared(merge, pairs, experts, merged, fitted, workers, spill)
         stacked = StackedFit(shared, stacks)
-        walk = Walk(shared, places, Solver(shared, streams), stacked)
+        solver = Solver(shared, streams)
+        walk = Walk(shared, places, solver, stacked)
         contexts.callback(walk.stop)
         for each in (*experts, merged):
             each.load_outside()
@@ -148,6 +149,7 @@ def _fit(merge: Prepared, folder: Path, progress: Report, threads: int | None, a
         for done in walk.blocks():
             progress("fit", done, len(network.blocks))
         stacked.warn()
+        solver.report()
     return fitted
 
 
@@ -197,7 +199,7 @@ def paused_bytes(merge: Prepared, network: Network, tokens: int | None = None) -
     outside = sum(network.empty(name).numel() for name in network.parameters_outside() if name not in by_row)
     hidden = input_embeddings(network.module).embedding_dim
     models = len(merge.experts) + 1
-    weights = models * outside + (models + 1) * largest  # that are loaded at a time
+    weights = models * outside + (models + 3) * largest  # at a time; 3: a fit that is brought within its bound
     return 4 * (2 * tokens * (2 * widest + 6 * hidden) + weights)
 
 

@@ -153,7 +153,7 @@ def _solve(merge: Prepared, tensor: str, hidden: Sequence[list[torch.Tensor]], w
         sizes, directions = torch.linalg.eigh(products)
         return (directions * sizes.clamp_min(0).sqrt()).T.float().contiguous()
 
-    solver = Inputs(experts, values["ridge"], workers, values["alpha"])
+    solver = Inputs(experts, values["ridge"], workers, values["alpha"], bound=values["bound"])
     try:
         if values["prior"]:
             factors = workers([partial(factor, i) for i in range(len(weights))])

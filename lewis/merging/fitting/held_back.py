@@ -1,12 +1,17 @@
 """Judge a fit on calibration rows that it has not seen, which are held back from it, and take it only if it holds.
 
 On these rows the merged model is compared with the experts, each on its own rows, and with the anchor, which is what
-the merge would be without a fit. A fit that loses more than the anchor, or that loses more than `BROKEN` on one row, is
-repeated with a larger ridge and prior, which give the few rows less influence. If that does not help, the anchor is
-taken, unless one of the fits loses no more than it, in the mean and on the worst row.
+the merge would be without a fit. A fit does not hold if it loses more than the anchor, or if one row loses more than a
+row of a sound fit does (`STRAIN`). It is repeated with a larger ridge and prior and a smaller bound, which give the few
+rows less influence. If that does not help, the anchor is taken, unless one of the fits loses no more than it, in the
+mean and on the worst row.
 
-The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts. An anchor
-that is better by this loss proves nothing, since no expert was trained to predict prompts: then only broken rows count.
+What so few rows say has an interval, which the verdict names. A set of which fewer than `FEW` rows are held back cannot
+judge: then the bound is small from the start.
+
+The loss is that of the answers. Where the sets do not say which tokens these are, it is that of whole texts. No expert
+was trained to predict prompts, so the anchor may do that better than they: there, the fit and the anchor are compared
+by the KL divergence from what the experts predict.
 
 Where an expert is more than an adapter of the base, the moves of a fit that is taken may be made longer
 (`lewis.merging.fitting.length`).
@@ -42,14 +47,17 @@ from lewis.merging.fitting.losses import (
 )
 from lewis.merging.fitting.refine import Refined, refine
 from lewis.merging.prepared import Prepared
+from lewis.merging.settings import Expert
 from lewis.methods import Parameter
 from lewis.progress import Report
 
 logger = logging.getLogger(__name__)
-BROKEN = 1.0  # nats per token that a row may lose
+STRAIN = 1.0  # nats per token that a row of one token may lose; one of n tokens, which is less noisy, that / sqrt(n)
+FEW = 4  # held-back rows of a set; fewer cannot judge
 FIT = 8  # a fit takes about this many times as long as a pass over the held-back rows: its share of the progress
 REFINE = 16  # and so does each epoch of the training after it
 LARGER = {"ridge": (10.0, 0.1), "prior": (3.0, 3.0)}  # parameter of a second fit -> (factor, least value)
+TIGHT = 2.0  # the bound of a second fit, and of one that too few rows judge
 
 Fit = Callable[[Prepared, Path, Report, int | None], Fitted]
 """Fits a merge: takes the merge, the folder for its tensors, what reports the progress, and the threads."""
@@ -63,25 +71,37 @@ class Distance:
         mean: nats per token above each expert on its own rows, the mean over the experts.
         worst: nats per token that the worst row is above its expert.
         experts: reference of each expert -> the mean over its rows.
+        margin: half the width of the 95 % interval of `mean`, nats per token; infinite if an expert has one row only.
+        strain: the largest product, over the rows, of the nats per token that one is above its expert and the square
+            root of its tokens.
         divergence: KL divergence from the experts, nats per token, the mean over the experts; not in JSON. NaN if it
-            was not asked for.
+            was not asked for: it is where moves may be made longer, or no answers are known.
     """
 
     mean: float
     worst: float
     experts: dict[str, float] = field(default_factory=dict)
+    margin: float = math.inf
+    strain: float = math.inf
     divergence: float = math.nan
 
     def to_json(self) -> dict[str, Any]:
         """Return the distance as plain JSON data."""
         experts = {ref: to_json(mean) for ref, mean in self.experts.items()}
-        return {"mean": to_json(self.mean), "worst": to_json(self.worst), "experts": experts}
+        numbers = {name: to_json(getattr(self, name)) for name in ("mean", "worst", "margin", "strain")}
+        return {**numbers, "experts": experts}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Distance:
         """Read the data that `to_json` returned."""
         experts = {ref: from_json(mean) for ref, mean in data.get("experts", {}).items()}
-        return cls(from_json(data["mean"]), from_json(data["worst"]), experts)
+        numbers = (from_json(data.get(name)) for name in ("margin", "strain"))  # an older version had neither
+        return cls(from_json(data["mean"]), from_json(data["worst"]), experts, *numbers)
+
+    def to_text(self) -> str:
+        """The mean with its interval, and the worst row."""
+        margin = f" ±{self.margin:.4f}" if math.isfinite(self.margin) else ""
+        return f"{self.mean:+.4f}{margin}, the worst row {self.worst:+.2f}"
 
 
 @dataclass(frozen=True)
@@ -132,9 +152,8 @@ class Verdict:
         """The verdict in a sentence."""
         taken = self.anchor if self.taken is None else self.fits[self.taken]
         text = (
-            f"{self.rows} held-back rows: {taken.mean:+.4f} nats per {'answer ' * self.of_answers}token from the "
-            f"experts, the worst row {taken.worst:+.2f}; without the fit {self.anchor.mean:+.4f}, the worst row "
-            f"{self.anchor.worst:+.2f}"
+            f"{self.rows} held-back rows, nats per {'answer ' * self.of_answers}token from the experts: "
+            f"{taken.to_text()}; without the fit {self.anchor.to_text()}"
         )
         each = [
             f"{ref} {mean:+.4f}" + (f" ({self.gains[ref]:.2f})" if ref in self.gains else "")
@@ -144,28 +163,33 @@ class Verdict:
         text += f"; by expert{about}: {', '.join(each)}" if each else ""
         text += f"; {self.length.to_text()}" if self.length and self.length.taken else ""
         text += f"; {self.refined.to_text()}" if self.refined else ""
-        first = f"{self.fits[0].mean:+.4f}, the worst row {self.fits[0].worst:+.2f}"
+        first = self.fits[0].to_text()
         if self.taken is None:
             return f"the fit did not hold and is left out, the anchor is taken ({first}); {text}"
-        again = f"; fitted again with a larger ridge and prior, since the first fit had {first}"
+        again = f"; fitted again with a larger ridge and prior and a smaller bound, since the first fit had {first}"
         return text + again * bool(self.taken)
 
 
-def warn_of_unjudged(merge: Prepared) -> None:
-    """Warn of each expert without held-back rows, since it has too few usable ones: nothing judges the fit to it."""
-    judged = any(expert.held_back for expert in merge.judging)
-    found = [(each.ref, each.calibration) for each in merge.judging if each.calibration and not each.held_back]
-    found = [(ref, rows) for ref, rows in found if merge.holds_back or len(by_prompt(rows)) < EVERY]
+def tightened(merge: Prepared) -> Prepared:
+    """Return the merge with a bound of `TIGHT` at most, if too few held-back rows judge its fit; with a warning."""
     expected = merge.holds_back or merge.method.fits == "forward"
-    if not expected or not found or not (judged or predicts_next_token(merge.base)):
-        return
-    for ref, rows in found:
+    found = [(each, each.calibration) for each in merge.judging if each.calibration and _held(each) < FEW]
+    found = [(each, rows) for each, rows in found if merge.holds_back or len(by_prompt(rows)) < FEW * EVERY]
+    if not expected or not found or not (any(map(_held, merge.judging)) or predicts_next_token(merge.base)):
+        return merge
+    for expert, rows in found:
         what = "prompts" if rows.prompts else "different rows"
+        count = len(by_prompt(rows)) + (len(by_prompt(expert.held_back)) if expert.held_back else 0)
         logger.warning(
-            "%s: no held-back row judges the fit to it: expected at least %d %s in lewis.calibrations.%s, and that "
-            "every fourth predicts an answer, got %d %s; raise samples",
-            *(ref, EVERY, what, rows.name, len(by_prompt(rows)), what),
+            "%s: %d held-back rows judge the fit to it, expected at least %d, so parameters.bound is %g at most: raise "
+            "samples of lewis.calibrations.%s, which has %d %s, to %d or more of which every fourth predicts an answer",
+            *(expert.ref, _held(expert), FEW, TIGHT, rows.name, count, what, FEW * EVERY),
         )
+    return merge.with_parameters(_smaller)
+
+
+def _held(expert: Expert) -> int:
+    return len(expert.held_back.samples) if expert.held_back else 0
 
 
 def fit_and_judge(
@@ -192,7 +216,7 @@ def fit_and_judge(
     longer = MOST if merge.may_lengthen else 0
     further = REFINE * merge.refine.epochs + 1 if merge.refine else 0
     part = partial(_part, progress, 5 + FIT + longer + further)
-    likely = dict[Place, Likely]() if longer else None
+    likely = dict[Place, Likely]() if longer or not of_answers else None
     whole = list(sets.values())
 
     def of_expert(ref: str, number: int) -> list[RowLoss]:
@@ -208,11 +232,14 @@ def fit_and_judge(
         found = row_losses(model, whole, threads, part(begin, width), experts=likely)
         return _distance(dict(zip(sets, found, strict=True)), experts)
 
+    def is_closer(found: Distance) -> bool:
+        return found.mean <= anchor.mean if of_answers else found.divergence <= anchor.divergence
+
     def holds(found: Distance) -> bool:
-        return found.worst <= BROKEN and (found.mean <= anchor.mean or not of_answers)
+        return found.strain <= STRAIN and is_closer(found)
 
     def is_no_worse(found: Distance) -> bool:
-        return found.mean <= anchor.mean and found.worst <= anchor.worst
+        return is_closer(found) and found.worst <= anchor.worst
 
     def still_holds(after: Distance, before: Distance) -> bool:
         return holds(after) or (is_no_worse(after) and not holds(before))
@@ -266,10 +293,42 @@ def _part(progress: Report, whole: float, begin: float, width: float) -> Report:
 
 
 def _distance(merged: Mapping[str, Sequence[RowLoss]], experts: Mapping[str, Sequence[RowLoss]]) -> Distance:
-    pairs = [pair for ref in experts for pair in zip(merged[ref], experts[ref], strict=True)]
-    worst = max((_number(own.nats / own.weight - expert.nats / expert.weight) for own, expert in pairs), default=0.0)
-    each = {ref: _number(mean_loss([merged[ref]]) - mean_loss([experts[ref]])) for ref in experts}
-    return Distance(sum(each.values()) / len(each), worst, each, mean_divergence([merged[ref] for ref in experts]))
+    rows = {
+        ref: [
+            (_number(own.nats / own.weight - expert.nats / expert.weight), own.weight)
+            for own, expert in zip(merged[ref], experts[ref], strict=True)
+        ]
+        for ref in experts
+    }
+    every = [row for each in rows.values() for row in each]
+    worst = max((loss for loss, _ in every), default=0.0)
+    strain = max((loss * math.sqrt(weight) for loss, weight in every), default=0.0)
+    means = {ref: _number(mean_loss([merged[ref]]) - mean_loss([experts[ref]])) for ref in experts}
+    divergence = mean_divergence([merged[ref] for ref in experts])
+    return Distance(sum(means.values()) / len(means), worst, means, _margin(list(rows.values())), strain, divergence)
+
+
+def _margin(rows: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """Half the width of the 95 % interval of a mean over experts of means over rows, each row by its weight.
+
+    By Student's distribution. A weighted mean m of d_i has the variance n / (n - 1) sum w_i^2 (d_i - m)^2 / (sum w_i)^2
+    (Cochran, Sampling Techniques, 1977, equation 6.13).
+
+    Args:
+        rows: of each expert, the value and the weight of each row.
+    """
+    from scipy.stats import t
+
+    if any(len(each) < 2 for each in rows):
+        return math.inf
+    variance = 0.0
+    for each in rows:
+        total = sum(weight for _, weight in each)
+        mean = sum(value * weight for value, weight in each) / total
+        squares = sum((weight * (value - mean)) ** 2 for value, weight in each)
+        variance += len(each) / (len(each) - 1) * squares / total**2
+    free = sum(len(each) - 1 for each in rows)
+    return _number(float(t.ppf(0.975, free)) * math.sqrt(variance) / len(rows))
 
 
 def _number(loss: float) -> float:
@@ -291,7 +350,12 @@ def _warn_of_no_gain(gains: Mapping[str, float]) -> None:
         )
 
 
+def _smaller(parameter: Parameter, value: Any) -> Any:
+    return min(value or math.inf, TIGHT) if parameter.name == "bound" else value
+
+
 def _larger(parameter: Parameter, value: Any) -> Any:
+    value = _smaller(parameter, value)
     if parameter.name not in LARGER:
         return value
     factor, least = LARGER[parameter.name]

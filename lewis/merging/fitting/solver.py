@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ from lewis.models.lora.expert import LoraExpert
 from lewis.models.names import feeds_other_tokens
 from lewis.models.network.module_tree import Covered
 
+logger = logging.getLogger(__name__)
+
 
 class Solver:
     """Fits the projection that all passes wait for; what is computed from inputs is kept for those that share them."""
@@ -28,6 +31,7 @@ class Solver:
             streams: path of a module that writes into the residual stream -> of one whose input is the stream before.
         """
         self._shared, self._streams = shared, streams
+        self._held = self._solved = 0
         self._inputs: tuple[Any, Inputs] | None = None
 
     def forget(self) -> None:
@@ -58,7 +62,7 @@ class Solver:
         if self._inputs is None or self._inputs[0] != setting or moved:
             rows = self._rows(place, values["weight"])
             self._inputs = setting, Inputs(rows, values["ridge"], self._shared.workers, values["alpha"])
-        self._inputs[1].ridge = values["ridge"]
+        self._inputs[1].ridge, self._inputs[1].bound = values["ridge"], values["bound"]
         if covered.transposed:
             anchor, weights = anchor.T.contiguous(), [weight.T.contiguous() for weight in weights]
         try:
@@ -71,7 +75,14 @@ class Solver:
         except ValueError as error:
             own = [[pair.own.rows for pair in pairs if pair.own.rows is not None] for pairs in self._shared.pairs]
             raise damage(self._shared.merge, name, weights, own, error) from error
+        self._solved, self._held = self._solved + 1, self._held + self._inputs[1].held
+        self._inputs[1].held = 0
         return value.T.contiguous() if covered.transposed else value
+
+    def report(self) -> None:
+        """Log how many fits the bound has held back."""
+        if self._held:
+            logger.info("parameters.bound holds back %d of %d fitted projections", self._held, self._solved)
 
     def _prior(self, covered: Covered, strength: float, weights: Sequence[torch.Tensor]) -> list[Rows]:
         if not strength or self._inputs is None:

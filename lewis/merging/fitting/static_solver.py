@@ -86,7 +86,7 @@ def bytes_of(merge: Prepared, group: Group) -> int:
         inputs = info.shape[-2 if covered.transposed else -1]
         known = min(inputs, DUAL_TOKENS) if inputs > DUAL_ABOVE else inputs
         held = max(
-            held, (2 * experts + 6) * known * inputs + (experts + 4) * merge.base.tensors[covered.tensor].elements
+            held, (2 * experts + 8) * known * inputs + (experts + 6) * merge.base.tensors[covered.tensor].elements
         )
     return 4 * held
 
@@ -159,7 +159,7 @@ class _Solver:
             self._inputs = None  # free the last inputs before the next are read
             read = self._read_inputs(projection, values["weight"])
             self._inputs = setting, Inputs(read, values["ridge"], self._jobs, values["alpha"])
-        self._inputs[1].ridge = values["ridge"]
+        self._inputs[1].ridge, self._inputs[1].bound = values["ridge"], values["bound"]
         return self._inputs[1]
 
     def _read_inputs(self, projection: str, weights: Sequence[float]) -> list[Rows | Gram]:

@@ -20,14 +20,17 @@ class Factor:
 
     Attributes:
         failed: whether A is not positive definite in fp64; then there is no factor.
+        added: the number that A's diagonal has on top of that of the matrix it was made of.
     """
 
-    def __init__(self, matrix: torch.Tensor, jobs: Jobs) -> None:
+    def __init__(self, matrix: torch.Tensor, jobs: Jobs, added: float = 0.0) -> None:
         """
         Args:
-            matrix: A, fp64 (n, n); only what is on and above the diagonal is read.
+            matrix: A, fp64 (n, n); only what is on and above the diagonal is read. It is kept.
             jobs: runs the jobs of the computation.
+            added: what has been added to its diagonal.
         """
+        self.added, self._matrix = added, matrix
         self._cuts, self._jobs = slices(len(matrix), BLOCK), jobs
         self._inverses: list[torch.Tensor] = []
         self._lower = torch.empty_like(matrix)
@@ -50,6 +53,12 @@ class Factor:
 
         self._jobs([partial(job, rows) for rows in self._cuts[i + 1 :]])
         return True
+
+    def raised(self, added: float) -> Factor:
+        """Factor the same matrix with `added`, which is more than before, on its diagonal."""
+        matrix = self._matrix.clone()
+        matrix.diagonal().add_(added - self.added)
+        return Factor(matrix, self._jobs, added)
 
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
         """Solve X A = R for X.
@@ -82,7 +91,7 @@ def factorised(matrix: torch.Tensor, ridge: float, jobs: Jobs, mean: float | Non
     added, before = max(ridge * mean, torch.finfo(torch.float32).tiny), 0.0
     while True:
         diagonal += added - before
-        factor = Factor(matrix, jobs)
+        factor = Factor(matrix, jobs, added)
         if not factor.failed:
             return factor
         before, added = added, 10 * max(added, 1e-9 * mean)

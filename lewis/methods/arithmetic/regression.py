@@ -43,17 +43,24 @@ matrix (1 - alpha) diag(S) + r I, and L = alpha X D^-1. Woodbury's identity give
 
     W = W_a + Q + (E - X Q^T)^T (X L^T + I)^-1 L
 
+Where there are few tokens, the fit can go far from the anchor to fit their noise: the corrections B_t ask for it. So
+the distance || W - W_a ||_F may be held to a bound. A fit beyond it is solved again with a larger r, this layer alone
+(`bound`). In the primal form, the solution with r' follows from that with r:
+
+    W' - W_a = (W - W_a) [ I - (r' - r) (S + r' I)^-1 ]
+
 Every sum is cut into jobs in a way that depends on the shapes only, and each job runs single-threaded: so the result
 has the same bits for any number of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 from lewis.lazy_torch import torch
+from lewis.methods.arithmetic.bound import distance, within
 from lewis.methods.arithmetic.cholesky import Factor, factorised
 from lewis.methods.arithmetic.sums import Jobs, one_after_another, slices
 from lewis.methods.arithmetic.tokens import Additions, Gram, Rows, Stacked
@@ -64,6 +71,9 @@ ROWS = 384  # output rows that one job solves for
 COARSE = 1e-3  # ridges from this on can take R from the wanted outputs Y_t
 DUAL_ABOVE = 8192  # a layer with more inputs is solved in the dual form, as products of all pairs take too much memory
 DUAL_TOKENS = 4096  # tokens that the dual form keeps of such a layer, spread evenly
+
+Again = Callable[[float], None]
+"""Writes the solution with another r, absolute and larger than the first, into the result."""
 
 
 def keeps_rows(size: int, tokens: int) -> bool:
@@ -101,6 +111,9 @@ class Inputs:
         jobs: runs the jobs of the computation.
         alpha: factor of the off-diagonals, in [0, 1].
         prior: rows of each expert's prior, for one layer; empty: no prior. It may be changed between two layers.
+        bound: how far a fit may be from the anchor, || W - W_a ||_F, in units of the distance of the expert that is
+            farthest from it; 0: any distance. It may be changed between two layers.
+        held: how many fits the bound has held back so far.
     """
 
     experts: Sequence[Rows | Gram]
@@ -108,6 +121,8 @@ class Inputs:
     jobs: Jobs = one_after_another
     alpha: float = 1.0
     prior: Sequence[Rows] = ()
+    bound: float = 0.0
+    held: int = 0
     _grams: list[torch.Tensor] = field(default_factory=list)
     _shifts: list[torch.Tensor | None] | None = None
     _factor: tuple[float, Factor] | None = None  # the ridge, and what was factored with it
@@ -158,9 +173,15 @@ class Inputs:
         if self.size == 0 or all(rows.tokens == 0 for rows in (*self.experts, *self.prior)):
             return out.copy_(anchor)
         additions = additions or [None] * len(self.experts)
+        anchor = anchor.clone() if self.bound and out is anchor else anchor
         if self.is_dual:
-            return self._dual(anchor, weights, additions, out)
-        return self._primal(anchor, weights, additions, out, whole)
+            factor, again = self._dual(anchor, weights, additions, out)
+        else:
+            factor, again = self._primal(anchor, weights, additions, out, whole)
+        if self.bound:
+            most = self.bound * max(distance(weight, anchor, self.jobs) for weight in weights)
+            self.held += within(most, anchor, out, factor.added, again, self.jobs)
+        return out
 
     # ----- the primal form
 
@@ -171,8 +192,22 @@ class Inputs:
         additions: Sequence[Additions],
         out: torch.Tensor,
         whole: bool = False,
-    ) -> torch.Tensor:
+    ) -> tuple[Factor, Again]:
         factor, products = self._factored()
+
+        @cache
+        def moved() -> torch.Tensor:
+            return out - anchor
+
+        def again(added: float) -> None:
+            first, raised = moved(), factor.raised(added)
+
+            def job(part: slice) -> None:
+                pulled = raised.solve(first[part].double()).mul_(factor.added - added).add_(first[part])
+                out[part] = (anchor[part].double() + pulled).float()
+
+            self.jobs([partial(job, part) for part in slices(len(anchor), ROWS)])
+
         # Shifts Z_t - X_t are multiplied out over pairs of inputs, once for all layers that share them, or by token.
         by_token = any(x is not None for x in additions) or (self._shifts is None and 2 * len(anchor) <= self.size)
         if not by_token and self._shifts is None:
@@ -182,7 +217,8 @@ class Inputs:
         shifts = [None] * len(self.experts) if by_token or self._shifts is None else self._shifts
         carries = self._carried is not None or len(anchor) > len(self.experts) * self.size
         if carries and not self.prior and not by_token and not any(shift is not None for shift in shifts):
-            return self._from_carried(anchor, weights, factor, out)
+            self._from_carried(anchor, weights, factor, out)
+            return factor, again
         alone = [
             shift_of_each(each.merged, each.own)
             if by_token and self.alpha < 1 and isinstance(each, Rows) and each.shifted
@@ -215,11 +251,11 @@ class Inputs:
             out[part] = (anchor[part].double() + factor.solve(right)).float()
 
         self.jobs([partial(job, part) for part in slices(len(anchor), ROWS)])
-        return out
+        return factor, again
 
     def _from_carried(
         self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], factor: Factor, out: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> None:
         """W_a + sum_t c_t (W_t - W_a) [ X_t^T X_t (S + r I)^-1 ]; kept brackets make it quicker for many outputs."""
         if self._carried is None or self._carried[0] != self.ridge:
             carried = [torch.empty_like(products) for products in self._grams]
@@ -240,7 +276,6 @@ class Inputs:
             out[part] = start + moved
 
         self.jobs([partial(job, part) for part in slices(len(anchor), ROWS)])
-        return out
 
     def _factored(self) -> tuple[Factor, list[torch.Tensor]]:
         """The factor of S + r I, and the products P_t^T P_t of the prior, fp32 (in, in)."""
@@ -315,7 +350,7 @@ class Inputs:
 
     def _dual(
         self, anchor: torch.Tensor, weights: Sequence[torch.Tensor], additions: Sequence[Additions], out: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[Factor, Again | None]:
         known = [rows for rows in self.experts if isinstance(rows, Rows)]
         total = sum(rows.tokens for rows in known)
         taken = [*(sampled(self.size, rows.tokens, total) for rows in known), *[None] * len(self.prior)]
@@ -337,6 +372,10 @@ class Inputs:
             factor = factorised(kernel, ridge, self.jobs, mean)
             self._factor = None if self.prior else (self.ridge, factor)  # the next layer has another prior
             del kernel
+        errors: dict[int, torch.Tensor] = {}  # first row of a part -> E, kept where the fit may be solved again
+
+        def solved(with_: Factor, missed: torch.Tensor) -> torch.Tensor:
+            return with_.solve(missed.T.double().contiguous()).float() @ left
 
         def job(part: slice) -> None:
             start, known = anchor[part], [weight[part].float() for weight in weights]
@@ -352,10 +391,20 @@ class Inputs:
                 moved = alone.solution(start, known)
                 missed -= merged @ moved.T
                 start = start + moved
-            out[part] = start + factor.solve(missed.T.double().contiguous()).float() @ left
+            if self.bound and alone is None:
+                errors[part.start] = missed
+            out[part] = start + solved(factor, missed)
+
+        def again(added: float) -> None:
+            raised = factor.raised(added)
+
+            def job(part: slice) -> None:
+                out[part] = anchor[part] + solved(raised, errors[part.start])
+
+            self.jobs([partial(job, part) for part in slices(len(anchor), ROWS)])
 
         self.jobs([partial(job, part) for part in slices(len(anchor), ROWS)])
-        return out
+        return factor, again if alone is None else None
 
     def _kernel(self, merged: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
         """X L^T, fp64: with alpha = 1 the products of all pairs of tokens."""

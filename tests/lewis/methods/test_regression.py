@@ -71,7 +71,8 @@ def test_a_2_by_3_layer_with_alpha_and_an_anchor_by_hand(
     form: str, alpha: float, ridge: float, anchor: torch.Tensor, expected: list[list[float]]
 ) -> None:
     inputs = Inputs([Rows(rows, rows) for rows in TOKENS], ridge, alpha=alpha)
-    found = getattr(inputs, form)(anchor, [FIRST, -FIRST], [None, None], torch.empty_like(anchor))
+    found = torch.empty_like(anchor)
+    getattr(inputs, form)(anchor, [FIRST, -FIRST], [None, None], found)
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float32), atol=1e-5)
 
 
@@ -92,6 +93,38 @@ def test_weights_may_be_as_stored_and_the_result_in_the_anchors_place(tokens: in
     expected = Inputs([Rows(rows, rows)], 0.1).solve(anchor, [stored.float()])
     found = Inputs([Rows(rows, rows)], 0.1).solve(anchor, [stored], out=anchor)
     assert found is anchor and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("form", ["products", "tokens"])
+def test_a_fit_beyond_its_bound_is_the_fit_with_a_larger_ridge(form: str) -> None:
+    """Twelve outputs of sixteen inputs: 30 tokens of each expert are solved by products, 3 token by token."""
+    count, weights, anchor = 30 if form == "products" else 3, [draw(4, 12, 16), draw(5, 12, 16)], draw(3, 12, 16)
+    rows = [Rows([draw(1, count, 16)], [draw(6, count, 16)]), Rows([draw(2, count, 16)], [draw(7, count, 16)])]
+    free = Inputs(rows, 1e-3).solve(anchor, weights)
+    far = max(float((weight - anchor).norm()) for weight in weights)
+    goal = 0.7 * float((free - anchor).norm())
+    held = Inputs(rows, 1e-3, bound=goal / far)
+    found = held.solve(anchor.clone(), weights)
+    assert held.is_dual == (form == "tokens")
+    assert float((found - anchor).norm()) == pytest.approx(goal, rel=1e-5)
+    # It is a multiple, at most 10 % shorter, of the fit with some larger ridge: find that by halving.
+    low, high = 1e-3, 1e3
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        wider = Inputs(rows, middle).solve(anchor, weights) - anchor
+        low, high = (middle, high) if float(wider.norm()) > goal else (low, middle)
+    cosine = torch.nn.functional.cosine_similarity((found - anchor).flatten(), wider.flatten(), dim=0)
+    assert float(cosine) > 0.998
+    assert torch.equal(Inputs(rows, 1e-3, bound=2 * goal / far).solve(anchor, weights), free)
+
+
+@pytest.mark.parametrize("tokens", [30, 3])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_experts_equal_to_the_anchor_leave_no_room_for_a_move(tokens: int, alpha: float) -> None:
+    anchor = draw(3, 4, 8)
+    rows = Rows([draw(1, tokens, 8)], [draw(2, tokens, 8)])
+    assert not torch.equal(Inputs([rows], 0.1, alpha=alpha).solve(anchor, [anchor]), anchor)
+    assert torch.equal(Inputs([rows], 0.1, alpha=alpha, bound=8.0).solve(anchor, [anchor]), anchor)
 
 
 def test_a_shared_input_is_the_mean_weighted_by_its_square() -> None:
@@ -150,14 +183,14 @@ def test_both_forms_are_the_least_squares_solution(
     parts = [
         [more[: len(rows.merged[0])], more[len(rows.merged[0]) :]] for rows, more in zip(experts, besides, strict=True)
     ]
+    found = anchor.clone()
     for form in (Inputs._primal, Inputs._dual):
-        found = form(Inputs(experts, ridge, alpha=alpha), anchor, weights, parts, anchor.clone())
+        form(Inputs(experts, ridge, alpha=alpha), anchor, weights, parts, found)
         assert torch.allclose(found.double(), expected, **close)
-    assert torch.allclose(  # without what the layer gives besides: products of all pairs of inputs, not token by token
-        Inputs(experts, ridge, alpha=alpha)._primal(anchor, weights, [None] * len(tokens), anchor.clone()).double(),
-        by_least_squares(anchor, weights, experts, ridge, [torch.zeros_like(each) for each in besides], alpha),
-        **close,
-    )
+    # Without what the layer gives besides: products of all pairs of inputs, not token by token.
+    Inputs(experts, ridge, alpha=alpha)._primal(anchor, weights, [None] * len(tokens), found)
+    nothing = [torch.zeros_like(each) for each in besides]
+    assert torch.allclose(found.double(), by_least_squares(anchor, weights, experts, ridge, nothing, alpha), **close)
 
 
 def test_the_dual_form_takes_even_shares_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +214,8 @@ def test_a_large_ridge_gives_the_anchor_and_an_expert_alone_itself() -> None:
 
 def test_a_singular_system_without_ridge_is_finite() -> None:
     rows = [draw(1, 3, 1).expand(3, 8).contiguous()]
-    found = Inputs([Rows(rows, rows)], 0.0)._primal(draw(2, 4, 8), [draw(3, 4, 8)], [None], torch.empty(4, 8))
+    found = torch.empty(4, 8)
+    Inputs([Rows(rows, rows)], 0.0)._primal(draw(2, 4, 8), [draw(3, 4, 8)], [None], found)
     assert bool(found.isfinite().all())
 
 
@@ -271,8 +305,8 @@ def test_rows_of_a_prior_count_as_tokens_of_their_expert(
     all_rows, all_weights = [each for each, _ in seen], [weight for _, weight in seen]
     expected = by_least_squares(anchor, all_weights, all_rows, wanted / in_all, nothing, alpha)
     for form in (Inputs._primal, Inputs._dual):
-        inputs = Inputs(experts, ridge, alpha=alpha, prior=prior)
-        found = form(inputs, anchor, weights, [None] * len(tokens), anchor.clone())
+        found, inputs = anchor.clone(), Inputs(experts, ridge, alpha=alpha, prior=prior)
+        form(inputs, anchor, weights, [None] * len(tokens), found)
         assert torch.allclose(found.double(), expected, rtol=2e-3, atol=2e-3)
 
 

@@ -68,12 +68,16 @@ def test_a_fit_is_not_judged_by_a_row_that_it_has_seen() -> None:
 
 @pytest.mark.parametrize("hold_back", [True, False])
 def test_experts_whose_rows_do_not_judge_are_named(hold_back: bool, family: Family, caplog: Any) -> None:
-    sets = {"a": {"texts": texts(1, 3)}, "b": {"texts": texts(2, 4)}}
+    sets = {"a": {"texts": texts(1, 3)}, "b": {"texts": texts(2, 16)}}
     models = [{"model": str(path), "calibration": name} for path, name in zip(family.experts, sets, strict=True)]
     block = {"calibrations": sets, "hold_back": hold_back}
-    held_back.warn_of_unjudged(prepare(recipe_of(family.base, [], models=models, lewis=block)))
-    [told] = [each for each in caplog.messages if "judges the fit" in each]
-    assert told.startswith(f"{family.math}: no held-back row judges the fit to it") and "got 3 different rows;" in told
+    merge = prepare(recipe_of(family.base, [], models=models, lewis=block, parameters={"bound": 0}))
+    found = held_back.tightened(merge)
+    [said] = [each for each in caplog.messages if "judge the fit" in each]
+    assert said.startswith(f"{family.math}: 0 held-back rows judge the fit to it, expected at least 4")
+    assert "lewis.calibrations.a, which has 3 different rows, to 16 or more" in said
+    name = next(iter(merge.layout))
+    assert (merge.parameters(name)["bound"], found.parameters(name)["bound"]) == (0, held_back.TIGHT)
 
 
 def test_a_set_whose_held_back_rows_have_no_answer_is_named(family: Family, tmp_path: Path, caplog: Any) -> None:
@@ -83,8 +87,8 @@ def test_a_set_whose_held_back_rows_have_no_answer_is_named(family: Family, tmp_
     given = {"dataset": "json", "data_files": str(tmp_path / "rows.jsonl"), "prompt": "w1 w2 ", "answer": "{text}"}
     block = {"calibrations": {"a": given}, "hold_back": True}
     merge = prepare(recipe_of(family.base, [], models=[{"model": str(family.math)}], lewis=block))
-    held_back.warn_of_unjudged(merge)
-    assert any("judges the fit" in each and "got 4 different rows" in each for each in caplog.messages)
+    held_back.tightened(merge)
+    assert any("0 held-back rows judge the fit" in each and "4 different rows" in each for each in caplog.messages)
     assert any("1 of 4 rows have no token of an answer left" in each for each in caplog.messages)
 
 
@@ -102,9 +106,14 @@ def test_rows_that_continue_too_few_prompts_do_not_judge(family: Family, caplog:
     """Other rows of the same prompts judged the fit to these, without a word."""
     models = [{"model": str(family.math)}]
     block = {"calibrations": {"a": {"texts": texts(1, 3), "continue": 4}}, "hold_back": True}
-    held_back.warn_of_unjudged(prepare(recipe_of(family.base, [], models=models, lewis=block)))
-    [told] = [each for each in caplog.messages if "judges the fit" in each]
-    assert "expected at least 4 prompts in lewis.calibrations.a" in told and "got 3 prompts;" in told
+    held_back.tightened(prepare(recipe_of(family.base, [], models=models, lewis=block)))
+    [said] = [each for each in caplog.messages if "judge the fit" in each]
+    assert "0 held-back rows" in said and "lewis.calibrations.a, which has 3 prompts, to 16 or more" in said
+
+
+def distance(mean: float, worst: float, divergence: float = float("nan")) -> Distance:
+    """A distance whose worst row has one token."""
+    return Distance(mean, worst, margin=0.0, strain=worst, divergence=divergence)
 
 
 def held(
@@ -188,7 +197,7 @@ def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    merge, distances = held(family, tmp_path, prior=0.5), [Distance(*each) for each in seen]
+    merge, distances = held(family, tmp_path, prior=0.5), [distance(*each) for each in seen]
     monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
     monkeypatch.setattr(length, "MOST", 0)
     steps: list[int] = []
@@ -204,7 +213,9 @@ def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
         expected = {name: merge.tensor(name) for name in merge.layout}
     else:
         sets = [expert.calibration for expert in merge.experts]
-        values = {"ridge": 0.1, "prior": 0.5} if taken == 0 else {"ridge": 1.0, "prior": 3.0}
+        values = (
+            {"ridge": 0.1, "prior": 0.5, "bound": 2.0} if taken == 0 else {"ridge": 1.0, "prior": 3.0, "bound": 2.0}
+        )
         again = prepare(recipe_of(family.base, family.experts, parameters=values))
         experts = tuple(replace(e, calibration=rows) for e, rows in zip(again.experts, sets, strict=True))
         replace(again, experts=experts).run(plain)
@@ -217,12 +228,12 @@ def test_a_fit_that_does_not_hold_is_repeated_and_then_left_out(
 def test_a_fit_to_statistics_is_judged_if_the_recipe_asks_for_it(
     seen: list[tuple[float, float]], taken: int | None, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge, distances = held(family, tmp_path, method="regmean"), [Distance(*each) for each in seen]
+    merge, distances = held(family, tmp_path, method="regmean"), [distance(*each) for each in seen]
     monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
     monkeypatch.setattr(length, "MOST", 0)
     written = merge.run(tmp_path / "out")
     assert Verdict.from_json(written.manifest["held_back"]).taken == taken and not distances
-    plain = prepare(recipe_of(family.base, family.experts, "regmean", parameters={"ridge": 0.1}))
+    plain = prepare(recipe_of(family.base, family.experts, "regmean", parameters={"ridge": 0.1, "bound": 2.0}))
     experts = [replace(e, calibration=own.calibration) for e, own in zip(plain.experts, merge.experts, strict=True)]
     assert all(own.held_back and not each.held_back for own, each in zip(merge.experts, plain.experts, strict=True))
     replace(plain, experts=tuple(experts)).run(tmp_path / "plain")
@@ -231,9 +242,11 @@ def test_a_fit_to_statistics_is_judged_if_the_recipe_asks_for_it(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_of_whole_texts_only_broken_rows_count(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_texts_are_judged_by_the_divergence_from_the_experts(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The sum of the task vectors of the demo predicts prompts better than its experts, and answers far worse."""
-    distances = [Distance(0.1, 0.7), Distance(0.2, 0.3)]
+    distances = [distance(0.1, 0.7, divergence=0.3), distance(0.2, 0.3, divergence=0.1)]
     monkeypatch.setattr(held_back, "_distance", lambda *_: distances.pop(0))
     monkeypatch.setattr(length, "MOST", 0)
     written = held(family).run(tmp_path / "out")
@@ -310,7 +323,7 @@ def test_an_expert_of_weight_0_judges_nothing(
     verdict = Verdict.from_json(merge.run(tmp_path / "out").manifest["held_back"])
     assert list(verdict.anchor.experts) == list(verdict.gains) == [str(family.math)] and verdict.rows == 2
     assert [len(sets) for sets in judging] == [1] * len(RIDGES)
-    assert "no held-back row judges the fit to it" not in caplog.text
+    assert f"{family.code}: 0 held-back rows judge the fit" not in caplog.text
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
@@ -321,9 +334,35 @@ def test_a_loss_that_is_no_number_is_the_worst(broken: int) -> None:
     assert found.worst == found.mean == float("inf")
 
 
+def test_the_interval_of_the_distance_holds_the_truth() -> None:
+    """Two experts, 8 rows of 5 to 40 tokens each, which lose 0.01 and 0.03 nats per token in the mean."""
+    draw, inside = np.random.default_rng(0), 0
+    for _ in range(400):
+        rows = {ref: draw.integers(5, 40, 8) for ref in ("a", "b")}
+        experts = {ref: [RowLoss(1.0 * n, n) for n in counts] for ref, counts in rows.items()}
+        lost = {ref: draw.normal(mean, 0.2 / np.sqrt(rows[ref])) for ref, mean in (("a", 0.01), ("b", 0.03))}
+        merged = {ref: [RowLoss((1 + d) * n, n) for d, n in zip(lost[ref], rows[ref], strict=True)] for ref in rows}
+        found = held_back._distance(merged, experts)
+        inside += abs(found.mean - 0.02) <= found.margin
+    assert 0.91 < inside / 400 < 0.99
+    assert held_back._distance({"a": [RowLoss(2.0, 1)]}, {"a": [RowLoss(1.0, 1)]}).margin == float("inf")
+
+
+def test_a_fit_that_short_rows_broke_is_refused_by_the_few_rows_that_show_it() -> None:
+    """SQL and numbers in words, 32 plain texts each, no bound: unseen rows lose 0.79, eight of each lose 0.02."""
+    of_sql = [0.23, 0.06, 0.05, 0.03, 0.02, 0.01, 0.01, 0.0]
+    experts = {"sql": [RowLoss(50.0, 50)] * 8, "words": [RowLoss(20.0, 20)] * 8}
+    merged = {"sql": [RowLoss((1 + d) * 50, 50) for d in of_sql], "words": [RowLoss(19.9, 20)] * 8}
+    found = held_back._distance(merged, experts)
+    assert found.mean == pytest.approx(0.0231, abs=1e-3) and found.worst == pytest.approx(0.23)
+    assert found.strain > held_back.STRAIN
+
+
 def test_a_verdict_is_json_that_every_program_reads() -> None:
     nothing = Distance(float("inf"), float("inf"), {"a": float("inf"), "b": 0.1})
-    verdict = Verdict(3, nothing, (nothing, Distance(0.1, 0.2, {"a": 0.1, "b": 0.1})), 1, gains={"b": 0.2})
+    some = Distance(0.1, 0.2, {"a": 0.1, "b": 0.1}, margin=0.05, strain=0.4)
+    verdict = Verdict(3, nothing, (nothing, some), 1, gains={"b": 0.2})
+    assert "+0.1000 ±0.0500, the worst row +0.20; without the fit +inf, the worst row +inf" in verdict.to_text()
     verdict = replace(verdict, length=length.Length((0.2, 0.1, float("inf")), 1))
     data = replace(verdict, gains={"a": float("nan"), "b": 0.2}).to_json()
     assert Verdict.from_json(json.loads(json.dumps(data, allow_nan=False))) == verdict
