@@ -41,7 +41,6 @@ from lewis.merging.fitting.losses import (
     from_json,
     mean_divergence,
     mean_loss,
-    predicts_next_token,
     row_losses,
     to_json,
 )
@@ -172,10 +171,8 @@ class Verdict:
 
 def tightened(merge: Prepared) -> Prepared:
     """Return the merge with a bound of `TIGHT` at most, if too few held-back rows judge its fit; with a warning."""
-    expected = merge.holds_back or merge.method.fits == "forward"
     found = [(each, each.calibration) for each in merge.judging if each.calibration and _held(each) < FEW]
-    found = [(each, rows) for each, rows in found if merge.holds_back or len(by_prompt(rows)) < FEW * EVERY]
-    if not expected or not found or not (any(map(_held, merge.judging)) or predicts_next_token(merge.base)):
+    if not merge.holds_back or not found:
         return merge
     for expert, rows in found:
         what = "prompts" if rows.prompts else "different rows"

@@ -137,7 +137,7 @@ def test_equals_a_plain_implementation(method: str, weighted: bool, family: Fami
             f"s{path.name}": {"data_files": str(tmp_path / f"{path.name}.jsonl"), **SPEC} for path in family.experts
         }
         blocks = {"lewis": {"calibrations": sets}}
-    recipe = recipe_of(family.base, family.experts, method, **blocks)
+    recipe = recipe_of(family.base, family.experts, method, parameters={"ridge": RIDGE, "bound": 0}, **blocks)
     assert weighted == all(expert.calibration.weights is not None for expert in prepare(recipe).experts)
     expected = plainly(prepare(recipe), forward=method == "regmean_forward")
     found = run(recipe, tmp_path / "out")

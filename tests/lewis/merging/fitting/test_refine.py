@@ -18,7 +18,7 @@ from lewis.importance.calibration import Calibration
 from lewis.importance.measure import network_of
 from lewis.merging import forecast
 from lewis.merging.fitting import held_back, length, refine
-from lewis.merging.fitting.held_back import Distance, Verdict
+from lewis.merging.fitting.held_back import Verdict
 from lewis.merging.forecast import Forecast
 from lewis.merging.run import Merge, text_of_fit
 from lewis.methods import Parameter
@@ -30,6 +30,7 @@ from tests.lewis.merging.fitting.test_fit import merge_of, prepare, recipe_of, t
 from tests.lewis.merging.fitting.test_held_back import held
 from tests.lewis.merging.fitting.test_static_fit import mixture
 from tests.lewis.models.test_module_tree import SAMPLES
+from tests.support.distances import distance
 from tests.support.models import write_expert, write_llama, write_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
@@ -38,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 @pytest.fixture
 def apart(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
     """Experts that moved so far that a fit leaves something; of a Llama unless a test names another architecture."""
-    monkeypatch.setattr(held_back, "_distance", lambda *_: Distance(0.1, 0.2))  # a fit to noise may not hold
+    monkeypatch.setattr(held_back, "_distance", lambda *_: distance(0.1, 0.2))  # a fit to noise may not hold
     monkeypatch.setattr(length, "MOST", 0)
     base = tmp_path / "base"
     if getattr(request, "param", "llama") == "llama":
@@ -118,12 +119,12 @@ def test_what_does_not_help_is_left_out(apart: Family, tmp_path: Path, monkeypat
 
 
 def test_training_that_breaks_a_row_is_left_out(apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = iter([Distance(0.2, 0.5), Distance(0.1, 0.5), Distance(0.1, 1.5)])  # anchor, fit, trained
+    values = iter([distance(0.2, 0.5), distance(0.1, 0.5), distance(0.1, 1.5)])  # anchor, fit, trained
     monkeypatch.setattr(held_back, "_distance", lambda *_: next(values))
     monkeypatch.setattr(length, "MOST", 0)
     written = trained(apart).run(tmp_path / "out")
     verdict = Verdict.from_json(written.manifest["held_back"])
-    assert verdict.refined and verdict.refined.taken == 0 and verdict.fits == (Distance(0.1, 0.5),)
+    assert verdict.refined and verdict.refined.taken == 0 and verdict.fits[0].worst == 0.5
     assert "since it did not hold on the held-back rows: divergence " in written.fit
 
 
@@ -150,7 +151,7 @@ def test_training_is_not_taken_that_is_worse_than_the_anchor(
     apart: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fit that breaks a row, as the anchor does, gave way to any training."""
-    values = iter([Distance(0.2, 2.0), Distance(0.1, 1.5), Distance(0.1, 1.5), Distance(0.3, 1.2)])
+    values = iter([distance(0.2, 2.0), distance(0.1, 1.5), distance(0.1, 1.5), distance(0.3, 1.2)])
     monkeypatch.setattr(held_back, "_distance", lambda *_: next(values))
     monkeypatch.setattr(length, "MOST", 0)
     verdict = Verdict.from_json(trained(apart, tmp_path).run(tmp_path / "out").manifest["held_back"])
@@ -166,7 +167,7 @@ def test_rows_count_as_their_expert_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An expert of weight 0, which a fit ignores, was learned from; later, all of weight 0 were a division by zero."""
-    monkeypatch.setattr(held_back, "_distance", lambda *_: Distance(0.1, 0.2))
+    monkeypatch.setattr(held_back, "_distance", lambda *_: distance(0.1, 0.2))
     monkeypatch.setattr(length, "MOST", 0)
     seen, learn, merge = list[refine.Row](), refine.Student.learn, trained(family, epochs=1)
 
@@ -227,7 +228,7 @@ def test_a_router_that_chooses_among_its_outputs_is_left_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Llama 4's gives a pair: it ended in a TypeError."""
-    monkeypatch.setattr(held_back, "_distance", lambda *_: Distance(0.1, 0.2))
+    monkeypatch.setattr(held_back, "_distance", lambda *_: distance(0.1, 0.2))
     monkeypatch.setattr(length, "MOST", 0)
     merge = merge_of("llama4_text", tmp_path, 0.1, Calibration("a", SAMPLES))
     merge = replace(merge, refine=Refine(epochs=2, rank=2, rate=0.001))
@@ -243,7 +244,7 @@ def test_a_merge_that_cannot_be_trained_is_left_as_the_fit(
     only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After a fit to stacked experts alone torch raised a ValueError; if no held-back row counts, it divided by 0."""
-    monkeypatch.setattr(held_back, "_distance", lambda *_: Distance(0.1, 0.2))
+    monkeypatch.setattr(held_back, "_distance", lambda *_: distance(0.1, 0.2))
     monkeypatch.setattr(length, "MOST", 0)
     merge, _ = mixture(tmp_path, True, "regmean_forward")
     (first, second), value = merge.experts, merge.settings.value
