@@ -26,17 +26,17 @@ def answers(questions: Sequence[Question]) -> list[dict[str, Any]]:
     """
     found = {question.key: known(question) for question in questions}
     open_ = list({question.key: question for question in questions if found[question.key] is None}.values())
-    refused = []
+    refused = dict[str, str]()
     if open_:
         from lewis.rehearsal.child import ask_all
 
         for question, said in zip(open_, ask_all(open_), strict=True):
             if "refused" in said:
-                refused.append(str(said["refused"]))
+                refused[question.item] = str(said["refused"])
             else:
                 found[question.key] = said["answer"]
                 content = {"question": question.name, "answer": said["answer"]}
                 store.write_entry(kinds.REHEARSALS.path(question.key), content, indent=None)
     if refused:
-        raise Refused("\n".join(refused))
+        raise Refused(refused)
     return [found[question.key] or {} for question in questions]

@@ -1,11 +1,15 @@
-"""Find the key of a file that makes a library refuse it, by asking again without each key; no key is known by name."""
+"""Find the key of a file that makes a library refuse it, by asking again with another value; no key is known by name.
+
+First each key is left out, then its number is replaced by those that the item suggests (`Question.sizes`). A try takes
+milliseconds, as the library is imported.
+"""
 
 import copy
 import json
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,9 +17,10 @@ import yaml
 
 from lewis.rehearsal.question import Question, UnfitError, version_of
 
-_SECONDS = 20.0  # for all tries of one question
-_WORDS = 600  # longest quotation of a library, in characters
+_SECONDS = 15.0  # for all tries of one question
+_WORDS = 300  # longest quotation of a library, in characters
 _DEEP = 3  # keys of objects in objects are tried down to this depth
+_LEFT_OUT = object()
 _Path = tuple[str, ...]
 
 
@@ -29,20 +34,20 @@ def refusal(question: Question, error: BaseException) -> str:
 
 
 def blamed(question: Question, error: BaseException) -> str:
-    """The message of `refusal` with the file and the key without which the library takes the item, if there is one."""
+    """The message of `refusal`, with file and key if there is a key without which the library takes the item."""
     message, begin = refusal(question, error), f"{question.item}: "
-    deadline = time.monotonic() + _SECONDS
-    found = _culprit(question, sentence(error), deadline)
+    found = _Search(question, sentence(error)).culprit()
     if found is None:
         return message
-    file, path = found
-    return f"{begin}{file}: {'.'.join(path)}: {message.removeprefix(begin)}; accepted without it"
+    file, path, end = found
+    return f"{begin}{file}: {'.'.join(path)}: {message.removeprefix(begin)}{end}"
 
 
 def sentence(error: BaseException) -> str:
     """An error's text on one line; with its kind in front where the text alone says little, such as `'nope'`."""
-    text = " ".join(str(error).split())[:_WORDS]
-    plain = isinstance(error, UnfitError) or (" " in text and not isinstance(error, KeyError))
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error  # else it is in quotation marks
+    text = " ".join(str(said).split())[:_WORDS]
+    plain = isinstance(error, UnfitError) or " " in text
     return text if plain else f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -54,66 +59,113 @@ def _speaker(question: Question, error: BaseException) -> str:
     return names[-1] if names else question.libraries[0]
 
 
-def _culprit(question: Question, said: str, deadline: float) -> tuple[str, _Path] | None:
-    """The file and the key without which the question is answered; those that the library names are tried first."""
-    tries = [
-        (not _named(path[-1], said), len(path), number, name, path)
-        for number, (name, content, _) in enumerate(_contents(question))
-        for path in _paths(content)
-    ]
-    for _, _, _, name, path in sorted(tries):
-        if time.monotonic() > deadline:
+class _Search:
+    """The tries for one question: the library is asked again until the time is over."""
+
+    def __init__(self, question: Question, said: str) -> None:
+        self._question, self._said = question, said
+        self._files = {name: (content, write) for name, content, write in _contents(question)}
+        self._deadline = time.monotonic() + _SECONDS
+
+    def culprit(self) -> tuple[str, _Path, str] | None:
+        """The file, the key, and what to do; keys that the library names are tried first. None: no key by itself."""
+        keys = [
+            (not re.search(rf"(?<!\w){re.escape(path[-1])}(?!\w)", self._said), len(path), name, path)
+            for name, (content, _) in self._files.items()
+            for path in _paths(content)
+        ]
+        keys.sort(key=lambda each: each[:2])
+        others = list[tuple[str, _Path]]()  # keys without which the library says something else
+        for unnamed, depth, name, path in keys:
+            if depth > 1 and unnamed:
+                continue  # the key above it is tried
+            said = self._without(name, path)
+            if said == "":
+                return name, self._narrowed(name, path), "; accepted without it"
+            if said != self._said:
+                others.append((name, path))
+        for _, _, name, path in keys:
+            if isinstance(value := _at(self._files[name][0], path), bool) and self._asked(name, path, not value) == "":
+                return name, path, f"; accepted with {json.dumps(not value)}"
+        if found := self._with_a_number([(name, path, bool(unnamed)) for unnamed, _, name, path in keys]):
+            return found
+        if len(others) == 1:
+            return (*others[0], "; without it the answer is another")
+        return None
+
+    def _narrowed(self, name: str, path: _Path) -> _Path:
+        """The innermost key in a culprit's value that is enough to be left out."""
+        value = _at(self._files[name][0], path)
+        if isinstance(value, dict) and len(value) > 1 and len(path) < _DEEP:
+            for key in value:
+                if self._without(name, (*path, key)) == "":
+                    return self._narrowed(name, (*path, key))
+        return path
+
+    def _with_a_number(self, keys: Sequence[tuple[str, _Path, bool]]) -> tuple[str, _Path, str] | None:
+        """As `culprit`, for a key that should have another number; the nearest number of each key is tried first."""
+        sizes = sorted(set(self._question.sizes()))
+        tries = list[tuple[int, int, str, _Path, int]]()
+        for place, (name, path, unnamed) in enumerate(keys if sizes else ()):
+            value = _at(self._files[name][0], path)
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            if isinstance(value, bool | dict | list) or (unnamed and not is_number):
+                continue
+            number = value if is_number else 0
+            if number > 0 and unnamed and self._asked(name, path, 2 * number) == self._said:
+                continue  # the key has no part in it
+            near = sorted((each for each in sizes if each != value), key=lambda each: abs(each - number))
+            tries += [(rank, place, name, path, each) for rank, each in enumerate(near)]
+        for _, _, name, path, number in sorted(tries):
+            if self._asked(name, path, number) == "":
+                return name, path, f"; accepted with {number}"
+        return None
+
+    def _without(self, name: str, path: _Path) -> str | None:
+        return self._asked(name, path, _LEFT_OUT)
+
+    def _asked(self, name: str, path: _Path, value: Any) -> str | None:
+        """What the library says with another value of a key: empty if it takes the item; None if the time is over."""
+        if time.monotonic() > self._deadline:
             return None
-        if _accepted_without(question, name, path):
-            return name, _narrowed(question, name, path, deadline)
-    return None
+        content, write = self._files[name]
+        changed = copy.deepcopy(content)
+        block = _at(changed, path[:-1])
+        if value is _LEFT_OUT:
+            del block[path[-1]]
+        else:
+            block[path[-1]] = value
+        question = self._question.with_file(name, write(changed))
+        try:
+            return "" if question.takes(question.ask()) else None
+        except Exception as error:
+            return sentence(error)
 
 
-def _narrowed(question: Question, name: str, path: _Path, deadline: float) -> _Path:
-    """The innermost key in a culprit's value that is enough to be left out."""
-    content = next(content for each, content, _ in _contents(question) if each == name)
-    value: Any = content
+def _at(content: Any, path: _Path) -> Any:
     for key in path:
-        value = value[key]
-    if isinstance(value, dict) and len(value) > 1 and len(path) < _DEEP:
-        for key in value:
-            if time.monotonic() < deadline and _accepted_without(question, name, (*path, key)):
-                return _narrowed(question, name, (*path, key), deadline)
-    return path
-
-
-def _accepted_without(question: Question, name: str, path: _Path) -> bool:
-    content, write = next((content, write) for each, content, write in _contents(question) if each == name)
-    block = changed = copy.deepcopy(content)
-    for key in path[:-1]:
-        block = block[key]
-    del block[path[-1]]
-    try:
-        question.with_file(name, write(changed)).ask()
-    except Exception:
-        return False
-    return True
+        content = content[key]
+    return content
 
 
 def _contents(question: Question) -> Iterator[tuple[str, dict[str, Any], Callable[[Any], str]]]:
     """Yield name, content and writer of each file that holds an object in JSON or YAML."""
     for name, text in question.files.items():
-        for read, write in ((json.loads, json.dumps), (_read_yaml, _write_yaml)):
+        is_json = name.endswith(".json")
+        if is_json or name.endswith((".yaml", ".yml")):
             with suppress(ValueError, yaml.YAMLError):
-                content = read(text)
+                content = json.loads(text) if is_json else yaml.load(text, Loader=_Loader)
                 if isinstance(content, dict):
-                    yield name, content, write
-                break
+                    yield name, content, json.dumps if is_json else _write_yaml
 
 
-def _paths(content: Mapping[str, Any]) -> Iterator[_Path]:
-    """The keys at the top, which are tried; `_narrowed` looks into their values."""
-    for key in content:
-        yield (str(key),)
-
-
-def _named(key: str, said: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(key)}(?!\w)", said) is not None
+def _paths(content: Mapping[str, Any], above: _Path = ()) -> Iterator[_Path]:
+    """All keys of an object and of the objects in it."""
+    for key, value in content.items():
+        if isinstance(key, str):
+            yield (*above, key)
+            if isinstance(value, dict) and len(above) + 1 < _DEEP:
+                yield from _paths(value, (*above, key))
 
 
 class _Tagged(str):
@@ -123,11 +175,11 @@ class _Tagged(str):
 
 
 class _Loader(yaml.SafeLoader):
-    pass
+    """Reads scalars with any tag as texts."""
 
 
 class _Dumper(yaml.SafeDumper):
-    pass
+    """Writes what `_Loader` reads."""
 
 
 def _tagged(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
@@ -140,10 +192,6 @@ def _tagged(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
 
 _Loader.add_multi_constructor("!", _tagged)
 _Dumper.add_representer(_Tagged, lambda dumper, value: dumper.represent_scalar(value.tag, str(value)))
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
 
 
 def _write_yaml(content: Any) -> str:

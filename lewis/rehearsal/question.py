@@ -5,7 +5,7 @@ runs on files of others. The answer is plain data, which is kept in the store un
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Self
@@ -15,7 +15,18 @@ from lewis.errors import InputError
 
 
 class Refused(InputError):
-    """A library refuses a config, an adapter or a task, or it does not fit the weights; the message names the key."""
+    """A library refuses a config, an adapter or a task, or it does not fit the weights; the message names the key.
+
+    Attributes:
+        problems: the item of each question that is refused -> the message, which begins with the item.
+    """
+
+    def __init__(self, problems: Mapping[str, str]) -> None:
+        super().__init__("\n".join(problems.values()))
+        self.problems = dict(problems)
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, str]]]:
+        return type(self), (self.problems,)
 
 
 class UnfitError(Exception):
@@ -28,7 +39,8 @@ class Question:
 
     Attributes:
         item: what a message calls it, such as a folder or the reference of a model.
-        files: name -> text that the library is shown: config files, headers as JSON, task files.
+        files: name -> text that the library is shown: config files, headers as JSON, task files. A refusal may name a
+            key of those whose names end with .json, .yaml or .yml.
         settings: further plain JSON that decides the answer.
         place: a folder whose files `ask` reads, too; neither `item` nor `place` is part of the key.
         name: of the kind of question.
@@ -77,6 +89,14 @@ class Question:
             Exception: whatever the library raises.
         """
         raise NotImplementedError
+
+    def takes(self, answer: Mapping[str, Any]) -> bool:
+        """Whether an answer says that the library knows the item; `blame` counts others as no answer."""
+        return True
+
+    def sizes(self) -> Sequence[int]:
+        """Numbers that a key of a file may have had, such as the dimensions of tensors; `blame` tries them."""
+        return ()
 
     def with_file(self, name: str, text: str) -> Self:
         """The same question with another text of one file."""
