@@ -1,4 +1,4 @@
-"""The question to transformers: which network does it build of a config, and do the weights fit it?
+"""The questions to transformers: what does a config mean, which network is built of it, and do the weights fit that?
 
 The model's class loads a state of tensors without values, by `from_pretrained` itself, so that renamed, joined and tied
 weights are found as they will be found later.
@@ -31,11 +31,8 @@ class Network(Question):
     """Does the class of a config load these tensors?
 
     Its files: config.json, generation_config.json if there is one, and the header: tensor -> dtype and shape. Its
-    setting `runs` says whether the network will be run on text, so that it needs a class that generates.
-
-    The answer: `class`, the name of the class, or None if transformers has none here; then `why`. `ties`: whether the
-    config ties the head to the embedding, where it does not say so by the default of its class, and whether that of its
-    language model does.
+    setting `runs` says whether the network will be run on text, so that it needs a class that generates. The answer has
+    `class`, the name of the class, or None if transformers has none here; then `why` says what is lacking.
     """
 
     name, semantics, libraries = "network", 1, ("transformers", "torch")
@@ -74,18 +71,16 @@ class Network(Question):
             UnfitError: if weights are missing, of another shape, or in a layer that the network does not have.
             Exception: whatever transformers raises for the config.
         """
-        from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, __version__
+        from transformers import GenerationConfig, __version__
 
-        kind = json.loads(self.files[CONFIG]).get("model_type", "")
-        if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        config = read_config(self.files[CONFIG])
+        if config is None:
+            kind = json.loads(self.files[CONFIG]).get("model_type")
             return _no_class(f"model_type: expected one that transformers {__version__} knows, got {kind!r}")
-        with tempfile.TemporaryDirectory() as folder:
-            for name in self.files.keys() - {HEADER}:
-                (Path(folder) / name).write_text(self.files[name], encoding="utf-8")
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            if GENERATION in self.files:
-                with suppress(OSError):  # then transformers makes one of the model's config
-                    GenerationConfig.from_pretrained(folder, local_files_only=True)
+        if GENERATION in self.files:
+            with tempfile.TemporaryDirectory() as folder, suppress(OSError):  # then one is made of the model's config
+                (Path(folder) / GENERATION).write_text(self.files[GENERATION], encoding="utf-8")
+                GenerationConfig.from_pretrained(folder, local_files_only=True)
         try:
             return self._loaded(config)
         except ImportError as error:  # a package of this architecture is not installed
@@ -100,7 +95,6 @@ class Network(Question):
         own, text = loading_class(config, runs=self.settings["runs"]), config.get_text_config()
         if own is None:
             return _no_class(f"model_type: transformers has no class for {type(config).__name__}")
-        ties = [bool(getattr(block, "tie_word_embeddings", False)) for block in (config, text)]
         for block in (config, text):  # the weights are read without their quantisation
             with suppress(AttributeError):
                 del block.quantization_config
@@ -119,7 +113,35 @@ class Network(Question):
         )
         for problem in _problems(own.__name__, found):
             raise UnfitError(problem)
-        return {"class": own.__name__, "ties": ties}
+        return {"class": own.__name__}
+
+
+class Completed(Question):
+    """Which values has a config with the defaults of its class? Its only file is config.json.
+
+    The answer has `config`, or None if transformers does not know its `model_type`.
+    """
+
+    name, semantics, libraries, imports = "config", 1, ("transformers",), Network.imports
+
+    def ask(self) -> dict[str, Any]:
+        config = read_config(self.files[CONFIG])
+        return {"config": None if config is None else json.loads(config.to_json_string(use_diff=False))}
+
+    def takes(self, answer: Mapping[str, Any]) -> bool:
+        return answer["config"] is not None
+
+
+def read_config(text: str) -> Any | None:
+    """The config of transformers that a config.json stands for; None if its `model_type` is not known."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = json.loads(text).get("model_type", "")
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def _no_class(why: str) -> dict[str, Any]:
