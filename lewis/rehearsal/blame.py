@@ -82,7 +82,7 @@ class _Search:
             said = self._without(name, path)
             if said == "":
                 return name, self._narrowed(name, path), "; accepted without it"
-            if said != self._said:
+            if said not in (None, self._said):
                 others.append((name, path))
         for _, _, name, path in keys:
             if isinstance(value := _at(self._files[name][0], path), bool) and self._asked(name, path, not value) == "":
