@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from lewis.rehearsal.question import Question, UnfitError, version_of
+from lewis.rehearsal.question import DoubtError, Question, UnfitError, version_of
 
-_SECONDS = 15.0  # for all tries of one question
+_SECONDS = 15.0  # of the processor, for all tries of one question
 _WORDS = 300  # longest quotation of a library, in characters
 _DEEP = 3  # keys of objects in objects are tried down to this depth
 _LEFT_OUT = object()
@@ -33,12 +33,12 @@ def refusal(question: Question, error: BaseException) -> str:
     return f'{question.item}: {library} {version_of(library)} says "{said}"'
 
 
-def blamed(question: Question, error: BaseException) -> str:
-    """The message of `refusal`, with file and key if there is a key without which the library takes the item."""
-    message, begin = refusal(question, error), f"{question.item}: "
+def blamed(question: Question, error: BaseException) -> str | None:
+    """The message of `refusal` with file and key, if there is a key without which the library takes the item."""
     found = _Search(question, sentence(error)).culprit()
     if found is None:
-        return message
+        return None
+    message, begin = refusal(question, error), f"{question.item}: "
     file, path, end = found
     return f"{begin}{file}: {'.'.join(path)}: {message.removeprefix(begin)}{end}"
 
@@ -65,7 +65,7 @@ class _Search:
     def __init__(self, question: Question, said: str) -> None:
         self._question, self._said = question, said
         self._files = {name: (content, write) for name, content, write in _contents(question)}
-        self._deadline = time.monotonic() + _SECONDS
+        self._deadline = time.process_time() + _SECONDS
 
     def culprit(self) -> tuple[str, _Path, str] | None:
         """The file, the key, and what to do; keys that the library names are tried first. None: no key by itself."""
@@ -103,8 +103,8 @@ class _Search:
         return path
 
     def _with_a_number(self, keys: Sequence[tuple[str, _Path, bool]]) -> tuple[str, _Path, str] | None:
-        """As `culprit`, for a key that should have another number; the nearest number of each key is tried first."""
-        sizes = sorted(set(self._question.sizes()))
+        """As `culprit`, for a key that should have another number: one in what was said, else the nearest."""
+        sizes, said = sorted(set(self._question.sizes())), set(map(int, re.findall(r"\d+", self._said)))
         tries = list[tuple[int, int, str, _Path, int]]()
         for place, (name, path, unnamed) in enumerate(keys if sizes else ()):
             value = _at(self._files[name][0], path)
@@ -114,7 +114,8 @@ class _Search:
             number = value if is_number else 0
             if number > 0 and unnamed and self._asked(name, path, 2 * number) == self._said:
                 continue  # the key has no part in it
-            near = sorted((each for each in sizes if each != value), key=lambda each: abs(each - number))
+            others = (each for each in sizes if each != value)
+            near = sorted(others, key=lambda each: (each not in said, abs(each - number)))
             tries += [(rank, place, name, path, each) for rank, each in enumerate(near)]
         for _, _, name, path, number in sorted(tries):
             if self._asked(name, path, number) == "":
@@ -126,7 +127,7 @@ class _Search:
 
     def _asked(self, name: str, path: _Path, value: Any) -> str | None:
         """What the library says with another value of a key: empty if it takes the item; None if the time is over."""
-        if time.monotonic() > self._deadline:
+        if time.process_time() > self._deadline:
             return None
         content, write = self._files[name]
         changed = copy.deepcopy(content)
@@ -139,7 +140,7 @@ class _Search:
         try:
             return "" if question.takes(question.ask()) else None
         except Exception as error:
-            return sentence(error)
+            return sentence(error.failure if isinstance(error, DoubtError) else error)
 
 
 def _at(content: Any, path: _Path) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 from lewis import store
 from lewis.errors import LewisError
 from lewis.rehearsal.blame import blamed, refusal
-from lewis.rehearsal.question import Question
+from lewis.rehearsal.question import DoubtError, Question
 from lewis.walls import isolation
 from lewis.walls.fork_server import Child, Program, new_child, scratch_folder
 from lewis.walls.isolation import without_secrets
@@ -119,17 +119,26 @@ def answer() -> None:
     questions = [_from_json(each) for each in request["questions"]]
     _limit_memory()
     for number, question in enumerate(questions):
-        try:
-            found: dict[str, Any] = {"answer": question.ask()}
-        except MemoryError:
-            found = {"refused": f"{question.item}: {question.libraries[0]} needs more than {MEMORY >> 30} GB for it"}
-        except Exception as error:
-            store.write_json(_first_file(folder, number), {"refused": refusal(question, error)})
-            found = {"refused": blamed(question, error)}
-        store.write_json(_answer_file(folder, number), found)
+        store.write_json(_answer_file(folder, number), _asked(question, _first_file(folder, number)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # to take down the interpreter would copy most of the memory that the fork shares
+
+
+def _asked(question: Question, first: Path) -> dict[str, Any]:
+    """Ask; what the library says first is written to a file, in case the search for the key ends this process."""
+    try:
+        return {"answer": question.ask()}
+    except MemoryError:
+        return {"refused": f"{question.item}: {question.libraries[0]} needs more than {MEMORY >> 30} GB for it"}
+    except DoubtError as error:
+        store.write_json(first, {"answer": error.answer})
+        message = blamed(question, error.failure)
+        return {"refused": message} if message else {"answer": error.answer}
+    except Exception as error:
+        message = refusal(question, error)
+        store.write_json(first, {"refused": message})
+        return {"refused": blamed(question, error) or message}
 
 
 def _from_json(given: Mapping[str, Any]) -> Question:

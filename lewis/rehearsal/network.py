@@ -5,15 +5,17 @@ weights are found as they will be found later.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lewis.rehearsal.question import Question, UnfitError
+from lewis.rehearsal.question import DoubtError, Question, UnfitError
 
 CONFIG, GENERATION, HEADER = "config.json", "generation_config.json", "header"
+_RUN = 1_000_000_000  # of networks with at most so many parameters, logits are computed, which takes a second
 _TABLES = (
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
@@ -65,9 +67,10 @@ class Network(Question):
         return sorted({size for _, shape in header.values() for size in shape} | numbers)
 
     def ask(self) -> dict[str, Any]:
-        """Build the network and load the tensors into it, all without values.
+        """Build the network, load the tensors into it without values, and compute logits with values of our own.
 
         Raises:
+            DoubtError: if no logits, or none that are finite, come of four tokens.
             UnfitError: if weights are missing, of another shape, or in a layer that the network does not have.
             Exception: whatever transformers raises for the config.
         """
@@ -98,22 +101,44 @@ class Network(Question):
         for block in (config, text):  # the weights are read without their quantisation
             with suppress(AttributeError):
                 del block.quantization_config
+        taken = text if own.config_class is type(text) else config  # perhaps the language model alone
+        header = json.loads(self.files[HEADER])
         state = {
             name: torch.empty(shape, dtype=getattr(torch, _DTYPES.get(dtype, "float32")), device="meta")
-            for name, (dtype, shape) in json.loads(self.files[HEADER]).items()
+            for name, (dtype, shape) in header.items()
         }
-        _, found = own.from_pretrained(
-            None,
-            config=text if own.config_class is type(text) else config,  # perhaps the language model alone
-            state_dict=state,
-            device_map="meta",
-            use_kernels=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        options = {"use_kernels": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        _, found = own.from_pretrained(None, config=taken, state_dict=state, device_map="meta", **options)
         for problem in _problems(own.__name__, found):
             raise UnfitError(problem)
-        return {"class": own.__name__}
+        answer = {"class": own.__name__}
+        if own in _registered(config) and sum(math.prod(shape) for _, shape in header.values()) <= _RUN:
+            try:
+                _run(own, taken, {name: shape for name, (_, shape) in header.items()}, options)
+            except Exception as error:
+                raise DoubtError(answer, error) from error
+        return answer
+
+
+def _run(own: Any, config: Any, shapes: Mapping[str, Sequence[int]], options: Mapping[str, Any]) -> None:
+    """Compute logits of four tokens. Each row of a weight is the same one in memory, so that weights take none.
+
+    Raises:
+        UnfitError: if the logits are not finite.
+    """
+    import torch
+
+    rows = {name: torch.linspace(0.01, 0.03, shape[-1] if shape else 1) for name, shape in shapes.items()}
+    state = {name: row.expand(*shapes[name]) if shapes[name] else row[0] for name, row in rows.items()}
+    network, _ = own.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, **options)
+    if hasattr(network, "set_experts_implementation"):
+        network.set_experts_implementation("eager")  # the others take no such weights
+    tokens = torch.tensor([[1, 2, 3, 2]]) % network.get_input_embeddings().weight.shape[0]
+    inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if network.config.is_encoder_decoder else {})
+    with torch.no_grad():
+        logits = network(**inputs).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise UnfitError("its network gives logits that are not finite")
 
 
 class Completed(Question):

@@ -33,6 +33,19 @@ class UnfitError(Exception):
     """Raised by `ask` for what the library takes, but reports as unusable, such as missing weights."""
 
 
+class DoubtError(Exception):
+    """Raised by `ask` for a failure that our way of asking may have caused; it counts if a key of a file is to blame.
+
+    Attributes:
+        answer: what counts if none is.
+        failure: what went wrong.
+    """
+
+    def __init__(self, answer: dict[str, Any], failure: Exception) -> None:
+        super().__init__(str(failure))
+        self.answer, self.failure = answer, failure
+
+
 @dataclass(frozen=True)
 class Question:
     """What a library is shown. A subclass adds no fields, since only these are sent to the child.
@@ -86,6 +99,7 @@ class Question:
 
         Raises:
             UnfitError: for what the library takes and cannot use.
+            DoubtError: for a failure that counts only if a key is to blame.
             Exception: whatever the library raises.
         """
         raise NotImplementedError
