@@ -63,7 +63,7 @@ def completed(home: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         Refused: if transformers refuses the config.
     """
-    if brings_class(config):
+    if brings_class(config) or "model_type" not in config:
         return None
     [found] = answers([Completed(str(home), {CONFIG: json.dumps(config)})])
     whole: dict[str, Any] | None = found["config"]

@@ -76,9 +76,7 @@ class _Search:
         ]
         keys.sort(key=lambda each: each[:2])
         others = list[tuple[str, _Path]]()  # keys without which the library says something else
-        for unnamed, depth, name, path in keys:
-            if depth > 1 and unnamed:
-                continue  # the key above it is tried
+        for _, _, name, path in keys:
             said = self._without(name, path)
             if said == "":
                 return name, self._narrowed(name, path), "; accepted without it"

@@ -133,6 +133,8 @@ def _run(own: Any, config: Any, shapes: Mapping[str, Sequence[int]], options: Ma
     network, _ = own.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, **options)
     if hasattr(network, "set_experts_implementation"):
         network.set_experts_implementation("eager")  # the others take no such weights
+    for block in (network.config, network.config.get_text_config()):
+        block.use_cache = False  # one pass needs none
     tokens = torch.tensor([[1, 2, 3, 2]]) % network.get_input_embeddings().weight.shape[0]
     inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if network.config.is_encoder_decoder else {})
     with torch.no_grad():
