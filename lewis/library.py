@@ -227,11 +227,11 @@ def inspect(
     base, experts = pin_all(recipe)
     others = [pin(str(ref), recipe.root) for ref in candidates]
     first = base or experts[0]
-    preflight(recipe, first, [], network=True, needed=recipe.needs_network)
+    preflight(recipe, first, [], needed=recipe.needs_network)
     fitting, refused = [], []
     for source in experts if base else experts[1:]:
         try:
-            preflight(recipe, first, [source], network=True, needed=recipe.needs_network)
+            preflight(recipe, first, [source], needed=recipe.needs_network)
             fitting.append(download(source))
         except RecipeError:
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,7 @@ import numpy as np
 
 from lewis.errors import InputError
 from lewis.lazy_torch import torch
-from lewis.models.config import class_config, read_config
-from lewis.models.config_check import check_config
-from lewis.models.config_class import ties_head
+from lewis.models.config import read_config
 from lewis.models.dtypes import as_tensor
 from lewis.models.files.folder import is_of_gguf, weight_files
 from lewis.models.files.safetensors_file import TensorFile, same_bits
@@ -22,6 +20,7 @@ from lewis.models.names import EMBEDDINGS, HEADS, is_buffer, unwrapped
 from lewis.models.quantised.find import find
 from lewis.models.quantised.settings import without
 from lewis.models.quantised.stored import Packed, Stored
+from lewis.models.rehearsed import completed
 
 
 class Checkpoint:
@@ -61,12 +60,11 @@ class Checkpoint:
         tensors = self._dequantised()
         if not tensors:
             raise InputError(f"{folder}: its weight files hold no tensor; download it again")
-        check_config(folder, self.config, {name: info.shape for name, info in tensors.items()})
-        self.tied = tied_head(self.config, tensors, lambda: _class_default(folder))
+        self.tied = tied_head(folder, self.config, tensors)
         embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
         for head in self.tied.keys() & tensors.keys():
             if not any(self._same(head, embedding) for embedding in embeddings):
-                if _says_tied(self.config) is None:
+                if _says_tied(self.config) == [None, None]:
                     self.tied = {}  # the class's default is not the model's (Mistral Small 3.1): transformers unties it
                     break
                 raise InputError(
@@ -154,56 +152,30 @@ class Checkpoint:
             self._stored[part].done_with(part)
 
 
-def tied_head(
-    config: Mapping[str, Any], tensors: Iterable[str], default: Callable[[], bool] = lambda: False
-) -> dict[str, str]:
+def tied_head(folder: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str]:
     """Return `{head: embedding}` if the config ties them, else empty. Tied tensors are merged once and stay tied.
 
     Args:
+        folder: of the model.
         config: parsed.
         tensors: the names of the stored tensors.
-        default: whether a head that is stored is tied; only asked if the config does not say.
+
+    Raises:
+        Refused: if the config does not say, and transformers refuses it.
     """
     tensors = list(tensors)
     embedding = next((name for name in tensors if name.endswith(EMBEDDINGS)), None)
     head = next((name for name in tensors if name.endswith(HEADS)), None)
     if embedding is None:
         return {}
-    if head is None:
-        return {} if lacks_head(config, tensors) else {"lm_head.weight": embedding}
-    tied = _says_tied(config)
-    return {head: embedding} if (default() if tied is None else tied) else {}
-
-
-def _says_tied(config: Mapping[str, Any]) -> bool | None:
-    """Whether a config ties the head: its own value, or else that of its language model; None if neither is set."""
-    said = _said(config)
-    tied = said[0] if "tie_word_embeddings" in config else said[1]
-    return None if tied is None else bool(tied)
-
-
-def lacks_head(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
-    """Whether a model stores no head although its config ties none: the model has no head, or its head is lost.
-
-    Without a value in the config, the defaults of its class and of its language model's class count, if all are known.
-
-    Args:
-        config: parsed.
-        tensors: the names of the stored tensors.
-    """
-    said = _said(config)
+    said = _says_tied(config)
     if said == [None, None]:
-        defaults = [ties_head(block) for block in (config, config.get("text_config")) if block]
-        said = [] if None in defaults else defaults
-    return False in said and True not in said and not any(name.endswith(HEADS) for name in tensors)
+        said = _says_tied(completed(folder, config) or {})
+    if head is None:  # if none of them ties it, the model has no head, or its head is lost
+        return {} if False in said and True not in said else {"lm_head.weight": embedding}
+    return {head: embedding} if (said[1] if said[0] is None else said[0]) else {}
 
 
-def _said(config: Mapping[str, Any]) -> list[Any]:
+def _says_tied(config: Mapping[str, Any]) -> list[Any]:
     """Return `tie_word_embeddings` of a config and of that of its language model; None where it is not set."""
     return [block.get("tie_word_embeddings") for block in (config, config.get("text_config") or {})]
-
-
-def _class_default(folder: Path) -> bool:
-    """Whether the model's class ties the head by default. Used only if config.json does not say, since it is slow."""
-    config = class_config(folder, "no tie_word_embeddings, and transformers has no default")
-    return bool(getattr(config, "tie_word_embeddings", False))

@@ -6,25 +6,26 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lewis.errors import InputError
-from lewis.models.checkpoint import lacks_head, tied_head
+from lewis.models.checkpoint import tied_head
 from lewis.models.config import read_config
-from lewis.models.config_check import check_config
 from lewis.models.files.folder import INDEX, weight_files
 from lewis.models.files.safetensors_file import Headers
 from lewis.models.hub import repository
 from lewis.models.hub.pin import Pinned
 from lewis.models.layers.slices import Slice, check_ranges, in_place, slices_of
 from lewis.models.layers.stack import Layers, layers_of, same_tensor
-from lewis.models.layers.stack_config import origins_of, restacked, says_kinds
+from lewis.models.layers.stack_config import changed_keys, origins_of, restacked
 from lewis.models.lora.config import read_settings
 from lewis.models.lora.modules import CONFIG
 from lewis.models.model import Model
 from lewis.models.names import HEADS, PER_TOKEN, Shapes, in_layers
-from lewis.models.network.check import check_network, check_stack
 from lewis.models.network.renamed import differ, match
+from lewis.models.rehearsed import check_networks, question
 from lewis.models.source import Source
 from lewis.models.tokenizer import FIX, TOKENIZER, clash, read_vocabulary, tokenizer_folder
 from lewis.recipe.config import MergeConfig
+from lewis.rehearsal.answers import answers
+from lewis.rehearsal.network import Network
 
 logger = logging.getLogger(__name__)
 
@@ -66,19 +67,17 @@ def preflight(
     base: Source | None,
     experts: Sequence[Source],
     *,
-    network: bool = False,
     needed: bool = False,
 ) -> list[str]:
     """Check configs, names, shapes and filters by the headers of the weight files, before gigabytes are downloaded.
+
+    transformers is asked whether it loads each model (`lewis.rehearsal.network`).
 
     Args:
         config: of the merge.
         base: the base; None: the first expert takes its place.
         experts: in the recipe's order.
-        network: whether to build each model's network without weights, too, which takes seconds. The network of a model
-            that stores no head, and whose config ties none, is always built, and so is that of a stack of slices whose
-            config says of which kind each layer is.
-        needed: whether the run needs the networks; they are then always built.
+        needed: whether the run needs the networks.
 
     Returns:
         A sentence for each model with other names for the base's tensors, on how it is read.
@@ -89,12 +88,13 @@ def preflight(
     """
     sources = [*([base] if base else []), *experts]
     first = sources[0]
-    ours = _check_model(first.model, network, needed, {})
+    headers = {model: _check_model(model) for model in dict.fromkeys(source.model for source in sources)}
+    spared = {} if needed else {name: each for name, each in headers[first.model].items() if config.excludes(name)}
+    asked = {model: _network(model, {**spared, **own}, runs=needed) for model, own in headers.items()}
+    questions = {model: each for model, each in asked.items() if each}
+    shapes: dict[Pinned, Shapes] = {m: {name: shape for name, (_, shape) in own.items()} for m, own in headers.items()}
+    ours = shapes[first.model]
     left_out = {name: shape for name, shape in ours.items() if config.excludes(name)}
-    shapes = {first.model: ours}
-    for model in dict.fromkeys(source.model for source in sources[1:]):
-        if model not in shapes:
-            shapes[model] = _check_model(model, network, needed, left_out)
     for adapter in (adapter for source in sources for adapter in source.adapters):
         folder = repository.fetch(adapter, weights=False)
         with repository.blaming(adapter, CONFIG, "unusable"):
@@ -102,8 +102,10 @@ def preflight(
         _check_tokenizer(adapter, folder)
     by_ref = {source.ref: shapes[source.model] for source in sources}
     models = {source.ref: source.model for source in sources}
-    if config.slices and _preflight_slices(config, first.ref, by_ref, models, network=network or needed):
-        return []
+    if config.slices:
+        check_networks(questions)
+        if _preflight_slices(config, first.ref, by_ref, models):
+            return []
     problems, renamed, by_token = list[str](), list[str](), config.vocabulary is not None
     for source in experts:
         if source.model.commit == first.model.commit:
@@ -118,32 +120,32 @@ def preflight(
         problems += [f"{source.ref}: {problem}" for problem in found]
     if problems:
         raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
+    check_networks(questions)
     config.check_filters(ours, _ties(first.model, ours))
     return renamed
 
 
 def _ties(model: Pinned, shapes: Shapes) -> dict[str, str]:
-    """The head that the config of a model ties to its embedding, as `Checkpoint.tied`; not by its class's default."""
-    return tied_head(read_config(repository.fetch(model, weights=False)), shapes)
+    """The head that the config of a model ties to its embedding, as `Checkpoint.tied`."""
+    home = repository.fetch(model, weights=False)
+    return tied_head(home, read_config(home), shapes)
 
 
-def _check_model(model: Pinned, network: bool, needed: bool, spared: Shapes) -> Shapes:
-    """Check index, config and tokenizer of a full model, and return its tensors' shapes; flags as in `preflight`.
-
-    If the network is not `needed`, the `spared` tensors may be missing: those that are copied from the base.
-    """
+def _check_model(model: Pinned) -> Headers:
+    """Check index, config and tokenizer of a full model, and return its tensors' headers."""
     home = repository.fetch(model, weights=False)
     with repository.blaming(model, INDEX):
         weight_files(home, () if model.is_local else repository.file_names(model))
     with repository.blaming(model, "config.json"):
-        config = read_config(home)
+        read_config(home)
     _check_tokenizer(model, home)
-    shapes = repository.tensor_shapes(model)
-    with repository.blaming(model, "config.json"):
-        check_config(home, config, shapes)
-        if network or needed or lacks_head(config, shapes):
-            check_network(home, config, shapes if needed else {**spared, **shapes}, needed=needed)
-    return shapes
+    return repository.tensor_headers(model)
+
+
+def _network(model: Pinned, headers: Headers, *, runs: bool) -> Network | None:
+    """The question to transformers about a model, which a message calls by its folder or its reference on the Hub."""
+    home = repository.fetch(model, weights=False)
+    return question(home if model.is_local else model.ref, home, read_config(home), headers, runs=runs)
 
 
 def _check_tokenizer(model: Pinned, folder: Path) -> None:
@@ -154,7 +156,7 @@ def _check_tokenizer(model: Pinned, folder: Path) -> None:
 
 
 def _preflight_slices(
-    config: MergeConfig, first: str, shapes: Mapping[str, Shapes], models: Mapping[str, Pinned], *, network: bool
+    config: MergeConfig, first: str, shapes: Mapping[str, Shapes], models: Mapping[str, Pinned]
 ) -> bool:
     """Check stacked slices for `preflight`; return False, with only ranges checked, if every layer stays in its place.
 
@@ -164,7 +166,6 @@ def _preflight_slices(
         shapes: reference of a model -> shapes of its tensors. Models of the slices that are missing here are not
             checked, and then neither filters nor the result are.
         models: reference of a model -> the full model, of which an adapter's is its base.
-        network: whether to build the result's network even if its layers are all of one kind.
     """
     layers = {ref: layers_of(ref, own) for ref, own in shapes.items()}
     counts = {ref: own.count for ref, own in layers.items()}
@@ -189,7 +190,7 @@ def _preflight_slices(
         raise InputError("\n".join([*problems, "expected layers of the same architecture in each slice"]))
     if shapes.keys() >= {entry.model for entry in config.models}:
         config.check_filters(known, _ties(models[first], shapes[first]))
-        _check_stack(slices, first, layers, shapes, models, network=network)
+        _check_stack(slices, first, layers, shapes, models)
     return True
 
 
@@ -199,8 +200,6 @@ def _check_stack(
     layers: Mapping[str, Layers],
     shapes: Mapping[str, Shapes],
     models: Mapping[str, Pinned],
-    *,
-    network: bool,
 ) -> None:
     """Check the config that the result will have, by the network that transformers builds of it; raises InputError.
 
@@ -216,8 +215,10 @@ def _check_stack(
         made |= {new: own[old] for new, old in names.items() if result.number(new) is not None}
     origins = origins_of(slices, homes, configs, {ref: each.count for ref, each in layers.items()})
     stacked = restacked(configs[first], homes[first], origins)
-    if network or says_kinds(configs[first], stacked):
-        check_stack(homes[first], configs[first], shapes[first], stacked, made)
+    keys = ", ".join(changed_keys(configs[first], stacked)) or "order of layers"
+    item = f"{homes[first] / 'config.json'}: slices: with the result's {keys}"
+    if asked := question(item, homes[first], stacked, {name: ("F32", shape) for name, shape in made.items()}):
+        answers([asked])
 
 
 def result_headers(config: MergeConfig, base: Source | None, experts: Sequence[Source]) -> Headers:

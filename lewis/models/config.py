@@ -5,7 +5,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lewis.errors import InputError
 from lewis.input_files import read_json
@@ -34,19 +34,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def class_config(folder: Path, unknown: str) -> Any:
-    """Return a folder's config with all defaults of its class, which takes seconds; an error says what is `unknown`.
+def brings_class(config: Mapping[str, Any]) -> bool:
+    """Whether the class of a config or of its network comes with the model: its `auto_map` names one."""
+    given = config.get("auto_map")
+    return isinstance(given, dict) and any(str(key).startswith(("AutoConfig", "AutoModel")) for key in given)
 
-    Raises:
-        InputError: if transformers does not know the class, or the class refuses the config.
-    """
-    from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # each architecture raises its own kind
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{folder / 'config.json'}: {unknown}: {reason}") from error
+def is_size(value: Any) -> TypeGuard[int]:
+    """Whether a value of a config is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def needs_code(folder: Path, what: str, file: str) -> InputError:

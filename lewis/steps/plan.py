@@ -222,7 +222,7 @@ def make_plan(recipe: Recipe) -> Plan:
         publishing.check_base(recipe.base_model, recipe.root, adapter=recipe.output.kind == "lora")
     check_tasks(recipe)
     base, experts = pin_all(recipe)
-    renamed = preflight(recipe, base, experts, network=recipe.register_as is not None, needed=recipe.needs_network)
+    renamed = preflight(recipe, base, experts, needed=recipe.needs_network)
     check_scored(recipe, base, experts)
     plan = Plan(recipe.name, recipe.merge_method + (f", anchor {recipe.anchor.merge_method}" if recipe.anchor else ""))
     plan.renamed = renamed

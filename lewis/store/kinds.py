@@ -146,6 +146,7 @@ GRAMS = Kind("grams", "*", "grams-", manifest=True, shared="always")  # second-o
 ALLOCATIONS = Kind("allocations", locks="allocation-", shared="always")  # densities
 CALIBRATIONS = Kind("calibrations", locks="calibration-", shared="always")  # token ids of calibration sets
 INSPECTIONS = Kind("inspections", locks="inspection-", shared="always")  # how the weights of base and experts differ
+REHEARSALS = Kind("rehearsals", shared="always")  # what libraries say to configs, adapters and tasks
 GGUF = Kind("gguf", "*", "gguf-", manifest=True)  # a link to a GGUF file, its config, tokenizer, names
 SCORES = Kind("scores", locks="scores-", shared="always")  # results of lm-eval for one model
 ANSWERS = Kind("answers", "*.jsonl", check=None)  # finished batches of unfinished evaluations
@@ -162,7 +163,7 @@ QUARANTINE = Kind("quarantine", "*", check=None, notes_use=False)  # damaged ent
 TABLE = {
     kind.name: kind
     for kind in (
-        *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, GGUF, SCORES),
+        *(MERGED, IMPORTANCE, GRAMS, ALLOCATIONS, CALIBRATIONS, INSPECTIONS, REHEARSALS, GGUF, SCORES),
         *(ANSWERS, DIGESTS, PICTURES, REPORTS, RUN_REPORTS, LOGS, SEARCHES, OUTBOX, SERVED, QUARANTINE),
     )
 }

@@ -38,7 +38,7 @@ def resolve_at(
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE, timeout_seconds=1800, **RETRIES)
 def preflight(recipe: Recipe, base: Source | None, experts: list[Source]) -> None:
     """Check before the download that models fit and can be scored; log what an inspection of their configs finds."""
-    for renamed in compatible.preflight(recipe, base, experts, network=True, needed=recipe.needs_network):
+    for renamed in compatible.preflight(recipe, base, experts, needed=recipe.needs_network):
         logger.info(renamed)
     check_scored(recipe, base, experts)
     settings = inspection_settings(recipe)

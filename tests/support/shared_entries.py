@@ -99,6 +99,7 @@ ENTRIES = {
         Shared(kinds.ALLOCATIONS, "3d", _written(kinds.ALLOCATIONS, {"experts": {"a": 0.5}})),
         Shared(kinds.CALIBRATIONS, ROWS.digest, ROWS.save),
         Shared(kinds.INSPECTIONS, "3d", _written(kinds.INSPECTIONS, {"measures": {"a": 1.5}})),
+        Shared(kinds.REHEARSALS, "3d", _written(kinds.REHEARSALS, {"answer": {"a": 1}})),
         Shared(kinds.PICTURES, store.digest([charts.SEMANTICS, *SHOWN]), _picture),
     )
 }

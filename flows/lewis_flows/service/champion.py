@@ -220,7 +220,7 @@ def command(slot: Slot, model: str, port: int, folder: Path) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """Return a server's environment: no secrets of other parts, but a key for vLLM, as all users can reach its port."""
-    from lewis.evaluation.sandbox.isolation import without_secrets
+    from lewis.walls.isolation import without_secrets
 
     own = {**_OFFLINE, "VLLM_API_KEY": UP_SERVE_KEY.read()}
     return {**_SHARES_CORES, **without_secrets(os.environ), **own}

@@ -14,11 +14,11 @@ from lewis.evaluation.harness import backends, builtin_tasks, process, server
 from lewis.evaluation.harness.permission import check_code, runs_code
 from lewis.evaluation.harness.task_config import as_loaded, check_config
 from lewis.evaluation.harness.task_files import FoundTasks, data_files, find_tasks, reads_hub
-from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.progress import Report, silent
 from lewis.recipe.schema import Backend, Documents, Evaluate
 from lewis.store import digest, file_sha256
+from lewis.walls import isolation
 
 logger = logging.getLogger(__name__)
 

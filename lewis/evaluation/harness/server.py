@@ -23,8 +23,8 @@ from typing import IO, Any
 
 from lewis import guard, settings
 from lewis.errors import InputError, LewisError
-from lewis.evaluation.sandbox.isolation import way_to_the_hub, without_secrets
 from lewis.redact import redacted
+from lewis.walls.isolation import way_to_the_hub, without_secrets
 
 PATIENCE = 1800.0  # seconds until a server that was started must answer
 _GRACE = 15.0  # seconds to end after SIGTERM, before it is killed

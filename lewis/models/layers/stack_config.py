@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.models.config import class_config
-from lewis.models.config_check import is_size
+from lewis.models.config import is_size
 from lewis.models.layers.slices import Slice
+from lewis.models.rehearsed import completed
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _NUMBERS = (  # lists of numbers
@@ -142,11 +142,6 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
     return [key for key in new if new[key] != old.get(key)]
 
 
-def says_kinds(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether `restacked` has changed more than the number of layers."""
-    return not set(changed_keys(before, after)).issubset(_COUNTS)
-
-
 def _counts(block: dict[str, Any], home: Path, *, inner: bool) -> list[str]:
     """Return the keys that give the number of layers; an inner block of a config leaves out default values."""
     keys = [key for key in _COUNTS if isinstance(block.get(key), int)]
@@ -195,8 +190,13 @@ def _with_derived(origin: Origin) -> dict[str, Any]:
     if (whole and not rules) or "layer_types" in block:
         return block
     asked = next(iter(rules), "text_config")
-    made = class_config(origin.home, f"slices: {asked} says of which kind layers are, and transformers cannot tell")
-    lists = {key: value for key, value in _block(made.to_dict()).items() if _is_list(key, value, origin.layers)}
+    made = completed(origin.home, origin.config)
+    if made is None:
+        raise InputError(
+            f"{origin.home / 'config.json'}: slices: {asked} says of which kind layers are, and transformers cannot "
+            "tell, as it does not know the model_type; write layer_types into the config, or use models"
+        )
+    lists = {key: value for key, value in _block(made).items() if _is_list(key, value, origin.layers)}
     added = {key: value for key, value in lists.items() if key not in block}
     if rules and not added and rules != ["sliding_window"]:  # a sliding window may hold for all layers
         raise InputError(

@@ -16,16 +16,10 @@ from typing import Any
 from lewis import private_names
 from lewis.errors import InputError
 from lewis.lazy_torch import nn, torch
-from lewis.models.config import needs_code, read_config
-from lewis.models.config_class import brings_class
+from lewis.models.config import brings_class, needs_code, read_config
+from lewis.rehearsal.network import loading_class
 
 logger = logging.getLogger(__name__)
-_TABLES = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-)
 _BUILDING = Lock()
 _STATE = "recurrent_states"  # an attribute of modules
 
@@ -40,7 +34,9 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        own = _class_of(config)
+        own = loading_class(config, runs=True)
+        if own is None:
+            raise ValueError(f"{type(config).__name__} has no class that generates text")
         text = config.get_text_config()
         for block in (config, text):  # the weights are read without their quantisation
             with suppress(AttributeError):
@@ -106,34 +102,10 @@ def known_network(folder: Path) -> Any | None:
         return None
 
 
-class NoClassError(ValueError):
-    """Raised if transformers has no class that generates text for a config."""
-
-
 @lru_cache(maxsize=2)
 def built(folder: Path, config: bytes) -> Any:
     """Build the network of a folder in fp32, cached by the folder and the bytes of its config.json."""
     return build(folder, torch.float32)
-
-
-def _class_of(config: Any) -> Any:
-    """The class that the config names in `architectures`, if it generates text; else the first that is registered."""
-    import transformers
-
-    registered, wanted = list(_registered(config)), config.architectures or []
-    named = [found for name in wanted if (found := getattr(transformers, name, None)) is not None]
-    own = [each for each in named if each in registered or (each.config_class is type(config) and each.can_generate())]
-    if not own and not registered:
-        raise NoClassError(f"{type(config).__name__} has no class that generates text")
-    return (own or registered)[0]
-
-
-def _registered(config: Any) -> Iterator[Any]:
-    from transformers.models.auto import modeling_auto
-
-    for table in reversed(_TABLES) if config.is_encoder_decoder else _TABLES:
-        found = getattr(modeling_auto, table, {}).get(type(config), ())
-        yield from found if isinstance(found, tuple | list) else [found]
 
 
 def text_tower(network: Any) -> Any:

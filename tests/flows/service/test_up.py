@@ -22,7 +22,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from mlflow import MlflowClient
 
-from lewis.evaluation.sandbox import isolation
+from lewis.walls import isolation
 from tests.conftest import Family
 from tests.flows.conftest import TASK, write_words
 from tests.flows.test_run import SLOW

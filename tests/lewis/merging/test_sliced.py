@@ -350,16 +350,21 @@ def test_a_rule_is_written_as_the_list_that_transformers_makes_of_it(tmp_path: P
     assert found["layer_types"] == ["sliding_attention", "full_attention", "full_attention"]
 
 
-def preflight(*slices: dict[str, Any], network: bool = False) -> None:
+def preflight(*slices: dict[str, Any]) -> None:
     """Check a stack before any work, by headers alone."""
     recipe = parse(sliced("passthrough", *([each] for each in slices)))
-    pipeline.preflight(recipe, *pipeline.pin_all(recipe), network=network)
+    pipeline.preflight(recipe, *pipeline.pin_all(recipe))
 
 
 UNLIKE: dict[str, tuple[str, tuple[int, int], str]] = {
-    "rows for all layers": ("gemma4_text", (1, 2), "'model.embed_tokens_per_layer.weight' has shape [128, 64]"),
-    "a first layer of its own": ("modernbert-decoder", (0, 1), "'model.layers.2.attn_norm.weight' is in the network"),
-    "two layers, two limits": ("bamba", (1, 2), "transformers cannot build this model: Validation error"),
+    "a second number of layers": ("xlstm", (1, 2), "the weights have 'backbone.blocks.2."),
+    "rows for all layers": ("gemma4_text", (1, 2), "'model.embed_tokens_per_layer.weight' has shape "),
+    "a first layer of its own": (
+        "modernbert-decoder",
+        (0, 1),
+        "ModernBertDecoderForCausalLM has 'model.layers.2.attn_norm.weight' that",
+    ),
+    "two layers, two limits": ("bamba", (1, 2), "transformers "),
 }
 
 
@@ -367,30 +372,18 @@ UNLIKE: dict[str, tuple[str, tuple[int, int], str]] = {
 def test_a_stack_that_is_not_its_configs_network_is_refused_before_any_work(what: str, tmp_path: Path) -> None:
     kind, last, message = UNLIKE[what]
     tiny(kind).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"slices: with the result's .*num_hidden_layers.*: " + re.escape(message)):
+    with pytest.raises(InputError, match=r"slices: with the result's .*num_hidden_layers.*: .*" + re.escape(message)):
         preflight(source(tmp_path, 0, 2), source(tmp_path, *last))
-
-
-def test_a_stack_of_one_kind_of_layers_is_built_only_where_networks_are(tmp_path: Path) -> None:
-    """Its config has the number of layers a second time, as num_blocks, which does not follow."""
-    tiny("xlstm").save_pretrained(tmp_path)
-    parts = [source(tmp_path, 0, 2), source(tmp_path, 1, 2)]
-    preflight(*parts)
-    with pytest.raises(InputError, match=r"num_hidden_layers: 'backbone.blocks.2.* is in the weights, but not in the"):
-        preflight(*parts, network=True)
 
 
 def test_a_stack_is_not_blamed_for_what_its_model_has_otherwise(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
-    preflight(source(tmp_path, 0, 2), source(tmp_path, 1, 2), network=True)
+    preflight(source(tmp_path, 0, 2), source(tmp_path, 1, 2))
     tensors = load_file(tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
-    renamed = {name.replace("q_proj", "query"): each for name, each in tensors.items()}
-    other = write_tensors(tmp_path / "other", renamed, **config)
-    preflight(source(other, 0, 2), source(other, 1, 2), network=True)
     tied = {name: each for name, each in tensors.items() if name != "lm_head.weight"}
     lent = write_tensors(tmp_path / "tied", tied, **{**config, "tie_word_embeddings": True})
-    preflight(source(tmp_path, 0, 2), source(lent, 1, 2), network=True)
+    preflight(source(tmp_path, 0, 2), source(lent, 1, 2))
 
 
 @pytest.mark.parametrize("wanted, expected", [("auto", "{{ 2 }}"), ("{{ messages }}", "{{ messages }}")])

@@ -381,6 +381,6 @@ def test_the_backend_its_arguments_and_the_server_are_a_part_of_the_scores_diges
 
 def test_the_environment_of_an_evaluation_has_no_key_of_a_backend() -> None:
     given = {"VLLM_ATTENTION_BACKEND": "x", "VLLM_API_KEY": "secret", "SGLANG_API_TOKEN": "secret"}
-    from lewis.evaluation.sandbox.isolation import without_secrets
+    from lewis.walls.isolation import without_secrets
 
     assert {name for name in without_secrets(given) if name in given} == {"VLLM_ATTENTION_BACKEND"}

@@ -34,15 +34,16 @@ from lewis.errors import InputError, LewisError
 from lewis.evaluation import step
 from lewis.evaluation.harness import process
 from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate, tasks_digest
+from lewis.evaluation.harness.process import LM_EVAL
 from lewis.evaluation.harness.task_config import check_config
 from lewis.evaluation.harness.task_files import TaskFile
 from lewis.evaluation.harness.task_metrics import configs_and_scores
 from lewis.evaluation.results_folder import read_results
-from lewis.evaluation.sandbox import isolation
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY, Scored
 from lewis.evaluation.statistics.scores import Evaluated, Score, read_texts, score_table
 from lewis.models.source import ModelFiles
 from lewis.store import kinds
+from lewis.walls import fork_server, isolation
 from tests.conftest import POINTS
 from tests.support.canary import CANARY
 from tests.support.local_hub import LocalHub
@@ -218,7 +219,7 @@ def held(lock: Path) -> bool:
 
 def servers() -> set[int]:
     """The Pythons of fork servers of this process, their keepers and children; other workers of pytest have theirs."""
-    found, ours = set(), f"TMPDIR={process._seen(os.getpid())}".encode()
+    found, ours = set(), f"TMPDIR={fork_server._seen(os.getpid())}".encode()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().split(b"\0")
@@ -525,11 +526,14 @@ class TestTrust:
         with (root / "tasks/faulty.py").open("a") as more:
             more.write(f"\nopen('{seen}2', 'w').write(repr(dict(os.environ)))\n")
         common = isolation.without_secrets(os.environ)
-        other, before = process.new_child(common, loaded=True, network=False, shown=(root,)), process._servers[False]
+        other, before = (
+            fork_server.new_child(LM_EVAL, common, loaded=True, network=False, shown=(root,)),
+            fork_server._servers[LM_EVAL.module, False],
+        )
         try:
             os.write(other._stdin, json.dumps({"environment": {"HF_TOKEN": SECRET}}).encode())  # it waits for the rest
             evaluate(model, EvalSettings((task,), root, limit=1, allow_code_execution=True))
-            assert other.poll() is None and process._servers[False] is before
+            assert other.poll() is None and fork_server._servers[LM_EVAL.module, False] is before
         finally:
             other.end()
         for text in (seen.read_text(), Path(f"{seen}2").read_text()):
@@ -618,23 +622,26 @@ class TestBadEnds:
 
     def test_a_killed_server_is_replaced(self, model, root):
         evaluate(model, EvalSettings(("pets",), root))
-        dead = process._servers[False]
+        dead = fork_server._servers[LM_EVAL.module, False]
         dead._process.kill()
         dead._process.wait()
         assert select.select([dead._socket], [], [], 10)[0]  # what runs in its namespaces has ended too
         assert evaluate(model, EvalSettings(("pets",), root)).scores
-        assert process._servers[False] is not dead
+        assert fork_server._servers[LM_EVAL.module, False] is not dead
 
     def test_for_a_device_that_a_fork_would_break_nothing_is_loaded_before(self):
-        before, others = process._servers[False], servers()
-        child = process.new_child(dict(os.environ), loaded=False, network=False)
+        before, others = fork_server._servers[LM_EVAL.module, False], servers()
+        child = fork_server.new_child(LM_EVAL, dict(os.environ), loaded=False, network=False)
         assert wait_until(lambda: child.poll() is None and len(servers() - others) >= 3)  # server, keeper, child
         maps = [Path(f"/proc/{pid}/maps").read_text() for pid in servers() - others]
         child.send({})  # without an environment
         assert wait_until(lambda: child.poll() == 1)
         assert "KeyError: 'environment'" in os.read(child.stdout, 65536).decode()
         child.end()
-        assert all("python" in each and "torch" not in each for each in maps) and process._servers[False] is before
+        assert (
+            all("python" in each and "torch" not in each for each in maps)
+            and fork_server._servers[LM_EVAL.module, False] is before
+        )
 
 
 class TestOtherSurroundings:

@@ -12,7 +12,7 @@ from lewis.errors import InputError
 from lewis.evaluation.harness import child, permission
 from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate
 from lewis.evaluation.harness.task_files import find_tasks, reads_hub
-from lewis.evaluation.sandbox import isolation
+from lewis.walls import isolation
 
 TASK = {
     **{"task": "own", "dataset_path": "org/pets", "test_split": "test", "output_type": "generate_until"},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lewis.evaluation.sandbox import isolation
+from lewis.walls import isolation
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,7 +75,7 @@ def test_folders_within_each_other_and_links(tmp_path: Path, monkeypatch: pytest
 
 CAT = """
 import os, sys
-from lewis.evaluation.sandbox import isolation
+from lewis.walls import isolation
 isolation._INSTALLED = (sys.argv[1],)
 os.execvp("unshare", [*isolation.namespaces(network=False), "cat", *sys.argv[2:]])
 """

@@ -1,0 +1,70 @@
+"""What transformers says to a model: the questions of `lewis.rehearsal.network` about a folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lewis.errors import LewisError
+from lewis.models.broken import broken
+from lewis.models.config import brings_class
+from lewis.models.files.safetensors_file import Headers
+from lewis.models.hub.pin import Pinned
+from lewis.rehearsal.answers import answers
+from lewis.rehearsal.network import CONFIG, Completed, Network
+from lewis.rehearsal.question import Refused
+
+
+def question(
+    item: object, home: Path, config: Mapping[str, Any], header: Headers, *, runs: bool = False
+) -> Network | None:
+    """The question whether transformers builds the network of a config and loads its tensors; no weight is read.
+
+    Args:
+        item: what messages call it.
+        home: the folder with the model's generation_config.json.
+        config: parsed.
+        header: of the tensors.
+        runs: whether the network will be run on text.
+
+    Returns:
+        None for a model whose class comes with it, which transformers cannot build without its code.
+    """
+    return None if brings_class(config) else Network.of(str(item), home, config, header, runs=runs)
+
+
+def check_networks(asked: Mapping[Pinned, Network]) -> None:
+    """Ask about all models, and refuse those whose configs or weights transformers does not take.
+
+    Raises:
+        Refused: naming each model, the key of its config and what transformers says.
+        BrokenModelError: instead, if the first of them is a commit of the Hub.
+        LewisError: if a network will be run, and transformers has none for its config.
+    """
+    try:
+        found = answers(list(asked.values()))
+    except Refused as error:
+        pinned = next(each for each, question in asked.items() if question.item in error.problems)
+        if pinned.is_local:
+            raise
+        why = "\n".join(message.removeprefix(f"{pinned.ref}: ") for message in error.problems.values())
+        raise broken(pinned.ref, why, pinned.commit) from error
+    for each, answer in zip(asked.values(), found, strict=True):
+        if each.settings["runs"] and answer["class"] is None:
+            raise LewisError(
+                f"{each.item}: config.json: {answer['why']}; upgrade transformers, or merge the model without a "
+                "lewis block and without evaluating it"
+            )
+
+
+def completed(home: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A config with all defaults of its class; None if transformers does not know it, or its class comes with it.
+
+    Raises:
+        Refused: if transformers refuses the config.
+    """
+    if brings_class(config) or "model_type" not in config:
+        return None
+    [found] = answers([Completed(str(home), {CONFIG: json.dumps(config)})])
+    whole: dict[str, Any] | None = found["config"]
+    return whole
