@@ -213,30 +213,31 @@ def greedy_continuations(lm: Any, prompts: Sequence[str], tokens: int) -> list[s
     return list(lm.generate_until(asked, disable_tqdm=True)) if asked else []
 
 
-def _answers(rows: list[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[str, str]]:
-    """Prompt and reference answer of each document that has one."""
+def _answers(rows: list[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[str, str, float | None]]:
+    """Prompt and reference answer of each document that has one, and the answer's log-likelihood if that is known."""
     for task, row in rows:
-        arguments, target = row["arguments"], row["target"]
-        if task.OUTPUT_TYPE == "loglikelihood":
-            yield arguments[0][0], arguments[0][1]
-        elif task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, int) and 0 <= target < len(arguments):
+        arguments, target, kind = row["arguments"], row["target"], task.OUTPUT_TYPE
+        target = 0 if kind == "loglikelihood" else target
+        if kind in ("loglikelihood", "multiple_choice") and isinstance(target, int) and 0 <= target < len(arguments):
             if arguments[target][1]:  # an empty one has no likelihood
-                yield arguments[target][0], arguments[target][1]
-        elif task.OUTPUT_TYPE == "generate_until":
+                yield arguments[target][0], arguments[target][1], float(row["resps"][target][0][0])
+        elif kind == "generate_until":
             answer = next(texts_in(target), "")
             if answer.strip():
-                yield arguments[0][0], f"{task.config.target_delimiter}{answer}"
+                yield arguments[0][0], f"{task.config.target_delimiter}{answer}", None
 
 
-def _perplexity(lm: Any, answers: list[tuple[str, str]]) -> float | None:
+def _perplexity(lm: Any, answers: list[tuple[str, str, float | None]]) -> float | None:
     """Perplexity per token over reference answers; None without such answers, without a tokenizer, or with thinking."""
     from lm_eval.api.instance import Instance
 
     if lm.tokenizer is None or getattr(lm, "enable_thinking", None):  # a chat with a server has no likelihoods
         return None
-    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(answers)]
-    tokens = sum(len(lm.tok_encode(answer, add_special_tokens=False)) for _, answer in answers)
+    tokens = sum(len(lm.tok_encode(answer, add_special_tokens=False)) for _, answer, _ in answers)
     if not tokens:
         return None
-    mean = sum(found[0] for found in lm.loglikelihood(requests, disable_tqdm=True)) / tokens
+    pairs = [(prompt, answer) for prompt, answer, known in answers if known is None]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    computed = [found[0] for found in lm.loglikelihood(requests, disable_tqdm=True)] if requests else []
+    mean = (sum(known for *_, known in answers if known is not None) + sum(computed)) / tokens
     return math.inf if -mean >= 700 else math.exp(-mean)  # NaN stays NaN
