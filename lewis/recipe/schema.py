@@ -1,12 +1,14 @@
 """The schema of a recipe's blocks, except `slices`, `anchor`, `tokenizer` and `serve`, which have their own modules."""
 
-from collections.abc import Iterator, Mapping
+import string
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from lewis.allocators import ALLOCATORS, DEFAULT, Allocator
+from lewis.allocators import ALLOCATORS, DEFAULT, Allocator, target_of
 from lewis.errors import nearest
+from lewis.recipe import model_args
 from lewis.recipe.block import Block, ModelName, Parameters
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -28,21 +30,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # name -> settings that `lewi
 }
 FREE = ("samples", "max_tokens", "seed", "min", "max", "prune_ratio")  # settings of a preset that a recipe may change
 GUIDES = ("preset", "importance", "prune_by", "aim", "density")  # keys of the `lewis` block that decide densities
-
-
-def contradictions(block: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a problem for each setting in a `lewis` block that contradicts the block's preset."""
-    preset = PRESETS.get(str(block.get("preset")))
-    if preset is None:
-        return
-    places = [(name, name, block.get(name)) for name in ("importance", "density")]
-    sets = block.get("calibrations") or {}
-    places += [(f"calibrations.{name}", "calibration", each) for name, each in sets.items()]
-    for where, kind, given in places:
-        for key, value in given.items() if isinstance(given, dict) else ():
-            wanted = preset[kind].get(key, value)
-            if value != wanted and key not in FREE:
-                yield f"lewis.{where}.{key}: preset {block['preset']} has {wanted!r}, got {value!r}; leave one out"
 
 
 class ModelEntry(Block):
@@ -126,6 +113,23 @@ class CalibrationSet(Block):
             raise ValueError("inline `texts` take no `text`, `prompt`, `messages`, `weight`, `config` or `data_files`")
         return self
 
+    def _contradictions(self) -> Iterator[str]:
+        """Yield a problem if there is no text, and for templates that are none or would turn all rows into one."""
+        if self.texts is not None and not any(each.strip() for each in self.texts):
+            yield f"texts: expected texts, got {'empty ones' if self.texts else 'none'}"
+        given, fields = (
+            {key: getattr(self, key) for key in ("text", "prompt", "answer") if getattr(self, key)},
+            list[str](),
+        )
+        for key, template in given.items():
+            try:
+                fields += [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+            except ValueError as error:
+                yield f"{key}: {template!r} is no template: {error}; write {{{{ for a brace"
+                fields.append(template)
+        if given and not fields:
+            yield f'{key}: expected names of columns, such as "{{question}} {{answer}}", got {template!r}'
+
     @property
     def prompt_weight(self) -> float:
         """How much a token of a prompt counts, where one of an answer counts 1."""
@@ -188,6 +192,27 @@ class Density(Block):
         """The allocator that `strategy` names."""
         return ALLOCATORS.find(self.strategy)
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest density that a layer can get."""
+        return (self.min, self.max) if self.allocator.guides else (target_of(self), target_of(self))
+
+    def _contradictions(self) -> Iterator[str]:
+        low, high, budget, allocator = self.min, self.max, self.budget, self.allocator
+        if budget is not None and not allocator.guides:  # the default bounds do not apply to it
+            low, high = (
+                (low if "min" in self.model_fields_set else 0.0),
+                (high if "max" in self.model_fields_set else 1.0),
+            )
+        if low > high:
+            yield f"min: expected 0 < min <= max <= 1, got min={low}, max={high}"
+        elif budget is not None and not low <= budget <= high:
+            yield f"budget: expected min <= budget <= max, got min={low}, budget={budget}, max={high}"
+        for key in {"scale", "decimals"} & self.model_fields_set - {*allocator.uses}:
+            if getattr(self, key) is not None:
+                others = " or ".join(each.name for each in ALLOCATORS.values() if key in each.uses)
+                yield f"{key}: {allocator.name} has no use for it; leave it out, or use {others}"
+
 
 class Aim(Block):
     """Shrink the merged delta where the base's activations are large (`lewis.allocation.step.aim`, arXiv 2502.02421).
@@ -234,6 +259,30 @@ class Lewis(Block):
     prune_by: Literal["magnitude", "activation"] = "magnitude"
     density: Density = Density()
     aim: Aim | None = None
+
+    @property
+    def runs_models(self) -> bool:
+        """Whether models are run to decide the densities, or for `prune_by` or `aim`."""
+        return self.evidence != "nothing" or self.prune_by == "activation" or self.aim is not None
+
+    @property
+    def guides(self) -> list[str]:
+        """The keys of the block by which the recipe says how densities are decided."""
+        given = [key for key in GUIDES if key in self.model_fields_set and getattr(self, key) is not None]
+        return [key for key in given if self.preset is None or key not in PRESETS[self.preset]]
+
+    def _contradictions(self) -> Iterator[str]:
+        metric, allocator = self.importance.metric, self.density.allocator
+        if "metric" in self.importance.model_fields_set and allocator.evidence_by(metric) != metric:
+            others = " or ".join(each.name for each in ALLOCATORS.values() if each.evidence == "metric")
+            yield f"importance.metric: {allocator.name} has no use for {metric!r}; leave it out, or use {others}"
+        preset = PRESETS[self.preset] if self.preset else {}
+        blocks: dict[str, Block] = {"importance": self.importance, "density": self.density}
+        blocks |= {f"calibrations.{name}": each for name, each in self.calibrations.items()}
+        for where, block in blocks.items():
+            for key, wanted in preset.get("calibration" if "." in where else where, {}).items():
+                if key not in FREE and (given := getattr(block, key)) != wanted:
+                    yield f"{where}.{key}: preset {self.preset} has {wanted!r}, got {given!r}; leave one out"
 
     @property
     def evidence(self) -> str:
@@ -354,6 +403,19 @@ class Evaluate(Block):
         if self.documents == "by_release" and self.limit is None:
             raise ValueError("`documents: by_release` draws `limit` documents for each merge: set `limit`")
         return self
+
+    def _contradictions(self) -> Iterator[str]:
+        yield from (f"model_args.{line}" for line in model_args.problems_of(self.backend, self.model_args))
+        if self.runs_model_code and not self.allow_code_execution:
+            yield (
+                "model_args.trust_remote_code: it runs code that comes with a model; if you trust all models of the "
+                "recipe, say `allow_code_execution: true` in the block `evaluate`, or else leave it out"
+            )
+        if self.model_args.get("chat") is True and not self.apply_chat_template:
+            yield (
+                "model_args.chat: the server is asked in chats then; say `apply_chat_template: true` in the block "
+                "`evaluate` too"
+            )
 
     @property
     def completes(self) -> bool:

@@ -116,12 +116,12 @@ class TestMistakes:
             """
         )
         assert [problem.partition(":")[0] for problem in found] == [
+            "merge_method",
             "models[0].calibraton",
             "seed",
             "lewis.calibrations.s.sample",
-            "dtypes",
-            "merge_method",
             "lewis.density.min",
+            "dtypes",
         ]
 
     @pytest.mark.parametrize(
