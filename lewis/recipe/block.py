@@ -84,7 +84,11 @@ def _switches_as_text(value: Any) -> Any:
 
 
 class Problems(ValueError):
-    """Problems that a validator finds in a block, each a line that begins with the YAML path of a key in the block."""
+    """Problems that a validator finds in a block.
+
+    Attributes:
+        lines: each begins with the YAML path of a key in the block, or with a colon if it is of the whole block.
+    """
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.lines = tuple(lines)

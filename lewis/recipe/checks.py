@@ -266,10 +266,9 @@ def of_spellings(config: MergeConfig, root: Path) -> Iterator[str]:
         config: names the models.
         root: the folder that relative paths start from.
     """
-    listed = [(f"{path}.model", name) for name, path in config.places.items()]
-    base = [("base_model", config.base_model)] if config.base_model is not None else []
+    named = {"base_model": config.base_model} if config.base_model else {}
     first: dict[tuple[str, ...], tuple[str, str]] = {}
-    for path, name in [*base, *listed]:
+    for path, name in (named | {f"{path}.model": name for name, path in config.places.items()}).items():
         where, known = first.setdefault(_place(name, root), (path, name))
         if known != name:
             yield f"{path}: {name!r} is {where} {known!r}, written in another way; give it once"

@@ -97,8 +97,8 @@ def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
             lines.append(f"{where}: missing; it is required")
         elif kind == "value_error":
             found = problem["ctx"]["error"]
-            inner = [f".{line}" for line in found.lines] if isinstance(found, Problems) else [f": {found}"]
-            lines += [f"{where}{line}" if where else line.lstrip(".: ") for line in inner]
+            inner = found.lines if isinstance(found, Problems) else [f": {found}"]
+            lines += [where + (line if line.startswith(":") or not where else f".{line}") for line in inner]
         elif kind == "string_pattern_mismatch" and (
             words := _PATTERNS.get(problem["ctx"]["pattern"].removeprefix("^$|"))
         ):

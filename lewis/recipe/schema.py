@@ -88,46 +88,39 @@ class CalibrationSet(Block):
     seed: int = Field(default=42, ge=0)
     padding: Literal["none", "max_tokens"] = "none"
 
-    @model_validator(mode="after")
-    def _one_source(self) -> "CalibrationSet":
-        if (self.dataset is None) == (self.texts is None):
-            raise ValueError("expected either `dataset` or inline `texts`")
+    def _contradictions(self) -> Iterator[str]:
         pair = (self.prompt or self.answer) is not None
-        if self.continues and (not (self.prompt or self.texts) or self.answer or self.padding != "none"):
-            raise ValueError(
-                "`continue` has the expert write the answers: expected `prompt`, or `texts` that are prompts, without "
-                "`answer` and `padding`"
+        if (self.dataset is None) == (self.texts is None):
+            yield ": expected either `dataset` or inline `texts`"
+        elif self.continues and (not (self.prompt or self.texts) or self.answer or self.padding != "none"):
+            yield (
+                ": `continue` has the expert write the answers: expected `prompt`, or `texts` that are prompts, "
+                "without `answer` and `padding`"
             )
-        if pair and not (self.prompt and (self.answer or self.continues)):
-            raise ValueError(
-                'expected both `prompt` and `answer`, such as "Question: {question}\\nAnswer:" and " {answer}"'
-            )
-        if self.dataset is not None and sum((bool(self.text), pair, bool(self.messages))) != 1:
-            raise ValueError(
-                'expected one of: `text`, a template such as "{question} {answer}" that turns a row into text; '
+        elif pair and not (self.prompt and (self.answer or self.continues)):
+            yield ': expected both `prompt` and `answer`, such as "Question: {question}\\nAnswer:" and " {answer}"'
+        elif self.dataset is not None and sum((bool(self.text), pair, bool(self.messages))) != 1:
+            yield (
+                ': expected one of: `text`, a template such as "{question} {answer}" that turns a row into text; '
                 "`prompt` with `answer`; or `messages`, the column of a chat"
             )
-        if (self.dataset or "").partition("@")[0] in LOCAL and not self.data_files:
-            raise ValueError(f"dataset {self.dataset!r} needs `data_files`")
-        if self.texts is not None and any((self.text, pair, self.messages, self.weight, self.data_files, self.config)):
-            raise ValueError("inline `texts` take no `text`, `prompt`, `messages`, `weight`, `config` or `data_files`")
-        return self
-
-    def _contradictions(self) -> Iterator[str]:
-        """Yield a problem if there is no text, and for templates that are none or would turn all rows into one."""
+        elif (self.dataset or "").partition("@")[0] in LOCAL and not self.data_files:
+            yield f": dataset {self.dataset!r} needs `data_files`"
+        elif self.texts is not None and (
+            self.text or pair or self.messages or self.weight or self.data_files or self.config
+        ):
+            yield ": inline `texts` take no `text`, `prompt`, `messages`, `weight`, `config` or `data_files`"
         if self.texts is not None and not any(each.strip() for each in self.texts):
             yield f"texts: expected texts, got {'empty ones' if self.texts else 'none'}"
-        given, fields = (
-            {key: getattr(self, key) for key in ("text", "prompt", "answer") if getattr(self, key)},
-            list[str](),
-        )
-        for key, template in given.items():
+        fields, template = list[str](), ""
+        for key in (key for key in ("text", "prompt", "answer") if getattr(self, key)):
+            template = getattr(self, key)
             try:
                 fields += [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
             except ValueError as error:
                 yield f"{key}: {template!r} is no template: {error}; write {{{{ for a brace"
                 fields.append(template)
-        if given and not fields:
+        if template and not fields:  # all rows would be the same text
             yield f'{key}: expected names of columns, such as "{{question}} {{answer}}", got {template!r}'
 
     @property
@@ -323,12 +316,10 @@ class Output(Block):
     rank: int | None = Field(default=None, ge=1)
     tolerance: float | None = Field(default=None, gt=0, lt=1)
 
-    @model_validator(mode="after")
-    def _has_a_size(self) -> "Output":
+    def _contradictions(self) -> Iterator[str]:
         if (self.kind == "lora") == (self.rank is None and self.tolerance is None):
-            full = "full takes no `rank` or `tolerance`; did you mean kind: lora?"
-            raise ValueError(full if self.kind == "full" else "kind lora needs `rank`, `tolerance` or both")
-        return self
+            full = ": full takes no `rank` or `tolerance`; did you mean kind: lora?"
+            yield full if self.kind == "full" else ": kind lora needs `rank`, `tolerance` or both"
 
 
 class Inspect(Block):
@@ -398,13 +389,9 @@ class Evaluate(Block):
             raise ValueError(f"expected a whole number of documents, or a share below 1, got {limit:g}")
         return limit
 
-    @model_validator(mode="after")
-    def _drawn(self) -> "Evaluate":
-        if self.documents == "by_release" and self.limit is None:
-            raise ValueError("`documents: by_release` draws `limit` documents for each merge: set `limit`")
-        return self
-
     def _contradictions(self) -> Iterator[str]:
+        if self.documents == "by_release" and self.limit is None:
+            yield ": `documents: by_release` draws `limit` documents for each merge: set `limit`"
         yield from (f"model_args.{line}" for line in model_args.problems_of(self.backend, self.model_args))
         if self.runs_model_code and not self.allow_code_execution:
             yield (
@@ -528,16 +515,14 @@ class SearchRange(Block):
     log: bool = False
     step: float | None = Field(default=None, gt=0)
 
-    @model_validator(mode="after")
-    def _in_order(self) -> "SearchRange":
-        if self.min >= self.max:
-            raise ValueError(f"expected min < max, got min={self.min:g}, max={self.max:g}")
-        if self.log and (self.min <= 0 or self.step):
-            raise ValueError("a log scale needs min > 0, and takes no step")
+    def _contradictions(self) -> Iterator[str]:
         width = self.max - self.min
-        if self.step and self.step > width:
-            raise ValueError(f"a step of {self.step:g} leads beyond max, to min alone; expected at most {width:g}")
-        return self
+        if width <= 0:
+            yield f": expected min < max, got min={self.min:g}, max={self.max:g}"
+        elif self.step and self.step > width:
+            yield f": a step of {self.step:g} leads beyond max, to min alone; expected at most {width:g}"
+        if self.log and (self.min <= 0 or self.step):
+            yield ": a log scale needs min > 0, and takes no step"
 
 
 class Search(Block):

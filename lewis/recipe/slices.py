@@ -1,8 +1,9 @@
 """mergekit's `slices`: which layers of which models become the layers of the result, one slice after another."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from lewis.recipe.block import Block, ModelName, Parameters
 
@@ -21,14 +22,10 @@ class SliceSource(Block):
     parameters: Parameters = Field(default_factory=dict)
     calibration: str | None = None
 
-    @model_validator(mode="after")
-    def _not_empty(self) -> "SliceSource":
-        if self.layer_range[0] >= self.layer_range[1]:
-            raise ValueError(
-                f"layer_range: expected [first, after the last], such as [0, 8] for eight layers, got "
-                f"{list(self.layer_range)}"
-            )
-        return self
+    def _contradictions(self) -> Iterator[str]:
+        if self.layers <= 0:
+            given = list(self.layer_range)
+            yield f"layer_range: expected [first, after the last], such as [0, 8] for eight layers, got {given}"
 
     @property
     def layers(self) -> int:
@@ -49,18 +46,16 @@ class OutputSlice(Block):
     base_model: ModelName | None = None
     parameters: Parameters = Field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _fit_together(self) -> "OutputSlice":
+    def _contradictions(self) -> Iterator[str]:
         counts = [source.layers for source in self.sources]
         if len(set(counts)) > 1:
-            raise ValueError(f"expected as many layers of each source, got {', '.join(map(str, counts))}")
+            yield f": expected as many layers of each source, got {', '.join(map(str, counts))}"
         names = [source.model for source in self.sources]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(
-                f"{twice!r} is listed twice in one slice, whose sources are merged with each other; put layers that "
+            yield (
+                f": {twice!r} is listed twice in one slice, whose sources are merged with each other; put layers that "
                 "follow each other into slices of their own"
             )
-        return self
 
     @property
     def layers(self) -> int:
