@@ -154,32 +154,36 @@ def of_anchor(config: MergeConfig, lewis: Lewis | None) -> Iterator[str]:
 
 def of_lewis(config: MergeConfig, lewis: Lewis | None) -> Iterator[str]:
     """Yield the keys of the `lewis` block that the method cannot use, and what a fit lacks in it."""
-    method, anchor = METHODS.get(config.merge_method), config.anchor
-    fits, guides = method.fits if method else None, lewis.guides if lewis else []
-    if method and not fits and lewis:
+    method = METHODS.get(config.merge_method)
+    fits = method.fits if method else None
+    if method and fits:
+        yield from _of_fit(config, lewis, method)
+    elif method and lewis:
         yield from _of_guided(lewis, method)
-    if method and fits and not (lewis and lewis.calibrations) and (lewis or fits != "static"):
-        other = "leave lewis out" if fits == "static" else "take merge_method: regmean without it"
+    if lewis and lewis.hold_back is not None and not fits:
+        yield "lewis.hold_back: it judges a fit, and this method fits nothing; leave it out"
+    elif lewis and lewis.hold_back and not lewis.calibrations:
+        yield "lewis.hold_back: there are no calibration rows to hold back; give lewis.calibrations"
+    if lewis and lewis.refine and fits != "forward":
+        yield "lewis.refine: only a fit in forward order is trained further; use regmean_forward"
+    elif lewis and lewis.refine and lewis.hold_back is False:
+        yield "lewis.refine: held-back rows decide when it ends; leave hold_back: false out"
+
+
+def _of_fit(config: MergeConfig, lewis: Lewis | None, method: Method) -> Iterator[str]:
+    static, anchor, guides = method.fits == "static", config.anchor, lewis.guides if lewis else []
+    if not (lewis and lewis.calibrations) and (lewis or not static):
+        other = "leave lewis out" if static else "take merge_method: regmean without it"
         yield (
             f"lewis.calibrations: missing; {method.name} fits the projections to the experts on calibration rows; add "
             'lewis: {calibrations: {NAME: {dataset: ..., prompt: "{question}", answer: "{answer}"}}}'
             f", or {other}, which fits to the task vectors alone"
         )
-    if method and fits and lewis and guides and anchor:
+    if lewis and anchor and guides:
         yield from _of_guided(lewis, anchor.method)
-    for key in guides if method and fits and not anchor else ():
-        why = f"{config.merge_method} keeps whole task vectors and has no use for it"
+    for key in guides if anchor is None else ():
+        why = f"{method.name} keeps whole task vectors and has no use for it"
         yield f"lewis.{key}: {why}; remove it, or let it guide an anchor"
-    if lewis is None:
-        return
-    if lewis.hold_back is not None and not fits:
-        yield "lewis.hold_back: it judges a fit, and this method fits nothing; leave it out"
-    elif lewis.hold_back and not lewis.calibrations:
-        yield "lewis.hold_back: there are no calibration rows to hold back; give lewis.calibrations"
-    if lewis.refine and fits != "forward":
-        yield "lewis.refine: only a fit in forward order is trained further; use regmean_forward"
-    elif lewis.refine and lewis.hold_back is False:
-        yield "lewis.refine: held-back rows decide when it ends; leave hold_back: false out"
 
 
 def _of_guided(lewis: Lewis, method: Method) -> Iterator[str]:
