@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from lewis.recipe.parameter_values import Rule, parse_setting
 
@@ -109,8 +109,10 @@ class Block(BaseModel):
         return {key: _switches_as_text(value) if key in _numbers(cls) else value for key, value in data.items()}
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if found := list(self._contradictions()):
+    def _check_contradictions(self, info: ValidationInfo) -> Self:
+        """Raise the block's problems, except those that the context has already."""
+        told = (info.context or {}).get("told", ())
+        if found := [line for line in self._contradictions() if line not in told]:
             raise Problems(found)
         return self
 

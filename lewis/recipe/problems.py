@@ -4,16 +4,18 @@ import datetime
 import re
 from collections.abc import Iterable
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from lewis.errors import nearest
+from lewis.errors import RecipeError, nearest
 from lewis.recipe.block import Problems
 from lewis.recipe.schema import NAME, NOT_BLANK, REPO
 from lewis.recipe.serve import TARGETS, URL
 
+T = TypeVar("T", bound=BaseModel)
+MAX_PROBLEMS = 50  # problems of one recipe that an error lists
 _NEEDED = {"base_model", "models", "slices"}  # without them, nothing can be said of the rest
 UNSUPPORTED = {"trust_remote_code": "running code that a model brings along"}
 MAX_GIVEN = 300  # characters of a wrong value that an error shows
@@ -30,33 +32,49 @@ _KIND = re.compile(
 )
 
 
-def without_wrong(
-    data: dict[str, Any], wrong: frozenset[str], error: ValidationError
-) -> tuple[dict[str, Any], frozenset[str]]:
-    """Leave out what is wrong in a recipe, so that the rest can be checked.
+def validated(model: type[T], data: dict[str, Any], **context: Any) -> T:
+    """Validate a recipe. What is wrong in itself is left out after that, to find what else is wrong.
 
     Args:
+        model: the pydantic class of recipes.
         data: the recipe's data.
-        wrong: the keys that have been left out before, as their values are wrong.
-        error: what pydantic found wrong in the data.
+        context: for the validators, which also find in it `wrong`, the top-level keys that are left out since their
+            values are wrong, and `told`, the contradictions within blocks that are told already.
 
-    Returns:
-        The data without unknown keys, and without the top-level keys whose values are wrong in another way; and these.
-        An unknown method stays. Empty data if nothing else can be found.
+    Raises:
+        RecipeError: with every problem found.
     """
-    left, errors = deepcopy(data), _errors(error)
-    found = {str(each["loc"][0]) for each in errors if each["loc"] and each["type"] != "extra_forbidden"}
-    unknown = [each["loc"] for each in errors if each["type"] == "extra_forbidden"]
-    for location in unknown:
-        place: Any = left
-        for part in location[:-1]:  # which may be the name of a type, and no key
-            inside = part in place if isinstance(place, dict) else isinstance(place, list) and isinstance(part, int)
-            place = place[part] if inside else place
-        if not isinstance(place, dict) or place.pop(location[-1], None) is None:
-            found.add(str(location[0]))
-    left = {key: value for key, value in left.items() if str(key) not in found - {"merge_method"}}
-    ends = found & _NEEDED or not (found - wrong or unknown)
-    return ({} if ends else left), wrong | found
+    problems, wrong, told = list[str](), set[str](), set[str]()
+    found, again = None, True
+    while again:
+        again = False
+        try:
+            found = model.model_validate(data, context={**context, "wrong": wrong, "told": told})
+        except ValidationError as error:
+            problems += describe(error, model)
+            data = deepcopy(data)
+            for each in (each for each in _errors(error) if each["loc"]):
+                what, key = each.get("ctx", {}).get("error"), str(each["loc"][0])
+                lines = what.lines if isinstance(what, Problems) else ()
+                removed = each["type"] == "extra_forbidden" and _remove(data, each["loc"])
+                again |= removed or not told.issuperset(lines) or not (lines or key in wrong)
+                told.update(lines)
+                wrong.update([] if lines or removed else [key])
+            data = {key: value for key, value in data.items() if str(key) not in wrong - {"merge_method"}}
+            again &= wrong.isdisjoint(_NEEDED)
+    if problems or found is None:
+        listed = list(dict.fromkeys(problems))
+        more = [f"and {len(listed) - MAX_PROBLEMS} problems more"] if len(listed) > MAX_PROBLEMS else []
+        raise RecipeError([*listed[:MAX_PROBLEMS], *more])
+    return found
+
+
+def _remove(data: Any, location: tuple[Any, ...]) -> bool:
+    """Remove a key at a location, which may also name types; return whether it was there."""
+    for part in location[:-1]:
+        inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
+        data = data[part] if inside else data
+    return isinstance(data, dict) and data.pop(location[-1], data) is not data
 
 
 def _errors(error: ValidationError) -> list[ErrorDetails]:

@@ -3,18 +3,18 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 from pydantic_core import to_json
 
 from lewis.allocators import ALLOCATORS
-from lewis.errors import InputError, RecipeError, nearest
+from lewis.errors import InputError, nearest
 from lewis.methods import METHODS, find
 from lewis.recipe import checks, dialect, lm_eval_config, yaml_text
 from lewis.recipe.block import Problems
 from lewis.recipe.config import MergeConfig
-from lewis.recipe.problems import describe, without_wrong
+from lewis.recipe.problems import validated
 from lewis.recipe.schema import (
     RECOMMENDED,
     Evaluate,
@@ -27,8 +27,6 @@ from lewis.recipe.schema import (
     Search,
 )
 from lewis.recipe.serve import Serve
-
-MAX_PROBLEMS = 50  # problems of one recipe that an error lists
 
 
 class Recipe(MergeConfig):
@@ -111,28 +109,9 @@ class Recipe(MergeConfig):
         if data.get("merge_method") == "recommended":
             data["merge_method"] = RECOMMENDED
         data = lm_eval_config.with_config(dialect.as_recipe(data), root)
-        recipe = cls._validated(data, root)
+        recipe = validated(cls, data, root=root)
         recipe._root, recipe._name = root, name
         recipe._text = text if not overrides else yaml_text.write(data)
-        return recipe
-
-    @classmethod
-    def _validated(cls, data: dict[str, Any], root: Path) -> Self:
-        """Validate a recipe's data; what is wrong in itself is left out after that, to find what else is wrong."""
-        problems, wrong, left = dict[str, None](), frozenset[str](), data
-        while True:
-            try:
-                recipe = cls.model_validate(left, context={"root": root, "wrong": wrong})
-                break
-            except ValidationError as error:
-                problems |= dict.fromkeys(describe(error, cls))
-                left, wrong = without_wrong(left, wrong, error)
-                if not left:
-                    break
-        if problems:
-            listed = list(problems)
-            more = [f"and {len(listed) - MAX_PROBLEMS} problems more"] if len(listed) > MAX_PROBLEMS else []
-            raise RecipeError([*listed[:MAX_PROBLEMS], *more])
         return recipe
 
     @field_validator("merge_method")
@@ -143,8 +122,8 @@ class Recipe(MergeConfig):
         return name
 
     @model_validator(mode="after")
-    def _fit_together(self, info: ValidationInfo) -> Self:
-        """Check what spans several blocks. The context has the recipe's folder, and keys whose values are wrong."""
+    def _check_blocks(self, info: ValidationInfo) -> Self:
+        """Check what spans several blocks. The context has the recipe's folder, and the keys whose values are wrong."""
         context = info.context or {}
         wrong, root = context.get("wrong", frozenset()), context.get("root", Path.cwd())
         release = self.evaluate, self.register_as, self.publish, self.serve
