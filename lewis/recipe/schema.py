@@ -4,7 +4,7 @@ import string
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from lewis.allocators import ALLOCATORS, DEFAULT, Allocator, target_of
 from lewis.errors import nearest
@@ -382,14 +382,9 @@ class Evaluate(Block):
     model_args: dict[str, Any] = Field(default_factory=dict)
     gpus: int = Field(default=1, ge=1)
 
-    @field_validator("limit")
-    @classmethod
-    def _check_whole(cls, limit: int | float | None) -> int | float | None:
-        if limit is not None and limit > 1 and limit != int(limit):
-            raise ValueError(f"expected a whole number of documents, or a share below 1, got {limit:g}")
-        return limit
-
     def _contradictions(self) -> Iterator[str]:
+        if self.limit is not None and self.limit > 1 and self.limit != int(self.limit):
+            yield f"limit: expected a whole number of documents, or a share below 1, got {self.limit:g}"
         if self.documents == "by_release" and self.limit is None:
             yield ": `documents: by_release` draws `limit` documents for each merge: set `limit`"
         yield from (f"model_args.{line}" for line in model_args.problems_of(self.backend, self.model_args))
