@@ -162,8 +162,6 @@ def of_lewis(config: MergeConfig, lewis: Lewis | None) -> Iterator[str]:
         yield from _of_guided(lewis, method)
     if lewis and lewis.hold_back is not None and not fits:
         yield "lewis.hold_back: it judges a fit, and this method fits nothing; leave it out"
-    elif lewis and lewis.hold_back and not lewis.calibrations:
-        yield "lewis.hold_back: there are no calibration rows to hold back; give lewis.calibrations"
     if lewis and lewis.refine and fits != "forward":
         yield "lewis.refine: only a fit in forward order is trained further; use regmean_forward"
     elif lewis and lewis.refine and lewis.hold_back is False:

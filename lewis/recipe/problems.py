@@ -139,15 +139,10 @@ def _short(given: Any) -> str:
 
 def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """The keys that are valid at a location of the schema."""
-    current: Any = model
     for part in location:
-        annotations: list[Any] = []
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            annotations = [f.annotation for name, f in current.model_fields.items() if part in (name, f.alias)]
-        current = TARGETS.get(part, next(iter(_models_in(annotations)), current))
-    if not (isinstance(current, type) and issubclass(current, BaseModel)):
-        return []
-    return [field.alias or name for name, field in current.model_fields.items()]
+        annotations = [field.annotation for name, field in model.model_fields.items() if part in (name, field.alias)]
+        model = TARGETS.get(part, next(iter(_models_in(annotations)), model))
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _models_in(annotations: Iterable[Any]) -> Iterable[type[BaseModel]]:
