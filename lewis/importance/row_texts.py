@@ -120,10 +120,7 @@ def _chats(where: str, column: str, rows: Sequence[Any], tokenizer: Any) -> list
 
 
 def _fill(where: str, template: str, row: Mapping[str, Any]) -> str:
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise InputError(f"{where}: {template!r} is no template: {error}; write {{{{ for a brace") from error
+    parts = list(string.Formatter().parse(template))
     if len(parts) > MAX_FIELDS:
         raise InputError(f"{where}: expected at most {MAX_FIELDS} fields, got {len(parts)}")
     for _, field, format_spec, conversion in parts:

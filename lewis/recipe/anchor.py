@@ -1,15 +1,26 @@
 """The recipe block `anchor`: another merge, which a fit is pulled towards in place of the sum of task vectors."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from lewis.errors import nearest
 from lewis.methods import METHODS, Method, Parameter, Range
 from lewis.recipe.block import Block, Parameters, Setting
-from lewis.recipe.parameter_values import Rule
+from lewis.recipe.parameter_values import Rule, problems_of, problems_of_values
 
 WEIGHT = Parameter("weight", float, per_expert=False, default=1.0, range=Range(0))
+
+
+def _not_fitting(name: str) -> str:
+    if name not in METHODS:
+        raise ValueError(
+            f"unknown method {name!r}{nearest(name, [each.name for each in METHODS.values() if not each.fits])}"
+        )
+    if METHODS[name].fits:
+        raise ValueError(f"expected a method that does not fit itself, such as ties, got {name!r}")
+    return name
 
 
 class Anchor(Block):
@@ -23,45 +34,21 @@ class Anchor(Block):
         weight: the factor in the formula: a number, a gradient or filters; with 0, W_a is the base.
     """
 
-    merge_method: str
+    merge_method: Annotated[str, AfterValidator(_not_fitting)]
     parameters: Parameters = Field(default_factory=dict)
     weight: Setting = (Rule(1.0),)
 
+    @property
+    def method(self) -> Method:
+        """The method that `merge_method` names."""
+        return METHODS[self.merge_method]
 
-def method_of(data: dict[str, Any]) -> Method | None:
-    """Return the anchor's merge method, from a recipe's raw YAML; None without an anchor or with an unknown method."""
-    return METHODS.get(str((data.get("anchor") or {}).get("merge_method")))
-
-
-def problems_of(data: dict[str, Any], method: Method | None) -> list[str]:
-    """List the problems of a recipe's `anchor` block, each as a line that begins with its YAML path.
-
-    `lewis.recipe.checks` checks the anchor's parameters and the number of models that it merges.
-
-    Args:
-        data: the raw YAML of the recipe.
-        method: the recipe's merge method; None if it is unknown.
-    """
-    block, own = data.get("anchor"), method_of(data)
-    if block is None:
-        return []
-    fitting = [name for name, each in METHODS.items() if each.fits]
-    if method is not None and not method.fits:
-        return [f"anchor: {method.name} fits nothing that it could pull; remove it, or use one of {', '.join(fitting)}"]
-    if block.get("merge_method") is None:
-        return []  # the schema reports it
-    if own is None:
-        others = [name for name in METHODS if name not in fitting]
-        name = str(block["merge_method"])
-        return [f"anchor.merge_method: unknown method {name!r}{nearest(name, others)}"]
-    if own.fits:
-        return [f"anchor.merge_method: expected a method that does not fit itself, such as ties, got {own.name!r}"]
-    problems = []
-    if "lambda" in (data.get("parameters") or {}):
-        problems.append(
-            "parameters.lambda: it scales the sum that the anchor takes the place of; use anchor.weight, or "
-            "anchor.parameters.lambda"
-        )
-    if own.on == "weights" and block.get("weight", 1) not in (1, None):
-        problems.append(f"anchor.weight: {own.name} merges weights, not task vectors that it could scale; remove it")
-    return problems
+    def _contradictions(self) -> Iterator[str]:
+        yield from problems_of("parameters", self.parameters, self.method)
+        for name, parameter in self.method.parameters.items():
+            if parameter.required and name not in self.parameters:
+                yield f"parameters.{name}: missing; {self.merge_method} needs it"
+        if self.method.on == "weights" and self.weight != (Rule(1.0),):
+            name = self.merge_method
+            yield f"weight: {name} merges weights, not task vectors that it could scale; remove it"
+        yield from problems_of_values("weight", self.weight, WEIGHT)

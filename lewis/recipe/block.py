@@ -2,11 +2,11 @@
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from lewis.recipe.parameter_values import Rule, parse_setting
 
@@ -83,6 +83,18 @@ def _switches_as_text(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+class Problems(ValueError):
+    """Problems that a validator finds in a block.
+
+    Attributes:
+        lines: each begins with the YAML path of a key in the block, or with a colon if it is of the whole block.
+    """
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = tuple(lines)
+        super().__init__("\n".join(self.lines))
+
+
 class Block(BaseModel):
     """Base class of all blocks of a recipe: instances are immutable, and unknown keys are errors."""
 
@@ -95,3 +107,15 @@ class Block(BaseModel):
         if not isinstance(data, dict):
             return data
         return {key: _switches_as_text(value) if key in _numbers(cls) else value for key, value in data.items()}
+
+    @model_validator(mode="after")
+    def _check_contradictions(self, info: ValidationInfo) -> Self:
+        """Raise the block's problems, except those that the context has already."""
+        told = (info.context or {}).get("told", ())
+        if found := [line for line in self._contradictions() if line not in told]:
+            raise Problems(found)
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """Yield a problem, as in `Problems`, for each key whose value does not fit to another key of the block."""
+        return iter(())

@@ -3,20 +3,38 @@
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, PrivateAttr
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from lewis.errors import RecipeError, nearest
-from lewis.methods import Parameter, find
+from lewis.methods import METHODS, Parameter, find
 from lewis.methods.registry import AUTO
 from lewis.recipe.anchor import WEIGHT, Anchor
 from lewis.recipe.block import Block, ModelName, Parameters
 from lewis.recipe.parameter_values import Rule, first_value
 from lewis.recipe.schema import Dtype, ModelEntry, Output
-from lewis.recipe.slices import OutputSlice
+from lewis.recipe.slices import OutputSlice, SliceSource
 from lewis.recipe.tokenizer import ChatTemplate, Tokenizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is merged with each other: all models of a config, or those of one slice.
+
+    Attributes:
+        where: YAML path of the list of models.
+        base: the base's name; None if the part has none, or merges it like any other model.
+        models: YAML path -> a model in the list.
+        common: YAML path -> parameters for all these models, the first to look at first.
+    """
+
+    where: str
+    base: str | None
+    models: Mapping[str, ModelEntry | SliceSource]
+    common: Mapping[str, Parameters]
 
 
 class MergeConfig(Block):
@@ -31,7 +49,7 @@ class MergeConfig(Block):
 
     merge_method: str
     base_model: ModelName | None = None
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    models: tuple[ModelEntry, ...] = Field(default=(), min_length=1)
     slices: tuple[OutputSlice, ...] | None = Field(default=None, min_length=1)
     parameters: Parameters = Field(default_factory=dict)
     anchor: Anchor | None = None
@@ -44,6 +62,40 @@ class MergeConfig(Block):
     seed: int = Field(default=0, ge=0)
     output: Annotated[Output, BeforeValidator(lambda value: {} if value is None else value)] = Output()
     _root: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @model_validator(mode="after")
+    def _list_models(self) -> Self:
+        """List the models of all slices in `models`, each once, in the order of the slices."""
+        if self.slices:
+            sets: dict[str, str | None] = {}
+            for source in (source for each in self.slices for source in each.sources):
+                sets[source.model] = sets.get(source.model) or source.calibration
+            models = tuple(ModelEntry(model=name, calibration=wanted) for name, wanted in sets.items())
+            object.__setattr__(self, "models", models)  # the block is frozen
+        return self
+
+    @property
+    def parts(self) -> list[Part]:
+        """What is merged with each other: one part for each slice, or one for the whole config."""
+        if not self.slices:
+            listed = {f"models[{i}]": entry for i, entry in enumerate(self.models)}
+            return [Part("models", self.base_model, listed, {"parameters": self.parameters})]
+        found, method = [], METHODS.get(self.merge_method)
+        for i, each in enumerate(self.slices):
+            where = f"slices[{i}]"
+            base = None if method and method.base_is_a_model else each.base_model or self.base_model
+            models = {f"{where}.sources[{j}]": source for j, source in enumerate(each.sources)}
+            common = {f"{where}.parameters": each.parameters, "parameters": self.parameters}
+            found.append(Part(f"{where}.sources", base, models, common))
+        return found
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Name of a model -> the YAML path of the first entry that names it."""
+        found: dict[str, str] = {}
+        for path, entry in ((path, entry) for part in self.parts for path, entry in part.models.items()):
+            found.setdefault(entry.model, path)
+        return found
 
     @property
     def root(self) -> Path:
@@ -125,7 +177,7 @@ class MergeConfig(Block):
             for i, pattern in enumerate(self.exclude)
             if not any(_matches([pattern], name) for name in [*names, *tied])
         ]
-        for where, parameters in self._parameter_blocks():
+        for where, parameters in self._parameter_blocks().items():
             for key, rules in parameters.items():
                 for i, rule in enumerate(rules):
                     pattern = rule.filter
@@ -138,15 +190,12 @@ class MergeConfig(Block):
         if problems:
             raise RecipeError(problems)
 
-    def _parameter_blocks(self) -> list[tuple[str, dict[str, tuple[Rule, ...]]]]:
-        own = [(f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(self.models)]
-        for i, each in enumerate(self.slices or ()):
-            own.append((f"slices[{i}].parameters", each.parameters))
-            own += [(f"slices[{i}].sources[{j}].parameters", s.parameters) for j, s in enumerate(each.sources)]
-        of_anchor = []
+    def _parameter_blocks(self) -> dict[str, Parameters]:
+        own = {f"{path}.parameters": model.parameters for part in self.parts for path, model in part.models.items()}
+        found = own | {path: block for part in self.parts for path, block in part.common.items()}
         if self.anchor is not None:
-            of_anchor = [("anchor.parameters", self.anchor.parameters), ("anchor", {"weight": self.anchor.weight})]
-        return [*own, ("parameters", self.parameters), *of_anchor]
+            found |= {"anchor.parameters": self.anchor.parameters, "anchor": {"weight": self.anchor.weight}}
+        return found
 
     @property
     def fits(self) -> bool:

@@ -1,13 +1,9 @@
 """Keys of mergekit's configs that a recipe spells differently: translated, or refused with what to do instead."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from lewis.errors import RecipeError
-from lewis.recipe.block import model_name
-
-_MODELS = ("model", "base_model", "tokenizer_source", "source")  # keys whose values are references to models
 
 OTHERS = {  # key that only a config of another of mergekit's programs has -> what it is, and what to do
     "genome": "this is a config of mergekit-evolve, which searches for parameters; write a recipe with the models, an "
@@ -44,24 +40,11 @@ def as_recipe(data: Mapping[str, Any]) -> dict[str, Any]:
     if "name" in found and (not isinstance(found["name"], str) or not found.pop("name")):
         raise RecipeError(f"name: expected a text, by which later documents of the file call this one's result, got "
                           f"{data['name']!r}")  # fmt: skip
-    return _of_module(found) if found.get("modules") is not None else found
-
-
-def with_names(value: Any, key: str = "") -> Any:
-    """Return a recipe's raw YAML, with texts in place of the mappings by which mergekit refers to models.
-
-    Malformed mappings stay, and the schema reports them.
-
-    Args:
-        value: the raw YAML, or the value of a key in it.
-        key: the key of that value; empty for the whole recipe.
-    """
-    if key in _MODELS:
-        with suppress(ValueError):
-            return model_name(value)
-    if isinstance(value, dict):
-        return {inner: with_names(each, str(inner)) for inner, each in value.items()}
-    return [with_names(each) for each in value] if isinstance(value, list) else value
+    if found.get("modules") is not None:
+        found = _of_module(found)
+    if found.get("slices") and not found.get("models"):
+        found.pop("models", None)
+    return found
 
 
 def _of_module(data: dict[str, Any]) -> dict[str, Any]:

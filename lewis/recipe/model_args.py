@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lewis.errors import nearest
@@ -132,32 +132,11 @@ _ELSEWHERE = {
 }
 
 
-def problems_of(data: Mapping[str, Any]) -> list[str]:
-    """List the problems of `evaluate.model_args`, each as a line that begins with its YAML path.
-
-    Args:
-        data: the raw YAML of the recipe; problems of other keys are left to the schema.
-    """
-    block = data.get("evaluate") or {}
-    backend, given = str(block.get("backend", "hf")), block.get("model_args") or {}  # may be unhashable
-    if backend not in ALLOWED or not isinstance(given, dict):
-        return []  # the schema reports it
-    problems = []
+def problems_of(backend: str, given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the problems of a backend's arguments, each as a line that begins with the argument's name."""
     for name, value in given.items():
-        problem = _problem(backend, str(name), value)
-        if problem:
-            problems.append(f"evaluate.model_args.{name}: {problem}")
-    if given.get("trust_remote_code") is True and block.get("allow_code_execution") is not True:
-        problems.append(
-            "evaluate.model_args.trust_remote_code: it runs code that comes with a model; if you trust all models of "
-            "the recipe, say `allow_code_execution: true` in the block `evaluate`, or else leave it out"
-        )
-    if given.get("chat") is True and block.get("apply_chat_template") is not True:
-        problems.append(
-            "evaluate.model_args.chat: the server is asked in chats then; say `apply_chat_template: true` in the block "
-            "`evaluate` too"
-        )
-    return problems
+        if problem := _problem(backend, name, value):
+            yield f"{name}: {problem}"
 
 
 def _problem(backend: str, name: str, value: Any) -> str | None:

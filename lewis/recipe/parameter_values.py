@@ -1,11 +1,12 @@
 """mergekit's parameter settings: a number, a gradient over the layers, or a list of filters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lewis.errors import RecipeError
-from lewis.methods import Parameter
+from lewis.errors import RecipeError, nearest
+from lewis.methods import Method, Parameter
+from lewis.methods.registry import AUTO
 
 Scalar = bool | int | float | str
 
@@ -16,6 +17,16 @@ class Rule:
 
     value: Scalar | tuple[Scalar, ...]
     filter: str | None = None
+
+    @property
+    def values(self) -> tuple[Scalar, ...]:
+        """The values of the gradient, or the only value."""
+        return self.value if isinstance(self.value, tuple) else (self.value,)
+
+    @property
+    def for_all(self) -> bool:
+        """Whether the value is for all tensors."""
+        return self.filter in (None, "*")
 
 
 def parse_setting(raw: Any) -> tuple[Rule, ...]:
@@ -61,10 +72,8 @@ def value_at(rules: tuple[Rule, ...], tensor: str, position: float, parse: Calla
         parse: checks a scalar and converts it to its type; raises ValueError.
     """
     for rule in rules:
-        if rule.filter in (None, "*") or (rule.filter or "") in tensor:
-            if not isinstance(rule.value, tuple):
-                return parse(rule.value)
-            values = [parse(value) for value in rule.value]
+        if rule.for_all or (rule.filter or "") in tensor:
+            values = [parse(value) for value in rule.values]
             scaled = position * (len(values) - 1)
             low = int(scaled)
             if any(isinstance(value, int) for value in values):  # booleans too
@@ -98,3 +107,36 @@ def first_value(
             f"{where}.{parameter.name}: no filter matches {tensor!r}; end the list with a {{value: ...}} for all"
         )
     return parameter.default
+
+
+def problems_of(
+    where: str, block: Mapping[str, tuple[Rule, ...]], method: Method, *, of_expert: bool = False
+) -> Iterator[str]:
+    """Yield the problems of a block of parameters, each as a line that begins with a YAML path.
+
+    Args:
+        where: the YAML path of the block.
+        block: name of a parameter -> its rules.
+        method: the method that takes them.
+        of_expert: whether they are one expert's.
+    """
+    for key, rules in block.items():
+        parameter = method.parameters.get(key)
+        if parameter is None:
+            yield f"{where}.{key}: {method.name} has no such parameter{nearest(key, method.parameters)}"
+        elif of_expert and not parameter.per_expert:
+            yield f"{where}.{key}: {key} is one value for the whole merge; move it to parameters.{key}"
+        else:
+            yield from problems_of_values(f"{where}.{key}", rules, parameter)
+
+
+def problems_of_values(where: str, rules: tuple[Rule, ...], parameter: Parameter) -> Iterator[str]:
+    """As `problems_of`, for one parameter. `auto` must stand alone: it is one value for the whole merge."""
+    values = [value for rule in rules for value in rule.values]
+    for value in values:
+        try:
+            parameter.parse(value)
+        except ValueError as error:
+            yield f"{where}: {error}"
+    if parameter.auto and AUTO in values and rules != (Rule(AUTO),):
+        yield f"{where}: auto is found for the whole merge; write {parameter.name}: auto alone, or numbers"

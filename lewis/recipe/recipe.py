@@ -1,27 +1,22 @@
 """The validated recipe, and the properties by which other packages learn what a run of it needs."""
 
-import datetime
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Self
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 from pydantic_core import to_json
 
 from lewis.allocators import ALLOCATORS
-from lewis.errors import InputError, RecipeError, nearest
+from lewis.errors import InputError, nearest
 from lewis.methods import METHODS, find
-from lewis.recipe import dialect, lm_eval_config, yaml_text
-from lewis.recipe.checks import cross_check, other_spellings
+from lewis.recipe import checks, dialect, lm_eval_config, yaml_text
+from lewis.recipe.block import Problems
 from lewis.recipe.config import MergeConfig
+from lewis.recipe.problems import validated
 from lewis.recipe.schema import (
-    GUIDES,
-    NAME,
-    NOT_BLANK,
     RECOMMENDED,
-    REPO,
     Evaluate,
     Gate,
     Inspect,
@@ -31,10 +26,7 @@ from lewis.recipe.schema import (
     Register,
     Search,
 )
-from lewis.recipe.serve import TARGETS, URL, Serve
-from lewis.recipe.slices import listed_models, of_listed
-
-MAX_PROBLEMS = 50  # problems of one recipe that an error lists
+from lewis.recipe.serve import Serve
 
 
 class Recipe(MergeConfig):
@@ -117,24 +109,37 @@ class Recipe(MergeConfig):
         if data.get("merge_method") == "recommended":
             data["merge_method"] = RECOMMENDED
         data = lm_eval_config.with_config(dialect.as_recipe(data), root)
-        named = dialect.with_names(data)
-        problems = cross_check(named)
-        try:
-            sliced = {"models": listed_models(named)} if data.get("slices") else {}
-            recipe = cls.model_validate({**named, **sliced})
-            listed = {f"models[{i}].model": entry.model for i, entry in enumerate(recipe.models)}
-            if sliced:
-                listed = {of_listed(named, path): name for path, name in listed.items()}
-            problems += other_spellings(listed, recipe.base_model, root)
-        except ValidationError as error:
-            problems = [*describe(error, cls), *problems]
-        if problems:
-            problems = list(dict.fromkeys(problems))
-            more = [f"and {len(problems) - MAX_PROBLEMS} problems more"] if len(problems) > MAX_PROBLEMS else []
-            raise RecipeError([*problems[:MAX_PROBLEMS], *more])
+        recipe = validated(cls, data, root=root)
         recipe._root, recipe._name = root, name
         recipe._text = text if not overrides else yaml_text.write(data)
         return recipe
+
+    @field_validator("merge_method")
+    @classmethod
+    def _known_method(cls, name: str, info: ValidationInfo) -> str:
+        if name not in METHODS and "merge_method" not in (info.context or {}).get("wrong", ()):
+            raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _check_blocks(self, info: ValidationInfo) -> Self:
+        """Check what spans several blocks. The context has the recipe's folder, and the keys whose values are wrong."""
+        context = info.context or {}
+        wrong, root = context.get("wrong", frozenset()), context.get("root", Path.cwd())
+        release = self.evaluate, self.register_as, self.publish, self.serve
+        found: list[tuple[set[str], Iterator[str]]] = [  # keys without which a check finds too much, and its problems
+            (set(), checks.of_models(self)),
+            ({"parameters"}, checks.of_parameters(self, self.lewis)),
+            (set(), checks.of_anchor(self, self.lewis)),
+            ({"lewis", "anchor"}, checks.of_lewis(self, self.lewis)),
+            ({"lewis"}, checks.of_calibrations(self, self.lewis)),
+            (set(), checks.of_tokenizer(self)),
+            ({"output", "evaluate", "register"}, checks.of_release(self, *release)),
+            (set(), checks.of_spellings(self, root)),
+        ]
+        if problems := [problem for reads, each in found if reads.isdisjoint(wrong) for problem in each]:
+            raise Problems(problems)
+        return self
 
     def calibration_of(self, expert: ModelEntry) -> str:
         """The name of the calibration set that `expert` is measured on."""
@@ -162,9 +167,7 @@ class Recipe(MergeConfig):
         """The `lewis` block, if it decides densities: of the merge, or of the anchor if the method fits; else None."""
         if self.lewis is None or not self.fits:
             return self.lewis
-        given = self.lewis.model_fields_set.intersection(GUIDES)
-        guides = self.anchor is not None and any(getattr(self.lewis, key) is not None for key in given)
-        return self.lewis if guides else None
+        return self.lewis if self.anchor is not None and self.lewis.guides else None
 
     @property
     def guided(self) -> bool:
@@ -181,7 +184,7 @@ class Recipe(MergeConfig):
     @property
     def runs_models(self) -> bool:
         """Whether a model is run, to measure it or to fit the merge to it. Uniform densities need none."""
-        return self.measures or self.measures_base or self.fits
+        return self.fits or (self.allocator is not None and self.allocator.runs_models)
 
     @property
     def needs_network(self) -> bool:
@@ -241,93 +244,3 @@ class Recipe(MergeConfig):
         found = self.model_dump(mode="json", exclude=left_out)
         found |= {"output": found.pop("output")} if "output" in found else {}  # last: digests depend on the order
         return to_json(found).decode()
-
-
-UNSUPPORTED = {"trust_remote_code": "running code that a model brings along"}
-MAX_GIVEN = 300  # characters of a wrong value that an error shows
-_PATTERNS = {  # what texts of these patterns are, for people
-    NAME: "a name, not of dots alone, without / and :",
-    REPO: "org/name",
-    NOT_BLANK: "a text that is not blank",
-    URL: "http://host/path or https://host/path, without user, password and query",
-}
-# In a problem's location pydantic includes the type that it tried to validate; these names are no keys of the recipe.
-_KIND = re.compile(
-    r"\[key\]|bool|int|float|str|a range|a list|TokenRow|ModelName|constrained-\w+"
-    rf"|(dict|list|tuple|union|literal)\[.*\]|{'|'.join(TARGETS)}"
-)
-
-
-def dotted(location: Iterable[Any]) -> str:
-    """Return a location as a YAML path: `("models", 0, "model")` as `models[0].model`."""
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    return path
-
-
-def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """List the problems that pydantic found, each as a line that begins with its YAML path.
-
-    Args:
-        error: the error that pydantic raised.
-        root: the pydantic class that was validated; it gives the keys that are known at each place.
-    """
-    lines = []
-    for problem in error.errors():
-        location, kind, given = problem["loc"], problem["type"], problem["input"]
-        if kind == "too_short" and problem["ctx"]["actual_length"] < len(given):
-            continue  # pydantic counts only the valid items; the invalid ones have problems of their own
-        where = dotted(part for part in location if isinstance(part, int) or not _KIND.fullmatch(part))
-        if kind == "extra_forbidden":
-            key = str(location[-1])
-            if len(location) == 1 and key in UNSUPPORTED:
-                lines.append(f"{where}: {UNSUPPORTED[key]} is not supported yet; remove it (models and parameters are)")
-            else:
-                lines.append(f"{where}: unknown key{nearest(key, _keys(root, location[:-1]))}")
-        elif kind in ("union_tag_invalid", "union_tag_not_found"):
-            tag = given.get("kind") if isinstance(given, dict) else given
-            lines.append(f"{where}.kind: expected one of {', '.join(TARGETS)}, got {_short(tag)}")
-        elif kind == "missing":
-            lines.append(f"{where}: missing; it is required")
-        elif kind == "value_error":
-            lines.append(f"{where}: {str(problem['msg']).removeprefix('Value error, ')}")
-        elif kind == "string_pattern_mismatch" and (
-            words := _PATTERNS.get(problem["ctx"]["pattern"].removeprefix("^$|"))
-        ):
-            lines.append(f"{where}: expected {words}, got {_short(given)}")
-        elif kind == "literal_error":
-            lines.append(f"{where}: expected {problem.get('ctx', {})['expected']}, got {_short(given)}")
-        else:
-            message = re.sub(r"dictionary( or instance of \w+)?", "mapping", str(problem["msg"]))
-            message = re.sub("(?i)tuple", "list", message)
-            quotes = kind in ("string_type", "invalid_key") and isinstance(given, bool | float | int | datetime.date)
-            hint = "; put the text in quotes" if quotes else ""
-            lines.append(f"{where}: {message[0].lower()}{message[1:]}, got {_short(given)}{hint}")
-    return lines
-
-
-def _short(given: Any) -> str:
-    text = repr(given)
-    return text if len(text) <= MAX_GIVEN else f"{text[:MAX_GIVEN]}..."
-
-
-def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys that are valid at a location of the schema."""
-    current: Any = model
-    for part in location:
-        annotations: list[Any] = []
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            annotations = [f.annotation for name, f in current.model_fields.items() if part in (name, f.alias)]
-        current = TARGETS.get(part, next(iter(_models_in(annotations)), current))
-    if not (isinstance(current, type) and issubclass(current, BaseModel)):
-        return []
-    return [field.alias or name for name, field in current.model_fields.items()]
-
-
-def _models_in(annotations: Iterable[Any]) -> Iterable[type[BaseModel]]:
-    for annotation in annotations:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield annotation
-        else:
-            yield from _models_in(getattr(annotation, "__args__", ()))

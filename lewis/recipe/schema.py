@@ -1,12 +1,14 @@
 """The schema of a recipe's blocks, except `slices`, `anchor`, `tokenizer` and `serve`, which have their own modules."""
 
-from collections.abc import Iterator, Mapping
+import string
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from lewis.allocators import ALLOCATORS, DEFAULT, Allocator
+from lewis.allocators import ALLOCATORS, DEFAULT, Allocator, target_of
 from lewis.errors import nearest
+from lewis.recipe import model_args
 from lewis.recipe.block import Block, ModelName, Parameters
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -28,21 +30,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # name -> settings that `lewi
 }
 FREE = ("samples", "max_tokens", "seed", "min", "max", "prune_ratio")  # settings of a preset that a recipe may change
 GUIDES = ("preset", "importance", "prune_by", "aim", "density")  # keys of the `lewis` block that decide densities
-
-
-def contradictions(block: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a problem for each setting in a `lewis` block that contradicts the block's preset."""
-    preset = PRESETS.get(str(block.get("preset")))
-    if preset is None:
-        return
-    places = [(name, name, block.get(name)) for name in ("importance", "density")]
-    sets = block.get("calibrations") or {}
-    places += [(f"calibrations.{name}", "calibration", each) for name, each in sets.items()]
-    for where, kind, given in places:
-        for key, value in given.items() if isinstance(given, dict) else ():
-            wanted = preset[kind].get(key, value)
-            if value != wanted and key not in FREE:
-                yield f"lewis.{where}.{key}: preset {block['preset']} has {wanted!r}, got {value!r}; leave one out"
 
 
 class ModelEntry(Block):
@@ -101,30 +88,40 @@ class CalibrationSet(Block):
     seed: int = Field(default=42, ge=0)
     padding: Literal["none", "max_tokens"] = "none"
 
-    @model_validator(mode="after")
-    def _one_source(self) -> "CalibrationSet":
-        if (self.dataset is None) == (self.texts is None):
-            raise ValueError("expected either `dataset` or inline `texts`")
+    def _contradictions(self) -> Iterator[str]:
         pair = (self.prompt or self.answer) is not None
-        if self.continues and (not (self.prompt or self.texts) or self.answer or self.padding != "none"):
-            raise ValueError(
-                "`continue` has the expert write the answers: expected `prompt`, or `texts` that are prompts, without "
-                "`answer` and `padding`"
+        if (self.dataset is None) == (self.texts is None):
+            yield ": expected either `dataset` or inline `texts`"
+        elif self.continues and (not (self.prompt or self.texts) or self.answer or self.padding != "none"):
+            yield (
+                ": `continue` has the expert write the answers: expected `prompt`, or `texts` that are prompts, "
+                "without `answer` and `padding`"
             )
-        if pair and not (self.prompt and (self.answer or self.continues)):
-            raise ValueError(
-                'expected both `prompt` and `answer`, such as "Question: {question}\\nAnswer:" and " {answer}"'
-            )
-        if self.dataset is not None and sum((bool(self.text), pair, bool(self.messages))) != 1:
-            raise ValueError(
-                'expected one of: `text`, a template such as "{question} {answer}" that turns a row into text; '
+        elif pair and not (self.prompt and (self.answer or self.continues)):
+            yield ': expected both `prompt` and `answer`, such as "Question: {question}\\nAnswer:" and " {answer}"'
+        elif self.dataset is not None and sum((bool(self.text), pair, bool(self.messages))) != 1:
+            yield (
+                ': expected one of: `text`, a template such as "{question} {answer}" that turns a row into text; '
                 "`prompt` with `answer`; or `messages`, the column of a chat"
             )
-        if (self.dataset or "").partition("@")[0] in LOCAL and not self.data_files:
-            raise ValueError(f"dataset {self.dataset!r} needs `data_files`")
-        if self.texts is not None and any((self.text, pair, self.messages, self.weight, self.data_files, self.config)):
-            raise ValueError("inline `texts` take no `text`, `prompt`, `messages`, `weight`, `config` or `data_files`")
-        return self
+        elif (self.dataset or "").partition("@")[0] in LOCAL and not self.data_files:
+            yield f": dataset {self.dataset!r} needs `data_files`"
+        elif self.texts is not None and (
+            self.text or pair or self.messages or self.weight or self.data_files or self.config
+        ):
+            yield ": inline `texts` take no `text`, `prompt`, `messages`, `weight`, `config` or `data_files`"
+        if self.texts is not None and not any(each.strip() for each in self.texts):
+            yield f"texts: expected texts, got {'empty ones' if self.texts else 'none'}"
+        fields, template = list[str](), ""
+        for key in (key for key in ("text", "prompt", "answer") if getattr(self, key)):
+            template = getattr(self, key)
+            try:
+                fields += [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+            except ValueError as error:
+                yield f"{key}: {template!r} is no template: {error}; write {{{{ for a brace"
+                fields.append(template)
+        if template and not fields:  # all rows would be the same text
+            yield f'{key}: expected names of columns, such as "{{question}} {{answer}}", got {template!r}'
 
     @property
     def prompt_weight(self) -> float:
@@ -188,6 +185,27 @@ class Density(Block):
         """The allocator that `strategy` names."""
         return ALLOCATORS.find(self.strategy)
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest density that a layer can get."""
+        return (self.min, self.max) if self.allocator.guides else (target_of(self), target_of(self))
+
+    def _contradictions(self) -> Iterator[str]:
+        low, high, budget, allocator = self.min, self.max, self.budget, self.allocator
+        if budget is not None and not allocator.guides:  # the default bounds do not apply to it
+            low, high = (
+                (low if "min" in self.model_fields_set else 0.0),
+                (high if "max" in self.model_fields_set else 1.0),
+            )
+        if low > high:
+            yield f"min: expected 0 < min <= max <= 1, got min={low}, max={high}"
+        elif budget is not None and not low <= budget <= high:
+            yield f"budget: expected min <= budget <= max, got min={low}, budget={budget}, max={high}"
+        for key in {"scale", "decimals"} & self.model_fields_set - {*allocator.uses}:
+            if getattr(self, key) is not None:
+                others = " or ".join(each.name for each in ALLOCATORS.values() if key in each.uses)
+                yield f"{key}: {allocator.name} has no use for it; leave it out, or use {others}"
+
 
 class Aim(Block):
     """Shrink the merged delta where the base's activations are large (`lewis.allocation.step.aim`, arXiv 2502.02421).
@@ -236,6 +254,30 @@ class Lewis(Block):
     aim: Aim | None = None
 
     @property
+    def runs_models(self) -> bool:
+        """Whether models are run to decide the densities, or for `prune_by` or `aim`."""
+        return self.evidence != "nothing" or self.prune_by == "activation" or self.aim is not None
+
+    @property
+    def guides(self) -> list[str]:
+        """The keys of the block by which the recipe says how densities are decided."""
+        given = [key for key in GUIDES if key in self.model_fields_set and getattr(self, key) is not None]
+        return [key for key in given if self.preset is None or key not in PRESETS[self.preset]]
+
+    def _contradictions(self) -> Iterator[str]:
+        metric, allocator = self.importance.metric, self.density.allocator
+        if "metric" in self.importance.model_fields_set and allocator.evidence_by(metric) != metric:
+            others = " or ".join(each.name for each in ALLOCATORS.values() if each.evidence == "metric")
+            yield f"importance.metric: {allocator.name} has no use for {metric!r}; leave it out, or use {others}"
+        preset = PRESETS[self.preset] if self.preset else {}
+        blocks: dict[str, Block] = {"importance": self.importance, "density": self.density}
+        blocks |= {f"calibrations.{name}": each for name, each in self.calibrations.items()}
+        for where, block in blocks.items():
+            for key, wanted in preset.get("calibration" if "." in where else where, {}).items():
+                if key not in FREE and (given := getattr(block, key)) != wanted:
+                    yield f"{where}.{key}: preset {self.preset} has {wanted!r}, got {given!r}; leave one out"
+
+    @property
     def evidence(self) -> str:
         """The kind of evidence that decides the densities: a value of `lewis.allocators.Needs` other than `metric`."""
         return self.density.allocator.evidence_by(self.importance.metric)
@@ -274,12 +316,10 @@ class Output(Block):
     rank: int | None = Field(default=None, ge=1)
     tolerance: float | None = Field(default=None, gt=0, lt=1)
 
-    @model_validator(mode="after")
-    def _has_a_size(self) -> "Output":
+    def _contradictions(self) -> Iterator[str]:
         if (self.kind == "lora") == (self.rank is None and self.tolerance is None):
-            full = "full takes no `rank` or `tolerance`; did you mean kind: lora?"
-            raise ValueError(full if self.kind == "full" else "kind lora needs `rank`, `tolerance` or both")
-        return self
+            full = ": full takes no `rank` or `tolerance`; did you mean kind: lora?"
+            yield full if self.kind == "full" else ": kind lora needs `rank`, `tolerance` or both"
 
 
 class Inspect(Block):
@@ -342,18 +382,22 @@ class Evaluate(Block):
     model_args: dict[str, Any] = Field(default_factory=dict)
     gpus: int = Field(default=1, ge=1)
 
-    @field_validator("limit")
-    @classmethod
-    def _check_whole(cls, limit: int | float | None) -> int | float | None:
-        if limit is not None and limit > 1 and limit != int(limit):
-            raise ValueError(f"expected a whole number of documents, or a share below 1, got {limit:g}")
-        return limit
-
-    @model_validator(mode="after")
-    def _drawn(self) -> "Evaluate":
+    def _contradictions(self) -> Iterator[str]:
+        if self.limit is not None and self.limit > 1 and self.limit != int(self.limit):
+            yield f"limit: expected a whole number of documents, or a share below 1, got {self.limit:g}"
         if self.documents == "by_release" and self.limit is None:
-            raise ValueError("`documents: by_release` draws `limit` documents for each merge: set `limit`")
-        return self
+            yield ": `documents: by_release` draws `limit` documents for each merge: set `limit`"
+        yield from (f"model_args.{line}" for line in model_args.problems_of(self.backend, self.model_args))
+        if self.runs_model_code and not self.allow_code_execution:
+            yield (
+                "model_args.trust_remote_code: it runs code that comes with a model; if you trust all models of the "
+                "recipe, say `allow_code_execution: true` in the block `evaluate`, or else leave it out"
+            )
+        if self.model_args.get("chat") is True and not self.apply_chat_template:
+            yield (
+                "model_args.chat: the server is asked in chats then; say `apply_chat_template: true` in the block "
+                "`evaluate` too"
+            )
 
     @property
     def completes(self) -> bool:
@@ -466,16 +510,14 @@ class SearchRange(Block):
     log: bool = False
     step: float | None = Field(default=None, gt=0)
 
-    @model_validator(mode="after")
-    def _in_order(self) -> "SearchRange":
-        if self.min >= self.max:
-            raise ValueError(f"expected min < max, got min={self.min:g}, max={self.max:g}")
-        if self.log and (self.min <= 0 or self.step):
-            raise ValueError("a log scale needs min > 0, and takes no step")
+    def _contradictions(self) -> Iterator[str]:
         width = self.max - self.min
-        if self.step and self.step > width:
-            raise ValueError(f"a step of {self.step:g} leads beyond max, to min alone; expected at most {width:g}")
-        return self
+        if width <= 0:
+            yield f": expected min < max, got min={self.min:g}, max={self.max:g}"
+        elif self.step and self.step > width:
+            yield f": a step of {self.step:g} leads beyond max, to min alone; expected at most {width:g}"
+        if self.log and (self.min <= 0 or self.step):
+            yield ": a log scale needs min > 0, and takes no step"
 
 
 class Search(Block):

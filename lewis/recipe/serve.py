@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, field_validator
@@ -76,12 +76,9 @@ class CommandTarget(Target):
     run: tuple[str, ...] = Field(min_length=1)
     timeout_minutes: float = Field(default=60, gt=0)
 
-    @field_validator("run")
-    @classmethod
-    def _check_program(cls, run: tuple[str, ...]) -> tuple[str, ...]:
-        if not re.fullmatch(r"\w[\w.-]*", run[0], re.ASCII):
-            raise ValueError(f"expected the name of a program in LEWIS_SERVE_PROGRAMS, without a path, got {run[0]!r}")
-        return run
+    def _contradictions(self) -> Iterator[str]:
+        if not re.fullmatch(r"\w[\w.-]*", name := self.run[0], re.ASCII):
+            yield f"run: expected the name of a program in LEWIS_SERVE_PROGRAMS, without a path, got {name!r}"
 
 
 class VllmTarget(Target):
@@ -187,20 +184,12 @@ class CanaryTarget(Target):
     count: str = Field(min_length=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
 
-    @field_validator("steps")
-    @classmethod
-    def _check_growth(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
-        if list(steps) != sorted(set(steps)):
-            raise ValueError(f"expected percentages that grow from step to step, got {list(steps)}")
-        return steps
-
-    @field_validator("rules")
-    @classmethod
-    def _check_rules(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-        name, count = Counter(rule.name for rule in rules).most_common(1)[0]
+    def _contradictions(self) -> Iterator[str]:
+        if list(self.steps) != sorted(set(self.steps)):
+            yield f"steps: expected percentages that grow from step to step, got {list(self.steps)}"
+        name, count = Counter(rule.name for rule in self.rules).most_common(1)[0]
         if count > 1:
-            raise ValueError(f"{count} rules are called {name!r}; give each a `name` of its own")
-        return rules
+            yield f"rules: {count} rules are called {name!r}; give each a `name` of its own"
 
     @property
     def places(self) -> dict[str, str]:
@@ -229,13 +218,11 @@ class HaproxyTarget(CanaryTarget):
     count: str = Field(default=f"sum(increase({_OF_SERVER}}}[{{window}}]))", min_length=1)
     rules: tuple[Rule, ...] = Field(default=_RULES, min_length=1)
 
-    @field_validator("servers")
-    @classmethod
-    def _check_two(cls, servers: dict[str, str]) -> dict[str, str]:
-        url, *other = (url.rstrip("/") for url in servers.values())
-        if url in other:
-            raise ValueError(f"expected two servers, between which the traffic moves, got {url!r} twice")
-        return servers
+    def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
+        one, other = (url.rstrip("/") for url in self.servers.values())
+        if one == other:
+            yield f"servers: expected two servers, between which the traffic moves, got {one!r} twice"
 
     @property
     def places(self) -> dict[str, str]:
@@ -299,21 +286,15 @@ class KserveTarget(CanaryTarget):
     def _as_tuple(cls, services: Any) -> Any:
         return (services,) if isinstance(services, str) else services
 
-    @field_validator("services")
-    @classmethod
-    def _check_two(cls, services: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(services)) < len(services):
-            raise ValueError(f"expected two services, between which the traffic moves, got {services[0]!r} twice")
-        return services
-
-    @field_validator("uri")
-    @classmethod
-    def _check_changes(cls, uri: str) -> str:
-        if not any(name in uri for name in ("{path}", "{served_as}", "{version}", "{digest}")):
-            raise ValueError("expected a URI that differs from version to version: one with {served_as}, for example")
-        if found := [name for name in ("{output}", "{previous}") if name in uri]:
-            raise ValueError(f"expected a URI that a version always has, got {found[0]}, which no record keeps")
-        return uri
+    def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
+        if len(set(self.services)) < len(self.services):
+            name = self.services[0]
+            yield f"services: expected two services, between which the traffic moves, got {name!r} twice"
+        if not any(name in self.uri for name in ("{path}", "{served_as}", "{version}", "{digest}")):
+            yield "uri: expected a URI that differs from version to version: one with {served_as}, for example"
+        if found := [name for name in ("{output}", "{previous}") if name in self.uri]:
+            yield f"uri: expected a URI that a version always has, got {found[0]}, which no record keeps"
 
     @property
     def form(self) -> str:

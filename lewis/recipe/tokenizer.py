@@ -1,8 +1,9 @@
 """The recipe keys `tokenizer` and `chat_template`: vocabulary, embedding rows and chat format of the merged model."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from lewis.errors import nearest
 from lewis.recipe.block import Block, ModelName
@@ -16,14 +17,12 @@ class TokenRow(Block):
     token: str | None = None
     token_id: int | None = Field(default=None, ge=0)
 
-    @model_validator(mode="after")
-    def _one_row(self) -> "TokenRow":
+    def _contradictions(self) -> Iterator[str]:
         given = (self.model, self.token if self.token is not None else self.token_id)
         if self.kind == "zero" and (given != (None, None)):
-            raise ValueError("kind zero takes no model or token")
+            yield ": kind zero takes no model or token"
         if self.kind == "model_token" and (None in given or None not in (self.token, self.token_id)):
-            raise ValueError("kind model_token needs a model, and either token or token_id")
-        return self
+            yield ": kind model_token needs a model, and either token or token_id"
 
 
 def _kind_of_source(value: Any) -> str:

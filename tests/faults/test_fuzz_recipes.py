@@ -10,80 +10,9 @@ from hypothesis import strategies as st
 from lewis.errors import LewisError
 from lewis.recipe.recipe import Recipe
 from tests.faults.fuzz import ANY, ODD, changed, fuzzed, outcome
+from tests.support.recipes import RECIPES, examples
 
-RECIPE: dict[str, Any] = {
-    "merge_method": "ties",
-    "base_model": "org/base",
-    "models": [
-        {"model": "org/math", "parameters": {"weight": 1.0, "density": [0.2, 0.8]}, "calibration": "sums"},
-        {"model": {"model": {"path": "org/code", "revision": "main"}}, "calibration": "code"},
-    ],
-    "parameters": {"lambda": 1.0, "weight": [{"filter": "mlp", "value": 0.5}, {"value": 1}]},
-    "dtype": "bfloat16",
-    "tokenizer": {"source": "union", "tokens": {"<x>": {"source": {"kind": "zero"}}}},
-    "exclude": ["embed"],
-    "seed": 3,
-    "lewis": {
-        "calibrations": {
-            "sums": {"dataset": "json", "data_files": ["a.jsonl"], "text": "{a} {b}", "samples": 4},
-            "code": {"texts": ["a", "b"], "max_tokens": 9},
-        },
-        "importance": {"metric": "norm_difference", "prune_ratio": 0.5},
-        "density": {"strategy": "lewis", "min": 0.3, "max": 0.8, "budget": 0.5},
-        "prune_by": "magnitude",
-        "aim": {"omega": 0.5},
-    },
-    "output": {"kind": "full"},
-    "evaluate": {"tasks": ["words.yaml", "gsm8k"], "weights": {"words": 1.0}, "baselines": ["base"], "limit": 5},
-    "register": {"name": "x", "gate": {"metric": "words/acc,none", "tolerance": {"words": 0.1}}},
-    "publish": {"repo": "org/x"},
-    "search": {"space": {"parameters.lambda": {"min": 0.1, "max": 1.0}, "merge_method": ["ties"]}, "trials": 2},
-}
-FITTED: dict[str, Any] = {
-    "merge_method": "regmean_forward",
-    "base_model": "org/base",
-    "models": [{"model": "org/math", "calibration": "sums"}, {"model": "org/code", "calibration": "chats"}],
-    "anchor": {"merge_method": "ties", "parameters": {"density": 0.3}, "weight": [{"filter": "mlp", "value": 0.5}]},
-    "chat_template": "chatml",
-    "lewis": {
-        "calibrations": {
-            "sums": {"texts": ["a", "b"], "continue": 2, "seed": 3},
-            "chats": {"dataset": "org/rows", "messages": "chat", "weight": {"prompt": 0.5}},
-        },
-        "hold_back": False,
-    },
-    "output": {"kind": "lora", "rank": 4, "tolerance": 0.1},
-    "inspect": {"on": "warn"},
-    "evaluate": {
-        **{"tasks": ["words"], "backend": "vllm", "model_args": {"dtype": "auto", "chat_template_args": {"x": 1}}},
-        **{"stop": "known", "documents": "by_release", "limit": 5, "gpus": 2},
-    },
-    "register": {"name": "x", "gate": {"metric": "words/acc,none", "min_gain": 0.1, "judge": {"model": "j"}}},
-    "serve": [
-        {"kind": "webhook", "url": "http://x/hook"},
-        {"kind": "command", "run": ["restart", "x"]},
-        {"kind": "vllm", "url": "http://x", "check": {"documents": 3}},
-        {"kind": "openai", "url": "http://x/load", "body": {"path": "{path}"}, "expect": {"ok": True}},
-        {
-            **{"kind": "haproxy", "prometheus": "http://p", "socket": "/s", "backend": "b"},
-            **{"servers": {"one": "http://a", "two": "http://b"}, "steps": [10, 50]},
-        },
-        {
-            **{"kind": "kserve", "prometheus": "http://p", "namespace": "m", "services": ["a", "b"]},
-            **{"uri": "pvc://x/{served_as}", "rules": [{"name": "r", "query": "q", "times": 2}]},
-        },
-    ],
-}
-SLICED: dict[str, Any] = {
-    "name": "stack",
-    "random_seed": 3,
-    "merge_method": "passthrough",
-    "slices": [
-        {"sources": [{"model": "org/a", "layer_range": [0, 2], "parameters": {"scale": 0.5}}]},
-        {"sources": [{"model": "org/b", "layer_range": [1, 3]}], "parameters": {"scale": [0.1, 0.2]}},
-    ],
-    "tokenizer_source": "org/a",
-}
+DATA = [*examples(), *map(yaml.safe_load, RECIPES.values())]
 MARKS = st.one_of(
     st.sampled_from(
         ["[", "{", "]", "}", "- ", "? ", ": ", "&a ", "*a", "<<: ", "#", "|\n", ">", "'", '"', "\n", "  ", "\t"]
@@ -106,7 +35,7 @@ def test_any_text(text: str | bytes, tmp_path_factory: Any) -> None:
 
 
 @fuzzed
-@given(data=st.sampled_from([RECIPE, FITTED, SLICED]).flatmap(lambda recipe: changed(recipe, VALUES)))
+@given(data=st.sampled_from(DATA).flatmap(lambda recipe: changed(recipe, VALUES)))
 def test_a_recipe_with_odd_values(data: Any) -> None:
     text = yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
     found = outcome(lambda: Recipe.parse(text, root=Path("/nowhere")))
@@ -119,6 +48,6 @@ def test_a_recipe_with_odd_values(data: Any) -> None:
     path=st.sampled_from(["seed", "models[0].model", "lewis.density.min", "x.y[3]"]) | st.text(max_size=9), value=ANY
 )
 def test_a_setting(path: str, value: Any) -> None:
-    text = yaml.safe_dump(RECIPE)
+    text = RECIPES["guided"]
     setting = f"{path}={yaml.safe_dump(value, default_flow_style=True)}"
     outcome(lambda: Recipe.parse(text, root=Path("/nowhere"), overrides=[setting]))

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from lewis.errors import RecipeError
 from lewis.recipe.model_args import ALLOWED
 from lewis.recipe.recipe import Recipe
 from tests.lewis.recipe.test_readme import README
@@ -17,42 +16,6 @@ MERGE = {"merge_method": "linear", "models": [{"model": "org/a"}, {"model": "org
 
 def read(**evaluate: Any) -> Recipe:
     return parse({**MERGE, "evaluate": {"tasks": ["x"], **evaluate}})
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({"backend": "vlm"}, r"evaluate\.backend: expected 'hf', 'vllm', 'sglang' or 'openai', got 'vlm'"),
-        ({"gpus": 0}, r"evaluate\.gpus: "),
-        ({"model_args": {"dtyp": "auto"}}, r"model_args\.dtyp: the backend hf has no such argument.*dtype"),
-        ({"model_args": {"max_model_len": 9}}, r"the backend hf has no such argument; vllm has"),
-        ({"backend": "openai", "model_args": {"quantization": "fp8"}}, "argument; vllm and sglang have"),
-        ({"model_args": {"dtype": "int8"}}, r"dtype: expected auto, float32, float16 or bfloat16, got 'int8'"),
-        ({"model_args": {"dtype": None}}, r"dtype: expected auto, .* got None"),
-        ({"model_args": {"max_length": True}}, "max_length: expected a whole number above 0, got True"),
-        ({"model_args": {"max_memory_per_gpu": "much"}}, "expected a size such as 20GiB, got 'much'"),
-        ({"model_args": {"chat_template_args": {"x": [1]}}}, "expected a mapping of names to texts, numbers"),
-        ({"model_args": {"attn_implementation": "org/kernel"}}, "expected eager, .*got 'org/kernel'"),
-        (
-            {"backend": "vllm", "model_args": {"gpu_memory_utilization": 90}},
-            "expected a number above 0, at most 1, got 90",
-        ),
-        ({"backend": "vllm", "model_args": {"quantization": "../x"}}, r"expected a name, got '\.\./x'"),
-        (
-            {"backend": "vllm", "model_args": {"tensor_parallel_size": 2}},
-            r"not here: the number of GPUs is evaluate\.gpus",
-        ),
-        ({"model_args": {"parallelize": True}}, r"not here: the number of GPUs is evaluate\.gpus"),
-        ({"model_args": {"pretrained": "org/x"}}, "not here: it follows from the model that is scored"),
-        ({"backend": "openai", "model_args": {"base_url": "http://x"}}, "variable LEWIS_EVALUATION_SERVER"),
-        ({"backend": "openai", "model_args": {"header": {}}}, "not here: a recipe holds no secrets"),
-        ({"backend": "openai", "model_args": {"chat": True}}, "chat: .*say `apply_chat_template: true`"),
-        ({"model_args": {"trust_remote_code": True}}, "trust_remote_code: .*say `allow_code_execution: true`"),
-    ],
-)
-def test_what_is_wrong_is_told_with_its_place(given: dict[str, Any], told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
-        read(**given)
 
 
 def test_what_is_allowed_is_read_as_it_is_written() -> None:

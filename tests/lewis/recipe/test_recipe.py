@@ -1,6 +1,5 @@
 """Recipes: mergekit's YAML runs unchanged, and every mistake is told at once, where it is, with what was meant."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -105,278 +104,45 @@ class TestMergekitConfigs:
 
 class TestMistakes:
     def test_all_are_told_in_one_go(self) -> None:
+        """Of the words and numbers, of keys of one block, and of what spans blocks."""
         found = problems(
             """
             merge_method: tis
             base_model: b
-            models: [{model: a, parameters: {weight: 1}, calibraton: x}]
+            models: [{model: a, parameters: {weight: 1}, calibraton: x, calibration: t}]
             dtypes: bfloat16
             seed: many
             lewis: {calibrations: {s: {texts: [a], sample: 3}}, density: {min: 0.9, max: 0.8}}
+            publish: {repo: org/x}
             """
         )
         assert [problem.partition(":")[0] for problem in found] == [
+            "merge_method",
             "models[0].calibraton",
             "seed",
             "lewis.calibrations.s.sample",
-            "dtypes",
-            "merge_method",
             "lewis.density.min",
+            "dtypes",
+            "models[0].calibration",
+            "publish",
         ]
 
     @pytest.mark.parametrize(
         "change, expected",
         [
-            ({"merge_methd": "ties"}, "merge_methd: unknown key; did you mean 'merge_method'?"),
-            ({"merge_method": "tie"}, "merge_method: unknown method 'tie'; did you mean 'ties'?"),
-            ({"merge_method": None}, "merge_method: "),
-            ({"base_model": None}, "base_model: ties merges task vectors and needs one"),
-            ({"models": []}, "models: "),
-            ({"models": "org/math"}, "models: "),
-            ({"models": [{"model": "org/base@abc"}]}, "models: only the base is listed; add an expert"),
-            ({"models": [{"model": "a"}, {"model": "a"}]}, "models[1].model: 'a' is listed twice"),
-            ({"models": [{"model": "a"}, {"model": {"path": "a"}}]}, "models[1].model: 'a' is listed twice"),
-            ({"models": [{"model": {"path": "a", "lora": "b"}}]}, "models[0].model: expected {model, lora} or {path, "),
-            ({"models": [{"model": {"model": "a", "revision": "v1"}}]}, "models[0].model: expected {model, lora} or "),
-            ({"models": [{"model": {"path": "a", "revision": 1.1}}]}, "models[0].model: revision: expected a text"),
-            ({"models": [{"model": {"path": "a", "revision": 0}}]}, "models[0].model: revision: expected a text"),
-            ({"models": [{"model": {"model": {"path": 7}}}]}, "models[0].model: path: expected a text (a number in "),
-            ({"models": [{"model": {"model": None, "lora": "a"}}]}, "models[0].model: model: expected a text"),
-            ({"models": [{"parameters": {}}]}, "models[0].model: missing; it is required"),
-            ({"models": [{"model": 5}]}, "models[0].model: "),
-            (
-                {"models": [{"model": "a", "parameters": {"densty": 1}}]},
-                "models[0].parameters.densty: ties has no such ",
-            ),
-            (
-                {"models": [{"model": "a", "parameters": {"lambda": 1}}]},
-                "models[0].parameters.lambda: lambda is one value",
-            ),
-            ({"models": [{"model": "a", "calibration": "s"}]}, "models[0].calibration: there is no lewis block"),
-            (
-                {"parameters": {"nomalize": True}},
-                "parameters.nomalize: ties has no such parameter; did you mean 'normalize'?",
-            ),
-            ({"parameters": {"normalize": "yes"}}, "parameters.normalize: expected true or false, got 'yes'"),
-            ({"parameters": {"weight": {"value": None}}}, "parameters.weight: expected a number"),
-            (
-                {"parameters": {"weight": [{"filter": "x", "value": "much"}]}},
-                "parameters.weight: expected a finite number",
-            ),
-            ({"parameters": {"lambda": 1e39}}, "parameters.lambda: expected a finite number"),  # of fp32
-            ({"parameters": {"density": [0.5, 1.5]}}, "parameters.density: expected 0 < density <= 1"),
-            ({"parameters": [1]}, "parameters: "),
-            ({"dtype": "int8"}, "dtype: expected 'float32', 'float16' or 'bfloat16', got 'int8'"),
-            ({"seed": -1}, "seed: "),
-            ({"seed": True}, "seed: input should be a valid integer"),  # pydantic takes it as 1
-            ({"output": {"kind": "lora", "tolerance": True}}, "output.tolerance: input should be a valid number"),
-            ({"evaluate": {"tasks": ["x"], "weights": {"x": True}}}, "evaluate.weights.x: input should be a valid num"),
-            (
-                {"evaluate": {"tasks": ["x"], "batch_size": True}},
-                "evaluate.batch_size: input should be a valid integer",
-            ),
-            (
-                {"lewis": {"calibrations": {"s": {"texts": ["x"], "continue": True}}}},
-                "lewis.calibrations.s.continue: input should be a valid integer",
-            ),
-            (
-                {"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [False, True]}]}]},
-                "slices[0].sources[0].layer_range[0]: input should be a valid integer",
-            ),
-            (
-                {"tokenizer_source": "org/else"},
-                "tokenizer_source: expected base, union or one of the models, got 'org/else'",
-            ),
-            ({"tokenizer": {"source": "org/else"}}, "tokenizer.source: expected base, union or one of the models"),
-            ({"tokenizer": {"tokens": {"<x>": {"sorce": 1}}}}, "tokenizer.tokens.<x>.sorce: unknown key"),
-            *(
-                (
-                    {"tokenizer": {"tokens": {"<x>": {"source": row}}}},
-                    "tokenizer.tokens.<x>.source: expected one of the",
-                )
-                for row in ("org/else", {"kind": "model_token", "model": "org/else", "token": "a"})
-            ),
-            (
-                {"tokenizer": {"tokens": {"<x>": {"source": {"kind": "zero", "token": "a"}}}}},
-                "tokenizer.tokens.<x>.source: kind zero takes",
-            ),
-            (
-                {"tokenizer": {"tokens": {"<x>": {"source": {"kind": "model_token"}}}}},
-                "tokenizer.tokens.<x>.source: kind model_token",
-            ),
-            *(({"tokenizer": {"pad_to_multiple_of": n}}, "tokenizer.pad_to_multiple_of: ") for n in (0, 65_537)),
-            ({"tokenizer": {"sorce": "base"}}, "tokenizer.sorce: unknown key; did you mean 'source'?"),
-            ({"tokenizer": {}, "tokenizer_source": "base"}, "tokenizer: expected it or tokenizer_source, got both"),
-            ({"slices": []}, "slices: list should have at least 1 item"),
-            ({"slices": [{"sources": []}]}, "slices[0].sources: list should have at least 1 item"),
-            ({"modules": {}}, "modules: expected one, got none"),
-            ({"modules": {"a": {"models": []}, "b": {}}}, "modules: expected one, got a, b"),
-            ({"modules": {"a": {"layers": []}}}, "modules.a.layers: expected models, slices or parameters"),
-            ({"random_seed": 1, "seed": 2}, "random_seed: expected it or seed, got 1 and 2"),
-            ({"name": 3}, "name: expected a text"),
-            ({"chat_template": "chatlm"}, "chat_template: expected auto, a format or a Jinja template, got 'chatlm'"),
-            ({"chat_template": "{% for %}"}, "chat_template: not a valid Jinja template: line 1"),
             (
                 {"chat_template": f"{{{{ {'(' * 2000}1{')' * 2000} }}}}"},
                 "chat_template: not a valid Jinja template: nest",
             ),
-            ({"genome": {}}, "genome: this is a config of mergekit-evolve"),
-            ({"gate_mode": "random"}, "gate_mode: this is a config of mergekit-moe"),
-            ({"layer_slices": []}, "layer_slices: this is a config of bakllama"),
-            ({"parameters": {"lambda": "auto"}}, "parameters.lambda: expected a number, got 'auto': what"),
-            ({"parameters": {"weight": [1, "auto"]}}, "parameters.weight: expected a number, got 'auto': what"),
-            (
-                {"register": {"name": "org/m"}},
-                "register.name: expected a name, not of dots alone, without / and :, got",
-            ),
-            ({"register": {"name": "m"}, "publish": {"repo": "m"}}, "publish.repo: expected org/name, got 'm'"),
-            *(
-                (
-                    {"register": {"name": "m"}, "publish": {"repo": repo}},
-                    f"publish.repo: expected org/name, got '{repo}'",
-                )
-                for repo in ("a/..", "a/.", "-a/b", "a/b--c")  # HFValidationError, after the merge
-            ),
-            *(
-                ({"register": {"name": name}}, "register.name: ")
-                for name in ("a/b", "..", " ", " . ", "a\nb", "a\x1b[8m", "x" * 10_000)
-            ),
-            ({"register": {"name": "x", "team": "x" * 51}}, "register.team: "),
-            ({"register": {"name": "x", "gate": {"metric": "m"}}}, "register.gate: there is nothing to compare"),
-            (
-                {"register": {"name": "x", "gate": {"metric": "m", "min_gain": math.nan}}},
-                "register.gate.min_gain: input",
-            ),
-            ({"register": {"name": "x", "gate": {"metric": "m", "tolerance": -1}}}, "register.gate.tolerance: input"),
-            (
-                {"register": {"name": "x", "gate": {"metric": "m", "superiority": True}}},
-                "register.gate: `superiority` is now `policy`: write `policy: better`",
-            ),
-            (
-                {"register": {"name": "x", "gate": {"metric": "m", "min_gain": -0.1}}},
-                "register.gate: `min_gain` below 0 asks for no gain: write `policy: not_worse` and `tolerance: 0.1`",
-            ),
+            ({"register": {"name": "x" * 10_000}}, "register.name: string should have at most 200 characters"),
             (
                 {"register": {"name": "x", "gate": {"metric": "m", "min_gain": -(10**400)}}},
                 "register.gate: `min_gain` below 0 asks for no gain: write `policy: not_worse` and `tolerance: 1000",
             ),
-            (
-                {"register": {"name": "x", "gate": {"metric": "m", "min_gain": 0.1, "policy": "not_worse"}}},
-                "register.gate: `min_gain` asks for a gain: write `policy: better`",
-            ),
-            (
-                {"evaluate": {"tasks": ["x"], "weights": {"x": math.inf}}},
-                "evaluate.weights.x: input should be a finite",
-            ),
-            ({"evaluate": {"tasks": []}}, "evaluate.tasks: list should have at least 1 item"),
-            ({"evaluate": {"tasks": [" "]}}, "evaluate.tasks[0]: expected a text that is not blank, got ' '"),
-            (
-                {"evaluate": {"tasks": ["x"], "limit": 1.5}},
-                "evaluate.limit: expected a whole number of documents, or a",
-            ),
-            ({"lewis": []}, "lewis: input should be a valid mapping, got []"),
-            ({"base_model": False}, "base_model: input should be a valid string, got False; put the text in quotes"),
-            (
-                {"lewis": {"calibrations": {1: {"texts": ["x"]}}}},
-                "lewis.calibrations[1]: input should be a valid string, got 1; put the text in quotes",
-            ),
-            ({"evaluate": {"tasks": ["x"], "batch_size": 0}}, "evaluate.batch_size: "),
-            ({"evaluate": {"tasks": ["x"], "baselines": ["bases"]}}, "evaluate.baselines[0]: expected 'base'"),
-            (
-                {
-                    "evaluate": {"tasks": ["x"]},
-                    "register": {"name": "x", "gate": {"metric": "x/acc,none", "approve_hours": 1e8}},
-                },
-                "register.gate.approve_hours: input should be less than or equal to 876000",
-            ),
         ],
     )
-    def test_each_names_its_place_and_what_was_expected(self, change: dict[str, Any], expected: str) -> None:
-        data = {key: entry for key, entry in (yaml.safe_load(PLAIN) | change).items() if entry is not None}
-        found = problems(yaml.safe_dump(data))
-        assert any(problem.startswith(expected) for problem in found), found
-
-    @pytest.mark.parametrize(
-        "lewis, expected",
-        [
-            ("{}", "lewis.calibrations: LEWIS runs models on"),
-            ("{density: {strateg: uniform}}", "lewis.density.strateg: unknown key; did you mean 'strategy'?"),
-            ("{calibrations: {s: {}}}", "lewis.calibrations.s: expected either `dataset` or inline `texts`"),
-            ("{calibrations: {s: {dataset: a}}}", "lewis.calibrations.s: expected one of: `text`, a template"),
-            (
-                "{calibrations: {s: {dataset: json, text: '{a}'}}}",
-                "lewis.calibrations.s: dataset 'json' needs `data_files`",
-            ),
-            (
-                "{calibrations: {s: {dataset: json@main, text: '{a}'}}}",  # was a traceback
-                "lewis.calibrations.s: dataset 'json@main' needs `data_files`",
-            ),
-            ("{calibrations: {s: {texts: [a], text: '{a}'}}}", "lewis.calibrations.s: inline `texts` take no `text`"),
-            (
-                "{calibrations: {s: {texts: [a]}, t: {texts: [b]}}}",
-                "models[1].calibration: missing, and there is more than",
-            ),
-            ("{calibrations: {'': {texts: [a]}}}", "lewis.calibrations.: string should have at least 1 character"),
-            ("{calibrations: {s: {texts: []}}}", "lewis.calibrations.s.texts: expected texts, got none"),
-            ("{calibrations: {s: {texts: ['', ' ']}}}", "lewis.calibrations.s.texts: expected texts, got empty ones"),
-            (
-                "{calibrations: {s: {dataset: a/b, text: '{question'}}}",
-                "lewis.calibrations.s.text: '{question' is no template: expected '}' before end of string",
-            ),
-            (
-                "{calibrations: {s: {dataset: a/b, prompt: 'Q: {{question}}', answer: A}}}",
-                "lewis.calibrations.s.answer: expected names of columns, such as",
-            ),
-            ("{calibrations: {s: {texts: [a]}}, density: {min: 0}}", "lewis.density.min: "),
-            ("{calibrations: {s: {texts: [a]}}, density: {min: '9e-1'}}", "lewis.density.min: expected 0 < min <= max"),
-            ("{calibrations: {s: {texts: [a]}}, density: {min: null}}", "lewis.density.min: "),
-            (
-                "{calibrations: {s: {texts: [a]}}, density: {budget: 0.9}}",
-                "lewis.density.budget: expected min <= budget",
-            ),
-            ("{calibrations: {s: {texts: [a]}}, density: {decimals: 9999999999}}", "lewis.density.decimals: "),
-            ("{calibrations: {s: {texts: [a]}}, prune_by: size}", "lewis.prune_by: expected 'magnitude'"),
-            ("{density: {strategy: uniform, budget: 0.2, min: 0.3}}", "lewis.density.budget: expected min <= budget"),
-            ("{density: {strategy: uniform, budget: 0.9, max: 0.8}}", "lewis.density.budget: expected min <= budget"),
-            (
-                "{prune_by: activation, density: {strategy: uniform}}",
-                "lewis.calibrations: LEWIS runs models on",
-            ),
-            ("{aim: {}, density: {strategy: uniform}}", "lewis.calibrations: LEWIS runs models on"),
-            (
-                "{calibrations: {s: {texts: [a]}}, aim: {omega: 2}}",
-                "lewis.aim.omega: input should be less than or equal",
-            ),
-            ("{calibrations: {s: {texts: [a]}}, importance: {prune_ratio: 1}}", "lewis.importance.prune_ratio: "),
-            (
-                "{calibrations: {s: {texts: [a]}}, density: {strategy: owl, scale: rank}}",
-                "lewis.density.scale: owl has no use",
-            ),
-            (
-                "{calibrations: {s: {texts: [a]}}, density: {strategy: dlp}, importance: {metric: outlier}}",
-                "lewis.importance.metric: dlp has no use for 'outlier'",
-            ),
-            (
-                "{preset: lewis_official, calibrations: {s: {texts: [a], padding: none}}}",
-                "lewis.calibrations.s.padding: preset lewis_official has 'max_tokens', got 'none'",
-            ),
-            (
-                "{preset: lewis_official, calibrations: {s: {texts: [a]}}, importance: {metric: outlier}}",
-                "lewis.importance.metric: preset lewis_official has 'norm_difference'",
-            ),
-            ("5", "lewis: "),
-        ],
-    )
-    def test_those_of_the_lewis_block(self, lewis: str, expected: str) -> None:
-        found = problems(PLAIN + f"lewis: {lewis}\n")
-        assert any(problem.startswith(expected) for problem in found), found
-
-    def test_a_calibration_set_that_is_not_defined(self) -> None:
-        data = yaml.safe_load(GUIDED)
-        data["models"][1]["calibration"] = "sum"
-        assert problems(yaml.safe_dump(data)) == [
-            "models[1].calibration: no calibration set 'sum'; did you mean 'sums'?"
-        ]
+    def test_one_that_is_too_long_to_write_is_told(self, change: dict[str, Any], expected: str) -> None:
+        assert problems(yaml.safe_dump(yaml.safe_load(PLAIN) | change))[0].startswith(expected)
 
     def test_a_preset_fills_what_the_recipe_leaves_out(self) -> None:
         text = (
@@ -389,63 +155,6 @@ class TestMistakes:
         assert calibration.padding == "max_tokens"
         assert (block.importance.prune_ratio, block.importance.reduce) == (0.5, "sum")
         assert (block.density.min, block.density.max, block.density.decimals) == (0.3, 0.7, 5)
-
-    def test_a_method_that_does_not_trim_by_size_cannot_prune_by_activation(self) -> None:
-        lewis = "{calibrations: {s: {texts: [x]}}, prune_by: activation}"
-        text = f"{{merge_method: dare_ties, base_model: b, models: [{{model: a}}], lewis: {lewis}}}"
-        assert problems(text) == [
-            "lewis.prune_by: dare_ties does not trim by size; expected magnitude, or one of ties, breadcrumbs, "
-            "breadcrumbs_ties, della, della_linear, pcb, consensus"
-        ]
-        assert Recipe.parse(text.replace("dare_ties", "ties"), root=Path("/")).measures
-
-    def test_a_method_without_density_cannot_be_guided(self) -> None:
-        lewis = "{calibrations: {s: {texts: [x]}}}"
-        text = f"{{merge_method: task_arithmetic, base_model: b, models: [{{model: a}}], lewis: {lewis}}}"
-        assert problems(text) == [
-            "lewis: task_arithmetic takes no density to guide; use one of ties, dare_linear, dare_ties, breadcrumbs, "
-            "breadcrumbs_ties, della, della_linear, pcb, consensus"
-        ]
-
-    @pytest.mark.parametrize(
-        "text, expected",
-        [
-            ("slerp, models: [{model: a}, {model: c}]", "models: slerp merges exactly 1 model, not counting"),
-            ("model_stock, models: [{model: a}, {model: b}]", "models: model_stock merges at least 2 models, not "),
-            ("nuslerp, models: [{model: a}, {model: b}]", "models: nuslerp merges exactly 2 models, not counting"),
-            ("passthrough, models: [{model: a}]", "models: passthrough merges exactly 1 model, the base included"),
-            ("consensus, models: [{model: a}]", "models: consensus merges at least 2 models"),
-            ("slerp, models: [{model: a}]", "parameters.t: missing; slerp needs it"),
-            ("slerp, models: [{model: a}], parameters: {t: [0, 1.2]}", "parameters.t: expected a number >= 0 and"),
-            ("nearswap, models: [{model: a}], parameters: {t: [{filter: x, value: -1}]}", "parameters.t: expected a "),
-            ("karcher, models: [{model: a}], parameters: {max_iter: a}", "parameters.max_iter: expected a whole"),
-            ("breadcrumbs, models: [{model: a, parameters: {gamma: 2}}]", "models[0].parameters.gamma: expected"),
-            ("sce, models: [{model: a}], parameters: {weight: 1}", "parameters.weight: sce has no such parameter"),
-            (
-                "della, models: [{model: a, parameters: {density: 0.9}}]",
-                "models[0].parameters: expected 0 < density - epsilon and density + epsilon < 1 "
-                "(they are probabilities), got density=0.9, epsilon=0.15; set epsilon below 0.1, or change the density",
-            ),
-            ("della, models: [{model: a}], parameters: {density: [0.1, 0.5]}", "parameters: expected 0 < density - "),
-            (
-                "della_linear, models: [{model: a}], lewis: {calibrations: {s: {texts: [x]}}, density: {min: 0.1}}",
-                "lewis.density: expected 0 < density - epsilon and density + epsilon < 1 (they are probabilities), got "
-                "density=0.1, epsilon=0.15",
-            ),
-            (
-                "della, models: [{model: a}], lewis: {density: {strategy: uniform, budget: 0.9}}",
-                "lewis.density: expected 0 < density - epsilon",
-            ),
-            (
-                "consensus, models: [{model: a}, {model: c}], parameters: {min_agree: 3}",
-                "parameters: expected min_agree <= 2, the number of experts, got min_agree=3",
-            ),
-        ],
-    )  # fmt: skip
-    def test_what_a_method_asks_for(self, text: str, expected: str) -> None:
-        assert any(p.startswith(expected) for p in problems(f"{{base_model: b, merge_method: {text}}}")), problems(
-            f"{{base_model: b, merge_method: {text}}}"
-        )
 
     @pytest.mark.parametrize("density", ["min: 0.9, budget: 0.95", "max: 0.2, budget: 0.1"])
     def test_the_default_bounds_do_not_apply_to_one_density_for_all(self, density: str) -> None:
@@ -467,12 +176,6 @@ class TestMistakes:
     def test_what_fits_is_taken(self, text: str) -> None:
         Recipe.parse(f"{{base_model: b, merge_method: {text}}}", root=Path("/"))
 
-    def test_a_method_with_a_base_of_its_own_role_needs_one(self) -> None:
-        assert problems("{merge_method: slerp, models: [{model: a}, {model: b}], parameters: {t: 0.5}}") == [
-            "base_model: slerp starts from a base and needs one"
-        ]
-        Recipe.parse("{merge_method: nuslerp, models: [{model: a}, {model: b}]}", root=Path("/"))
-
     def test_filters_that_leave_a_required_parameter_out(self) -> None:
         text = (
             "{merge_method: slerp, base_model: b, models: [{model: a}], parameters: {t: [{filter: mlp, value: 0.5}]}}"
@@ -490,11 +193,6 @@ class TestMistakes:
         recipe = Recipe.parse(text, root=Path("/"))
         found = [recipe.value(METHODS["karcher"].parameters["max_iter"], None, "x", depth) for depth in (0.0, 0.6, 1.0)]
         assert found == [1, 1, 4]
-
-    def test_a_linear_base_without_a_weight(self) -> None:
-        assert problems("{merge_method: linear, base_model: b, models: [{model: a, parameters: {weight: 1}}]}") == [
-            "base_model: it takes part in a linear merge: list it under models with a weight, or leave it out"
-        ]
 
     @pytest.mark.parametrize(
         "text, expected",

@@ -2,7 +2,7 @@
 implementation of the formulae gives, or is refused in one sentence that says why.
 
 The configs are written again on tiny models: their structure is mergekit's, models and numbers of layers are not. Those
-that are refused: `tests/lewis/recipe/test_mergekit_configs.py`. Where LEWIS_MERGEKIT names a Python with mergekit, its
+that are refused: `tests/lewis/recipe/refused.txt`. Where LEWIS_MERGEKIT names a Python with mergekit, its
 own results are compared with the formulae's, too.
 """
 
