@@ -129,7 +129,7 @@ def _fit(merge: Prepared, folder: Path, progress: Report, threads: int | None, a
         fit_head(merge, network, fitted, workers, TOKENS_PER_PASS, lambda *_: begun())
         shared = Shared(merge, pairs, experts, merged, fitted, workers, spill)
         stacked = StackedFit(shared, stacks)
-        solver = Solver(shared, streams)
+        solver = Solver(shared, places, streams)
         walk = Walk(shared, places, solver, stacked)
         contexts.callback(walk.stop)
         for each in (*experts, merged):

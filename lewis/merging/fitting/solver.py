@@ -9,8 +9,10 @@ from typing import Any
 
 from lewis.errors import LewisError
 from lewis.lazy_torch import torch
+from lewis.merging.fitting.fitted import Unwritten
 from lewis.merging.fitting.passes import Pair, Pass, Shared
 from lewis.merging.prepared import Prepared
+from lewis.methods.arithmetic.bound import distance
 from lewis.methods.arithmetic.prior import prior_rows
 from lewis.methods.arithmetic.regression import DUAL_ABOVE, DUAL_TOKENS, Inputs
 from lewis.methods.arithmetic.tokens import Rows
@@ -24,13 +26,15 @@ logger = logging.getLogger(__name__)
 class Solver:
     """Fits the projection that all passes wait for; what is computed from inputs is kept for those that share them."""
 
-    def __init__(self, shared: Shared, streams: Mapping[str, str]) -> None:
+    def __init__(self, shared: Shared, places: Mapping[str, Covered], streams: Mapping[str, str]) -> None:
         """
         Args:
             shared: the merge, its models and the passes.
+            places: path of a module that is fitted -> its tensor.
             streams: path of a module that writes into the residual stream -> of one whose input is the stream before.
         """
-        self._shared, self._streams = shared, streams
+        self._shared, self._places, self._streams = shared, places, streams
+        self._reach: dict[str, float] = {}  # of the last block
         self._held = self._solved = 0
         self._inputs: tuple[Any, Inputs] | None = None
 
@@ -71,7 +75,8 @@ class Solver:
                 residual = values.get("residual", 0.0)
                 whole = bool(residual) and place in self._streams and self._inputs[1].takes_outputs
                 additions = self._additions(place, residual, whole)
-                value = self._inputs[1].solve(anchor, weights, additions, out=anchor, whole=whole)
+                reach = partial(self._reach_of, place)
+                value = self._inputs[1].solve(anchor, weights, additions, out=anchor, whole=whole, reach=reach)
         except ValueError as error:
             own = [[pair.own.rows for pair in pairs if pair.own.rows is not None] for pairs in self._shared.pairs]
             raise damage(self._shared.merge, name, weights, own, error) from error
@@ -83,6 +88,18 @@ class Solver:
         """Log how many fits the bound has held back."""
         if self._held:
             logger.info("parameters.bound holds back %d of %d fitted projections", self._held, self._solved)
+
+    def _reach_of(self, place: str) -> float:
+        """How far an expert is from the anchor in the block of a projection: the largest share of a tensor's norm."""
+        block = next(path for path in self._shared.merged.network.blocks if place.startswith(f"{path}."))
+        if block not in self._reach:
+            merge, jobs, found = self._shared.merge, self._shared.workers, [0.0]
+            for tensor in (each.tensor for path, each in self._places.items() if path.startswith(f"{block}.")):
+                anchor = Unwritten(merge).read(tensor).float()
+                size = distance(anchor, torch.zeros(1).expand_as(anchor), jobs)
+                found += [distance(each.model.read(tensor), anchor, jobs) / size for each in merge.experts if size]
+            self._reach = {block: max(found)}
+        return self._reach[block]
 
     def _prior(self, covered: Covered, strength: float, weights: Sequence[torch.Tensor]) -> list[Rows]:
         if not strength or self._inputs is None:

@@ -112,7 +112,8 @@ class Inputs:
         alpha: factor of the off-diagonals, in [0, 1].
         prior: rows of each expert's prior, for one layer; empty: no prior. It may be changed between two layers.
         bound: how far a fit may be from the anchor, || W - W_a ||_F, in units of the distance of the expert that is
-            farthest from it; 0: any distance. It may be changed between two layers.
+            farthest from it (or, if none has moved, `reach` of `solve`); 0: any distance. It may be changed between two
+            layers.
         held: how many fits the bound has held back so far.
     """
 
@@ -153,6 +154,7 @@ class Inputs:
         additions: Sequence[Additions] | None = None,
         out: torch.Tensor | None = None,
         whole: bool = False,
+        reach: Callable[[], float] = float,
     ) -> torch.Tensor:
         """Fit one layer.
 
@@ -162,6 +164,8 @@ class Inputs:
             additions: B_t of each expert, in the parts of its rows.
             out: where the result goes, fp32 (out, in); it may be `anchor` itself. By default a new tensor.
             whole: whether `additions` holds Y_t instead of B_t; only where `takes_outputs`.
+            reach: where no expert has moved the layer, gives the distance in whose units `bound` is, as a share of
+                || W_a ||_F; by default 0: the layer stays as it is.
 
         Returns:
             W, fp32 (out, in).
@@ -179,7 +183,8 @@ class Inputs:
         else:
             factor, again = self._primal(anchor, weights, additions, out, whole)
         if self.bound:
-            most = self.bound * max(distance(weight, anchor, self.jobs) for weight in weights)
+            farthest = max(distance(weight, anchor, self.jobs) for weight in weights)
+            most = self.bound * (farthest or reach() * distance(anchor, torch.zeros(1).expand_as(anchor), self.jobs))
             self.held += within(most, anchor, out, factor.added, again, self.jobs)
         return out
 

@@ -120,11 +120,15 @@ def test_a_fit_beyond_its_bound_is_the_fit_with_a_larger_ridge(form: str) -> Non
 
 @pytest.mark.parametrize("tokens", [30, 3])
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
-def test_experts_equal_to_the_anchor_leave_no_room_for_a_move(tokens: int, alpha: float) -> None:
+def test_a_layer_that_no_expert_moved_goes_as_far_as_its_reach(tokens: int, alpha: float) -> None:
     anchor = draw(3, 4, 8)
     rows = Rows([draw(1, tokens, 8)], [draw(2, tokens, 8)])
-    assert not torch.equal(Inputs([rows], 0.1, alpha=alpha).solve(anchor, [anchor]), anchor)
-    assert torch.equal(Inputs([rows], 0.1, alpha=alpha, bound=8.0).solve(anchor, [anchor]), anchor)
+    free = Inputs([rows], 0.1, alpha=alpha).solve(anchor, [anchor])
+    assert float((free - anchor).norm()) > 0.06 * float(anchor.norm())
+    held = Inputs([rows], 0.1, alpha=alpha, bound=6.0)
+    found = held.solve(anchor, [anchor], reach=lambda: 0.01)
+    assert float((found - anchor).norm()) == pytest.approx(0.06 * float(anchor.norm()), rel=1e-4)
+    assert torch.equal(held.solve(anchor, [anchor]), anchor)
 
 
 def test_a_shared_input_is_the_mean_weighted_by_its_square() -> None:
