@@ -111,8 +111,8 @@ class Block(BaseModel):
     @model_validator(mode="after")
     def _check_contradictions(self, info: ValidationInfo) -> Self:
         """Raise the block's problems, except those that the context has already."""
-        told = (info.context or {}).get("told", ())
-        if found := [line for line in self._contradictions() if line not in told]:
+        known = (info.context or {}).get("known", ())
+        if found := [line for line in self._contradictions() if line not in known]:
             raise Problems(found)
         return self
 

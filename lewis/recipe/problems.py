@@ -38,18 +38,18 @@ def validated(model: type[T], data: dict[str, Any], **context: Any) -> T:
     Args:
         model: the pydantic class of recipes.
         data: the recipe's data.
-        context: for the validators, which also find in it `wrong`, the top-level keys that are left out since their
-            values are wrong, and `told`, the contradictions within blocks that are told already.
+        context: for the validators. It also gets `wrong`, the top-level keys that are left out as their values are
+            wrong, and `known`, the contradictions within blocks that were found before.
 
     Raises:
         RecipeError: with every problem found.
     """
-    problems, wrong, told = list[str](), set[str](), set[str]()
+    problems, wrong, known = list[str](), set[str](), set[str]()
     found, again = None, True
     while again:
         again = False
         try:
-            found = model.model_validate(data, context={**context, "wrong": wrong, "told": told})
+            found = model.model_validate(data, context={**context, "wrong": wrong, "known": known})
         except ValidationError as error:
             problems += describe(error, model)
             data = deepcopy(data)
@@ -57,10 +57,11 @@ def validated(model: type[T], data: dict[str, Any], **context: Any) -> T:
                 what, key = each.get("ctx", {}).get("error"), str(each["loc"][0])
                 lines = what.lines if isinstance(what, Problems) else ()
                 removed = each["type"] == "extra_forbidden" and _remove(data, each["loc"])
-                again |= removed or not told.issuperset(lines) or not (lines or key in wrong)
-                told.update(lines)
+                again |= removed or not known.issuperset(lines) or not (lines or key in wrong)
+                known.update(lines)
                 wrong.update([] if lines or removed else [key])
-            data = {key: value for key, value in data.items() if str(key) not in wrong - {"merge_method"}}
+            left_out = wrong - {"merge_method"}  # with an unknown method, what does not depend on it can be checked
+            data = {key: value for key, value in data.items() if str(key) not in left_out}
             again &= wrong.isdisjoint(_NEEDED)
     if problems or found is None:
         listed = list(dict.fromkeys(problems))

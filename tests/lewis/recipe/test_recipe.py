@@ -141,7 +141,7 @@ class TestMistakes:
             ),
         ],
     )
-    def test_one_that_is_too_long_to_write_is_told(self, change: dict[str, Any], expected: str) -> None:
+    def test_one_that_is_too_long_for_the_table_is_reported(self, change: dict[str, Any], expected: str) -> None:
         assert problems(yaml.safe_dump(yaml.safe_load(PLAIN) | change))[0].startswith(expected)
 
     def test_a_preset_fills_what_the_recipe_leaves_out(self) -> None:
