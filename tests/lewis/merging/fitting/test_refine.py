@@ -211,7 +211,6 @@ def test_a_forecast_counts_it(apart: Family, monkeypatch: pytest.MonkeyPatch) ->
         ("regmean_forward", "refine: {}, hold_back: false", "lewis.refine: held-back rows decide when it ends"),
         ("regmean", "refine: {}, hold_back: true", "lewis.refine: only a fit in forward order is trained further"),
         ("ties", "hold_back: true", "lewis.hold_back: it judges a fit, and this method fits nothing; leave it out"),
-        ("regmean", "hold_back: true, calibrations: {}", "lewis.hold_back: there are no calibration rows to hold back"),
         ("regmean_forward", "refine: {rank: 0}", "lewis.refine.rank"),
         ("regmean_forward", "refine: {steps: 3}", "lewis.refine.steps"),
     ],
