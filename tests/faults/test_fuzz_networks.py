@@ -70,8 +70,8 @@ def loads(folder: Path, kind: str) -> str:
 def said(folder: Path, config: dict[str, Any]) -> str | None:
     """What the rehearsal says: empty if it accepts.
 
-    None: transformers has no class for the config, or a text fails in the network and no key is to blame, so that our way
-    of asking may have failed; then it accepts, too.
+    None: transformers has no class for the config, or a text fails in the network and no key is to blame, so that our
+    way of asking may have failed; then it accepts, too.
     """
     question = Network.of("model", folder, config, file_headers(folder / "model.safetensors"))
     try:
