@@ -54,7 +54,7 @@ KILLS = ("test_killed_service.py", "test_killed_runs.py")
 SHORT = ("test_fuzz_webhooks.py", "test_quota.py")  # a process takes its next file before its last test
 WAITS = ("test_patience.py", "test_device_slot.py")  # they sleep, and others compute meanwhile
 LONGEST = (
-    *(*KILLS, "test_fuzz_configs.py", "test_fuzz_adapters.py", "test_up.py", *SHORT, "test_demo.py", "test_run.py"),
+    *(*KILLS, "test_fuzz_networks.py", "test_fuzz_adapters.py", "test_up.py", *SHORT, "test_demo.py", "test_run.py"),
     *("test_search.py", "test_champion.py", "test_report.py", "test_versions.py", "test_lm_eval.py", *WAITS),
 )
 

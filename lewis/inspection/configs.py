@@ -21,12 +21,16 @@ from lewis.models.hub import repository
 from lewis.models.hub.pin import pin_folder
 from lewis.models.names import HEADS
 from lewis.models.quantised.find import dequantised
+from lewis.models.rehearsed import completed
 from lewis.models.source import ModelFiles, Source, commits_of
 from lewis.models.tokenizer import TOKENIZER, read_vocabulary, same
 from lewis.recipe.block import parts_of
 
 _SHOWN = 4  # tokens that a finding names
-_CONTEXT = ("max_position_embeddings", "sliding_window", "partial_rotary_factor", "original_max_position_embeddings")
+_CONTEXT = (
+    *("max_position_embeddings", "sliding_window", "partial_rotary_factor", "original_max_position_embeddings"),
+    *("rope_scaling", "rope_theta"),  # in configs that transformers does not know
+)
 _FORWARD = (  # keys that decide what the same weights compute
     *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps"),
     *("layer_norm_eps", "attn_logit_softcapping", "final_logit_softcapping", "num_experts_per_tok"),
@@ -123,10 +127,12 @@ class _Facts:
     """What the configs and the tokenizer of one model say about it."""
 
     def __init__(self, model: Described) -> None:
-        whole = _json(model.home / "config.json")
+        stored = whole = _json(model.home / "config.json")
+        with suppress(InputError):  # preflight reports a config that transformers refuses
+            whole = completed(model.home, stored) or stored
         inner = whole.get("text_config")
         self.config = {**whole, **inner} if isinstance(inner, dict) else whole
-        self.quantised = whole.get("quantization_config")
+        self.quantised = stored.get("quantization_config")
         self.tokenizer = _json(model.tokenizer / "tokenizer_config.json")
         found = template_in(model.tokenizer)
         self.template = found.strip() if found else None
@@ -135,7 +141,8 @@ class _Facts:
         marks = {**_json(model.tokenizer / "special_tokens_map.json"), **self.tokenizer}
         self.end = _content(marks.get("eos_token"))
         self.dtype = model.dtype
-        said = self.config.get("tie_word_embeddings")
+        blocks = [each for each in (stored.get("text_config"), stored) if isinstance(each, dict)]
+        said = next((each["tie_word_embeddings"] for each in blocks if "tie_word_embeddings" in each), None)
         self.tied = not any(name.endswith(HEADS) for name in model.headers) if said is None else bool(said)
 
 
@@ -177,15 +184,9 @@ def _settings(ours: _Facts, theirs: _Facts) -> Iterator[tuple[str, str]]:
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's settings of rotary positions, in one form for all versions of transformers."""
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}  # as in transformers, if it has both
-    found = dict(given) if isinstance(given, Mapping) else {"rope_scaling": given}
-    kind = found.pop("rope_type", found.pop("type", "default"))
-    found.pop("type", None)
-    if kind not in ("default", None):
-        found["rope_type"] = kind
-    if "rope_theta" not in found and not any(isinstance(value, Mapping) for value in found.values()):
-        found["rope_theta"] = config.get("rope_theta") or 10000.0  # the default of most classes
+    """Return a config's settings of positions; transformers has one form for rotary ones of all versions."""
+    given = config.get("rope_parameters")
+    found = dict(given) if isinstance(given, Mapping) else {}
     return {**found, **{key: config[key] for key in _CONTEXT if config.get(key) is not None}}
 
 

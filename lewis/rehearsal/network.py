@@ -90,17 +90,29 @@ class Network(Question):
             return _no_class(" ".join(str(error).split()))
 
     def _loaded(self, config: Any) -> dict[str, Any]:
-        import torch
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        own, text = loading_class(config, runs=self.settings["runs"]), config.get_text_config()
-        if own is None:
-            return _no_class(f"model_type: transformers has no class for {type(config).__name__}")
-        for block in (config, text):  # the weights are read without their quantisation
+        runs = self.settings["runs"]
+        classes = loading_classes(config, runs=runs)[: 1 if runs else None]
+        for block in (config, config.get_text_config()):  # the weights are read without their quantisation
             with suppress(AttributeError):
                 del block.quantization_config
+        problems = []
+        for own in classes:
+            try:
+                return self._loaded_by(own, config)
+            except UnfitError as error:
+                problems.append(error)
+        if problems:
+            raise problems[0]
+        return _no_class(f"model_type: transformers has no class for {type(config).__name__}")
+
+    def _loaded_by(self, own: Any, config: Any) -> dict[str, Any]:
+        import torch
+
+        text = config.get_text_config()
         taken = text if own.config_class is type(text) else config  # perhaps the language model alone
         header = json.loads(self.files[HEADER])
         state = {
@@ -133,8 +145,6 @@ def _run(own: Any, config: Any, shapes: Mapping[str, Sequence[int]], options: Ma
     network, _ = own.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, **options)
     if hasattr(network, "set_experts_implementation"):
         network.set_experts_implementation("eager")  # the others take no such weights
-    for block in (network.config, network.config.get_text_config()):
-        block.use_cache = False  # one pass needs none
     tokens = torch.tensor([[1, 2, 3, 2]]) % network.get_input_embeddings().weight.shape[0]
     inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if network.config.is_encoder_decoder else {})
     with torch.no_grad():
@@ -189,8 +199,8 @@ def _counted(names: Sequence[str]) -> str:
     return repr(names[0]) + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
 
 
-def loading_class(config: Any, *, runs: bool) -> Any | None:
-    """The class that a config of transformers names in `architectures`, or else one that is registered for it.
+def loading_classes(config: Any, *, runs: bool) -> list[Any]:
+    """The class that a config of transformers names in `architectures`, or else those that are registered for it.
 
     Args:
         config: of transformers.
@@ -204,9 +214,10 @@ def loading_class(config: Any, *, runs: bool) -> Any | None:
         named = getattr(transformers, str(name), None)
         fits = getattr(named, "config_class", None) in (type(config), type(config.get_text_config()))
         if named is not None and fits and (not runs or named in texts or named.can_generate()):
-            return named
+            return [named]
     plain = getattr(modeling_auto, "MODEL_MAPPING", {}).get(type(config), None)
-    return next(iter(texts), None if runs else plain[0] if isinstance(plain, tuple | list) else plain)
+    others = () if runs or plain is None else plain if isinstance(plain, tuple | list) else (plain,)
+    return list(dict.fromkeys((*texts, *others)))
 
 
 def _registered(config: Any) -> Iterator[Any]:

@@ -36,7 +36,7 @@ def outcome(call: Callable[[], Any]) -> Any:
         MemoryError: if it takes more memory than `LIMIT`.
         TimeoutError: if it takes longer than `PATIENCE`.
     """
-    with _limited():
+    with limited():
         try:
             found = call()
             event("taken")  # for --hypothesis-show-statistics
@@ -49,7 +49,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _limited() -> Iterator[None]:
+def limited() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"more than {PATIENCE:g} s")
 

@@ -17,7 +17,7 @@ from lewis import private_names
 from lewis.errors import InputError
 from lewis.lazy_torch import nn, torch
 from lewis.models.config import brings_class, needs_code, read_config
-from lewis.rehearsal.network import loading_class
+from lewis.rehearsal.network import loading_classes
 
 logger = logging.getLogger(__name__)
 _BUILDING = Lock()
@@ -34,7 +34,7 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        own = loading_class(config, runs=True)
+        own = next(iter(loading_classes(config, runs=True)), None)
         if own is None:
             raise ValueError(f"{type(config).__name__} has no class that generates text")
         text = config.get_text_config()

@@ -357,7 +357,6 @@ def preflight(*slices: dict[str, Any]) -> None:
 
 
 UNLIKE: dict[str, tuple[str, tuple[int, int], str]] = {
-    "a second number of layers": ("xlstm", (1, 2), "the weights have 'backbone.blocks.2."),
     "rows for all layers": ("gemma4_text", (1, 2), "'model.embed_tokens_per_layer.weight' has shape "),
     "a first layer of its own": (
         "modernbert-decoder",
