@@ -131,6 +131,14 @@ def _no_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def asked_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries are asked in this process, which has imported them, instead of a child."""
+    from tests.support.rehearsing import ask_all
+
+    monkeypatch.setattr("lewis.rehearsal.child.ask_all", ask_all)
+
+
+@pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh store."""
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))

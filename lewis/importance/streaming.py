@@ -16,7 +16,6 @@ from lewis.errors import InputError, LewisError
 from lewis.importance.memory import room
 from lewis.importance.passes import wait_at
 from lewis.models.dtypes import as_tensor
-from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model, read_as
 from lewis.models.network.module_tree import Network
 
@@ -82,14 +81,10 @@ class Weights:
 
     def _check(self) -> None:
         """Raise InputError unless the model has every weight that the network needs."""
-        where = self.model.folder
-        if isinstance(self.model, LoraExpert):
-            for name in filter(self.model.touches, self.network.unplaced):
-                raise InputError(f"{where}: changes {name!r}, which is no parameter of the loaded model")
         needed = [name for path in self.network.blocks for name in self.network.parameters_in(path)]
         for name in filter(self.network.is_parameter, [*self.network.parameters_outside(), *needed]):
             if not any(map(self.network.sources, self.network.same(name))) and self.network.computed(name) is None:
-                raise InputError(f"{where}: transformers cannot load it: the weight {name!r} is missing")
+                raise InputError(f"{self.model.folder}: transformers cannot load it: the weight {name!r} is missing")
 
     def load_outside(self, *, with_head: bool = False) -> None:
         """Read the parameters that are in no block, and move all buffers to the device.

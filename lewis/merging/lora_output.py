@@ -27,7 +27,7 @@ from lewis.merging.prepared import Prepared
 from lewis.models.files.folder import SINGLE
 from lewis.models.files.writer import CheckpointWriter
 from lewis.models.lora.expert import WEIGHTS
-from lewis.models.lora.modules import CONFIG
+from lewis.models.lora.question import CONFIG
 from lewis.models.network.module_tree import Network
 
 _PREFIX = "base_model.model."

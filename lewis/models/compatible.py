@@ -15,12 +15,11 @@ from lewis.models.hub.pin import Pinned
 from lewis.models.layers.slices import Slice, check_ranges, in_place, slices_of
 from lewis.models.layers.stack import Layers, layers_of, same_tensor
 from lewis.models.layers.stack_config import changed_keys, origins_of, restacked
-from lewis.models.lora.config import read_settings
-from lewis.models.lora.modules import CONFIG
+from lewis.models.lora.question import CONFIG, AdapterQuestion, question_of, read_settings
 from lewis.models.model import Model
 from lewis.models.names import HEADS, PER_TOKEN, Shapes, in_layers
 from lewis.models.network.renamed import differ, match
-from lewis.models.rehearsed import check_networks, question
+from lewis.models.rehearsed import check_loads, question
 from lewis.models.source import Source
 from lewis.models.tokenizer import FIX, TOKENIZER, clash, read_vocabulary, tokenizer_folder
 from lewis.recipe.config import MergeConfig
@@ -71,7 +70,7 @@ def preflight(
 ) -> list[str]:
     """Check configs, names, shapes and filters by the headers of the weight files, before gigabytes are downloaded.
 
-    transformers is asked whether it loads each model (`lewis.rehearsal.network`).
+    transformers is asked whether it loads each model (`lewis.rehearsal.network`), PEFT whether it loads each adapter.
 
     Args:
         config: of the merge.
@@ -95,15 +94,11 @@ def preflight(
     shapes: dict[Pinned, Shapes] = {m: {name: shape for name, (_, shape) in own.items()} for m, own in headers.items()}
     ours = shapes[first.model]
     left_out = {name: shape for name, shape in ours.items() if config.excludes(name)}
-    for adapter in (adapter for source in sources for adapter in source.adapters):
-        folder = repository.fetch(adapter, weights=False)
-        with repository.blaming(adapter, CONFIG, "unusable"):
-            read_settings(folder)
-        _check_tokenizer(adapter, folder)
+    of_adapters = {each: q for source in sources for each, q in _of_adapters(source, shapes[source.model]).items()}
     by_ref = {source.ref: shapes[source.model] for source in sources}
     models = {source.ref: source.model for source in sources}
     if config.slices:
-        check_networks(questions)
+        check_loads({**questions, **of_adapters})
         if _preflight_slices(config, first.ref, by_ref, models):
             return []
     problems, renamed, by_token = list[str](), list[str](), config.vocabulary is not None
@@ -120,7 +115,7 @@ def preflight(
         problems += [f"{source.ref}: {problem}" for problem in found]
     if problems:
         raise InputError("\n".join([*problems, f"expected fine-tunes of {first.ref}, of the same architecture"]))
-    check_networks(questions)
+    check_loads({**questions, **of_adapters})
     config.check_filters(ours, _ties(first.model, ours))
     return renamed
 
@@ -146,6 +141,22 @@ def _network(model: Pinned, headers: Headers, *, runs: bool) -> Network | None:
     """The question to transformers about a model, which a message calls by its folder or its reference on the Hub."""
     home = repository.fetch(model, weights=False)
     return question(home if model.is_local else model.ref, home, read_config(home), headers, runs=runs)
+
+
+def _of_adapters(source: Source, shapes: Shapes) -> dict[Pinned, AdapterQuestion]:
+    """The questions to PEFT about the adapters of a source; none for a model whose weights have no known shapes yet."""
+    home, found = repository.fetch(source.model, weights=False), dict[Pinned, AdapterQuestion]()
+    config = read_config(home)
+    for adapter in source.adapters:
+        folder = repository.fetch(adapter, weights=False)
+        with repository.blaming(adapter, CONFIG, "unusable"):
+            read_settings(folder)
+        _check_tokenizer(adapter, folder)
+        weights = {name: shape for name, (_, shape) in repository.tensor_headers(adapter).items()}
+        if weights and "quantization_config" not in config:
+            item = folder if adapter.is_local else adapter.ref
+            found[adapter] = question_of(home, shapes, tied_head(home, config, shapes), folder, weights, item=item)
+    return found
 
 
 def _check_tokenizer(model: Pinned, folder: Path) -> None:

@@ -12,7 +12,7 @@ from lewis.models.files.safetensors_file import Headers
 from lewis.models.hub.pin import Pinned
 from lewis.rehearsal.answers import answers
 from lewis.rehearsal.network import CONFIG, Completed, Network
-from lewis.rehearsal.question import Refused
+from lewis.rehearsal.question import Question, Refused
 
 
 def question(
@@ -33,11 +33,11 @@ def question(
     return None if brings_class(config) else Network.of(str(item), home, config, header, runs=runs)
 
 
-def check_networks(asked: Mapping[Pinned, Network]) -> None:
-    """Ask about all models, and refuse those whose configs or weights transformers does not take.
+def check_loads(asked: Mapping[Pinned, Question]) -> None:
+    """Ask about all models and adapters, and refuse those that transformers or PEFT does not take.
 
     Raises:
-        Refused: naming each model, the key of its config and what transformers says.
+        Refused: naming each of them, the key of its config and what the library says.
         BrokenModelError: instead, if the first of them is a commit of the Hub.
         LewisError: if a network will be run, and transformers has none for its config.
     """
@@ -48,9 +48,10 @@ def check_networks(asked: Mapping[Pinned, Network]) -> None:
         if pinned.is_local:
             raise
         why = "\n".join(message.removeprefix(f"{pinned.ref}: ") for message in error.problems.values())
-        raise broken(pinned.ref, why, pinned.commit) from error
+        how = "broken" if isinstance(asked[pinned], Network) else "unusable"  # an adapter may be one of another base
+        raise broken(pinned.ref, why, pinned.commit, how) from error
     for each, answer in zip(asked.values(), found, strict=True):
-        if each.settings["runs"] and answer["class"] is None:
+        if each.settings.get("runs") and answer["class"] is None:
             raise LewisError(
                 f"{each.item}: config.json: {answer['why']}; upgrade transformers, or merge the model without a "
                 "lewis block and without evaluating it"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lewis import private_names, store
 from lewis.errors import TransientError
 from lewis.models.chat_template import template_in
-from lewis.models.lora.config import read_settings
+from lewis.models.lora.question import read_settings
 from lewis.registry import tracking
 from lewis.store import kinds, manifest
 from lewis.store.manifest import DamagedError, remembered_sha256

@@ -16,8 +16,8 @@ from urllib.parse import quote, urlsplit
 from lewis import settings, store
 from lewis.errors import InputError
 from lewis.models.hub import repository
-from lewis.models.lora.config import read_settings
 from lewis.models.lora.expert import is_adapter
+from lewis.models.lora.question import read_settings
 from lewis.models.source import ModelFiles
 from lewis.registry import lineage, logged_model, tracking
 from lewis.store import kinds

@@ -13,7 +13,7 @@ from typing import Literal
 
 from lewis import memory, settings
 from lewis.errors import InputError, LewisError, TransientError
-from lewis.models.lora.config import read_settings
+from lewis.models.lora.question import read_settings
 from lewis.recipe.serve import Check, Target, VllmTarget
 from lewis.registry import versions
 from lewis.serving import slots, vllm

@@ -13,12 +13,11 @@ from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.statistics.scored import MERGED
 from lewis.input_files import read_json
 from lewis.models.chat_template import template_in
-from lewis.models.checkpoint import Checkpoint
 from lewis.models.config import own_code, write_config
 from lewis.models.dtypes import size_of, torch_dtype
 from lewis.models.files.folder import copy_processors, copy_tokenizer, tokenizer_files
 from lewis.models.files.writer import CheckpointWriter
-from lewis.models.lora.config import read_settings
+from lewis.models.lora.expert import LoraExpert
 from lewis.models.model import Model
 from lewis.models.quantised.find import is_quantised
 from lewis.models.source import ModelFiles
@@ -46,7 +45,7 @@ def loadable(files: ModelFiles, *, whole: bool = False) -> Iterator[tuple[Path, 
         InputError: if there is no space for the full model.
     """
     quantised = is_quantised(files.folder)
-    if not (files.under or quantised or (files.adapter and (whole or _saves_tied(files.folder, files.adapter)))):
+    if not (files.under or quantised or (files.adapter and whole) or _unties(files)):
         yield files.folder, files.adapter
         return
     model = files.model_copy(update={"like": None}).open()  # under its own tensor names, which transformers expects
@@ -122,13 +121,10 @@ def check_code(ref: str, folder: Path, *, copied: bool = True) -> None:
         )
 
 
-def _saves_tied(folder: Path, adapter: Path) -> bool:
-    """Whether an adapter saves an embedding or head whole that the model ties to the other."""
-    saved = tuple(read_settings(adapter).get("modules_to_save") or ())
-    if not saved:
-        return False
-    tied = [name.removesuffix(".weight") for pair in Checkpoint(folder, "").tied.items() for name in pair]
-    return any(name.endswith(saved) for name in tied)
+def _unties(files: ModelFiles) -> bool:
+    """Whether a model has an adapter that saves an embedding whole, and PEFT unties that from the head."""
+    opened = files.model_copy(update={"like": None}).open() if files.adapter else None
+    return isinstance(opened, LoraExpert) and opened.unties
 
 
 def _dtype(model: Model, name: str, as_before: bool) -> str:

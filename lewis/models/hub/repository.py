@@ -200,7 +200,8 @@ def file_names(pinned: Pinned) -> list[str]:
 def tensor_headers(pinned: Pinned) -> Headers:
     """Return dtype and shape of each weight, by its `names.unwrapped` name. Of a Hub repo, only headers are read.
 
-    Quantised weights have the names, dtypes and shapes from before their quantisation (`lewis.models.quantised`).
+    Quantised weights have the names, dtypes and shapes from before their quantisation (`lewis.models.quantised`). Those
+    of an adapter have the names of its file.
 
     Raises:
         InputError: if a safetensors file is damaged, or weights are quantised in a way that is not read.
@@ -232,6 +233,8 @@ def tensor_headers(pinned: Pinned) -> Headers:
     with ContextPool(8) as pool:
         by_file = dict(zip(names, pool.map(read, names), strict=True))
     found = {key: header for headers in by_file.values() for key, header in headers.items()}
+    if names == [ADAPTER]:
+        return found
     found = {key: header for key, header in found.items() if not is_buffer(key, header[1])}
     on_disk = all((folder / name).is_file() for name in names)
     found = dequantised(pinned.ref, folder, found, by_file if on_disk else None)

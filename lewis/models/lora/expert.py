@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +16,11 @@ from lewis.input_files import check_regular
 from lewis.lazy_torch import torch
 from lewis.models.dtypes import DTYPES, as_tensor
 from lewis.models.files.folder import ADAPTER as WEIGHTS
-from lewis.models.files.safetensors_file import TensorFile
-from lewis.models.lora.config import read_settings
-from lewis.models.lora.delta import LowRank, Replaced
-from lewis.models.lora.modules import CONFIG
-from lewis.models.lora.targets import Targets
+from lewis.models.files.safetensors_file import TensorFile, same_bits
+from lewis.models.lora.delta import AddedBias, Change, LowRank, NewRows, Replaced
+from lewis.models.lora.question import CONFIG, question_of, read_settings
 from lewis.models.model import Model, View
+from lewis.rehearsal.answers import answers
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,23 @@ def is_adapter(folder: Path) -> bool:
     return folder.is_dir() and holds_adapter(os.listdir(folder))
 
 
+@dataclass(frozen=True)
+class Part:
+    """A change of a tensor's flat values `start` to `stop`, by the values from `place` on of an adapter's weight.
+
+    Attributes:
+        whole: whether the adapter's weight is the tensor itself.
+    """
+
+    start: int
+    stop: int
+    change: Change
+    place: int = 0
+    whole: bool = True
+
+
 class LoraExpert(View):
-    """A model with a LoRA adapter on it; reads like a `Checkpoint`.
+    """A model with a LoRA adapter on it; reads like a `Checkpoint`. What it changes is PEFT's answer (`question`).
 
     The delta of a module is `scale * B @ A` in fp32, with `scale = alpha / r`, or `alpha / sqrt(r)` for rsLoRA
     (arXiv 2312.03732); `alpha_pattern` and `rank_pattern` are followed. DoRA sets the norms too (`LowRank`). Modules
@@ -51,6 +66,7 @@ class LoraExpert(View):
         key: identity of base and adapter.
         config, tied: the base's.
         tensors: the base's; embeddings that the adapter resized have its shapes.
+        unties: whether PEFT unties the base's head when it loads the adapter; both then have the same values.
         summary: how many of the base's tensors the adapter has other names for, as a sentence; empty if none.
     """
 
@@ -58,13 +74,13 @@ class LoraExpert(View):
         """Open an adapter.
 
         Raises:
-            InputError: if it is another kind of adapter, or one of its keys matches nothing in the base, or has
-                another shape.
+            Refused: if PEFT cannot load and merge it on this base, or no weights stand for it.
+            InputError: if a file is missing, damaged or quantised.
         """
         self.base = self.model = base
         self.folder, self.key = folder, key
         self.config, self.tied = base.config, base.tied
-        settings = read_settings(folder)
+        read_settings(folder)
         path = folder / WEIGHTS
         check_regular(path)
         if not path.is_file():
@@ -75,9 +91,22 @@ class LoraExpert(View):
         for key_in_file, place in self._file.places.items():
             if place.dtype not in DTYPES or not DTYPES[place.dtype].floating:
                 raise InputError(f"{path}: {key_in_file!r} is stored as {place.dtype}; save the adapter in float32")
-        targets = Targets(base, folder, settings, self._file)
-        self._parts, self.summary = targets.parts, targets.summary
-        if self.summary:
+        weights = {key_in_file: place.shape for key_in_file, place in self._file.places.items()}
+        [answer] = answers([question_of(base.home, base.shapes, base.tied, folder, weights)])
+        self._parts, self.summary, self.unties = self._read(answer["changes"]), "", answer["untied"]
+        for said in answer["warnings"]:
+            logger.warning("%s: PEFT says: %s", folder, said)
+        if left := answer["unexpected"]:
+            logger.warning(
+                "%s: %d of its tensors are of no module that %s names, and are left out, as PEFT does: %s ...",
+                *(path, len(left), CONFIG, left[0]),
+            )
+        if bare := answer["untouched"]:
+            logger.warning("%s: has nothing for %d modules that %s names: %s ...", path, len(bare), CONFIG, bare[0])
+        moved = [(row["parameter"], part[0]) for row in answer["changes"] for part in row["parts"]]
+        if moved := [(name, tensor) for name, tensor in moved if name != tensor]:
+            first = " in ".join(moved[0])
+            self.summary = f"{len(moved)} of its changes are read under the base's names ({first})"
             logger.info("%s: %s", folder, self.summary)
         firsts = {name: parts[0] for name, parts in self._parts.items()}
         self._whole = {
@@ -87,6 +116,42 @@ class LoraExpert(View):
             name: replace(info, shape=self._file.places[self._whole[name]].shape) if name in self._whole else info
             for name, info in base.tensors.items()
         }
+
+    def _read(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Part]]:
+        """The changes of each tensor of the base, in the order in which they are made.
+
+        Raises:
+            InputError: if the adapter has two values for a weight, such as for an embedding and the head tied to it.
+        """
+        found: dict[str, list[Part]] = {}
+        for row in rows:
+            change = self._change(row)
+            for tensor, start, stop, place, whole in row["parts"]:
+                first = found[tensor][0].change if tensor in found and whole else None
+                if isinstance(first, Replaced) and isinstance(change, Replaced):
+                    if not same_bits(self._file.bits(first.key), self._file.bits(change.key)):
+                        raise InputError(
+                            f"{self.folder / WEIGHTS}: {first.key!r} and {change.key!r} differ, and the base has "
+                            f"{tensor!r} for both; merge it into its base with PEFT's merge_and_unload first"
+                        )
+                else:
+                    found.setdefault(tensor, []).append(Part(start, stop, change, place, whole))
+        return found
+
+    def _change(self, row: Mapping[str, Any]) -> Change:
+        shape = tuple(row["shape"])
+        if row["kind"] == "whole":
+            return Replaced(self._raw, row["key"], shape)
+        if row["kind"] == "rows":
+            return NewRows(self._raw, row["key"], tuple(row["ids"]), shape)
+        if row["kind"] == "bias":
+            return AddedBias(self._raw, row["key"], row["scale"], shape)
+        names = ("a", "b", "scale", "transposed", "magnitude", "stack")
+        return LowRank(self._raw, shape=shape, **{name: row[name] for name in names})
+
+    def _raw(self, key: str) -> tuple[str, np.ndarray]:
+        place = self._file.places[key]
+        return place.dtype, self._file.bits(key).reshape(place.shape)
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor: the base's, one that the adapter saves whole, or in fp32 one that it changes otherwise."""

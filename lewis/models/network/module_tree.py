@@ -156,11 +156,6 @@ class Network:
         single = {found[0][0]: name for name, found in self._placing.sources.items() if len(found) == 1}
         return {tensor: name for tensor, name in single.items() if name not in self._placing.converters}
 
-    @property
-    def unplaced(self) -> list[str]:
-        """Checkpoint tensors that the network has no place for."""
-        return self._placing.unplaced
-
     def value(self, parameter: str, read: Any) -> torch.Tensor:
         """Make a parameter from the checkpoint's tensors."""
         return self._placing.value(parameter, read)

@@ -38,7 +38,6 @@ class Placing:
             None: it is the parameter, value by value.
         converters: parameter -> the conversion that makes it.
         firsts: parameter -> the first of the parameters that its tensors are converted to.
-        unplaced: tensors that the network has no place for.
     """
 
     def __init__(self, module: Any, tensors: Shapes) -> None:
@@ -48,13 +47,11 @@ class Placing:
         self.sources: dict[str, list[tuple[str, str | None]]] = {}
         self.converters: dict[str, Any] = {}
         self.firsts: dict[str, str] = {}
-        self.unplaced: list[str] = []
         renamings, converters = _conversions(module)
         of_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
         for tensor in sorted(tensors, key=natural):
             name, pattern = (tensor, None) if tensor in self.state else self._renamed(tensor, renamings, converters)
             if name not in self.state:
-                self.unplaced.append(tensor)
                 continue
             targets = [name] if pattern is None else self._targets(name, of_pattern[pattern])
             for target in targets:

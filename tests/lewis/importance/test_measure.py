@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from greenlet import greenlet
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +32,7 @@ from lewis.models.network.module_tree import Layer, Network
 from lewis.recipe.schema import Importance
 from tests.conftest import Family
 from tests.support.measuring import covered_layers, measure
-from tests.support.models import edit_json, materialise, rewrite, shard, write_lora, write_tensors
+from tests.support.models import materialise, rewrite, shard, write_lora, write_tensors
 from tests.support.warm import WarmPython
 
 SAMPLES = ((3, 4, 5, 6, 7, 8, 9), (10,), (11, 12, 13), (3, 3, 3), (20, 21, 22, 23, 24))
@@ -318,22 +317,6 @@ class TestRefused:
             covered_layers(tmp_path)
         with pytest.raises(InputError, match="transformers cannot build this model"):
             norms_of(Checkpoint(tmp_path, "key"))
-
-    def test_an_adapter_of_what_is_no_parameter(self, family: Family, tmp_path: Path) -> None:
-        extra = "model.layers.0.extra"
-        tensors = load_file(family.base / "model.safetensors") | {f"{extra}.weight": torch.ones(16, 16)}
-        base = shard(family.base, tmp_path / "base", parts=1)
-        (base / "model.safetensors.index.json").unlink()
-        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-        adapter = write_lora(family.base, tmp_path / "adapter")
-        pair = {
-            f"base_model.model.{extra}.lora_{part}.weight": torch.ones(shape)
-            for part, shape in (("A", (4, 16)), ("B", (16, 4)))
-        }
-        save_file(pair, adapter / "adapter_model.safetensors")
-        edit_json(adapter / "adapter_config.json", target_modules=["extra"])
-        with pytest.raises(InputError, match=r"changes 'model.layers.0.extra.weight', which is no parameter"):
-            measure(LoraExpert(Checkpoint(base, "base"), adapter, "key"), CALIBRATION)
 
 
 class TestCoveredLayers:

@@ -95,11 +95,12 @@ def test_memory_of_a_lora_expert_grows_with_the_largest_tensor_that_it_changes(
     tensors = {"large": torch.ones(64, 64)} | {f"{i}.weight": torch.ones(16, 16 * (i + 1)) for i in range(4)}
     base, adapter = write_tensors(tmp_path / "base", tensors), tmp_path / "adapter"
     adapter.mkdir()
-    shapes = {
-        f"{i}.lora_{part}.weight": shape for i in range(4) for part, shape in (("A", (2, 16 + 16 * i)), ("B", (16, 2)))
-    }
-    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    factors = {}
+    for i in range(4):
+        key = f"base_model.model.{i}.lora"
+        factors |= {f"{key}_A.weight": torch.ones(2, 16 + 16 * i), f"{key}_B.weight": torch.ones(16, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": "[0-3]"}')
     merge = open_merge("ties", base, [adapter])
     monkeypatch.setattr(module, "cores", lambda: 2)
     monkeypatch.setattr(module, "anonymous_bytes", lambda: 1000)

@@ -602,8 +602,8 @@ def test_a_preflight_reads_the_headers_of_each_model_once(hub: LocalHub, tmp_pat
     ("text", "expected"),
     [
         ("{", "not readable as JSON"),
-        ('{"peft_type": "IA3"}', "scales activations"),
-        ('{"peft_type": "LORA", "r": -1}', "r"),
+        ('{"peft_type": "IA3"}', "it puts Linear"),
+        ('{"peft_type": "LORA", "r": -1}', "r` should be a positive integer"),
     ],
 )
 def test_an_adapter_whose_config_cannot_be_used_waits_for_another_commit(
@@ -614,7 +614,7 @@ def test_an_adapter_whose_config_cannot_be_used_waits_for_another_commit(
     model = write_llama(tmp_path / "m", hidden=64, layers=1)
     hub.commit("org/base", {path.name: path.read_bytes() for path in model.iterdir()})
     hub.commit("org/x", {"adapter_config.json": text, "adapter_model.safetensors": WEIGHTS})
-    with pytest.raises(BrokenModelError, match=rf"org/x: adapter_config.json is unusable on the Hub .*{expected}"):
+    with pytest.raises(BrokenModelError, match=rf"org/x.* is unusable on the Hub .*{expected}"):
         preflight(config, *pin_all(config))
 
 

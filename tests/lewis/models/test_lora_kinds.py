@@ -1,11 +1,12 @@
 """Adapters that are more than a pair of factors for each module: read as PEFT's own merge_and_unload makes them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lewis.errors import InputError
 from lewis.evaluation.harness.model_folder import loadable
@@ -16,6 +17,7 @@ from lewis.models.source import ModelFiles, pin
 from tests.conftest import Family
 from tests.support.models import edit_json, materialise, write_lora, write_tensors, write_tokenizer
 
+pytestmark = pytest.mark.usefixtures("asked_here")
 WEIGHTS = "adapter_model.safetensors"
 KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
@@ -156,71 +158,43 @@ def test_an_adapter_beside_a_config(family: Family, tmp_path: Path) -> None:
 
 
 class TestRefused:
-    def test_a_bias_that_the_base_lacks(self, family: Family, tmp_path: Path) -> None:
-        adapter = write_lora(family.base, tmp_path / "adapter", lora_bias=True)
-        with pytest.raises(InputError, match=r"lora_bias\), and the base has no such bias"):
-            LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
-
-    def test_tokens_that_the_base_lacks(self, family: Family, tmp_path: Path) -> None:
-        adapter = write_lora(family.base, tmp_path / "adapter", trainable_token_indices=[3, 4])
-        edit_json(adapter / "adapter_config.json", trainable_token_indices=[3, 64])
-        with pytest.raises(InputError, match=r"for 2 tokens up to 64, and .* is \[64, 16\] in the base"):
-            LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
-
-    def test_trained_rows_and_factors_of_one_embedding(self, family: Family, tmp_path: Path) -> None:
-        adapter = write_lora(family.base, tmp_path / "adapter", trainable_token_indices=[3, 4])
-        edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "embed_tokens"])
-        with pytest.raises(InputError, match=r"target_modules and trainable_token_indices both name .*embed_tokens'"):
-            LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
-
-    @pytest.mark.parametrize("parameter", ["mlp.down_proj.weight", "0.mlp.down_proj.weight"])
-    def test_factors_of_a_parameter_within_a_module_that_is_saved(
-        self, parameter: str, family: Family, tmp_path: Path
-    ) -> None:
-        """PEFT saves such an adapter, and cannot load it: KeyError."""
-        saved = {"targets": (), "target_parameters": [parameter], "modules_to_save": ["0.mlp"]}
-        adapter = write_lora(family.base, tmp_path / "adapter", **saved)
-        with pytest.raises(InputError, match=r"target_parameters names '.*down_proj.weight', and modules_to_save '"):
-            LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
-
     @pytest.mark.parametrize(
         ("trained", "stated", "refused"),
         [
+            ({"lora_bias": True}, {}, "lora_bias: peft .* says .*the base layer has no bias"),
             (
-                {"modules_to_save": ["model.norm"]},
-                {"target_parameters": ["norm.weight"]},
-                r"target_parameters names 'model.norm.weight', and modules_to_save 'model.norm'",
+                {"trainable_token_indices": [3, 4]},
+                {"trainable_token_indices": [3, 64]},
+                r"it trains the rows \[3, 64\] of 'model.embed_tokens.weight', which has 64; expected",
             ),
             (
                 {"trainable_token_indices": [3, 4]},
-                {"target_parameters": ["embed_tokens.weight"]},
-                r"target_parameters and trainable_token_indices both name 'model.embed_tokens'",
+                {"target_modules": ["q_proj", "embed_tokens"]},
+                "trainable_token_indices: peft .* says",
             ),
             (
-                {"target_parameters": ["mlp.down_proj.weight"], "modules_to_save": ["0.mlp"]},
-                {"target_parameters": None},
-                r"no 'model.layers.0.mlp.down_proj.weight', which modules_to_save in .* names",
-            ),
-            (
-                {"targets": ("q_proj", "embed_tokens"), "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
-                {"modules_to_save": ["lm_head"]},  # PEFT itself writes the embedding's name
-                r"modules_to_save names 'lm_head.weight', which the base ties to its embedding, and target_modules",
+                {"targets": (), "target_parameters": ["mlp.down_proj.weight"], "modules_to_save": ["0.mlp"]},
+                {},
+                "modules_to_save: peft .* says",  # PEFT saves such an adapter, and cannot load it
             ),
         ],
-        ids=["saved", "trained rows", "no longer a parameter's", "a tied head"],
+        ids=["a bias that the base lacks", "tokens that it lacks", "rows and factors", "saved"],
     )
-    def test_settings_that_contradict_one_another(
+    def test_what_peft_cannot_load_or_merge(
         self, trained: Any, stated: Any, refused: str, family: Family, tmp_path: Path
     ) -> None:
-        """PEFT cannot load the first three; of the last it saves the embedding whole, which was left out."""
         adapter = write_lora(family.base, tmp_path / "adapter", **trained)
         edit_json(adapter / "adapter_config.json", **stated)
         with pytest.raises(InputError, match=refused):
             LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
 
-    def test_a_magnitude_of_another_length(self, family: Family, tmp_path: Path) -> None:
-        adapter = write_lora(family.base, tmp_path / "adapter", use_dora=True)
-        tensors = {k: t[:3] if "magnitude" in k else t for k, t in load_file(adapter / WEIGHTS).items()}
-        save_file({k: t.contiguous() for k, t in tensors.items()}, adapter / WEIGHTS)
-        with pytest.raises(InputError, match=r"has not one number for each of the (16|32) outputs"):
-            LoraExpert(Checkpoint(family.base, "base"), adapter, "key")
+
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], ["embed_tokens"]])
+def test_a_base_that_transformers_does_not_know(family: Family, tmp_path: Path, targets: list[str]) -> None:
+    """PEFT puts the adapter on modules with the names and shapes of the base's tensors."""
+    adapter = write_lora(family.base, tmp_path / "adapter", targets=targets, use_dora=True)
+    merged = merged_by_peft(family.base, adapter, tmp_path / "merged")
+    base = tmp_path / "base"
+    shutil.copytree(family.base, base)
+    edit_json(base / "config.json", model_type="of tomorrow")
+    assert check(LoraExpert(Checkpoint(base, "base"), adapter, "key"), merged) == {2: 4, 1: 1}[len(targets)]
