@@ -5,21 +5,15 @@ code that a repository brings along. Its Jinja templates run in a sandbox (`lewi
 need no permission.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lewis.errors import InputError
 from lewis.evaluation import sandbox
 from lewis.evaluation.harness.task_files import TaskFile, blocks
-
-METRICS = frozenset(
-    (
-        *("acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "bits_per_byte", "bleu", "brier_score"),
-        *("bypass", "byte_perplexity", "chrf", "chrf++", "exact_match", "f1", "likelihood", "mcc", "perplexity", "ter"),
-        "word_perplexity",
-    )
-)
-"""The metrics that lm-eval computes itself. It loads any other name as a script of the `evaluate` library."""
+from lewis.rehearsal.answers import answers
+from lewis.rehearsal.lm_eval_itself import METRICS
 
 _READERS = ("cache", "generator", "pandas", "spark", "sql")  # of `datasets`: these read no file of rows
 _GENERATION = ("custom_generate", "trust_remote_code")  # of transformers: these run a repository's code
@@ -74,4 +68,12 @@ def _code_of_block(block: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_script(metric: Any) -> bool:
-    return isinstance(metric, Mapping) and bool(metric.get("hf_evaluate") or str(metric.get("metric")) not in METRICS)
+    """Whether lm-eval loads a metric as a script of the `evaluate` library, as it does with names that it has not."""
+    if not isinstance(metric, Mapping):
+        return False
+    return bool(metric.get("hf_evaluate")) or str(metric.get("metric")) not in _metrics()
+
+
+@functools.cache
+def _metrics() -> frozenset[str]:
+    return frozenset(answers([METRICS])[0]["metrics"])
