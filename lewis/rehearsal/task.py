@@ -99,6 +99,8 @@ class Task(Question):
                 if self.settings["network"] and not isinstance(error, KeyError | IndexError):
                     return _UNKNOWN  # a module of the task reads from another machine when it is imported
                 raise
+        if not loaded["tasks"]:
+            raise UnfitError("lm-eval finds no task in it")
         lm = one_word_model()
         if not self.settings["generates"]:
             lm.generate_until = lambda requests, **_: [ANSWER] * len(requests)
@@ -149,20 +151,18 @@ class Task(Question):
 
 
 def _check_right(name: str, task: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Check that for some document it matters which choice the model takes."""
+    """Check that in some document one of the choices is right; the task gives no other metric than `acc` afterwards."""
+    task.override_metric("acc")
     for row in rows:
-        choices = range(len(row["filtered_resps"]))
-        said = {
-            repr(task.process_results(row["doc"], [(0.0 if at == taken else -1.0, at == taken) for at in choices]))
-            for taken in choices
-        }
-        if len(said) > 1 or len(choices) < 2:
+        choices = range(len(task.doc_to_choice(row["doc"])))
+        answers = ([(0.0 if at == taken else -1.0, at == taken) for at in choices] for taken in choices)
+        if any(task.process_results(row["doc"], answer)["acc"] for answer in answers):
             return
-    if rows:
-        raise UnfitError(
-            f"{name}: no choice counts as right in its first {len(rows)} documents: the target of the first is "
-            f"{rows[0]['target']!r}; expected one of the choices, or its index from 0"
-        )
+    target = rows[0]["target"]
+    raise UnfitError(
+        f"{name}: no choice counts as right in the first {len(rows)} documents: the target of the first is {target!r}; "
+        "expected one of the choices, or its index from 0"
+    )
 
 
 def _group(group: Any, tasks: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
