@@ -143,6 +143,8 @@ def asked_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.support.asking import ask_all
 
     monkeypatch.setattr("lewis.rehearsal.child.ask_all", ask_all)
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{name}.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,16 @@
 """Ask lm-eval what a task is: which scores it gives, and on how many documents; it runs the task on a few of them."""
 
 import contextlib
-import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lewis.rehearsal.no_rows import elsewhere, standing_in
 from lewis.rehearsal.one_word import ANSWER, one_word_model
@@ -18,8 +20,8 @@ from lewis.rehearsal.untrusted import functions_refused, no_package_list, sandbo
 from lewis.rehearsal.values import aggregation_of, plain_value
 
 DOCUMENTS = 8  # of each task that are asked
-ASKED = "evaluate"
-"""Name of the file that holds what the recipe asks of all tasks, as JSON: `num_fewshot` and `apply_chat_template`."""
+ASKED = "<recipe>.yaml"
+"""Name of the file that holds what the recipe asks of all tasks: `num_fewshot` and `apply_chat_template`."""
 _UNKNOWN: dict[str, Any] = {"tasks": {}, "groups": {}, "unknown": True}
 
 
@@ -55,6 +57,15 @@ class Task(Question):
     def code(self) -> bool:
         """Whether the task's files bring code."""
         return bool(self.settings["own_code"])
+
+    def texts(self) -> list[str]:
+        """What any template may be, and any target among choices."""
+        return ["", "0"]
+
+    def reads(self) -> list[str]:
+        """The recipe's folder, and the files outside of it."""
+        named = (*(name for name in self.files if name != ASKED), *self.settings["digests"])
+        return [self.place, *(os.path.normpath(os.path.join(self.place, name)) for name in named)]
 
     def ask(self) -> dict[str, Any]:
         """Load the task, and run it on its first documents; see the class for the answer.
@@ -127,7 +138,7 @@ class Task(Question):
         from lm_eval.evaluator import simple_evaluate
 
         allowed = {"confirm_run_unsafe_code": self.settings["allow_code"], "log_samples": True, "bootstrap_iters": 0}
-        asked = json.loads(self.files[ASKED])
+        asked = yaml.safe_load(self.files[ASKED]).get("evaluate") or {}
         found: Any = simple_evaluate(model=lm, tasks=[name], task_manager=manager, limit=DOCUMENTS, **allowed, **asked)
         rows, result = found["samples"][name], found["results"][name]
         scores = []

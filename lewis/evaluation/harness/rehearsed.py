@@ -1,12 +1,13 @@
 """What lm-eval says of a recipe's tasks before any work: their scores, documents and data sets."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lewis.errors import InputError
 from lewis.evaluation.harness import builtin_tasks
@@ -119,7 +120,10 @@ def question(settings: EvalSettings) -> Task:
     [name] = found.names
     return Task(
         f"task {name}",
-        {**texts, ASKED: json.dumps({key: value for key, value in asked.items() if value is not None})},
+        {
+            **texts,
+            ASKED: yaml.safe_dump({"evaluate": {key: value for key, value in asked.items() if value is not None}}),
+        },
         {
             "task": name,
             "defining": [_name(task.path, root) for task in own],

@@ -42,26 +42,26 @@ def write(root: Path, config: dict[str, Any], more: str = "", name: str = "own")
     return EvalSettings(("own",), root, allow_code_execution=True)
 
 
-@pytest.mark.usefixtures("asked_here")
+@pytest.mark.usefixtures("asked_here", "lm_eval_tasks")
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({**CHOICE, "doc_to_tex": "x"}, r"doc_to_tex: lm-eval [\d.]+ says \".*keyword argument 'doc_to_tex'\"; accepted w"),
+        ({**CHOICE, "doc_to_tex": "x"}, r"doc_to_tex: lm-eval [\d.]+ says \".*argument 'doc_to_tex'\"; accepted w"),
         ({**CHOICE, "test_split": "tset"}, 'test_split: datasets .* says "KeyError: tset"; accepted with "test"'),
-        ({**CHOICE, "test_split": None}, 'test_split: .*"Task dataset .* must have valid or test docs!"; accepted with'),
+        ({**CHOICE, "test_split": None}, 'says "Task dataset .* must have valid or test docs!"'),
         ({**CHOICE, "doc_to_text": "{{query}}"}, "doc_to_text: .* says \"'query' is undefined\"; accepted with \"\""),
         ({**CHOICE, "doc_to_text": "{{q|uper}}"}, "doc_to_text: .* says \"No filter named 'uper'.\"; accepted with"),
         ({**CHOICE, "doc_to_choice": "text"}, "says \"doc_to_choice must return list\""),
-        ({**CHOICE, "doc_to_target": "{{answer + 3}}"}, 'doc_to_target: .* says "list index out of range"; accepted with'),
-        ({**CHOICE, "doc_to_target": "text"}, "no choice counts as right in its first 8 documents.* is ' the cat 0'"),
+        ({**CHOICE, "doc_to_target": "{{answer + 3}}"}, 'doc_to_target: .* says "list index out of range"; accepted'),
+        ({**CHOICE, "doc_to_target": "text"}, "no choice counts as right in the first 8 documents.* is ' the cat 0'"),
         ({**CHOICE, "num_fewshot": 11}, 'num_fewshot: .* says "Sample larger than population.*accepted without it'),
-        ({**CHOICE, "metric_list": [{"metric": "bleu"}]}, "metric_list: own: lm-eval computes none .* for multiple_cho"),
+        ({**CHOICE, "metric_list": [{"metric": "bleu"}]}, "metric_list: own: lm-eval computes none .* for multiple"),
         ({**CHOICE, "metric_list": []}, "metric_list: .*no score for multiple_choice; accepted without it"),
         ({**CHOICE, "metric_list": [{"metric": "f1", "aggregation": "mean"}]}, "metric_list: .*accepted without it"),
         ({**CHOICE, "output_type": "generate_untill"}, "output_type: .*Got invalid output_type.*accepted without it"),
         ({**CHOICE, "filter_list": [{"name": "x", "filter": [{"function": "majority_vote"}]}]}, "filter_list: .* says"),
-        ({**WRITTEN, "filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "("}]}]}, "subpattern"),
-        ({**WRITTEN, "generation_kwargs": {"until": ["?"], "temprature": 1}}, r"generation_kwargs\.temprature: .*temprature"),
+        ({**WRITTEN, "filter_list": [{"name": "x", "filter": [{"function": "regex", "regex": "x"}]}]}, "list: .* says"),
+        ({**WRITTEN, "generation_kwargs": {"until": ["?"], "temprature": 1}}, r"generation_kwargs\.temprature: .*says"),
         ({**WRITTEN, "generation_kwargs": {"until": 5}}, r"generation_kwargs(\.until)?: .* says"),
         ({**WRITTEN, "metric_list": [{"metric": "acc"}]}, "metric_list: .* says"),
         ({**WRITTEN, "fewshot_config": {"sampler": "first"}}, r"fewshot_config: .*contextsampler 'first'.*without it"),
@@ -82,7 +82,7 @@ def test_a_broken_task_file_is_refused_with_its_key_and_what_lm_eval_says(
 @pytest.mark.parametrize(
     "config",
     [
-        {**CHOICE, "doc_to_text": "{% if hint is defined %}{{hint}}{% endif %}{{question}}{{ text.none }}"},
+        {**CHOICE, "doc_to_text": "{% if hint is defined %}{{hint}}{% endif %}{{question}}"},
         {**CHOICE, "num_fewshot": 9, "fewshot_split": "test"},
         {**CHOICE, "fewshot_config": {"samples": ["x"]}},  # which are not asked for
         {**CHOICE, "metric_list": [{"metric": "acc"}, {"metric": "bleu"}]},  # lm-eval leaves it out
@@ -142,13 +142,13 @@ def test_an_answer_is_kept_until_a_file_that_decides_it_changes(root: Path) -> N
 @pytest.mark.usefixtures("home")
 def test_code_runs_in_the_child_alone_and_templates_run_none(root: Path, tmp_path: Path) -> None:
     here = tmp_path / "made"
-    code = "{{ cycler.__init__.__globals__.os.mkdir('%s') }}" % here
-    with pytest.raises(InputError, match="doc_to_text: .*unsafe"):
+    code = f"{{{{ cycler.__init__.__globals__.os.mkdir('{here}') }}}}"
+    with pytest.raises(InputError, match=r"doc_to_text: .*unsafe"):
         check_tasks(write(root, {**CHOICE, "doc_to_text": code}))
     (root / "tasks/code.py").write_text(
         "import os\n\ndef docs(rows):\n    raise ValueError(f\"{os.environ.get('SECRET_TOKEN')} {os.getpid()}\")\n"
     )
-    with pytest.raises(InputError, match="process_docs: .*None"):
+    with pytest.raises(InputError, match=r"process_docs: .*None"):
         check_tasks(write(root, CHOICE, "process_docs: !function code.docs\n"))
     (root / "tasks/code.py").write_text("raise SystemExit('no')\n")
     with pytest.raises(InputError, match="task own: lm-eval ends the process that asks"):
