@@ -45,4 +45,4 @@ class Metrics(Question):
         return {"metrics": sorted(metric_registry)}
 
 
-INDEX, METRICS = Index("the tasks of lm-eval", {}), Metrics("the metrics of lm-eval", {})
+INDEX = Index("the tasks of lm-eval", {})

@@ -51,7 +51,12 @@ class Task(Question):
     name = "task"
     semantics = 1
     libraries = ("lm-eval", "datasets", "transformers")
-    imports = ("lm_eval.evaluator", "lm_eval.models.huggingface", "accelerate", "transformers.models.llama")
+    imports = (
+        "lm_eval.evaluator",
+        "lm_eval.models.huggingface",
+        "accelerate",
+        "transformers.models.llama.modeling_llama",
+    )
 
     @property
     def code(self) -> bool:
@@ -227,6 +232,10 @@ def _errors_raised() -> Iterator[None]:
     logger.addHandler(handler)
     try:
         yield
+    except Exception as error:
+        if said:  # such as that a metric was not found, which is None from then on
+            raise ValueError(said[0]) from error
+        raise
     finally:
         logger.removeHandler(handler)
     if said:
