@@ -37,6 +37,7 @@ class Task(Question):
     * `builtin`: paths of lm-eval's own files, from its package, of the task and all its members;
     * `digests`: path -> content of each Python file and data file that decides the answer;
     * `allow_code`: whether the recipe allows code; `own_code`: whether its files bring some;
+    * `rows`: whether documents are read, if they are files;
     * `network`: whether an evaluation of the task reaches other machines, which this question does not;
     * `generates`: whether the backend takes the settings of a generation as transformers does.
 
@@ -45,7 +46,7 @@ class Task(Question):
     the Hub, or None); `groups`, name -> `tasks`, the names of all tasks in it, and `scores`. With `unknown` it says
     nothing, as only a run shows it.
 
-    Documents on another machine are not downloaded for this: `lewis.rehearsal.no_rows` says what is asked without.
+    Documents on another machine are not downloaded for this; `lewis.rehearsal.no_rows` says what is asked without.
     """
 
     name = "task"
@@ -90,7 +91,8 @@ class Task(Question):
             held.enter_context(no_package_list())
             if not self.settings["allow_code"]:
                 held.enter_context(functions_refused())
-            held.enter_context(_errors_raised())
+            if not self.settings["network"]:  # else what it cannot find it may find in an evaluation
+                held.enter_context(_errors_raised())
             texts = {name: text for name, text in self.files.items() if name != ASKED}
             shown = show(texts, Path(self.place), place / "shown")
             own = [shown[name] for name in self.settings["defining"]]
@@ -106,13 +108,15 @@ class Task(Question):
     def _answer(self, manager: Any, ours: Path) -> dict[str, Any]:
         def without_rows(config: Mapping[str, Any]) -> bool:
             source = (config.get("metadata") or {}).get("config_source", "")
-            return not self.settings["defining"] or str(ours) in source or elsewhere(config, Path(self.place))
+            if not self.settings["defining"] or not self.settings["rows"] or str(ours) in source:
+                return True
+            return elsewhere(config, Path(self.place))
 
         with standing_in(without_rows) as stand_ins:
             try:
                 loaded = manager.load([self.settings["task"]])
-            except (OSError, LookupError) as error:
-                if self.settings["network"] and not isinstance(error, KeyError | IndexError):
+            except Exception as error:
+                if self.settings["network"] and _misses_a_file(error):
                     return _UNKNOWN  # a module of the task reads from another machine when it is imported
                 raise
         if not loaded["tasks"]:
@@ -164,6 +168,15 @@ class Task(Question):
         if task.OUTPUT_TYPE == "multiple_choice" and task.config.process_results is None:
             _check_right(name, task, rows)
         return result, scores
+
+
+def _misses_a_file(error: BaseException | None) -> bool:
+    """Whether an error comes from one about a file, the network, or data of nltk, which it raises a LookupError for."""
+    while error is not None:
+        if isinstance(error, OSError) or type(error) is LookupError:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _check_right(name: str, task: Any, rows: Sequence[Mapping[str, Any]]) -> None:

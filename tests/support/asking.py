@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lewis.rehearsal.blame import blamed
+from lewis.rehearsal.blame import blamed, refusal
 from lewis.rehearsal.question import Question
 
 
@@ -14,5 +14,5 @@ def ask_all(questions: Sequence[Question]) -> list[dict[str, Any]]:
         try:
             found.append({"answer": question.ask()})
         except Exception as error:
-            found.append({"refused": blamed(question, error)})
+            found.append({"refused": blamed(question, error) or refusal(question, error)})
     return found

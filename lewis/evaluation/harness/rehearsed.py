@@ -20,6 +20,7 @@ from lewis.rehearsal.answers import answers, known
 from lewis.rehearsal.task import ASKED, Task
 from lewis.store import file_sha256
 
+MOST_DATA = 1 << 30  # bytes of a task's files that are read before any work
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -115,7 +116,8 @@ def question(settings: EvalSettings) -> Task:
     own = found.files.values()
     sources = dict.fromkeys(path for task in own for path in task.sources)
     texts = {_name(path, root): read_text(path, MAX_BYTES) for path in sources if path.suffix != ".py"}
-    others = [*(path for path in sources if path.suffix == ".py"), *(p for each in own for p in data_files(each, root))]
+    data = dict.fromkeys(path for task in own for path in data_files(task, root))
+    others = [*(path for path in sources if path.suffix == ".py"), *data]
     asked = {"num_fewshot": settings.num_fewshot, "apply_chat_template": settings.apply_chat_template}
     [name] = found.names
     return Task(
@@ -128,9 +130,10 @@ def question(settings: EvalSettings) -> Task:
             "task": name,
             "defining": [_name(task.path, root) for task in own],
             "builtin": builtin_tasks.files(found.builtin),
-            "digests": {_name(path, root): file_sha256(path) for path in dict.fromkeys(others)},
+            "digests": {_name(path, root): file_sha256(path) for path in others},
             "allow_code": settings.allow_code_execution,
             "own_code": any(map(runs_code, own)),
+            "rows": sum(path.stat().st_size for path in data) <= MOST_DATA,
             "network": reads_hub(found, root),
             "generates": settings.backend == "hf",
         },

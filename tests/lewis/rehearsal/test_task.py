@@ -154,3 +154,10 @@ def test_code_runs_in_the_child_alone_and_templates_run_none(root: Path, tmp_pat
     with pytest.raises(InputError, match="task own: lm-eval ends the process that asks"):
         check_tasks(write(root, CHOICE, "process_docs: !function code.docs\n"))
     assert not here.exists()
+
+
+@pytest.mark.usefixtures("asked_here")
+def test_a_large_file_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lewis.evaluation.harness.rehearsed.MOST_DATA", 10)
+    settings = write(root, {**CHOICE, "doc_to_text": "{{query}}"})
+    assert rehearsed(settings)["own"].documents is None
