@@ -154,19 +154,19 @@ PREFECT_EVENTS_CLIENT = PrivateName(
     "Prefect: a run does not survive a server that is away for some minutes")
 LM_EVAL_ENV = PrivateName(
     "lm_eval", "lm_eval.utils.env", ">=0.4.13,<0.5",
-    "render the templates of tasks in a sandbox", "lewis.evaluation.harness.child",
+    "render the templates of tasks in a sandbox", "lewis.rehearsal.untrusted",
     "lm-eval: templates of tasks are rendered without a sandbox")
 LM_EVAL_IMPORT_FUNCTION = PrivateName(
     "lm_eval", "lm_eval.tasks._yaml_loader._import_func_in_yml", ">=0.4.13,<0.5",
-    "import no code of a task file without permission", "lewis.evaluation.harness.child",
+    "import no code of a task file without permission", "lewis.rehearsal.untrusted",
     "lm-eval: no way to refuse the code of a task file")
-LM_EVAL_LOAD = PrivateName(
-    "lm_eval", "lm_eval.tasks._yaml_loader.load_yaml", ">=0.4.13,<0.5",
-    "read a file that many tasks include once", "lewis.evaluation.harness.builtin_tasks",
-    "lm-eval: the index reads an included file again for each task")
+LM_EVAL_TASK = PrivateName(
+    "lm_eval", "lm_eval.api.task.ConfigurableTask.__init__", ">=0.4.13,<0.5",
+    "ask what a task is without the download of its documents", "lewis.rehearsal.no_rows",
+    "lm-eval: no way to load a task without its documents")
 LM_EVAL_ENVIRONMENT = PrivateName(
     "lm_eval", "lm_eval.evaluator.add_env_info", ">=0.4.13,<0.5",
-    "save the seconds in which pip lists all packages", "lewis.evaluation.harness.child",
+    "save the seconds in which pip lists all packages", "lewis.rehearsal.untrusted",
     "lm-eval: every evaluation runs pip to list all packages")
 LM_EVAL_TOKENS = PrivateName(
     "lm_eval", "lm_eval.api.model.TemplateLM._loglikelihood_tokens", ">=0.4.13,<0.5",

@@ -145,6 +145,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+@pytest.fixture
+def asked_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries are asked in this process, not in a child, and their answers are kept in a fresh store."""
+    from tests.support.asking import ask_all
+
+    monkeypatch.setattr("lewis.rehearsal.child.ask_all", ask_all)
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{name}.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="session")
 def common(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A folder that all test processes share."""

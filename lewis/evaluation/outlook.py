@@ -4,18 +4,15 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 from lewis import settings
-from lewis.evaluation.harness.task_files import FoundTasks, find_tasks, split_file
-from lewis.evaluation.harness.task_metrics import config_and_members, without_values
+from lewis.evaluation.harness.check import without_values
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.harness.rehearsed import Rehearsed, rehearsed
 from lewis.evaluation.statistics import looks, power
 from lewis.evaluation.statistics.scored import WEIGHTED_KEY
 from lewis.recipe.schema import Evaluate, Gate
 from lewis.redact import redacted
-
-_NO_SHARES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bleu", "chrf", "ter", "mcc", "f1")
-"""Metrics of lm-eval that are not a share of documents, and that a task may list without `higher_is_better`."""
 
 LATER = 10  # with policy `better`, the detectable gain is stated for the first version and for this one
 
@@ -36,10 +33,11 @@ def outlook(gate: Gate, evaluate: Evaluate, root: Path) -> list[str]:
     lines: list[str] = [gate.policy]
     if evaluate.limit is not None and evaluate.documents != "by_release" and not gate.allow_limit:
         lines.append(f"evaluate.limit is {evaluate.limit:g}: no run can promote; set register.gate.allow_limit: true")
-    tasks = find_tasks(evaluate.tasks, root)
-    unjudged = without_values(evaluate.tasks, root)
-    judged = [name for name in tasks.names if name not in unjudged]
-    counted = {name: count for name in judged if (count := _documents_of(name, tasks, root, evaluate))}
+    settings = EvalSettings.of(evaluate, root)
+    tasks = rehearsed(settings)
+    unjudged = [name for name in without_values(tasks) if not tasks[name].group]
+    judged = [name for name in settings.found().names if name not in unjudged]
+    counted = {name: count for name in judged if name in tasks and (count := _documents_of(tasks[name], evaluate))}
     last = looks.look_at(evaluate.stop, None, counted)
     spreads = _spreads(gate, evaluate, counted)
     own = gate.metric if gate.metric == WEIGHTED_KEY else gate.metric.partition("/")[0]
@@ -95,34 +93,14 @@ def _margin(gate: Gate, name: str, spread: float, tests: int) -> float:
     return power.margin(spread, tests) if given is None else given
 
 
-def _documents_of(name: str, found: FoundTasks, root: Path, evaluate: Evaluate) -> int | None:
-    """The most documents a task can have; None if no file or limit says so, or the score is not a share."""
-    config, members = config_and_members(name, found)
-    if members is not None or evaluate.documents not in ("all", "by_release") or not _is_share(config):
+def _documents_of(task: Rehearsed, evaluate: Evaluate) -> int | None:
+    """The most documents a task can have; None if it is not known before a run, or a score is not a share."""
+    shares = task.scores is not None and all(row.share for row in task.scores)
+    if task.group or not shares or evaluate.documents not in ("all", "by_release"):
         return None
-    whole = None if "process_docs" in config else _rows(config, root)
-    limit = evaluate.limit
+    limit, whole = evaluate.limit, task.documents
     if limit is None:
         return whole
     if limit < 1:
         return None if whole is None else math.ceil(whole * limit)
     return int(limit) if whole is None else min(whole, int(limit))
-
-
-def _is_share(config: Mapping[str, Any]) -> bool:
-    """Whether all scores of a task are shares of right answers: higher is better, and none is a likelihood."""
-    listed = config.get("metric_list") or []
-    metrics = [each for each in (listed if isinstance(listed, list) else [listed]) if isinstance(each, Mapping)]
-    likelihood = str(config.get("output_type")).startswith("loglikelihood") and not metrics
-    return not likelihood and all(
-        each.get("higher_is_better") is not False and each.get("metric") not in _NO_SHARES for each in metrics
-    )
-
-
-def _rows(config: Mapping[str, Any], root: Path) -> int | None:
-    """The number of rows in the task's split; None unless it is one local file with a JSON object per line."""
-    path = split_file(config, root, "test_split" if config.get("test_split") else "validation_split")
-    if path is None or path.suffix != ".jsonl":
-        return None
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
-from lewis.evaluation.statistics.scores import HASH, Evaluated, plain_value, read_samples
+from lewis.evaluation.statistics.scores import HASH, Evaluated, read_samples
 from lewis.input_files import open_regular, read_json
+from lewis.rehearsal.values import SUMMED, plain_value
 
 MOST = 1 << 30  # bytes of a file
-_AGGREGATIONS = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
 _DEFAULT = {  # lm-eval's, for metrics that a task does not list
     "perplexity": "perplexity",
     "word_perplexity": "weighted_perplexity",
@@ -77,7 +77,7 @@ def _evaluated(name: str, found: Mapping[str, Any], rows: Mapping[str, list[dict
         for key, value in found["results"][task].items():
             metric, comma, filter_ = key.partition(",")
             aggregation = aggregations.get(metric, "mean")
-            if not comma or metric.endswith("_stderr") or aggregation not in _AGGREGATIONS:
+            if not comma or metric.endswith("_stderr") or aggregation not in SUMMED:
                 continue
             own = {row["doc_id"]: row for row in of_task if row.get("filter", "none") == filter_}
             values = [plain_value(own.get(number, {}).get(metric)) for number in first]

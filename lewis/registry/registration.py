@@ -9,7 +9,7 @@ from typing import Any
 from lewis import store
 from lewis.allocation.step import AllocationEntry
 from lewis.evaluation.documents import SideBySide, side_by_side
-from lewis.evaluation.harness.task_metrics import hub_results
+from lewis.evaluation.hub_results import hub_results
 from lewis.evaluation.statistics.retained_gain import Kept, kept_gains, kept_rows
 from lewis.evaluation.statistics.scored import MERGED, Scored, comparison_rows, gain, scores_of
 from lewis.evaluation.statistics.scores import score_table

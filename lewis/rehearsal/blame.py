@@ -1,7 +1,7 @@
 """Find the key of a file that makes a library refuse it, by asking again with another value; no key is known by name.
 
-First each key is left out, then its number is replaced by those that the item suggests (`Question.sizes`). A try takes
-milliseconds, as the library is imported.
+First each key is left out, then its number or text is replaced by those that the item suggests (`Question.sizes`,
+`Question.texts`). A try takes milliseconds, as the library is imported.
 """
 
 import copy
@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import Any
 
 import yaml
@@ -21,6 +22,7 @@ _SECONDS = 15.0  # of the processor, for all tries of one question
 _WORDS = 300  # longest quotation of a library, in characters
 _DEEP = 3  # keys of objects in objects are tried down to this depth
 _LEFT_OUT = object()
+_WORD = re.compile(r"[^\W\d]\w{2,}")
 _Path = tuple[str, ...]
 
 
@@ -87,6 +89,8 @@ class _Search:
                 return name, path, f"; accepted with {json.dumps(not value)}"
         if found := self._with_a_number([(name, path, bool(unnamed)) for unnamed, _, name, path in keys]):
             return found
+        if found := self._with_a_text([(name, path) for _, _, name, path in keys]):
+            return found
         if len(others) == 1:
             return (*others[0], "; without it the answer is another")
         return None
@@ -118,6 +122,26 @@ class _Search:
         for _, _, name, path, number in sorted(tries):
             if self._asked(name, path, number) == "":
                 return name, path, f"; accepted with {number}"
+        return None
+
+    def _with_a_text(self, keys: Sequence[tuple[str, _Path]]) -> tuple[str, _Path, str] | None:
+        """As `culprit`, for a key that should have another text: one like it of the same file, or a suggested one.
+
+        Keys whose texts share a word with what the library says are tried first.
+        """
+        said = set(_WORD.findall(self._said))
+        tries = list[tuple[bool, int, str, _Path, str]]()
+        for name, path in keys:
+            content = self._files[name][0]
+            value = _at(content, path)
+            if value is None or isinstance(value, str):
+                alike = get_close_matches(value or "", {*_words(content)} - {value}, n=2)
+                unnamed = said.isdisjoint(_WORD.findall(value or ""))
+                tries += [(unnamed, 0, name, path, text) for text in alike]
+                tries += [(unnamed, 1, name, path, text) for text in self._question.texts() if text != value]
+        for _, _, name, path, text in sorted(tries, key=lambda each: each[:2]):
+            if self._asked(name, path, text) == "":
+                return name, path, f"; accepted with {json.dumps(text)}"
         return None
 
     def _without(self, name: str, path: _Path) -> str | None:
@@ -165,6 +189,15 @@ def _paths(content: Mapping[str, Any], above: _Path = ()) -> Iterator[_Path]:
             yield (*above, key)
             if isinstance(value, dict) and len(above) + 1 < _DEEP:
                 yield from _paths(value, (*above, key))
+
+
+def _words(content: Any) -> Iterator[str]:
+    """All texts in a file's content, keys among them."""
+    if isinstance(content, str):
+        yield str(content)
+    elif isinstance(content, dict | list):
+        for each in (*content, *content.values()) if isinstance(content, dict) else content:
+            yield from _words(each)
 
 
 class _Tagged(str):

@@ -48,7 +48,7 @@ def ask_all(questions: Sequence[Question]) -> list[dict[str, Any]]:
         isolation.check()
     _imports.update(name for question in questions for name in question.imports)
     environment = without_secrets(os.environ) | _OFFLINE | {"CUDA_VISIBLE_DEVICES": ""}
-    places = [Path(question.place) for question in questions if question.place]
+    places = [Path(each) for question in questions for each in question.reads()]
     program = Program("lewis.rehearsal.child", tuple(sorted(_imports)))
     with scratch_folder() as scratch:
         child = new_child(program, environment, loaded=True, network=False, shown=places, code=code)

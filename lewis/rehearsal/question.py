@@ -112,6 +112,14 @@ class Question:
         """Numbers that a key of a file may have had, such as the dimensions of tensors; `blame` tries them."""
         return ()
 
+    def texts(self) -> Sequence[str]:
+        """Texts that a key of a file may have, whatever it is for; `blame` tries them."""
+        return ()
+
+    def reads(self) -> Sequence[str]:
+        """Folders and files that `ask` reads."""
+        return [self.place] if self.place else []
+
     def with_file(self, name: str, text: str) -> Self:
         """The same question with another text of one file."""
         return replace(self, files={**self.files, name: text})

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lewis.evaluation.harness import lm_eval
+from lewis.evaluation.harness import check
 from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.harness.model_folder import check_code, check_tokenizer
-from lewis.evaluation.harness.task_metrics import check_names
 from lewis.evaluation.statistics.scored import MERGED
 from lewis.models.compatible import preflight
 from lewis.models.hub import repository
@@ -47,8 +46,8 @@ def check_tasks(recipe: Recipe) -> EvalSettings | None:
     if recipe.evaluate is None:
         return None
     settings = EvalSettings.of(recipe.evaluate, recipe.root)
-    lm_eval.check_tasks(settings)
-    check_names(recipe.evaluate, recipe.root, recipe.gate, recipe.search.metrics if recipe.search else ())
+    check.check_tasks(settings)
+    check.check_names(recipe.evaluate, recipe.root, recipe.gate, recipe.search.metrics if recipe.search else ())
     return settings
 
 

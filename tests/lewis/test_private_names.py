@@ -150,18 +150,14 @@ def lists_packages(_: Path) -> bool:
     return "add_env_info(results)" in inspect.getsource(evaluator.simple_evaluate)
 
 
-def reads_an_included_file_again(folder: Path) -> bool:
-    """The index reads a file once for each task that includes it."""
-    from lm_eval.tasks import TaskManager
+def loads_rows_with_a_task(folder: Path) -> bool:
+    """A task cannot be loaded without its documents."""
+    from lm_eval.api.task import ConfigurableTask
 
-    for name in ("a", "b"):
-        (folder / f"{name}.yaml").write_text(f"include: both.txt\ntask: {name}\n")
-    (folder / "both.txt").write_text("tag: letters\n")
-    load = private_names.LM_EVAL_LOAD.get()
-    with private_names.LM_EVAL_LOAD.replaced(mock.Mock(wraps=load)):
-        counted = private_names.LM_EVAL_LOAD.get()
-        assert TaskManager(include_path=str(folder), include_defaults=False).task_index["letters"].tags == {"a", "b"}
-    return counted.call_count == 2
+    asked = mock.Mock(side_effect=ConnectionError)
+    with mock.patch("datasets.load_dataset", asked), pytest.raises(ConnectionError):
+        ConfigurableTask(config={"task": "x", "dataset_path": "org/rows", "test_split": "test"})
+    return bool(asked.call_count)
 
 
 def cuts_embeddings(_: Path) -> bool:
@@ -265,7 +261,7 @@ STILL_NEEDED: dict[str, Callable[[Path], bool] | str] = {  # or a test that fail
     "PREFECT_EVENTS_CLIENT": loses_events,
     "LM_EVAL_ENV": no_sandbox,
     "LM_EVAL_IMPORT_FUNCTION": imports_code,
-    "LM_EVAL_LOAD": reads_an_included_file_again,
+    "LM_EVAL_TASK": loads_rows_with_a_task,
     "LM_EVAL_ENVIRONMENT": lists_packages,
     "LM_EVAL_TOKENS": keeps_rolling_answers_at_the_end,
     "RESIZE_EMBEDDINGS": cuts_embeddings,

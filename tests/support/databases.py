@@ -11,10 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
+
+from lewis import store
+from lewis.evaluation.harness.builtin_tasks import index
+from lewis.rehearsal.lm_eval_itself import INDEX
+from lewis.store import kinds
 
 
 def empty_mlflow(root: Path) -> Path:
@@ -45,16 +49,16 @@ def put_prefect(root: Path, home: Path) -> None:
 def lm_eval_index(root: Path) -> Path:
     """What a store keeps of lm-eval's tasks; read once for all test processes that share `root`, and known to this one.
 
-    To be copied into a store whose process is another one.
+    To be copied into the folder of the same name of a store whose process is another one.
     """
-    made = _once(root / "lm-eval" / "lm-eval-tasks.json", _read_tasks)
-    with _store(made.parent) as index:
+    with _store(root / "lm-eval"):
+        made = _once(kinds.REHEARSALS.path(INDEX.key), _read_tasks)
         index()
     return made
 
 
 def _once(path: Path, make: Callable[[Path], None]) -> Path:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():
             make(path)
@@ -62,17 +66,14 @@ def _once(path: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _read_tasks(path: Path) -> None:
-    with _store(path.parent) as index:
-        index.__wrapped__()  # also where this process knows them
+    store.write_entry(path, {"question": INDEX.name, "answer": INDEX.ask()}, indent=None)
 
 
 @contextmanager
-def _store(home: Path) -> Iterator[Any]:
-    from lewis.evaluation.harness.builtin_tasks import index
-
+def _store(home: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEWIS_HOME", str(home))
-        yield index
+        yield
 
 
 def _make_mlflow(path: Path) -> None:

@@ -1,24 +1,16 @@
-"""Find lm-eval's own tasks, and their YAML files.
-
-lm-eval reads all of its 14,000 files before it can say where a task is, and an included file again for each of 12,500
-includes. Here an included file is read once, which saves half of the eight seconds. The index is kept in the store, for
-as long as none of these files changes. An evaluation gets only the files of its tasks.
-"""
+"""The tasks that come with lm-eval, and their YAML files: an evaluation gets only the files of its tasks."""
 
 import difflib
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lewis import private_names, store
 from lewis.errors import InputError
 from lewis.evaluation.harness.task_files import blocks, members, read_task
-from lewis.store import sealed_json
+from lewis.rehearsal.answers import answers
+from lewis.rehearsal.lm_eval_itself import INDEX
 
 
 class Builtin(NamedTuple):
@@ -26,67 +18,27 @@ class Builtin(NamedTuple):
 
     Attributes:
         kind: `TASK`, `PY_TASK`, `GROUP` or `TAG`.
-        path: its YAML file; None for a tag.
+        path: its YAML file, from lm-eval's package; empty for a tag.
         tags: of a tag, the tasks that have it.
     """
 
     kind: str
-    path: str | None
-    tags: Sequence[str]
+    path: str
+    tags: list[str]
 
 
 @functools.cache
 def index() -> Mapping[str, Builtin]:
     """All tasks, groups and tags of lm-eval, by name."""
-    kept, state = store.home() / "lm-eval-tasks.json", _state()
-    with suppress(OSError, sealed_json.DamagedError):  # absent, or damaged
-        found = sealed_json.read(kept)
-        if found["state"] == state:
-            return {name: Builtin(*entry) for name, entry in found["tasks"].items()}
-    with private_names.LM_EVAL_LOAD.replaced(_read_once(private_names.LM_EVAL_LOAD.get())):
-        from lm_eval.tasks import TaskManager
-
-        entries = TaskManager().task_index.items()
-    tasks = {
-        name: Builtin(entry.kind.name, str(entry.yaml_path) if entry.yaml_path else None, sorted(entry.tags))
-        for name, entry in entries
-    }
-    if store.home().is_dir():
-        with suppress(OSError):  # a store that cannot be written to
-            store.write_text(kept, sealed_json.dumps({"state": state, "tasks": tasks}))
-    return tasks
+    [found] = answers([INDEX])
+    return {name: Builtin(*entry) for name, entry in found.items()}
 
 
-def _read_once(load: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Wrap lm-eval's `load_yaml` to read each file once, and return copies, since lm-eval changes what it gets."""
-    once = functools.cache(functools.partial(load, resolve_func=False))
-    return lambda path, **_: dict(once(path))
-
-
-def _state() -> str:
-    """Identity of all of lm-eval's task files: its version, and the size and time of each."""
-    found = []
-    spec = find_spec("lm_eval")  # does not import it
-    for folder in (spec and spec.submodule_search_locations) or ():
-        for path, _, names in os.walk(Path(folder) / "tasks"):
-            for name in names:
-                if not name.endswith((".py", ".pyc")):
-                    stat = os.stat(os.path.join(path, name))
-                    found.append((path, name, stat.st_size, stat.st_mtime_ns))
-    return store.digest([version("lm_eval"), sorted(found)])
-
-
-def builtin_task(name: str) -> tuple[Mapping[str, Any], list[Any] | None]:
-    """The config of a task or group of lm-eval, empty if unknown, and the members of a group or tag; None for a task.
-
-    Raises:
-        InputError: if its file cannot be read.
-    """
-    entry = index().get(name)
-    if entry is None:
-        return {}, None
-    config = read_task(Path(entry.path)).config if entry.path else {}
-    return config, {"GROUP": members(config), "TAG": list(entry.tags)}.get(entry.kind)
+def package() -> Path:
+    """The folder of lm-eval's package, which is not imported for that."""
+    spec = find_spec("lm_eval")
+    assert spec and spec.origin, "lm-eval is not installed"
+    return Path(spec.origin).parent
 
 
 def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
@@ -110,13 +62,13 @@ def check_builtin(names: Iterable[str], local: Iterable[str]) -> None:
             )
 
 
-def files(names: Iterable[str]) -> list[Path]:
-    """The YAML files of tasks, groups and tags of lm-eval, and of all their members.
+def files(names: Iterable[str]) -> list[str]:
+    """The YAML files of tasks, groups and tags of lm-eval, and of all their members, from lm-eval's package.
 
     Raises:
         InputError: if one cannot be read.
     """
-    return [Path(entry.path) for entry, _ in _all_in(names) if entry.path]
+    return [entry.path for entry, _ in _all_in(names) if entry.path]
 
 
 def _all_in(names: Iterable[str]) -> Iterator[tuple[Builtin, Mapping[str, Any]]]:
@@ -124,8 +76,9 @@ def _all_in(names: Iterable[str]) -> Iterator[tuple[Builtin, Mapping[str, Any]]]
     pending = list(dict.fromkeys(names))
     for name in pending:
         if entry := index().get(name):
-            config, inside = builtin_task(name)
+            config = read_task(package() / entry.path).config if entry.path else {}
             yield entry, config
+            inside = {"GROUP": members(config), "TAG": entry.tags}.get(entry.kind)
             pending += [each for each in dict.fromkeys(_named(inside)) if each not in pending]
 
 

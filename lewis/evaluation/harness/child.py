@@ -1,6 +1,5 @@
 """The child of `lewis.evaluation.harness.process`: runs lm-eval on one model and keeps the value of each document."""
 
-import datetime
 import hashlib
 import json
 import math
@@ -8,28 +7,22 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
-from functools import lru_cache
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, runtime
-from jinja2.sandbox import SandboxedEnvironment
-from jinja2.utils import Cycler, Joiner, Namespace
-
-from lewis import private_names
 from lewis.evaluation.harness import loaded_model
 from lewis.evaluation.harness.answer_texts import of_first_filter, texts_of
 from lewis.evaluation.harness.kept_answers import KeptAnswers
 from lewis.evaluation.harness.kept_requests import add_answers, requests_of
-from lewis.evaluation.statistics.scores import HASH, SUMMED, plain_value
+from lewis.evaluation.statistics.scores import HASH
 from lewis.models.hub.client import repeated, resume_downloads
+from lewis.rehearsal.untrusted import functions_refused, no_package_list, sandboxed_templates
+from lewis.rehearsal.values import aggregation_of, plain_value
 from lewis.store import write_json
 
 _HALVES = ("search", "confirm")
 _COMMIT = re.compile("[0-9a-f]{40}")
-_PLAIN = (str, bytes, int, float, complex, list, tuple, set, frozenset, dict, datetime.date, datetime.time, type(None))
-_JINJA = (runtime.LoopContext, runtime.Macro, runtime.TemplateReference, runtime.Undefined, Cycler, Joiner, Namespace)
 
 
 def answer() -> None:
@@ -39,63 +32,15 @@ def answer() -> None:
     os.environ.update(request.pop("environment"))
     os.chdir(request.pop("cwd"))
     result = Path(request.pop("result"))
-    sandbox_templates()
-    if not request["confirm_run_unsafe_code"]:
-        refuse_functions()
-    write_json(result, evaluate(**request))
+    with ExitStack() as held:
+        held.enter_context(sandboxed_templates())
+        held.enter_context(no_package_list())
+        if not request["confirm_run_unsafe_code"]:
+            held.enter_context(functions_refused())
+        write_json(result, evaluate(**request))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # to take down the interpreter would copy most of the memory that the fork shares
-
-
-class _Sandbox(SandboxedEnvironment):
-    """Jinja's sandbox, in which only plain data and Jinja's own objects have attributes and methods.
-
-    A document may hold other objects, such as a picture, whose methods write files. A template is compiled only once;
-    lm-eval alone would compile it for each document.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._compiled = lru_cache(100)(super().from_string)
-
-    def from_string(self, source: Any, *arguments: Any, **options: Any) -> Template:
-        if arguments or options or not isinstance(source, str):
-            return super().from_string(source, *arguments, **options)
-        return self._compiled(source)
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return isinstance(obj, _PLAIN + _JINJA) and super().is_safe_attribute(obj, attr, value)
-
-
-def sandbox_templates() -> None:
-    """Let lm-eval render all templates of tasks in Jinja's sandbox.
-
-    Models' chat templates need nothing: transformers renders them in Jinja's sandbox.
-    """
-    plain = private_names.LM_EVAL_ENV.get()
-    safe = _Sandbox(loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline)
-    safe.filters.update(plain.filters)
-    private_names.LM_EVAL_ENV.put(safe)
-
-
-def refuse_functions() -> None:
-    """Let lm-eval load no function of a task file, except those of the tasks that are installed with it.
-
-    The recipe's task files were checked before, but one may have changed since. If that one now runs what the model
-    writes (`unsafe_code`), lm-eval itself refuses it, since it gets no `confirm_run_unsafe_code`.
-    """
-    from lm_eval import tasks
-
-    ours = Path(tasks.__file__).resolve().parent
-    load_function = private_names.LM_EVAL_IMPORT_FUNCTION.get()
-
-    def function(name: str, folder: Path) -> Any:
-        if not Path(folder).resolve().is_relative_to(ours):
-            raise ValueError(f"!function {name} of {folder}: the recipe does not say `allow_code_execution: true`")
-        return load_function(name, folder)
-
-    private_names.LM_EVAL_IMPORT_FUNCTION.put(function)
 
 
 def evaluate(
@@ -145,7 +90,6 @@ def evaluate(
     lm = loaded_model.open_model(model, model_args, batch_size, device)
     chats = loaded_model.record_chats(lm) if to_serve else {}
     drawn, pools = _part(loaded["tasks"], documents, limit, seed, look) if documents != "all" or look else ({}, {})
-    private_names.LM_EVAL_ENVIRONMENT.put(lambda _: None)  # it lists all packages with pip, which nobody reads
     kept_answers = KeptAnswers(Path(answers)) if answers else None
     with kept_answers.used_by(lm) if kept_answers else nullcontext():
         try:
@@ -277,19 +221,11 @@ def _samples(name: str, rows: list[dict[str, Any]], task: Any) -> tuple[str, lis
         metrics = dict.fromkeys(metric for row in of_document.values() for metric in row["metrics"])
         for metric in metrics:
             values = [plain_value(of_document.get(number, {}).get(metric)) for number in first]
-            aggregation = _aggregation(task, metric)
+            aggregation = aggregation_of(task, metric)
             if aggregation and any(value is not None for value in values):
                 key = f"{metric},{filter_}"
                 found.append({"task": name, "metric": key, "aggregation": aggregation, "values": values})
     return name, [row["doc_hash"][:HASH] for row in first.values()], found
-
-
-def _aggregation(task: Any, metric: str) -> str | None:
-    """lm-eval's name of the aggregation over documents; None if it is not a function of two sums."""
-    from lm_eval.api import metrics
-
-    known = {getattr(metrics, name): name for name in SUMMED}
-    return known.get(task.aggregation().get(metric, metrics.mean))
 
 
 def _weights(group: Any, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -12,7 +12,6 @@ from typing import Any
 from lewis.errors import InputError, LewisError
 from lewis.evaluation.harness import backends, builtin_tasks, process, server
 from lewis.evaluation.harness.permission import check_code, runs_code
-from lewis.evaluation.harness.task_config import as_loaded, check_config
 from lewis.evaluation.harness.task_files import FoundTasks, data_files, find_tasks, reads_hub
 from lewis.evaluation.statistics.scores import Evaluated, Score
 from lewis.progress import Report, silent
@@ -96,23 +95,6 @@ class EvalSettings:
         return cls(root=root, timeout_s=60 * block.timeout_minutes, **others)
 
 
-def check_tasks(settings: EvalSettings) -> None:
-    """Check that every task is found and well formed, that its data exist, and that the recipe allows the code it runs.
-
-    Raises:
-        InputError: naming the task, and the nearest valid names for one that does not exist; as `isolation.check`.
-    """
-    found = settings.found()
-    for name, task in found.files.items():
-        data_files(task, settings.root)
-        check_code(name, task, settings.allow_code_execution)
-    for task in as_loaded(found):
-        check_config(task, settings.root, settings.num_fewshot)
-    if _brings_code(settings, found):
-        isolation.check()
-    builtin_tasks.check_builtin(found.builtin, found.local)
-
-
 def tasks_digest(settings: EvalSettings) -> str:
     """Digest of everything but the model that decides its scores: task and data files, options, lm-eval's version.
 
@@ -177,13 +159,14 @@ def evaluate(
     for name, task in found.files.items():
         check_code(name, task, settings.allow_code_execution)
     hub = reads_hub(found, settings.root)
-    code = _brings_code(settings, found)  # hidden from it: keys, and evaluations that have them
+    code = brings_code(settings, found)  # hidden from it: keys, and evaluations that have them
     if code:
         isolation.check()
     with ExitStack() as held:
         include = [held.enter_context(process.scratch_folder()) for _ in range(2)]  # of equal names the last counts
         own = [task.path for task in found.files.values()]
-        for folder, paths in zip(include, (builtin_tasks.files(found.builtin), own), strict=True):
+        theirs = [builtin_tasks.package() / path for path in builtin_tasks.files(found.builtin)]
+        for folder, paths in zip(include, (theirs, own), strict=True):
             for number, path in enumerate(paths):
                 # A link, which lm-eval follows: so it finds the functions next to the file.
                 (folder / f"{number}.yaml").symlink_to(path)
@@ -242,7 +225,7 @@ def evaluate(
     return evaluated
 
 
-def _brings_code(settings: EvalSettings, found: FoundTasks) -> bool:
+def brings_code(settings: EvalSettings, found: FoundTasks) -> bool:
     """Whether the recipe or a model brings code that runs in the evaluation's process."""
     return any(map(runs_code, found.files.values())) or bool(settings.model_args.get("trust_remote_code"))
 

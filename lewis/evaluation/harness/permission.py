@@ -5,21 +5,16 @@ code that a repository brings along. Its Jinja templates run in a sandbox (`lewi
 need no permission.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from lewis.errors import InputError
 from lewis.evaluation import sandbox
 from lewis.evaluation.harness.task_files import TaskFile, blocks
-
-METRICS = frozenset(
-    (
-        *("acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "bits_per_byte", "bleu", "brier_score"),
-        *("bypass", "byte_perplexity", "chrf", "chrf++", "exact_match", "f1", "likelihood", "mcc", "perplexity", "ter"),
-        "word_perplexity",
-    )
-)
-"""The metrics that lm-eval computes itself. It loads any other name as a script of the `evaluate` library."""
+from lewis.rehearsal.answers import answers
+from lewis.rehearsal.lm_eval_itself import Metrics
 
 _READERS = ("cache", "generator", "pandas", "spark", "sql")  # of `datasets`: these read no file of rows
 _GENERATION = ("custom_generate", "trust_remote_code")  # of transformers: these run a repository's code
@@ -53,10 +48,10 @@ def _code(task: TaskFile) -> Iterator[str]:
     for function in task.functions:
         yield f"code of its own (!function {function})"
     for block in blocks(task.config):
-        yield from _code_of_block(block)
+        yield from _code_of_block(block, task.path.parent)
 
 
-def _code_of_block(block: Mapping[str, Any]) -> Iterator[str]:
+def _code_of_block(block: Mapping[str, Any], folder: Path) -> Iterator[str]:
     source = str(block.get("dataset_path") or "")
     if source in _READERS or source.endswith(".py"):
         yield f"code of its own (dataset_path: {source})"
@@ -69,9 +64,18 @@ def _code_of_block(block: Mapping[str, Any]) -> Iterator[str]:
             yield f"code of a repository (generation_kwargs: {key})"
     metrics = block.get("metric_list")
     if isinstance(metrics, list) and block.get("process_results") is None:  # else lm-eval loads no metric
-        for metric in filter(_is_script, metrics):
+        for metric in (each for each in metrics if _is_script(each, folder)):
             yield f"a script of the `evaluate` library (metric: {metric.get('metric')}), not a metric of lm-eval"
 
 
-def _is_script(metric: Any) -> bool:
-    return isinstance(metric, Mapping) and bool(metric.get("hf_evaluate") or str(metric.get("metric")) not in METRICS)
+def _is_script(metric: Any, folder: Path) -> bool:
+    """Whether lm-eval loads a metric as a script of the `evaluate` library, as it does with names that it has not."""
+    if not isinstance(metric, Mapping):
+        return False
+    return bool(metric.get("hf_evaluate")) or str(metric.get("metric")) not in _metrics(folder)
+
+
+@functools.cache
+def _metrics(folder: Path) -> frozenset[str]:
+    """The metrics of lm-eval; the process that asks is one that also sees a folder, about which it is asked next."""
+    return frozenset(answers([Metrics("the metrics of lm-eval", {}, place=str(folder))])[0]["metrics"])

@@ -18,6 +18,7 @@ import yaml
 from lewis.errors import InputError
 from lewis.input_files import read_bytes
 from lewis.recipe.yaml_text import MAX_BYTES, LimitedLoader, load
+from lewis.rehearsal.no_rows import elsewhere, texts
 from lewis.syntax import syntax_tree
 
 
@@ -40,14 +41,9 @@ class TaskFile:
     functions: tuple[str, ...] = ()
 
     @property
-    def output_type(self) -> str:
-        """What lm-eval asks the model for; by default a generated text."""
-        return self.config.get("output_type") or "generate_until"
-
-    @property
     def tags(self) -> list[str]:
         """The tags of a task; lm-eval gives a group none."""
-        return [] if "group" in self.config else _texts(self.config.get("tag"))
+        return [] if "group" in self.config else texts(self.config.get("tag"))
 
 
 @dataclass(frozen=True)
@@ -146,7 +142,7 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
         if base == root and "/" in source:
             continue  # a dataset on the Hub: its data_files are there
         base = base / str(options.get("data_dir") or "")
-        for pattern in _texts(options.get("data_files")) or (["**"] if base != root else []):
+        for pattern in texts(options.get("data_files")) or (["**"] if base != root else []):
             if "://" in pattern:
                 continue
             matches = [Path(match) for match in glob.glob(str(base / pattern), recursive=True)]
@@ -164,27 +160,13 @@ def data_files(task: TaskFile, root: Path) -> list[Path]:
     return sorted(found)
 
 
-def split_file(config: Mapping[str, Any], root: Path, key: str) -> Path | None:
-    """The file of the split that `config[key]` names; None unless it is a local .jsonl or .csv without options."""
-    options = config.get("dataset_kwargs") or {}
-    files = options["data_files"] if isinstance(options, Mapping) and options.keys() == {"data_files"} else None
-    named = files.get(str(config.get(key))) if isinstance(files, Mapping) else files
-    ending = {"json": ".jsonl", "csv": ".csv"}.get(str(config.get("dataset_path")))
-    path = root / named if isinstance(named, str) and ending and named.endswith(ending) else None
-    return path if path is not None and path.is_file() else None
-
-
 def reads_hub(found: FoundTasks, root: Path) -> bool:
     """Whether a task may read its documents from the Hub or another machine.
 
     True for lm-eval's own tasks, and for task files that name a repo on the Hub or a URL.
     """
-    for block in (block for task in found.files.values() for block in blocks(task.config)):
-        source, options = str(block.get("dataset_path") or ""), block.get("dataset_kwargs")
-        patterns = _texts(options.get("data_files")) if isinstance(options, Mapping) else []
-        if ("/" in source and not (root / source).exists()) or any("://" in pattern for pattern in patterns):
-            return True
-    return bool(found.builtin)
+    own = (block for task in found.files.values() for block in blocks(task.config))
+    return bool(found.builtin) or any(elsewhere(block, root) for block in own)
 
 
 def members(config: Mapping[str, Any]) -> list[Any]:
@@ -228,7 +210,7 @@ def _read_yaml(path: Path, sources: list[Path], functions: list[str]) -> dict[st
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}")
     merged: dict[str, Any] = {}
-    for included in _texts(config.pop("include", None)):
+    for included in texts(config.pop("include", None)):
         merged |= _read_yaml((path.parent / included).resolve(), sources, functions)
     return merged | config
 
@@ -284,10 +266,3 @@ def blocks(config: Any) -> Iterator[Mapping[str, Any]]:
     inner = config.values() if isinstance(config, Mapping) else config if isinstance(config, list) else ()
     for value in inner:
         yield from blocks(value)
-
-
-def _texts(value: Any) -> list[str]:
-    """The strings in a value such as `data_files`: a string, a list of strings, or a mapping of splits to either."""
-    if isinstance(value, Mapping):
-        return [text for item in value.values() for text in _texts(item)]
-    return [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]

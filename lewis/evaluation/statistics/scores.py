@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from lewis.errors import LewisError
 
 HASH = 16  # hex digits kept of lm-eval's hash of a document: enough for one data set, in a quarter of the space
-SUMMED = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
-"""lm-eval's names of the aggregations of a value per document that are functions of two sums."""
 Value = float | tuple[float, float] | None
 
 
@@ -23,7 +21,7 @@ class Part:
     Attributes:
         task: its name.
         weight: of the part in the metric's value: 1, or less in a group or a weighted mean.
-        aggregation: one of `SUMMED`.
+        aggregation: one of `lewis.rehearsal.values.SUMMED`.
         documents: a hash of each.
         values: one per document: a number, a pair (log-likelihood, weight), or None if the metric skips it.
     """
@@ -99,16 +97,6 @@ class Ends:
     tried: int
     ended: int
     perplexity: float | None
-
-
-def plain_value(value: Any) -> Any:
-    """lm-eval's value of a document as a float or a pair [log-likelihood, weight]; None for anything else."""
-    if isinstance(value, list | tuple) and len(value) == 2:
-        pair = [plain_value(each) for each in value]
-        return pair if all(isinstance(each, float) for each in pair) else None
-    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-        value = value.item()
-    return float(value) if isinstance(value, int | float) else None
 
 
 def read_samples(content: Mapping[str, Any]) -> list[Samples]:

@@ -54,7 +54,7 @@ def typed(warm: WarmPython, arguments: list[str], asked: list[tuple[str, str]], 
 def test_it_asks_for_rows_and_shows_what_it_found(
     home: Path, lm_eval_tasks: Path, family: Family, tmp_path: Path, warm: WarmPython
 ) -> None:
-    shutil.copy(lm_eval_tasks, home)
+    shutil.copytree(lm_eval_tasks.parent, home / lm_eval_tasks.parent.name)
     rows = [{"question": f"w{i} w{i + 1}", "answer": f"w{i + 2}", "level": "1"} for i in range(20)]
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))

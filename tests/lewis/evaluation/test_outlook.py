@@ -12,30 +12,33 @@ from lewis.evaluation.statistics import power
 from lewis.evaluation.statistics.comparison import mcnemar, tango
 from lewis.recipe.schema import Evaluate, Gate
 
+pytestmark = pytest.mark.usefixtures("asked_here")
 TASK = {
-    "task": "sums",
-    "dataset_path": "json",
-    "dataset_kwargs": {"data_files": {"test": "sums.jsonl"}},
-    "test_split": "test",
-    "output_type": "generate_until",
+    **{"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "sums.jsonl"}}, "test_split": "test"},
+    **{"task": "sums", "output_type": "generate_until", "doc_to_text": "q", "doc_to_target": "a"},
 }
+AWAY = {"dataset_path": "org/odd", "dataset_kwargs": None}
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for name, more in (("sums", {}), ("words", {}), ("odd", {"process_docs": "x"})):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**TASK, "task": name, **more}))
-    (tmp_path / "sums.jsonl").write_text("{}\n" * 200 + "\n")
-    loss = {"task": "loss", "metric_list": [{"metric": "bits", "higher_is_better": False}]}
-    (tmp_path / "loss.yaml").write_text(yaml.safe_dump({**TASK, **loss}))
-    nats = {"task": "nats", "output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]}
-    (tmp_path / "nats.yaml").write_text(yaml.safe_dump({**TASK, **nats}))
-    return tmp_path
+    folder = tmp_path / "recipe"
+    folder.mkdir()
+    for name, more in (("sums", {}), ("words", {}), ("odd", AWAY)):
+        write(folder, name, more)
+    (folder / "sums.jsonl").write_text('{"q": "w1", "a": "w2"}\n' * 200 + "\n")
+    write(folder, "loss", {"metric_list": [{"metric": "exact_match", "higher_is_better": False}]})
+    write(folder, "nats", {"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]})
+    return folder
+
+
+def write(root: Path, name: str, more: dict[str, Any], code: str = "") -> None:
+    (root / f"{name}.yaml").write_text(yaml.safe_dump({**TASK, "task": name, **more}) + code)
 
 
 def said(root: Path, gate: dict[str, Any], *tasks: str, **more: Any) -> list[str]:
     names = [f"{task}.yaml" for task in tasks]
-    return outlook(Gate(**gate), Evaluate(tasks=names, **more), root)
+    return outlook(Gate(**gate), Evaluate(tasks=names, allow_code_execution=True, **more), root)
 
 
 def test_margins_follow_from_the_documents_and_the_number_of_tests(root: Path) -> None:
@@ -58,9 +61,6 @@ def test_margins_follow_from_the_documents_and_the_number_of_tests(root: Path) -
 
 def test_where_the_number_is_not_known_nothing_is_said_but_by_the_limit(root: Path) -> None:
     assert said(root, {"metric": "odd/acc,none"}, "odd", "loss", "nats") == ["not_worse"]
-    wrong = {**TASK, "task": "wrong", "test_split": ["test"], "metric_list": [{"metric": {"f1": 1}}]}
-    (root / "wrong.yaml").write_text(yaml.safe_dump(wrong))
-    assert said(root, {"metric": "wrong/acc,none"}, "wrong") == ["not_worse"]
     _, warning, line = said(root, {"metric": "odd/acc,none"}, "odd", "loss", limit=50)
     assert warning == "evaluate.limit is 50: no run can promote; set register.gate.allow_limit: true"
     assert line.startswith("odd: 50 documents, margin 0.1: an equal version passes 7")
@@ -69,15 +69,18 @@ def test_where_the_number_is_not_known_nothing_is_said_but_by_the_limit(root: Pa
 
 
 def test_a_task_that_cannot_be_judged_is_named_and_counts_as_no_test(root: Path) -> None:
+    (root / "utils.py").write_text(
+        "def median(values):\n    return 1.0\n\ndef f1(doc, results):\n    return {'f1': 1}\n"
+    )
+    choice = {"output_type": "multiple_choice", "doc_to_choice": ["w1", "w2"]}
     lists = {
-        "cola": [{"metric": "mcc"}],
-        "own": [{"metric": "exact_match", "aggregation": "utils.median"}],
-        "some": [{"metric": "bleu"}, {"metric": "exact_match"}],
-        "code": [{"metric": "f1", "aggregation": "mean"}],
+        "cola": {**choice, "metric_list": [{"metric": "mcc"}]},
+        "own": {"metric_list": [{"metric": "exact_match", "aggregation": "median"}]},
+        "some": {"metric_list": [{"metric": "bleu"}, {"metric": "exact_match"}]},
+        "code": {"metric_list": [{"metric": "f1", "aggregation": "mean"}]},
     }
-    for name, metrics in lists.items():
-        code = {"process_results": "utils.f1"} if name == "code" else {}
-        (root / f"{name}.yaml").write_text(yaml.safe_dump({**TASK, "task": name, "metric_list": metrics, **code}))
+    for name, more in lists.items():
+        write(root, name, more, "process_results: !function utils.f1\n" * (name == "code"))
     lines = said(root, {"metric": "sums/acc,none"}, "sums", *lists)
     assert [line for line in lines if "judged" in line] == [
         f"{name} is not judged: none of its scores has a value per document" for name in ("cola", "own")
@@ -106,7 +109,7 @@ def test_a_gain_needs_more_the_more_versions_were_compared_before(root: Path) ->
 
 
 def test_a_gain_is_asked_of_the_task_of_the_metric_not_of_one_whose_name_begins_alike(root: Path) -> None:
-    (root / "sum.yaml").write_text(yaml.safe_dump({**TASK, "task": "sum"}))
+    write(root, "sum", {})
     _, first, second = said(root, {"metric": "sums/acc,none", "policy": "better"}, "sum", "sums")
     assert first.startswith("sum: 200 documents, margin 0.065:") and second.startswith("sums: 200 documents, a gain")
 

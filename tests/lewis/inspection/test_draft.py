@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from lewis.errors import InputError
-from lewis.evaluation.harness.builtin_tasks import builtin_task
-from lewis.evaluation.harness.task_metrics import check_names
+from lewis.evaluation.harness.builtin_tasks import index, package
+from lewis.evaluation.harness.check import check_names
+from lewis.evaluation.harness.task_files import read_task
 from lewis.inspection.draft import GENERAL, TOPICS, Topic, _end, draft, topic_of
 from lewis.recipe.recipe import Recipe
 from lewis_flows.cli.main import main
@@ -39,8 +40,9 @@ def test_a_topic_is_told_by_name_then_by_card(told: tuple[str, ...], expected: s
 @pytest.mark.parametrize("topic", [topic for topic in (*TOPICS, GENERAL) if topic.task], ids=lambda topic: topic.name)
 def test_a_topic_is_of_lm_eval(topic: Topic) -> None:
     """Its rows are what lm-eval itself reads, and its score is one that lm-eval gives."""
-    config, members = builtin_task(topic.task)
-    assert members is None
+    entry = index()[topic.task]
+    assert entry.kind == "TASK"
+    config = read_task(package() / entry.path).config
     if topic is not GENERAL:
         assert (config["dataset_path"], config.get("dataset_name")) == (topic.dataset, topic.config)
         assert config["training_split"] == "train"

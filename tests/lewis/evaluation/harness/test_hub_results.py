@@ -6,19 +6,32 @@ from typing import Any
 import pytest
 import yaml
 
-from lewis.evaluation.harness import task_metrics as module
-from lewis.evaluation.harness.task_metrics import hub_results
+from lewis.evaluation.harness import rehearsed as module
+from lewis.evaluation.harness.lm_eval import EvalSettings
+from lewis.evaluation.harness.rehearsed import rehearsed
+from lewis.evaluation.hub_results import hub_results
 from lewis.evaluation.statistics.scored import WEIGHTED
 from lewis.evaluation.statistics.scores import Score
 from lewis.recipe.recipe import Recipe
 from tests.support.models import parse
 
-TASK = "task: own\ndataset_path: json\ndataset_kwargs: {data_files: x.jsonl}\n"
+pytestmark = pytest.mark.usefixtures("asked_here")
+KEYS = "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_target: 0\ndoc_to_choice: [x, z]\n"
+TASK = f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: x.jsonl}}}}\n{KEYS}"
+HUB = f"task: own\ndataset_path: org/data\n{KEYS}"
 SCORES = [
     Score("gsm8k", "exact_match,strict-match", 0.25, 0.02, True, 100),
     Score("gsm8k", "exact_match,flexible-extract", 0.5, 0.02, True, 100),
     Score("own", "acc,none", 0.75, 0.02, True, 10),
 ]
+
+
+def asked(recipe: Recipe) -> Recipe:
+    """The same recipe, whose tasks were checked before its run."""
+    assert recipe.evaluate
+    (recipe.root / "x.jsonl").write_text('{"q": "w1"}\n' * 6)
+    rehearsed(EvalSettings.of(recipe.evaluate, recipe.root))
+    return recipe
 
 
 def results_of(recipe: Recipe, scores: list[Score]) -> str:
@@ -28,9 +41,9 @@ def results_of(recipe: Recipe, scores: list[Score]) -> str:
 def told(folder: Path, **evaluate: Any) -> Any:
     (folder / "own.yaml").write_text(TASK)
     models = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}]}
-    asked = {"evaluate": {"tasks": ["gsm8k", "own.yaml"], "num_fewshot": 5, **evaluate}}
+    scored = {"evaluate": {"tasks": ["gsm8k", "own.yaml"], "num_fewshot": 5, **evaluate}}
     gate = {"register": {"name": "m", "gate": {"metric": "gsm8k/exact_match,flexible-extract"}}}
-    return yaml.safe_load(results_of(parse({**models, **asked, **gate}, root=folder), SCORES))
+    return yaml.safe_load(results_of(asked(parse({**models, **scored, **gate}, root=folder)), SCORES))
 
 
 @pytest.mark.slow
@@ -42,11 +55,9 @@ def test_a_task_of_a_dataset_of_the_hub_has_one_entry(tmp_path: Path) -> None:
 
 
 def test_an_entry_names_the_commit_of_its_documents_and_the_page_of_the_scores(tmp_path: Path) -> None:
-    (tmp_path / "hub.yaml").write_text("task: own\ndataset_path: org/data\n")
-    recipe = parse(
-        {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}], "evaluate": {"tasks": ["hub.yaml"]}},
-        root=tmp_path,
-    )
+    (tmp_path / "hub.yaml").write_text(HUB)
+    models = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}]}
+    recipe = asked(parse({**models, "evaluate": {"tasks": ["hub.yaml"]}}, root=tmp_path))
     for revisions, page, wanted in (
         ({"own": "1" * 40}, "https://mlflow/#/models/m", {"revision": "1" * 40}),
         ({"other": "1" * 40}, "", {}),
@@ -59,19 +70,19 @@ def test_an_entry_names_the_commit_of_its_documents_and_the_page_of_the_scores(t
 
 
 def test_a_task_that_fixes_its_examples_is_noted_with_those(tmp_path: Path) -> None:
-    (tmp_path / "hub.yaml").write_text("task: own\ndataset_path: org/data\n")
+    (tmp_path / "hub.yaml").write_text(HUB)
     models = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}]}
-    recipe = parse({**models, "evaluate": {"tasks": ["hub.yaml"], "num_fewshot": 5}}, root=tmp_path)
+    recipe = asked(parse({**models, "evaluate": {"tasks": ["hub.yaml"], "num_fewshot": 5}}, root=tmp_path))
     for shots, noted in (({"own": 0}, "0-shot"), ({}, "5-shot")):
         (entry,) = yaml.safe_load(hub_results(recipe.evaluate, recipe.root, None, [SCORES[2]], shots=shots))
         assert entry["notes"].endswith(f", acc,none, {noted}")
 
 
 def test_tasks_of_the_recipe_do_not_read_those_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "builtin_task", lambda name: pytest.fail("read"))
+    monkeypatch.setattr(module.builtin_tasks, "index", lambda: pytest.fail("read"))
     (tmp_path / "own.yaml").write_text(TASK)
     models = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}]}
-    recipe = parse({**models, "evaluate": {"tasks": ["own.yaml"]}}, root=tmp_path)
+    recipe = asked(parse({**models, "evaluate": {"tasks": ["own.yaml"]}}, root=tmp_path))
     assert results_of(recipe, [SCORES[2], Score(*WEIGHTED, 0.5, 0.1, True, 10)]) == ""
 
 

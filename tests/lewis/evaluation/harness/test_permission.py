@@ -9,11 +9,15 @@ import yaml
 from jinja2.exceptions import SecurityError
 
 from lewis.errors import InputError
-from lewis.evaluation.harness import child, permission
-from lewis.evaluation.harness.lm_eval import EvalSettings, check_tasks, evaluate
+from lewis.evaluation.harness import permission
+from lewis.evaluation.harness.check import check_tasks
+from lewis.evaluation.harness.lm_eval import EvalSettings, evaluate
+from lewis.evaluation.harness.permission import check_code
 from lewis.evaluation.harness.task_files import find_tasks, reads_hub
+from lewis.rehearsal.untrusted import sandboxed_templates
 from lewis.walls import isolation
 
+pytestmark = pytest.mark.usefixtures("asked_here")
 TASK = {
     **{"task": "own", "dataset_path": "org/pets", "test_split": "test", "output_type": "generate_until"},
     **{"doc_to_text": "{{q}}", "doc_to_target": "{{a}}"},
@@ -22,6 +26,11 @@ TASK = {
 
 def write(folder: Path, change: dict[str, Any], more: str = "") -> None:
     (folder / "own.yaml").write_text(yaml.safe_dump({**TASK, **change}) + more)
+
+
+def check(folder: Path, allowed: bool) -> None:
+    [(name, task)] = find_tasks(["own.yaml"], folder).files.items()
+    check_code(name, task, allowed)
 
 
 @pytest.mark.parametrize(
@@ -51,12 +60,12 @@ def test_code_needs_the_permission(
     (tmp_path / "x.yaml").write_text("prompts: {y: {doc_to_text: '{{q}}'}}\n")
     write(tmp_path, change, more)
     with pytest.raises(InputError, match=rf"evaluate\.tasks: \w+ runs .*{what}.*`allow_code_execution: true`"):
-        check_tasks(EvalSettings(("own.yaml",), tmp_path))
-    check_tasks(EvalSettings(("own.yaml",), tmp_path, allow_code_execution=True))
+        check(tmp_path, False)
+    check(tmp_path, True)
 
 
 def test_code_may_need_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own.py").write_text("raise SystemExit('this file must not run')")
+    (tmp_path / "own.py").write_text("def docs(rows):\n    return rows\n")
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(isolation, "_possible", lambda: False)
     write(tmp_path, {}, "process_docs: !function own.docs\n")
@@ -81,21 +90,16 @@ def test_code_may_need_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_task_without_code_needs_none(tmp_path: Path) -> None:
     metrics = [{"metric": name} for name in ("bleu", "exact_match")]
     write(tmp_path, {"metric_list": metrics, "generation_kwargs": {"until": ["\n"], "do_sample": False}})
-    check_tasks(EvalSettings(("own.yaml",), tmp_path))
+    check(tmp_path, False)
 
 
-def test_the_metrics_are_those_of_lm_eval() -> None:
-    import lm_eval.api.metrics  # noqa: F401
-    from lm_eval.api.registry import metric_registry
-
-    assert set(metric_registry) == permission.METRICS
+def test_templates_render_plain_data_and_nothing_else(tmp_path: Path) -> None:
+    with sandboxed_templates():
+        render_and_try(tmp_path)
 
 
-def test_templates_render_plain_data_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def render_and_try(tmp_path: Path) -> None:
     from lm_eval import utils
-
-    monkeypatch.setattr(utils, "env", utils.env)  # so that it is put back
-    child.sandbox_templates()
 
     class Picture:
         size = 7
