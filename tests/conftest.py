@@ -131,14 +131,6 @@ def _no_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def asked_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Libraries are asked in this process, which has imported them, instead of a child."""
-    from tests.support.rehearsing import ask_all
-
-    monkeypatch.setattr("lewis.rehearsal.child.ask_all", ask_all)
-
-
-@pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh store."""
     monkeypatch.setenv("LEWIS_HOME", str(tmp_path / "home"))
@@ -148,7 +140,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def asked_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries are asked in this process, not in a child, and their answers are kept in a fresh store."""
-    from tests.support.asking import ask_all
+    from tests.support.rehearsing import ask_all
 
     monkeypatch.setattr("lewis.rehearsal.child.ask_all", ask_all)
     for name in ("huggingface_hub.constants", "datasets.config"):

@@ -89,7 +89,7 @@ def preflight(
     first = sources[0]
     headers = {model: _check_model(model) for model in dict.fromkeys(source.model for source in sources)}
     spared = {} if needed else {name: each for name, each in headers[first.model].items() if config.excludes(name)}
-    asked = {model: _network(model, {**spared, **own}, runs=needed) for model, own in headers.items()}
+    asked = {model: _network(model, own, lent=spared, runs=needed) for model, own in headers.items()}
     questions = {model: each for model, each in asked.items() if each}
     shapes: dict[Pinned, Shapes] = {m: {name: shape for name, (_, shape) in own.items()} for m, own in headers.items()}
     ours = shapes[first.model]
@@ -137,10 +137,11 @@ def _check_model(model: Pinned) -> Headers:
     return repository.tensor_headers(model)
 
 
-def _network(model: Pinned, headers: Headers, *, runs: bool) -> Network | None:
+def _network(model: Pinned, headers: Headers, *, lent: Headers, runs: bool) -> Network | None:
     """The question to transformers about a model, which a message calls by its folder or its reference on the Hub."""
     home = repository.fetch(model, weights=False)
-    return question(home if model.is_local else model.ref, home, read_config(home), headers, runs=runs)
+    item = home if model.is_local else model.ref
+    return question(item, home, read_config(home), headers, lent=lent, runs=runs)
 
 
 def _of_adapters(source: Source, shapes: Shapes) -> dict[Pinned, AdapterQuestion]:

@@ -16,7 +16,13 @@ from lewis.rehearsal.question import Question, Refused
 
 
 def question(
-    item: object, home: Path, config: Mapping[str, Any], header: Headers, *, runs: bool = False
+    item: object,
+    home: Path,
+    config: Mapping[str, Any],
+    header: Headers,
+    *,
+    lent: Headers | None = None,
+    runs: bool = False,
 ) -> Network | None:
     """The question whether transformers builds the network of a config and loads its tensors; no weight is read.
 
@@ -25,12 +31,15 @@ def question(
         home: the folder with the model's generation_config.json.
         config: parsed.
         header: of the tensors.
+        lent: of tensors that the network gets from another model, if it has them.
         runs: whether the network will be run on text.
 
     Returns:
         None for a model whose class comes with it, which transformers cannot build without its code.
     """
-    return None if brings_class(config) else Network.of(str(item), home, config, header, runs=runs)
+    if brings_class(config):
+        return None
+    return Network.of(str(item), home, config, header, lent=lent, runs=runs)
 
 
 def check_loads(asked: Mapping[Pinned, Question]) -> None:

@@ -33,8 +33,9 @@ class Network(Question):
     """Does the class of a config load these tensors?
 
     Its files: config.json, generation_config.json if there is one, and the header: tensor -> dtype and shape. Its
-    setting `runs` says whether the network will be run on text, so that it needs a class that generates. The answer has
-    `class`, the name of the class, or None if transformers has none here; then `why` says what is lacking.
+    settings: `runs`, whether the network will be run on text, so that it needs a class that generates; `lent`, the
+    tensors of the header that are another model's and that this one may lack. The answer has `class`, the name of the
+    class, or None if transformers has none here; then `why` says what is lacking.
     """
 
     name, semantics, libraries = "network", 1, ("transformers", "torch")
@@ -42,7 +43,14 @@ class Network(Question):
 
     @classmethod
     def of(
-        cls, item: str, folder: Path, config: Mapping[str, Any], header: Mapping[str, Any], *, runs: bool = False
+        cls,
+        item: str,
+        folder: Path,
+        config: Mapping[str, Any],
+        header: Mapping[str, Any],
+        *,
+        lent: Mapping[str, Any] | None = None,
+        runs: bool = False,
     ) -> "Network":
         """The question about a config, with the generation_config.json of a folder if that has one.
 
@@ -51,12 +59,15 @@ class Network(Question):
             folder: of the model.
             config: parsed.
             header: tensor -> its dtype, as safetensors names it, and its shape.
+            lent: as `header`, of tensors that the network may have, and that it gets from another model.
             runs: whether the network will be run on text.
         """
+        lent = {name: each for name, each in (lent or {}).items() if name not in header}
+        header = {**header, **lent}
         files = {CONFIG: json.dumps(config), HEADER: json.dumps({name: list(each) for name, each in header.items()})}
         with suppress(OSError, UnicodeDecodeError):
             files[GENERATION] = (folder / GENERATION).read_text(encoding="utf-8")
-        return cls(item, files, {"runs": runs})
+        return cls(item, files, {"runs": runs, "lent": sorted(lent)})
 
     def takes(self, answer: Mapping[str, Any]) -> bool:
         return answer["class"] is not None
@@ -121,6 +132,7 @@ class Network(Question):
         }
         options = {"use_kernels": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
         _, found = own.from_pretrained(None, config=taken, state_dict=state, device_map="meta", **options)
+        found["unexpected_keys"] = set(found["unexpected_keys"]) - set(self.settings["lent"])
         for problem in _problems(own.__name__, found):
             raise UnfitError(problem)
         answer = {"class": own.__name__}

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lewis.evaluation.harness.lm_eval import EvalSettings
 from lewis.evaluation.harness.task_files import reads_hub
 from lewis.rehearsal.untrusted import no_package_list, sandboxed_templates
 from tests.faults.fuzz import ODD, changed, fuzzed
-from tests.support.asking import ask_all
+from tests.support.rehearsing import ask_all
 
 WORDS = "the cat and a dog ran on the red road"
 ENDS = ["ran on", "sat down", "is red", "sky"]
@@ -196,8 +197,7 @@ def difference(name: str, files: dict[str, dict[str, Any]], model: Any, folder: 
         if reads_hub(settings.found(), folder):
             return False, "elsewhere"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lewis.rehearsal.child.ask_all", ask_all)
-            patch.setattr("tests.support.asking.blamed", lambda question, error: "")  # takes a second
+            patch.setattr("lewis.rehearsal.child.ask_all", partial(ask_all, blames=False))  # blame takes a second
             check_tasks(settings)
         ours = ""
     except InputError as error:

@@ -27,6 +27,7 @@ from tests.conftest import Family, full
 from tests.support.damage import damage
 from tests.support.lineage import make_home as make_warm
 from tests.support.models import parse
+from tests.support.rehearsing import ask_all
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can become two users")
 ADA, BOB, STRANGER, LAB = 50001, 50002, 50003, 50000
@@ -49,6 +50,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TMPDIR", str(root))
     for name in ("MLFLOW_TRACKING_URI", "LEWIS_STORE", "PREFECT_SERVER_API_AUTH_STRING"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("lewis.rehearsal.child.ask_all", ask_all)  # only root can start this Python
     yield root
     shutil.rmtree(root)
 

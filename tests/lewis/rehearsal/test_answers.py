@@ -43,6 +43,11 @@ class Fake(Question):
         return {"sum": config.get("a", 0)}
 
 
+@pytest.fixture(autouse=True)
+def _found_by_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
+
+
 def fake(item: str = "model", settings: Any = None, **config: Any) -> Fake:
     return Fake(item, {"config.json": json.dumps(config)}, settings or {})
 
